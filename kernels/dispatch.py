@@ -1,0 +1,79 @@
+"""Which path a device takes: Triton kernels or the plain-torch reference. The choice is logged once, never silent."""
+
+import functools
+import logging
+import os
+import subprocess
+from contextlib import AbstractContextManager, nullcontext
+from typing import Literal
+
+import torch
+
+Backend = Literal["triton", "reference"]
+SETTING = "FASTAR_KERNELS"
+
+logger = logging.getLogger("fastar.kernels")
+
+
+def backend(device: torch.device | str) -> Backend:
+    """The path that operations on `device` take: "triton" on CUDA where Triton works, else "reference".
+
+    The environment variable FASTAR_KERNELS forces it: `auto` (default), `reference`, or `triton` (on a CPU this needs
+    TRITON_INTERPRET=1, and is meant for tests). Raises ValueError for another value or a forced path that cannot run.
+    """
+    setting = os.environ.get(SETTING, "auto")
+    interpreted = os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on", "yes", "y")
+    return _choose(torch.device(device).type, setting, interpreted)
+
+
+def launch_device(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current CUDA device: make `device` the current one."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
+@functools.cache
+def _choose(device_type: str, setting: str, interpreted: bool) -> Backend:
+    if setting not in ("auto", "reference", "triton"):
+        raise ValueError(f"{SETTING}={setting}: no such kernel path; use auto, reference or triton")
+    if setting == "reference":
+        return _logged("reference", device_type, f"forced by {SETTING}")
+    if setting == "triton":
+        if device_type != "cuda" and not interpreted:
+            raise ValueError(
+                f"{SETTING}=triton on {device_type}: Triton compiles for CUDA only; "
+                f"set TRITON_INTERPRET=1 to interpret the kernels, or {SETTING}=reference"
+            )
+        problem = _triton_problem(device_type)
+        if problem:
+            raise ValueError(f"{SETTING}=triton: {problem}; install a working Triton or set {SETTING}=reference")
+        return _logged("triton", device_type, f"forced by {SETTING}")
+    if device_type != "cuda":
+        return _logged("reference", device_type, "the Triton kernels are for CUDA")
+    problem = _triton_problem(device_type)
+    if problem:
+        logger.warning("kernels on cuda: reference, which is slower, because %s", problem)
+        return "reference"
+    return _logged("triton", device_type, "a trial launch succeeded")
+
+
+def _logged(choice: Backend, device_type: str, reason: str) -> Backend:
+    logger.info("kernels on %s: %s (%s)", device_type, choice, reason)
+    return choice
+
+
+def _triton_problem(device_type: str) -> str | None:
+    """Why Triton cannot be used here, or None. A launch of one element shows a missing compiler or driver."""
+    try:
+        from .interpolation import launch
+    except ImportError as error:
+        return f"Triton cannot be imported ({_one_line(error)})"
+    value = torch.ones(1, device=device_type)
+    try:
+        launch(value, value, value[0], torch.empty_like(value), None)
+    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+        return f"a trial Triton launch failed ({_one_line(error)})"
+    return None
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,62 @@
+"""Triton: the point (1 - t) theta + t source on a path, written in the dtype of the working weights."""
+
+import torch
+import triton
+import triton.language as tl
+
+from .dispatch import launch_device
+
+BLOCK = 1024
+
+
+@triton.jit
+def _interpolate_kernel(
+    theta_ptr,
+    source_ptr,
+    t_ptr,
+    index_ptr,
+    out_ptr,
+    numel,
+    rows,
+    row_stride,
+    INDEXED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = offsets < numel
+    t = tl.load(t_ptr)
+    theta = tl.load(theta_ptr + offsets, mask=mask)
+    if INDEXED:
+        index = tl.load(index_ptr)
+        inside = (index >= 0) & (index < rows)
+        row_ptr = source_ptr + tl.where(inside, index, 0) * row_stride
+        source = tl.load(row_ptr + offsets, mask=mask).to(tl.float32)
+        # An index out of range must not read foreign memory, nor pass unseen: NaN shows it without a synchronisation.
+        source = tl.where(inside, source, float("nan"))
+    else:
+        source = tl.load(source_ptr + offsets, mask=mask).to(tl.float32)
+    difference = source - theta
+    # torch.lerp's form: exact at both ends, and constant where both ends agree.
+    value = tl.where(t < 0.5, theta + t * difference, source - (1.0 - t) * difference)
+    tl.store(out_ptr + offsets, value.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def launch(
+    theta: torch.Tensor, source: torch.Tensor, t: torch.Tensor, out: torch.Tensor, index: torch.Tensor | None
+) -> None:
+    """The kernel over arguments that `operations.interpolate` has checked."""
+    numel = theta.numel()
+    rows, row_stride = (1, 0) if index is None else (source.shape[0], source.stride(0))
+    with launch_device(theta.device):
+        _interpolate_kernel[(triton.cdiv(numel, BLOCK),)](
+            theta,
+            source,
+            t,
+            t if index is None else index,
+            out,
+            numel,
+            rows,
+            row_stride,
+            INDEXED=index is not None,
+            BLOCK=BLOCK,
+        )

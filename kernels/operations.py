@@ -1,0 +1,118 @@
+"""The public operations: their formulas, their checks, and the choice of path."""
+
+from collections.abc import Callable
+from importlib import import_module
+from typing import Any, cast
+
+import torch
+
+from . import reference
+from .checks import FLOATS, check_scalar, check_store, check_vector
+from .dispatch import backend
+
+
+def interpolate(
+    theta: torch.Tensor,
+    source: torch.Tensor,
+    t: torch.Tensor,
+    out: torch.Tensor,
+    *,
+    index: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """out = (1 - t) theta + t source, in fp32 with one rounding at the store (Algorithm 1, the point on the path).
+
+    theta: fp32 [P]. source: fp32, bf16 or fp16 [P]; with `index`, an int64 0-d tensor, the source is row `index` of a
+    store [N, P] (rows contiguous, any row stride), read without a host synchronisation. t: fp32 0-d, on the device.
+    out: fp32, bf16 or fp16 [P], may be theta itself; returned. In fp32, t = 0 gives theta and t = 1 the source
+    bit for bit, and a source equal to theta gives theta at every t. Computed as theta + t (source - theta) for t < 1/2
+    and from the other end for the rest.
+
+    Raises ValueError for wrong devices, dtypes, shapes or strides, and on the CPU for an index outside [0, N); on a
+    GPU, where raising would need a synchronisation, such an index fills out with NaN.
+
+    >>> theta, store = torch.tensor([1.0, 2.0]), torch.tensor([[9.0, 9.0], [3.0, -2.0]])
+    >>> interpolate(theta, store[1], torch.tensor(0.25), torch.empty(2))
+    tensor([1.5000, 1.0000])
+    >>> interpolate(theta, store, torch.tensor(1.0), torch.empty(2), index=torch.tensor(1))
+    tensor([ 3., -2.])
+    """
+    where = "interpolate"
+    check_vector(where, "theta", theta, like=theta)
+    check_vector(where, "out", out, like=theta, dtypes=FLOATS)
+    check_scalar(where, "t", t, like=theta)
+    if index is None:
+        check_vector(where, "source", source, like=theta, dtypes=FLOATS)
+    else:
+        check_store(where, "source", source, like=theta, dtypes=FLOATS)
+        check_scalar(where, "index", index, like=theta, dtype=torch.int64)
+    if theta.numel():
+        _path(theta, "interpolation", reference.interpolate)(theta, source, t, out, index)
+    return out
+
+
+def sgd_update(
+    theta: torch.Tensor,
+    gradient: torch.Tensor,
+    momentum_buffer: torch.Tensor | None,
+    *,
+    lr: torch.Tensor,
+    scale: torch.Tensor,
+    inverse_loss_scale: torch.Tensor,
+    weight_decay: float,
+    momentum: float,
+    nesterov: bool,
+    found_nonfinite: torch.Tensor | None = None,
+) -> None:
+    """One pass of SGD over the star parameters, in place (Algorithm 1, the update; torch.optim.SGD with dampening 0).
+
+        v     = scale * inverse_loss_scale * gradient + weight_decay * theta
+        buf   = momentum * buf + v
+        theta = theta - lr * (v + momentum * buf if nesterov else buf)
+
+    theta, momentum_buffer: fp32 [P], updated; the buffer starts as zeros and may be None where momentum is 0.
+    gradient: fp32, bf16 or fp16 [P], unchanged. lr, scale (1 - t; 1 in regular training), inverse_loss_scale: fp32 0-d
+    tensors on the device. Weight decay is not scaled by 1 - t. found_nonfinite: fp32 0-d; where it is not zero nothing
+    changes, so that a step whose scaled loss overflowed is skipped without a host synchronisation.
+
+    Raises ValueError for wrong devices, dtypes, shapes or strides, and for Nesterov without momentum.
+
+    >>> theta, buf, one = torch.tensor([1.0]), torch.tensor([2.0]), torch.tensor(1.0)
+    >>> scalars = dict(lr=torch.tensor(0.1), scale=one / 2, inverse_loss_scale=one)
+    >>> sgd_update(theta, torch.tensor([4.0]), buf, **scalars, weight_decay=0.5, momentum=0.5, nesterov=True)
+    >>> theta, buf  # v = 0.5 * 4 + 0.5 * 1 = 2.5; buf = 0.5 * 2 + 2.5 = 3.5; theta = 1 - 0.1 * (2.5 + 0.5 * 3.5)
+    (tensor([0.5750]), tensor([3.5000]))
+    """
+    where = "sgd_update"
+    check_vector(where, "theta", theta, like=theta)
+    check_vector(where, "gradient", gradient, like=theta, dtypes=FLOATS)
+    scalars = {"lr": lr, "scale": scale, "inverse_loss_scale": inverse_loss_scale}
+    for name, scalar in scalars.items():
+        check_scalar(where, name, scalar, like=theta)
+    if found_nonfinite is not None:
+        check_scalar(where, "found_nonfinite", found_nonfinite, like=theta)
+    if momentum_buffer is not None:
+        check_vector(where, "momentum_buffer", momentum_buffer, like=theta)
+    elif momentum != 0:
+        raise ValueError(f"{where}: momentum is {momentum} but momentum_buffer is None; pass zeros like theta")
+    if nesterov and momentum == 0:
+        raise ValueError(f"{where}: nesterov needs momentum above 0; set momentum or nesterov=False")
+    if theta.numel():
+        _path(theta, "star_update", reference.sgd_update)(
+            theta,
+            gradient,
+            momentum_buffer,
+            lr,
+            scale,
+            inverse_loss_scale,
+            float(weight_decay),
+            float(momentum),
+            bool(nesterov),
+            found_nonfinite,
+        )
+
+
+def _path(theta: torch.Tensor, module: str, plain: Callable[..., None]) -> Callable[..., None]:
+    """`plain`, or the Triton launcher of `module`: imported only here, so that importing fastar needs no Triton."""
+    if backend(theta.device) == "reference":
+        return plain
+    return cast(Any, import_module(f".{module}", __package__)).launch

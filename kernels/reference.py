@@ -1,0 +1,114 @@
+"""Plain torch versions of the kernels: their oracle, the CPU path, and the fallback where Triton is missing.
+
+On the CPU they work through the buffers in blocks that stay in cache, so that main memory is touched about once, and
+reading a 0-d tensor there is no synchronisation. Elsewhere they work on whole buffers and never synchronise.
+"""
+
+import torch
+
+# 64 Ki elements: a block's operands and scratch (1 MiB) stay in a core's cache, and the calls' overhead is small.
+BLOCK = 1 << 16
+
+
+def interpolate(
+    theta: torch.Tensor, source: torch.Tensor, t: torch.Tensor, out: torch.Tensor, index: torch.Tensor | None
+) -> None:
+    """`operations.interpolate` over checked arguments."""
+    if theta.device.type != "cpu":
+        row = source if index is None else _row_on_device(source, index)
+        if out.dtype == torch.float32:
+            torch.lerp(theta, row.float(), t, out=out)
+        else:
+            out.copy_(torch.lerp(theta, row.float(), t))
+        return
+    row = source if index is None else _row_on_cpu(source, int(index))
+    weight = float(t)
+    if row.dtype == out.dtype == torch.float32:
+        torch.lerp(theta, row, weight, out=out)
+        return
+    scratch = torch.empty(min(BLOCK, theta.numel()))
+    for theta_block, row_block, out_block in zip(theta.split(BLOCK), row.split(BLOCK), out.split(BLOCK), strict=True):
+        point = scratch[: theta_block.numel()].copy_(row_block)
+        out_block.copy_(torch.lerp(theta_block, point, weight, out=point))
+
+
+def sgd_update(
+    theta: torch.Tensor,
+    gradient: torch.Tensor,
+    momentum_buffer: torch.Tensor | None,
+    lr: torch.Tensor,
+    scale: torch.Tensor,
+    inverse_loss_scale: torch.Tensor,
+    weight_decay: float,
+    momentum: float,
+    nesterov: bool,
+    found_nonfinite: torch.Tensor | None,
+) -> None:
+    """`operations.sgd_update` over checked arguments."""
+    factor = scale * inverse_loss_scale
+    if theta.device.type != "cpu":
+        _sgd_update_on_device(
+            theta, gradient, momentum_buffer, lr, factor, weight_decay, momentum, nesterov, found_nonfinite
+        )
+        return
+    if found_nonfinite is not None and float(found_nonfinite) != 0:
+        return
+    factor_value, step_size = float(factor), -float(lr)
+    scratch = torch.empty(min(BLOCK, theta.numel()))
+    for start in range(0, theta.numel(), BLOCK):
+        block = slice(start, start + BLOCK)
+        theta_block = theta[block]
+        step = scratch[: theta_block.numel()]
+        if gradient.dtype == torch.float32:
+            torch.mul(gradient[block], factor_value, out=step)
+        else:
+            # Multiplying in the gradient's dtype would round twice.
+            step.copy_(gradient[block]).mul_(factor_value)
+        if weight_decay != 0:
+            step.add_(theta_block, alpha=weight_decay)
+        if momentum_buffer is not None:
+            buffer = momentum_buffer[block].mul_(momentum).add_(step)
+            step = step.add_(buffer, alpha=momentum) if nesterov else buffer
+        theta_block.add_(step, alpha=step_size)
+
+
+def _sgd_update_on_device(
+    theta: torch.Tensor,
+    gradient: torch.Tensor,
+    momentum_buffer: torch.Tensor | None,
+    lr: torch.Tensor,
+    factor: torch.Tensor,
+    weight_decay: float,
+    momentum: float,
+    nesterov: bool,
+    found_nonfinite: torch.Tensor | None,
+) -> None:
+    """Whole buffers, scalars left on the device."""
+    step = (gradient.float() * factor).add_(theta, alpha=weight_decay)
+    buffer = None
+    if momentum_buffer is not None:
+        buffer = (momentum_buffer * momentum).add_(step)
+        step = step.add_(buffer, alpha=momentum) if nesterov else buffer
+    updated = theta - lr * step
+    if found_nonfinite is not None:
+        skip = found_nonfinite != 0
+        updated = torch.where(skip, theta, updated)
+        buffer = None if buffer is None or momentum_buffer is None else torch.where(skip, momentum_buffer, buffer)
+    theta.copy_(updated)
+    if momentum_buffer is not None and buffer is not None:
+        momentum_buffer.copy_(buffer)
+
+
+def _row_on_cpu(store: torch.Tensor, index: int) -> torch.Tensor:
+    if not 0 <= index < store.shape[0]:
+        raise ValueError(
+            f"interpolate: index {index} is outside the store's {store.shape[0]} sources; draw from [0, N)"
+        )
+    return store[index]
+
+
+def _row_on_device(store: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Row `index`, or NaN where it is out of range: as the kernel, and without a synchronisation."""
+    inside = (index >= 0) & (index < store.shape[0])
+    row = store.index_select(0, index.clamp(0, store.shape[0] - 1).view(1))[0]
+    return torch.where(inside, row, torch.nan)
