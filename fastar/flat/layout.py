@@ -1,0 +1,178 @@
+"""Where each parameter of an architecture lies in a flat buffer."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import zip_longest
+
+import torch
+from torch import nn
+
+from fastar.errors import FastarError
+
+ALIGNMENT = 16  # floats: 64 bytes, a cache line; also what a vectorised load wants of the bf16 copy
+
+
+@dataclass(frozen=True)
+class FlatEntry:
+    """One parameter in a flat buffer: elements [offset, offset + numel), seen as `shape` with `strides`."""
+
+    name: str
+    shape: tuple[int, ...]
+    offset: int
+    numel: int
+    strides: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class FlatLayout:
+    """Where each parameter of an architecture lies in a buffer of `numel` = P elements.
+
+    Parameters with two or more dimensions come first and fill [0, matrices); those with fewer (biases, norms) fill
+    [matrices, P), so that a working copy can hold the first in the AMP dtype and the second in fp32. Within a section
+    they keep the module's order. Each starts at a multiple of 16 elements; the padding between them holds zeros. 4-D
+    weights lie in (O, H, W, I) order, so that their view of shape (O, I, H, W) is channels-last contiguous.
+
+    Equal layouts belong to compatible models. `aliases` holds (other name, entry name) of tied parameters.
+    """
+
+    entries: tuple[FlatEntry, ...]
+    matrices: int
+    numel: int
+    aliases: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def from_module(cls, module: nn.Module) -> "FlatLayout":
+        """The layout of `module`'s parameters, on any device (meta too). Tied parameters share one entry."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        first_names: dict[int, str] = {}
+        aliases = []
+        for name, parameter in module.named_parameters(remove_duplicate=False):
+            if isinstance(parameter, nn.parameter.UninitializedParameter):
+                raise FastarError(f"parameter {name} has no shape yet; run one batch through the lazy module first")
+            if not parameter.is_floating_point():
+                raise FastarError(f"parameter {name} is {parameter.dtype}; flat parameters must be real floating point")
+            if id(parameter) in first_names:
+                aliases.append((name, first_names[id(parameter)]))
+                continue
+            first_names[id(parameter)] = name
+            shapes[name] = tuple(parameter.shape)
+        return cls.from_shapes(shapes, aliases=tuple(aliases))
+
+    @classmethod
+    def from_shapes(
+        cls, shapes: Mapping[str, tuple[int, ...]], *, aliases: tuple[tuple[str, str], ...] = ()
+    ) -> "FlatLayout":
+        """The layout of parameters known by name and shape only (a checkpoint's, say)."""
+        if not shapes:
+            raise FastarError("a module without parameters has no flat layout; pass one with parameters")
+        names = sorted(shapes, key=lambda name: len(shapes[name]) < 2)  # stable: matrices first, each in its order
+        entries = []
+        offset = matrices = 0
+        for name in names:
+            shape = tuple(shapes[name])
+            numel = torch.Size(shape).numel()
+            entries.append(FlatEntry(name, shape, offset, numel, _view_strides(shape)))
+            offset += -(-numel // ALIGNMENT) * ALIGNMENT
+            if len(shape) >= 2:
+                matrices = offset
+        return cls(tuple(entries), matrices, offset, aliases)
+
+    def views(self, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Name -> view of `buffer` [P] with the parameter's shape; of a store [N, P], views [N, *shape]."""
+        if buffer.dim() not in (1, 2) or buffer.shape[-1] != self.numel:
+            raise FastarError(
+                f"a buffer of shape {tuple(buffer.shape)} does not fit this layout; "
+                f"pass [{self.numel}] or [N, {self.numel}]"
+            )
+        return {entry.name: _view(buffer, entry, entry.offset) for entry in self.entries}
+
+    def section_views(self, matrices: torch.Tensor, vectors: torch.Tensor) -> dict[str, torch.Tensor]:
+        """As `views`, of a buffer held in two pieces: [0, matrices) and [matrices, P)."""
+        return {
+            entry.name: _view(matrices, entry, entry.offset)
+            if len(entry.shape) >= 2
+            else _view(vectors, entry, entry.offset - self.matrices)
+            for entry in self.entries
+        }
+
+    def flatten(self, state: Mapping[str, torch.Tensor], out: torch.Tensor | None = None) -> torch.Tensor:
+        """The parameters in `state` (a state dict; its other entries are ignored) as a flat buffer [P].
+
+        `out` [P], of any floating dtype, is written and returned where given; else a new fp32 buffer.
+        Raises FastarError naming the first parameter that is missing or has another shape, before anything is written.
+        """
+        for entry in self.entries:
+            if entry.name not in state:
+                raise FastarError(f"parameter {entry.name} is missing; pass a state dict of the same architecture")
+            shape = tuple(state[entry.name].shape)
+            if shape != entry.shape:
+                raise FastarError(
+                    f"parameter {entry.name} has shape {shape}, needed {entry.shape}; "
+                    "pass a state dict of the same architecture and width"
+                )
+        for alias, name in self.aliases:
+            if alias in state and state[alias] is not state[name] and not torch.equal(state[alias], state[name]):
+                raise FastarError(f"parameters {alias} and {name} are tied in the module but differ; pass equal values")
+        if out is None:
+            out = torch.zeros(self.numel, device=state[self.entries[0].name].device)
+        elif out.shape != (self.numel,):
+            raise FastarError(f"out has shape {tuple(out.shape)}, needed ({self.numel},); pass a buffer of this layout")
+        with torch.no_grad():
+            for name, view in self.views(out).items():
+                view.copy_(state[name])
+        return out
+
+    def unflatten(self, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Contiguous copies of the parameters in `buffer` [P], tied names included (as one tensor)."""
+        if buffer.dim() != 1:
+            raise FastarError(f"a buffer of shape {tuple(buffer.shape)} is not one model; pass one row")
+        copies = {
+            name: view.detach().clone(memory_format=torch.contiguous_format)
+            for name, view in self.views(buffer).items()
+        }
+        return {**copies, **{alias: copies[name] for alias, name in self.aliases}}
+
+    @property
+    def digest(self) -> str:
+        """A hex digest of names, shapes and ties: equal for models of the same architecture, on any machine."""
+        text = "\n".join(f"{entry.name} {entry.shape}" for entry in self.entries)
+        ties = "\n".join(f"{alias} = {name}" for alias, name in self.aliases)
+        return hashlib.sha256(f"{text}\n{ties}".encode()).hexdigest()
+
+    def check_compatible(self, other: "FlatLayout") -> None:
+        """Raise FastarError naming the first parameter in which `other` differs from this layout."""
+        for mine, theirs in zip_longest(self.entries, other.entries):
+            if mine == theirs:
+                continue
+            if mine is None or theirs is None or mine.name != theirs.name:
+                have = "nothing" if mine is None else mine.name
+                got = "nothing" if theirs is None else theirs.name
+                raise FastarError(f"the models differ: {got} where {have} was expected; use models of one architecture")
+            raise FastarError(
+                f"the models differ: parameter {mine.name} has shape {theirs.shape}, expected {mine.shape}; "
+                "use models of one architecture and width"
+            )
+        if self.aliases != other.aliases:
+            raise FastarError("the models differ in which parameters are tied; use models of one architecture")
+
+
+def _view_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
+    if len(shape) == 4:
+        _, inputs, height, width = shape
+        return (inputs * height * width, 1, width * inputs, inputs)
+    strides = []
+    stride = 1
+    for size in reversed(shape):
+        strides.append(stride)
+        stride *= size
+    return tuple(reversed(strides))
+
+
+def _view(buffer: torch.Tensor, entry: FlatEntry, offset: int) -> torch.Tensor:
+    flat = buffer[..., offset : offset + entry.numel]
+    leading = buffer.shape[:-1]
+    if len(entry.shape) != 4:
+        return flat.view(*leading, *entry.shape)
+    outputs, inputs, height, width = entry.shape
+    return flat.view(*leading, outputs, height, width, inputs).movedim(-1, -3)
