@@ -1,0 +1,117 @@
+"""The linear assignment problem, solved by lapjv under guards, or by SciPy where lapjv is not installed."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+from collections.abc import Callable
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
+from torch import Tensor
+
+from fastar.errors import FastarError
+
+Solver = Literal["auto", "lapjv", "scipy"]
+
+# An assignment within this much of the optimum, relative to the largest score, cannot be told from it in float32 scores.
+_OPTIMALITY = 1e-6
+
+
+@functools.cache
+def _lapjv() -> Callable[..., Any] | None:
+    try:
+        from lapjv import lapjv
+    except ImportError:
+        return None
+    solve: Callable[..., Any] = lapjv
+    return solve
+
+
+def solver_name(solver: Solver = "auto") -> str:
+    """The solver that `solver` means here, with its version: "lapjv 1.3.29" or "scipy 1.17.1"."""
+    package = "lapjv" if solver != "scipy" and _lapjv() is not None else "scipy"
+    return f"{package} {importlib.metadata.version(package)}"
+
+
+def solve_assignment(
+    score: Tensor | NDArray[Any], *, maximise: bool = True, solver: Solver = "auto"
+) -> NDArray[np.int64]:
+    """The permutation with the best total score: column `out[i]` for row i.
+
+    lapjv aborts the process on rows that are not finite, is silently wrong on single ones, and works in float32: scores are
+    checked, freed of their offset, and its answer is checked to be a bijection and, through the dual variables in float64,
+    optimal; where it is not, SciPy solves the problem again in float64. Safe to call from several threads at once.
+
+    Args:
+        score: [n, n]. Where scores differ by less than 1e-6 of the largest, any of the best may be returned.
+        solver: "auto" takes lapjv where it is installed.
+
+    Raises:
+        FastarError: not square, not finite, or lapjv asked for but not installed.
+
+    >>> solve_assignment(np.array([[1.0, 5.0], [2.0, 3.0]])).tolist()
+    [1, 0]
+    """
+    table = score.detach().cpu().numpy() if isinstance(score, Tensor) else np.asarray(score)
+    if table.ndim != 2 or table.shape[0] != table.shape[1]:
+        raise FastarError(f"an assignment needs a square table of scores, this one has shape {list(table.shape)}")
+    n = table.shape[0]
+    if solver not in ("auto", "lapjv", "scipy"):
+        raise FastarError(f"unknown assignment solver {solver!r}: choose one of auto, lapjv, scipy")
+    if solver == "lapjv" and _lapjv() is None:
+        raise FastarError("the assignment solver lapjv is not installed: pip install lapjv, or set the solver to scipy")
+    if n == 0:
+        return np.zeros(0, dtype=np.int64)
+    if not np.isfinite(table).all():
+        row, column = np.argwhere(~np.isfinite(table))[0]
+        raise FastarError(
+            f"score[{row}, {column}] of an assignment is {table[row, column]}: scores must be finite numbers"
+        )
+    if n == 1:
+        return np.zeros(1, dtype=np.int64)
+    cost = _centred_cost(table, maximise)
+    if solver == "scipy" or _lapjv() is None:
+        return _scipy(cost)
+    return _guarded_lapjv(cost)
+
+
+def _scipy(cost: NDArray[Any]) -> NDArray[np.int64]:
+    return np.asarray(linear_sum_assignment(cost)[1], dtype=np.int64)
+
+
+def _centred_cost(table: NDArray[Any], maximise: bool) -> NDArray[Any]:
+    """Costs to minimise, in the table's precision, each row shifted by its own best so that large offsets cost no digits.
+
+    A shift of a whole row changes no assignment. The subtraction is exact to the last digit of the difference.
+    """
+    floating = table if table.dtype in (np.float32, np.float64) else table.astype(np.float64)
+    if maximise:
+        return floating.max(axis=1, keepdims=True) - floating
+    return floating - floating.min(axis=1, keepdims=True)
+
+
+def _guarded_lapjv(cost: NDArray[Any]) -> NDArray[np.int64]:
+    """lapjv's answer if it is proven right, else SciPy's. `cost` is finite, each row's minimum is 0."""
+    solve = _lapjv()
+    assert solve is not None
+    columns_too = cost.min(axis=0, keepdims=True)  # columns that are expensive for everyone carry an offset as well
+    reduced = cost - columns_too
+    largest = float(reduced.max())
+    if not 0 < largest < float("inf"):
+        return _scipy(cost)  # all equal, or differences that overflow
+    small = np.ascontiguousarray(reduced / largest, dtype=np.float32)
+    rows, _, (_, u, v) = solve(small, force_doubles=False)
+    answer = np.asarray(rows, dtype=np.int64)
+    n = len(answer)
+    if not np.array_equal(np.bincount(answer, minlength=n), np.ones(n)):
+        return _scipy(cost)
+    # Weak duality: with v given, u_i = min_j (c_ij - v_j) is feasible, so sum(u) + sum(v) bounds every assignment from below.
+    dual = v.astype(np.float64)
+    slack = (reduced / largest).astype(np.float64) - dual
+    gap = float((slack[np.arange(n), answer] - slack.min(axis=1)).sum())
+    if not gap <= _OPTIMALITY:
+        return _scipy(cost)
+    return answer

@@ -1,0 +1,417 @@
+"""How permuted units travel through each operation: one rule per ATen operation.
+
+A rule gets the labels of the tensor arguments and returns the labels of the output, having required whatever must hold for
+`op(permuted inputs) == permuted op(inputs)`. An operation without a rule is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from torch import fx
+
+from fastar.matching.axes import Axis, AxisSolver, CannotSplit, fixed, length_of
+
+Labels = tuple[Axis, ...]
+
+
+class Refused(Exception):
+    """The symmetry of an operation cannot be proven; the text says what stands in the way."""
+
+
+class Call:
+    """One operation of the graph: its arguments by schema name, their labels, and the shape of its result."""
+
+    def __init__(self, node: fx.Node, labels: dict[fx.Node, Any], solver: AxisSolver):
+        self.node, self.solver, self._labels = node, solver, labels
+        schema = getattr(node.target, "_schema", None)
+        names = [] if schema is None else [argument.name for argument in schema.arguments]
+        defaults = {} if schema is None else {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
+        self.arguments: dict[str, Any] = {**defaults, **dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+    def __getitem__(self, name: str) -> Any:
+        """The argument called `name` as it stands in the graph."""
+        return self.arguments[name]
+
+    def labels(self, argument: Any) -> Labels:
+        """Labels of a tensor argument (a graph node, or its schema name)."""
+        node = self.arguments[argument] if isinstance(argument, str) else argument
+        found: Labels = self._labels[node]
+        return found
+
+    def tensors(self) -> list[fx.Node]:
+        """The tensor arguments in order, lists included."""
+        return list(_nodes([*self.node.args, *self.node.kwargs.values()]))
+
+    def shape(self, node: fx.Node | None = None) -> tuple[int, ...]:
+        """Shape of the result, or of an argument."""
+        value = (node or self.node).meta["val"]
+        value = value[0] if isinstance(value, tuple | list) else value
+        return tuple(int(n) for n in value.shape)
+
+    def require_fixed(self, axis: Axis) -> None:
+        self.solver.fix(axis)
+
+    def unmoved(self, axis: Axis, what: str) -> None:
+        """Refuse unless `axis` is already known not to move: its units may not be cut, reversed or reordered."""
+        if not self.solver.is_fixed(axis):
+            raise Refused(f"{what} an axis of {length_of(axis)} hidden units")
+
+
+def _nodes(values: Sequence[Any]) -> Iterator[fx.Node]:
+    for value in values:
+        if isinstance(value, fx.Node):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _nodes(value)
+
+
+def _dims(value: Any, ndim: int) -> list[int]:
+    if value is None or value == []:
+        return list(range(ndim))
+    return sorted(d % ndim for d in ([value] if isinstance(value, int) else value))
+
+
+def pointwise(call: Call) -> Labels:
+    """Any number of tensors, broadcast against each other."""
+    shape = call.shape()
+    out: list[Axis | None] = [None] * len(shape)
+    for node in call.tensors():
+        labels, lengths = call.labels(node), call.shape(node)
+        for back in range(1, len(lengths) + 1):
+            if lengths[-back] != shape[-back]:
+                continue  # broadcast: the same value for every unit
+            if out[-back] is None:
+                out[-back] = labels[-back]
+            else:
+                call.solver.unify(out[-back] or (), labels[-back])
+    return tuple(fixed(n) if axis is None else axis for axis, n in zip(out, shape, strict=True))
+
+
+def constant_fill(call: Call) -> Labels:
+    """A tensor filled with one value: any permutation leaves it as it is."""
+    return tuple(call.solver.fresh(n) for n in call.shape())
+
+
+def fixed_result(call: Call) -> Labels:
+    """A tensor that depends on nothing that can move."""
+    return tuple(fixed(n) for n in call.shape())
+
+
+def linear(call: Call) -> Labels:
+    x, weight = call.labels("input"), call.labels("weight")
+    call.solver.unify(x[-1], weight[-1])
+    if call["bias"] is not None:
+        call.solver.unify(weight[0], call.labels("bias")[0])
+    return (*x[:-1], weight[0]) if len(weight) == 2 else x[:-1]
+
+
+def convolution(call: Call) -> Labels:
+    """Channels on axis 1. With groups, whole groups move; channels inside a group stay in place."""
+    if call.arguments.get("transposed"):
+        raise Refused("transposed convolution")
+    x, weight, groups = call.labels("input"), call.labels("weight"), call["groups"]
+    x_shape, weight_shape = call.shape(call["input"]), call.shape(call["weight"])
+    spatial = len(weight_shape) - 2
+    if len(x_shape) != spatial + 2:
+        raise Refused("convolution of an input without a batch axis")
+    for axis in (*weight[2:], *x[2:]):
+        call.require_fixed(axis)
+    if groups == 1:
+        call.solver.unify(x[1], weight[1])
+    else:
+        blocks = call.solver.fresh(groups)
+        call.require_fixed(weight[1])
+        call.solver.unify(x[1], call.solver.merge([blocks, fixed(weight_shape[1])]))
+        call.solver.unify(weight[0], call.solver.merge([blocks, fixed(weight_shape[0] // groups)]))
+    if call["bias"] is not None:
+        call.solver.unify(weight[0], call.labels("bias")[0])
+    return (x[0], weight[0], *(fixed(n) for n in call.shape()[2:]))
+
+
+def batch_norm(call: Call) -> Labels:
+    """Statistics and affine parameters follow the channels on axis 1."""
+    if call.arguments.get("training") and call.arguments.get("running_mean") is not None:
+        raise Refused("batch-norm in training mode inside a model in evaluation mode")
+    first, *rest = call.tensors()
+    x = call.labels(first)
+    for node in rest:
+        call.solver.unify(x[1], call.labels(node)[0])
+    return x
+
+
+def layer_norm(call: Call) -> Labels:
+    x = call.labels("input")
+    for name in ("weight", "bias"):
+        if call[name] is not None:
+            labels = call.labels(name)
+            for mine, theirs in zip(x[-len(labels) :], labels, strict=True):
+                call.solver.unify(mine, theirs)
+    return x
+
+
+def prelu(call: Call) -> Labels:
+    first, weight = call.tensors()
+    x, slope = call.labels(first), call.labels(weight)
+    if call.shape(weight) not in ((), (1,)):
+        call.solver.unify(x[min(1, len(x) - 1)], slope[0])
+    return x
+
+
+def pool(spatial: int) -> Callable[[Call], Labels]:
+    """The last `spatial` axes are pooled or resampled; the others pass."""
+
+    def rule(call: Call) -> Labels:
+        x = call.labels(call.tensors()[0])
+        for axis in x[-spatial:]:
+            call.require_fixed(axis)
+        return (*x[:-spatial], *(fixed(n) for n in call.shape()[-spatial:]))
+
+    return rule
+
+
+def reduction(call: Call) -> Labels:
+    """A symmetric function (mean, sum, maximum ...) over some axes does not depend on the order of what it reduces."""
+    x = call.labels(call.tensors()[0])
+    dims = _dims(call.arguments.get("dim"), len(x))
+    if call.arguments.get("keepdim"):
+        return tuple(fixed(1) if i in dims else axis for i, axis in enumerate(x))
+    return tuple(axis for i, axis in enumerate(x) if i not in dims)
+
+
+def same(call: Call) -> Labels:
+    """The first argument's labels: copies, and functions along an axis that treat its units alike (softmax)."""
+    return call.labels(call.tensors()[0])
+
+
+def dropout(call: Call) -> Labels:
+    if call["train"]:
+        raise Refused("dropout that stays active in evaluation mode")
+    return same(call)
+
+
+def reshape(call: Call) -> Labels:
+    """Blocks of input axes with the same product as a block of output axes are flattened and split again."""
+    node = call.tensors()[0]
+    labels, old, new = call.labels(node), call.shape(node), call.shape()
+    out: list[Axis] = []
+    i = j = 0
+    while i < len(old) or j < len(new):
+        begin_i, begin_j = i, j
+        size_i, size_j = 1, 1
+        while True:
+            if size_i == size_j and (i > begin_i or j > begin_j):
+                break
+            if size_i <= size_j and i < len(old):
+                size_i, i = size_i * old[i], i + 1
+            elif j < len(new):
+                size_j, j = size_j * new[j], j + 1
+            else:
+                size_i, i = size_i * old[i], i + 1
+        merged = call.solver.merge(labels[begin_i:i]) if i > begin_i else fixed(1)
+        out += call.solver.split(merged, new[begin_j:j]) if j > begin_j else []
+    return tuple(out)
+
+
+def permute(call: Call) -> Labels:
+    x = call.labels(call.tensors()[0])
+    return tuple(x[d] for d in call["dims"])
+
+
+def transpose(call: Call) -> Labels:
+    x = list(call.labels(call.tensors()[0]))
+    if len(x) > 1:
+        a, b = call.arguments.get("dim0", 0), call.arguments.get("dim1", 1)
+        x[a], x[b] = x[b], x[a]
+    return tuple(x)
+
+
+def squeeze(call: Call) -> Labels:
+    node = call.tensors()[0]
+    x, shape = call.labels(node), call.shape(node)
+    drop = [d for d in _dims(call.arguments.get("dim"), len(x)) if shape[d] == 1]
+    return tuple(axis for d, axis in enumerate(x) if d not in drop)
+
+
+def unsqueeze(call: Call) -> Labels:
+    x = list(call.labels(call.tensors()[0]))
+    x.insert(call["dim"] % (len(x) + 1), fixed(1))
+    return tuple(x)
+
+
+def expand(call: Call) -> Labels:
+    node = call.tensors()[0]
+    x, old, new = call.labels(node), call.shape(node), call.shape()
+    added = len(new) - len(old)
+    return tuple(
+        x[d - added] if d >= added and old[d - added] == n else call.solver.fresh(n) for d, n in enumerate(new)
+    )
+
+
+def concatenate(call: Call) -> Labels:
+    parts = [node for node in call.tensors() if len(call.shape(node)) == len(call.shape())]
+    dim = call.arguments.get("dim", 0) % len(call.shape())
+    labels = [call.labels(node) for node in parts]
+    for other in labels[1:]:
+        for d, axis in enumerate(other):
+            if d != dim:
+                call.solver.unify(labels[0][d], axis)
+    joined = tuple(segment for one in labels for segment in one[dim])
+    return tuple(joined if d == dim else axis for d, axis in enumerate(labels[0]))
+
+
+def slice_axis(call: Call) -> Labels:
+    node = call.tensors()[0]
+    x, length = list(call.labels(node)), call.shape(node)
+    dim = call["dim"] % len(x)
+    start, stop, step = call["start"] or 0, call["end"], call["step"]
+    start, stop, step = slice(start, stop, step).indices(length[dim])
+    if call.solver.is_fixed(x[dim]):
+        x[dim] = fixed(call.shape()[dim])
+    elif step != 1:
+        call.unmoved(x[dim], "takes every other unit of")
+    else:
+        x[dim] = call.solver.cut(x[dim], start, stop)
+    return tuple(x)
+
+
+def split_axis(call: Call) -> tuple[Labels, ...]:
+    """chunk, split and split_with_sizes: the pieces' lengths are read off the results."""
+    x = call.labels(call.tensors()[0])
+    dim = call.arguments.get("dim", 0) % len(x)
+    out, start = [], 0
+    for piece in call.node.meta["val"]:
+        length = int(piece.shape[dim])
+        axis = call.solver.cut(x[dim], start, start + length)
+        out.append(tuple(axis if d == dim else other for d, other in enumerate(x)))
+        start += length
+    return tuple(out)
+
+
+def select(call: Call) -> Labels:
+    x = call.labels(call.tensors()[0])
+    dim = call["dim"] % len(x)
+    call.unmoved(x[dim], "picks one unit out of")
+    return tuple(axis for d, axis in enumerate(x) if d != dim)
+
+
+def pad(call: Call) -> Labels:
+    """Padding with a constant adds positions that are all alike; other modes need an axis that does not move."""
+    x = list(call.labels(call.tensors()[0]))
+    amounts, constant = call["pad"], call.arguments.get("mode", "constant") == "constant"
+    for pair in range(len(amounts) // 2):
+        before, after = amounts[2 * pair : 2 * pair + 2]
+        d = len(x) - 1 - pair
+        if call.solver.is_fixed(x[d]):
+            x[d] = fixed(call.shape()[d])
+        elif constant and min(before, after) >= 0:
+            x[d] = (*call.solver.fresh(before), *x[d], *call.solver.fresh(after))
+        elif before or after:
+            call.unmoved(x[d], "crops or reflects")
+    return tuple(x)
+
+
+def matmul(call: Call) -> Labels:
+    *added, left, right = call.tensors()
+    a, b = call.labels(left), call.labels(right)
+    if min(len(a), len(b)) < 2:
+        raise Refused("matrix product with a vector")
+    call.solver.unify(a[-1], b[-2])
+    batch = max(len(a), len(b)) - 2
+    shape, leading = call.shape(), []
+    for d in range(batch):
+        axes = [
+            (labels[d - batch + len(labels) - 2], call.shape(node)[d - batch + len(labels) - 2])
+            for labels, node in ((a, left), (b, right))
+            if d - batch + len(labels) - 2 >= 0
+        ]
+        moving = [axis for axis, length in axes if length == shape[d]]
+        for axis in moving[1:]:
+            call.solver.unify(moving[0], axis)
+        leading.append(moving[0])
+    out = (*leading, a[-2], b[-1])
+    for node in added:  # addmm's bias
+        for back, (axis, n) in enumerate(zip(reversed(call.labels(node)), reversed(call.shape(node)), strict=True)):
+            if n == shape[-1 - back]:
+                call.solver.unify(out[-1 - back], axis)
+    return out
+
+
+def embedding(call: Call) -> Labels:
+    weight = call.labels("weight")
+    call.require_fixed(weight[0])
+    for axis in call.labels("indices"):
+        call.require_fixed(axis)
+    return (*call.labels("indices"), weight[1])
+
+
+Rule = Callable[[Call], Any]
+
+_POINTWISE = (
+    "relu relu6 leaky_relu elu selu celu gelu silu mish tanh sigmoid log_sigmoid hardtanh hardsigmoid hardswish softplus "
+    "softsign softshrink hardshrink threshold exp expm1 log log1p sqrt rsqrt square abs neg sign reciprocal sin cos erf "
+    "erfc add sub rsub mul div pow maximum minimum clamp clamp_min clamp_max where masked_fill addcmul addcdiv lerp eq ne "
+    "gt ge lt le logical_not logical_and logical_or"
+)
+_SAME = "clone contiguous alias detach detach_ to _to_copy type_as softmax log_softmax _softmax _log_softmax lift_fresh_copy"
+_FILL = "full full_like zeros zeros_like ones ones_like new_zeros new_ones new_full scalar_tensor"
+
+RULES: dict[str, Rule] = {
+    **dict.fromkeys(_POINTWISE.split(), pointwise),
+    **dict.fromkeys(_SAME.split(), same),
+    **dict.fromkeys(_FILL.split(), constant_fill),
+    **dict.fromkeys("conv1d conv2d conv3d convolution".split(), convolution),
+    **dict.fromkeys(
+        "batch_norm _native_batch_norm_legit_no_training _native_batch_norm_legit cudnn_batch_norm".split(), batch_norm
+    ),
+    **dict.fromkeys("max_pool1d avg_pool1d adaptive_avg_pool1d".split(), pool(1)),
+    **dict.fromkeys(
+        "max_pool2d max_pool2d_with_indices avg_pool2d adaptive_avg_pool2d _adaptive_avg_pool2d adaptive_max_pool2d "
+        "upsample_nearest2d upsample_bilinear2d".split(),
+        pool(2),
+    ),
+    **dict.fromkeys("max_pool3d avg_pool3d adaptive_avg_pool3d".split(), pool(3)),
+    **dict.fromkeys("mean sum amax amin var std logsumexp linalg_vector_norm".split(), reduction),
+    **dict.fromkeys("view _unsafe_view reshape flatten unflatten".split(), reshape),
+    **dict.fromkeys("transpose t".split(), transpose),
+    **dict.fromkeys("split split_with_sizes chunk".split(), split_axis),
+    **dict.fromkeys("mm bmm matmul addmm".split(), matmul),
+    **dict.fromkeys("pad constant_pad_nd".split(), pad),
+    **dict.fromkeys("prelu _prelu_kernel".split(), prelu),
+    "arange": fixed_result,
+    "cat": concatenate,
+    "dropout": dropout,
+    "embedding": embedding,
+    "expand": expand,
+    "layer_norm": layer_norm,
+    "linear": linear,
+    "permute": permute,
+    "select": select,
+    "slice": slice_axis,
+    "squeeze": squeeze,
+    "unsqueeze": unsqueeze,
+}
+
+
+def apply_rule(node: fx.Node, labels: dict[fx.Node, Any], solver: AxisSolver) -> Any:
+    """Labels of `node`'s result. Raises Refused, with the reason, where the symmetry is not proven."""
+    if node.target.__class__.__name__ == "builtin_function_or_method" and node.name.startswith("getitem"):
+        source, index = node.args
+        found = labels[source]  # type: ignore[index]
+        if isinstance(source, fx.Node) and isinstance(source.meta["val"], tuple | list):
+            # Operations of one useful result (batch-norm, pooling with indices) carry that result's labels alone.
+            if found and isinstance(found[0], tuple) and found[0] and isinstance(found[0][0], tuple):
+                return found[index]
+            if index != 0:
+                raise Refused("uses a second result")
+        return found
+    name = getattr(node.target, "_schema", None)
+    short = name.name.split("::")[-1] if name is not None and name.name.startswith("aten::") else ""
+    rule = RULES.get(short) or RULES.get(short.rstrip("_"))
+    if rule is None:
+        raise Refused("unknown operation")
+    try:
+        return rule(Call(node, labels, solver))
+    except CannotSplit as why:
+        raise Refused(str(why)) from why

@@ -1,0 +1,98 @@
+"""Numerical proof that the groups of a symmetry leave the network's function unchanged."""
+
+from __future__ import annotations
+
+import copy
+import math
+
+import torch
+from torch import Tensor, nn
+
+from fastar.errors import FastarError
+from fastar.matching.symmetry import Symmetry
+from fastar.seeds import derive_seed
+
+# float64 rounding through a few hundred layers stays below 1e-12 of the outputs' size; a wrong group changes them by
+# their own size. In between there is room for either to be unlucky.
+RELATIVE_TOLERANCE = 1e-8
+
+
+def verify_symmetry(model: nn.Module, symmetry: Symmetry, example_inputs: tuple[Tensor, ...], seed: int = 0) -> None:
+    """Permute every group at random in float64 and compare the outputs with the unpermuted network's.
+
+    All parameters and floating buffers are drawn at random first, so that nothing is hidden by weights that are zero or equal
+    (fresh batch-norms, zero-initialised scales). `model` is copied, not touched.
+
+    Raises:
+        FastarError: the outputs differ (names the groups), are not finite, or do not depend on the weights.
+    """
+    if not symmetry.groups:
+        return
+    name = type(model).__name__
+    twin = copy.deepcopy(model).cpu().double().eval()
+    inputs = tuple(_as_double(x) for x in example_inputs)
+    state = _random_state(twin, seed)
+    permutations = symmetry.random(derive_seed(seed, "verify"))
+    expected = _outputs(twin, state, inputs)
+    scale = max(float(out.abs().max()) for out in expected)
+    if not math.isfinite(scale):
+        raise FastarError(f"cannot verify the permutation groups of {name}: random weights give outputs that are not finite")
+
+    def differs(state_after: dict[str, Tensor]) -> bool:
+        after = _outputs(twin, state_after, inputs)
+        return any(not _close(a, b, scale) for a, b in zip(expected, after, strict=True))
+
+    if differs(symmetry.apply(permutations, state)):
+        identity = symmetry.identity()
+        wrong = [
+            group.name
+            for group in symmetry.groups
+            if differs(symmetry.apply(type(identity)({**identity, group.name: permutations[group.name]}), state))
+        ]
+        raise FastarError(
+            f"permuting the groups found in {name} changes its outputs (groups {', '.join(wrong) or 'together'}): it will not "
+            "be matched; its forward depends on unit order in a way the graph does not show"
+        )
+
+
+def _close(a: Tensor, b: Tensor, scale: float) -> bool:
+    return bool(((a - b).abs() <= RELATIVE_TOLERANCE * scale).all())
+
+
+def _as_double(value: Tensor) -> Tensor:
+    value = value.detach().cpu()
+    if not value.is_floating_point():
+        return value
+    # Example inputs are often zeros; noise makes every input count.
+    noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    return value.double() + noise
+
+
+def _random_state(model: nn.Module, seed: int) -> dict[str, Tensor]:
+    """Weights of a size that keeps activations near 1; variances positive; whole-number buffers as they are."""
+    state, seen = {}, {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) in seen:
+            state[name] = state[seen[id(tensor)]]
+            continue
+        seen[id(tensor)] = name
+        if not tensor.is_floating_point():
+            state[name] = tensor.detach()
+            continue
+        generator = torch.Generator().manual_seed(derive_seed(seed, "verify", name))
+        draw = torch.randn(tensor.shape, generator=generator, dtype=torch.float64)
+        if name.endswith("running_var"):
+            state[name] = draw.abs() + 0.5
+        elif isinstance(tensor, nn.Parameter):
+            fan_in = math.prod(tensor.shape[1:]) if tensor.ndim > 1 else 1
+            state[name] = draw / math.sqrt(max(fan_in, 1))
+        else:
+            state[name] = draw if name.endswith("running_mean") else tensor.detach()
+    return state
+
+
+def _outputs(model: nn.Module, state: dict[str, Tensor], inputs: tuple[Tensor, ...]) -> list[Tensor]:
+    with torch.no_grad():
+        result = torch.func.functional_call(model, state, inputs, tie_weights=False)
+    flat, _ = torch.utils._pytree.tree_flatten(result)
+    return [out for out in flat if isinstance(out, Tensor) and out.is_floating_point()]
