@@ -59,4 +59,6 @@ def launch(
             row_stride,
             INDEXED=index is not None,
             BLOCK=BLOCK,
+            # Named, because Triton's default changes with its version.
+            enable_fp_fusion=True,
         )

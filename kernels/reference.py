@@ -6,15 +6,20 @@ reading a 0-d tensor there is no synchronisation. Elsewhere they work on whole b
 
 import torch
 
-# 64 Ki elements: a block's operands and scratch (1 MiB) stay in a core's cache, and the calls' overhead is small.
-BLOCK = 1 << 16
+# 256 Ki elements: a block's operands and scratch (1 MiB each) stay in the last-level cache, and the calls' overhead is
+# small. Measured over 2^14 to 2^20: flat from 2^18 up, and 2.3 times slower at 2^14 (where calls dominate).
+BLOCK = 1 << 18
+
+
+def _in_blocks(device: torch.device) -> bool:
+    return device.type == "cpu"
 
 
 def interpolate(
     theta: torch.Tensor, source: torch.Tensor, t: torch.Tensor, out: torch.Tensor, index: torch.Tensor | None
 ) -> None:
     """`operations.interpolate` over checked arguments."""
-    if theta.device.type != "cpu":
+    if not _in_blocks(theta.device):
         row = source if index is None else _row_on_device(source, index)
         if out.dtype == torch.float32:
             torch.lerp(theta, row.float(), t, out=out)
@@ -28,8 +33,9 @@ def interpolate(
         return
     scratch = torch.empty(min(BLOCK, theta.numel()))
     for theta_block, row_block, out_block in zip(theta.split(BLOCK), row.split(BLOCK), out.split(BLOCK), strict=True):
-        point = scratch[: theta_block.numel()].copy_(row_block)
-        out_block.copy_(torch.lerp(theta_block, point, weight, out=point))
+        point = scratch[: theta_block.numel()]
+        other = row_block if row_block.dtype == torch.float32 else point.copy_(row_block)
+        out_block.copy_(torch.lerp(theta_block, other, weight, out=point))
 
 
 def sgd_update(
@@ -46,30 +52,38 @@ def sgd_update(
 ) -> None:
     """`operations.sgd_update` over checked arguments."""
     factor = scale * inverse_loss_scale
-    if theta.device.type != "cpu":
+    if not _in_blocks(theta.device):
         _sgd_update_on_device(
             theta, gradient, momentum_buffer, lr, factor, weight_decay, momentum, nesterov, found_nonfinite
         )
         return
     if found_nonfinite is not None and float(found_nonfinite) != 0:
         return
-    factor_value, step_size = float(factor), -float(lr)
+    factor_value = float(factor)
     scratch = torch.empty(min(BLOCK, theta.numel()))
     for start in range(0, theta.numel(), BLOCK):
         block = slice(start, start + BLOCK)
         theta_block = theta[block]
         step = scratch[: theta_block.numel()]
         if gradient.dtype == torch.float32:
-            torch.mul(gradient[block], factor_value, out=step)
+            # Handed over as it is, where it needs no scaling (regular training): the call below only reads it.
+            step = gradient[block] if factor_value == 1 else torch.mul(gradient[block], factor_value, out=step)
         else:
             # Multiplying in the gradient's dtype would round twice.
             step.copy_(gradient[block]).mul_(factor_value)
-        if weight_decay != 0:
-            step.add_(theta_block, alpha=weight_decay)
-        if momentum_buffer is not None:
-            buffer = momentum_buffer[block].mul_(momentum).add_(step)
-            step = step.add_(buffer, alpha=momentum) if nesterov else buffer
-        theta_block.add_(step, alpha=step_size)
+        # What torch.optim.SGD(fused=True) calls: the whole update of a block in one pass.
+        torch._fused_sgd_(
+            [theta_block],
+            [step],
+            [] if momentum_buffer is None else [momentum_buffer[block]],
+            weight_decay=weight_decay,
+            momentum=momentum,
+            lr=float(lr),
+            dampening=0.0,
+            nesterov=nesterov,
+            maximize=False,
+            is_first_step=False,
+        )
 
 
 def _sgd_update_on_device(

@@ -73,4 +73,6 @@ def launch(
             NESTEROV=nesterov,
             GUARDED=found_nonfinite is not None,
             BLOCK=BLOCK,
+            # Named, because Triton's default changes with its version.
+            enable_fp_fusion=True,
         )

@@ -71,6 +71,8 @@ class _BoundModule:
 
     def _collect(self) -> None:
         """Bring every parameter's gradient into the gradient buffers; one that has none counts as zero."""
+        if self.gradient_mode == "gather" and all(parameter.grad is None for parameter in self._parameters):
+            raise FastarError("no parameter has a gradient; run backward first, and collect once per backward")
         destinations, gradients = [], []
         for entry, parameter, view in zip(self.layout.entries, self._parameters, self._gradient_views, strict=True):
             gradient = parameter.grad
