@@ -1,28 +1,22 @@
-"""Packaging of fastar; `make install` is the supported way in, because FFCV has to be built (see tools/build_ffcv.sh)."""
+"""Packaging of fastar. `make install` is the way in, because FFCV has to be built (tools/build_ffcv.sh)."""
+
+from pathlib import Path
 
 from setuptools import setup
 
-ROOMS = [
-    "fastar",
-    "fastar.models",
-    "fastar.data",
-    "fastar.matching",
-    "fastar.evaluation",
-    "fastar.training",
-    "fastar.experiments",
-]
+ROOMS = ["flat", "models", "data", "matching", "evaluation", "training", "experiments"]
 
 setup(
     name="fastar",
     version="0.1.0",
     description="Find star models of neural networks and measure linear mode connectivity, fast",
-    long_description=open("README.md", encoding="utf-8").read(),
+    long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=[*ROOMS, "fastar.kernels"],
-    package_dir={"fastar": "fastar", "fastar.kernels": "kernels"},
-    package_data={"fastar": ["py.typed"]},
+    packages=["fastar", *(f"fastar.{room}" for room in ROOMS), "fastar.kernels", "fastar.configs"],
+    package_dir={"fastar": "fastar", "fastar.kernels": "kernels", "fastar.configs": "configs"},
+    package_data={"fastar": ["py.typed"], "fastar.configs": ["*.yaml"]},
     install_requires=[
         "ffcv==1.0.2",
         "lapjv>=1.3.29",

@@ -6,7 +6,7 @@ Rooms take a `Progress` and never print. `SILENT` is the default; `fastar.cli` p
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
 from rich.console import Console
@@ -25,18 +25,13 @@ class Advance(Protocol):
 class Progress(Protocol):
     """Shows tasks of known length, and lines of text."""
 
-    def task(self, description: str, total: int, unit: str = "items") -> "AdvanceContext":
+    def task(self, description: str, total: int, unit: str = "items") -> AbstractContextManager[Advance]:
         """A context manager around work of `total` units; inside, call the `Advance` it yields."""
         ...
 
     def line(self, text: str) -> None:
         """Show one line of text now."""
         ...
-
-
-class AdvanceContext(Protocol):
-    def __enter__(self) -> Advance: ...
-    def __exit__(self, *exc: object) -> bool | None: ...
 
 
 class SilentProgress:

@@ -1,1 +1,17 @@
+"""Losses, accuracies and barriers of many models over the same data."""
 
+from fastar.evaluation.batch_norm import re_estimate
+from fastar.evaluation.losses import Measured, evaluate_rows
+from fastar.evaluation.paths import Endpoint, Path, PathLosses, barrier, barrier_gaps, evaluate_paths
+
+__all__ = [
+    "Endpoint",
+    "Measured",
+    "Path",
+    "PathLosses",
+    "barrier",
+    "barrier_gaps",
+    "evaluate_paths",
+    "evaluate_rows",
+    "re_estimate",
+]

@@ -62,7 +62,7 @@ def build_model(
         if seed is not None:
             torch.manual_seed(derive_seed(seed, "initialisation"))
         model = MODELS[arch](input_shape=input_shape, classes=classes, **options)
-    return model.to(memory_format=torch.channels_last)
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -28,7 +29,7 @@ class Mlp(nn.Module):
             raise FastarError(f"model.depth={depth} of mlp must be at least 1 hidden layer")
         sizes = [math.prod(input_shape), *[int(width)] * depth]
         layers: list[nn.Module] = []
-        for fan_in, fan_out in zip(sizes[:-1], sizes[1:], strict=True):
+        for fan_in, fan_out in itertools.pairwise(sizes):
             layers += [nn.Linear(fan_in, fan_out), nn.ReLU()]
         self.hidden = nn.Sequential(*layers)
         self.classifier = nn.Linear(sizes[-1], classes)

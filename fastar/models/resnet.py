@@ -75,7 +75,7 @@ def _scaled(base: Sequence[int], width: float, arch: str) -> list[int]:
 
 
 def resnet18(input_shape: tuple[int, int, int], classes: int, width: float = 1.0) -> nn.Module:
-    """The CIFAR form of ResNet-18: 2-2-2-2 blocks of 64, 128, 256, 512 channels times `width` (11.2 M parameters at 1)."""
+    """CIFAR ResNet-18: 2-2-2-2 blocks of 64, 128, 256, 512 channels times `width` (11.2 M parameters at 1)."""
     return CifarResNet(input_shape, classes, [2, 2, 2, 2], _scaled([64, 128, 256, 512], width, "resnet18"))
 
 

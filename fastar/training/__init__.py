@@ -1,1 +1,20 @@
+"""Training of regular and star models over flat parameters."""
 
+from fastar.training.loop import Epoch, Step, fit, synchronize
+from fastar.training.precision import resolve_precision
+from fastar.training.schedule import learning_rate
+from fastar.training.steps import RegularStep, StarStep, draw
+from fastar.training.store import SourcesStore
+
+__all__ = [
+    "Epoch",
+    "RegularStep",
+    "SourcesStore",
+    "StarStep",
+    "Step",
+    "draw",
+    "fit",
+    "learning_rate",
+    "resolve_precision",
+    "synchronize",
+]

@@ -1,0 +1,46 @@
+# `make star` in a fresh clone: installs what is missing into .venv and finds a star model of scikit-learn's digits.
+VENV := .venv
+BIN := $(VENV)/bin
+PINS := requirements.txt setup.py tools/install.sh tools/build_ffcv.sh
+
+.PHONY: star install test test-all check format bench clean
+
+star: $(VENV)/.installed
+	$(BIN)/fastar train-star --dataset digits
+
+install: $(VENV)/.installed
+
+test: $(VENV)/.dev
+	$(BIN)/python -m pytest
+
+test-all: $(VENV)/.dev
+	$(BIN)/python -m pytest -m 'slow or not slow'
+
+check: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.bench
+	$(BIN)/python tools/bench_kernels.py
+	$(BIN)/python tools/bench_matching.py --arch resnet18 --sources 2 --against rebasin
+
+clean:
+	rm -rf $(VENV) build dist fastar.egg-info .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.installed: $(PINS)
+	sh tools/install.sh $(VENV)
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.installed requirements-dev.txt
+	$(BIN)/python -m pip --disable-pip-version-check install -q -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.dev
+	$(BIN)/python -m pip --disable-pip-version-check install -q -e '.[bench]' --no-build-isolation
+	@touch $@

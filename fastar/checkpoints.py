@@ -1,0 +1,151 @@
+"""Trained models as files: safetensors with what they are in the metadata; other people's .pt and .pth are read too."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import zipfile
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialize
+
+from fastar.errors import FastarError
+
+SUFFIXES = (".safetensors", ".pt", ".pth")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model's state and what is known of it.
+
+    `metadata` of fastar's own files: kind (source, heldout, star), arch, model (its settings), input_shape, classes,
+    dataset, dataset_digest, seed, index, recipe, epochs, losses and accuracies, version, commit. Of others: empty.
+    """
+
+    state: dict[str, torch.Tensor]
+    metadata: dict[str, Any] = field(default_factory=dict)
+    path: Path | None = None
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `data` so that `path` is either as it was or complete, and survives a power cut.
+
+    Raises:
+        FastarError: the disk is full or the folder not writable; nothing is left behind.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        what = f"{path}: cannot be written ({error.strerror}); free space or choose another folder"
+        raise FastarError(what) from error
+    finally:
+        with suppress(OSError):  # gone after the rename; else best effort
+            temporary.unlink()
+
+
+def save_checkpoint(path: Path, state: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> None:
+    """Write `state` and `metadata` (JSON-able) to `path` (.safetensors), atomically.
+
+    Raises:
+        FastarError: `path` cannot be written.
+    """
+    tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    write_atomically(path, serialize(tensors, {"fastar": json.dumps(dict(metadata), sort_keys=True)}))
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """The metadata of a .safetensors file, without reading its tensors.
+
+    Raises:
+        FastarError: missing, truncated or foreign file.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            text = (file.metadata() or {}).get("fastar")
+        return dict(json.loads(text)) if text else {}
+    except FileNotFoundError as error:
+        raise FastarError(f"{path}: no such checkpoint") from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise FastarError(f"{path}: not a readable safetensors file ({error}); delete it or restore it") from error
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read a checkpoint: fastar's .safetensors, or a .pt/.pth state dict, bare or under `state_dict`.
+
+    `module.` prefixes (DataParallel) are removed. Pickles are read with `weights_only=True`: no code runs.
+
+    Raises:
+        FastarError: missing, damaged or foreign file, no tensors in it, or values that are not finite.
+    """
+    if path.suffix not in SUFFIXES:
+        raise FastarError(f"{path}: not a checkpoint; expected a file ending in {', '.join(SUFFIXES)}")
+    if not path.is_file():
+        raise FastarError(f"{path}: no such checkpoint")
+    metadata: dict[str, Any] = {}
+    if path.suffix == ".safetensors":
+        metadata = read_metadata(path)
+        with safe_open(path, framework="pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    else:
+        state = _read_pickle(path)
+    state = {name.removeprefix("module."): value for name, value in state.items()}
+    if not state:
+        raise FastarError(f"{path}: holds no tensors")
+    for name, value in state.items():
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise FastarError(f"{path}: {name} has NaN or infinite values; train this model again or leave it out")
+    return Checkpoint(state, metadata, path)
+
+
+def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, OSError, KeyError, ValueError) as error:
+        reason = str(error).split("\n")[0]
+        raise FastarError(f"{path}: cannot be read as weights only ({reason}); save its state_dict alone") from error
+    if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
+        content = content["state_dict"]
+    if not isinstance(content, Mapping):
+        raise FastarError(f"{path}: expected a state dict, found {type(content).__name__}; save model.state_dict()")
+    other = [name for name, value in content.items() if not isinstance(value, torch.Tensor)]
+    if other:
+        raise FastarError(f"{path}: entry {other[0]!r} is no tensor; save model.state_dict() alone or as 'state_dict'")
+    return dict(content)
+
+
+def load_into(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
+    """Copy a checkpoint's state into `model`, in place.
+
+    Raises:
+        FastarError: names or shapes differ; the first difference is named.
+    """
+    where = checkpoint.path or "checkpoint"
+    expected = model.state_dict()
+    for name, value in expected.items():
+        if name not in checkpoint.state:
+            if name.endswith("num_batches_tracked"):
+                continue
+            raise FastarError(f"{where}: {name} is missing; is it of another architecture?")
+        found = checkpoint.state[name]
+        if found.shape != value.shape:
+            raise FastarError(
+                f"{where}: {name} has shape {tuple(found.shape)}, the model {tuple(value.shape)}; "
+                "is it of another architecture or width?"
+            )
+    extra = [name for name in checkpoint.state if name not in expected]
+    if extra:
+        raise FastarError(f"{where}: {extra[0]} is not part of the model; is it of another architecture?")
+    model.load_state_dict(checkpoint.state, strict=False)  # all but num_batches_tracked was checked above

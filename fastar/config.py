@@ -1,0 +1,310 @@
+"""Settings of a run: typed, strict YAML plus `key=value` overrides. Imports no torch, so that it is instant."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from fastar.errors import FastarError
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+if not CONFIGS.is_dir():  # installed, not a checkout: setup.py maps the folder into the package
+    CONFIGS = Path(__file__).resolve().parent / "configs"
+
+DEFAULT_ARCH = {
+    "digits": "mlp",
+    "mnist": "mlp",
+    "fashion-mnist": "mlp",
+    "cifar10": "resnet18",
+    "cifar100": "resnet18",
+}
+
+Positive = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class DatasetSettings(_Section):
+    """Which images, and where they are."""
+
+    name: str
+    root: Path | None = None
+    """Folder of the raw data; None looks where the dataset is usually found."""
+    directory: Path = Path(os.environ.get("FASTAR_DATA", "~/.cache/fastar/data"))
+    """Folder of the .beton files, shared by runs."""
+    limit: Positive | None = None
+    """Train on this many images (class-balanced) instead of all."""
+
+
+class ModelSettings(_Section):
+    """Architecture and its own settings (`width`, `depth`, ...), which the architecture checks."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+    arch: str
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return dict(self.model_extra or {})
+
+
+class TrainSettings(_Section):
+    """The recipe of a regular model; the star model uses the same (paper, appendix B.1)."""
+
+    epochs: Positive = 20
+    batch_size: Positive = 128
+    lr: PositiveFloat = 0.1
+    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    nesterov: bool = True
+    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5e-4
+    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
+    milestones: tuple[Positive, ...] = ()
+    """Epochs after which the step schedule multiplies the learning rate by `gamma`."""
+    gamma: PositiveFloat = 0.1
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """auto: bf16 on a GPU that has it, else fp32. fp16 (with loss scaling) needs a GPU."""
+    drop_last: bool = True
+    """Leave out the short last batch of an epoch (the order is drawn anew each epoch)."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainSettings:
+        if self.schedule == "step" and not self.milestones:
+            raise ValueError("schedule=step needs milestones, such as milestones=[100, 150]")
+        if self.schedule != "step" and self.milestones:
+            raise ValueError("milestones belong to schedule=step: set schedule=step or leave milestones out")
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError("warmup_epochs must be below epochs")
+        if self.nesterov and self.momentum == 0:
+            raise ValueError("nesterov needs momentum above 0: set nesterov=false or raise momentum")
+        return self
+
+
+class SourcesSettings(_Section):
+    """The source models Z and the held-out models H."""
+
+    number: Positive = 10
+    heldout: Count = 3
+    folder: Path | None = None
+    """Take the sources from this folder of checkpoints instead of training them."""
+
+
+class StarSettings(_Section):
+    """Algorithm 1: how t is drawn, how often sources are matched, and what differs from `train`."""
+
+    t: Literal["uniform", "beta", "constant"] = "uniform"
+    alpha: PositiveFloat = 2.0
+    beta: PositiveFloat = 2.0
+    value: Fraction = 0.5
+    """t itself where t=constant."""
+    match_every_epochs: Count = 1
+    """Match sources at the start of every such epoch, the first included; 0 never matches."""
+    epochs: Positive | None = None
+    """None: as many as `train.epochs`."""
+    lr: PositiveFloat | None = None
+
+
+class MatchingSettings(_Section):
+    """Weight matching."""
+
+    solver: Literal["auto", "lapjv", "scipy"] = "auto"
+    orders: Positive = 1
+    """Random group orders to try; the best objective is kept."""
+    max_sweeps: Positive = 100
+
+
+class EvaluationSettings(_Section):
+    """Barriers (eq. 10) and what is measured around them."""
+
+    points: Annotated[int, Field(ge=2)] = 11
+    """Equispaced values of t, ends included."""
+    batch_norm: Literal["population", "reference"] = "population"
+    """population: exact statistics of the train set at every point. reference: the paper's code, a moving average
+    over augmented batches at inner points, the models' own statistics at the ends."""
+    regular_pairs: Positive = 10
+    """Pairs of regular models to measure, drawn at random from Z and H; all of them where there are fewer."""
+    batch_size: Positive = 1000
+
+
+class Settings(_Section):
+    """Everything that determines a run."""
+
+    dataset: DatasetSettings
+    model: ModelSettings
+    train: TrainSettings = TrainSettings()
+    sources: SourcesSettings = SourcesSettings()
+    star: StarSettings = StarSettings()
+    matching: MatchingSettings = MatchingSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    seed: Count = 0
+    device: str = "auto"
+    workers: Positive = 2
+    """Processes for writing data, threads for loading and for assignments."""
+
+    def to_yaml(self) -> str:
+        """The settings as YAML that `load_settings` reads back to the same settings."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, keys joined by dots.
+
+    >>> flatten({"train": {"lr": 0.1}, "seed": 0})
+    {'train.lr': 0.1, 'seed': 0}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """Keys whose values differ between two nested settings, each with its old and new value."""
+    a, b = flatten(old), flatten(new)
+    return {key: (a.get(key), b.get(key)) for key in {**a, **b} if a.get(key) != b.get(key)}
+
+
+def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    if path in seen:
+        raise FastarError(f"{path}: its base refers back to itself; remove the circle")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FastarError(f"{path}: cannot read the configuration ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise FastarError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        raise FastarError(f"{path}: expected a mapping of settings, found {type(content).__name__}")
+    base = content.pop("base", None)
+    if base is None:
+        return content
+    return _merge(_read_yaml(path.parent / str(base), (*seen, path)), content)
+
+
+def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(under)
+    for key, value in over.items():
+        old = merged.get(key)
+        merged[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
+    """`["train.lr=0.1", "seed=3"]` as nested settings; values are YAML.
+
+    >>> parse_overrides(["train.lr=0.1", "train.milestones=[100, 150]"])
+    {'train': {'lr': 0.1, 'milestones': [100, 150]}}
+    """
+    nested: dict[str, Any] = {}
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        if not equals or not key:
+            raise FastarError(f"{override!r} is not a setting: write key=value, such as train.lr=0.05")
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise FastarError(f"{override!r}: the value is not valid YAML ({' '.join(str(error).split())})") from error
+        place = nested
+        *sections, name = key.split(".")
+        for section in sections:
+            place = place.setdefault(section, {})
+            if not isinstance(place, dict):
+                raise FastarError(f"{override!r}: {section} is set to a value by an earlier override")
+        place[name] = value
+    return nested
+
+
+def config_path(dataset: str, arch: str) -> Path | None:
+    """The configuration that ships for this dataset and architecture, or None."""
+    path = CONFIGS / f"{dataset}-{arch}.yaml"
+    return path if path.is_file() else None
+
+
+def load_settings(
+    *,
+    dataset: str | None = None,
+    arch: str | None = None,
+    file: Path | None = None,
+    overrides: Iterable[str] = (),
+) -> Settings:
+    """Resolve settings: a file (given, or the one shipped for dataset and architecture), then the overrides.
+
+    Raises:
+        FastarError: unreadable file, unknown key (the nearest valid one is named), or value out of range.
+    """
+    changes = parse_overrides(overrides)
+    if file is not None:
+        content = _read_yaml(file)
+    else:
+        if dataset is None:
+            raise FastarError("no dataset: give --dataset NAME or --config FILE")
+        arch = arch or DEFAULT_ARCH.get(dataset, "resnet18")
+        shipped = config_path(dataset, arch)
+        content = _read_yaml(shipped) if shipped else {}
+    named: dict[str, Any] = {}
+    if dataset is not None:
+        named["dataset"] = {"name": dataset}
+    if arch is not None:
+        named["model"] = {"arch": arch}
+        if content.get("model", {}).get("arch", arch) != arch:  # another architecture's width would not fit
+            content = {**content, "model": {}}
+    return validate(_merge(_merge(content, named), changes), source=str(file or "settings"))
+
+
+def validate(content: Mapping[str, Any], source: str = "settings") -> Settings:
+    """Typed settings from nested mappings.
+
+    Raises:
+        FastarError: one line naming the first wrong key, what was expected, and the nearest valid key.
+    """
+    try:
+        return Settings.model_validate(content)
+    except ValidationError as error:
+        raise FastarError(f"{source}: {_explain(error)}") from error
+
+
+def _explain(error: ValidationError) -> str:
+    """The first error as one line; unknown keys come first, since a typo often also leaves a key missing."""
+    errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
+    first = errors[0]
+    parts = [str(part) for part in first["loc"]]
+    key = ".".join(parts)
+    if first["type"] == "extra_forbidden":
+        valid = _valid_keys(parts[:-1])
+        elsewhere = {name.rpartition(".")[2]: name for name in _all_keys()}
+        near = difflib.get_close_matches(parts[-1], valid, n=1)
+        near = near or [elsewhere[name] for name in difflib.get_close_matches(parts[-1], elsewhere, n=1)]
+        hint = f"did you mean {near[0]}? " if near else ""
+        return f"unknown key {key}: {hint}valid here: {', '.join(valid)}"
+    if first["type"] == "missing":
+        return f"{key} is missing"
+    message = first["msg"].removeprefix("Value error, ")
+    shown = "" if isinstance(first["input"], Mapping | BaseModel) else f"={first['input']!r}"
+    return f"{key}{shown}: {message[0].lower()}{message[1:]}"
+
+
+def _valid_keys(section: list[str]) -> list[str]:
+    model: type[BaseModel] = Settings
+    for name in section:
+        field = model.model_fields.get(name)
+        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
+            return []
+        model = field.annotation
+    return list(model.model_fields)
+
+
+def _all_keys() -> list[str]:
+    return [*Settings.model_fields, *(f"{s}.{k}" for s in Settings.model_fields for k in _valid_keys([s]))]

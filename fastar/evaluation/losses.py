@@ -1,0 +1,190 @@
+"""Losses and accuracies of many models that share each batch of data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastar.errors import FastarError
+from fastar.evaluation.batch_norm import (
+    PopulationStatistics,
+    Statistics,
+    batch_norm_layers,
+    evaluating,
+    own_statistics,
+    set_statistics,
+)
+from fastar.flat import FlatLayout
+
+Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
+"""A fresh pass over (images, labels); every sample exactly once."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Mean loss and accuracy of each model, float64 [K]."""
+
+    loss: Tensor
+    accuracy: Tensor
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """fp32 means fp32 inside: no TF32 in convolutions or products (a loss of 0.001 needs it)."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def bound(model: nn.Module, names: Sequence[str]) -> Iterator[Callable[[Mapping[str, Tensor]], None]]:
+    """A function that makes given tensors the parameters of `model`; afterwards it has its own again."""
+    parameters = dict(model.named_parameters())
+    chosen = [parameters[name] for name in names]
+    own = [parameter.data for parameter in chosen]
+
+    def bind(tensors: Mapping[str, Tensor]) -> None:
+        for name, parameter in zip(names, chosen, strict=True):
+            parameter.data = tensors[name]
+
+    try:
+        yield bind
+    finally:
+        for parameter, data in zip(chosen, own, strict=True):
+            parameter.data = data
+
+
+@torch.no_grad()
+def evaluate_rows(
+    model: nn.Module,
+    layout: FlatLayout,
+    rows: Tensor,
+    splits: Mapping[str, Batches],
+    *,
+    statistics: Sequence[Statistics | None] | None = None,
+    statistics_batches: Batches | None = None,
+    method: str = "population",
+    advance: Callable[[int], None] = lambda count: None,
+) -> dict[str, Measured]:
+    """Evaluate K models of one architecture in two passes: batch-norm statistics, then losses.
+
+    Args:
+        model: gives the architecture; its own state is left as it was.
+        layout: where parameters lie in a row.
+        rows: [K, P] fp32 parameters, on the data's device.
+        splits: name of a split to its data.
+        statistics: batch-norm statistics to use for a model as they are; None (for all or for one): re-estimate.
+        statistics_batches: the data they are re-estimated from; needed where the model has batch-norm.
+        method: "population" (exact over all data) or "reference" (moving average with momentum 0.1, as the
+            paper's code).
+        advance: told the number of (model, batch) evaluations done.
+
+    Raises:
+        FastarError: a loss that is not finite, or batch-norm without data to re-estimate it from.
+    """
+    if rows.ndim != 2 or rows.shape[1] != layout.numel:
+        raise ValueError(f"rows must be [K, {layout.numel}], got {tuple(rows.shape)}")
+    count = len(rows)
+    views = layout.views(rows)
+    names = list(views)
+    singles = [{name: view[k] for name, view in views.items()} for k in range(count)]
+    found: list[Statistics | None] = list(statistics) if statistics is not None else [None] * count
+    results = {}
+    with full_precision(), bound(model, names) as bind, evaluating(model):
+        if batch_norm_layers(model):
+            todo = [k for k in range(count) if found[k] is None]
+            if todo and statistics_batches is None:
+                raise FastarError("the model has batch-norm: statistics_batches are needed to re-estimate it")
+            if todo and statistics_batches is not None:
+                estimate = _population if method == "population" else _moving_average
+                for k, value in zip(
+                    todo, estimate(model, bind, [singles[k] for k in todo], statistics_batches, advance), strict=True
+                ):
+                    found[k] = value
+        for split, batches in splits.items():
+            results[split] = _measure(model, bind, singles, found, batches, advance)
+    return results
+
+
+def _population(
+    model: nn.Module,
+    bind: Callable[[Mapping[str, Tensor]], None],
+    singles: Sequence[Mapping[str, Tensor]],
+    batches: Batches,
+    advance: Callable[[int], None],
+) -> list[Statistics]:
+    populations = [PopulationStatistics(model) for _ in singles]
+    for images, _ in batches():
+        for parameters, population in zip(singles, populations, strict=True):
+            bind(parameters)
+            with population.collecting(model):
+                model(images)
+        advance(len(singles))
+    return [population.result() for population in populations]
+
+
+def _moving_average(
+    model: nn.Module,
+    bind: Callable[[Mapping[str, Tensor]], None],
+    singles: Sequence[Mapping[str, Tensor]],
+    batches: Batches,
+    advance: Callable[[int], None],
+) -> list[Statistics]:
+    layers = batch_norm_layers(model)
+    found = [own_statistics(model) for _ in singles]
+    kept = {name: layer.momentum for name, layer in layers.items()}
+    for layer in layers.values():
+        layer.momentum = 0.1
+        layer.train()
+    for images, _ in batches():
+        for parameters, statistics in zip(singles, found, strict=True):
+            bind(parameters)
+            set_statistics(model, statistics)
+            model(images)  # writes into `statistics`
+        advance(len(singles))
+    for name, layer in layers.items():
+        layer.momentum = kept[name]
+        layer.eval()
+    return found
+
+
+def _measure(
+    model: nn.Module,
+    bind: Callable[[Mapping[str, Tensor]], None],
+    singles: Sequence[Mapping[str, Tensor]],
+    statistics: Sequence[Statistics | None],
+    batches: Batches,
+    advance: Callable[[int], None],
+) -> Measured:
+    losses: Tensor | None = None
+    correct: Tensor | None = None
+    seen = 0
+    for images, labels in batches():
+        if losses is None or correct is None:
+            losses = torch.zeros(len(singles), dtype=torch.float64, device=images.device)
+            correct = torch.zeros(len(singles), dtype=torch.int64, device=images.device)
+        for k, parameters in enumerate(singles):
+            bind(parameters)
+            own = statistics[k]
+            if own is not None:
+                set_statistics(model, own)
+            logits = model(images).float()
+            losses[k] += F.cross_entropy(logits, labels, reduction="sum")
+            correct[k] += (logits.argmax(1) == labels).sum()
+        seen += len(labels)
+        advance(len(singles))
+    if losses is None or correct is None:
+        raise FastarError("no data to evaluate on: the split is empty")
+    loss = (losses / seen).cpu()
+    if not torch.isfinite(loss).all():
+        raise FastarError(f"model {int((~torch.isfinite(loss)).nonzero()[0])} has a loss that is not finite")
+    return Measured(loss=loss, accuracy=(correct.double() / seen).cpu())

@@ -1,0 +1,161 @@
+"""Losses along straight paths between models, and barriers (paper, eq. 1 and 10)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from fastar.evaluation.batch_norm import Statistics
+from fastar.evaluation.losses import Batches, evaluate_rows
+from fastar.flat import FlatLayout
+from fastar.kernels import interpolate
+from fastar.progress import SILENT, Progress
+
+
+@dataclass(frozen=True, eq=False)
+class Endpoint:
+    """One end of a path: a model's parameters as a row [P], already permuted to match the other end."""
+
+    name: str
+    row: Tensor
+    statistics: Statistics | None = None
+    """Its own batch-norm statistics, permuted alike; used by the reference's way of evaluating only."""
+
+
+@dataclass(frozen=True, eq=False)
+class Path:
+    """The segment from `first` (t = 0) to `second` (t = 1)."""
+
+    kind: str
+    first: Endpoint
+    second: Endpoint
+
+
+@dataclass(frozen=True)
+class PathLosses:
+    """What was measured along a path: for each split, loss and accuracy at each t."""
+
+    kind: str
+    first: str
+    second: str
+    t: list[float]
+    loss: dict[str, list[float]] = field(default_factory=dict)
+    accuracy: dict[str, list[float]] = field(default_factory=dict)
+
+    def barrier(self, split: str) -> float:
+        """Barrier of this path on `split` (eq. 10)."""
+        return barrier(self.t, self.loss[split])
+
+
+def barrier_gaps(t: Sequence[float], loss: Sequence[float]) -> list[float]:
+    """At each t, the loss minus the straight line between the ends' losses (eq. 1)."""
+    first, last = loss[0], loss[-1]
+    return [value - ((1 - s) * first + s * last) for s, value in zip(t, loss, strict=True)]
+
+
+def barrier(t: Sequence[float], loss: Sequence[float]) -> float:
+    """The largest gap over the sampled t (eq. 10); never negative, since the ends have gap 0.
+
+    >>> barrier([0.0, 0.5, 1.0], [1.0, 4.0, 3.0])
+    2.0
+    """
+    return max(barrier_gaps(t, loss))
+
+
+def resident_models(layout: FlatLayout, device: torch.device, wanted: int) -> int:
+    """How many rows to hold at once: what fits in a quarter of the free memory, 2 GiB at most, at least 1."""
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 8 << 30
+    return max(1, min(wanted, min(free // 4, 2 << 30) // (4 * layout.numel)))
+
+
+def evaluate_paths(
+    model: nn.Module,
+    layout: FlatLayout,
+    paths: Sequence[Path],
+    splits: Mapping[str, Batches],
+    *,
+    points: int = 11,
+    statistics_batches: Batches | None = None,
+    method: str = "population",
+    resident: int | None = None,
+    progress: Progress = SILENT,
+) -> list[PathLosses]:
+    """Evaluate every path at `points` equispaced t, ends included, sharing each batch among all models.
+
+    A model that ends several paths is evaluated once. Where all models fit in memory this takes two passes over
+    the data (statistics, losses) however many paths there are.
+
+    Args:
+        model: gives the architecture; left as it was.
+        layout: where parameters lie in a row.
+        paths: ends already matched to each other.
+        splits: name of a split to its data.
+        points: number of t, at least 2.
+        statistics_batches: data for batch-norm statistics.
+        method: "population", or "reference": moving average at inner points, `Endpoint.statistics` at the ends.
+        resident: models held at once; None chooses from free memory.
+    """
+    if points < 2:
+        raise ValueError(f"points={points}: a path needs its two ends")
+    ts = [i / (points - 1) for i in range(points)]
+    jobs: dict[tuple[int, int, float], tuple[Path, float]] = {}
+    keys: list[list[tuple[int, int, float]]] = []
+    for path in paths:
+        keys.append([])
+        for t in ts:
+            first, second = (
+                (path.first, path.first)
+                if t == 0
+                else (path.second, path.second)
+                if t == 1
+                else (path.first, path.second)
+            )
+            key = (id(first), id(second), 0.0 if first is second else t)
+            keys[-1].append(key)
+            jobs.setdefault(key, (path, t))
+    todo = list(jobs.items())
+    if not todo:
+        return []
+    device = paths[0].first.row.device
+    chunk = resident or resident_models(layout, device, len(todo))
+    measured: dict[tuple[int, int, float], dict[str, tuple[float, float]]] = {}
+    rows = torch.empty(min(chunk, len(todo)), layout.numel, device=device)
+    with progress.task("evaluating", total=len(todo), unit="models") as advance:
+        for start in range(0, len(todo), chunk):
+            part = todo[start : start + chunk]
+            for row, (_, (path, t)) in zip(rows, part, strict=False):
+                interpolate(path.first.row, path.second.row, torch.tensor(t, device=device), row)
+            own = [_own_statistics(path, t, method) for _, (path, t) in part]
+            results = evaluate_rows(
+                model,
+                layout,
+                rows[: len(part)],
+                splits,
+                statistics=own,
+                statistics_batches=statistics_batches,
+                method=method,
+            )
+            for k, (key, _) in enumerate(part):
+                measured[key] = {s: (float(m.loss[k]), float(m.accuracy[k])) for s, m in results.items()}
+            advance(len(part))
+    return [
+        PathLosses(
+            path.kind,
+            path.first.name,
+            path.second.name,
+            ts,
+            {split: [measured[key][split][0] for key in path_keys] for split in splits},
+            {split: [measured[key][split][1] for key in path_keys] for split in splits},
+        )
+        for path, path_keys in zip(paths, keys, strict=True)
+    ]
+
+
+def _own_statistics(path: Path, t: float, method: str) -> Statistics | None:
+    if method != "reference" or t not in (0.0, 1.0):
+        return None
+    end = path.first if t == 0.0 else path.second
+    return end.statistics or None
