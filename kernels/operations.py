@@ -69,7 +69,7 @@ def sgd_update(
         buf   = momentum * buf + v
         theta = theta - lr * (v + momentum * buf if nesterov else buf)
 
-    theta, momentum_buffer: fp32 [P], updated; the buffer starts as zeros and may be None where momentum is 0.
+    theta, momentum_buffer: fp32 [P], updated; the buffer starts as zeros (with momentum 0 it is left alone, or None).
     gradient: fp32, bf16 or fp16 [P], unchanged. lr, scale (1 - t; 1 in regular training), inverse_loss_scale: fp32 0-d
     tensors on the device. Weight decay is not scaled by 1 - t. found_nonfinite: fp32 0-d; where it is not zero nothing
     changes, so that a step whose scaled loss overflowed is skipped without a host synchronisation.
@@ -100,7 +100,7 @@ def sgd_update(
         _path(theta, "star_update", reference.sgd_update)(
             theta,
             gradient,
-            momentum_buffer,
+            momentum_buffer if momentum != 0 else None,
             lr,
             scale,
             inverse_loss_scale,

@@ -1,0 +1,142 @@
+"""Which path runs and how it says so; and that the Triton kernels compile for CUDA, which needs no GPU to find out."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+from fastar.kernels import backend, dispatch, interpolate
+
+
+@pytest.fixture(autouse=True)
+def _forget_earlier_choices(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.delenv("FASTAR_KERNELS", raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    dispatch._choose.cache_clear()
+    yield
+    dispatch._choose.cache_clear()
+
+
+def test_a_cpu_takes_the_reference_and_says_so_once(caplog: pytest.LogCaptureFixture) -> None:
+    theta, t = torch.zeros(3), torch.tensor(0.5)
+    with caplog.at_level(logging.INFO, logger="fastar.kernels"):
+        for _ in range(3):
+            interpolate(theta, theta, t, theta)
+    assert backend(torch.device("cpu")) == "reference"
+    assert [record.getMessage() for record in caplog.records] == [
+        "kernels on cpu: reference (the Triton kernels are for CUDA)"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("setting", "interpret", "expected"),
+    [
+        ("reference", "1", "reference"),
+        ("triton", "1", "triton"),
+        ("auto", "1", "reference"),
+        ("auto", "0", "reference"),
+    ],
+)
+def test_the_environment_forces_a_path(
+    monkeypatch: pytest.MonkeyPatch, setting: str, interpret: str, expected: str
+) -> None:
+    if torch.cuda.is_available() and setting == "triton":
+        pytest.skip("the kernels are compiled in this process: run with CUDA_VISIBLE_DEVICES= to interpret them")
+    monkeypatch.setenv("FASTAR_KERNELS", setting)
+    monkeypatch.setenv("TRITON_INTERPRET", interpret)
+    assert backend("cpu") == expected
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [("triton", "FASTAR_KERNELS=triton on cpu: .*TRITON_INTERPRET=1"), ("fast", "FASTAR_KERNELS=fast: no such")],
+)
+def test_a_path_that_cannot_run_is_refused(monkeypatch: pytest.MonkeyPatch, setting: str, message: str) -> None:
+    monkeypatch.setenv("FASTAR_KERNELS", setting)
+    with pytest.raises(ValueError, match=message) as caught:
+        backend("cpu")
+    assert "\n" not in str(caught.value)
+
+
+def test_cuda_without_triton_falls_back_with_one_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setitem(sys.modules, "fastar.kernels.interpolation", None)  # importing it raises ImportError
+    with caplog.at_level(logging.INFO, logger="fastar.kernels"):
+        assert [backend("cuda"), backend("cuda:1")] == ["reference", "reference"]
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert "Triton cannot be imported" in record.getMessage()
+    monkeypatch.setenv("FASTAR_KERNELS", "triton")
+    with pytest.raises(ValueError, match="install a working Triton"):
+        backend("cuda")
+
+
+@pytest.mark.gpu
+def test_cuda_takes_triton() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    assert backend("cuda") == "triton"
+
+
+def in_fresh_python(code: str) -> str:
+    environment = {
+        name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "FASTAR_KERNELS")
+    }
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120, env=environment
+    ).stdout
+
+
+def test_importing_the_kernels_does_not_import_triton() -> None:
+    code = (
+        "import sys, torch; before = 'triton' in sys.modules; import fastar.kernels as k; v = torch.zeros(2);"
+        "k.interpolate(v, v, torch.tensor(0.), v); print(before, 'triton' in sys.modules)"
+    )
+    before, after = in_fresh_python(code).split()
+    assert before == after
+
+
+COMPILE = """
+import json
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from fastar.kernels.interpolation import _interpolate_kernel
+from fastar.kernels.star_update import _sgd_update_kernel
+
+def ptx(kernel, types, constants, capability):
+    names = kernel.arg_names
+    signature = {name: "constexpr" if name in constants else types.get(name, "*fp32") for name in names}
+    # As at launch: buffers start, and their lengths are, multiples of 16.
+    aligned = [i for i, name in enumerate(names) if name in ("numel", "row_stride") or signature[name][1:] in ("fp32", "bf16")]
+    source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    return compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
+
+found = {}
+for capability in (80, 90):
+    for indexed in (False, True):
+        types = {"index_ptr": "*i64", "out_ptr": "*bf16", "numel": "i32", "rows": "i32", "row_stride": "i32"}
+        found[f"interpolate {indexed} {capability}"] = ptx(
+            _interpolate_kernel, types, {"INDEXED": indexed, "BLOCK": 1024}, capability)
+    for guarded in (False, True):
+        types = {"gradient_ptr": "*bf16", "numel": "i32", "weight_decay": "fp32", "momentum": "fp32"}
+        constants = {"MOMENTUM": True, "NESTEROV": True, "GUARDED": guarded, "BLOCK": 1024}
+        found[f"sgd_update {guarded} {capability}"] = ptx(_sgd_update_kernel, types, constants, capability)
+print(json.dumps(found))
+"""
+
+
+def test_the_kernels_compile_for_cuda_with_wide_accesses() -> None:
+    """Compiled for sm_80 and sm_90: every access to a buffer moves 16 bytes (8 of bf16 beside fp32 at the least)."""
+    pytest.importorskip("triton", reason="Triton is not to be had on this platform")
+    compiled = json.loads(in_fresh_python(COMPILE))
+    assert len(compiled) == 8
+    for name, ptx in compiled.items():
+        accesses = [line for line in ptx.splitlines() if "ld.global" in line or "st.global" in line]
+        buffers = [line for line in accesses if line.lstrip().startswith("@")]  # masked: the 0-d tensors are not
+        assert len(buffers) >= 4, name
+        assert all(".v4.b32" in line or ".v2.b32" in line for line in buffers), name
