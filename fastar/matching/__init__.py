@@ -1,8 +1,22 @@
 """Matching: permutation groups derived from any model's graph, and weight matching over them."""
 
+from fastar.matching.assignment import solve_assignment, solver_name
 from fastar.matching.derive import derive_symmetry
 from fastar.matching.permutations import Permutations
 from fastar.matching.symmetry import Group, Member, Symmetry
 from fastar.matching.verify import verify_symmetry
+from fastar.matching.weights import MatchResult, match, match_weights
 
-__all__ = ["Group", "Member", "Permutations", "Symmetry", "derive_symmetry", "verify_symmetry"]
+__all__ = [
+    "Group",
+    "MatchResult",
+    "Member",
+    "Permutations",
+    "Symmetry",
+    "derive_symmetry",
+    "match",
+    "match_weights",
+    "solve_assignment",
+    "solver_name",
+    "verify_symmetry",
+]

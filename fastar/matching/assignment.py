@@ -16,8 +16,8 @@ from fastar.errors import FastarError
 
 Solver = Literal["auto", "lapjv", "scipy"]
 
-# An assignment within this much of the optimum, relative to the largest score, cannot be told from it in float32 scores.
-_OPTIMALITY = 1e-6
+# float32 rounding of one row, relative to the largest cost: answers this close to the bound, per row, are taken as optimal.
+_OPTIMALITY = 2.0**-22
 
 
 @functools.cache
@@ -46,7 +46,7 @@ def solve_assignment(
     optimal; where it is not, SciPy solves the problem again in float64. Safe to call from several threads at once.
 
     Args:
-        score: [n, n]. Where scores differ by less than 1e-6 of the largest, any of the best may be returned.
+        score: [n, n]. Among totals that float32 cannot tell apart, any may be returned.
         solver: "auto" takes lapjv where it is installed.
 
     Raises:
@@ -112,6 +112,6 @@ def _guarded_lapjv(cost: NDArray[Any]) -> NDArray[np.int64]:
     dual = v.astype(np.float64)
     slack = (reduced / largest).astype(np.float64) - dual
     gap = float((slack[np.arange(n), answer] - slack.min(axis=1)).sum())
-    if not gap <= _OPTIMALITY:
+    if not gap <= n * _OPTIMALITY:
         return _scipy(cost)
     return answer

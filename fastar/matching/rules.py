@@ -27,7 +27,9 @@ class Call:
         self.node, self.solver, self._labels = node, solver, labels
         schema = getattr(node.target, "_schema", None)
         names = [] if schema is None else [argument.name for argument in schema.arguments]
-        defaults = {} if schema is None else {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
+        defaults = (
+            {} if schema is None else {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
+        )
         self.arguments: dict[str, Any] = {**defaults, **dict(zip(names, node.args, strict=False)), **node.kwargs}
 
     def __getitem__(self, name: str) -> Any:

@@ -36,7 +36,9 @@ def verify_symmetry(model: nn.Module, symmetry: Symmetry, example_inputs: tuple[
     expected = _outputs(twin, state, inputs)
     scale = max(float(out.abs().max()) for out in expected)
     if not math.isfinite(scale):
-        raise FastarError(f"cannot verify the permutation groups of {name}: random weights give outputs that are not finite")
+        raise FastarError(
+            f"cannot verify the permutation groups of {name}: random weights give outputs that are not finite"
+        )
 
     def differs(state_after: dict[str, Tensor]) -> bool:
         after = _outputs(twin, state_after, inputs)

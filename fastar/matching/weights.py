@@ -1,0 +1,302 @@
+"""Weight matching: permute N sources towards theta (paper section 3.3; git re-basin's algorithm 1 for each source)."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastar.errors import FastarError
+from fastar.matching.assignment import Solver, solver_name
+from fastar.matching.descent import Descent, OrderOfSweep, Problem
+from fastar.matching.permutations import Permutations
+from fastar.matching.symmetry import Symmetry
+from fastar.progress import SILENT, Progress
+from fastar.seeds import derive_seed
+
+# A chunk holds its sources twice (as given and permuted) beside the parts of them that a step moves.
+_COPIES = 3
+
+
+@dataclass(frozen=True)
+class MatchResult:
+    """Permutations that bring each source towards theta, and how they were found.
+
+    Args:
+        permutations: [N, size] per group, to be applied to the sources as they were given.
+        objective: [N] float64, <theta, pi(theta_n)> over all parameters.
+        objective_weights: [N] float64, the same without 1-D parameters, which hardly depend on the permutation.
+        objective_start: [N] float64, `objective` at the start (identity, or the permutations given).
+        sweeps: [N] passes over the groups until nothing improved, of the best attempt.
+        converged: [N] whether no group's step improved any more (else `max_sweeps` ended the descent).
+        solves: assignments solved, all sources and attempts together.
+        solver: name and version of the assignment solver.
+        seconds: wall time of the whole call.
+    """
+
+    permutations: Permutations
+    objective: Tensor
+    objective_weights: Tensor
+    objective_start: Tensor
+    sweeps: Tensor
+    converged: Tensor
+    solves: int
+    solver: str
+    seconds: float
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    """The best attempt for one source."""
+
+    permutations: list[NDArray[np.int64]]
+    objective: float
+    objective_weights: float
+    sweeps: int
+    converged: bool
+
+
+def match_weights(
+    symmetry: Symmetry,
+    theta: Mapping[str, Tensor],
+    sources: Mapping[str, Tensor],
+    *,
+    start: Permutations | Sequence[Permutations] | None = None,
+    seed: int = 0,
+    orders: int = 1,
+    max_sweeps: int = 100,
+    solver: Solver = "auto",
+    chunk: int | None = None,
+    threads: int | None = None,
+    progress: Progress = SILENT,
+) -> MatchResult:
+    """Permutations pi_n that raise <theta, pi_n(theta_n)> to a fixed point of coordinate descent over the groups.
+
+    No step lowers the objective; at the end no group's best assignment raises it. Inputs are not written to. The result depends
+    on the inputs, the starts and the seed, not on `chunk` or on which sources are matched together, but for rounding.
+
+    Args:
+        theta: parameter name -> tensor; buffers may be among them and do not count.
+        sources: parameter name -> [N, *shape], such as views of one [N, P] store, on theta's device.
+        start: permutations to start from, [size] or [N, size]; several are tried in turn and the best end kept. None: identity.
+        orders: sweeps in the order of a forward pass, and `orders - 1` further attempts per start in random orders; the best is kept.
+        solver: "auto" (lapjv where installed), "lapjv" or "scipy".
+        chunk: sources handled as one batch; bounds memory to about 3 copies of as many sources per thread. None: 1 on a CPU,
+            what fits half of the free memory on a GPU.
+        threads: CPU threads. None: as many as torch uses.
+
+    Raises:
+        FastarError: another architecture, devices that differ, NaN or infinite parameters (named), or a setting out of range.
+    """
+    began = time.perf_counter()
+    _check_settings(orders, max_sweeps, chunk, threads)
+    symmetry.check_state(theta, "theta")
+    symmetry.check_state(sources, "sources", leading=1)
+    if not symmetry.parameters:
+        raise FastarError("the model has no parameters: there is nothing to match")
+    problem = Problem(symmetry, theta, sources)
+    if not problem.names:
+        raise FastarError("theta holds none of the model's parameters: there is nothing to match")
+    count = _count(problem, theta, sources)
+    starts = _starts(symmetry, start, count)
+    device = theta[problem.names[0]].device
+    solver_text = solver_name(solver)
+    workers = threads or torch.get_num_threads()
+    size = chunk or _chunk_size(problem, device, count)
+    bounds = [(begin, min(begin + size, count)) for begin in range(0, count, size)]
+    attempts = list(itertools.product(range(orders), range(len(starts))))
+
+    outcomes: list[_Outcome | None] = [None] * count
+    first: list[float] = [0.0] * count
+    solves = 0
+
+    def run_chunk(begin: int, end: int, pool: ThreadPoolExecutor | None) -> int:
+        with torch.no_grad():
+            data = {name: problem.source(name, sources, begin, end) for name in problem.names}
+            done = 0
+            for order, which in attempts:
+                descent = Descent(problem, data, [index[begin:end] for index in starts[which]], solver, pool)
+                if (order, which) == attempts[0]:
+                    first[begin:end] = [descent.objective(n)[0] for n in range(end - begin)]
+                descent.run(_order(len(symmetry.groups), seed, order), max_sweeps)
+                done += descent.solves
+                for n in range(end - begin):
+                    total, weights = descent.objective(n)
+                    best = outcomes[begin + n]
+                    if best is None or total > best.objective:
+                        outcomes[begin + n] = _Outcome(
+                            [index[n] for index in descent.permutations],
+                            total,
+                            weights,
+                            descent.sweeps[n],
+                            not any(flags[n] for flags in descent.unsolved),
+                        )
+            return done
+
+    _check_finite(problem, theta, sources, count)
+    with progress.task("matching", total=count, unit="sources") as advance:
+        for (begin, end), done in _run(run_chunk, bounds, device, workers):
+            solves += done
+            advance(end - begin)
+
+    found = [outcome for outcome in outcomes if outcome is not None]
+    return MatchResult(
+        permutations=Permutations(
+            {
+                g.name: torch.from_numpy(np.stack([o.permutations[i] for o in found]))
+                for i, g in enumerate(symmetry.groups)
+            }
+        ),
+        objective=torch.tensor([o.objective for o in found], dtype=torch.float64),
+        objective_weights=torch.tensor([o.objective_weights for o in found], dtype=torch.float64),
+        objective_start=torch.tensor(first, dtype=torch.float64),
+        sweeps=torch.tensor([o.sweeps for o in found]),
+        converged=torch.tensor([o.converged for o in found]),
+        solves=solves,
+        solver=solver_text,
+        seconds=time.perf_counter() - began,
+    )
+
+
+def match(
+    symmetry: Symmetry,
+    theta: Mapping[str, Tensor],
+    source: Mapping[str, Tensor],
+    *,
+    start: Permutations | Sequence[Permutations] | None = None,
+    seed: int = 0,
+    orders: int = 1,
+    max_sweeps: int = 100,
+    solver: Solver = "auto",
+    progress: Progress = SILENT,
+) -> tuple[dict[str, Tensor], Permutations, MatchResult]:
+    """One source's state dict permuted towards theta's (buffers too), the permutations, and the full result (N = 1)."""
+    symmetry.check_state(source, "source")
+    batched = {name: source[name][None] for name in symmetry.parameters if name in source}
+    result = match_weights(
+        symmetry,
+        theta,
+        batched,
+        start=start,
+        seed=seed,
+        orders=orders,
+        max_sweeps=max_sweeps,
+        solver=solver,
+        progress=progress,
+    )
+    permutations = result.permutations.select(0) if symmetry.groups else result.permutations
+    return symmetry.apply(permutations, source), permutations, result
+
+
+def _run(
+    run_chunk: Callable[[int, int, ThreadPoolExecutor | None], int],
+    bounds: Sequence[tuple[int, int]],
+    device: torch.device,
+    workers: int,
+) -> Iterator[tuple[tuple[int, int], int]]:
+    """Chunks as they are finished, with what `run_chunk` returned for each.
+
+    CPU: as many chunks at a time as there are threads, each on one thread. GPU: two at a time, so that the assignments of one are
+    solved (on `workers` threads) while the products of the other are computed.
+    """
+    if device.type == "cpu" and (len(bounds) == 1 or workers == 1):
+        for begin, end in bounds:
+            yield (begin, end), run_chunk(begin, end, None)
+        return
+    lanes = min(len(bounds), workers if device.type == "cpu" else 2)
+    before = torch.get_num_threads()
+    solving = ThreadPoolExecutor(workers) if device.type != "cpu" else None
+    # Inside a lane torch must not use further threads; the setting belongs to the thread, but MKL's is global: restore it.
+    with ThreadPoolExecutor(lanes, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        futures: dict[Future[int], tuple[int, int]] = {}
+        try:
+            for begin, end in bounds:
+                futures[pool.submit(run_chunk, begin, end, solving)] = (begin, end)
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        finally:
+            for future in futures:
+                future.cancel()
+            pool.shutdown(wait=True)
+            if solving is not None:
+                solving.shutdown()
+            torch.set_num_threads(before)
+
+
+def _check_settings(orders: int, max_sweeps: int, chunk: int | None, threads: int | None) -> None:
+    for name, value in (("orders", orders), ("max_sweeps", max_sweeps), ("chunk", chunk), ("threads", threads)):
+        if value is not None and value < 1:
+            raise FastarError(f"matching: {name}={value} must be at least 1")
+
+
+def _count(problem: Problem, theta: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> int:
+    """The number of sources, the same for every tensor, all on theta's device."""
+    first = problem.names[0]
+    count, device = sources[first].shape[0], theta[first].device
+    for name in problem.names:
+        if sources[name].shape[0] != count:
+            raise FastarError(f"sources hold {count} of {first!r} but {sources[name].shape[0]} of {name!r}")
+        for where, tensor in (("theta", theta[name]), ("sources", sources[name])):
+            if tensor.device != device:
+                raise FastarError(
+                    f"{name!r} of {where} is on {tensor.device}, {first!r} of theta on {device}: move one"
+                )
+    if count == 0:
+        raise FastarError("there are no sources to match: give at least one")
+    return count
+
+
+def _starts(
+    symmetry: Symmetry, start: Permutations | Sequence[Permutations] | None, count: int
+) -> list[list[NDArray[np.int64]]]:
+    """Every start as an [N, size] index per group."""
+    given = [symmetry.identity()] if start is None else [start] if isinstance(start, Permutations) else list(start)
+    if not given:
+        raise FastarError("matching: start=[] is empty: give permutations, or None for the identity")
+    out = []
+    for one in given:
+        symmetry.check(one)
+        if one.count not in (None, count):
+            raise FastarError(f"matching: start holds permutations of {one.count} sources, there are {count}")
+        out.append([np.array(one[g.name].cpu().expand(count, g.size)) for g in symmetry.groups])
+    return out
+
+
+def _check_finite(problem: Problem, theta: Mapping[str, Tensor], sources: Mapping[str, Tensor], count: int) -> None:
+    """A sum is not finite if one of its terms is not; only then is the culprit looked for."""
+    for name in problem.names:
+        if not bool(torch.isfinite(problem.theta[name].sum())) and not bool(torch.isfinite(theta[name]).all()):
+            raise FastarError(f"theta has NaN or infinite values in {name!r}: it cannot be matched")
+        for n in range(count):
+            row = sources[name][n]
+            if not bool(torch.isfinite(row.sum())) and not bool(torch.isfinite(row).all()):
+                raise FastarError(f"source {n} has NaN or infinite values in {name!r}: retrain or remove it")
+
+
+def _chunk_size(problem: Problem, device: torch.device, count: int) -> int:
+    """CPU: one source per chunk, chunks side by side on the threads. GPU: what fits half of the free memory."""
+    if device.type != "cuda":
+        return 1
+    free, _ = torch.cuda.mem_get_info(device)
+    one = sum(t.numel() for t in problem.theta.values()) * 4 * _COPIES + sum(g.size**2 for g in problem.groups) * 4
+    # Two chunks are in flight: the assignments of one are solved while the other's products are computed.
+    return max(1, min(-(-count // 2), free // (4 * one)))
+
+
+def _order(groups: int, seed: int, attempt: int) -> OrderOfSweep:
+    """Attempt 0 sweeps in the order of a forward pass; the others in a random order, drawn anew for each sweep."""
+    if attempt == 0:
+        return lambda sweep: range(groups)
+
+    def shuffled(sweep: int) -> list[int]:
+        random = np.random.default_rng(derive_seed(seed, "matching order", attempt, sweep))
+        return [int(g) for g in random.permutation(groups)]
+
+    return shuffled
