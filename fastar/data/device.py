@@ -1,0 +1,203 @@
+"""A split held whole on the device: read once through FFCV, shuffled, augmented and normalised there."""
+
+from collections.abc import Iterator
+from contextlib import closing
+
+import numpy as np
+import torch
+
+from fastar.data.prepare import DatasetFiles
+from fastar.data.reading import read_batches
+from fastar.data.registry import Augmentation
+from fastar.data.sampling import balanced_subset, draw, draw_below, epoch_order
+from fastar.data.verify import ContentDigest
+from fastar.errors import FastarError
+from fastar.progress import SILENT, Progress
+from fastar.seeds import derive_seed
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+
+# A split is kept normalised (fp32) beside its bytes where that takes at most this much: digits, MNIST, test splits.
+NORMALISED_BYTES = 256 << 20
+# Samples are gathered in blocks of about this much fp32; batches are slices of a block. No result depends on it.
+BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
+
+
+class DeviceDataset:
+    """Images uint8 [n, H, W, C] and labels int64 [n] on one device, and the batches made of them.
+
+    `index` holds each sample's position in the file, which is what its augmentation depends on.
+    """
+
+    def __init__(
+        self,
+        images: torch.Tensor,
+        labels: torch.Tensor,
+        *,
+        classes: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        augmentation: Augmentation,
+        index: torch.Tensor | None = None,
+        digest: str = "",
+    ):
+        if images.dtype != torch.uint8 or images.ndim != 4 or labels.dtype != torch.int64:
+            raise ValueError(f"need uint8 [n, H, W, C] and int64 labels, not {images.dtype} {tuple(images.shape)}")
+        if len(images) != len(labels) or len(mean) != images.shape[3] or len(std) != images.shape[3]:
+            raise ValueError(f"{len(images)} images, {len(labels)} labels, {len(mean)} means do not fit together")
+        self.images, self.labels, self.classes = images, labels, classes
+        self.augmentation, self.digest = augmentation, digest
+        self.index = torch.arange(len(labels), device=labels.device) if index is None else index
+        self._mean = (torch.tensor(mean, dtype=torch.float64) * 255).to(images.device, torch.float32)
+        self._scale = (1 / (torch.tensor(std, dtype=torch.float64) * 255)).to(images.device, torch.float32)
+        self._normalised = self._normalise(images) if images.numel() * 4 <= NORMALISED_BYTES else None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def device(self) -> torch.device:
+        return self.images.device
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(C, H, W)"""
+        _, height, width, channels = self.images.shape
+        return channels, height, width
+
+    def batch_count(self, batch_size: int, drop_last: bool = True) -> int:
+        """Batches per epoch."""
+        return len(self) // batch_size if drop_last else -(-len(self) // batch_size)
+
+    def batches(
+        self, batch_size: int, *, seed: int, epoch: int, augment: bool = True, drop_last: bool = True
+    ) -> Iterator[Batch]:
+        """One epoch of (images fp32 [b, C, H, W] channels-last and normalised, labels int64 [b]).
+
+        The order is a fresh permutation for every (seed, epoch); a sample's augmentation is a function of
+        (seed, epoch, its index) alone. Batches are views of larger tensors: read them, do not write into them.
+        """
+        self._check(batch_size)
+        if drop_last and batch_size > len(self):
+            raise FastarError(f"batch size {batch_size} exceeds the {len(self)} samples of the split; lower it")
+        order = epoch_order(len(self), seed, epoch, self.device)
+        if drop_last:
+            order = order[: self.batch_count(batch_size) * batch_size]
+        return self._blocks(order, batch_size, self._key(augment, seed, epoch))
+
+    def sequential(self, batch_size: int, *, augment: bool = False, seed: int = 0, epoch: int = 0) -> Iterator[Batch]:
+        """As `batches`, in file order, every sample exactly once; the last batch may be short."""
+        self._check(batch_size)
+        key = self._key(augment, seed, epoch)
+        if key is None and self._normalised is not None:
+            images = self._normalised.permute(0, 3, 1, 2)
+            return zip(images.split(batch_size), self.labels.split(batch_size), strict=True)
+        return self._blocks(torch.arange(len(self), device=self.device), batch_size, key)
+
+    def _check(self, batch_size: int) -> None:
+        if batch_size < 1:
+            raise FastarError(f"batch size {batch_size} must be at least 1")
+
+    def _key(self, augment: bool, seed: int, epoch: int) -> int | None:
+        return derive_seed(seed, "augmentation", epoch) if augment and self.augmentation else None
+
+    def _blocks(self, order: torch.Tensor, batch_size: int, key: int | None) -> Iterator[Batch]:
+        sample_bytes = 4 * self.images[0].numel()
+        batches = max(1, BLOCK_BYTES[self.device.type] // (sample_bytes * batch_size))
+        for chosen in order.split(batches * batch_size):
+            labels = self.labels.index_select(0, chosen)
+            images = self._block(chosen, key).permute(0, 3, 1, 2)
+            yield from zip(images.split(batch_size), labels.split(batch_size), strict=True)
+
+    def _block(self, chosen: torch.Tensor, key: int | None) -> torch.Tensor:
+        """Normalised images [b, H, W, C] of the samples `chosen`."""
+        if key is not None:
+            return self._normalise(augment_images(self.images, chosen, self.index[chosen], key, self.augmentation))
+        if self._normalised is not None:
+            return self._normalised.index_select(0, chosen)
+        return self._normalise(self.images.index_select(0, chosen))
+
+    def _normalise(self, images: torch.Tensor) -> torch.Tensor:
+        # Two separate roundings: the same bits on every device.
+        return images.to(torch.float32).sub_(self._mean).mul_(self._scale)
+
+
+def augment_images(
+    images: torch.Tensor, chosen: torch.Tensor, index: torch.Tensor, key: int, augmentation: Augmentation
+) -> torch.Tensor:
+    """Images uint8 [b, H, W, C]: `images[chosen]` zero-padded, cropped back and mirrored, each as `index` draws it.
+
+    `chosen` and `index` are int64 [b]; streams 0, 1, 2 of `key` give the row, the column and the mirroring.
+    """
+    _, height, width, _ = images.shape
+    pad = augmentation.pad
+    rows = torch.arange(height, device=images.device).expand(len(chosen), height)
+    columns = torch.arange(width, device=images.device).expand(len(chosen), width)
+    if augmentation.flip:
+        mirrored = (draw(key, index, 2) >> 31).bool()
+        columns = torch.where(mirrored[:, None], width - 1 - columns, columns)
+    if pad:
+        rows = rows + (draw_below(2 * pad + 1, key, index, 0) - pad)[:, None]
+        columns = columns + (draw_below(2 * pad + 1, key, index, 1) - pad)[:, None]
+    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
+    pixels = images[
+        chosen[:, None, None], rows.clamp(0, height - 1)[:, :, None], columns.clamp(0, width - 1)[:, None, :]
+    ]
+    return pixels * inside[..., None]
+
+
+def load(
+    files: DatasetFiles,
+    split: str,
+    device: torch.device | str,
+    *,
+    limit: int | None = None,
+    augmentation: Augmentation | None = None,
+    progress: Progress = SILENT,
+) -> DeviceDataset:
+    """Read a split ("train" or "test") once through FFCV into memory of `device`.
+
+    `limit` keeps at most so many samples, classes balanced, in file order; `augmentation` replaces the dataset's own.
+    The pixels are compared with the digest taken when they were written.
+    """
+    path, layout = files.path(split), files.layout(split)
+    if limit is not None and limit < layout.classes:
+        raise FastarError(f"limit={limit} is below one image per class; {files.name} needs at least {layout.classes}")
+    images = np.empty((layout.count, layout.height, layout.width, layout.channels), np.uint8)
+    labels = np.empty(layout.count, np.int64)
+    digest, start = ContentDigest(), 0
+    with (
+        closing(read_batches(path, layout)) as batches,
+        progress.task(f"reading {files.name} {split}", layout.count, "images") as advance,
+    ):
+        for some_images, some_labels in batches:
+            stop = start + len(some_labels)
+            images[start:stop], labels[start:stop] = some_images, some_labels
+            digest.update(some_images, some_labels)
+            start = stop
+            advance(len(some_labels))
+    if digest.hexdigest() != files.metadata["content"][split]:
+        raise FastarError(
+            f"{path}: its pixels are not those that were written (damaged or replaced); "
+            f"delete {path.parent} and write it again"
+        )
+    index = np.arange(layout.count)
+    if limit is not None and limit < layout.count:
+        index = balanced_subset(labels, limit, files.name, split)
+        images, labels = images[index], labels[index]
+    try:
+        return DeviceDataset(
+            torch.from_numpy(images).to(device),
+            torch.from_numpy(labels).to(device),
+            classes=layout.classes,
+            mean=tuple(files.metadata["mean"]),
+            std=tuple(files.metadata["std"]),
+            augmentation=files.augmentation if augmentation is None else augmentation,
+            index=torch.from_numpy(index).to(device),
+            digest=files.digest,
+        )
+    except torch.OutOfMemoryError as error:
+        needed = images.nbytes / 1e6
+        raise FastarError(
+            f"{files.name} {split}: {needed:,.0f} MB of images do not fit on {device}; use a smaller limit"
+        ) from error

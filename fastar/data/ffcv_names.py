@@ -1,0 +1,66 @@
+"""FFCV, imported once and with care. The other modules of this room take its names from here.
+
+Importing FFCV, and every loader of it, sets torch's thread count for the whole process (to 1, or to its workers).
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+
+import torch
+
+from fastar.errors import FastarError
+
+
+@contextmanager
+def torch_threads_kept() -> Iterator[None]:
+    """Give torch back its thread count afterwards."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+with torch_threads_kept():
+    try:
+        from ffcv.fields import IntField, NDArrayField, RGBImageField
+        from ffcv.fields.base import Field
+        from ffcv.loader import Loader, OrderOption
+        from ffcv.loader.epoch_iterator import EpochIterator
+        from ffcv.memory_allocator import MemoryAllocator
+        from ffcv.pipeline.compiler import Compiler
+        from ffcv.types import (
+            ALLOC_TABLE_TYPE,
+            CURRENT_VERSION,
+            TYPE_ID_HANDLER,
+            FieldDescType,
+            HeaderType,
+            get_metadata_type,
+        )
+        from ffcv.writer import handle_sample
+    except ImportError as error:
+        raise FastarError(f"FFCV cannot be imported ({error}); run `make install` or see `fastar doctor`") from error
+
+FFCV_VERSION = version("ffcv")
+
+__all__ = [
+    "ALLOC_TABLE_TYPE",
+    "CURRENT_VERSION",
+    "FFCV_VERSION",
+    "TYPE_ID_HANDLER",
+    "Compiler",
+    "EpochIterator",
+    "Field",
+    "FieldDescType",
+    "HeaderType",
+    "IntField",
+    "Loader",
+    "MemoryAllocator",
+    "NDArrayField",
+    "OrderOption",
+    "RGBImageField",
+    "get_metadata_type",
+    "handle_sample",
+    "torch_threads_kept",
+]

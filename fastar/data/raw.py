@@ -1,0 +1,87 @@
+"""Raw data as every reader hands it over: an indexable of (image, label)."""
+
+import hashlib
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from fastar.errors import FastarError
+
+
+class RawSplit(Protocol):
+    """One split of a raw dataset, readable from several processes at once."""
+
+    classes: tuple[str, ...]
+    labels: np.ndarray
+    """int64 [n], each in 0..len(classes)-1; known without decoding an image."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        """(image uint8 [H, W, C], label); FastarError names the file, or the index, of what cannot be decoded."""
+        ...
+
+    def where(self, index: int) -> str:
+        """Where sample `index` comes from, for messages."""
+        ...
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the split's raw content."""
+        ...
+
+
+class ArraySplit:
+    """A split held in memory: images uint8 [n, H, W, C], labels [n]."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], origin: str):
+        if images.dtype != np.uint8 or images.ndim != 4:
+            raise ValueError(f"images must be uint8 [n, H, W, C], not {images.dtype} {list(images.shape)}")
+        if len(images) != len(labels):
+            raise FastarError(f"{origin}: {len(images)} images but {len(labels)} labels; get the data again")
+        if len(images) == 0:
+            raise FastarError(f"{origin}: holds no images; get the data again")
+        self.images = np.ascontiguousarray(images)
+        self.labels = np.ascontiguousarray(labels, dtype=np.int64)
+        self.classes = classes
+        self.origin = origin
+        bad = np.flatnonzero((self.labels < 0) | (self.labels >= len(classes)))
+        if len(bad):
+            raise FastarError(
+                f"{self.where(int(bad[0]))}: label {self.labels[bad[0]]} is outside 0..{len(classes) - 1}; "
+                "the file is damaged or of another dataset"
+            )
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        return self.images[index], int(self.labels[index])
+
+    def where(self, index: int) -> str:
+        return f"{self.origin}, sample {index}"
+
+    @cached_property
+    def digest(self) -> str:
+        digest = hashlib.sha256(repr((self.images.shape, self.classes)).encode())
+        digest.update(self.images.data)
+        digest.update(self.labels.astype("<i8").data)
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class RawDataset:
+    """Both splits, the kind of format they were found in, and where."""
+
+    train: RawSplit
+    test: RawSplit
+    kind: str
+    where: Path | None
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over both splits' content. Formats that hold the same arrays have the same digest."""
+        return hashlib.sha256(f"{self.train.digest} {self.test.digest}".encode()).hexdigest()

@@ -1,0 +1,77 @@
+"""Random choices about samples, as counter-based hashes: each is a function of its key and the sample's index alone.
+
+The arithmetic stays inside 63 bits of int64, so NumPy, and PyTorch on any device, give the same bits.
+"""
+
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from fastar.seeds import derive_seed
+
+Integers = TypeVar("Integers", np.ndarray, torch.Tensor)
+
+_WORD = 0xFFFFFFFF
+_GOLDEN = 0x9E3779B9  # 2^32 / golden ratio: spreads the stream numbers
+
+
+def _mix(x: Integers) -> Integers:
+    """A bijection of 32-bit words that flips about half of the output bits for any change of the input."""
+    x = ((x ^ (x >> 16)) * 0x21F0AAAD) & _WORD
+    x = ((x ^ (x >> 15)) * 0x735A2D97) & _WORD
+    return x ^ (x >> 15)
+
+
+def draw(key: int, index: Integers, stream: int = 0) -> Integers:
+    """Uniform 32-bit words (int64, same shape as `index`) for the samples `index` (int64, in 0..2^32-1).
+
+    `key` is a 63-bit seed; `stream` separates several draws for one sample. Distinct indices give distinct words.
+    """
+    first = _mix(index ^ (key & _WORD))
+    return _mix((first + ((key >> 32) + stream * _GOLDEN & _WORD)) & _WORD)
+
+
+def draw_below(bound: int, key: int, index: Integers, stream: int = 0) -> Integers:
+    """Uniform integers in 0..bound-1 (bound < 2^31), int64, same shape as `index`."""
+    return (draw(key, index, stream) * bound) >> 32
+
+
+def epoch_order(count: int, seed: int, epoch: int, device: torch.device) -> torch.Tensor:
+    """A permutation of 0..count-1 (int64 [count], on `device`), fresh for every (seed, epoch)."""
+    index = torch.arange(count, device=device)
+    return torch.argsort(draw(derive_seed(seed, "order", epoch), index))
+
+
+def balanced_subset(labels: np.ndarray, count: int, *names: str) -> np.ndarray:
+    """Positions (sorted, int64) of the first `count` samples of a fixed shuffle that takes the classes in turn.
+
+    Counts per class differ by at most 1 while every class lasts; a smaller subset lies inside a larger one.
+    `names` keep the shuffles of different splits apart.
+    """
+    index = np.arange(len(labels), dtype=np.int64)
+    shuffled = np.argsort(draw(derive_seed(0, "subset", *names), index), kind="stable")
+    by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
+    sorted_labels = labels[by_class]
+    first = np.searchsorted(sorted_labels, sorted_labels, side="left")
+    rank = np.arange(len(labels)) - first
+    in_turn = by_class[np.lexsort((sorted_labels, rank))]
+    return np.sort(in_turn[:count])
+
+
+def stratified_split(labels: np.ndarray, held: int, *names: str) -> tuple[np.ndarray, np.ndarray]:
+    """Positions (rest, held out), both sorted: `held` samples drawn so that each class keeps its share.
+
+    Shares are rounded by largest remainder; the draw is fixed by `names`.
+    """
+    classes, counts = np.unique(labels, return_counts=True)
+    exact = counts * held / len(labels)
+    take = np.floor(exact).astype(np.int64)
+    take[np.argsort(take - exact, kind="stable")[: held - take.sum()]] += 1
+    key = derive_seed(0, "split", *names)
+    chosen = []
+    for label, amount in zip(classes, take, strict=True):
+        members = np.flatnonzero(labels == label)
+        chosen.append(members[np.argsort(draw(key, members), kind="stable")[:amount]])
+    test = np.sort(np.concatenate(chosen))
+    return np.setdiff1d(np.arange(len(labels)), test), test

@@ -1,0 +1,254 @@
+"""Writing a .beton file with several worker processes, FFCV's parts under a supervisor of our own.
+
+FFCV's writer waits for ever for a worker that died, ignores short writes on a full disk, and leaves shared memory
+behind. Here the workers' ends of pipes and their process handles are watched, pages are written whole, and the table of
+samples lives in anonymous shared memory, which nothing can leave behind.
+"""
+
+import ctypes
+import errno
+import mmap
+import multiprocessing
+import os
+import shutil
+import signal
+from multiprocessing.connection import Connection, wait
+from multiprocessing.sharedctypes import Synchronized
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fastar.data.beton import BetonLayout, field_descriptors
+from fastar.data.ffcv_names import (
+    ALLOC_TABLE_TYPE,
+    CURRENT_VERSION,
+    Field,
+    HeaderType,
+    MemoryAllocator,
+    get_metadata_type,
+    handle_sample,
+)
+from fastar.data.raw import RawSplit
+from fastar.errors import FastarError
+from fastar.progress import SILENT, Progress
+
+PAGE_SIZE = 1 << 21
+CHUNK = 128
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
+
+
+class _Allocator(MemoryAllocator):
+    """FFCV's allocator on a buffered file: a page is written whole or the write raises (FFCV drops short writes)."""
+
+    def __enter__(self) -> "_Allocator":
+        self.fp = open(self.fname, "r+b")  # closed by FFCV's __exit__
+        return self
+
+
+def disk_full(path: Path, error: OSError) -> FastarError:
+    """The error to show for a failed write below `path`."""
+    if error.errno in _FULL:
+        free = shutil.disk_usage(path.parent).free
+        return FastarError(
+            f"{path}: disk full while writing ({free / 1e6:,.1f} MB free); free some space and run again"
+        )
+    return FastarError(f"{path}: cannot be written ({error.strerror or error}); check the folder")
+
+
+def write_beton(
+    path: Path,
+    raw: RawSplit,
+    indices: np.ndarray,
+    layout: BetonLayout,
+    *,
+    workers: int = 2,
+    progress: Progress = SILENT,
+    description: str = "writing",
+) -> None:
+    """Write samples `indices` of `raw`, in that order, to `path` (created, or overwritten) and flush it to disk.
+
+    Raises FastarError for an image that cannot be decoded, a full disk, or a worker that died, within seconds.
+    The caller removes the file after an error.
+    """
+    fields = layout.fields()
+    predicted = _predicted_bytes(layout, fields, workers)
+    try:
+        free = shutil.disk_usage(path.parent).free
+        if predicted > free:
+            raise FastarError(
+                f"{path}: needs {predicted / 1e6:,.1f} MB, the disk has {free / 1e6:,.1f} MB free; free some space"
+            )
+        _write(path, raw, indices, layout, fields, workers, progress, description)
+    except OSError as error:
+        raise disk_full(path, error) from error
+
+
+def _predicted_bytes(layout: BetonLayout, fields: dict[str, Field], workers: int) -> int:
+    """Upper bound: front matter, whole pages (each worker may leave one half empty), allocation table."""
+    per_page = PAGE_SIZE // layout.image_bytes
+    pages = -(-layout.count // per_page) + workers
+    row = get_metadata_type(list(fields.values())).itemsize + ALLOC_TABLE_TYPE.itemsize
+    return PAGE_SIZE * (pages + 1) + layout.count * row
+
+
+def _write(
+    path: Path,
+    raw: RawSplit,
+    indices: np.ndarray,
+    layout: BetonLayout,
+    fields: dict[str, Field],
+    workers: int,
+    progress: Progress,
+    description: str,
+) -> None:
+    descriptors = field_descriptors(fields)
+    metadata_type = get_metadata_type(list(fields.values()))
+    metadata_start = HeaderType.itemsize + descriptors.nbytes
+    header = np.zeros(1, dtype=HeaderType)
+    header["version"], header["num_fields"] = CURRENT_VERSION, len(fields)
+    header["page_size"], header["num_samples"] = PAGE_SIZE, layout.count
+    with path.open("wb") as stream:
+        # The header is written last: until then the file's version is 0, and nothing opens it.
+        stream.write(bytes(HeaderType.itemsize) + descriptors.tobytes())
+
+    # Shared with the workers by forking; unmapped when the last array that looks into it goes.
+    metadata = np.frombuffer(mmap.mmap(-1, layout.count * metadata_type.itemsize), dtype=metadata_type)
+    allocator = _Allocator(str(path), metadata_start + metadata.nbytes, PAGE_SIZE)
+    job = _Job(raw, indices, fields, metadata, allocator, layout)
+    table = _run_workers(job, max(1, min(workers, -(-layout.count // CHUNK))), progress, description)
+    with path.open("r+b") as stream:
+        stream.seek(metadata_start)
+        stream.write(metadata.tobytes())
+        header["alloc_table_ptr"] = stream.seek(0, os.SEEK_END)
+        stream.write(table.tobytes())
+        stream.flush()
+        os.fsync(stream.fileno())
+        stream.seek(0)
+        stream.write(header.tobytes())
+        stream.flush()
+        os.fsync(stream.fileno())
+
+
+class _Job:
+    """What every worker inherits when it is forked."""
+
+    def __init__(
+        self,
+        raw: RawSplit,
+        indices: np.ndarray,
+        fields: dict[str, Field],
+        metadata: np.ndarray,
+        allocator: _Allocator,
+        layout: BetonLayout,
+    ):
+        self.raw, self.indices, self.fields = raw, indices, fields
+        self.metadata, self.allocator = metadata, allocator
+        self.shape = (layout.height, layout.width, layout.channels)
+        self.names = metadata.dtype.names
+
+    def encode(self, position: int) -> None:
+        index = int(self.indices[position])
+        image, label = self.raw[index]
+        if image.shape != self.shape or image.dtype != np.uint8:
+            raise FastarError(
+                f"{self.raw.where(index)}: image is {image.dtype} {list(image.shape)}, must be uint8 {list(self.shape)}"
+            )
+        handle_sample((image, label), position, self.names, self.metadata, self.allocator, self.fields)
+
+
+def _run_workers(job: _Job, workers: int, progress: Progress, description: str) -> np.ndarray:
+    """Run the job in forked processes; returns the allocation table. Every process has ended when this returns."""
+    # Forked, so that raw arrays and the table are shared without copies; the children use NumPy and Pillow only.
+    context: Any = multiprocessing.get_context("fork")
+    next_chunk = context.Value(ctypes.c_int64, 0)
+    processes, pipes, tables = [], {}, []
+    try:
+        for _ in range(workers):
+            receive, send = context.Pipe(duplex=False)
+            process = context.Process(target=_work, args=(job, next_chunk, send, os.getpid()), daemon=True)
+            process.start()
+            send.close()
+            processes.append(process)
+            pipes[process.sentinel] = (process, receive)
+        with progress.task(description, len(job.indices), "images") as advance:
+            while pipes:
+                ready = wait([*pipes, *(receive for _, receive in pipes.values())])
+                for sentinel, (process, receive) in list(pipes.items()):
+                    if receive not in ready and sentinel not in ready:
+                        continue
+                    # What a worker sent before it ended is still in its pipe.
+                    while sentinel in pipes and receive.poll():
+                        kind, value = _receive(receive, process)
+                        if kind == "done":
+                            advance(value)
+                        elif kind == "table":
+                            tables.append(value)
+                            del pipes[sentinel]
+                        else:
+                            raise value
+                    if sentinel in pipes and sentinel in ready:
+                        raise _died(process)
+    finally:
+        for process in processes:
+            process.kill() if pipes else process.join(5)
+            process.kill()
+            process.join()
+        for _, receive in pipes.values():
+            receive.close()
+    return np.concatenate(tables)
+
+
+def _receive(receive: Connection, process: Any) -> tuple[str, Any]:
+    try:
+        return receive.recv()
+    except EOFError:
+        process.join(5)
+        raise _died(process) from None
+
+
+def _died(process: Any) -> FastarError:
+    code = process.exitcode
+    how = f"killed by signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+    return FastarError(f"a writer process ended before its work was done ({how}; out of memory?); run again")
+
+
+def _work(job: _Job, next_chunk: "Synchronized[int]", send: Connection, parent: int) -> None:
+    """One worker: encode chunks until none is left, then send this worker's part of the allocation table."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
+    _end_with_parent(parent)
+    position = 0
+    try:
+        job.allocator.__enter__()
+        count = len(job.indices)
+        while True:
+            with next_chunk.get_lock():
+                start = next_chunk.value
+                next_chunk.value = start + CHUNK
+            if start >= count:
+                break
+            stop = min(start + CHUNK, count)
+            for position in range(start, stop):
+                job.encode(position)
+            send.send(("done", stop - start))
+        job.allocator.__exit__(None, None, None)
+        send.send(("table", np.array(job.allocator.allocations, dtype=ALLOC_TABLE_TYPE)))
+    except FastarError as error:
+        send.send(("error", error))
+    except OSError as error:
+        send.send(("error", error))
+    # Anything else is a fault in a reader: shown with the sample it happened at, and its own type.
+    except Exception as error:  # noqa: BLE001 (raised again in the parent)
+        where = job.raw.where(int(job.indices[position]))
+        send.send(("error", FastarError(f"{where}: cannot be encoded ({type(error).__name__}: {error})")))
+    finally:
+        send.close()
+        os._exit(0)  # no exit handlers of the parent's libraries
+
+
+def _end_with_parent(parent: int) -> None:
+    """Ask Linux to kill this process when its parent ends: a worker waiting for a page would wait for ever."""
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
