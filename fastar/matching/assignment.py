@@ -16,7 +16,7 @@ from fastar.errors import FastarError
 
 Solver = Literal["auto", "lapjv", "scipy"]
 
-# float32 rounding of one row, relative to the largest cost: answers this close to the bound, per row, are taken as optimal.
+# float32 rounding of one row, relative to the largest cost: answers this close to the bound, per row, are optimal.
 _OPTIMALITY = 2.0**-22
 
 
@@ -41,9 +41,9 @@ def solve_assignment(
 ) -> NDArray[np.int64]:
     """The permutation with the best total score: column `out[i]` for row i.
 
-    lapjv aborts the process on rows that are not finite, is silently wrong on single ones, and works in float32: scores are
-    checked, freed of their offset, and its answer is checked to be a bijection and, through the dual variables in float64,
-    optimal; where it is not, SciPy solves the problem again in float64. Safe to call from several threads at once.
+    lapjv aborts the process on rows that are not finite, is silently wrong on single ones, and works in float32.
+    So scores are checked and freed of their offset, and its answer is checked to be a bijection and, through the dual
+    variables in float64, optimal; where it is not, SciPy solves the problem again. Safe to call from several threads.
 
     Args:
         score: [n, n]. Among totals that float32 cannot tell apart, any may be returned.
@@ -83,7 +83,7 @@ def _scipy(cost: NDArray[Any]) -> NDArray[np.int64]:
 
 
 def _centred_cost(table: NDArray[Any], maximise: bool) -> NDArray[Any]:
-    """Costs to minimise, in the table's precision, each row shifted by its own best so that large offsets cost no digits.
+    """Costs to minimise, in the table's precision, each row shifted by its best so that large offsets cost no digits.
 
     A shift of a whole row changes no assignment. The subtraction is exact to the last digit of the difference.
     """
@@ -103,12 +103,12 @@ def _guarded_lapjv(cost: NDArray[Any]) -> NDArray[np.int64]:
     if not 0 < largest < float("inf"):
         return _scipy(cost)  # all equal, or differences that overflow
     small = np.ascontiguousarray(reduced / largest, dtype=np.float32)
-    rows, _, (_, u, v) = solve(small, force_doubles=False)
+    rows, _, (_, _, v) = solve(small, force_doubles=False)
     answer = np.asarray(rows, dtype=np.int64)
     n = len(answer)
     if not np.array_equal(np.bincount(answer, minlength=n), np.ones(n)):
         return _scipy(cost)
-    # Weak duality: with v given, u_i = min_j (c_ij - v_j) is feasible, so sum(u) + sum(v) bounds every assignment from below.
+    # Weak duality: given v, u_i = min_j (c_ij - v_j) is feasible, so sum(u) + sum(v) is below every assignment's cost.
     dual = v.astype(np.float64)
     slack = (reduced / largest).astype(np.float64) - dual
     gap = float((slack[np.arange(n), answer] - slack.min(axis=1)).sum())

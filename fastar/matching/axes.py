@@ -1,11 +1,12 @@
 """Labels of tensor axes, solved by unification: which positions of which axes must be permuted together.
 
-An axis is a list of segments. A segment holds `outer * size * inner` positions, ordered (outer, unit, inner): its `size`
-units belong to one unknown, and every unit owns `outer * inner` positions. Flattening channels [C, H, W] gives a segment with
-inner = H * W; concatenation gives several segments. The unknown `FIXED` stands for positions that may not move.
+An axis is a list of segments. A segment holds `outer * size * inner` positions, ordered (outer, unit, inner): its
+`size` units belong to one unknown, and every unit owns `outer * inner` positions. Flattening channels [C, H, W] gives
+a segment with inner = H * W; concatenation gives several segments. The unknown `FIXED` stands for positions that may
+not move.
 
-Fixing an unknown, or splitting it into parts, only ever makes the set of permutations smaller, so it is always sound; that is what
-happens where two descriptions of an axis cannot be brought together exactly.
+Fixing an unknown, or splitting it into parts, only ever makes the set of permutations smaller, so it is always sound;
+that is what happens where two descriptions of an axis cannot be brought together exactly.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
 
 from fastar.errors import FastarError
-from fastar.matching.axes import FIXED, Axis, AxisSolver
+from fastar.matching.axes import FIXED, Axis, AxisSolver, fixed
 from fastar.matching.rules import Refused, apply_rule
 from fastar.matching.symmetry import Group, Member, Symmetry
 from fastar.matching.verify import verify_symmetry
@@ -27,7 +27,7 @@ def derive_symmetry(model: nn.Module, example_inputs: tuple[Tensor, ...], *, ver
         verify: also prove the result numerically (`verify_symmetry`).
 
     Raises:
-        FastarError: the model cannot be traced, or an operation's symmetry cannot be proven; names the node and operation.
+        FastarError: the model cannot be traced, or an operation's symmetry cannot be proven; names node and operation.
     """
     name = type(model).__name__
     program = _trace(model, example_inputs, name)
@@ -45,7 +45,7 @@ def _trace(model: nn.Module, example_inputs: tuple[Tensor, ...], name: str) -> t
             program = torch.export.export(copy.deepcopy(model).eval(), example_inputs)
             return program.run_decompositions({})
     except Exception as error:
-        # torch.export raises many kinds of errors, also from the model's own code; every one of them means the same here.
+        # torch.export raises many kinds of errors, also from the model's own code; all of them mean the same here.
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise FastarError(
             f"cannot trace {name} with torch.export to find its permutation groups: {first_line}; "
@@ -122,7 +122,7 @@ class _Derivation:
         shape = tuple(int(n) for n in value.shape)
         movable = spec.kind == InputKind.PARAMETER or (node.name in statistics and spec.target in self.buffers)
         if not movable:
-            return tuple((_fixed_axis(n)) for n in shape)
+            return tuple(fixed(n) for n in shape)
         target = self.canonical.get(spec.target, spec.target)
         if target not in self.tensors:
             self.tensors[target] = tuple(self.solver.fresh(n) for n in shape)
@@ -132,8 +132,8 @@ class _Derivation:
         for spec in self.program.graph_signature.output_specs:
             if spec.kind != OutputKind.USER_OUTPUT:
                 raise FastarError(
-                    f"cannot derive the permutation groups of {self.name}: it changes {spec.target!r} in evaluation mode; "
-                    "a forward pass must leave parameters, buffers and inputs alone"
+                    f"cannot derive the permutation groups of {self.name}: it changes {spec.target!r} in evaluation "
+                    "mode; a forward pass must leave parameters, buffers and inputs alone"
                 )
         (output,) = [node for node in self.program.graph.nodes if node.op == "output"]
         for node in output.all_input_nodes:
@@ -177,12 +177,6 @@ class _Derivation:
             f"cannot derive the permutation groups of {self.name}: {node.target} (node {node.name}{where}): {why}; "
             "it is not matched rather than matched wrongly: rewrite that part, or run without matching"
         )
-
-
-def _fixed_axis(length: int) -> Axis:
-    from fastar.matching.axes import fixed
-
-    return fixed(length)
 
 
 def _axes(labels: Any) -> list[Axis]:

@@ -1,10 +1,12 @@
 """Coordinate descent over permutation groups (git re-basin's weight matching) for a chunk of sources against one theta.
 
-The objective of source n is <theta, pi(theta_n)> over all parameters. With every group but g held, it is linear in g's permutation:
-sum_i S_g[i, perm[i]], where S_g[i, j] is the inner product of what unit i of theta and unit j of the (permuted) source own.
+The objective of source n is <theta, pi(theta_n)> over all parameters. With every group but g held, it is linear in g's
+permutation: sum_i S_g[i, perm[i]], where S_g[i, j] is the inner product of what unit i of theta and unit j of the
+permuted source own.
 
-What makes it fast: the source is kept permuted; S_g stays in memory and, when a neighbouring group moves k of its n units, is
-corrected by a product over those k units only; a group whose S_g did not change since it was solved is not solved again.
+What makes it fast: the source is kept permuted; S_g stays in memory and, when a neighbouring group moves k of its n
+units, is corrected by a product over those k units only; a group whose S_g did not change since it was solved is not
+solved again.
 """
 
 from __future__ import annotations
@@ -77,7 +79,7 @@ class Problem:
 
 
 class Descent:
-    """The state of one chunk of sources: parameters as permuted so far, S_g of each group, and what is still to be solved."""
+    """One chunk of sources: parameters as permuted so far, S_g of each group, and what is still to be solved."""
 
     def __init__(
         self,

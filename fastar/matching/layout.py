@@ -18,7 +18,8 @@ def memory_order(tensor: Tensor) -> list[int]:
 
     Channels-last convolution weights of shape (O, I, H, W) give [0, 2, 3, 1].
     """
-    return sorted(range(tensor.ndim), key=lambda axis: (-tensor.stride(axis), axis))
+    strides = tensor.stride()
+    return sorted(range(tensor.ndim), key=lambda axis: (-strides[axis], axis))
 
 
 def add_products(score: Tensor, theta: Tensor, sources: Tensor, member: Member, axis: int, size: int) -> None:

@@ -1,7 +1,7 @@
 """How permuted units travel through each operation: one rule per ATen operation.
 
-A rule gets the labels of the tensor arguments and returns the labels of the output, having required whatever must hold for
-`op(permuted inputs) == permuted op(inputs)`. An operation without a rule is refused.
+A rule gets the labels of the tensor arguments and returns the labels of the output, having required whatever must hold
+for `op(permuted inputs) == permuted op(inputs)`. An operation without a rule is refused.
 """
 
 from __future__ import annotations
@@ -350,50 +350,51 @@ def embedding(call: Call) -> Labels:
 
 Rule = Callable[[Call], Any]
 
-_POINTWISE = (
-    "relu relu6 leaky_relu elu selu celu gelu silu mish tanh sigmoid log_sigmoid hardtanh hardsigmoid hardswish softplus "
-    "softsign softshrink hardshrink threshold exp expm1 log log1p sqrt rsqrt square abs neg sign reciprocal sin cos erf "
-    "erfc add sub rsub mul div pow maximum minimum clamp clamp_min clamp_max where masked_fill addcmul addcdiv lerp eq ne "
-    "gt ge lt le logical_not logical_and logical_or"
-)
-_SAME = "clone contiguous alias detach detach_ to _to_copy type_as softmax log_softmax _softmax _log_softmax lift_fresh_copy"
-_FILL = "full full_like zeros zeros_like ones ones_like new_zeros new_ones new_full scalar_tensor"
-
-RULES: dict[str, Rule] = {
-    **dict.fromkeys(_POINTWISE.split(), pointwise),
-    **dict.fromkeys(_SAME.split(), same),
-    **dict.fromkeys(_FILL.split(), constant_fill),
-    **dict.fromkeys("conv1d conv2d conv3d convolution".split(), convolution),
-    **dict.fromkeys(
-        "batch_norm _native_batch_norm_legit_no_training _native_batch_norm_legit cudnn_batch_norm".split(), batch_norm
+# Names of ATen operations (overloads and in-place forms alike) and their rule.
+_TABLE: list[tuple[str, Rule]] = [
+    (
+        "relu relu6 leaky_relu elu selu celu gelu silu mish tanh sigmoid log_sigmoid hardtanh hardsigmoid "
+        "hardswish softplus softsign softshrink hardshrink threshold exp expm1 log log1p sqrt rsqrt square abs neg "
+        "sign reciprocal sin cos erf erfc add sub rsub mul div pow maximum minimum clamp clamp_min clamp_max where "
+        "masked_fill addcmul addcdiv lerp eq ne gt ge lt le logical_not logical_and logical_or",
+        pointwise,
     ),
-    **dict.fromkeys("max_pool1d avg_pool1d adaptive_avg_pool1d".split(), pool(1)),
-    **dict.fromkeys(
-        "max_pool2d max_pool2d_with_indices avg_pool2d adaptive_avg_pool2d _adaptive_avg_pool2d adaptive_max_pool2d "
-        "upsample_nearest2d upsample_bilinear2d".split(),
+    (
+        "clone contiguous alias detach detach_ to _to_copy type_as softmax log_softmax _softmax _log_softmax "
+        "lift_fresh_copy",
+        same,
+    ),
+    ("full full_like zeros zeros_like ones ones_like new_zeros new_ones new_full scalar_tensor", constant_fill),
+    ("conv1d conv2d conv3d convolution", convolution),
+    ("batch_norm _native_batch_norm_legit_no_training _native_batch_norm_legit cudnn_batch_norm", batch_norm),
+    ("max_pool1d avg_pool1d adaptive_avg_pool1d", pool(1)),
+    (
+        "max_pool2d max_pool2d_with_indices avg_pool2d adaptive_avg_pool2d _adaptive_avg_pool2d "
+        "adaptive_max_pool2d upsample_nearest2d upsample_bilinear2d",
         pool(2),
     ),
-    **dict.fromkeys("max_pool3d avg_pool3d adaptive_avg_pool3d".split(), pool(3)),
-    **dict.fromkeys("mean sum amax amin var std logsumexp linalg_vector_norm".split(), reduction),
-    **dict.fromkeys("view _unsafe_view reshape flatten unflatten".split(), reshape),
-    **dict.fromkeys("transpose t".split(), transpose),
-    **dict.fromkeys("split split_with_sizes chunk".split(), split_axis),
-    **dict.fromkeys("mm bmm matmul addmm".split(), matmul),
-    **dict.fromkeys("pad constant_pad_nd".split(), pad),
-    **dict.fromkeys("prelu _prelu_kernel".split(), prelu),
-    "arange": fixed_result,
-    "cat": concatenate,
-    "dropout": dropout,
-    "embedding": embedding,
-    "expand": expand,
-    "layer_norm": layer_norm,
-    "linear": linear,
-    "permute": permute,
-    "select": select,
-    "slice": slice_axis,
-    "squeeze": squeeze,
-    "unsqueeze": unsqueeze,
-}
+    ("max_pool3d avg_pool3d adaptive_avg_pool3d", pool(3)),
+    ("mean sum amax amin var std logsumexp linalg_vector_norm", reduction),
+    ("view _unsafe_view reshape flatten unflatten", reshape),
+    ("transpose t", transpose),
+    ("split split_with_sizes chunk", split_axis),
+    ("mm bmm matmul addmm", matmul),
+    ("pad constant_pad_nd", pad),
+    ("prelu _prelu_kernel", prelu),
+    ("arange", fixed_result),
+    ("cat", concatenate),
+    ("dropout", dropout),
+    ("embedding", embedding),
+    ("expand", expand),
+    ("layer_norm", layer_norm),
+    ("linear", linear),
+    ("permute", permute),
+    ("select", select),
+    ("slice", slice_axis),
+    ("squeeze", squeeze),
+    ("unsqueeze", unsqueeze),
+]
+RULES: dict[str, Rule] = {name: rule for names, rule in _TABLE for name in names.split()}
 
 
 def apply_rule(node: fx.Node, labels: dict[fx.Node, Any], solver: AxisSolver) -> Any:

@@ -117,7 +117,7 @@ class Symmetry:
 
         Args:
             permutations: [N, size] per group; [size] permutes all N alike.
-            sources: name -> [N, *shape], usually views of one [N, P] store. Names may be missing (buffers kept elsewhere).
+            sources: name -> [N, *shape], usually views of one [N, P] store. Names may be missing.
         """
         self.check(permutations)
         for group in self.groups:

@@ -20,8 +20,8 @@ RELATIVE_TOLERANCE = 1e-8
 def verify_symmetry(model: nn.Module, symmetry: Symmetry, example_inputs: tuple[Tensor, ...], seed: int = 0) -> None:
     """Permute every group at random in float64 and compare the outputs with the unpermuted network's.
 
-    All parameters and floating buffers are drawn at random first, so that nothing is hidden by weights that are zero or equal
-    (fresh batch-norms, zero-initialised scales). `model` is copied, not touched.
+    All parameters and batch-norm statistics are drawn at random first, so that nothing is hidden by weights that are
+    zero or equal (fresh batch-norms, zero-initialised scales). `model` is copied, not touched.
 
     Raises:
         FastarError: the outputs differ (names the groups), are not finite, or do not depend on the weights.
@@ -52,8 +52,8 @@ def verify_symmetry(model: nn.Module, symmetry: Symmetry, example_inputs: tuple[
             if differs(symmetry.apply(type(identity)({**identity, group.name: permutations[group.name]}), state))
         ]
         raise FastarError(
-            f"permuting the groups found in {name} changes its outputs (groups {', '.join(wrong) or 'together'}): it will not "
-            "be matched; its forward depends on unit order in a way the graph does not show"
+            f"permuting the groups found in {name} changes its outputs (groups {', '.join(wrong) or 'together'}): it "
+            "is not matched; its forward depends on the order of units in a way its graph does not show"
         )
 
 
@@ -72,7 +72,8 @@ def _as_double(value: Tensor) -> Tensor:
 
 def _random_state(model: nn.Module, seed: int) -> dict[str, Tensor]:
     """Weights of a size that keeps activations near 1; variances positive; whole-number buffers as they are."""
-    state, seen = {}, {}
+    state: dict[str, Tensor] = {}
+    seen: dict[int, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) in seen:
             state[name] = state[seen[id(tensor)]]

@@ -79,21 +79,22 @@ def match_weights(
 ) -> MatchResult:
     """Permutations pi_n that raise <theta, pi_n(theta_n)> to a fixed point of coordinate descent over the groups.
 
-    No step lowers the objective; at the end no group's best assignment raises it. Inputs are not written to. The result depends
-    on the inputs, the starts and the seed, not on `chunk` or on which sources are matched together, but for rounding.
+    No step lowers the objective; at the end no group's best assignment raises it. Inputs are not written to. The result
+    depends on the inputs, the starts and the seed, not (but for rounding) on `chunk`, `threads` or the other sources.
 
     Args:
         theta: parameter name -> tensor; buffers may be among them and do not count.
         sources: parameter name -> [N, *shape], such as views of one [N, P] store, on theta's device.
-        start: permutations to start from, [size] or [N, size]; several are tried in turn and the best end kept. None: identity.
-        orders: sweeps in the order of a forward pass, and `orders - 1` further attempts per start in random orders; the best is kept.
+        start: permutations to start from, [size] or [N, size]; of several, the best end is kept. None: identity.
+        orders: attempts per start, the first in the order of a forward pass, the others in random orders; the best
+            end is kept.
         solver: "auto" (lapjv where installed), "lapjv" or "scipy".
-        chunk: sources handled as one batch; bounds memory to about 3 copies of as many sources per thread. None: 1 on a CPU,
-            what fits half of the free memory on a GPU.
+        chunk: sources handled as one batch; bounds memory to about 3 copies of as many sources per thread. None: 1 on
+            a CPU, what fits half of the free memory on a GPU.
         threads: CPU threads. None: as many as torch uses.
 
     Raises:
-        FastarError: another architecture, devices that differ, NaN or infinite parameters (named), or a setting out of range.
+        FastarError: another architecture, devices that differ, NaN or infinite values (named), a setting out of range.
     """
     began = time.perf_counter()
     _check_settings(orders, max_sweeps, chunk, threads)
@@ -203,8 +204,8 @@ def _run(
 ) -> Iterator[tuple[tuple[int, int], int]]:
     """Chunks as they are finished, with what `run_chunk` returned for each.
 
-    CPU: as many chunks at a time as there are threads, each on one thread. GPU: two at a time, so that the assignments of one are
-    solved (on `workers` threads) while the products of the other are computed.
+    CPU: as many chunks at a time as there are threads, each on one thread. GPU: two at a time, so that the assignments
+    of one are solved (on `workers` threads) while the products of the other are computed.
     """
     if device.type == "cpu" and (len(bounds) == 1 or workers == 1):
         for begin, end in bounds:
@@ -213,7 +214,7 @@ def _run(
     lanes = min(len(bounds), workers if device.type == "cpu" else 2)
     before = torch.get_num_threads()
     solving = ThreadPoolExecutor(workers) if device.type != "cpu" else None
-    # Inside a lane torch must not use further threads; the setting belongs to the thread, but MKL's is global: restore it.
+    # Inside a lane torch must not use further threads. The setting is the thread's own but MKL's is global: restore it.
     with ThreadPoolExecutor(lanes, initializer=torch.set_num_threads, initargs=(1,)) as pool:
         futures: dict[Future[int], tuple[int, int]] = {}
         try:
