@@ -65,7 +65,7 @@ class RunFolder:
             FastarError: the folder belongs to another run (the differing settings are named), holds something
                 else, cannot be written, or is in use.
         """
-        self._check(settings)
+        self.check(settings)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             handle = os.open(self.path, os.O_RDONLY)
@@ -81,7 +81,8 @@ class RunFolder:
         finally:
             os.close(handle)
 
-    def _check(self, settings: Settings) -> None:
+    def check(self, settings: Settings) -> None:
+        """Raise FastarError unless the folder is empty, missing, or a run with these settings; writes nothing."""
         if self.path.exists() and not self.path.is_dir():
             raise FastarError(f"{self.path}: is a file; choose a folder for --out")
         if not self.config.is_file():

@@ -116,7 +116,7 @@ def fit(
             if not torch.isfinite(values).all():
                 bad = int((~torch.isfinite(values)).nonzero()[0])
                 raise FastarError(
-                    f"training {name}: the loss is not finite at epoch {epoch + 1}, step {bad + 1}{step.describe(bad)}; "
+                    f"training {name}: loss not finite at epoch {epoch + 1}, step {bad + 1}{step.describe(bad)}; "
                     "lower train.lr or use train.precision=fp32"
                 )
             done = Epoch(

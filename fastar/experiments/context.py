@@ -1,0 +1,139 @@
+"""What every part of an experiment needs: settings, data on the device, a run folder, the architecture's symmetry."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastar import data
+from fastar.checkpoints import Checkpoint
+from fastar.config import Settings
+from fastar.errors import FastarError
+from fastar.flat import FlatLayout
+from fastar.matching import Symmetry, derive_symmetry, verify_symmetry
+from fastar.models import build_model
+from fastar.progress import SILENT, Progress
+from fastar.runs import RunFolder
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device called `name`; auto is the GPU where there is one.
+
+    Raises:
+        FastarError: unknown name, or a GPU that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise FastarError(f"device={name!r} is not a device; use auto, cpu, cuda or cuda:0") from error
+    if device.type not in ("cpu", "cuda"):
+        raise FastarError(f"device={name!r}: fastar runs on cpu or cuda")
+    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
+        raise FastarError(f"device={name!r}: no such GPU here; use device=cpu or see `fastar doctor`")
+    return device
+
+
+@dataclass
+class Context:
+    """One experiment's surroundings. Data are loaded, and the symmetry derived, when first asked for."""
+
+    settings: Settings
+    run: RunFolder
+    progress: Progress = SILENT
+
+    @cached_property
+    def device(self) -> torch.device:
+        return resolve_device(self.settings.device)
+
+    @cached_property
+    def files(self) -> data.DatasetFiles:
+        chosen = self.settings.dataset
+        return data.prepare(
+            chosen.name,
+            data_root=chosen.root.expanduser() if chosen.root else None,
+            directory=chosen.directory.expanduser(),
+            workers=self.settings.workers,
+            progress=self.progress,
+        )
+
+    @cached_property
+    def train(self) -> data.DeviceDataset:
+        return data.load(self.files, "train", self.device, limit=self.settings.dataset.limit, progress=self.progress)
+
+    @cached_property
+    def test(self) -> data.DeviceDataset:
+        return data.load(self.files, "test", self.device, progress=self.progress)
+
+    def splits(self) -> dict[str, Any]:
+        """Train and test as evaluation reads them: in order, whole, not augmented."""
+        size = self.settings.evaluation.batch_size
+        return {
+            "train": lambda: whole_batches(self.train, size),
+            "test": lambda: whole_batches(self.test, size),
+        }
+
+    def statistics_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """The train set as batch-norm statistics are re-estimated from; augmented only in the reference's way."""
+        augment = self.settings.evaluation.batch_norm == "reference"
+        return whole_batches(self.train, self.settings.evaluation.batch_size, augment=augment)
+
+    def build(self, seed: int | None = None) -> nn.Module:
+        """A fresh network of the run's architecture, on the device."""
+        arch = self.settings.model.arch
+        spec = data.dataset_spec(self.settings.dataset.name)
+        shape = (spec.channels, spec.height, spec.width)
+        model = build_model(arch, input_shape=shape, classes=len(spec.classes), seed=seed, **self.settings.model.options)
+        return model.to(self.device)
+
+    @cached_property
+    def layout(self) -> FlatLayout:
+        return FlatLayout.from_module(self.build(seed=0))
+
+    @cached_property
+    def symmetry(self) -> Symmetry:
+        """The architecture's permutation groups, proven on a random network before they are used."""
+        model = self.build(seed=0).cpu()
+        spec = data.dataset_spec(self.settings.dataset.name)
+        example = (torch.zeros(2, spec.channels, spec.height, spec.width),)
+        symmetry = derive_symmetry(model, example)
+        verify_symmetry(model, symmetry, example)
+        return symmetry
+
+    def architecture(self) -> dict[str, Any]:
+        """What makes two checkpoints' networks the same: for their metadata."""
+        spec = data.dataset_spec(self.settings.dataset.name)
+        return {
+            "arch": self.settings.model.arch,
+            "model": self.settings.model.options,
+            "input_shape": [spec.channels, spec.height, spec.width],
+            "classes": len(spec.classes),
+        }
+
+    def row(self, checkpoint: Checkpoint) -> Tensor:
+        """A checkpoint's parameters as a flat row [P] on the device."""
+        return self.layout.flatten(checkpoint.state).to(self.device)
+
+
+def whole_batches(
+    dataset: data.DeviceDataset, batch_size: int, *, augment: bool = False
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every sample once; the batch size is lowered by one where a last batch of one sample would be left over.
+
+    (Batch-norm after a global pooling cannot take the statistics of a single sample.)
+    """
+    while batch_size > 2 and len(dataset) % batch_size == 1:
+        batch_size -= 1
+    return dataset.sequential(batch_size, augment=augment)
+
+
+def default_run_folder(settings: Settings) -> Path:
+    """`runs/<dataset>-<arch>-seed<seed>`."""
+    return Path("runs") / f"{settings.dataset.name}-{settings.model.arch}-seed{settings.seed}"

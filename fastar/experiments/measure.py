@@ -1,0 +1,221 @@
+"""Barriers between the models of a run, and `results.json`."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastar.checkpoints import Checkpoint
+from fastar.evaluation import Endpoint, Path, PathLosses, evaluate_paths
+from fastar.experiments.context import Context
+from fastar.experiments.regular import device_name
+from fastar.matching import Permutations, match_weights
+from fastar.runs import versions
+from fastar.seeds import derive_seed
+
+SPLITS = ("train", "test")
+KINDS = ("regular_regular", "star_heldout", "star_source", "regular_regular_unmatched")
+
+
+def endpoint(context: Context, name: str, checkpoint: Checkpoint) -> Endpoint:
+    """A checkpoint as one end of a path, as it is."""
+    return Endpoint(name, context.row(checkpoint), _statistics(context, checkpoint.state))
+
+
+def _statistics(context: Context, state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    found = {k: v.to(context.device) for k, v in state.items() if k.endswith(("running_mean", "running_var"))}
+    return found or None
+
+
+def matched_endpoints(
+    context: Context,
+    first: Checkpoint,
+    others: Sequence[Checkpoint],
+    names: Sequence[str],
+    *,
+    start: Permutations | None = None,
+) -> list[Endpoint]:
+    """`others` as ends of paths from `first`, each permuted to match it (weight matching, all in one problem)."""
+    if not others:
+        return []
+    settings, symmetry = context.settings, context.symmetry
+    rows = context.layout.views(context.row(first))
+    store = [context.row(other) for other in others]
+    sources = {name: _stack([context.layout.views(row)[name] for row in store]) for name in rows}
+    result = match_weights(
+        symmetry,
+        rows,
+        sources,
+        start=start,
+        seed=derive_seed(settings.seed, "evaluation", "matching"),
+        orders=settings.matching.orders,
+        max_sweeps=settings.matching.max_sweeps,
+        solver=settings.matching.solver,
+        threads=settings.workers,
+    )
+    ends = []
+    for k, (other, name) in enumerate(zip(others, names, strict=True)):
+        state = symmetry.apply(result.permutations.select(k).to("cpu"), other.state)
+        ends.append(endpoint(context, name, Checkpoint(state, other.metadata, other.path)))
+    return ends
+
+
+def _stack(views: Sequence[Tensor]) -> Tensor:
+    """[N, *shape] with each network's strides kept (channels-last stays so)."""
+    like = views[0]
+    out = torch.empty_strided(
+        (len(views), *like.shape), (like.numel(), *like.stride()), dtype=like.dtype, device=like.device
+    )
+    for target, view in zip(out, views, strict=True):
+        target.copy_(view)
+    return out
+
+
+def choose_pairs(count: int, wanted: int, seed: int) -> list[tuple[int, int]]:
+    """`wanted` distinct pairs of `count` models, first below second, drawn at random; all where there are fewer."""
+    pairs = list(itertools.combinations(range(count), 2))
+    if len(pairs) <= wanted:
+        return pairs
+    chosen = np.random.default_rng(seed).choice(len(pairs), size=wanted, replace=False)
+    return [pairs[i] for i in sorted(chosen.tolist())]
+
+
+def paths_of_run(
+    context: Context,
+    star: Checkpoint,
+    sources: Sequence[Checkpoint],
+    heldouts: Sequence[Checkpoint],
+    permutations: Permutations | None,
+) -> list[Path]:
+    """All paths of a run: star to heldouts and sources, and pairs of regular models, matched and not."""
+    settings = context.settings
+    centre = endpoint(context, "star", star)
+    source_names = [f"source {i}" for i in range(len(sources))]
+    heldout_names = [f"heldout {i}" for i in range(len(heldouts))]
+    matching = settings.star.match_every_epochs > 0
+    paths: list[Path] = []
+    for kind, models, names, start in (
+        ("star_heldout", heldouts, heldout_names, None),
+        ("star_source", sources, source_names, permutations),
+    ):
+        if matching:
+            ends = matched_endpoints(context, star, models, names, start=start)
+        else:
+            ends = [endpoint(context, name, model) for name, model in zip(names, models, strict=True)]
+        paths += [Path(kind, centre, end) for end in ends]
+
+    regular = [*sources, *heldouts]
+    names = [*source_names, *heldout_names]
+    pairs = choose_pairs(len(regular), settings.evaluation.regular_pairs, derive_seed(settings.seed, "pairs"))
+    plain = {i: endpoint(context, names[i], regular[i]) for pair in pairs for i in pair}
+    with context.progress.task("matching pairs", total=len(pairs), unit="pairs") as advance:
+        for first, group in itertools.groupby(pairs, key=lambda pair: pair[0]):
+            seconds = [second for _, second in group]
+            if matching:
+                ends = matched_endpoints(
+                    context, regular[first], [regular[i] for i in seconds], [names[i] for i in seconds]
+                )
+                paths += [Path("regular_regular", plain[first], end) for end in ends]
+            paths += [
+                Path("regular_regular_unmatched" if matching else "regular_regular", plain[first], plain[i])
+                for i in seconds
+            ]
+            advance(len(seconds))
+    return paths
+
+
+def spread(values: Sequence[float]) -> dict[str, float | int | None]:
+    """Mean, sample standard deviation, extremes and number; nulls where there is nothing."""
+    if not values:
+        return {"mean": None, "std": None, "min": None, "max": None, "n": 0}
+    std = statistics.stdev(values) if len(values) > 1 else 0.0
+    return {"mean": statistics.fmean(values), "std": std, "min": min(values), "max": max(values), "n": len(values)}
+
+
+def measure(
+    context: Context,
+    star: Checkpoint,
+    sources: Sequence[Checkpoint],
+    heldouts: Sequence[Checkpoint],
+    permutations: Permutations | None,
+) -> dict[str, Any]:
+    """Everything in `results.json`."""
+    settings = context.settings
+    start = time.perf_counter()
+    paths = paths_of_run(context, star, sources, heldouts, permutations)
+    measured = evaluate_paths(
+        context.build(seed=0),
+        context.layout,
+        paths,
+        context.splits(),
+        points=settings.evaluation.points,
+        statistics_batches=context.statistics_batches,
+        method=settings.evaluation.batch_norm,
+        progress=context.progress,
+    )
+    seconds = time.perf_counter() - start
+    return {
+        "dataset": settings.dataset.name,
+        "arch": settings.model.arch,
+        "sources": len(sources),
+        "heldout": len(heldouts),
+        "t": measured[0].t,
+        **{split: summary(measured, split) for split in SPLITS},
+        "accuracy": {split: _accuracies(measured, split) for split in SPLITS},
+        "paths": [_as_result(path) for path in measured],
+        "seconds": {**epoch_seconds(context.run.read_log()), "evaluation": seconds},
+        "versions": versions(),
+        "device": device_name(context.device),
+        "seed": settings.seed,
+    }
+
+
+def summary(measured: Sequence[PathLosses], split: str) -> dict[str, Any]:
+    """Losses of the ends and barriers of each kind on one split."""
+    star_paths = [path for path in measured if path.kind in ("star_heldout", "star_source")]
+    regular = spread([path.loss[split][-1] for path in star_paths])
+    return {
+        "regular_loss": {key: regular[key] for key in ("mean", "std", "n")},
+        "star_loss": star_paths[0].loss[split][0],
+        **{kind: spread([path.barrier(split) for path in measured if path.kind == kind]) for kind in KINDS},
+    }
+
+
+def _accuracies(measured: Sequence[PathLosses], split: str) -> dict[str, Any]:
+    star_paths = [path for path in measured if path.kind in ("star_heldout", "star_source")]
+    regular = spread([path.accuracy[split][-1] for path in star_paths])
+    return {
+        "regular": {key: regular[key] for key in ("mean", "std", "n")},
+        "star": star_paths[0].accuracy[split][0],
+    }
+
+
+def _as_result(path: PathLosses) -> dict[str, Any]:
+    return {
+        "kind": path.kind,
+        "first": path.first,
+        "second": path.second,
+        "t": path.t,
+        **{f"{split}_{what}": getattr(path, what)[split] for split in SPLITS for what in ("loss", "accuracy")},
+    }
+
+
+def epoch_seconds(log: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
+    """Median seconds of a regular and of a star epoch (matching included), and of matching, from a run's log."""
+
+    def median(values: list[float]) -> float | None:
+        return statistics.median(values) if values else None
+
+    star = [entry for entry in log if entry.get("kind") == "star"]
+    return {
+        "regular_epoch": median([e["seconds"] for e in log if e.get("kind") in ("source", "heldout")]),
+        "star_epoch": median([e["seconds"] + e["begin_seconds"] for e in star]),
+        "matching_per_epoch": median([e["begin_seconds"] for e in star]),
+    }

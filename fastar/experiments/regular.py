@@ -1,0 +1,146 @@
+"""The regular models of a run: sources Z and heldouts H. Trained where missing, reused where they match."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastar import __version__
+from fastar.checkpoints import SUFFIXES, Checkpoint, load_checkpoint, load_into, read_metadata, save_checkpoint
+from fastar.config import differences
+from fastar.errors import FastarError
+from fastar.evaluation import evaluate_rows
+from fastar.evaluation.batch_norm import own_statistics
+from fastar.experiments.context import Context
+from fastar.runs import commit, versions
+from fastar.seeds import derive_seed
+from fastar.training import RegularStep, fit
+
+
+def recipe(context: Context, kind: str, index: int) -> dict[str, Any]:
+    """Everything that determines a regular model; one on disk is reused only if its recipe is the same."""
+    settings = context.settings
+    return {
+        **context.architecture(),
+        "dataset": settings.dataset.name,
+        "dataset_digest": context.files.digest,
+        "limit": settings.dataset.limit,
+        "train": settings.train.model_dump(mode="json"),
+        "seed": settings.seed,
+        "kind": kind,
+        "index": index,
+    }
+
+
+def check_recipe(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """Raise FastarError naming what differs, unless `found` is the recipe `wanted`."""
+    if not found:
+        raise FastarError(f"{path}: has no recipe in its metadata, so it cannot be reused; move it away")
+    changed = differences(found, wanted)
+    if changed:
+        key, (was, now) = next(iter(changed.items()))
+        raise FastarError(f"{path}: is another model ({key} was {was!r}, now {now!r}); move it away or choose --out")
+
+
+def regular_models(context: Context, kind: str, count: int) -> list[Checkpoint]:
+    """Sources (`kind` "source") or heldouts number 0 .. count - 1, trained where they are not there yet.
+
+    Raises:
+        FastarError: one that is there was made otherwise, or cannot be read.
+    """
+    found = []
+    paths = [context.run.model(kind, index) for index in range(count)]
+    for index, path in enumerate(paths):  # all checks before any training
+        if path.is_file():
+            check_recipe(path, read_metadata(path).get("recipe", {}), recipe(context, kind, index))
+    missing = [path for path in paths if not path.is_file()]
+    with context.progress.task(f"{kind} models", total=len(missing), unit="models") as advance:
+        for index, path in enumerate(paths):
+            if not path.is_file():
+                train_regular(context, kind, index)
+                advance(1)
+            found.append(load_checkpoint(path))
+    return found
+
+
+def train_regular(context: Context, kind: str, index: int) -> None:
+    """Train one regular model and save it into the run folder."""
+    settings = context.settings
+    seed = derive_seed(settings.seed, kind, index)
+    name = f"{kind} {index}"
+    model = context.build(seed=seed)
+    step = RegularStep(model, settings.train)
+    history = fit(
+        step,
+        context.train,
+        settings.train,
+        name=name,
+        seed=derive_seed(seed, "data"),
+        on_epoch=lambda epoch: context.run.log(kind=kind, model=name, **vars(epoch)),
+        progress=context.progress,
+    )
+    state = step.state()
+    measured = evaluate_rows(model, step.layout, step.theta[None], context.splits(), statistics=[own_statistics(model)])
+    save_checkpoint(
+        context.run.model(kind, index),
+        state,
+        {
+            **recipe(context, kind, index),
+            "recipe": recipe(context, kind, index),
+            "epochs": len(history),
+            "training_loss": history[-1].loss,
+            **{f"{split}_loss": float(m.loss[0]) for split, m in measured.items()},
+            **{f"{split}_accuracy": float(m.accuracy[0]) for split, m in measured.items()},
+            "precision": str(step.dtype).removeprefix("torch."),
+            "device": device_name(context.device),
+            "version": __version__,
+            "commit": commit(),
+            "versions": versions(),
+        },
+    )
+
+
+def device_name(device: torch.device) -> str:
+    """The GPU's name, or cpu."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def given_sources(context: Context, folder: Path, count: int) -> list[Checkpoint]:
+    """The first `count` checkpoints of `folder`, in the order of their names, checked against the run.
+
+    Raises:
+        FastarError: too few of them, or one of another architecture, other data, or not finite.
+    """
+    if not folder.is_dir():
+        raise FastarError(f"sources.folder={folder}: no such folder")
+    paths = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
+    if len(paths) < count:
+        raise FastarError(f"{folder}: holds {len(paths)} checkpoints, sources.number={count} asks for more")
+    model = context.build(seed=0)
+    found = []
+    for path in paths[:count]:
+        checkpoint = load_checkpoint(path)
+        check_fits(context, checkpoint)
+        load_into(model, checkpoint)
+        state = {name: value.clone() for name, value in model.state_dict().items()}
+        found.append(Checkpoint(state, checkpoint.metadata, path))
+    return found
+
+
+def check_fits(context: Context, checkpoint: Checkpoint) -> None:
+    """Raise FastarError if a checkpoint says that it is of another architecture or of other data."""
+    known = checkpoint.metadata
+    wanted = {
+        **context.architecture(),
+        "dataset": context.settings.dataset.name,
+        "dataset_digest": context.files.digest,
+    }
+    changed = differences(
+        {key: known[key] for key in wanted if key in known}, {k: v for k, v in wanted.items() if k in known}
+    )
+    if changed:
+        key, (was, now) = next(iter(changed.items()))
+        raise FastarError(f"{checkpoint.path}: does not fit this run ({key} is {was!r} there, {now!r} here)")

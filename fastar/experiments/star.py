@@ -1,0 +1,149 @@
+"""The star model of a run: trained against its sources (Algorithm 1), or reused where it matches."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastar import __version__
+from fastar.checkpoints import Checkpoint, load_checkpoint, load_into, read_metadata, save_checkpoint
+from fastar.evaluation import evaluate_rows, re_estimate
+from fastar.evaluation.batch_norm import set_statistics
+from fastar.experiments.context import Context
+from fastar.experiments.regular import check_recipe, device_name, recipe
+from fastar.matching import Permutations, match_weights
+from fastar.runs import commit, versions
+from fastar.seeds import derive_seed
+from fastar.training import SourcesStore, StarStep, fit
+
+
+def star_recipe(context: Context, sources: Sequence[Checkpoint]) -> dict[str, Any]:
+    """Everything that determines a star model."""
+    settings = context.settings
+    return {
+        **recipe(context, "star", 0),
+        "star": settings.star.model_dump(mode="json"),
+        "matching": settings.matching.model_dump(mode="json"),
+        "sources": [state_digest(source) for source in sources],
+    }
+
+
+def state_digest(checkpoint: Checkpoint) -> str:
+    """A digest of a model's tensors, whatever file they came from."""
+    digest = hashlib.sha256()
+    for name in sorted(checkpoint.state):
+        value = checkpoint.state[name].detach().cpu().contiguous()
+        if not name.endswith("num_batches_tracked"):
+            digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+            digest.update(value.view(torch.uint8).numpy().tobytes() if value.numel() else b"")
+    return digest.hexdigest()[:16]
+
+
+class Matcher:
+    """Makes a store's rows match theta, and remembers the permutations since the files."""
+
+    def __init__(self, context: Context, count: int):
+        self._context = context
+        self.permutations = context.symmetry.identity(count)
+
+    def __call__(self, theta: Tensor, sources: SourcesStore, epoch: int) -> None:
+        """Algorithm 1, step 1: theta_n <- pi(theta_n) for all n, starting from the last epoch's permutations."""
+        settings, symmetry = self._context.settings, self._context.symmetry
+        result = match_weights(
+            symmetry,
+            sources.layout.views(theta),
+            sources.views(),
+            seed=derive_seed(settings.seed, "star", "matching", epoch),
+            orders=settings.matching.orders,
+            max_sweeps=settings.matching.max_sweeps,
+            solver=settings.matching.solver,
+            threads=settings.workers,
+        )
+        symmetry.apply_rows(result.permutations, sources.views())
+        self.permutations = self.permutations.then(result.permutations.to("cpu"))
+
+
+def star_model(context: Context, sources: Sequence[Checkpoint]) -> tuple[Checkpoint, Permutations | None]:
+    """The star model of `sources`, and the sources' permutations that it was trained with (None: never matched).
+
+    Raises:
+        FastarError: a star that is there was made otherwise.
+    """
+    run = context.run
+    permutations_file = run.path / "permutations.safetensors"
+    wanted = star_recipe(context, sources)
+    if run.star.is_file():
+        check_recipe(run.star, read_metadata(run.star).get("recipe", {}), wanted)
+    if not (run.star.is_file() and permutations_file.is_file()):
+        _train(context, sources, wanted)
+    star = load_checkpoint(run.star)
+    stored = load_checkpoint(permutations_file).state
+    stored.pop("matched")
+    return star, Permutations.from_dict(stored) if stored else None
+
+
+def _train(context: Context, sources: Sequence[Checkpoint], wanted: dict[str, Any]) -> None:
+    settings, run = context.settings, context.run
+    seed = derive_seed(settings.seed, "star", 0)
+    store = SourcesStore(
+        context.layout, [s.state for s in sources], [str(s.path and s.path.name) for s in sources], context.device
+    )
+    matched = settings.star.match_every_epochs > 0
+    matcher = Matcher(context, len(sources)) if matched else None
+    model = context.build(seed=seed)
+    step = StarStep(
+        model,
+        settings.train,
+        settings.star,
+        store,
+        seed=derive_seed(seed, "star"),
+        match=matcher if matcher else lambda theta, sources, epoch: None,
+    )
+    history = fit(
+        step,
+        context.train,
+        settings.train,
+        name="star",
+        seed=derive_seed(seed, "data"),
+        epochs=settings.star.epochs,
+        lr=settings.star.lr,
+        on_epoch=lambda epoch: run.log(kind="star", model="star", **vars(epoch)),
+        progress=context.progress,
+    )
+    # The running statistics so far are of interpolated networks: the star gets its own.
+    trained = Checkpoint(step.state())
+    model = context.build(seed=seed)
+    load_into(model, trained)
+    statistics = re_estimate(model, context.statistics_batches())
+    set_statistics(model, statistics)
+    row = context.row(trained)
+    measured = evaluate_rows(
+        model, context.layout, row[None], context.splits(), statistics=[statistics] if statistics else None
+    )
+    # Written first: a star without its permutations would be measured against other ones than it was trained with.
+    permutations = dict(matcher.permutations) if matcher else {}
+    save_checkpoint(
+        run.path / "permutations.safetensors",
+        {**permutations, "matched": torch.tensor(int(matched))},
+        {"kind": "matching"},
+    )
+    save_checkpoint(
+        run.star,
+        model.state_dict(),
+        {
+            **recipe(context, "star", 0),
+            "recipe": wanted,
+            "epochs": len(history),
+            "training_loss": history[-1].loss,
+            **{f"{split}_loss": float(m.loss[0]) for split, m in measured.items()},
+            **{f"{split}_accuracy": float(m.accuracy[0]) for split, m in measured.items()},
+            "device": device_name(context.device),
+            "version": __version__,
+            "commit": commit(),
+            "versions": versions(),
+        },
+    )

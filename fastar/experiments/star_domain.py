@@ -1,0 +1,69 @@
+"""The main job: sources and heldouts, a star model, and how well it is connected (paper, section 3)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fastar.config import Settings
+from fastar.errors import FastarError
+from fastar.experiments.context import Context
+from fastar.experiments.measure import measure
+from fastar.experiments.regular import given_sources, regular_models
+from fastar.experiments.star import star_model
+from fastar.progress import SILENT, Progress
+from fastar.runs import RunFolder
+from fastar.training import resolve_precision
+
+
+def prepare_context(settings: Settings, out: Path, progress: Progress = SILENT) -> Context:
+    """A context whose cheap checks have passed: device, precision, dataset, architecture and its settings.
+
+    Raises:
+        FastarError: one of them is unknown or not to be had; nothing has been written.
+    """
+    context = Context(settings, RunFolder(out), progress)
+    resolve_precision(settings.train.precision, context.device)
+    context.build(seed=0)
+    return context
+
+
+def train_sources(settings: Settings, out: Path, progress: Progress = SILENT) -> list[Path]:
+    """Train the sources and heldouts of a run that are missing; the files of all of them."""
+    context = prepare_context(settings, out, progress)
+    context.run.check(settings)
+    _ = context.files
+    with context.run.open(settings):
+        regular_models(context, "source", settings.sources.number)
+        regular_models(context, "heldout", settings.sources.heldout)
+    return [
+        *(context.run.model("source", i) for i in range(settings.sources.number)),
+        *(context.run.model("heldout", i) for i in range(settings.sources.heldout)),
+    ]
+
+
+def train_star(settings: Settings, out: Path, progress: Progress = SILENT) -> dict[str, Any]:
+    """Do all of it: data, sources, heldouts, star, barriers. What is there and matches is reused.
+
+    Returns:
+        What is written to `results.json`.
+
+    Raises:
+        FastarError: bad input; what was finished stays and the same command goes on from there.
+    """
+    if settings.sources.number + settings.sources.heldout < 2:
+        raise FastarError("a barrier between regular models needs two of them: raise sources.number or .heldout")
+    context = prepare_context(settings, out, progress)
+    context.run.check(settings)
+    _ = context.files
+    with context.run.open(settings):
+        folder = settings.sources.folder
+        if folder is not None:
+            sources = given_sources(context, folder.expanduser(), settings.sources.number)
+        else:
+            sources = regular_models(context, "source", settings.sources.number)
+        heldouts = regular_models(context, "heldout", settings.sources.heldout)
+        star, permutations = star_model(context, sources)
+        results = measure(context, star, sources, heldouts, permutations)
+        context.run.write_results(results)
+    return results

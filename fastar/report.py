@@ -1,0 +1,128 @@
+"""Tables and pictures from results; computes nothing that is not in them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from rich.table import Table
+
+from fastar.checkpoints import write_atomically
+
+# Okabe-Ito colours, which the colour-blind can tell apart; markers and dashes tell the curves apart in grey print.
+STYLES = {
+    "star_heldout": ("star to heldouts", "#D55E00", "-", "o"),
+    "star_source": ("star to sources", "#009E73", "--", "s"),
+    "regular_regular": ("regular to regular", "#0072B2", "-.", "^"),
+    "path": ("path", "#D55E00", "-", "o"),
+}
+ROWS = (
+    ("star_heldout", "star to heldouts"),
+    ("star_source", "star to sources"),
+    ("regular_regular", "regular to regular"),
+    ("regular_regular_unmatched", "  the same, unmatched"),
+)
+
+
+def shown(value: Mapping[str, Any] | float | None, digits: int = 3) -> str:
+    """A number, or mean and standard deviation, rounded for people."""
+    if value is None or (isinstance(value, Mapping) and value["mean"] is None):
+        return "-"
+    if isinstance(value, Mapping):
+        return f"{value['mean']:.{digits}f} ± {value['std']:.{digits}f}"
+    return f"{value:.{digits}f}"
+
+
+def results_table(results: Mapping[str, Any]) -> Table:
+    """Losses, accuracies and barriers of a run, train and test."""
+    title = f"{results['dataset']}, {results['arch']}: star model of {results['sources']} sources"
+    table = Table(title=title, title_justify="left")
+    table.add_column("")
+    table.add_column("n", justify="right")
+    table.add_column("train", justify="right")
+    table.add_column("test", justify="right")
+    regular = results["train"]["regular_loss"]
+    splits = ("train", "test")
+    table.add_row("loss, regular", str(regular["n"]), *(shown(results[s]["regular_loss"]) for s in splits))
+    table.add_row("loss, star", "1", *(shown(results[s]["star_loss"]) for s in splits))
+    accuracy = results["accuracy"]
+    table.add_row("accuracy, regular", str(regular["n"]), *(shown(accuracy[s]["regular"]) for s in splits))
+    table.add_row("accuracy, star", "1", *(shown(accuracy[s]["star"]) for s in splits), end_section=True)
+    for kind, name in ROWS:
+        if results["train"][kind]["n"]:
+            n = str(results["train"][kind]["n"])
+            table.add_row(f"barrier, {name}", n, *(shown(results[s][kind]) for s in splits))
+    return table
+
+
+def barriers_table(paths: Sequence[Mapping[str, Any]]) -> Table:
+    """One row per path: barrier on each split, and the losses at its ends."""
+    table = Table(title="Barriers", title_justify="left")
+    for column in ("first", "second"):
+        table.add_column(column)
+    for column in ("train barrier", "test barrier", "train loss, first", "train loss, second"):
+        table.add_column(column, justify="right")
+    for path in paths:
+        table.add_row(
+            path["first"],
+            path["second"],
+            shown(path["train_barrier"], 4),
+            shown(path["test_barrier"], 4),
+            shown(path["train_loss"][0], 4),
+            shown(path["train_loss"][-1], 4),
+        )
+    return table
+
+
+def barrier_picture(results: Mapping[str, Any], path: Path) -> None:
+    """Write a PNG of train loss and accuracy along the paths: mean and a band of one standard deviation.
+
+    Args:
+        results: what `results.json` holds.
+        path: the file to write, atomically.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.5, 3.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2)
+    star = any(p["kind"].startswith("star") for p in results["paths"])
+    for panel, key, name in ((panels[0], "train_loss", "train loss"), (panels[1], "train_accuracy", "train accuracy")):
+        for kind, (label, colour, dashes, marker) in STYLES.items():
+            curves = [p[key] for p in results["paths"] if p["kind"] == kind]
+            if not curves:
+                continue
+            columns = list(zip(*curves, strict=True))
+            mean = [fmean(column) for column in columns]
+            band = [stdev(column) if len(column) > 1 else 0.0 for column in columns]
+            panel.plot(
+                results["t"],
+                mean,
+                color=colour,
+                linestyle=dashes,
+                marker=marker,
+                markersize=4,
+                label=f"{label} (n={len(curves)})",
+            )
+            low = [m - b for m, b in zip(mean, band, strict=True)]
+            high = [m + b for m, b in zip(mean, band, strict=True)]
+            if key == "train_loss":
+                low = [max(value, 0.0) for value in low]
+            else:
+                high = [min(value, 1.0) for value in high]
+            panel.fill_between(results["t"], low, high, color=colour, alpha=0.18, linewidth=0)
+        panel.set_xlabel("t   (0: star or first model, 1: other model)" if star else "t   (0: first model, 1: second)")
+        panel.set_ylabel(name)
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylim(bottom=0)
+    panels[0].legend(frameon=False, fontsize=9)
+    title = f"{results['dataset']}, {results['arch']}"
+    figure.suptitle(f"{title}: {results['sources']} sources" if star else title, fontsize=11)
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=160)
+    write_atomically(path, buffer.getvalue())
