@@ -112,7 +112,8 @@ def ptx(kernel, types, constants, capability):
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, "*fp32") for name in names}
     # As at launch: buffers start, and their lengths are, multiples of 16.
-    aligned = [i for i, name in enumerate(names) if name in ("numel", "row_stride") or signature[name][1:] in ("fp32", "bf16")]
+    wide = lambda name: name in ("numel", "row_stride") or signature[name] in ("*fp32", "*bf16")
+    aligned = [i for i, name in enumerate(names) if wide(name)]
     source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
     return compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
 

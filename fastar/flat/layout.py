@@ -173,6 +173,6 @@ def _view(buffer: torch.Tensor, entry: FlatEntry, offset: int) -> torch.Tensor:
     flat = buffer[..., offset : offset + entry.numel]
     leading = buffer.shape[:-1]
     if len(entry.shape) != 4:
-        return flat.view(*leading, *entry.shape)
+        return flat.view((*leading, *entry.shape))
     outputs, inputs, height, width = entry.shape
-    return flat.view(*leading, outputs, height, width, inputs).movedim(-1, -3)
+    return flat.view((*leading, outputs, height, width, inputs)).movedim(-1, -3)
