@@ -6,10 +6,11 @@ from contextlib import closing
 import numpy as np
 import torch
 
+from fastar.data.augment import Normalisation, augmented
 from fastar.data.prepare import DatasetFiles
 from fastar.data.reading import read_batches
 from fastar.data.registry import Augmentation
-from fastar.data.sampling import balanced_subset, draw, draw_below, epoch_order
+from fastar.data.sampling import balanced_subset, epoch_order
 from fastar.data.verify import ContentDigest
 from fastar.errors import FastarError
 from fastar.progress import SILENT, Progress
@@ -48,8 +49,7 @@ class DeviceDataset:
         self.images, self.labels, self.classes = images, labels, classes
         self.augmentation, self.digest = augmentation, digest
         self.index = torch.arange(len(labels), device=labels.device) if index is None else index
-        self._mean = (torch.tensor(mean, dtype=torch.float64) * 255).to(images.device, torch.float32)
-        self._scale = (1 / (torch.tensor(std, dtype=torch.float64) * 255)).to(images.device, torch.float32)
+        self._normalise = Normalisation(mean, std, images.shape[1], images.shape[2], images.device)
         self._normalised = self._normalise(images) if images.numel() * 4 <= NORMALISED_BYTES else None
 
     def __len__(self) -> int:
@@ -112,38 +112,10 @@ class DeviceDataset:
     def _block(self, chosen: torch.Tensor, key: int | None) -> torch.Tensor:
         """Normalised images [b, H, W, C] of the samples `chosen`."""
         if key is not None:
-            return self._normalise(augment_images(self.images, chosen, self.index[chosen], key, self.augmentation))
+            return augmented(self.images, chosen, self.index[chosen], key, self.augmentation, self._normalise)
         if self._normalised is not None:
             return self._normalised.index_select(0, chosen)
         return self._normalise(self.images.index_select(0, chosen))
-
-    def _normalise(self, images: torch.Tensor) -> torch.Tensor:
-        # Two separate roundings: the same bits on every device.
-        return images.to(torch.float32).sub_(self._mean).mul_(self._scale)
-
-
-def augment_images(
-    images: torch.Tensor, chosen: torch.Tensor, index: torch.Tensor, key: int, augmentation: Augmentation
-) -> torch.Tensor:
-    """Images uint8 [b, H, W, C]: `images[chosen]` zero-padded, cropped back and mirrored, each as `index` draws it.
-
-    `chosen` and `index` are int64 [b]; streams 0, 1, 2 of `key` give the row, the column and the mirroring.
-    """
-    _, height, width, _ = images.shape
-    pad = augmentation.pad
-    rows = torch.arange(height, device=images.device).expand(len(chosen), height)
-    columns = torch.arange(width, device=images.device).expand(len(chosen), width)
-    if augmentation.flip:
-        mirrored = (draw(key, index, 2) >> 31).bool()
-        columns = torch.where(mirrored[:, None], width - 1 - columns, columns)
-    if pad:
-        rows = rows + (draw_below(2 * pad + 1, key, index, 0) - pad)[:, None]
-        columns = columns + (draw_below(2 * pad + 1, key, index, 1) - pad)[:, None]
-    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
-    pixels = images[
-        chosen[:, None, None], rows.clamp(0, height - 1)[:, :, None], columns.clamp(0, width - 1)[:, None, :]
-    ]
-    return pixels * inside[..., None]
 
 
 def load(
