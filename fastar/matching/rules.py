@@ -263,6 +263,16 @@ def concatenate(call: Call) -> Labels:
     return tuple(joined if d == dim else axis for d, axis in enumerate(labels[0]))
 
 
+def stack(call: Call) -> Labels:
+    first, *others = (call.labels(node) for node in call.tensors())
+    for other in others:
+        for mine, theirs in zip(first, other, strict=True):
+            call.solver.unify(mine, theirs)
+    out, dim = list(first), call.arguments.get("dim", 0) % (len(first) + 1)
+    out.insert(dim, fixed(call.shape()[dim]))
+    return tuple(out)
+
+
 def slice_axis(call: Call) -> Labels:
     node = call.tensors()[0]
     x, length = list(call.labels(node)), call.shape(node)
@@ -392,6 +402,7 @@ _TABLE: list[tuple[str, Rule]] = [
     ("select", select),
     ("slice", slice_axis),
     ("squeeze", squeeze),
+    ("stack", stack),
     ("unsqueeze", unsqueeze),
 ]
 RULES: dict[str, Rule] = {name: rule for names, rule in _TABLE for name in names.split()}
