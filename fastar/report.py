@@ -60,14 +60,12 @@ def results_table(results: Mapping[str, Any]) -> Table:
 
 def barriers_table(paths: Sequence[Mapping[str, Any]]) -> Table:
     """One row per path: barrier on each split, and the losses at its ends."""
-    table = Table(title="Barriers", title_justify="left")
-    for column in ("first", "second"):
-        table.add_column(column)
-    for column in ("train barrier", "test barrier", "train loss, first", "train loss, second"):
+    table = Table(title=f"Barriers from {paths[0]['first']} to", title_justify="left")
+    table.add_column("", overflow="fold")
+    for column in ("train", "test", "train loss, first", "train loss, other"):
         table.add_column(column, justify="right")
     for path in paths:
         table.add_row(
-            path["first"],
             path["second"],
             shown(path["train_barrier"], 4),
             shown(path["test_barrier"], 4),

@@ -90,7 +90,9 @@ class Context:
         arch = self.settings.model.arch
         spec = data.dataset_spec(self.settings.dataset.name)
         shape = (spec.channels, spec.height, spec.width)
-        model = build_model(arch, input_shape=shape, classes=len(spec.classes), seed=seed, **self.settings.model.options)
+        model = build_model(
+            arch, input_shape=shape, classes=len(spec.classes), seed=seed, **self.settings.model.options
+        )
         return model.to(self.device)
 
     @cached_property

@@ -130,17 +130,15 @@ def given_sources(context: Context, folder: Path, count: int) -> list[Checkpoint
     return found
 
 
-def check_fits(context: Context, checkpoint: Checkpoint) -> None:
-    """Raise FastarError if a checkpoint says that it is of another architecture or of other data."""
-    known = checkpoint.metadata
-    wanted = {
-        **context.architecture(),
-        "dataset": context.settings.dataset.name,
-        "dataset_digest": context.files.digest,
-    }
-    changed = differences(
-        {key: known[key] for key in wanted if key in known}, {k: v for k, v in wanted.items() if k in known}
-    )
+def check_fits(context: Context, checkpoint: Checkpoint, *, same_data: bool = True) -> None:
+    """Raise FastarError if a checkpoint says that it is of another architecture or (`same_data`) of other data."""
+    wanted = context.architecture()
+    if same_data:
+        wanted |= {"dataset": context.settings.dataset.name}
+        if "dataset_digest" in checkpoint.metadata:
+            wanted |= {"dataset_digest": context.files.digest}
+    known = {key: value for key, value in checkpoint.metadata.items() if key in wanted}
+    changed = differences(known, {key: wanted[key] for key in known})
     if changed:
         key, (was, now) = next(iter(changed.items()))
         raise FastarError(f"{checkpoint.path}: does not fit this run ({key} is {was!r} there, {now!r} here)")

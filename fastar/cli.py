@@ -1,0 +1,326 @@
+"""The command line: parses, calls, prints. Everything else is imported when a command needs it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fastar import __version__
+from fastar.errors import FastarError
+
+if TYPE_CHECKING:
+    from fastar.config import Settings
+    from fastar.progress import Progress
+
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+app = typer.Typer(
+    name="fastar",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="""
+Find **star models** of neural networks and measure linear mode connectivity.
+
+A star model is linearly connected, at low loss, to every one of N independently trained source networks, and to
+networks it has never seen, once their hidden units are permuted to match. (Do Deep Neural Network Solutions Form a
+Star Domain?, ICLR 2025.)
+
+Start with
+
+    fastar train-star --dataset digits
+
+which trains 20 sources, 3 heldouts and a star model in under a minute, measures the barriers between them, and prints a
+table and the path of a picture. It needs no data from anywhere.
+
+Every setting of a run is a key of its YAML configuration (`configs/`); give any of them as `key=value` after the
+options, such as `train.epochs=30 model.width=32 star.t=beta`. What is already in the run folder and matches is reused:
+the same command goes on where it was stopped.
+
+Bad input ends with one line on stderr and exit code 2.
+""",
+)
+
+Dataset = Annotated[str | None, typer.Option("--dataset", help="digits, fashion-mnist, mnist, cifar10 or cifar100.")]
+Arch = Annotated[str | None, typer.Option("--arch", help="Architecture: mlp, resnet8, resnet18, resnet20.")]
+Sources = Annotated[int | None, typer.Option("--sources", help="Number of source models (sources.number).")]
+Heldout = Annotated[int | None, typer.Option("--heldout", help="Number of held-out models (sources.heldout).")]
+Out = Annotated[
+    Path | None, typer.Option("--out", help="Run folder. Default: runs/DATASET-ARCH-seedSEED.", show_default=False)
+]
+Config = Annotated[Path | None, typer.Option("--config", help="YAML file of settings, instead of the shipped one.")]
+DataRoot = Annotated[Path | None, typer.Option("--data-root", help="Folder of the raw data (dataset.root).")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change.", show_default=False)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print results as JSON on stdout, and nothing else there.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
+
+
+def _settings(
+    dataset: str | None,
+    arch: str | None,
+    config: Path | None,
+    overrides: list[str] | None,
+    *,
+    sources: int | None = None,
+    heldout: int | None = None,
+    data_root: Path | None = None,
+) -> Settings:
+    from fastar.config import load_settings
+
+    if dataset is not None:
+        from fastar.data.registry import dataset_spec
+
+        dataset_spec(dataset)
+    named = {"sources.number": sources, "sources.heldout": heldout, "dataset.root": data_root}
+    options = [f"{key}={value}" for key, value in named.items() if value is not None]
+    return load_settings(dataset=dataset, arch=arch, file=config, overrides=[*options, *(overrides or [])])
+
+
+def _progress(quiet: bool) -> Progress:
+    from fastar.progress import SILENT, TerminalProgress
+
+    return SILENT if quiet else TerminalProgress()
+
+
+def _print_table(table: object) -> None:
+    from rich.console import Console
+
+    Console().print(table)
+
+
+@app.command("train-star")
+def train_star_command(
+    overrides: Overrides = None,
+    dataset: Dataset = None,
+    arch: Arch = None,
+    sources: Sources = None,
+    heldout: Heldout = None,
+    out: Out = None,
+    config: Config = None,
+    data_root: DataRoot = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Do it all: data, sources, heldouts, star model, barriers, report.
+
+    Examples:
+
+        fastar train-star --dataset digits
+
+        fastar train-star --dataset cifar10 --arch resnet8 --data-root ~/cifar --out runs/small train.epochs=10
+    """
+    from fastar.experiments.context import default_run_folder
+    from fastar.experiments.star_domain import train_star
+    from fastar.report import barrier_picture, results_table
+    from fastar.runs import RunFolder
+
+    settings = _settings(dataset, arch, config, overrides, sources=sources, heldout=heldout, data_root=data_root)
+    folder = out or default_run_folder(settings)
+    results = train_star(settings, folder, _progress(quiet or as_json))
+    picture = RunFolder(folder).picture
+    barrier_picture(results, picture)
+    if as_json:
+        print(json.dumps(results))
+        return
+    _print_table(results_table(results))
+    print(f"results: {RunFolder(folder).results}")
+    print(f"picture: {picture}")
+
+
+@app.command("train-sources")
+def train_sources_command(
+    overrides: Overrides = None,
+    dataset: Dataset = None,
+    arch: Arch = None,
+    sources: Sources = None,
+    heldout: Heldout = None,
+    out: Out = None,
+    config: Config = None,
+    data_root: DataRoot = None,
+    quiet: Quiet = False,
+) -> None:
+    """Train the source and held-out models of a run that are missing; `train-star` goes on from there.
+
+    Example:
+
+        fastar train-sources --dataset digits --sources 5 --heldout 2 --out runs/five
+    """
+    from fastar.experiments.context import default_run_folder
+    from fastar.experiments.star_domain import train_sources
+
+    settings = _settings(dataset, arch, config, overrides, sources=sources, heldout=heldout, data_root=data_root)
+    folder = out or default_run_folder(settings)
+    for path in train_sources(settings, folder, _progress(quiet)):
+        print(path)
+
+
+@app.command("match")
+def match_command(
+    first: Annotated[Path, typer.Argument(metavar="A", help="Checkpoint to match to.")],
+    second: Annotated[Path, typer.Argument(metavar="B", help="Checkpoint whose hidden units are permuted.")],
+    out: Annotated[Path | None, typer.Option("--out", help="Write permuted B here (.safetensors).")] = None,
+    dataset: Annotated[str | None, typer.Option("--dataset", help="For checkpoints that do not say it.")] = None,
+    arch: Annotated[str | None, typer.Option("--arch", help="For checkpoints that do not say it.")] = None,
+    overrides: Overrides = None,
+    as_json: Json = False,
+) -> None:
+    """Permute B's hidden units so that B lies as close to A as they allow; B's function does not change.
+
+    Examples:
+
+        fastar match runs/five/sources/seed-0000.safetensors runs/five/sources/seed-0001.safetensors --out b.safetensors
+
+        fastar match a.pt b.pt --dataset cifar10 --arch resnet18 --out b.safetensors matching.orders=8
+    """
+    from fastar.experiments.pairs import match_files
+
+    result = match_files(first, second, out=out, dataset=dataset, arch=arch, overrides=overrides or [])
+    if as_json:
+        print(json.dumps(result))
+        return
+    print(f"groups:     {', '.join(f'{name} ({size})' for name, size in result['groups'].items())}")
+    print(f"objective:  {result['objective_start']:.6g} before, {result['objective']:.6g} matched")
+    print(f"  weights:  {result['objective_weights']:.6g} without 1-D parameters")
+    print(f"distance:   {result['distance_start']:.6g} before, {result['distance']:.6g} matched (L2)")
+    print(f"moved:      {result['moved']} of {result['units']} hidden units, {result['sweeps']} sweeps")
+    if out is not None:
+        print(f"written:    {out}")
+
+
+@app.command("barrier")
+def barrier_command(
+    first: Annotated[Path, typer.Argument(metavar="A", help="Checkpoint at t = 0.")],
+    others: Annotated[list[Path], typer.Argument(metavar="B [...] [KEY=VALUE]...", help="Checkpoints at t = 1.")],
+    dataset: Annotated[str | None, typer.Option("--dataset", help="Default: the one A was trained on.")] = None,
+    arch: Annotated[str | None, typer.Option("--arch", help="For checkpoints that do not say it.")] = None,
+    matching: Annotated[bool, typer.Option("--match/--no-match", help="Permute each B to match A first.")] = True,
+    points: Annotated[int, typer.Option("--points", help="Equispaced values of t, ends included.")] = 11,
+    data_root: DataRoot = None,
+    picture: Annotated[Path | None, typer.Option("--picture", help="Write the curves to this PNG.")] = None,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Measure the loss barrier from A to each B on the train and test sets.
+
+    Examples:
+
+        fastar barrier runs/five/star.safetensors runs/five/heldout/*.safetensors
+
+        fastar barrier a.pt b.pt --dataset cifar10 --arch resnet18 --no-match --points 21
+    """
+    from fastar.experiments.pairs import barriers_of_files
+    from fastar.report import barrier_picture, barriers_table
+
+    overrides = [str(other) for other in others if "=" in other.name and not other.exists()]
+    result = barriers_of_files(
+        first,
+        [other for other in others if str(other) not in overrides],
+        dataset=dataset,
+        arch=arch,
+        matching=matching,
+        data_root=data_root,
+        overrides=[f"evaluation.points={points}", *overrides],
+        progress=_progress(quiet or as_json),
+    )
+    if picture is not None:
+        barrier_picture(result, picture)
+    if as_json:
+        print(json.dumps(result))
+        return
+    _print_table(barriers_table(result["paths"]))
+    if picture is not None:
+        print(f"picture: {picture}")
+
+
+@app.command("report")
+def report_command(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.")],
+    as_json: Json = False,
+) -> None:
+    """Show the results of a finished run again, and draw its picture anew.
+
+    Example:
+
+        fastar report runs/digits-mlp-seed0
+    """
+    from fastar.report import barrier_picture, results_table
+    from fastar.runs import RunFolder
+
+    run = RunFolder(folder)
+    results = run.read_results()
+    barrier_picture(results, run.picture)
+    if as_json:
+        print(json.dumps(results))
+        return
+    _print_table(results_table(results))
+    print(f"picture: {run.picture}")
+
+
+@app.command("doctor")
+def doctor_command(as_json: Json = False) -> None:
+    """Say what is installed and what will be used: each line ok, or what to do.
+
+    Exit code 1 where something that fastar needs does not work.
+
+    Example:
+
+        fastar doctor
+    """
+    from fastar.doctor import examine
+
+    checks = examine()
+    if as_json:
+        print(json.dumps([vars(check) for check in checks]))
+    else:
+        for check in checks:
+            print(f"{'ok  ' if check.ok else 'FAIL' if check.needed else 'note'} {check.name}: {check.text}")
+    if any(check.needed and not check.ok for check in checks):
+        raise typer.Exit(1)
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"fastar {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; errors meant for users become one line on stderr and exit code 2."""
+    try:
+        result: Any = app(args=arguments, standalone_mode=False)
+    except FastarError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        print("fastar: interrupted; the same command goes on from what is finished", file=sys.stderr)
+        sys.exit(EXIT_INTERRUPTED)
+    except typer.Abort:
+        sys.exit(EXIT_INTERRUPTED)
+    except Exception as error:
+        # typer's own complaints about options; anything else is a defect and keeps its traceback
+        if not hasattr(error, "format_message"):
+            raise
+        _fail(f"{error.format_message()} (see `fastar --help`)")
+    sys.exit(result if isinstance(result, int) else 0)
+
+
+def _fail(message: str) -> None:
+    print(f"fastar: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(EXIT_BAD_INPUT)

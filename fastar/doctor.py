@@ -1,0 +1,118 @@
+"""What `fastar doctor` finds: each part that fastar stands on, ok or what to do."""
+
+from __future__ import annotations
+
+import os
+import platform
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of the report. `needed`: fastar cannot do its main job without it."""
+
+    name: str
+    ok: bool
+    text: str
+    needed: bool = True
+
+
+def examine() -> list[Check]:
+    """Try every part for real (a tiny kernel, a tiny assignment, a tiny .beton file) and say how it went."""
+    parts: list[tuple[str, Callable[[], str], bool]] = [
+        ("python", _python, True),
+        ("torch", _torch, True),
+        ("gpu", _gpu, False),
+        ("kernels", _kernels, True),
+        ("assignment", _assignment, True),
+        ("lapjv", _lapjv, False),
+        ("ffcv", _ffcv, True),
+        ("memory", _memory, False),
+    ]
+    checks = []
+    for name, part, needed in parts:
+        try:
+            checks.append(Check(name, True, part(), needed))
+        except Exception as error:  # noqa: BLE001 (a broken installation fails in any way; each is reported)
+            reason = " ".join(str(error).split()) or type(error).__name__
+            checks.append(Check(name, False, reason, needed))
+    return checks
+
+
+def _python() -> str:
+    return f"{platform.python_version()} on {platform.machine()}, {os.cpu_count()} cores"
+
+
+def _torch() -> str:
+    import torch
+
+    build = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU build"
+    return f"{torch.__version__} ({build}), {torch.get_num_threads()} threads"
+
+
+def _gpu() -> str:
+    import torch
+
+    if not torch.cuda.is_available():
+        if torch.version.cuda is None:
+            raise RuntimeError(
+                "none used: torch is a CPU build; with an NVIDIA driver, `make clean install` gets CUDA's"
+            )
+        raise RuntimeError("none found: check `nvidia-smi`")
+    free, total = torch.cuda.mem_get_info()
+    bf16 = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "no bf16: set train.precision=fp16"
+    return f"{torch.cuda.get_device_name()}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free, {bf16}"
+
+
+def _kernels() -> str:
+    import torch
+
+    from fastar.kernels import backend, interpolate
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    theta, source = torch.tensor([1.0, 2.0], device=device), torch.tensor([3.0, -2.0], device=device)
+    out = interpolate(theta, source, torch.tensor(0.25, device=device), torch.empty_like(theta))
+    if out.tolist() != [1.5, 1.0]:
+        raise RuntimeError(
+            f"the interpolation kernel gives {out.tolist()} for [1.5, 1.0]; set FASTAR_KERNELS=reference"
+        )
+    path = backend(device)
+    why = {"triton": "fused Triton kernels", "reference": "plain torch"}[path]
+    return f"{path} ({why}) on {device.type}"
+
+
+def _assignment() -> str:
+    from fastar.matching import solve_assignment, solver_name
+
+    found = solve_assignment(np.array([[1.0, 5.0], [5.0, 2.0]])).tolist()
+    if found != [1, 0]:
+        raise RuntimeError(f"the assignment solver gives {found} for [1, 0]; set matching.solver=scipy")
+    return solver_name()
+
+
+def _lapjv() -> str:
+    try:
+        return metadata.version("lapjv")
+    except metadata.PackageNotFoundError as error:
+        raise RuntimeError("not installed, SciPy's slower solver is used; pip install lapjv (needs g++)") from error
+
+
+def _ffcv() -> str:
+    from fastar.data import DATASETS, prepare
+
+    version = metadata.version("ffcv")
+    with tempfile.TemporaryDirectory() as folder:
+        files = prepare("digits", data_root=None, directory=Path(folder), workers=1)
+        images = sum(files.count(split) for split in ("train", "test"))
+        return f"{version}, wrote and read {images} images; {len(DATASETS)} datasets known"
+
+
+def _memory() -> str:
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return f"{pages / 2**30:.1f} GiB"

@@ -1,0 +1,165 @@
+"""Matching and barriers of single checkpoints, whoever trained them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastar.checkpoints import Checkpoint, load_checkpoint, load_into, save_checkpoint
+from fastar.config import load_settings
+from fastar.errors import FastarError
+from fastar.evaluation import Path as Segment
+from fastar.evaluation import evaluate_paths
+from fastar.experiments.context import Context, resolve_device
+from fastar.experiments.measure import SPLITS, endpoint, matched_endpoints
+from fastar.experiments.regular import check_fits, device_name
+from fastar.matching import match_weights
+from fastar.progress import SILENT, Progress
+from fastar.runs import RunFolder, versions
+
+
+def _context(
+    first: Checkpoint,
+    *,
+    dataset: str | None,
+    arch: str | None,
+    overrides: Sequence[str],
+    data_root: Path | None = None,
+    progress: Progress = SILENT,
+) -> Context:
+    """The surroundings of a checkpoint: from its metadata, or named by the caller."""
+    known = first.metadata
+    dataset = dataset or known.get("dataset")
+    arch = arch or known.get("arch")
+    for option, value in (("--dataset", dataset), ("--arch", arch)):
+        if value is None:
+            raise FastarError(f"{first.path}: does not say what it is; give {option}")
+    options = [f"model.{key}={value}" for key, value in known.get("model", {}).items()]
+    if known.get("limit") is not None:
+        options.append(f"dataset.limit={known['limit']}")
+    if data_root is not None:
+        options.append(f"dataset.root={data_root}")
+    settings = load_settings(dataset=dataset, arch=arch, overrides=[*options, *overrides])
+    context = Context(settings, RunFolder(Path(".")), progress)
+    resolve_device(settings.device)
+    return context
+
+
+def _load(context: Context, path: Path, checkpoint: Checkpoint | None = None, *, same_data: bool) -> Checkpoint:
+    """A checkpoint as a whole state of the context's architecture."""
+    checkpoint = checkpoint or load_checkpoint(path)
+    check_fits(context, checkpoint, same_data=same_data)
+    model = context.build(seed=0).cpu()
+    load_into(model, checkpoint)
+    return Checkpoint(dict(model.state_dict()), checkpoint.metadata, path)
+
+
+def match_files(
+    first: Path, second: Path, *, out: Path | None, dataset: str | None, arch: str | None, overrides: Sequence[str]
+) -> dict[str, Any]:
+    """Match the checkpoint `second` to `first`; write it, permuted, to `out`.
+
+    Returns:
+        groups (name to size), objective before and after, with and without 1-D parameters, L2 distance before and
+        after, how many hidden units moved, sweeps.
+    """
+    if out is not None and out.suffix != ".safetensors":
+        raise FastarError(f"--out {out}: the permuted checkpoint is written as .safetensors; name it so")
+    checkpoint = load_checkpoint(first)
+    context = _context(checkpoint, dataset=dataset, arch=arch, overrides=overrides)
+    theta = _load(context, first, checkpoint, same_data=False)
+    source = _load(context, second, same_data=False)
+    symmetry, layout, matching = context.symmetry, context.layout, context.settings.matching
+    row, other = context.row(theta), context.row(source)
+    result = match_weights(
+        symmetry,
+        layout.views(row),
+        layout.views(other[None]),
+        seed=context.settings.seed,
+        orders=matching.orders,
+        max_sweeps=matching.max_sweeps,
+        solver=matching.solver,
+        threads=context.settings.workers,
+    )
+    permutations = result.permutations.select(0).to("cpu")
+    state = symmetry.apply(permutations, source.state)
+    matched = layout.flatten(state).to(row.device)
+    if out is not None:
+        save_checkpoint(out, state, {**source.metadata, "matched_to": first.name})
+    moved = sum(int((index != torch.arange(len(index))).sum()) for index in permutations.values())
+    return {
+        "groups": {group.name: group.size for group in symmetry.groups},
+        "objective_start": float(result.objective_start[0]),
+        "objective": float(result.objective[0]),
+        "objective_weights": float(result.objective_weights[0]),
+        "distance_start": float((row - other).norm()),
+        "distance": float((row - matched).norm()),
+        "moved": moved,
+        "units": sum(group.size for group in symmetry.groups),
+        "sweeps": int(result.sweeps[0]),
+        "permutations": permutations.as_dict(),
+    }
+
+
+def barriers_of_files(
+    first: Path,
+    others: Sequence[Path],
+    *,
+    dataset: str | None,
+    arch: str | None,
+    matching: bool,
+    data_root: Path | None,
+    overrides: Sequence[str],
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """Barriers from the checkpoint `first` to each of `others` on train and test.
+
+    Returns:
+        dataset, arch, t, paths (as in `results.json`, each with train_barrier and test_barrier), versions, device.
+    """
+    if not others:
+        raise FastarError("a barrier needs a second checkpoint")
+    checkpoint = load_checkpoint(first)
+    context = _context(
+        checkpoint, dataset=dataset, arch=arch, overrides=overrides, data_root=data_root, progress=progress
+    )
+    start = _load(context, first, checkpoint, same_data=True)
+    ends = [_load(context, path, same_data=True) for path in others]
+    names = [str(path) for path in others]
+    centre = endpoint(context, str(first), start)
+    if matching:
+        points = matched_endpoints(context, start, ends, names)
+    else:
+        points = [endpoint(context, name, end) for name, end in zip(names, ends, strict=True)]
+    measured = evaluate_paths(
+        context.build(seed=0),
+        context.layout,
+        [Segment("path", centre, point) for point in points],
+        context.splits(),
+        points=context.settings.evaluation.points,
+        statistics_batches=context.statistics_batches,
+        method=context.settings.evaluation.batch_norm,
+        progress=progress,
+    )
+    return {
+        "dataset": context.settings.dataset.name,
+        "arch": context.settings.model.arch,
+        "matched": matching,
+        "t": measured[0].t,
+        "paths": [
+            {
+                "kind": path.kind,
+                "first": path.first,
+                "second": path.second,
+                "t": path.t,
+                **{f"{s}_{what}": getattr(path, what)[s] for s in SPLITS for what in ("loss", "accuracy")},
+                **{f"{s}_barrier": path.barrier(s) for s in SPLITS},
+            }
+            for path in measured
+        ],
+        "versions": versions(),
+        "device": device_name(context.device),
+    }
