@@ -208,7 +208,12 @@ class WorkingWeights(_BoundModule):
 
 
 def default_gradient_mode(device: torch.device) -> GradientMode:
-    """How gradients reach the flat buffer fastest on `device`."""
+    """How gradients reach the flat buffer fastest on `device`.
+
+    On a CPU, "views" slowed forward and backward by 0 to 11 % (autograd adds into them instead of handing over what
+    it made), and the copy of "gather" costs no more than that. On CUDA it is "gather" by counting launches, not yet by
+    measurement: one copy of all gradients, against an addition per parameter.
+    """
     return "gather"
 
 
