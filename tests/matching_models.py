@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from fastar.matching import Symmetry, derive_symmetry
 
 
 class Block(nn.Module):
@@ -124,7 +129,7 @@ class Mlp(nn.Module):
 
     def __init__(self, *sizes: int):
         super().__init__()
-        self.layers = nn.ModuleList([nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True)])
+        self.layers = nn.ModuleList([nn.Linear(a, b) for a, b in itertools.pairwise(sizes)])
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:
@@ -142,6 +147,12 @@ CASES: dict[str, tuple[nn.Module, tuple[Tensor, ...]]] = {
     "two_axes": (TwoAxes(), (torch.zeros(2, 6),)),
     "mlp": (Mlp(5, 4, 4, 3), (torch.zeros(2, 5),)),
 }
+
+
+@functools.cache
+def derived() -> dict[str, Symmetry]:
+    """The symmetry of every case; tracing takes seconds, so once for all tests."""
+    return {name: derive_symmetry(model, inputs, verify=False) for name, (model, inputs) in CASES.items()}
 
 
 def random_state(model: nn.Module, seed: int) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from matching_models import CASES, IMAGES, Grouped, Mlp, ResNet, random_state
+from matching_models import CASES, IMAGES, Grouped, Mlp, ResNet, derived, random_state
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -18,7 +18,7 @@ from fastar.matching import Group, Member, Permutations, Symmetry, derive_symmet
 
 @pytest.fixture(scope="module")
 def symmetries() -> dict[str, Symmetry]:
-    return {name: derive_symmetry(model, inputs, verify=False) for name, (model, inputs) in CASES.items()}
+    return derived()
 
 
 def outputs(model: nn.Module, state: dict[str, Tensor], inputs: tuple[Tensor, ...]) -> Tensor:
@@ -45,7 +45,7 @@ def test_resnet18_has_twelve_groups(symmetries: dict[str, Symmetry]) -> None:
         ("layers.6.conv2", 12),
         ("layers.7.conv1", 12),
     ]
-    # Everything but the input channels, the kernel positions, the classes and the counters belongs to exactly one group.
+    # Everything but the input channels, kernel positions, classes and counters belongs to exactly one group.
     placed = {(m.tensor, m.axis) for g in symmetry.groups for m in g.members}
     assert len(placed) == sum(len(g.members) for g in symmetry.groups)
     expected = set()

@@ -52,7 +52,9 @@ class Problem:
         self.groups = symmetry.groups
         # Of a tied tensor's names only the first one given counts.
         self.names = [
-            n for n in symmetry.parameters if n in theta and not (n in symmetry.tied and symmetry.tied[n] in theta)
+            n
+            for n in symmetry.parameters
+            if n in theta and n in sources and not (n in symmetry.tied and symmetry.tied[n] in theta)
         ]
         self.orders = {name: memory_order(sources[name][0]) for name in self.names}
         self.theta = {name: in_memory_order(theta[name], self.orders[name]).float() for name in self.names}

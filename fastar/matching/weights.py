@@ -100,14 +100,9 @@ def match_weights(
     _check_settings(orders, max_sweeps, chunk, threads)
     symmetry.check_state(theta, "theta")
     symmetry.check_state(sources, "sources", leading=1)
-    if not symmetry.parameters:
-        raise FastarError("the model has no parameters: there is nothing to match")
+    count, device = _count_and_device(symmetry, theta, sources)
     problem = Problem(symmetry, theta, sources)
-    if not problem.names:
-        raise FastarError("theta holds none of the model's parameters: there is nothing to match")
-    count = _count(problem, theta, sources)
     starts = _starts(symmetry, start, count)
-    device = theta[problem.names[0]].device
     solver_text = solver_name(solver)
     workers = threads or torch.get_num_threads()
     size = chunk or _chunk_size(problem, device, count)
@@ -237,13 +232,20 @@ def _check_settings(orders: int, max_sweeps: int, chunk: int | None, threads: in
             raise FastarError(f"matching: {name}={value} must be at least 1")
 
 
-def _count(problem: Problem, theta: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> int:
-    """The number of sources, the same for every tensor, all on theta's device."""
-    first = problem.names[0]
+def _count_and_device(
+    symmetry: Symmetry, theta: Mapping[str, Tensor], sources: Mapping[str, Tensor]
+) -> tuple[int, torch.device]:
+    """The number of sources, the same for every tensor, and the one device that everything is on."""
+    names = [name for name in symmetry.parameters if name in theta and name in sources]
+    if not names:
+        raise FastarError("theta and the sources share no parameters of the model: there is nothing to match")
+    first = names[0]
     count, device = sources[first].shape[0], theta[first].device
-    for name in problem.names:
+    for name in names:
         if sources[name].shape[0] != count:
-            raise FastarError(f"sources hold {count} of {first!r} but {sources[name].shape[0]} of {name!r}")
+            raise FastarError(
+                f"sources hold {count} of {first!r} but {sources[name].shape[0]} of {name!r}: give all of each"
+            )
         for where, tensor in (("theta", theta[name]), ("sources", sources[name])):
             if tensor.device != device:
                 raise FastarError(
@@ -251,7 +253,7 @@ def _count(problem: Problem, theta: Mapping[str, Tensor], sources: Mapping[str, 
                 )
     if count == 0:
         raise FastarError("there are no sources to match: give at least one")
-    return count
+    return count, device
 
 
 def _starts(
@@ -266,7 +268,7 @@ def _starts(
         symmetry.check(one)
         if one.count not in (None, count):
             raise FastarError(f"matching: start holds permutations of {one.count} sources, there are {count}")
-        out.append([np.array(one[g.name].cpu().expand(count, g.size)) for g in symmetry.groups])
+        out.append([one[g.name].cpu().expand(count, g.size).contiguous().numpy() for g in symmetry.groups])
     return out
 
 

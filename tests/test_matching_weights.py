@@ -1,0 +1,326 @@
+"""Weight matching: never lowers the objective, ends at a fixed point, recovers shuffled copies, touches no input."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matching_models import CASES, Mlp, derived, random_state
+from torch import Tensor
+
+from fastar.errors import FastarError
+from fastar.matching import MatchResult, Permutations, Symmetry, derive_symmetry, match, match_weights
+from fastar.matching.descent import Descent, Problem
+
+State = dict[str, Tensor]
+
+
+@pytest.fixture(scope="module")
+def symmetries() -> dict[str, Symmetry]:
+    return derived()
+
+
+def stacked(symmetry: Symmetry, states: list[State]) -> State:
+    return {name: torch.stack([s[name] for s in states]) for name in symmetry.parameters}
+
+
+def objective(symmetry: Symmetry, theta: State, source: State, *, weights_only: bool = False) -> float:
+    """<theta, source> over the parameters in float64, written out plainly; a tied tensor counts once."""
+    names = [n for n in symmetry.parameters if n not in symmetry.tied]
+    return sum(
+        float((theta[n].double() * source[n].double()).sum()) for n in names if theta[n].ndim > 1 or not weights_only
+    )
+
+
+def problem_of(name: str, count: int = 3) -> tuple[State, list[State]]:
+    model = CASES[name][0]
+    return random_state(model, 100), [random_state(model, seed) for seed in range(count)]
+
+
+def hard_problem(count: int = 3) -> tuple[State, list[State]]:
+    """Random 1-D parameters settle each group by themselves; without them the descent has many ends."""
+    theta, states = problem_of("resnet", count)
+    for state in (theta, *states):
+        for tensor in state.values():
+            if tensor.ndim == 1:
+                tensor.mul_(0.01)
+    return theta, states
+
+
+def same(first: MatchResult, second: MatchResult) -> bool:
+    """Equal permutations, and objectives to float32 rounding of their sums."""
+    return first.permutations == second.permutations and torch.allclose(first.objective, second.objective, rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", [n for n in CASES if n != "two_axes"])
+def test_a_shuffled_copy_is_recovered_exactly(name: str, symmetries: dict[str, Symmetry]) -> None:
+    symmetry = symmetries[name]
+    theta, _ = problem_of(name)
+    # Near its own copy every unit's best partner is itself: noise would be recovered too, an exact copy must be.
+    for seed in range(3):
+        shuffle = symmetry.random(seed)
+        permuted, found, result = match(symmetry, theta, symmetry.apply(shuffle, theta), orders=5)
+        assert found == shuffle.inverse(), name
+        assert all(torch.equal(permuted[n], theta[n]) for n in theta)
+        assert result.objective[0] == pytest.approx(objective(symmetry, theta, theta), rel=1e-6)
+        assert bool(result.converged[0])
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_objective_is_what_it_says_and_never_falls(name: str, symmetries: dict[str, Symmetry]) -> None:
+    symmetry = symmetries[name]
+    theta, states = problem_of(name)
+    result = match_weights(symmetry, theta, stacked(symmetry, states))
+    for n, state in enumerate(states):
+        permuted = symmetry.apply(result.permutations.select(n), state)
+        assert result.objective[n] == pytest.approx(objective(symmetry, theta, permuted), rel=1e-6, abs=1e-5)
+        assert result.objective_start[n] == pytest.approx(objective(symmetry, theta, state), rel=1e-6, abs=1e-5)
+        expected = objective(symmetry, theta, permuted, weights_only=True)
+        assert result.objective_weights[n] == pytest.approx(expected, rel=1e-6, abs=1e-5)
+        assert result.objective[n] > result.objective_start[n]
+    assert bool(result.converged.all())
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_every_step_raises_the_objective(
+    name: str, symmetries: dict[str, Symmetry], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    symmetry = symmetries[name]
+    theta, states = problem_of(name)
+    history: dict[int, list[float]] = {n: [] for n in range(len(states))}
+    taken = Descent._taken
+
+    def record(self: Descent, g: int, n: int, answer: Any) -> None:
+        taken(self, g, n, answer)
+        index = {
+            group.name: torch.from_numpy(p[n]) for group, p in zip(symmetry.groups, self.permutations, strict=True)
+        }
+        history[n].append(objective(symmetry, theta, symmetry.apply(Permutations(index), states[n])))
+
+    monkeypatch.setattr(Descent, "_taken", record)
+    result = match_weights(symmetry, theta, stacked(symmetry, states), chunk=len(states))
+    for n, state in enumerate(states):
+        values = [objective(symmetry, theta, state), *history[n]]
+        assert all(b > a for a, b in itertools.pairwise(values))
+        assert values[-1] == pytest.approx(float(result.objective[n]), rel=1e-6, abs=1e-5)
+        assert history[n]
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_scores_kept_up_to_date_equal_fresh_ones(name: str, symmetries: dict[str, Symmetry]) -> None:
+    """After a descent every S_g, corrected step by step, is what the permuted parameters give."""
+    symmetry = symmetries[name]
+    theta, states = problem_of(name)
+    sources = stacked(symmetry, states)
+    problem = Problem(symmetry, theta, sources)
+    data = {n: problem.source(n, sources, 0, len(states)) for n in problem.names}
+    start = [np.tile(np.arange(g.size), (len(states), 1)) for g in symmetry.groups]
+    descent = Descent(problem, data, start, "auto", None)
+    descent.run(lambda sweep: range(len(symmetry.groups)), 100)
+    for g in range(len(symmetry.groups)):
+        kept, fresh = descent.scores[g], descent._full_score(g)
+        assert kept is not None
+        # Dozens of float32 corrections, each rounded to 6e-8 of the terms.
+        torch.testing.assert_close(kept, fresh, rtol=1e-4, atol=1e-5 * float(fresh.abs().max()))
+
+
+def test_tiny_networks_end_where_no_single_group_can_improve() -> None:
+    """All 4! permutations of each of two groups, by hand; and the best of several orders is often the global best."""
+    model = Mlp(3, 4, 4, 2)
+    symmetry = derive_symmetry(model, (torch.zeros(2, 3),))
+    everything = [torch.tensor(p) for p in itertools.permutations(range(4))]
+    first, second = (g.name for g in symmetry.groups)
+    global_best = 0
+    for seed in range(4):
+        theta, source = random_state(model, 50 + seed), random_state(model, seed)
+        matched, found, result = match(symmetry, theta, source, orders=8, seed=seed)
+        reached = objective(symmetry, theta, matched)
+        totals = {}
+        for p, q in itertools.product(everything, everything):
+            permuted = symmetry.apply(Permutations({first: p, second: q}), source)
+            totals[tuple(p.tolist()), tuple(q.tolist())] = objective(symmetry, theta, permuted)
+        at = {name: tuple(found[name].tolist()) for name in found}
+        assert reached == pytest.approx(totals[at[first], at[second]], abs=1e-5)
+        for p in itertools.permutations(range(4)):
+            assert totals[p, at[second]] <= reached + 1e-5
+            assert totals[at[first], p] <= reached + 1e-5
+        global_best += reached >= max(totals.values()) - 1e-5
+        assert result.objective[0] == pytest.approx(reached, abs=1e-5)
+    assert global_best >= 2  # 3 or 4 of these 4 with this many attempts; chance would be 4 in 576
+
+
+@pytest.mark.parametrize("name", ["resnet", "flatten", "two_axes", "concatenated"])
+def test_batches_chunks_threads_and_memory_formats_change_nothing(name: str, symmetries: dict[str, Symmetry]) -> None:
+    symmetry = symmetries[name]
+    theta, states = problem_of(name, count=5)
+    sources = stacked(symmetry, states)
+    result = match_weights(symmetry, theta, sources)
+    for settings in ({"chunk": 2}, {"chunk": 5}, {"threads": 1}, {"threads": 3, "chunk": 2}, {"solver": "scipy"}):
+        assert same(result, match_weights(symmetry, theta, sources, **settings)), settings
+    for n, state in enumerate(states):
+        _, alone, one = match(symmetry, theta, state)
+        assert alone == result.permutations.select(n)
+        assert one.objective[0] == pytest.approx(float(result.objective[n]), rel=1e-6)
+    contiguous = {n: t.contiguous() for n, t in sources.items()}
+    assert same(result, match_weights(symmetry, {n: t.contiguous() for n, t in theta.items()}, contiguous))
+    store, views, at = torch.zeros(5, sum(t[0].numel() for t in sources.values()) + 3), {}, 0
+    for key, tensor in sources.items():
+        flat = store[:, at : at + tensor[0].numel()]
+        at += tensor[0].numel()
+        if tensor.ndim == 5:
+            _, o, i, h, w = tensor.shape
+            views[key] = flat.unflatten(1, (o, h, w, i)).permute(0, 1, 4, 2, 3)
+        else:
+            views[key] = flat.unflatten(1, tensor.shape[1:])
+        views[key].copy_(tensor)
+    before = store.clone()
+    assert same(result, match_weights(symmetry, theta, views))
+    assert torch.equal(store, before)
+
+
+def test_inputs_are_not_written(symmetries: dict[str, Symmetry]) -> None:
+    symmetry = symmetries["resnet"]
+    theta, states = problem_of("resnet")
+    sources = stacked(symmetry, states)
+    copies = [{n: t.clone() for n, t in d.items()} for d in (theta, sources)]
+    for chunk in (1, 3):
+        match_weights(symmetry, theta, sources, chunk=chunk, start=symmetry.random(1), orders=2)
+    match(symmetry, theta, states[0])
+    for given, copy in zip((theta, sources), copies, strict=True):
+        assert all(torch.equal(given[n], copy[n]) for n in copy)
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_a_warm_start_from_the_result_takes_no_step(name: str, symmetries: dict[str, Symmetry]) -> None:
+    symmetry = symmetries[name]
+    theta, states = problem_of(name)
+    sources = stacked(symmetry, states)
+    cold = match_weights(symmetry, theta, sources)
+    warm = match_weights(symmetry, theta, sources, start=cold.permutations)
+    assert same(cold, warm)
+    assert warm.sweeps.tolist() == [1] * len(states)
+    assert warm.solves == len(symmetry.groups) * len(states)
+    torch.testing.assert_close(warm.objective_start, cold.objective, rtol=1e-6, atol=1e-5)
+
+
+def test_more_attempts_and_starts_are_never_worse(symmetries: dict[str, Symmetry]) -> None:
+    symmetry = symmetries["resnet"]
+    theta, states = hard_problem()
+    sources = stacked(symmetry, states)
+    one = match_weights(symmetry, theta, sources)
+    many = match_weights(symmetry, theta, sources, orders=6)
+    assert (many.objective >= one.objective).all()
+    assert (many.objective > one.objective + 1e-3).any()
+    starts = [symmetry.identity(), symmetry.random(3), symmetry.random(4, count=len(states))]
+    from_each = [match_weights(symmetry, theta, sources, start=s) for s in starts]
+    together = match_weights(symmetry, theta, sources, start=starts)
+    best = torch.stack([r.objective for r in from_each]).amax(0)
+    torch.testing.assert_close(together.objective, best, rtol=1e-6, atol=0)
+    assert from_each[0].permutations != from_each[1].permutations
+
+
+def test_the_seed_alone_decides(symmetries: dict[str, Symmetry]) -> None:
+    symmetry = symmetries["resnet"]
+    theta, states = hard_problem()
+    sources = stacked(symmetry, states)
+    torch.manual_seed(1)
+    first = match_weights(symmetry, theta, sources, orders=3, seed=5)
+    torch.manual_seed(2)
+    again = match_weights(symmetry, theta, sources, orders=3, seed=5)
+    assert first.permutations == again.permutations
+    others = [match_weights(symmetry, theta, sources, orders=3, seed=s).permutations for s in range(6, 10)]
+    assert any(first.permutations != other for other in others)
+
+
+def test_max_sweeps_ends_early_and_says_so(symmetries: dict[str, Symmetry]) -> None:
+    symmetry = symmetries["resnet"]
+    theta, states = problem_of("resnet")
+    sources = stacked(symmetry, states)
+    short = match_weights(symmetry, theta, sources, max_sweeps=1)
+    full = match_weights(symmetry, theta, sources)
+    assert short.sweeps.tolist() == [1, 1, 1]
+    assert not short.converged.any()
+    assert (short.objective <= full.objective).all()
+    assert (short.objective > short.objective_start).all()
+
+
+def test_bad_input_is_named(symmetries: dict[str, Symmetry], monkeypatch: pytest.MonkeyPatch) -> None:
+    symmetry = symmetries["resnet"]
+    theta, states = problem_of("resnet")
+    sources = stacked(symmetry, states)
+
+    def broken(given: State, name: str, value: float) -> State:
+        out = {n: t.clone() for n, t in given.items()}
+        out[name].view(-1)[-1] = value
+        return out
+
+    def no_solve(*args: object, **kwargs: object) -> None:
+        raise AssertionError("solved before the check")
+
+    monkeypatch.setattr("fastar.matching.descent.solve_assignment", no_solve)
+    for value in (float("nan"), float("inf"), float("-inf")):
+        with pytest.raises(FastarError, match=r"theta has NaN or infinite values in 'linear\.weight'"):
+            match_weights(symmetry, broken(theta, "linear.weight", value), sources)
+        with pytest.raises(FastarError, match=r"source 2 has NaN or infinite values in 'layers\.0\.bn1\.bias'"):
+            match_weights(symmetry, theta, broken(sources, "layers.0.bn1.bias", value))
+    with pytest.raises(FastarError, match=r"sources lacks parameter 'linear\.bias'"):
+        match_weights(symmetry, theta, {n: t for n, t in sources.items() if n != "linear.bias"})
+    with pytest.raises(FastarError, match="another architecture"):
+        match_weights(symmetry, theta, {**sources, "linear.bias": torch.zeros(3, 4)})
+    with pytest.raises(FastarError, match=r"2 of 'linear\.bias'"):
+        match_weights(symmetry, theta, {**sources, "linear.bias": sources["linear.bias"][:2]})
+    with pytest.raises(FastarError, match="no sources"):
+        match_weights(symmetry, theta, {n: t[:0] for n, t in sources.items()})
+    with pytest.raises(FastarError, match="orders=0"):
+        match_weights(symmetry, theta, sources, orders=0)
+    with pytest.raises(FastarError, match="of 2 sources, there are 3"):
+        match_weights(symmetry, theta, sources, start=symmetry.random(0, count=2))
+    with pytest.raises(FastarError, match="do not fit"):
+        match_weights(symmetry, theta, sources, start=symmetries["mlp"].identity())
+
+
+def test_large_but_finite_values_are_matched(symmetries: dict[str, Symmetry]) -> None:
+    """Their sum overflows float32, they do not."""
+    symmetry = symmetries["mlp"]
+    theta, states = problem_of("mlp")
+    sources = stacked(symmetry, states)
+    sources["layers.2.bias"] = torch.full_like(sources["layers.2.bias"], 3e38)
+    theta["layers.2.bias"] = torch.zeros_like(theta["layers.2.bias"])
+    assert bool(match_weights(symmetry, theta, sources).converged.all())
+
+
+def test_a_network_without_groups_is_left_as_it_is() -> None:
+    model = Mlp(4, 3)
+    symmetry = derive_symmetry(model, (torch.zeros(2, 4),))
+    theta, state = random_state(model, 0), random_state(model, 1)
+    matched, permutations, result = match(symmetry, theta, state)
+    assert len(permutations) == 0
+    assert all(torch.equal(matched[n], state[n]) for n in state)
+    assert result.objective[0] == pytest.approx(objective(symmetry, theta, state), rel=1e-6)
+
+
+def test_progress_counts_sources(symmetries: dict[str, Symmetry]) -> None:
+    symmetry = symmetries["mlp"]
+    theta, states = problem_of("mlp", count=4)
+    seen: list[int] = []
+
+    class Watch:
+        def task(self, description: str, total: int, unit: str = "items") -> Any:
+            from contextlib import contextmanager
+
+            @contextmanager
+            def running() -> Any:
+                seen.append(-total)
+                yield lambda count=1, note="": seen.append(count)
+
+            return running()
+
+        def line(self, text: str) -> None:
+            raise AssertionError(text)
+
+    match_weights(symmetry, theta, stacked(symmetry, states), chunk=3, progress=Watch())
+    assert seen[0] == -4
+    assert sum(seen[1:]) == 4
