@@ -28,9 +28,10 @@ class Normalisation:
         return flat.sub_(self.mean).mul_(self.scale).view(len(images), *self.shape)
 
 
-def draw_augmentation(
-    augmentation: Augmentation, key: int, index: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+Draws = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
+
+
+def draw_augmentation(augmentation: Augmentation, key: int, index: torch.Tensor) -> Draws:
     """(rows down, columns right, mirrored) of each sample: int64 in -pad..pad, int64 in -pad..pad, bool; all [b].
 
     The crop starts that far from the unpadded image's corner. Streams 0, 1 and 2 of `key`, at the samples `index`.
@@ -42,19 +43,9 @@ def draw_augmentation(
     return down, right, mirrored if augmentation.flip else torch.zeros_like(mirrored)
 
 
-def augmented(
-    images: torch.Tensor,
-    chosen: torch.Tensor,
-    index: torch.Tensor,
-    key: int,
-    augmentation: Augmentation,
-    normalisation: Normalisation,
-) -> torch.Tensor:
-    """fp32 [b, H, W, C]: `images[chosen]` (uint8 [n, H, W, C]) zero-padded, cropped back, mirrored, normalised.
-
-    `chosen` are rows of `images`, `index` the numbers the samples' draws depend on (int64 [b] both).
-    """
-    down, right, mirrored = draw_augmentation(augmentation, key, index)
+def augmented(images: torch.Tensor, chosen: torch.Tensor, draws: Draws, normalisation: Normalisation) -> torch.Tensor:
+    """fp32 [b, H, W, C]: `images[chosen]` (uint8 [n, H, W, C]) zero-padded, cropped back, mirrored, normalised."""
+    down, right, mirrored = draws
     if images.device.type != "cpu":
         return normalisation(crop_and_mirror(images, chosen, down, right, mirrored))
     out = torch.empty(len(chosen), *images.shape[1:])
@@ -85,7 +76,7 @@ def crop_and_mirror(
     return images[chosen[:, None, None], rows[:, :, None], columns[:, None, :]] * inside[..., None]
 
 
-@numba.njit(nogil=True)  # type: ignore[untyped-decorator]  # no fastmath: it would round differently
+@numba.njit(nogil=True)  # no fastmath: it would round differently
 def _crop_mirror_normalise(
     images: np.ndarray,
     chosen: np.ndarray,

@@ -6,7 +6,7 @@ from contextlib import closing
 import numpy as np
 import torch
 
-from fastar.data.augment import Normalisation, augmented
+from fastar.data.augment import Normalisation, augmented, draw_augmentation
 from fastar.data.prepare import DatasetFiles
 from fastar.data.reading import read_batches
 from fastar.data.registry import Augmentation
@@ -21,7 +21,7 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 # A split is kept normalised (fp32) beside its bytes where that takes at most this much: digits, MNIST, test splits.
 NORMALISED_BYTES = 256 << 20
 # Samples are gathered in blocks of about this much fp32; batches are slices of a block. No result depends on it.
-BLOCK_BYTES = {"cpu": 4 << 20, "cuda": 64 << 20}
+BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
 
 
 class DeviceDataset:
@@ -103,19 +103,21 @@ class DeviceDataset:
 
     def _blocks(self, order: torch.Tensor, batch_size: int, key: int | None) -> Iterator[Batch]:
         sample_bytes = 4 * self.images[0].numel()
-        batches = max(1, BLOCK_BYTES[self.device.type] // (sample_bytes * batch_size))
-        for chosen in order.split(batches * batch_size):
+        block = max(1, BLOCK_BYTES[self.device.type] // (sample_bytes * batch_size)) * batch_size
+        draws = None if key is None else draw_augmentation(self.augmentation, key, self.index[order])
+        for start in range(0, len(order), block):
+            part = slice(start, start + block)
+            chosen = order[part]
             labels = self.labels.index_select(0, chosen)
-            images = self._block(chosen, key).permute(0, 3, 1, 2)
+            if draws is not None:
+                down, right, mirrored = draws
+                pixels = augmented(self.images, chosen, (down[part], right[part], mirrored[part]), self._normalise)
+            elif self._normalised is not None:
+                pixels = self._normalised.index_select(0, chosen)
+            else:
+                pixels = self._normalise(self.images.index_select(0, chosen))
+            images = pixels.permute(0, 3, 1, 2)
             yield from zip(images.split(batch_size), labels.split(batch_size), strict=True)
-
-    def _block(self, chosen: torch.Tensor, key: int | None) -> torch.Tensor:
-        """Normalised images [b, H, W, C] of the samples `chosen`."""
-        if key is not None:
-            return augmented(self.images, chosen, self.index[chosen], key, self.augmentation, self._normalise)
-        if self._normalised is not None:
-            return self._normalised.index_select(0, chosen)
-        return self._normalise(self.images.index_select(0, chosen))
 
 
 def load(

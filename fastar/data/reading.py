@@ -15,8 +15,8 @@ from fastar.errors import FastarError
 Batches = Generator[tuple[np.ndarray, np.ndarray], None, None]
 
 BATCH = 1024
-# Compiling FFCV's loops takes about 1.5 s, running them as plain Python about 15 us a sample more.
-COMPILE_FROM = 50_000
+# Compiling FFCV's loops takes 1 to 2 s a file; running them as plain Python costs 15 to 30 us a sample.
+COMPILE_FROM = 100_000
 
 
 class GuardedIterator(EpochIterator):
