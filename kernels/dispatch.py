@@ -20,6 +20,7 @@ def backend(device: torch.device | str) -> Backend:
 
     The environment variable FASTAR_KERNELS forces it: `auto` (default), `reference`, or `triton` (on a CPU this needs
     TRITON_INTERPRET=1, and is meant for tests). Raises ValueError for another value or a forced path that cannot run.
+    The first call for CUDA makes a trial launch, so make it before capturing a CUDA graph.
     """
     setting = os.environ.get(SETTING, "auto")
     interpreted = os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on", "yes", "y")

@@ -7,7 +7,7 @@ reading a 0-d tensor there is no synchronisation. Elsewhere they work on whole b
 import torch
 
 # 1 Mi elements: a block's scratch (4 MiB) stays in the last-level cache. Measured over 2^14 to 2^20 on one core: flat
-# from 2^18 up, 2.3 times slower at 2^14. The largest has the fewest parallel regions, which cost most on a busy machine.
+# from 2^18 up, 2.3 times slower at 2^14. The largest has the fewest parallel regions, which cost on a busy machine.
 BLOCK = 1 << 20
 
 

@@ -108,12 +108,11 @@ from triton.compiler import ASTSource, compile
 from fastar.kernels.interpolation import _interpolate_kernel
 from fastar.kernels.star_update import _sgd_update_kernel
 
-def ptx(kernel, types, constants, capability):
+def ptx(kernel, types, constants, capability, wide=("numel", "row_stride")):
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, "*fp32") for name in names}
     # As at launch: buffers start, and their lengths are, multiples of 16.
-    wide = lambda name: name in ("numel", "row_stride") or signature[name] in ("*fp32", "*bf16")
-    aligned = [i for i, name in enumerate(names) if wide(name)]
+    aligned = [i for i, name in enumerate(names) if wide and (name in wide or signature[name] in ("*fp32", "*bf16"))]
     source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
     return compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
 
@@ -127,6 +126,11 @@ for capability in (80, 90):
         types = {"gradient_ptr": "*bf16", "numel": "i32", "weight_decay": "fp32", "momentum": "fp32"}
         constants = {"MOMENTUM": True, "NESTEROV": True, "GUARDED": guarded, "BLOCK": 1024}
         found[f"sgd_update {guarded} {capability}"] = ptx(_sgd_update_kernel, types, constants, capability)
+# Triton turns an integer argument of 1 into a constant, and what is not aligned gets narrow accesses: both must compile.
+ones = {"numel": 1, "rows": 1, "row_stride": 1, "INDEXED": True, "BLOCK": 1024}
+ptx(_interpolate_kernel, {"index_ptr": "*i64", "source_ptr": "*bf16", "out_ptr": "*fp16"}, ones, 80, wide=())
+plain = {"numel": 1, "MOMENTUM": False, "NESTEROV": False, "GUARDED": True, "BLOCK": 1024}
+ptx(_sgd_update_kernel, {"gradient_ptr": "*fp16", "weight_decay": "fp32", "momentum": "fp32"}, plain, 80, wide=())
 print(json.dumps(found))
 """
 

@@ -132,14 +132,14 @@ def test_interpolate_reads_the_indexed_row_of_a_store(
 
 
 def test_interpolate_finds_rows_beyond_32_bit_offsets(device: torch.device) -> None:
-    """Row 1 begins 2^31 + 48 elements into the store; the pages between the rows are never touched."""
-    size, stride = 40, 2**31 + 48
-    memory = torch.empty(stride + size, dtype=torch.bfloat16, device=device)
-    store = memory.as_strided((2, size), (stride, 1))
-    store[0], store[1] = 1.0, 2.0
+    """Row 2 begins 2^31 + 96 elements into the store, though index and stride fit 32 bits; most pages are untouched."""
+    size, stride = 40, 2**30 + 48
+    memory = torch.empty(2 * stride + size, dtype=torch.bfloat16, device=device)
+    store = memory.as_strided((3, size), (stride, 1))
+    store[0], store[1], store[2] = 1.0, 2.0, 3.0
     theta = torch.zeros(size, device=device)
-    out = interpolate(theta, store, scalar(1.0, device), torch.empty_like(theta), index=torch.tensor(1, device=device))
-    assert (out == 2.0).all()
+    out = interpolate(theta, store, scalar(1.0, device), torch.empty_like(theta), index=torch.tensor(2, device=device))
+    assert (out == 3.0).all()
 
 
 @pytest.mark.parametrize("index", [-1, 3, 2**40])
