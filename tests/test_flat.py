@@ -302,9 +302,15 @@ def test_modules_that_cannot_be_flat_are_refused() -> None:
     sharing[1].weight = nn.Parameter(sharing[0].weight.data)
     with pytest.raises(FastarError, match=r"0\.weight and 1\.weight share memory"):
         FlatParameters(sharing)
+    with pytest.raises(FastarError, match="gradient='copy' is not a way"):
+        FlatParameters(nn.Linear(2, 2), gradient="copy")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("mode", ["gather", "views"])
+def test_a_frozen_parameter_is_named_rather_than_moved(mode: str) -> None:
     frozen = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
     frozen[0].weight.requires_grad_(False)
-    flat = FlatParameters(frozen)
+    flat = FlatParameters(frozen, gradient=mode)  # type: ignore[arg-type]
     frozen(torch.ones(1, 2)).sum().backward()
     with pytest.raises(FastarError, match=r"0\.weight is frozen"):
         flat.collect_gradient()

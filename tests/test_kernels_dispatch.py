@@ -126,7 +126,7 @@ for capability in (80, 90):
         types = {"gradient_ptr": "*bf16", "numel": "i32", "weight_decay": "fp32", "momentum": "fp32"}
         constants = {"MOMENTUM": True, "NESTEROV": True, "GUARDED": guarded, "BLOCK": 1024}
         found[f"sgd_update {guarded} {capability}"] = ptx(_sgd_update_kernel, types, constants, capability)
-# Triton turns an integer argument of 1 into a constant, and what is not aligned gets narrow accesses: both must compile.
+# Triton turns an integer argument of 1 into a constant, and unaligned buffers get narrow accesses: both must compile.
 ones = {"numel": 1, "rows": 1, "row_stride": 1, "INDEXED": True, "BLOCK": 1024}
 ptx(_interpolate_kernel, {"index_ptr": "*i64", "source_ptr": "*bf16", "out_ptr": "*fp16"}, ones, 80, wide=())
 plain = {"numel": 1, "MOMENTUM": False, "NESTEROV": False, "GUARDED": True, "BLOCK": 1024}

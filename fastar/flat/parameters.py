@@ -23,6 +23,8 @@ class _BoundModule:
         gradients: tuple[torch.Tensor, torch.Tensor],
         mode: GradientMode | None,
     ):
+        if mode not in (None, "gather", "views"):
+            raise FastarError(f"gradient={mode!r} is not a way to collect gradients; use 'gather', 'views' or None")
         self.module = module
         self.layout = layout
         self.gradient_mode: GradientMode = mode or default_gradient_mode(sections[0].device)
@@ -75,15 +77,13 @@ class _BoundModule:
             raise FastarError("no parameter has a gradient; run backward first, and collect once per backward")
         destinations, gradients = [], []
         for entry, parameter, view in zip(self.layout.entries, self._parameters, self._gradient_views, strict=True):
+            if not parameter.requires_grad:
+                # An update over the flat buffer would move it all the same: momentum, weight decay.
+                raise FastarError(f"parameter {entry.name} is frozen; flat training moves all parameters: unfreeze it")
             gradient = parameter.grad
             if gradient is view:
                 continue
             if gradient is None:
-                if not parameter.requires_grad:
-                    # An update over the flat buffer would move it all the same: momentum, weight decay.
-                    raise FastarError(
-                        f"parameter {entry.name} is frozen; flat training moves all parameters: unfreeze it"
-                    )
                 view.zero_()
                 continue
             destinations.append(view)
