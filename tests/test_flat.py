@@ -210,6 +210,21 @@ def test_gradients_add_up_until_cleared_and_are_zero_where_unused(mode: str) -> 
     assert (unused == 0).all()
 
 
+@pytest.mark.parametrize("mode", ["gather", "views"])
+def test_a_gradient_does_not_outlive_the_step_that_made_it(mode: str) -> None:
+    module = make(Tied)
+    flat = FlatParameters(module, gradient=mode)  # type: ignore[arg-type]
+    values = torch.ones(2, 6)
+    module(values).sum().backward()
+    biases = flat.layout.views(flat.collect_gradient())
+    assert (biases["decode.bias"] != 0).all()
+    flat.clear_gradient()
+    torch.tanh(module.encode(values)).sum().backward()  # this time without the decoder
+    biases = flat.layout.views(flat.collect_gradient())
+    assert (biases["decode.bias"] == 0).all()
+    assert (biases["encode.bias"] != 0).all()
+
+
 def test_views_survive_an_optimizer_that_drops_gradients() -> None:
     module = make(Tied)
     flat = FlatParameters(module, gradient="views")
@@ -276,11 +291,32 @@ def break_by_assigning(module: nn.Module) -> None:
     module.load_state_dict({name: value.clone() for name, value in module.state_dict().items()}, assign=True)
 
 
+def break_by_new_storage(module: nn.Module) -> None:
+    weight = module.get_submodule("head").weight
+    weight.data = weight.data.clone()  # what moving to another device does
+
+
+def break_by_rewrapping(module: nn.Module) -> None:
+    """The same memory under another nn.Parameter, whose gradient nobody would collect."""
+    head = module.get_submodule("head")
+    head.weight = nn.Parameter(head.weight.data)
+
+
 def break_by_replacing(module: nn.Module) -> None:
     module.get_submodule("head").weight = nn.Parameter(torch.zeros(4, 5))
 
 
-@pytest.mark.parametrize("damage", [break_by_cast, break_by_moving, break_by_assigning, break_by_replacing])
+DAMAGES = [
+    break_by_cast,
+    break_by_moving,
+    break_by_assigning,
+    break_by_new_storage,
+    break_by_rewrapping,
+    break_by_replacing,
+]
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_losing_the_views_is_detected(damage: Callable[[nn.Module], None]) -> None:
     module = make(ConvNet)
     flat = FlatParameters(module)
