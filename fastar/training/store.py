@@ -33,7 +33,10 @@ class SourcesStore:
         self.names = list(names)
         self.rows = torch.zeros(len(states), layout.numel, device=device)
         for row, state, name in zip(self.rows, states, self.names, strict=True):
-            layout.flatten(state, out=row)
+            try:
+                layout.flatten(state, out=row)
+            except FastarError as error:
+                raise FastarError(f"source {name}: {error}") from error
             if not torch.isfinite(row).all():
                 raise FastarError(f"source {name} has NaN or infinite values; train it again or leave it out")
 
