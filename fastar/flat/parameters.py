@@ -60,12 +60,7 @@ class _BoundModule:
         named = dict(self.module.named_parameters())
         for entry, parameter, view in zip(self.layout.entries, self._parameters, self._views, strict=True):
             current = named.get(entry.name)
-            if (
-                current is not parameter
-                or current.data_ptr() != view.data_ptr()
-                or current.dtype != view.dtype
-                or current.stride() != view.stride()
-            ):
+            if current is not parameter or current.data_ptr() != view.data_ptr() or current.stride() != view.stride():
                 raise FastarError(
                     f"parameter {entry.name} left its flat buffer (the module was moved, cast or reassigned); "
                     "move the module before making it flat, and load state dicts without assign=True"
