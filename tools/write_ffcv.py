@@ -26,7 +26,9 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     result.add_argument("--dataset", required=True, metavar="NAME", help=f"one of: {', '.join(DATASETS)}")
-    result.add_argument("--source", type=Path, metavar="DIR", help="raw data; default: where it usually lies")
+    result.add_argument(
+        "--source", "--data-root", type=Path, metavar="DIR", help="raw data; default: where it usually lies"
+    )
     result.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write OUT/NAME/ in")
     result.add_argument("--workers", type=int, default=2, metavar="N", help="writer processes (default 2)")
     result.add_argument("--limit", type=int, metavar="N", help="at most N images per split, classes balanced")

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from fastar.data.augment import Normalisation, augmented, draw_augmentation
-from fastar.data.prepare import DatasetFiles
+from fastar.data.files import DatasetFiles
 from fastar.data.reading import read_batches
 from fastar.data.registry import Augmentation
 from fastar.data.sampling import balanced_subset, epoch_order

@@ -203,11 +203,11 @@ def _receive(receive: Connection, process: Any) -> tuple[str, Any]:
     try:
         return receive.recv()
     except EOFError:
-        process.join(5)
         raise _died(process) from None
 
 
 def _died(process: Any) -> FastarError:
+    process.join(5)  # its pipes close a moment before its exit code is known
     code = process.exitcode
     how = f"killed by signal {-code}" if code is not None and code < 0 else f"exit code {code}"
     return FastarError(f"a writer process ended before its work was done ({how}; out of memory?); run again")

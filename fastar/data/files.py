@@ -5,7 +5,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -180,7 +180,10 @@ def _locked_folder(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise FastarError(f"{folder}: cannot be created ({error.strerror}); choose another directory") from error
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+        # Some network file systems know no locks; there two writers at once are the user's own risk.
+        with suppress(OSError):
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        folder.mkdir(parents=True, exist_ok=True)  # one that failed while this one waited may have removed it
         _remove_partial(folder)
         try:
             yield

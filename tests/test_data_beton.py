@@ -1,0 +1,460 @@
+"""Writing, checking and reading .beton files: what goes in comes out, and nothing damaged or unfinished passes."""
+
+import errno
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from data_samples import cifar_python_files, raw_dataset, write_files, write_folders, write_idx
+from ffcv.fields.rgb_image import SimpleRGBImageDecoder
+
+import fastar.data.files as files_module
+import fastar.data.writing as writing
+from fastar.data import DATASETS, load, open_files, prepare
+from fastar.data import reading as reading_module
+from fastar.data.beton import BetonLayout, check_beton
+from fastar.data.ffcv_names import ALLOC_TABLE_TYPE, FieldDescType, HeaderType, get_metadata_type
+from fastar.data.raw import ArraySplit, RawDataset
+from fastar.data.reading import read_batches
+from fastar.data.verify import verify_beton
+from fastar.data.writing import write_beton
+from fastar.errors import FastarError
+
+
+def layout_of(name: str, count: int) -> BetonLayout:
+    spec = DATASETS[name]
+    return BetonLayout(count, spec.height, spec.width, spec.channels, len(spec.classes))
+
+
+def write(path, name="cifar10", count=300, workers=2):
+    raw = raw_dataset(name, count).train
+    layout = layout_of(name, count)
+    write_beton(path, raw, np.arange(count), layout, workers=workers)
+    return raw, layout
+
+
+@pytest.fixture
+def given(monkeypatch):
+    """Make `prepare` find the raw data it is handed."""
+
+    def give(raw: RawDataset) -> None:
+        monkeypatch.setattr(files_module, "find_raw", lambda spec, root: raw)
+
+    return give
+
+
+def debris(folder) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("name", ["cifar10", "mnist"])
+def test_round_trip(tmp_path, monkeypatch, name, compiled):
+    if compiled:
+        monkeypatch.setattr(reading_module, "COMPILE_FROM", 0)
+    raw, layout = write(tmp_path / "x.beton", name, 777, workers=3)  # more than one page for 32x32 RGB
+    threads = torch.get_num_threads()
+    images, labels = [], []
+    for some_images, some_labels in read_batches(tmp_path / "x.beton", layout, batch_size=100):
+        images.append(some_images.copy())
+        labels.append(some_labels.copy())
+    assert [len(some) for some in labels] == [100] * 7 + [77]
+    assert np.array_equal(np.concatenate(images), raw.images)
+    assert np.array_equal(np.concatenate(labels), raw.labels)
+    assert torch.get_num_threads() == threads
+
+
+def test_torch_keeps_its_threads_through_a_read(tmp_path):
+    _, layout = write(tmp_path / "x.beton")
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        for _ in read_batches(tmp_path / "x.beton", layout):
+            pass
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_leaving_early_leaves_no_thread(tmp_path):
+    _, layout = write(tmp_path / "x.beton")
+    before = threading.active_count()
+    for stop_after in (1, 29, 30):
+        batches = read_batches(tmp_path / "x.beton", layout, batch_size=10)
+        for _ in range(stop_after):
+            next(batches)
+        batches.close()
+        assert threading.active_count() == before
+
+
+def test_failing_loader_thread_raises_its_own_error(tmp_path, monkeypatch):
+    _, layout = write(tmp_path / "x.beton")
+
+    def failing(self):
+        def decode(batch_indices, destination, metadata, storage_state):
+            if batch_indices[0] >= 100:
+                raise RuntimeError("the cable was pulled")
+            return destination[: len(batch_indices)]
+
+        return decode
+
+    monkeypatch.setattr(SimpleRGBImageDecoder, "generate_code", failing)
+    before = threading.active_count()
+    batches = read_batches(tmp_path / "x.beton", layout, batch_size=50)
+    assert [len(next(batches)[0]) for _ in range(2)] == [50, 50]
+    with pytest.raises(FastarError, match=r"x\.beton: .*the cable was pulled"):
+        next(batches)
+    assert threading.active_count() == before
+
+
+def change(path, offset, content):
+    with path.open("r+b") as stream:
+        stream.seek(offset)
+        stream.write(content)
+
+
+DAMAGES = {
+    "empty": (lambda path: path.write_bytes(b""), "empty file"),
+    "short": (lambda path: path.write_bytes(path.read_bytes()[:10]), "truncated in its header"),
+    "only fields": (lambda path: path.write_bytes(path.read_bytes()[:500]), "truncated in its fields"),
+    "half": (lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]), "truncated"),
+    "last byte": (lambda path: path.write_bytes(path.read_bytes()[:-1]), "truncated"),
+    "grown": (lambda path: path.write_bytes(path.read_bytes() + bytes(24)), "allocation table"),
+    "foreign": (lambda path: path.write_bytes(b"PK\x03\x04" + bytes(100_000)), "foreign header"),
+    "unfinished": (lambda path: change(path, 0, bytes(HeaderType.itemsize)), "foreign header"),
+    "page size": (lambda path: change(path, HeaderType.fields["page_size"][1], b"\x01"), "page size"),
+    "count": (lambda path: change(path, HeaderType.fields["num_samples"][1], b"\x07"), "holds 263 samples"),
+    "table elsewhere": (
+        lambda path: change(path, HeaderType.fields["alloc_table_ptr"][1], b"\xff"),
+        "allocation table",
+    ),
+    "field name": (lambda path: change(path, HeaderType.itemsize + 1, b"X"), "field 'image'"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_files_are_refused_before_ffcv_sees_them(tmp_path, monkeypatch, damage):
+    path = tmp_path / "x.beton"
+    _, layout = write(path)
+    break_it, message = DAMAGES[damage]
+    break_it(path)
+    monkeypatch.setattr(reading_module, "GuardedLoader", None)  # calling it would be a TypeError
+    with pytest.raises(FastarError, match=message) as caught:
+        next(read_batches(path, layout))
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("field", ["label", "mode", "width", "data_ptr", "sample_id", "ptr", "size"])
+def test_every_table_entry_is_checked(tmp_path, field):
+    path = tmp_path / "x.beton"
+    _, layout = write(path)
+    assert len(check_beton(path, layout)) == 300
+    header = np.fromfile(path, HeaderType, 1)[0]
+    start = HeaderType.itemsize + 2 * FieldDescType.itemsize
+    table = np.memmap(path, get_metadata_type(list(layout.fields().values())), "r+", start, (300,))
+    allocations = np.memmap(path, ALLOC_TABLE_TYPE, "r+", int(header["alloc_table_ptr"]), (300,))
+    if field == "label":
+        table["f1"][17] = 10
+    elif field in ("mode", "width", "data_ptr"):
+        table["f0"][field][17] += np.uint8(1)
+    else:
+        allocations[field][17] += 1
+    table.flush()
+    allocations.flush()
+    with pytest.raises(FastarError, match=r"x\.beton"):
+        check_beton(path, layout)
+
+
+def test_layout_of_another_dataset_is_refused(tmp_path):
+    write(tmp_path / "x.beton", "mnist", 300)
+    with pytest.raises(FastarError, match="field 'image' is not what fastar writes for 32x32x3"):
+        check_beton(tmp_path / "x.beton", layout_of("cifar10", 300))
+
+
+def test_verification_notices_a_wrong_label_and_a_wrong_pixel(tmp_path):
+    raw, layout = write(tmp_path / "x.beton")
+    every = np.arange(300)
+    verify_beton(tmp_path / "x.beton", raw, every, layout)
+    labels = raw.labels.copy()
+    labels[123] = (labels[123] + 1) % 10
+    with pytest.raises(FastarError, match="sample 123 differs"):
+        verify_beton(tmp_path / "x.beton", ArraySplit(raw.images, labels, raw.classes, "other"), every, layout)
+    images = raw.images.copy()
+    images[299, 31, 31, 2] ^= 1  # the last image is always in the sample
+    with pytest.raises(FastarError, match="sample 299 differs from other, sample 299"):
+        verify_beton(tmp_path / "x.beton", ArraySplit(images, raw.labels, raw.classes, "other"), every, layout)
+
+
+def test_verification_measures_mean_and_std_exactly(tmp_path):
+    raw, layout = write(tmp_path / "x.beton")
+    summary = verify_beton(tmp_path / "x.beton", raw, np.arange(300), layout)
+    pixels = raw.images.astype(np.float64) / 255
+    # Sums are exact integers; what is left is the rounding of NumPy's own float64 mean.
+    np.testing.assert_allclose(summary.mean, pixels.mean((0, 1, 2)), rtol=1e-12)
+    np.testing.assert_allclose(summary.std, pixels.std((0, 1, 2)), rtol=1e-10)
+
+
+class Trouble(ArraySplit):
+    """Raw data at whose image 200 something happens in the worker process."""
+
+    happens = staticmethod(lambda: None)
+
+    def __getitem__(self, index):
+        if index == 200:
+            self.happens()
+        return super().__getitem__(index)
+
+
+def troubled(happens) -> RawDataset:
+    raw = raw_dataset("cifar10", 1000, 100)
+    train = Trouble(raw.train.images, raw.train.labels, raw.train.classes, "made-up train")
+    train.happens = happens
+    return RawDataset(train, raw.test, "made up", None)
+
+
+def fail_with(error: Exception):
+    def happens():
+        raise error
+
+    return happens
+
+
+@pytest.mark.parametrize(
+    ("happens", "message"),
+    [
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "writer process ended .*signal 9"),
+        (lambda: os._exit(0), "writer process ended .*exit code 0"),
+        (fail_with(FastarError("image.jpg: damaged; replace it")), "^image.jpg: damaged; replace it$"),
+        (fail_with(KeyError("x")), "made-up train, sample 200: cannot be encoded .KeyError"),
+        (fail_with(OSError(errno.ENOSPC, "No space left on device")), "disk full while writing"),
+    ],
+)
+def test_trouble_in_a_worker_ends_the_writing_and_leaves_nothing(tmp_path, given, happens, message):
+    given(troubled(happens))
+    shared_before = set(os.listdir("/dev/shm"))
+    with pytest.raises(FastarError, match=message) as caught:
+        prepare("cifar10", data_root=None, directory=tmp_path / "new" / "betons", workers=2)
+    assert "\n" not in str(caught.value)
+    assert debris(tmp_path) == []
+    assert set(os.listdir("/dev/shm")) <= shared_before
+    assert children() == []
+
+
+def children() -> list[int]:
+    """Live processes that were started through multiprocessing."""
+    return [process.pid for process in multiprocessing.active_children()]
+
+
+def test_interrupt_leaves_nothing_and_the_same_command_goes_on(tmp_path, given):
+    given(troubled(lambda: time.sleep(3600)))  # one worker never finishes; the other waits for its page
+    threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        prepare("cifar10", data_root=None, directory=tmp_path / "betons")
+    assert debris(tmp_path) == []
+    assert children() == []
+    given(raw_dataset("cifar10"))
+    assert prepare("cifar10", data_root=None, directory=tmp_path / "betons").count("train") == 60
+
+
+def test_workers_end_with_a_killed_parent_and_the_next_run_cleans_up(tmp_path, given):
+    given(troubled(lambda: time.sleep(3600)))
+    parent = multiprocessing.get_context("fork").Process(
+        target=prepare, args=("cifar10",), kwargs={"data_root": None, "directory": tmp_path}
+    )
+    parent.start()
+    family = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
+    assert within(30, lambda: len(family.read_text().split()) == 2)
+    workers = family.read_text().split()
+    parent.kill()
+    parent.join()
+    assert within(30, lambda: not any(alive(worker) for worker in workers))
+    assert debris(tmp_path) == ["cifar10", "cifar10/train.beton.partial"]
+    given(raw_dataset("cifar10"))
+    prepare("cifar10", data_root=None, directory=tmp_path)
+    assert debris(tmp_path / "cifar10") == ["metadata.json", "test.beton", "train.beton"]
+
+
+def within(seconds: float, condition) -> bool:
+    """Wait until `condition()` holds; False if it never does."""
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def alive(process: str) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_disk_too_small_is_refused_before_writing(tmp_path, given, monkeypatch):
+    given(raw_dataset("cifar10"))
+    usage = writing.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(writing.shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
+    with pytest.raises(FastarError, match=r"needs .* MB, the disk has 1\.0 MB free"):
+        prepare("cifar10", data_root=None, directory=tmp_path / "betons")
+    assert debris(tmp_path) == []
+
+
+def test_disk_that_fills_up_while_writing(tmp_path, given):
+    """A file size limit stands in for a full disk: writes come back short first, then fail."""
+    import resource
+
+    given(raw_dataset("cifar10", 3000, 100))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000, hard))
+        with pytest.raises(FastarError, match=r"train\.beton.*disk full while writing"):
+            prepare("cifar10", data_root=None, directory=tmp_path / "betons")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert debris(tmp_path) == []
+
+
+def test_prepare_writes_once_and_reuses(tmp_path):
+    raw = raw_dataset("cifar10", 200, 100)
+    write_files(tmp_path / "raw", cifar_python_files(raw, "cifar10"))
+    files = prepare("cifar10", data_root=tmp_path / "raw", directory=tmp_path / "betons")
+    assert debris(tmp_path / "betons") == [
+        "cifar10",
+        "cifar10/metadata.json",
+        "cifar10/test.beton",
+        "cifar10/train.beton",
+    ]
+    assert files.metadata["counts"] == {"train": 200, "test": 100}
+    assert tuple(files.metadata["mean"]) == (0.485, 0.456, 0.406)
+    assert files.input_shape == (3, 32, 32)
+    stamp = files.train.stat().st_mtime_ns
+    again = prepare("cifar10", data_root=None, directory=tmp_path / "betons")  # raw data no longer needed
+    assert again.metadata == files.metadata
+    assert prepare("cifar10", data_root=tmp_path / "raw", directory=tmp_path / "betons").digest == files.digest
+    assert files.train.stat().st_mtime_ns == stamp
+    split = load(again, "test", "cpu")
+    assert np.array_equal(split.images.numpy(), raw.test.images)
+    assert split.labels.tolist() == raw.test.labels.tolist()
+
+
+def test_digest_is_of_the_content_alone(tmp_path):
+    raw = raw_dataset("mnist", 300, 100)
+    write_idx(tmp_path / "plain", raw, zipped=False)
+    write_idx(tmp_path / "zipped", raw, zipped=True)
+    first = prepare("mnist", data_root=tmp_path / "plain", directory=tmp_path / "a", workers=1)
+    second = prepare("mnist", data_root=tmp_path / "zipped", directory=tmp_path / "b", workers=3)
+    assert first.digest == second.digest
+    raw.train.images[7, 3, 3, 0] ^= 1
+    write_idx(tmp_path / "changed", raw, zipped=True)
+    third = prepare("mnist", data_root=tmp_path / "changed", directory=tmp_path / "c")
+    assert third.digest != first.digest
+    with pytest.raises(FastarError, match="written from other raw data"):
+        prepare("mnist", data_root=tmp_path / "changed", directory=tmp_path / "a")
+
+
+def test_other_settings_are_refused_naming_them(tmp_path):
+    write_folders(tmp_path / "raw", raw_dataset("cifar10", 100, 50))
+    directory = tmp_path / "betons"
+    files = prepare("cifar10", data_root=tmp_path / "raw", directory=directory, limit=40)
+    assert files.metadata["counts"] == {"train": 40, "test": 40}
+    assert np.bincount(load(files, "train", "cpu").labels).tolist() == [4] * 10
+    with pytest.raises(FastarError, match="limit=40, asked for limit=None"):
+        prepare("cifar10", data_root=None, directory=directory)
+    (directory / "cifar10").rename(directory / "cifar100")
+    with pytest.raises(FastarError, match="dataset=cifar10, cifar100 has dataset=cifar100"):
+        prepare("cifar100", data_root=None, directory=directory, limit=100)
+    for wrong in ({"limit": 9}, {"workers": 0}):
+        with pytest.raises(FastarError, match=r"limit=9|workers=0"):
+            prepare("cifar10", data_root=None, directory=directory, **wrong)
+
+
+def test_files_replaced_or_damaged_later_are_refused(tmp_path, given):
+    given(raw_dataset("cifar10", 100, 50))
+    files = prepare("cifar10", data_root=None, directory=tmp_path)
+    content = files.train.read_bytes()
+    other, _ = write(tmp_path / "other.beton", "cifar10", 100)
+
+    files.train.write_bytes((tmp_path / "other.beton").read_bytes()[:-5])
+    with pytest.raises(FastarError, match="truncated"):
+        open_files(files.train.parent)
+    changed = bytearray(content)
+    position = content.index(other.images[50].tobytes())  # both come from the same made-up images
+    changed[position + 100] ^= 1
+    files.train.write_bytes(changed)
+    with pytest.raises(FastarError, match=r"not the file that metadata\.json describes"):
+        prepare("cifar10", data_root=None, directory=tmp_path)
+    with pytest.raises(FastarError, match="its pixels are not those that were written"):
+        load(files, "train", "cpu")
+    files.train.write_bytes(content)
+    assert open_files(files.train.parent).digest == files.digest
+
+    metadata = json.loads((files.train.parent / "metadata.json").read_text())
+    for text, message in (
+        ("{", "damaged"),
+        (json.dumps({**metadata, "format": 9}), "format 9"),
+        (json.dumps({**metadata, "mean": [0, 0, 0]}), "edited by hand"),
+        (json.dumps({key: value for key, value in metadata.items() if key != "files"}), "damaged"),
+    ):
+        (files.train.parent / "metadata.json").write_text(text)
+        with pytest.raises(FastarError, match=message):
+            open_files(files.train.parent)
+
+
+def test_a_beton_without_metadata_is_not_overwritten(tmp_path, given):
+    given(raw_dataset("cifar10"))
+    (tmp_path / "cifar10").mkdir()
+    (tmp_path / "cifar10" / "train.beton").write_bytes(b"somebody else's")
+    with pytest.raises(FastarError, match=r"train\.beton: has no metadata\.json beside it"):
+        prepare("cifar10", data_root=None, directory=tmp_path)
+    assert (tmp_path / "cifar10" / "train.beton").read_bytes() == b"somebody else's"
+
+
+@pytest.mark.parametrize("kept", [(), ("train.beton.partial",), ("metadata.json",), ("metadata.json", "train.beton")])
+def test_a_conversion_killed_at_any_step_starts_again(tmp_path, given, kept):
+    """What a SIGKILL can leave: partial files, then the metadata, then the first renamed file."""
+    given(raw_dataset("cifar10"))
+    finished = prepare("cifar10", data_root=None, directory=tmp_path)
+    folder = finished.train.parent
+    (folder / "train.beton.partial").write_bytes(b"half")
+    for path in folder.iterdir():
+        if path.name not in kept:
+            path.unlink()
+    again = prepare("cifar10", data_root=None, directory=tmp_path)
+    assert again.digest == finished.digest
+    assert sorted(path.name for path in folder.iterdir()) == ["metadata.json", "test.beton", "train.beton"]
+    assert len(load(again, "train", "cpu")) == 60
+
+
+def test_two_writers_at_once(tmp_path, given):
+    given(raw_dataset("cifar10"))
+    results, errors = [], []
+
+    def run():
+        try:
+            results.append(prepare("cifar10", data_root=None, directory=tmp_path))
+        except FastarError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    assert results[0].metadata == results[1].metadata
+    assert open_files(results[0].train.parent).metadata == results[0].metadata
+
+
+def test_folder_that_cannot_be_made(tmp_path, given):
+    given(raw_dataset("cifar10"))
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(FastarError, match="cannot be created"):
+        prepare("cifar10", data_root=None, directory=tmp_path / "file")

@@ -1,0 +1,207 @@
+"""Batches on the device: every sample once, in an order augmented as nothing but their keys decides."""
+
+import numpy as np
+import pytest
+import torch
+from data_samples import arrays, raw_dataset
+
+import fastar.data.device as device_module
+import fastar.data.files as files_module
+from fastar.data import Augmentation, DeviceDataset, load, prepare
+from fastar.data.augment import crop_and_mirror
+from fastar.data.sampling import draw, draw_below
+from fastar.errors import FastarError
+from fastar.seeds import derive_seed
+
+MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
+CROP_AND_FLIP = Augmentation(pad=2, flip=True)
+
+
+def dataset(count=101, augmentation=CROP_AND_FLIP, shape=(6, 8, 3), device="cpu") -> DeviceDataset:
+    images, _ = arrays(count, shape, 7)
+    # The label of a sample is made its number, so that batches tell which samples they hold.
+    return DeviceDataset(
+        torch.from_numpy(images).to(device),
+        torch.arange(count, device=device),
+        classes=7,
+        mean=MEAN[: shape[2]],
+        std=STD[: shape[2]],
+        augmentation=augmentation,
+    )
+
+
+def by_sample(batches) -> tuple[torch.Tensor, torch.Tensor]:
+    images, labels = map(torch.cat, zip(*batches, strict=True))
+    order = labels.argsort()
+    return images[order], labels[order]
+
+
+def plain(data: DeviceDataset, sample: int, seed: int | None, epoch: int) -> np.ndarray:
+    """One normalised sample [C, H, W] by the definition, in float64; seed None: not augmented."""
+    image = data.images[sample].cpu().numpy().astype(np.float64)
+    height, width, _ = image.shape
+    if seed is not None:
+        key, index, pad = derive_seed(seed, "augmentation", epoch), np.array([sample]), data.augmentation.pad
+        padded = np.pad(image, ((pad, pad), (pad, pad), (0, 0)))
+        top, left = (int(draw_below(2 * pad + 1, key, index, stream)[0]) for stream in (0, 1))
+        image = padded[top : top + height, left : left + width]
+        if data.augmentation.flip and draw(key, index, 2)[0] >= 2**31:
+            image = image[:, ::-1]
+    return ((image / 255 - MEAN[: image.shape[2]]) / STD[: image.shape[2]]).transpose(2, 0, 1)
+
+
+@pytest.mark.parametrize("augmentation", [CROP_AND_FLIP, Augmentation(pad=1), Augmentation(flip=True)])
+@pytest.mark.parametrize("shape", [(6, 8, 3), (5, 5, 1)])
+def test_augmentation_by_its_definition(augmentation, shape):
+    data = dataset(augmentation=augmentation, shape=shape)
+    images, labels = by_sample(data.batches(10, seed=3, epoch=5, drop_last=False))
+    expected = np.stack([plain(data, int(label), 3, 5) for label in labels])
+    # fp32 against float64: two roundings of values up to 5.
+    np.testing.assert_allclose(images.numpy(), expected, atol=2e-6)
+    assert not np.allclose(images.numpy(), np.stack([plain(data, int(label), 3, 6) for label in labels]), atol=1e-3)
+
+
+@pytest.mark.parametrize("keep_normalised", [True, False])
+def test_without_augmentation_by_its_definition(monkeypatch, keep_normalised):
+    if not keep_normalised:
+        monkeypatch.setattr(device_module, "NORMALISED_BYTES", 0)
+    data = dataset()
+    expected = np.stack([plain(data, sample, None, 0) for sample in range(101)])
+    for batches in (
+        data.sequential(10),
+        data.batches(10, seed=0, epoch=0, augment=False, drop_last=False),
+        dataset(augmentation=Augmentation()).batches(10, seed=0, epoch=0, drop_last=False),
+    ):
+        np.testing.assert_allclose(by_sample(batches)[0].numpy(), expected, atol=2e-6)
+
+
+def test_form_of_batches():
+    data = dataset()
+    assert (len(data), data.classes, data.input_shape) == (101, 7, (3, 6, 8))
+    for images, labels in (next(data.batches(16, seed=0, epoch=0)), next(data.sequential(16))):
+        assert (images.shape, images.dtype) == ((16, 3, 6, 8), torch.float32)
+        assert images.is_contiguous(memory_format=torch.channels_last)
+        assert (labels.shape, labels.dtype) == ((16,), torch.int64)
+
+
+@pytest.mark.parametrize("batch_size", [1, 10, 50, 101])
+def test_counts_and_last_batches(batch_size):
+    data = dataset()
+    for drop_last in (True, False):
+        sizes = [len(labels) for _, labels in data.batches(batch_size, seed=0, epoch=0, drop_last=drop_last)]
+        assert len(sizes) == data.batch_count(batch_size, drop_last)
+        assert set(sizes[:-1]) <= {batch_size}
+        assert sum(sizes) == (101 // batch_size * batch_size if drop_last else 101)
+    seen = [int(label) for _, labels in data.sequential(batch_size) for label in labels]
+    assert seen == list(range(101))
+
+
+def test_every_sample_once_in_an_order_of_its_own():
+    data = dataset()
+
+    def order(seed, epoch):
+        return [
+            int(label) for _, labels in data.batches(10, seed=seed, epoch=epoch, drop_last=False) for label in labels
+        ]
+
+    orders = [order(seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
+    assert all(sorted(one) == list(range(101)) for one in orders)
+    assert len({tuple(one) for one in orders}) == 4
+    assert order(1, 1) == orders[3]
+
+
+@pytest.mark.parametrize("block", [1, 5000, 10**9])
+def test_nothing_depends_on_blocks_batches_or_order(monkeypatch, block):
+    data = dataset()
+    reference = by_sample(data.batches(10, seed=1, epoch=2, drop_last=False))
+    monkeypatch.setitem(device_module.BLOCK_BYTES, "cpu", block)
+    for batches in (
+        data.batches(7, seed=1, epoch=2, drop_last=False),
+        data.batches(101, seed=1, epoch=2, drop_last=False),
+        data.sequential(13, augment=True, seed=1, epoch=2),
+    ):
+        images, labels = by_sample(batches)
+        assert torch.equal(images, reference[0])
+        assert torch.equal(labels, reference[1])
+
+
+def test_augmentation_follows_the_sample_into_a_subset():
+    data, keep = dataset(), torch.tensor([3, 50, 77])
+    subset = DeviceDataset(
+        data.images[keep], data.labels[keep], classes=7, mean=MEAN, std=STD, augmentation=CROP_AND_FLIP, index=keep
+    )
+    all_images, _ = by_sample(data.sequential(9, augment=True, seed=4, epoch=1))
+    images, _ = by_sample(subset.sequential(2, augment=True, seed=4, epoch=1))
+    assert torch.equal(images, all_images[keep])
+
+
+def test_compiled_loop_and_torch_give_the_same_bits():
+    data = dataset(500)
+    key = derive_seed(0, "augmentation", 0)
+    chosen = torch.arange(499, -1, -1)
+    draws = device_module.draw_augmentation(CROP_AND_FLIP, key, chosen)
+    compiled = device_module.augmented(data.images, chosen, draws, data._normalise)
+    assert torch.equal(compiled, data._normalise(crop_and_mirror(data.images, chosen, *draws)))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_cuda_gives_the_same_bits():
+    cpu, cuda = dataset(500), dataset(500, device="cuda")
+    for augment in (True, False):
+        here = list(cpu.batches(32, seed=1, epoch=1, augment=augment))
+        there = list(cuda.batches(32, seed=1, epoch=1, augment=augment))
+        for (images, labels), (other_images, other_labels) in zip(here, there, strict=True):
+            assert torch.equal(images, other_images.cpu())
+            assert torch.equal(labels, other_labels.cpu())
+
+
+def test_bad_arguments():
+    data = dataset()
+    with pytest.raises(FastarError, match="batch size 0"):
+        data.sequential(0)
+    with pytest.raises(FastarError, match="batch size 102 exceeds the 101 samples"):
+        data.batches(102, seed=0, epoch=0)
+    with pytest.raises(ValueError, match="uint8"):
+        DeviceDataset(data.images.float(), data.labels, classes=7, mean=MEAN, std=STD, augmentation=Augmentation())
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    raw = raw_dataset("cifar10", 200, 50)
+    monkeypatch.setattr(files_module, "find_raw", lambda spec, root: raw)
+    return raw, prepare("cifar10", data_root=None, directory=tmp_path)
+
+
+def test_load(files):
+    raw, written = files
+    train = load(written, "train", "cpu")
+    assert np.array_equal(train.images.numpy(), raw.train.images)
+    assert train.labels.tolist() == raw.train.labels.tolist()
+    assert train.augmentation == Augmentation(pad=4, flip=True)
+    assert train.digest == written.digest
+    assert not load(written, "train", "cpu", augmentation=Augmentation()).augmentation
+    with pytest.raises(ValueError, match="split must be"):
+        load(written, "validation", "cpu")
+
+
+def test_load_with_a_limit_keeps_classes_balanced_and_draws(files):
+    _, written = files
+    some, all_ = load(written, "train", "cpu", limit=50), load(written, "train", "cpu")
+    assert torch.bincount(some.labels).tolist() == [5] * 10
+    assert torch.equal(some.images, all_.images[some.index])
+    whole = torch.cat([images for images, _ in all_.sequential(64, augment=True, seed=1, epoch=3)])
+    part = torch.cat([images for images, _ in some.sequential(64, augment=True, seed=1, epoch=3)])
+    assert torch.equal(part, whole[some.index])
+    assert len(load(written, "train", "cpu", limit=10_000)) == 200
+    with pytest.raises(FastarError, match="below one image per class"):
+        load(written, "train", "cpu", limit=9)
+
+
+def test_own_statistics_normalise_the_training_split(tmp_path, monkeypatch):
+    raw = raw_dataset("mnist", 300, 50)
+    monkeypatch.setattr(files_module, "find_raw", lambda spec, root: raw)
+    train = load(prepare("mnist", data_root=None, directory=tmp_path), "train", "cpu")
+    images = torch.cat([images for images, _ in train.sequential(100)]).double()
+    assert abs(images.mean()) < 1e-6  # fp32 rounding, averaged
+    assert abs(images.std(correction=0) - 1) < 1e-6
