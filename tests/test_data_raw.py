@@ -20,7 +20,7 @@ from data_samples import (
 )
 from PIL import Image
 
-from fastar.data import DATASETS, dataset_spec
+from fastar.data import DATASETS, dataset_spec, load, prepare
 from fastar.data.cifar import CifarUnpickler
 from fastar.data.find import find_raw
 from fastar.data.raw import ArraySplit
@@ -328,20 +328,26 @@ def test_real_fashion_mnist_is_found_by_itself(tmp_path, monkeypatch):
 @pytest.mark.data
 @pytest.mark.skipif(not CIFAR_JPEG.is_file(), reason="../shared/data/cifar10-jpeg.tar.xz is absent")
 def test_real_cifar_class_folders(tmp_path):
+    """From the JPEG files to batches. The archive starts with its test split; the images of both come from there."""
     taken: dict[str, int] = {}
     with tarfile.open(CIFAR_JPEG) as archive:
         for member in archive:
-            folder = str(Path(member.name).parent)
-            if member.isfile() and taken.get(folder, 0) < 12:
-                taken[folder] = taken.get(folder, 0) + 1
-                target = tmp_path / member.name
+            path = Path(member.name)
+            count = taken.get(path.parent.name, 0)
+            if member.isfile() and count < 24:
+                taken[path.parent.name] = count + 1
+                target = tmp_path / "raw" / ("train" if count < 12 else "test") / path.parent.name / path.name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 target.write_bytes(archive.extractfile(member).read())
-            if len(taken) == 20 and min(taken.values()) == 12:
+            if len(taken) == 10 and min(taken.values()) == 24:
                 break
-    raw = find_raw(DATASETS["cifar10"], tmp_path)
-    assert np.bincount(raw.train.labels).tolist() == [12] * 10
-    images = np.stack([raw.train[index][0] for index in range(120)])
-    assert images.shape == (120, 32, 32, 3)
-    assert 100 < images.mean() < 140  # photographs, not noise around a constant
-    assert images.std() > 40
+    files = prepare("cifar10", data_root=tmp_path / "raw", directory=tmp_path / "betons")
+    train = load(files, "train", "cpu")
+    assert train.labels.tolist() == [label for label in range(10) for _ in range(12)]
+    assert 100 < train.images.double().mean() < 140  # photographs, not noise around a constant
+    assert train.images.double().std() > 40
+    for path in (tmp_path / "raw" / "test" / "truck").iterdir():
+        path.write_bytes(path.read_bytes()[:200])
+    with pytest.raises(FastarError, match=r"truck/\d+\.jpg: cannot be read as an image"):
+        prepare("cifar10", data_root=tmp_path / "raw", directory=tmp_path / "other")
+    assert not (tmp_path / "other").exists()

@@ -18,7 +18,7 @@ _TEST_NAMES = ("test", "val")
 class FolderSplit:
     """The images below one folder of class folders, classes and files in order of name.
 
-    Decoded to the dataset's channels when asked for; `size` is (height, width), or None where sizes may differ.
+    Decoded to the dataset's channels when asked for; `size` is the (height, width) that every image must have.
     """
 
     def __init__(self, root: Path, class_folders: dict[str, int], classes: tuple[str, ...], spec: DatasetSpec):

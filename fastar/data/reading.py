@@ -105,8 +105,6 @@ def read_batches(path: Path, layout: BetonLayout, batch_size: int = BATCH) -> Ba
             with closing(batches):
                 for images, labels in batches:
                     yield images.numpy(), labels.numpy().reshape(-1)
-        except (GeneratorExit, KeyboardInterrupt):
-            raise
         # Whatever FFCV's thread or compiler ran into belongs to this file; the cause stays attached.
         except Exception as error:
             raise FastarError(f"{path}: FFCV's loader failed ({type(error).__name__}: {error})") from error

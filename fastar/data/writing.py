@@ -167,7 +167,12 @@ def _run_workers(job: _Job, workers: int, progress: Progress, description: str) 
         for _ in range(workers):
             receive, send = context.Pipe(duplex=False)
             process = context.Process(target=_work, args=(job, next_chunk, send, os.getpid()), daemon=True)
-            process.start()
+            # Ctrl-C reaches the whole process group; the workers inherit the mask and leave it to the parent.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                process.start()
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             send.close()
             processes.append(process)
             pipes[process.sentinel] = (process, receive)
@@ -215,7 +220,6 @@ def _died(process: Any) -> FastarError:
 
 def _work(job: _Job, next_chunk: "Synchronized[int]", send: Connection, parent: int) -> None:
     """One worker: encode chunks until none is left, then send this worker's part of the allocation table."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends its workers
     _end_with_parent(parent)
     position = 0
     try:
