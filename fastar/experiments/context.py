@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,7 @@ from fastar.matching import Symmetry, derive_symmetry, verify_symmetry
 from fastar.models import build_model
 from fastar.progress import SILENT, Progress
 from fastar.runs import RunFolder
+from fastar.training import suitable_threads
 
 
 def resolve_device(name: str) -> torch.device:
@@ -108,6 +110,14 @@ class Context:
         symmetry = derive_symmetry(model, example)
         verify_symmetry(model, symmetry, example)
         return symmetry
+
+    @contextmanager
+    def threads(self) -> Iterator[None]:
+        """Inside, CPU work uses as many threads as a training batch of this network is worth."""
+        spec = data.dataset_spec(self.settings.dataset.name)
+        shape = (self.settings.train.batch_size, spec.channels, spec.height, spec.width)
+        with suitable_threads(self.build(seed=0), torch.zeros(shape, device=self.device)):
+            yield
 
     def architecture(self) -> dict[str, Any]:
         """What makes two checkpoints' networks the same: for their metadata."""

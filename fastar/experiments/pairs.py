@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fastar.checkpoints import Checkpoint, load_checkpoint, load_into, save_checkpoint
-from fastar.config import load_settings
+from fastar.config import as_override, load_settings
 from fastar.errors import FastarError
 from fastar.evaluation import Path as Segment
 from fastar.evaluation import evaluate_paths
@@ -37,11 +37,11 @@ def _context(
     for option, value in (("--dataset", dataset), ("--arch", arch)):
         if value is None:
             raise FastarError(f"{first.path}: does not say what it is; give {option}")
-    options = [f"model.{key}={value}" for key, value in known.get("model", {}).items()]
+    options = [as_override(f"model.{key}", value) for key, value in known.get("model", {}).items()]
     if known.get("limit") is not None:
-        options.append(f"dataset.limit={known['limit']}")
+        options.append(as_override("dataset.limit", known["limit"]))
     if data_root is not None:
-        options.append(f"dataset.root={data_root}")
+        options.append(as_override("dataset.root", data_root))
     settings = load_settings(dataset=dataset, arch=arch, overrides=[*options, *overrides])
     context = Context(settings, RunFolder(Path(".")), progress)
     resolve_device(settings.device)
@@ -126,24 +126,25 @@ def barriers_of_files(
     context = _context(
         checkpoint, dataset=dataset, arch=arch, overrides=overrides, data_root=data_root, progress=progress
     )
-    start = _load(context, first, checkpoint, same_data=True)
-    ends = [_load(context, path, same_data=True) for path in others]
-    names = [str(path) for path in others]
-    centre = endpoint(context, str(first), start)
-    if matching:
-        points = matched_endpoints(context, start, ends, names)
-    else:
-        points = [endpoint(context, name, end) for name, end in zip(names, ends, strict=True)]
-    measured = evaluate_paths(
-        context.build(seed=0),
-        context.layout,
-        [Segment("path", centre, point) for point in points],
-        context.splits(),
-        points=context.settings.evaluation.points,
-        statistics_batches=context.statistics_batches,
-        method=context.settings.evaluation.batch_norm,
-        progress=progress,
-    )
+    with context.threads():
+        start = _load(context, first, checkpoint, same_data=True)
+        ends = [_load(context, path, same_data=True) for path in others]
+        names = [str(path) for path in others]
+        centre = endpoint(context, str(first), start)
+        if matching:
+            points = matched_endpoints(context, start, ends, names)
+        else:
+            points = [endpoint(context, name, end) for name, end in zip(names, ends, strict=True)]
+        measured = evaluate_paths(
+            context.build(seed=0),
+            context.layout,
+            [Segment("path", centre, point) for point in points],
+            context.splits(),
+            points=context.settings.evaluation.points,
+            statistics_batches=context.statistics_batches,
+            method=context.settings.evaluation.batch_norm,
+            progress=progress,
+        )
     return {
         "dataset": context.settings.dataset.name,
         "arch": context.settings.model.arch,

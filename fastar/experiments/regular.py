@@ -118,7 +118,9 @@ def given_sources(context: Context, folder: Path, count: int) -> list[Checkpoint
         raise FastarError(f"sources.folder={folder}: no such folder")
     paths = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
     if len(paths) < count:
-        raise FastarError(f"{folder}: holds {len(paths)} checkpoints, sources.number={count} asks for more")
+        raise FastarError(
+            f"{folder}: holds {len(paths)} checkpoints, sources.number={count} asks for more; add some or lower it"
+        )
     model = context.build(seed=0)
     found = []
     for path in paths[:count]:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from fastar import __version__
 from fastar.checkpoints import Checkpoint, load_checkpoint, load_into, read_metadata, save_checkpoint
+from fastar.errors import FastarError
 from fastar.evaluation import evaluate_rows, re_estimate
 from fastar.evaluation.batch_norm import set_statistics
 from fastar.experiments.context import Context
@@ -82,7 +83,8 @@ def star_model(context: Context, sources: Sequence[Checkpoint]) -> tuple[Checkpo
         _train(context, sources, wanted)
     star = load_checkpoint(run.star)
     stored = load_checkpoint(permutations_file).state
-    stored.pop("matched")
+    if stored.pop("matched", None) is None:
+        raise FastarError(f"{permutations_file}: holds no permutations; delete it and run the same command again")
     return star, Permutations.from_dict(stored) if stored else None
 
 

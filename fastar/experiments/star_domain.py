@@ -33,7 +33,7 @@ def train_sources(settings: Settings, out: Path, progress: Progress = SILENT) ->
     context = prepare_context(settings, out, progress)
     context.run.check(settings)
     _ = context.files
-    with context.run.open(settings):
+    with context.run.open(settings), context.threads():
         regular_models(context, "source", settings.sources.number)
         regular_models(context, "heldout", settings.sources.heldout)
     return [
@@ -56,7 +56,7 @@ def train_star(settings: Settings, out: Path, progress: Progress = SILENT) -> di
     context = prepare_context(settings, out, progress)
     context.run.check(settings)
     _ = context.files
-    with context.run.open(settings):
+    with context.run.open(settings), context.threads():
         folder = settings.sources.folder
         if folder is not None:
             sources = given_sources(context, folder.expanduser(), settings.sources.number)

@@ -5,6 +5,7 @@ from fastar.training.precision import resolve_precision
 from fastar.training.schedule import learning_rate
 from fastar.training.steps import RegularStep, StarStep, draw
 from fastar.training.store import SourcesStore
+from fastar.training.threads import suitable_threads
 
 __all__ = [
     "Epoch",
@@ -16,5 +17,6 @@ __all__ = [
     "fit",
     "learning_rate",
     "resolve_precision",
+    "suitable_threads",
     "synchronize",
 ]
