@@ -109,7 +109,9 @@ def test_without_matching_the_sources_stay() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"decay_is_scaled": True}, {"gradient_is_scaled": False}, {"matching": False}], ids=lambda w: next(iter(w))
+    "wrong",
+    [{"decay_is_scaled": True}, {"gradient_is_scaled": False}, {"matching": False}],
+    ids=lambda w: next(iter(w)),
 )
 def test_wrong_variants_of_algorithm_1_are_told_apart(wrong: dict[str, bool]) -> None:
     step, _, plain = run(PlainMlp, StarSettings())

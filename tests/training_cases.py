@@ -164,4 +164,6 @@ def algorithm_1(
 
 def largest_difference(found: State, wanted: State) -> float:
     """Over all the parameters of `wanted`."""
-    return max(float((found[name].detach().double() - value.detach().double()).abs().max()) for name, value in wanted.items())
+    return max(
+        float((found[name].detach().double() - value.detach().double()).abs().max()) for name, value in wanted.items()
+    )

@@ -10,6 +10,10 @@ from torch.nn import functional as F
 
 from fastar.errors import FastarError
 
+# oneDNN's weight gradient of a strided channels-last 1x1 convolution writes out of bounds on a CPU where the input has
+# fewer channels than a vector (seen in torch 2.13, AVX2, below 8 channels: the process aborts). AVX-512 has 16.
+NARROW = 16
+
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions with batch-norm, and a residual; a 1x1 projection where the shape changes."""
@@ -21,13 +25,18 @@ class BasicBlock(nn.Module):
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = nn.BatchNorm2d(channels)
         self.shortcut = nn.Sequential()
+        self.subsample = 1
         if stride != 1 or channels_in != channels:
+            if channels_in < NARROW:  # a strided 1x1 convolution reads every stride-th position: the same numbers
+                self.subsample, stride = stride, 1
             self.shortcut = nn.Sequential(
                 nn.Conv2d(channels_in, channels, 1, stride=stride, bias=False), nn.BatchNorm2d(channels)
             )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = F.relu(self.bn1(self.conv1(x)))
+        if self.subsample > 1:
+            x = x[:, :, :: self.subsample, :: self.subsample]
         out = self.bn2(self.conv2(out)) + self.shortcut(x)
         return F.relu(out)
 
