@@ -90,7 +90,7 @@ def test_equals_algorithm_1(kind: type[nn.Module], star: StarSettings) -> None:
         assert largest_difference(step.layout.unflatten(row), source) == 0
 
 
-@pytest.mark.parametrize("momentum, nesterov", [(0.9, False), (0.0, False)])
+@pytest.mark.parametrize(("momentum", "nesterov"), [(0.9, False), (0.0, False)])
 def test_equals_algorithm_1_with_other_momentum(momentum: float, nesterov: bool) -> None:
     settings = SETTINGS.model_copy(update={"momentum": momentum, "nesterov": nesterov})
     step, losses, plain = run(PlainMlp, StarSettings(), settings)
@@ -134,7 +134,7 @@ def test_a_matcher_written_by_hand_gives_the_same_star() -> None:
     assert torch.equal(mine.theta, real.theta)
 
 
-@pytest.mark.parametrize("every, wanted", [(0, []), (1, [0, 1, 2, 3, 4, 5, 6]), (3, [0, 3, 6])])
+@pytest.mark.parametrize(("every", "wanted"), [(0, []), (1, [0, 1, 2, 3, 4, 5, 6]), (3, [0, 3, 6])])
 def test_matching_at_the_start_of_every_mth_epoch(every: int, wanted: list[int]) -> None:
     model = network(PlainMlp, 0)
     called = []
@@ -230,7 +230,7 @@ def test_sources_are_drawn_uniformly() -> None:
 
 
 @pytest.mark.parametrize(
-    "star, law",
+    ("star", "law"),
     [
         (StarSettings(), stats.uniform()),
         (StarSettings(t="beta", alpha=2.0, beta=2.0), stats.beta(2, 2)),

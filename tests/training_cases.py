@@ -154,10 +154,7 @@ def algorithm_1(
                 decay = settings.weight_decay * ((1 - t) if decay_is_scaled else 1.0)
                 step = gradient + decay * theta[name]
                 velocity[name] = settings.momentum * velocity[name] + step
-                if settings.nesterov:
-                    step = step + settings.momentum * velocity[name]
-                else:
-                    step = velocity[name]
+                step = step + settings.momentum * velocity[name] if settings.nesterov else velocity[name]
                 theta[name] = theta[name] - lr * step
     return theta, losses, z
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import inspect
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -46,7 +48,7 @@ def build_model(
         arch: a key of `MODELS`.
         input_shape: (channels, height, width) of one image.
         classes: number of logits.
-        seed: determines the initialisation; None draws from torch's global generator.
+        seed: determines the initialisation, and torch's global generator is left as it was; None draws from it.
         options: settings of the architecture (`model_options(arch)`), such as `width` and `depth`.
 
     Raises:
@@ -58,11 +60,28 @@ def build_model(
             near = difflib.get_close_matches(name, valid, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise FastarError(f"model.{name} is not a setting of {arch}: {hint}it takes {', '.join(valid) or 'none'}")
-    with torch.random.fork_rng(devices=[]):
-        if seed is not None:
-            torch.manual_seed(derive_seed(seed, "initialisation"))
+        value, whole = options[name], isinstance(valid[name], int)
+        kinds = int if whole else int | float
+        if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
+            raise FastarError(f"model.{name}={value!r} of {arch} must be a {'whole ' if whole else ''}number")
+    with _seeded(seed):
         model = MODELS[arch](input_shape=input_shape, classes=classes, **options)
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+@contextmanager
+def _seeded(seed: int | None) -> Iterator[None]:
+    """Inside, torch's CPU generator runs from `seed`; afterwards it is where it was. None: left alone."""
+    if seed is None:
+        yield
+        return
+    generator = torch.default_generator  # the CPU's alone: torch.manual_seed would move those of GPUs too
+    before = generator.get_state()
+    try:
+        generator.manual_seed(derive_seed(seed, "initialisation"))
+        yield
+    finally:
+        generator.set_state(before)
 
 
 def parameter_count(model: nn.Module) -> int:
