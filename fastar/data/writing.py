@@ -192,6 +192,7 @@ def _run_workers(job: _Job, workers: int, progress: Progress, description: str) 
                             del pipes[sentinel]
                         else:
                             raise value
+                    # Its pipe stays open where another thread of this process forked meanwhile and inherited it.
                     if sentinel in pipes and sentinel in ready:
                         raise _died(process)
     finally:
