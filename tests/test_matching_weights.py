@@ -101,7 +101,8 @@ def test_every_step_raises_the_objective(
         history[n].append(objective(symmetry, theta, symmetry.apply(Permutations(index), states[n])))
 
     monkeypatch.setattr(Descent, "_taken", record)
-    result = match_weights(symmetry, theta, stacked(symmetry, states), chunk=len(states))
+    sources = stacked(symmetry, states)
+    result = match_weights(symmetry, theta, sources, chunk=len(states), start=symmetry.identity())
     for n, state in enumerate(states):
         values = [objective(symmetry, theta, state), *history[n]]
         assert all(b > a for a, b in itertools.pairwise(values))
@@ -191,6 +192,28 @@ def test_inputs_are_not_written(symmetries: dict[str, Symmetry]) -> None:
     match(symmetry, theta, states[0])
     for given, copy in zip((theta, sources), copies, strict=True):
         assert all(torch.equal(given[n], copy[n]) for n in copy)
+
+
+@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_the_first_guess_gives_way_to_sources_that_are_aligned(
+    name: str, chunk: int, symmetries: dict[str, Symmetry]
+) -> None:
+    """Two sources close to theta, one that is not: where the guess is worse, a source is matched from where it is."""
+    symmetry = symmetries[name]
+    theta, states = problem_of(name)
+    near = [{n: 0.3 * states[0][n] + t for n, t in theta.items()}, states[1], {n: t.clone() for n, t in theta.items()}]
+    sources = stacked(symmetry, near)
+    copies = {n: t.clone() for n, t in sources.items()}
+    result = match_weights(symmetry, theta, sources, chunk=chunk)
+    from_here = match_weights(symmetry, theta, sources, chunk=chunk, start=symmetry.identity())
+    assert (result.objective >= result.objective_start - 1e-5).all()
+    assert result.permutations.select(2).is_identity()
+    assert result.objective[0] >= from_here.objective_start[0] - 1e-5
+    for n, state in enumerate(near):
+        reached = objective(symmetry, theta, symmetry.apply(result.permutations.select(n), state))
+        assert result.objective[n] == pytest.approx(reached, rel=1e-6, abs=1e-5)
+    assert all(torch.equal(sources[n], copy) for n, copy in copies.items())
 
 
 @pytest.mark.parametrize("name", list(CASES))

@@ -12,7 +12,8 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from fastar.errors import FastarError
 from fastar.matching.axes import FIXED, Axis, AxisSolver, fixed
-from fastar.matching.rules import Refused, apply_rule
+from fastar.matching.calls import Refused
+from fastar.matching.rules import apply_rule
 from fastar.matching.symmetry import Group, Member, Symmetry
 from fastar.matching.verify import verify_symmetry
 

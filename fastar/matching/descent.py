@@ -116,6 +116,63 @@ class Descent:
             for g in order_of_sweep(sweep):
                 self._visit(g)
 
+    def align_backward(self) -> None:
+        """Where nothing is known yet: match group after group from the output to the input, as a place to start from.
+
+        Each S_g counts only parameters whose other groups are matched already, since the others would add noise. Every
+        product of a parameter is computed once; afterwards all S_g are complete. A source for which this ends below the
+        objective it began with goes back to where it was.
+        """
+        before = [self.objective(n)[0] for n in range(self.count)]
+        given = dict(self.data), [index.copy() for index in self.permutations]
+        owned = dict(self.owned)
+        done: set[int] = set()
+        for g, group in reversed(list(enumerate(self.problem.groups))):
+            score = torch.zeros(self.count, group.size, group.size, device=self._device())
+            for name in self.problem.tensors[g]:
+                if {p.group for p in self.problem.places[name]} - done <= {g} and not self._twice(g, name):
+                    self._add(score, name, g)
+            done.add(g)
+            answers = self._solve(score, list(range(self.count)))
+            for n, answer in enumerate(answers):
+                for name, row in self._permuted(g, n, answer).items():
+                    self._replace(name, n, row)
+                self.permutations[g][n] = self.permutations[g][n][answer]
+                score[n] = score[n].index_select(1, torch.from_numpy(answer).to(score.device))
+            self.scores[g] = score
+            for name in self.problem.tensors[g]:
+                others = {p.group for p in self.problem.places[name]}
+                if others <= done:
+                    late = others if self._twice(g, name) else others - {g}
+                    for h in late:
+                        known = self.scores[h]
+                        assert known is not None
+                        self._add(known, name, h)
+        worse = [n for n in range(self.count) if self.objective(n)[0] < before[n]]
+        if not worse:
+            return
+        self.scores = [None] * len(self.scores)
+        data, permutations = given
+        if self.count == 1:
+            self.data, self.owned, self.permutations = data, owned, permutations
+            return
+        for n in worse:
+            for name, tensor in data.items():
+                self._replace(name, n, tensor[n])
+            for g, index in enumerate(permutations):
+                self.permutations[g][n] = index[n]
+
+    def _twice(self, g: int, name: str) -> bool:
+        """Whether group g lies on two axes of this parameter."""
+        return len({p.axis for p in self.problem.places[name] if p.group == g}) > 1
+
+    def _add(self, score: Tensor, name: str, g: int) -> None:
+        """Add what one parameter contributes to S_g."""
+        for place in self.problem.places[name]:
+            if place.group == g:
+                size = self.problem.groups[g].size
+                add_products(score, self.problem.theta[name], self.data[name], place.member, place.axis, size)
+
     def objective(self, n: int) -> tuple[float, float]:
         """<theta, permuted source n> over all parameters, and over those of at least two axes."""
         total, weights = [], []
@@ -142,21 +199,26 @@ class Descent:
         if score is None:
             score = self.scores[g] = self._full_score(g)
         tables = score.cpu().numpy()
-        solve = lambda n: solve_assignment(tables[n], solver=self.solver)  # noqa: E731
-        answers = list(self.pool.map(solve, todo)) if self.pool is not None and len(todo) > 1 else map(solve, todo)
-        for n, answer in zip(todo, answers, strict=True):
-            self.solves += 1
+        for n, answer in zip(todo, self._solve(score, todo), strict=True):
             self.unsolved[g][n] = False
             if (answer != np.arange(len(answer))).any():
                 self._step(g, n, answer, tables[n])
+
+    def _solve(self, score: Tensor, todo: Sequence[int]) -> list[NDArray[np.int64]]:
+        """The best assignment of each source in `todo`; side by side where there is a pool."""
+        tables = score.cpu().numpy()
+        self.solves += len(todo)
+
+        def solve(n: int) -> NDArray[np.int64]:
+            return solve_assignment(tables[n], solver=self.solver)
+
+        return list(self.pool.map(solve, todo) if self.pool is not None and len(todo) > 1 else map(solve, todo))
 
     def _full_score(self, g: int) -> Tensor:
         size = self.problem.groups[g].size
         score = torch.zeros(self.count, size, size, device=self._device())
         for name in self.problem.tensors[g]:
-            for place in self.problem.places[name]:
-                if place.group == g:
-                    add_products(score, self.problem.theta[name], self.data[name], place.member, place.axis, size)
+            self._add(score, name, g)
         return score
 
     def _device(self) -> torch.device:
@@ -195,15 +257,19 @@ class Descent:
     def _change(self, g: int, n: int, name: str, units: Tensor, index: Tensor, everything: bool) -> _Change:
         """How moving `units` of group g changes a parameter of source n."""
         theta, row = self.problem.theta[name], self.data[name][n]
+        # Moved units change places among themselves, so what they become is found among what they were.
         places = [p for p in self.problem.places[name] if p.group == g]
         axis, size = places[0].axis, self.problem.groups[g].size
-        moved = index[units]
         to = torch.cat([p.member.positions(units, size) for p in places])
-        new = row.index_select(axis, torch.cat([p.member.positions(moved, size) for p in places]))
-        whole = everything and len(to) == row.shape[axis]
-        if whole and len(places) == 1 and places[0].member.outer == 1:
+        origin = torch.cat([p.member.positions(index[units], size) for p in places])
+        if everything and len(places) == 1 and places[0].member.outer == 1 and len(to) == row.shape[axis]:
+            new = row.index_select(axis, origin)
             return _Change(axis, to, theta, new, new - row, True)
-        return _Change(axis, to, theta.index_select(axis, to), new, new - row.index_select(axis, to), False)
+        old = row.index_select(axis, to)
+        where = torch.empty(row.shape[axis], dtype=torch.int64, device=row.device)
+        where[to] = torch.arange(len(to), device=row.device)
+        new = old.index_select(axis, where[origin])
+        return _Change(axis, to, theta.index_select(axis, to), new, new - old, False)
 
     def _correct_scores(self, g: int, n: int, name: str, change: _Change) -> None:
         """Bring the S_h of the other groups on this parameter up to date, and have them solved again."""

@@ -33,7 +33,7 @@ class MatchResult:
         permutations: [N, size] per group, to be applied to the sources as they were given.
         objective: [N] float64, <theta, pi(theta_n)> over all parameters.
         objective_weights: [N] float64, the same without 1-D parameters, which hardly depend on the permutation.
-        objective_start: [N] float64, `objective` at the start (identity, or the permutations given).
+        objective_start: [N] float64, `objective` at the start (the identity, or the first permutations given).
         sweeps: [N] passes over the groups until nothing improved, of the best attempt.
         converged: [N] whether no group's step improved any more (else `max_sweeps` ended the descent).
         solves: assignments solved, all sources and attempts together.
@@ -85,9 +85,11 @@ def match_weights(
     Args:
         theta: parameter name -> tensor; buffers may be among them and do not count.
         sources: parameter name -> [N, *shape], such as views of one [N, P] store, on theta's device.
-        start: permutations to start from, [size] or [N, size]; of several, the best end is kept. None: identity.
-        orders: attempts per start, the first in the order of a forward pass, the others in random orders; the best
-            end is kept.
+        start: permutations to start from, [size] or [N, size]; of several, the best end is kept. None, where nothing is
+            known about the sources: a first guess, made from the output layer backwards, wherever it is better than
+            leaving them as they are. For sources that are permuted already give `symmetry.identity()`, which is faster.
+        orders: attempts per start, the first sweeping backwards and forwards in turn, the others in random orders; the
+            best end is kept.
         solver: "auto" (lapjv where installed), "lapjv" or "scipy".
         chunk: sources handled as one batch; bounds memory to about 3 copies of as many sources per thread. None: 1 on
             a CPU, what fits half of the free memory on a GPU.
@@ -121,6 +123,8 @@ def match_weights(
                 descent = Descent(problem, data, [index[begin:end] for index in starts[which]], solver, pool)
                 if (order, which) == attempts[0]:
                     first[begin:end] = [descent.objective(n)[0] for n in range(end - begin)]
+                if start is None:
+                    descent.align_backward()
                 descent.run(_order(len(symmetry.groups), seed, order), max_sweeps)
                 done += descent.solves
                 for n in range(end - begin):
@@ -294,9 +298,9 @@ def _chunk_size(problem: Problem, device: torch.device, count: int) -> int:
 
 
 def _order(groups: int, seed: int, attempt: int) -> OrderOfSweep:
-    """Attempt 0 sweeps in the order of a forward pass; the others in a random order, drawn anew for each sweep."""
+    """Attempt 0 goes from the output to the input and back again; the others in a random order, anew for each sweep."""
     if attempt == 0:
-        return lambda sweep: range(groups)
+        return lambda sweep: range(groups) if sweep % 2 else range(groups - 1, -1, -1)
 
     def shuffled(sweep: int) -> list[int]:
         random = np.random.default_rng(derive_seed(seed, "matching order", attempt, sweep))
