@@ -1,11 +1,12 @@
 """Fused operations over flat parameter buffers: Triton on CUDA, plain torch (`reference.py`) elsewhere.
 
-`operations` holds the public functions, which check their arguments and pick the path; `interpolation` and
-`star_update` hold the Triton kernels and are imported only when that path is taken.
+`operations` holds the public functions, which check their arguments and pick the path; `interpolation`,
+`star_update`, `adam_update` and `nonfinite` hold the Triton kernels and are imported only when that path is taken.
 `FASTAR_KERNELS=auto|reference|triton` forces one.
 """
 
 from .dispatch import Backend, backend
-from .operations import interpolate, sgd_update
+from .next_point import NextPoint
+from .operations import adam_update, find_nonfinite, interpolate, sgd_update
 
-__all__ = ["Backend", "backend", "interpolate", "sgd_update"]
+__all__ = ["Backend", "NextPoint", "adam_update", "backend", "find_nonfinite", "interpolate", "sgd_update"]

@@ -10,6 +10,28 @@ BLOCK = 1024
 
 
 @triton.jit
+def read_source(source_ptr, index_ptr, offsets, mask, rows, row_stride, INDEXED: tl.constexpr):
+    """A block of the source in fp32: of a vector, or of row `index` of a store."""
+    if INDEXED:
+        index = tl.load(index_ptr)
+        inside = (index >= 0) & (index < rows)
+        row_ptr = source_ptr + tl.where(inside, index, 0) * row_stride
+        source = tl.load(row_ptr + offsets, mask=mask).to(tl.float32)
+        # An index out of range must not read foreign memory, nor pass unseen: NaN shows it without a synchronisation.
+        source = tl.where(inside, source, float("nan"))
+    else:
+        source = tl.load(source_ptr + offsets, mask=mask).to(tl.float32)
+    return source
+
+
+@triton.jit
+def point_on_path(theta, source, t):
+    """(1 - t) theta + t source in torch.lerp's form: exact at both ends, and constant where both ends agree."""
+    difference = source - theta
+    return tl.where(t < 0.5, theta + t * difference, source - (1.0 - t) * difference)
+
+
+@triton.jit
 def _interpolate_kernel(
     theta_ptr,
     source_ptr,
@@ -26,18 +48,8 @@ def _interpolate_kernel(
     mask = offsets < numel
     t = tl.load(t_ptr)
     theta = tl.load(theta_ptr + offsets, mask=mask)
-    if INDEXED:
-        index = tl.load(index_ptr)
-        inside = (index >= 0) & (index < rows)
-        row_ptr = source_ptr + tl.where(inside, index, 0) * row_stride
-        source = tl.load(row_ptr + offsets, mask=mask).to(tl.float32)
-        # An index out of range must not read foreign memory, nor pass unseen: NaN shows it without a synchronisation.
-        source = tl.where(inside, source, float("nan"))
-    else:
-        source = tl.load(source_ptr + offsets, mask=mask).to(tl.float32)
-    difference = source - theta
-    # torch.lerp's form: exact at both ends, and constant where both ends agree.
-    value = tl.where(t < 0.5, theta + t * difference, source - (1.0 - t) * difference)
+    source = read_source(source_ptr, index_ptr, offsets, mask, rows, row_stride, INDEXED)
+    value = point_on_path(theta, source, t)
     tl.store(out_ptr + offsets, value.to(out_ptr.dtype.element_ty), mask=mask)
 
 

@@ -7,8 +7,9 @@ from typing import Any, cast
 import torch
 
 from . import reference
-from .checks import FLOATS, check_scalar, check_store, check_vector
+from .checks import FLOATS, check_scalar, check_vector
 from .dispatch import backend
+from .next_point import NextPoint
 
 
 def interpolate(
@@ -38,13 +39,7 @@ def interpolate(
     """
     where = "interpolate"
     check_vector(where, "theta", theta, like=theta)
-    check_vector(where, "out", out, like=theta, dtypes=FLOATS)
-    check_scalar(where, "t", t, like=theta)
-    if index is None:
-        check_vector(where, "source", source, like=theta, dtypes=FLOATS)
-    else:
-        check_store(where, "source", source, like=theta, dtypes=FLOATS)
-        check_scalar(where, "index", index, like=theta, dtype=torch.int64)
+    NextPoint(source, t, out, index).check(where, theta)
     if theta.numel():
         _path(theta, "interpolation", reference.interpolate)(theta, source, t, out, index)
     return out
@@ -62,6 +57,8 @@ def sgd_update(
     momentum: float,
     nesterov: bool,
     found_nonfinite: torch.Tensor | None = None,
+    next_point: NextPoint | None = None,
+    clear_gradient: bool = False,
 ) -> None:
     """One pass of SGD over the star parameters, in place (Algorithm 1, the update; torch.optim.SGD with dampening 0).
 
@@ -70,9 +67,11 @@ def sgd_update(
         theta = theta - lr * (v + momentum * buf if nesterov else buf)
 
     theta, momentum_buffer: fp32 [P], updated; the buffer starts as zeros (with momentum 0 it is left alone, or None).
-    gradient: fp32, bf16 or fp16 [P], unchanged. lr, scale (1 - t; 1 in regular training), inverse_loss_scale: fp32 0-d
-    tensors on the device. Weight decay is not scaled by 1 - t. found_nonfinite: fp32 0-d; where it is not zero nothing
-    changes, so that a step whose scaled loss overflowed is skipped without a host synchronisation.
+    gradient: fp32, bf16 or fp16 [P], unchanged, or zeros afterwards with `clear_gradient`. lr, scale (1 - t; 1 in
+    regular training), inverse_loss_scale: fp32 0-d tensors on the device. Weight decay is not scaled by 1 - t.
+    found_nonfinite: fp32 0-d; where it is not zero neither theta nor the buffer changes, so that a step whose scaled
+    loss overflowed is skipped without a host synchronisation. next_point: also written, from the theta that is left;
+    bit for bit what `interpolate` would write afterwards.
 
     Raises ValueError for wrong devices, dtypes, shapes or strides, and for Nesterov without momentum.
 
@@ -83,13 +82,7 @@ def sgd_update(
     (tensor([0.5750]), tensor([3.5000]))
     """
     where = "sgd_update"
-    check_vector(where, "theta", theta, like=theta)
-    check_vector(where, "gradient", gradient, like=theta, dtypes=FLOATS)
-    scalars = {"lr": lr, "scale": scale, "inverse_loss_scale": inverse_loss_scale}
-    for name, scalar in scalars.items():
-        check_scalar(where, name, scalar, like=theta)
-    if found_nonfinite is not None:
-        check_scalar(where, "found_nonfinite", found_nonfinite, like=theta)
+    _check_update(where, theta, gradient, lr, scale, inverse_loss_scale, found_nonfinite, next_point)
     if momentum_buffer is not None:
         check_vector(where, "momentum_buffer", momentum_buffer, like=theta)
     elif momentum != 0:
@@ -108,7 +101,118 @@ def sgd_update(
             float(momentum),
             bool(nesterov),
             found_nonfinite,
+            next_point,
+            bool(clear_gradient),
         )
+
+
+def adam_update(
+    theta: torch.Tensor,
+    gradient: torch.Tensor,
+    first_moment: torch.Tensor,
+    second_moment: torch.Tensor,
+    *,
+    steps_done: torch.Tensor,
+    lr: torch.Tensor,
+    scale: torch.Tensor,
+    inverse_loss_scale: torch.Tensor,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+    decoupled: bool,
+    found_nonfinite: torch.Tensor | None = None,
+    next_point: NextPoint | None = None,
+    clear_gradient: bool = False,
+) -> None:
+    """One pass of Adam (L2 decay) or, `decoupled`, AdamW over the star parameters, in place (torch.optim.Adam, AdamW).
+
+        v     = scale * inverse_loss_scale * gradient (+ weight_decay * theta unless decoupled)
+        m     = beta1 * m + (1 - beta1) * v
+        s     = beta2 * s + (1 - beta2) * v^2
+        theta = theta (* (1 - lr * weight_decay) if decoupled)
+                - lr * m / (1 - beta1^k) / (sqrt(s / (1 - beta2^k)) + eps),    k = steps_done + 1
+
+    first_moment (m), second_moment (s): fp32 [P], updated, zeros at first. steps_done: fp32 0-d on the device, the
+    steps taken before this one; the caller counts it up after the update of all parts, and not for a skipped step.
+    The rest as in `sgd_update`; weight decay is not scaled by 1 - t.
+
+    Raises ValueError for wrong devices, dtypes, shapes or strides, betas outside [0, 1), or a negative eps.
+
+    >>> theta, m, s = torch.tensor([1.0]), torch.zeros(1), torch.zeros(1)
+    >>> scalars = dict(lr=torch.tensor(0.1), scale=torch.tensor(1.0), inverse_loss_scale=torch.tensor(1.0))
+    >>> settings = dict(weight_decay=0.5, betas=(0.5, 0.75), eps=0.0, decoupled=True)
+    >>> adam_update(theta, torch.tensor([4.0]), m, s, steps_done=torch.tensor(0.0), **scalars, **settings)
+    >>> theta, m, s  # m = 0.5 * 4; s = 0.25 * 16; theta = 1 - 0.1 * 0.5 - 0.1 * (2 / 0.5) / sqrt(4 / 0.25)
+    (tensor([0.8500]), tensor([2.]), tensor([4.]))
+    """
+    where = "adam_update"
+    _check_update(where, theta, gradient, lr, scale, inverse_loss_scale, found_nonfinite, next_point)
+    check_vector(where, "first_moment", first_moment, like=theta)
+    check_vector(where, "second_moment", second_moment, like=theta)
+    check_scalar(where, "steps_done", steps_done, like=theta)
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"{where}: betas are {betas}, each must be at least 0 and below 1")
+    if eps < 0:
+        raise ValueError(f"{where}: eps is {eps}, it must not be negative")
+    if theta.numel():
+        _path(theta, "adam_update", reference.adam_update)(
+            theta,
+            gradient,
+            first_moment,
+            second_moment,
+            steps_done,
+            lr,
+            scale,
+            inverse_loss_scale,
+            float(weight_decay),
+            (float(betas[0]), float(betas[1])),
+            float(eps),
+            bool(decoupled),
+            found_nonfinite,
+            next_point,
+            bool(clear_gradient),
+        )
+
+
+def find_nonfinite(values: torch.Tensor, found: torch.Tensor) -> None:
+    """Set `found` to 1 where `values` holds NaN or an infinity; else leave it, so that several buffers can be searched.
+
+    values: fp32, bf16 or fp16 [P]. found: fp32 0-d on the device, zeroed by the caller beforehand; the host does not
+    wait. Raises ValueError for wrong devices, dtypes, shapes or strides.
+
+    >>> found = torch.tensor(0.0)
+    >>> for values in (torch.tensor([1.0, float("inf")]), torch.tensor([2.0])):
+    ...     find_nonfinite(values, found)
+    >>> found
+    tensor(1.)
+    """
+    where = "find_nonfinite"
+    check_vector(where, "values", values, like=values, dtypes=FLOATS)
+    check_scalar(where, "found", found, like=values)
+    if values.numel():
+        _path(values, "nonfinite", reference.find_nonfinite)(values, found)
+
+
+def _check_update(
+    where: str,
+    theta: torch.Tensor,
+    gradient: torch.Tensor,
+    lr: torch.Tensor,
+    scale: torch.Tensor,
+    inverse_loss_scale: torch.Tensor,
+    found_nonfinite: torch.Tensor | None,
+    next_point: NextPoint | None,
+) -> None:
+    """What every update takes."""
+    check_vector(where, "theta", theta, like=theta)
+    check_vector(where, "gradient", gradient, like=theta, dtypes=FLOATS)
+    check_scalar(where, "lr", lr, like=theta)
+    check_scalar(where, "scale", scale, like=theta)
+    check_scalar(where, "inverse_loss_scale", inverse_loss_scale, like=theta)
+    if found_nonfinite is not None:
+        check_scalar(where, "found_nonfinite", found_nonfinite, like=theta)
+    if next_point is not None:
+        next_point.check(f"{where}, next_point", theta)
 
 
 def _path(theta: torch.Tensor, module: str, plain: Callable[..., None]) -> Callable[..., None]:

@@ -4,7 +4,12 @@ On the CPU they work through the buffers in blocks that stay in cache, so that m
 reading a 0-d tensor there is no synchronisation. Elsewhere they work on whole buffers and never synchronise.
 """
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import torch
+
+from .next_point import NextPoint
 
 # 1 Mi elements: a block's scratch (4 MiB) stays in the last-level cache. Measured over 2^14 to 2^20 on one core: flat
 # from 2^18 up, 2.3 times slower at 2^14. The largest has the fewest parallel regions, which cost on a busy machine.
@@ -20,22 +25,15 @@ def interpolate(
 ) -> None:
     """`operations.interpolate` over checked arguments."""
     if not _in_blocks(theta.device):
-        row = source if index is None else _row_on_device(source, index)
-        if out.dtype == torch.float32:
-            torch.lerp(theta, row.float(), t, out=out)
-        else:
-            out.copy_(torch.lerp(theta, row.float(), t))
+        _interpolate_on_device(theta, NextPoint(source, t, out, index))
         return
-    row = source if index is None else _row_on_cpu(source, int(index))
-    weight = float(t)
-    if row.dtype == out.dtype == torch.float32:
-        torch.lerp(theta, row, weight, out=out)
+    point = _PointOnCpu.of(NextPoint(source, t, out, index))
+    if point.direct:
+        point.write(theta, slice(None), None)
         return
     scratch = torch.empty(min(BLOCK, theta.numel()))
-    for theta_block, row_block, out_block in zip(theta.split(BLOCK), row.split(BLOCK), out.split(BLOCK), strict=True):
-        point = scratch[: theta_block.numel()]
-        other = row_block if row_block.dtype == torch.float32 else point.copy_(row_block)
-        out_block.copy_(torch.lerp(theta_block, other, weight, out=point))
+    for block in _blocks(theta.numel(), BLOCK):
+        point.write(theta, block, scratch)
 
 
 def sgd_update(
@@ -49,6 +47,8 @@ def sgd_update(
     momentum: float,
     nesterov: bool,
     found_nonfinite: torch.Tensor | None,
+    next_point: NextPoint | None,
+    clear_gradient: bool,
 ) -> None:
     """`operations.sgd_update` over checked arguments."""
     factor = scale * inverse_loss_scale
@@ -56,35 +56,173 @@ def sgd_update(
         _sgd_update_on_device(
             theta, gradient, momentum_buffer, lr, factor, weight_decay, momentum, nesterov, found_nonfinite
         )
+        _finish_on_device(theta, gradient, next_point, clear_gradient)
         return
-    if found_nonfinite is not None and float(found_nonfinite) != 0:
-        return
-    factor_value = float(factor)
-    ready = gradient.dtype == torch.float32 and factor_value == 1  # as in regular training: no scratch, one block
-    size = theta.numel() if ready else min(BLOCK, theta.numel())
-    scratch = gradient if ready else torch.empty(size)
-    for start in range(0, theta.numel(), size):
-        block = slice(start, start + size)
-        theta_block = theta[block]
-        step = scratch[: theta_block.numel()]
-        if gradient.dtype != torch.float32:
-            # Multiplying in the gradient's dtype would round twice.
-            step.copy_(gradient[block]).mul_(factor_value)
-        elif not ready:
-            torch.mul(gradient[block], factor_value, out=step)
+    rate = float(lr)
+
+    def update(block: slice, step: torch.Tensor) -> None:
         # What torch.optim.SGD(fused=True) calls: the whole update of a block in one pass; it only reads `step`.
         torch._fused_sgd_(
-            [theta_block],
+            [theta[block]],
             [step],
             [] if momentum_buffer is None else [momentum_buffer[block]],
             weight_decay=weight_decay,
             momentum=momentum,
-            lr=float(lr),
+            lr=rate,
             dampening=0.0,
             nesterov=nesterov,
             maximize=False,
             is_first_step=False,
         )
+
+    _update_in_blocks(update, theta, gradient, float(factor), found_nonfinite, next_point, clear_gradient)
+
+
+def adam_update(
+    theta: torch.Tensor,
+    gradient: torch.Tensor,
+    first_moment: torch.Tensor,
+    second_moment: torch.Tensor,
+    steps_done: torch.Tensor,
+    lr: torch.Tensor,
+    scale: torch.Tensor,
+    inverse_loss_scale: torch.Tensor,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+    decoupled: bool,
+    found_nonfinite: torch.Tensor | None,
+    next_point: NextPoint | None,
+    clear_gradient: bool,
+) -> None:
+    """`operations.adam_update` over checked arguments."""
+    factor = scale * inverse_loss_scale
+    if not _in_blocks(theta.device):
+        _adam_update_on_device(
+            theta,
+            gradient,
+            (first_moment, second_moment),
+            steps_done,
+            lr,
+            factor,
+            weight_decay,
+            betas,
+            eps,
+            decoupled,
+            found_nonfinite,
+        )
+        _finish_on_device(theta, gradient, next_point, clear_gradient)
+        return
+    rate, steps = float(lr), [steps_done + 1]
+    fused = torch._fused_adamw_ if decoupled else torch._fused_adam_
+
+    def update(block: slice, step: torch.Tensor) -> None:
+        # What torch.optim.Adam(fused=True) and AdamW(fused=True) call; they only read `step`.
+        fused(
+            [theta[block]],
+            [step],
+            [first_moment[block]],
+            [second_moment[block]],
+            [],
+            steps,
+            lr=rate,
+            beta1=betas[0],
+            beta2=betas[1],
+            weight_decay=weight_decay,
+            eps=eps,
+            amsgrad=False,
+            maximize=False,
+        )
+
+    _update_in_blocks(update, theta, gradient, float(factor), found_nonfinite, next_point, clear_gradient)
+
+
+def find_nonfinite(values: torch.Tensor, found: torch.Tensor) -> None:
+    """`operations.find_nonfinite` over checked arguments."""
+    # The largest magnitude, in one pass and without a mask in memory; NaN if there is one.
+    largest = torch.linalg.vector_norm(values, ord=torch.inf)
+    found.masked_fill_(~torch.isfinite(largest), 1.0)
+
+
+def _update_in_blocks(
+    update: Callable[[slice, torch.Tensor], None],
+    theta: torch.Tensor,
+    gradient: torch.Tensor,
+    factor: float,
+    found_nonfinite: torch.Tensor | None,
+    next_point: NextPoint | None,
+    clear_gradient: bool,
+) -> None:
+    """`update(block, factor * gradient[block])`, the next point and the clearing, while each block is in cache."""
+    point = None if next_point is None else _PointOnCpu.of(next_point)  # refuses before anything changes
+    skipped = found_nonfinite is not None and float(found_nonfinite) != 0
+    ready = gradient.dtype == torch.float32 and factor == 1  # as in regular training: no scratch
+    whole = ready and point is None and not clear_gradient  # one call is enough
+    size = theta.numel() if whole else min(BLOCK, theta.numel())
+    scratch = torch.empty(0) if whole else torch.empty(size)
+    for block in _blocks(theta.numel(), size):
+        given = gradient[block]
+        if not skipped:
+            step = given if ready else scratch[: given.numel()]
+            if gradient.dtype != torch.float32:
+                # Multiplying in the gradient's dtype would round twice.
+                step.copy_(given).mul_(factor)
+            elif not ready:
+                torch.mul(given, factor, out=step)
+            update(block, step)
+        if clear_gradient:
+            given.zero_()
+        if point is not None:
+            point.write(theta, block, scratch)
+
+
+class _PointOnCpu(NamedTuple):
+    """A `NextPoint` whose scalars have been read."""
+
+    row: torch.Tensor
+    weight: float
+    out: torch.Tensor
+
+    @classmethod
+    def of(cls, point: NextPoint) -> "_PointOnCpu":
+        row = point.source if point.index is None else _row_on_cpu(point.source, int(point.index))
+        return cls(row, float(point.t), point.out)
+
+    @property
+    def direct(self) -> bool:
+        """Whether `write` needs no scratch."""
+        return self.row.dtype == self.out.dtype == torch.float32
+
+    def write(self, theta: torch.Tensor, block: slice, scratch: torch.Tensor | None) -> None:
+        theta, row, out = theta[block], self.row[block], self.out[block]
+        if scratch is None or self.direct:
+            torch.lerp(theta, row, self.weight, out=out)
+            return
+        value = scratch[: theta.numel()]
+        other = row if row.dtype == torch.float32 else value.copy_(row)
+        out.copy_(torch.lerp(theta, other, self.weight, out=value))
+
+
+def _blocks(numel: int, size: int) -> list[slice]:
+    return [slice(start, start + size) for start in range(0, numel, size)]
+
+
+def _interpolate_on_device(theta: torch.Tensor, point: NextPoint) -> None:
+    """The whole buffer, scalars left on the device."""
+    row = point.source if point.index is None else _row_on_device(point.source, point.index)
+    if point.out.dtype == torch.float32:
+        torch.lerp(theta, row.float(), point.t, out=point.out)
+    else:
+        point.out.copy_(torch.lerp(theta, row.float(), point.t))
+
+
+def _finish_on_device(
+    theta: torch.Tensor, gradient: torch.Tensor, next_point: NextPoint | None, clear_gradient: bool
+) -> None:
+    if clear_gradient:
+        gradient.zero_()
+    if next_point is not None:
+        _interpolate_on_device(theta, next_point)
 
 
 def _sgd_update_on_device(
@@ -104,14 +242,42 @@ def _sgd_update_on_device(
     if momentum_buffer is not None:
         buffer = (momentum_buffer * momentum).add_(step)
         step = step.add_(buffer, alpha=momentum) if nesterov else buffer
-    updated = theta - lr * step
-    if found_nonfinite is not None:
-        skip = found_nonfinite != 0
-        updated = torch.where(skip, theta, updated)
-        buffer = None if buffer is None or momentum_buffer is None else torch.where(skip, momentum_buffer, buffer)
-    theta.copy_(updated)
+    _keep(theta, theta - lr * step, found_nonfinite)
     if momentum_buffer is not None and buffer is not None:
-        momentum_buffer.copy_(buffer)
+        _keep(momentum_buffer, buffer, found_nonfinite)
+
+
+def _adam_update_on_device(
+    theta: torch.Tensor,
+    gradient: torch.Tensor,
+    moments: tuple[torch.Tensor, torch.Tensor],
+    steps_done: torch.Tensor,
+    lr: torch.Tensor,
+    factor: torch.Tensor,
+    weight_decay: float,
+    betas: tuple[float, float],
+    eps: float,
+    decoupled: bool,
+    found_nonfinite: torch.Tensor | None,
+) -> None:
+    """Whole buffers, scalars left on the device."""
+    step = gradient.float() * factor
+    shrunk = theta * (1 - lr * weight_decay) if decoupled else theta
+    if not decoupled:
+        step = step.add_(theta, alpha=weight_decay)
+    first = (moments[0] * betas[0]).add_(step, alpha=1 - betas[0])
+    second = (moments[1] * betas[1]).addcmul_(step, step, value=1 - betas[1])
+    # In float64, because 1 - 0.999 has few digits in fp32; 0-d, so the products stay fp32.
+    count = steps_done.double() + 1
+    size, root = lr / (1 - betas[0] ** count), (1 - betas[1] ** count).sqrt()
+    _keep(theta, shrunk - size * (first / (second.sqrt() / root).add_(eps)), found_nonfinite)
+    _keep(moments[0], first, found_nonfinite)
+    _keep(moments[1], second, found_nonfinite)
+
+
+def _keep(target: torch.Tensor, value: torch.Tensor, found_nonfinite: torch.Tensor | None) -> None:
+    """target = value, unless the step is to be skipped."""
+    target.copy_(value if found_nonfinite is None else torch.where(found_nonfinite != 0, target, value))
 
 
 def _row_on_cpu(store: torch.Tensor, index: int) -> torch.Tensor:

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 
 from .dispatch import launch_device
+from .next_point import NextPoint
+from .update import next_arguments, write_block
 
 BLOCK = 1024
 
@@ -18,19 +20,28 @@ def _sgd_update_kernel(
     scale_ptr,
     inverse_loss_scale_ptr,
     found_nonfinite_ptr,
+    source_ptr,
+    t_ptr,
+    index_ptr,
+    out_ptr,
     numel,
     weight_decay,
     momentum,
+    rows,
+    row_stride,
     MOMENTUM: tl.constexpr,
     NESTEROV: tl.constexpr,
     GUARDED: tl.constexpr,
+    NEXT: tl.constexpr,
+    INDEXED: tl.constexpr,
+    CLEAR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    if GUARDED:  # noqa: SIM102 (nested: GUARDED is known when compiling, so the load exists only where there is a guard)
-        if tl.load(found_nonfinite_ptr) != 0:
-            return
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offsets < numel
+    kept = mask
+    if GUARDED:
+        kept = offsets < tl.where(tl.load(found_nonfinite_ptr) == 0, numel, 0)
     lr = tl.load(lr_ptr)
     factor = tl.load(scale_ptr) * tl.load(inverse_loss_scale_ptr)
     theta = tl.load(theta_ptr + offsets, mask=mask)
@@ -38,9 +49,27 @@ def _sgd_update_kernel(
     step = factor * gradient + weight_decay * theta
     if MOMENTUM:
         buffer = momentum * tl.load(momentum_buffer_ptr + offsets, mask=mask) + step
-        tl.store(momentum_buffer_ptr + offsets, buffer, mask=mask)
+        tl.store(momentum_buffer_ptr + offsets, buffer, mask=kept)
         step = step + momentum * buffer if NESTEROV else buffer
-    tl.store(theta_ptr + offsets, theta - lr * step, mask=mask)
+    updated = theta - lr * step
+    write_block(
+        theta_ptr,
+        gradient_ptr,
+        source_ptr,
+        t_ptr,
+        index_ptr,
+        out_ptr,
+        offsets,
+        mask,
+        kept,
+        theta,
+        updated,
+        rows,
+        row_stride,
+        NEXT,
+        INDEXED,
+        CLEAR,
+    )
 
 
 def launch(
@@ -54,6 +83,8 @@ def launch(
     momentum: float,
     nesterov: bool,
     found_nonfinite: torch.Tensor | None,
+    next_point: NextPoint | None,
+    clear_gradient: bool,
 ) -> None:
     """The kernel over arguments that `operations.sgd_update` has checked."""
     numel = theta.numel()
@@ -66,13 +97,15 @@ def launch(
             scale,
             inverse_loss_scale,
             lr if found_nonfinite is None else found_nonfinite,
-            numel,
-            weight_decay,
-            momentum,
+            numel=numel,
+            weight_decay=weight_decay,
+            momentum=momentum,
             MOMENTUM=momentum_buffer is not None,
             NESTEROV=nesterov,
             GUARDED=found_nonfinite is not None,
+            CLEAR=clear_gradient,
             BLOCK=BLOCK,
+            **next_arguments(theta, next_point),
             # Named, because Triton's default changes with its version.
             enable_fp_fusion=True,
         )

@@ -105,7 +105,9 @@ COMPILE = """
 import json
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
+from fastar.kernels.adam_update import _adam_update_kernel
 from fastar.kernels.interpolation import _interpolate_kernel
+from fastar.kernels.nonfinite import _find_nonfinite_kernel
 from fastar.kernels.star_update import _sgd_update_kernel
 
 def ptx(kernel, types, constants, capability, wide=("numel", "row_stride")):
@@ -122,15 +124,32 @@ for capability in (80, 90):
         types = {"index_ptr": "*i64", "out_ptr": "*bf16", "numel": "i32", "rows": "i32", "row_stride": "i32"}
         found[f"interpolate {indexed} {capability}"] = ptx(
             _interpolate_kernel, types, {"INDEXED": indexed, "BLOCK": 1024}, capability)
+    floats = ("weight_decay", "momentum", "beta1", "beta2", "one_minus_beta1", "one_minus_beta2", "log_beta1",
+              "log_beta2", "eps")
+    types = {"gradient_ptr": "*bf16", "numel": "i32", "rows": "i32", "row_stride": "i32", "index_ptr": "*i64",
+             "out_ptr": "*bf16", **dict.fromkeys(floats, "fp32")}
+    plain = {"NEXT": False, "INDEXED": False, "CLEAR": False, "BLOCK": 1024}
+    following = {"NEXT": True, "INDEXED": True, "CLEAR": True, "BLOCK": 1024}
     for guarded in (False, True):
-        types = {"gradient_ptr": "*bf16", "numel": "i32", "weight_decay": "fp32", "momentum": "fp32"}
-        constants = {"MOMENTUM": True, "NESTEROV": True, "GUARDED": guarded, "BLOCK": 1024}
-        found[f"sgd_update {guarded} {capability}"] = ptx(_sgd_update_kernel, types, constants, capability)
+        for also in (plain, following):
+            name = f"{guarded} {also['NEXT']} {capability}"
+            constants = {"MOMENTUM": True, "NESTEROV": True, "GUARDED": guarded, **also}
+            found[f"sgd_update {name}"] = ptx(_sgd_update_kernel, types, constants, capability)
+            constants = {"DECOUPLED": guarded, "GUARDED": guarded, **also}
+            found[f"adam_update {name}"] = ptx(_adam_update_kernel, types, constants, capability)
+    for dtype in ("*fp32", "*bf16"):
+        found[f"find_nonfinite {dtype} {capability}"] = ptx(
+            _find_nonfinite_kernel, {"values_ptr": dtype, "numel": "i32"}, {"BLOCK": 4096}, capability)
 # Triton turns an integer argument of 1 into a constant, and unaligned buffers get narrow accesses: both must compile.
 ones = {"numel": 1, "rows": 1, "row_stride": 1, "INDEXED": True, "BLOCK": 1024}
 ptx(_interpolate_kernel, {"index_ptr": "*i64", "source_ptr": "*bf16", "out_ptr": "*fp16"}, ones, 80, wide=())
-plain = {"numel": 1, "MOMENTUM": False, "NESTEROV": False, "GUARDED": True, "BLOCK": 1024}
-ptx(_sgd_update_kernel, {"gradient_ptr": "*fp16", "weight_decay": "fp32", "momentum": "fp32"}, plain, 80, wide=())
+types = {**types, "gradient_ptr": "*fp16", "source_ptr": "*bf16", "out_ptr": "*fp16"}
+for next_point in (False, True):
+    single = {"numel": 1, "rows": 1, "row_stride": 1, "GUARDED": True, "BLOCK": 1024,
+              "NEXT": next_point, "INDEXED": next_point, "CLEAR": next_point}
+    ptx(_sgd_update_kernel, types, {**single, "MOMENTUM": False, "NESTEROV": False}, 80, wide=())
+    ptx(_adam_update_kernel, types, {**single, "DECOUPLED": False}, 80, wide=())
+ptx(_find_nonfinite_kernel, {"values_ptr": "*fp16"}, {"numel": 1, "BLOCK": 4096}, 80, wide=())
 print(json.dumps(found))
 """
 
@@ -139,9 +158,11 @@ def test_the_kernels_compile_for_cuda_with_wide_accesses() -> None:
     """Compiled for sm_80 and sm_90: every access to a buffer moves 16 bytes (8 of bf16 beside fp32 at the least)."""
     pytest.importorskip("triton", reason="Triton is not to be had on this platform")
     compiled = json.loads(in_fresh_python(COMPILE))
-    assert len(compiled) == 8
+    assert len(compiled) == 2 * (2 + 8 + 2)
     for name, ptx in compiled.items():
         accesses = [line for line in ptx.splitlines() if "ld.global" in line or "st.global" in line]
         buffers = [line for line in accesses if line.lstrip().startswith("@")]  # masked: the 0-d tensors are not
-        assert len(buffers) >= 4, name
+        if name.startswith("find_nonfinite"):
+            buffers = [line for line in buffers if "ld.global" in line]  # it stores one 0-d tensor, from one thread
+        assert len(buffers) >= (1 if name.startswith("find_nonfinite") else 4), name
         assert all(".v4.b32" in line or ".v2.b32" in line for line in buffers), name

@@ -1,4 +1,4 @@
-"""interpolate and sgd_update, on every path, against float64 arithmetic written out here and torch.optim.SGD."""
+"""Every operation on every path, against float64 arithmetic written out here and torch.optim."""
 
 import doctest
 import math
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from fastar.kernels import interpolate, operations, reference, sgd_update
+from fastar.kernels import NextPoint, adam_update, find_nonfinite, interpolate, operations, reference, sgd_update
 
 # One element, an odd tail, a prime over one Triton block (1024), an exact number of blocks.
 SIZES = (1, 1023, 1361, 2048)
@@ -264,20 +264,282 @@ def test_sgd_update_skips_a_nonfinite_step(
         assert torch.equal(buffer, unguarded_buffer)
 
 
-# --- both ---
+# --- adam_update ---
+
+ADAM_SETTINGS = [
+    {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 5e-3, "decoupled": True},
+    {"betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 5e-3, "decoupled": False},
+    {"betas": (0.0, 0.5), "eps": 1e-3, "weight_decay": 0.0, "decoupled": False},
+]
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("settings", ADAM_SETTINGS, ids=settings_name)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_adam_update_follows_its_formula(
+    device: torch.device,
+    random: Callable[..., torch.Tensor],
+    size: int,
+    settings: dict[str, Any],
+    dtype: torch.dtype,
+) -> None:
+    buffers = [guarded(size, torch.float32, device) for _ in range(3)]
+    theta, first, second = (buffer for _, buffer in buffers)
+    theta.copy_(random(size))
+    first.zero_()
+    second.zero_()
+    exact, exact_first, exact_second = theta.double(), first.double(), second.double()
+    (beta1, beta2), weight_decay = settings["betas"], settings["weight_decay"]
+    for step in range(4):
+        # Away from zero, where sqrt(s) / (sqrt(s) + eps) would turn a rounding of the gradient into one of the step.
+        gradient = (random(size).abs() + 0.5).to(dtype)
+        before = gradient.clone()
+        scalars = {"lr": 0.1 / (step + 1), "scale": 1 - 0.25 * step, "inverse_loss_scale": 2.0**-3}
+        given = {name: scalar(value, device) for name, value in scalars.items()}
+        adam_update(theta, gradient, first, second, steps_done=scalar(float(step), device), **given, **settings)
+        lr = float(given["lr"])
+        velocity = scalars["scale"] * scalars["inverse_loss_scale"] * gradient.double()
+        if settings["decoupled"]:
+            exact = exact * (1 - lr * weight_decay)
+        else:
+            velocity = velocity + weight_decay * exact
+        exact_first = beta1 * exact_first + (1 - beta1) * velocity
+        exact_second = beta2 * exact_second + (1 - beta2) * velocity**2
+        mean, square = exact_first / (1 - beta1 ** (step + 1)), exact_second / (1 - beta2 ** (step + 1))
+        exact = exact - lr * mean / (square.sqrt() + settings["eps"])
+        assert torch.equal(gradient, before)
+    # Four steps of at most a dozen fp32 roundings each, on numbers below 8 (theta), 1 (m and s).
+    assert (theta.double() - exact).abs().max() <= 48 * 2.0**-21
+    assert (first.double() - exact_first).abs().max() <= 48 * 2.0**-24
+    assert (second.double() - exact_second).abs().max() <= 48 * 2.0**-24
+    for whole, _ in buffers:
+        assert_only_inside_written(whole, size)
+
+
+@pytest.mark.parametrize("decoupled", [False, True])
+def test_adam_update_equals_torch_over_many_steps(
+    path: str, device: torch.device, random: Callable[..., torch.Tensor], decoupled: bool
+) -> None:
+    theta = random(1361)
+    first, second = torch.zeros_like(theta), torch.zeros_like(theta)
+    parameter = torch.nn.Parameter(theta.clone())
+    kind = torch.optim.AdamW if decoupled else torch.optim.Adam
+    optimizer = kind([parameter], lr=0.01, betas=(0.9, 0.99), eps=1e-6, weight_decay=0.02)
+    one, steps_done = scalar(1.0, device), scalar(0.0, device)
+    for _ in range(30):
+        noise = random(1361)
+        parameter.grad = (parameter.detach() - noise).tanh()
+        optimizer.step()
+        adam_update(
+            theta,
+            (theta - noise).tanh(),
+            first,
+            second,
+            steps_done=steps_done,
+            lr=scalar(0.01, device),
+            scale=one,
+            inverse_loss_scale=one,
+            weight_decay=0.02,
+            betas=(0.9, 0.99),
+            eps=1e-6,
+            decoupled=decoupled,
+        )
+        steps_done += 1
+    # 30 steps of at most 0.01 each, whose relative error is a few roundings; and the roundings of theta itself.
+    torch.testing.assert_close(theta, parameter.detach(), rtol=0, atol=30 * 2.0**-22)
+
+
+@pytest.mark.parametrize("steps", [0, 1, 9, 499, 100_000])
+def test_adam_update_corrects_the_bias_precisely(device: torch.device, steps: int) -> None:
+    """1 - 0.999^k has three digits less than fp32 at k = 1 where it is formed by a subtraction in fp32."""
+    theta = torch.zeros(33, device=device)
+    first, second = torch.zeros_like(theta), torch.zeros_like(theta)
+    one = scalar(1.0, device)
+    adam_update(
+        theta,
+        torch.ones_like(theta),
+        first,
+        second,
+        steps_done=scalar(float(steps), device),
+        lr=one,
+        scale=one,
+        inverse_loss_scale=one,
+        weight_decay=0.0,
+        betas=(0.9, 0.999),
+        eps=0.0,
+        decoupled=False,
+    )
+    mean, square = 0.1 / (1 - 0.9 ** (steps + 1)), 0.001 / (1 - 0.999 ** (steps + 1))
+    torch.testing.assert_close(theta, torch.full_like(theta, -mean / math.sqrt(square)), rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("found", [0.0, 1.0])
+def test_adam_update_skips_a_nonfinite_step(
+    device: torch.device, random: Callable[..., torch.Tensor], found: float
+) -> None:
+    theta, gradient, first, second = random(1361), random(1361), random(1361), random(1361).abs()
+    if found:
+        gradient[3] = math.nan
+    before = [buffer.clone() for buffer in (theta, first, second)]
+    scalars = {name: scalar(0.5, device) for name in ("lr", "scale", "inverse_loss_scale")}
+    steps_done = scalar(0.0, device)
+    adam_update(
+        theta,
+        gradient,
+        first,
+        second,
+        steps_done=steps_done,
+        **scalars,
+        **ADAM_SETTINGS[0],
+        found_nonfinite=scalar(found, device),
+    )
+    for buffer, old in zip((theta, first, second), before, strict=True):
+        assert torch.equal(buffer, old) == bool(found)
+    unguarded = [old.clone() for old in before]
+    adam_update(unguarded[0], gradient, *unguarded[1:], steps_done=steps_done, **scalars, **ADAM_SETTINGS[0])
+    if not found:
+        assert all(torch.equal(*pair) for pair in zip((theta, first, second), unguarded, strict=True))
+
+
+# --- what updates do besides ---
+
+
+def update_with(kind: str, theta: torch.Tensor, gradient: torch.Tensor, state: list[torch.Tensor], **more: Any) -> None:
+    """One step of either kind with the same scalars; the gradient is halved on its way."""
+    scalars = {
+        "lr": scalar(0.1, theta.device),
+        "scale": scalar(0.5, theta.device),
+        "inverse_loss_scale": scalar(1.0, theta.device),
+    }
+    if kind == "sgd":
+        sgd_update(theta, gradient, state[0], **scalars, **SETTINGS[0], **more)
+    else:
+        steps_done = scalar(3.0, theta.device)
+        adam_update(theta, gradient, *state, steps_done=steps_done, **scalars, **ADAM_SETTINGS[0], **more)
+
+
+@pytest.mark.parametrize("found", [None, 0.0, 1.0])
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_an_update_writes_the_next_point(
+    device: torch.device,
+    random: Callable[..., torch.Tensor],
+    kind: str,
+    out_dtype: torch.dtype,
+    found: float | None,
+) -> None:
+    """Bit for bit what `interpolate` writes afterwards, and nothing else changes; after a skipped step too."""
+    for size in (1, 1361):
+        theta, gradient = random(size), random(size, dtype=out_dtype)
+        state, sources = [random(size), random(size).abs()], random(3, size + 30)
+        guard = {} if found is None else {"found_nonfinite": scalar(found, device)}
+        for t in (0.3, 0.75):
+            for source, index in ((sources[1, :size], None), (sources[:, 30:], 2)):
+                index_tensor = None if index is None else torch.tensor(index, device=device)
+                apart, apart_state = theta.clone(), [buffer.clone() for buffer in state]
+                update_with(kind, apart, gradient, apart_state, **guard)
+                wanted = torch.empty(size, dtype=out_dtype, device=device)
+                interpolate(apart, source, scalar(t, device), wanted, index=index_tensor)
+                together, together_state = theta.clone(), [buffer.clone() for buffer in state]
+                whole, out = guarded(size, out_dtype, device)
+                point = NextPoint(source, scalar(t, device), out, index_tensor)
+                update_with(kind, together, gradient, together_state, next_point=point, **guard)
+                assert torch.equal(out, wanted)
+                assert torch.equal(together, apart)
+                assert torch.equal(together, theta) == (found == 1.0)
+                assert all(torch.equal(*pair) for pair in zip(together_state, apart_state, strict=True))
+                assert_only_inside_written(whole, size)
+
+
+@pytest.mark.parametrize("found", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_an_update_clears_the_gradient(
+    device: torch.device, random: Callable[..., torch.Tensor], kind: str, dtype: torch.dtype, found: float
+) -> None:
+    for size in SIZES:
+        theta, state = random(size), [random(size), random(size).abs()]
+        whole, gradient = guarded(size, dtype, device)
+        gradient.copy_(random(size))
+        apart, apart_state = theta.clone(), [buffer.clone() for buffer in state]
+        guard = {"found_nonfinite": scalar(found, device)}
+        update_with(kind, apart, gradient, apart_state, **guard)
+        update_with(kind, theta, gradient, state, clear_gradient=True, **guard)
+        assert torch.equal(theta, apart)
+        assert (gradient == 0).all()  # of a skipped step too: it must not be added to the next one's
+        assert_only_inside_written(whole, size)
+
+
+@pytest.mark.parametrize("kind", ["sgd", "adam"])
+def test_a_next_point_outside_the_store_is_refused_or_shown(path: str, device: torch.device, kind: str) -> None:
+    theta, sources = torch.ones(50, device=device), torch.ones(3, 50, device=device)
+    state, out = [torch.zeros_like(theta), torch.zeros_like(theta)], torch.zeros_like(theta)
+    point = NextPoint(sources, scalar(0.5, device), out, torch.tensor(3, device=device))
+    if path == "reference":
+        with pytest.raises(ValueError, match=r"outside the store's 3 sources"):
+            update_with(kind, theta, torch.ones_like(theta), state, next_point=point)
+        assert (theta == 1).all()
+    else:
+        update_with(kind, theta, torch.ones_like(theta), state, next_point=point)
+        assert out.isnan().all()
+        assert torch.isfinite(theta).all()
+
+
+# --- find_nonfinite ---
+
+
+@pytest.mark.parametrize("size", [*SIZES, 4097])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_find_nonfinite(
+    device: torch.device, random: Callable[..., torch.Tensor], size: int, dtype: torch.dtype
+) -> None:
+    found = scalar(0.0, device)
+    values = random(size, dtype=dtype)
+    values[-1] = torch.finfo(dtype).max  # finite, though sums and squares of it are not
+    values[0] = torch.finfo(dtype).min
+    find_nonfinite(values, found)
+    assert float(found) == 0
+    for bad in (math.nan, math.inf, -math.inf):
+        for position in {0, size // 2, size - 1}:
+            found.zero_()
+            poisoned = values.clone()
+            poisoned[position] = bad
+            find_nonfinite(poisoned, found)
+            assert float(found) == 1
+            find_nonfinite(values, found)
+            assert float(found) == 1  # it stays noted
+
+
+def test_find_nonfinite_looks_at_its_own_elements_only(device: torch.device) -> None:
+    whole = torch.full((5000,), math.nan, device=device)
+    whole[7:1030] = 1.0
+    found = scalar(0.0, device)
+    find_nonfinite(whole[7:1030], found)
+    assert float(found) == 0
+    find_nonfinite(whole[7:1031], found)
+    assert float(found) == 1
+
+
+# --- all ---
 
 
 def test_empty_buffers_are_left_alone(device: torch.device) -> None:
     empty, one = torch.empty(0, device=device), scalar(1.0, device)
     assert interpolate(empty, empty, one, empty) is empty
-    sgd_update(empty, empty, empty, lr=one, scale=one, inverse_loss_scale=one, **SETTINGS[0])
+    scalars = {"lr": one, "scale": one, "inverse_loss_scale": one}
+    point = NextPoint(empty, one, empty)
+    sgd_update(empty, empty, empty, **scalars, **SETTINGS[0], next_point=point, clear_gradient=True)
+    adam_update(empty, empty, empty, empty, steps_done=one, **scalars, **ADAM_SETTINGS[0], next_point=point)
+    found = scalar(0.0, device)
+    find_nonfinite(empty, found)
+    assert float(found) == 0
 
 
 def test_the_examples_in_the_docstrings(path: str) -> None:
     if path == "gpu":
         pytest.skip("the examples make CPU tensors")
     result = doctest.testmod(operations)
-    assert result.attempted == 7
+    assert result.attempted == 15
     assert result.failed == 0
 
 
@@ -322,6 +584,9 @@ def test_interpolate_refuses(change: dict[str, Any], message: str) -> None:
         ({"scale": torch.ones(2)}, "scale is shape"),
         ({"inverse_loss_scale": torch.ones((), dtype=torch.float16)}, "inverse_loss_scale is float16; pass float32"),
         ({"found_nonfinite": torch.tensor(True)}, "found_nonfinite is bool; pass float32"),
+        ({"next_point": NextPoint(torch.zeros(9), torch.tensor(0.5), torch.zeros(8))}, "next_point: source has shape"),
+        ({"next_point": NextPoint(torch.zeros(8), torch.tensor(0.5), torch.zeros(7))}, "next_point: out has shape"),
+        ({"next_point": NextPoint(torch.zeros(8), torch.zeros(1), torch.zeros(8))}, "next_point: t is shape"),
     ],
 )
 def test_sgd_update_refuses_and_changes_nothing(change: dict[str, Any], message: str) -> None:
@@ -339,3 +604,49 @@ def test_sgd_update_refuses_and_changes_nothing(change: dict[str, Any], message:
         sgd_update(theta, **{**arguments, **change})
     assert "\n" not in str(caught.value)
     assert (theta == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"gradient": torch.zeros(9)}, "gradient has shape"),
+        ({"first_moment": torch.zeros(8, dtype=torch.bfloat16)}, "first_moment is bfloat16; pass float32"),
+        ({"second_moment": torch.zeros(7)}, "second_moment has shape"),
+        ({"steps_done": 3}, "steps_done is int, needed a 0-d tensor"),
+        ({"steps_done": torch.tensor(3)}, "steps_done is int64; pass float32"),
+        ({"betas": (0.9, 1.0)}, r"betas are \(0.9, 1.0\), each must be at least 0 and below 1"),
+        ({"betas": (-0.1, 0.9)}, r"betas are"),
+        ({"eps": -1e-8}, "eps is -1e-08, it must not be negative"),
+    ],
+)
+def test_adam_update_refuses_and_changes_nothing(change: dict[str, Any], message: str) -> None:
+    one = torch.tensor(1.0)
+    theta = torch.ones(8)
+    arguments: dict[str, Any] = {
+        "gradient": torch.ones(8),
+        "first_moment": torch.zeros(8),
+        "second_moment": torch.zeros(8),
+        "steps_done": one,
+        "lr": one,
+        "scale": one,
+        "inverse_loss_scale": one,
+        **ADAM_SETTINGS[0],
+    }
+    with pytest.raises(ValueError, match=message) as caught:
+        adam_update(theta, **{**arguments, **change})
+    assert "\n" not in str(caught.value)
+    assert (theta == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"values": torch.zeros(8, dtype=torch.float64)}, "values is float64"),
+        ({"values": torch.zeros(2, 4)}, "values has shape"),
+        ({"found": torch.tensor(False)}, "found is bool; pass float32"),
+        ({"found": torch.zeros((), device="meta")}, "found is on meta"),
+    ],
+)
+def test_find_nonfinite_refuses(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        find_nonfinite(**{"values": torch.zeros(8), "found": torch.tensor(0.0), **change})
