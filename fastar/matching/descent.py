@@ -96,6 +96,7 @@ class Descent:
         self.data = dict(sources)
         self.owned = dict.fromkeys(sources, False)
         self.count = next(iter(sources.values())).shape[0] if sources else 0
+        self.products: dict[tuple[str, int], float] = {}  # <theta, source n> of each parameter, until it changes
         self.permutations = [np.array(index) for index in start]
         self.scores: list[Tensor | None] = [None] * len(problem.groups)
         self.unsolved = [[True] * self.count for _ in problem.groups]
@@ -155,6 +156,7 @@ class Descent:
         data, permutations = given
         if self.count == 1:
             self.data, self.owned, self.permutations = data, owned, permutations
+            self.products.clear()
             return
         for n in worse:
             for name, tensor in data.items():
@@ -177,7 +179,9 @@ class Descent:
         """<theta, permuted source n> over all parameters, and over those of at least two axes."""
         total, weights = [], []
         for name, rows in self.data.items():
-            value = dot(self.problem.theta[name], rows[n])
+            value = self.products.get((name, n))
+            if value is None:
+                value = self.products[name, n] = dot(self.problem.theta[name], rows[n])
             total.append(value)
             if rows.ndim > 2:
                 weights.append(value)
@@ -244,6 +248,7 @@ class Descent:
         for name, change in changes.items():
             self._correct_scores(g, n, name, change)
             self._own(name)
+            self.products.pop((name, n), None)
             row = self.data[name][n]
             if everything and change.whole:
                 row.copy_(change.new)
@@ -317,6 +322,7 @@ class Descent:
         return out
 
     def _replace(self, name: str, n: int, row: Tensor) -> None:
+        self.products.pop((name, n), None)
         if self.count == 1:
             self.data[name], self.owned[name] = row[None], True
             return
