@@ -82,6 +82,10 @@ def match_weights(
     No step lowers the objective; at the end no group's best assignment raises it. Inputs are not written to. The result
     depends on the inputs, the starts and the seed, not (but for rounding) on `chunk`, `threads` or the other sources.
 
+    Descent ends in local optima. Ways out, as `tools/bench_matching.py --escapes` measured them on 2 pairs of ResNet-18
+    (objective without 1-D parameters about 430): the guess that `start=None` makes gained 6 over the identity in less
+    time; `orders=3` gained 2.4 more for 4 times the time, `orders=8` 3.0 for 7 times.
+
     Args:
         theta: parameter name -> tensor; buffers may be among them and do not count.
         sources: parameter name -> [N, *shape], such as views of one [N, P] store, on theta's device.
