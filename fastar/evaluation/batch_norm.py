@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from fastar.errors import FastarError
+
 Statistics = dict[str, Tensor]
 """Buffer name (`bn1.running_mean`, `bn1.running_var`) to tensor."""
 
@@ -39,78 +41,109 @@ def own_statistics(model: nn.Module) -> Statistics:
     return found
 
 
-class PopulationStatistics:
-    """Accumulates the exact mean and variance over all batches that one model was shown, in float64.
+class BatchStatistics:
+    """The statistics of the one batch that a model was last shown, all layers in one buffer.
 
-    Each batch is normalised with its own statistics on the way (as in training). Over batches, means are weighted
-    by their counts and variances combined by the law of total variance: no moving average, no forgetting.
+    Inside `capturing`, layers normalise with the batch (as in training) and write its mean and unbiased variance here.
     """
 
     def __init__(self, model: nn.Module):
-        self._layers = batch_norm_layers(model)
-        self._sums: dict[str, Tensor] = {}
-        self._count: dict[str, int] = {}
+        self.layers = batch_norm_layers(model)
+        self.channels = [layer.num_features for layer in self.layers.values()]
+        first = next(iter(self.layers.values())).running_mean
+        assert first is not None
+        self.buffer = torch.zeros(2, sum(self.channels), device=first.device)
+        self._seen: dict[str, int] = {}
+        self._counts: dict[tuple[int, ...], Tensor] = {}
 
     @contextmanager
-    def collecting(self, model: nn.Module) -> Iterator[None]:
-        """Inside, forward passes of `model` (one batch each) are added to the statistics."""
-        counts: dict[str, int] = {}
+    def capturing(self) -> Iterator[None]:
+        """Around forward passes of the model, each followed by `take`; afterwards its layers are as they were."""
         hooks = []
-        kept = {name: (layer.momentum, layer.training) for name, layer in self._layers.items()}
-        own = own_statistics(model)
-        for name, layer in self._layers.items():
+        kept = [(layer, layer.momentum, layer.training, dict(layer._buffers)) for layer in self.layers.values()]
+        for (name, layer), views in zip(self.layers.items(), self.buffer.split(self.channels, dim=1), strict=True):
 
             def remember(_: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
-                counts[name] = args[0].numel() // args[0].shape[1]
+                if name in self._seen:
+                    raise FastarError(
+                        f"batch-norm layer {name} is used twice in a pass: it has no one set of statistics"
+                    )
+                self._seen[name] = args[0].numel() // args[0].shape[1]
 
             hooks.append(layer.register_forward_pre_hook(remember))
             layer.momentum = 1.0  # running statistics become those of the batch
             layer.train()
-        set_statistics(model, own)  # scratch that the forward passes write into
+            layer._buffers["running_mean"], layer._buffers["running_var"] = views
         try:
             yield
-            for name, layer in self._layers.items():
-                self._add(name, layer, counts[name])
         finally:
+            self._seen.clear()
             for hook in hooks:
                 hook.remove()
-            for name, (momentum, training) in kept.items():
-                self._layers[name].momentum = momentum
-                self._layers[name].train(training)
+            for layer, momentum, training, buffers in kept:
+                layer.momentum = momentum
+                layer.train(training)
+                layer._buffers.update(buffers)
 
-    def _add(self, name: str, layer: _BatchNorm, count: int) -> None:
-        assert layer.running_mean is not None
-        assert layer.running_var is not None
-        mean = layer.running_mean.double()
-        square = layer.running_var.double() * ((count - 1) / count) + mean.square()  # torch keeps the unbiased one
-        sums = torch.stack([mean, square]) * count
-        self._sums[name] = self._sums[name] + sums if name in self._sums else sums
-        self._count[name] = self._count.get(name, 0) + count
+    def take(self) -> tuple[Tensor, Tensor]:
+        """The last batch: values per channel, float64 [C], and [mean, mean square] of them, float64 [2, C]."""
+        key = tuple(self._seen.get(name, 0) for name in self.layers)
+        self._seen.clear()
+        if key not in self._counts:
+            each = [torch.full((c,), float(n), dtype=torch.float64) for n, c in zip(key, self.channels, strict=True)]
+            self._counts[key] = torch.cat(each).to(self.buffer.device)
+        count = self._counts[key]
+        mean, unbiased = self.buffer.double()
+        biased = unbiased * ((count - 1) / count.clamp_min(1))  # torch keeps the unbiased one
+        return count, torch.stack([mean, biased + mean.square()])
+
+
+class PopulationStatistics:
+    """Accumulates the exact mean and variance over all batches that one model was shown, in float64.
+
+    Over batches, means are weighted by their counts and variances combined by the law of total variance: no moving
+    average, no forgetting.
+    """
+
+    def __init__(self, batch: BatchStatistics):
+        self._batch = batch
+        self._sums = torch.zeros_like(batch.buffer, dtype=torch.float64)
+        self._count = torch.zeros_like(self._sums[0])
+
+    def add(self) -> None:
+        """Add the batch that the model was just shown."""
+        count, moments = self._batch.take()
+        self._sums.addcmul_(moments, count)
+        self._count += count
 
     def result(self) -> Statistics:
         """Running means and (biased) variances of everything seen."""
+        mean, square = self._sums / self._count.clamp_min(1)  # 0 where a layer took no part
+        moments = torch.stack([mean, (square - mean.square()).clamp_min(0)]).float()
         found: Statistics = {}
-        for name, sums in self._sums.items():
-            mean, square = sums / self._count[name]
-            variance = (square - mean.square()).clamp_min(0)
-            found[f"{name}.running_mean"] = mean.float()
-            found[f"{name}.running_var"] = variance.float()
+        for name, layer in zip(self._batch.layers, moments.split(self._batch.channels, dim=1), strict=True):
+            found[f"{name}.running_mean"], found[f"{name}.running_var"] = (part.clone() for part in layer)
         return found
 
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[nn.Module]:
-    """`model` in eval mode; afterwards its mode and running statistics are what they were."""
+    """`model` in eval mode; afterwards its modes, and its batch-norm's buffers and momenta, are what they were."""
     modes = {module: module.training for module in model.modules()}
-    own = {name: (layer.running_mean, layer.running_var) for name, layer in batch_norm_layers(model).items()}
+    layers = batch_norm_layers(model).values()
+    own = [(layer, dict(layer._buffers), layer.momentum) for layer in layers]
+    for layer in layers:
+        if layer.num_batches_tracked is not None:  # counted in place by passes in training mode
+            layer._buffers["num_batches_tracked"] = layer.num_batches_tracked.clone()
     model.eval()
     try:
         yield model
     finally:
         for module, training in modes.items():
             module.training = training
-        for name, layer in batch_norm_layers(model).items():
-            layer._buffers["running_mean"], layer._buffers["running_var"] = own[name]
+        for layer, buffers, momentum in own:
+            layer._buffers.update(buffers)
+            layer.momentum = momentum
 
 
 @torch.no_grad()
@@ -126,9 +159,10 @@ def re_estimate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> S
     """
     if not batch_norm_layers(model):
         return {}
-    population = PopulationStatistics(model)
-    with evaluating(model):
+    batch = BatchStatistics(model)
+    population = PopulationStatistics(batch)
+    with evaluating(model), batch.capturing():
         for images, _ in batches:
-            with population.collecting(model):
-                model(images)
+            model(images)
+            population.add()
     return population.result()

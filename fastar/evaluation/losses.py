@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from fastar.errors import FastarError
 from fastar.evaluation.batch_norm import (
+    BatchStatistics,
     PopulationStatistics,
     Statistics,
     batch_norm_layers,
@@ -98,6 +99,8 @@ def evaluate_rows(
     names = list(views)
     singles = [{name: view[k] for name, view in views.items()} for k in range(count)]
     found: list[Statistics | None] = list(statistics) if statistics is not None else [None] * count
+    if method not in ("population", "reference"):
+        raise ValueError(f"method={method!r}: population or reference")
     results = {}
     with full_precision(), bound(model, names) as bind, evaluating(model):
         if batch_norm_layers(model):
@@ -122,13 +125,15 @@ def _population(
     batches: Batches,
     advance: Callable[[int], None],
 ) -> list[Statistics]:
-    populations = [PopulationStatistics(model) for _ in singles]
-    for images, _ in batches():
-        for parameters, population in zip(singles, populations, strict=True):
-            bind(parameters)
-            with population.collecting(model):
+    batch = BatchStatistics(model)
+    populations = [PopulationStatistics(batch) for _ in singles]
+    with batch.capturing():
+        for images, _ in batches():
+            for parameters, population in zip(singles, populations, strict=True):
+                bind(parameters)
                 model(images)
-        advance(len(singles))
+                population.add()
+            advance(len(singles))
     return [population.result() for population in populations]
 
 
