@@ -83,8 +83,8 @@ def match_weights(
     depends on the inputs, the starts and the seed, not (but for rounding) on `chunk`, `threads` or the other sources.
 
     Descent ends in local optima. Ways out, as `tools/bench_matching.py --escapes` measured them on 2 pairs of ResNet-18
-    (objective without 1-D parameters about 430): the guess that `start=None` makes gained 6 over the identity in less
-    time; `orders=3` gained 2.4 more for 4 times the time, `orders=8` 3.0 for 7 times.
+    (objective without 1-D parameters about 430): the guess that `start=None` makes gained 6 over the identity in about
+    the same time; `orders=3` gained 2.4 more for 4 times the time, `orders=8` 3.0 for 7 times.
 
     Args:
         theta: parameter name -> tensor; buffers may be among them and do not count.
