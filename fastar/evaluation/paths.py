@@ -52,8 +52,10 @@ class PathLosses:
 
 def barrier_gaps(t: Sequence[float], loss: Sequence[float]) -> list[float]:
     """At each t, the loss minus the straight line between the ends' losses (eq. 1)."""
-    first, last = loss[0], loss[-1]
-    return [value - ((1 - s) * first + s * last) for s, value in zip(t, loss, strict=True)]
+    first, rise = loss[0], loss[-1] - loss[0]
+    # From the nearer end: exact at both, and on level lines, where (1 - t) a + t a is not always a.
+    line = [first + s * rise if s < 0.5 else loss[-1] - (1 - s) * rise for s in t]
+    return [value - straight for value, straight in zip(loss, line, strict=True)]
 
 
 def barrier(t: Sequence[float], loss: Sequence[float]) -> float:
