@@ -184,14 +184,14 @@ def test_models_share_two_passes_over_the_data_and_shared_ends_are_evaluated_onc
     evaluate_paths(
         template,
         FlatLayout.from_module(template),
-        [Path("x", star, other) for other in others],
+        [*(Path("x", star, other) for other in others), Path("x", others[0], others[1])],
         {"train": counted("train"), "test": counted("test")},
         points=3,
         statistics_batches=counted("statistics"),
     )
     assert sorted(passes) == ["statistics", "test", "train"]
-    # The star, three ends and three middles; four batches in each of the three passes.
-    assert shown == 7 * 4 * 3
+    # The star, three ends and four middles; four batches in each of the three passes.
+    assert shown == 8 * 4 * 3
 
 
 @pytest.mark.parametrize("resident", [1, 2, 5, 100])

@@ -120,6 +120,7 @@ def breaking(after: int) -> Iterator[tuple[Tensor, Tensor]]:
 @pytest.mark.parametrize("method", ["population", "reference"])
 def test_the_model_is_left_as_it_was_after_an_error(method: str, where: str) -> None:
     model = resnet(0)
+    model.bn1.momentum = 0.3  # type: ignore[union-attr]
     before = snapshot(model)
     precision = torch.get_float32_matmul_precision()
     with pytest.raises(OSError, match="the disk is gone"):
