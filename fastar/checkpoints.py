@@ -74,12 +74,15 @@ def read_metadata(path: Path) -> dict[str, Any]:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            text = (file.metadata() or {}).get("fastar")
-        return dict(json.loads(text)) if text else {}
+            text = (file.metadata() or {}).get("fastar", "{}")
+        content = json.loads(text)
     except FileNotFoundError as error:
         raise FastarError(f"{path}: no such checkpoint") from error
     except (SafetensorError, OSError, ValueError) as error:
         raise FastarError(f"{path}: not a readable safetensors file ({error}); delete it or restore it") from error
+    if not isinstance(content, dict) or not isinstance(content.get("model", {}), dict):
+        raise FastarError(f"{path}: its fastar metadata is damaged; delete it or restore it")
+    return content
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -113,16 +116,21 @@ def load_checkpoint(path: Path) -> Checkpoint:
 def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, zipfile.BadZipFile, OSError, KeyError, ValueError) as error:
-        reason = str(error).split("\n")[0]
-        raise FastarError(f"{path}: cannot be read as weights only ({reason}); save its state_dict alone") from error
+    except pickle.UnpicklingError as error:  # truncated, no pickle, or one that would run code
+        raise FastarError(
+            f"{path}: cannot be read as weights only: damaged, or more than tensors; save model.state_dict() alone"
+        ) from error
+    except (RuntimeError, EOFError, zipfile.BadZipFile, OSError, KeyError, IndexError, ValueError) as error:
+        raise FastarError(f"{path}: not a readable PyTorch file; restore it or leave it out") from error
     if isinstance(content, Mapping) and isinstance(content.get("state_dict"), Mapping):
         content = content["state_dict"]
     if not isinstance(content, Mapping):
         raise FastarError(f"{path}: expected a state dict, found {type(content).__name__}; save model.state_dict()")
-    other = [name for name, value in content.items() if not isinstance(value, torch.Tensor)]
+    other = [name for name, value in content.items() if not (isinstance(name, str) and isinstance(value, torch.Tensor))]
     if other:
-        raise FastarError(f"{path}: entry {other[0]!r} is no tensor; save model.state_dict() alone or as 'state_dict'")
+        raise FastarError(
+            f"{path}: entry {other[0]!r} is no named tensor; save model.state_dict() alone or as 'state_dict'"
+        )
     return dict(content)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 EXIT_BAD_INPUT = 2
 EXIT_INTERRUPTED = 130
+SETTING = re.compile(r"[a-z_]+(\.[a-z_]+)*=")
 
 app = typer.Typer(
     name="fastar",
@@ -74,14 +76,14 @@ def _settings(
     heldout: int | None = None,
     data_root: Path | None = None,
 ) -> Settings:
-    from fastar.config import load_settings
+    from fastar.config import as_override, load_settings
 
     if dataset is not None:
         from fastar.data.registry import dataset_spec
 
         dataset_spec(dataset)
     named = {"sources.number": sources, "sources.heldout": heldout, "dataset.root": data_root}
-    options = [f"{key}={value}" for key, value in named.items() if value is not None]
+    options = [as_override(key, value) for key, value in named.items() if value is not None]
     return load_settings(dataset=dataset, arch=arch, file=config, overrides=[*options, *(overrides or [])])
 
 
@@ -199,7 +201,7 @@ def match_command(
 @app.command("barrier")
 def barrier_command(
     first: Annotated[Path, typer.Argument(metavar="A", help="Checkpoint at t = 0.")],
-    others: Annotated[list[Path], typer.Argument(metavar="B [...] [KEY=VALUE]...", help="Checkpoints at t = 1.")],
+    others: Annotated[list[str], typer.Argument(metavar="B [...] [KEY=VALUE]...", help="Checkpoints at t = 1.")],
     dataset: Annotated[str | None, typer.Option("--dataset", help="Default: the one A was trained on.")] = None,
     arch: Annotated[str | None, typer.Option("--arch", help="For checkpoints that do not say it.")] = None,
     matching: Annotated[bool, typer.Option("--match/--no-match", help="Permute each B to match A first.")] = True,
@@ -220,10 +222,10 @@ def barrier_command(
     from fastar.experiments.pairs import barriers_of_files
     from fastar.report import barrier_picture, barriers_table
 
-    overrides = [str(other) for other in others if "=" in other.name and not other.exists()]
+    overrides = [str(other) for other in others if SETTING.match(other) and not Path(other).exists()]
     result = barriers_of_files(
         first,
-        [other for other in others if str(other) not in overrides],
+        [Path(other) for other in others if other not in overrides],
         dataset=dataset,
         arch=arch,
         matching=matching,
@@ -308,16 +310,17 @@ def main(arguments: list[str] | None = None) -> None:
         result: Any = app(args=arguments, standalone_mode=False)
     except FastarError as error:
         _fail(str(error))
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, typer.Abort):  # click makes Abort of Ctrl-C
         print("fastar: interrupted; the same command goes on from what is finished", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
-    except typer.Abort:
         sys.exit(EXIT_INTERRUPTED)
     except Exception as error:
         # typer's own complaints about options; anything else is a defect and keeps its traceback
         if not hasattr(error, "format_message"):
             raise
-        _fail(f"{error.format_message()} (see `fastar --help`)")
+        message = error.format_message()
+        if not message:  # `fastar` alone: the help has been printed
+            sys.exit(0)
+        _fail(f"{message} (see `fastar --help`)")
     sys.exit(result if isinstance(result, int) else 0)
 
 

@@ -187,11 +187,14 @@ def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise FastarError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise FastarError(f"{path}: expected a mapping of settings, found {type(content).__name__}")
+        found = "nothing" if content is None else type(content).__name__
+        raise FastarError(f"{path}: expected a mapping of settings, such as `train: {{epochs: 5}}`, found {found}")
     base = content.pop("base", None)
     if base is None:
         return content
-    return _merge(_read_yaml(path.parent / str(base), (*seen, path)), content)
+    if not isinstance(base, str):
+        raise FastarError(f"{path}: base={base!r}: give the file name of another configuration")
+    return _merge(_read_yaml(path.parent / base, (*seen, path)), content)
 
 
 def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -227,6 +230,17 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
     return nested
 
 
+def as_override(key: str, value: object) -> str:
+    """`key=value` that `parse_overrides` reads back to just this value, whatever characters it has.
+
+    >>> as_override("dataset.root", "a #b")
+    "dataset.root='a #b'"
+    """
+    plain = str(value) if isinstance(value, Path) else value
+    text = yaml.safe_dump(plain, default_flow_style=True, allow_unicode=True, width=10**9).strip()
+    return f"{key}={text.removesuffix('...').strip()}"
+
+
 def config_path(dataset: str, arch: str) -> Path | None:
     """The configuration that ships for this dataset and architecture, or None."""
     path = CONFIGS / f"{dataset}-{arch}.yaml"
@@ -259,7 +273,8 @@ def load_settings(
         named["dataset"] = {"name": dataset}
     if arch is not None:
         named["model"] = {"arch": arch}
-        if content.get("model", {}).get("arch", arch) != arch:  # another architecture's width would not fit
+        model = content.get("model")
+        if isinstance(model, Mapping) and model.get("arch", arch) != arch:  # its width would not fit
             content = {**content, "model": {}}
     return validate(_merge(_merge(content, named), changes), source=str(file or "settings"))
 
@@ -284,13 +299,16 @@ def _explain(error: ValidationError) -> str:
     key = ".".join(parts)
     if first["type"] == "extra_forbidden":
         valid = _valid_keys(parts[:-1])
-        elsewhere = {name.rpartition(".")[2]: name for name in _all_keys()}
-        near = difflib.get_close_matches(parts[-1], valid, n=1)
+        elsewhere = {name.rpartition(".")[2]: name for name in reversed(_all_keys())}  # train.lr before star.lr
+        near = [".".join([*parts[:-1], name]) for name in difflib.get_close_matches(parts[-1], valid, n=1)]
         near = near or [elsewhere[name] for name in difflib.get_close_matches(parts[-1], elsewhere, n=1)]
         hint = f"did you mean {near[0]}? " if near else ""
         return f"unknown key {key}: {hint}valid here: {', '.join(valid)}"
     if first["type"] == "missing":
         return f"{key} is missing"
+    if first["type"] == "model_type":
+        keys = ", ".join(f"{key}.{name}" for name in _valid_keys(parts))
+        return f"{key}={first['input']!r}: {key} is a section of settings: {keys}"
     message = first["msg"].removeprefix("Value error, ")
     shown = "" if isinstance(first["input"], Mapping | BaseModel) else f"={first['input']!r}"
     return f"{key}{shown}: {message[0].lower()}{message[1:]}"

@@ -7,9 +7,8 @@ import json
 import os
 import platform
 import subprocess
-import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -66,31 +65,71 @@ class RunFolder:
                 else, cannot be written, or is in use.
         """
         self.check(settings)
+        made = not self.path.exists()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             handle = os.open(self.path, os.O_RDONLY)
         except OSError as error:
-            raise FastarError(f"{self.path}: cannot be used as run folder ({error.strerror})") from error
+            raise self._unusable(error) from error
         try:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go when the process dies
-            except OSError as error:
+            except BlockingIOError as error:
                 raise FastarError(f"{self.path}: in use by another fastar; wait for it or choose --out") from error
-            write_atomically(self.config, settings.to_yaml().encode())
-            yield self
+            except OSError:
+                pass  # some network file systems know no locks; two writers there are the user's own risk
+            self.check(settings)  # again: another process may have finished in between
+            self._remove_debris()
+            new = not self.config.exists()
+            try:
+                write_atomically(self.config, settings.to_yaml().encode())
+                yield self
+            except BaseException:
+                if new and not self.log_file.exists() and not self._has_models():  # nothing done: leave no trace
+                    self._remove_empty(made)
+                raise
         finally:
             os.close(handle)
 
+    def _unusable(self, error: OSError) -> FastarError:
+        return FastarError(f"{self.path}: cannot be used as run folder ({error.strerror}); choose another --out")
+
+    def _has_models(self) -> bool:
+        return any(self.path.rglob("*.safetensors"))
+
+    def _remove_debris(self) -> None:
+        """Delete what killed processes left of atomic writes (the lock is held: nobody is writing now)."""
+        for path in self.path.rglob(".*.tmp"):
+            path.unlink(missing_ok=True)
+
+    def _remove_empty(self, made: bool) -> None:
+        self.config.unlink(missing_ok=True)
+        with suppress(OSError):  # not empty: then it stays
+            for folder in ("sources", "heldout"):
+                if (self.path / folder).is_dir():
+                    (self.path / folder).rmdir()
+            if made:
+                self.path.rmdir()
+
     def check(self, settings: Settings) -> None:
         """Raise FastarError unless the folder is empty, missing, or a run with these settings; writes nothing."""
-        if self.path.exists() and not self.path.is_dir():
-            raise FastarError(f"{self.path}: is a file; choose a folder for --out")
-        if not self.config.is_file():
-            foreign = [p.name for p in self.path.iterdir()] if self.path.is_dir() else []
-            if foreign:
-                raise FastarError(f"{self.path}: holds {foreign[0]} but is no run folder; choose another --out")
-            return
-        old = self.saved_settings()
+        try:
+            for path in (self.path, *self.path.parents):
+                if path.exists() and not path.is_dir():
+                    raise FastarError(f"{path}: is a file; choose a folder for --out")
+            if not self.config.is_file():
+                foreign = [p.name for p in self.path.iterdir()] if self.path.is_dir() else []
+                foreign = sorted(name for name in foreign if not name.endswith(".tmp"))
+                if foreign:
+                    raise FastarError(
+                        f"{self.path}: holds {foreign[0]} but no config.yaml: no run folder; choose another --out"
+                    )
+                return
+            old = self.saved_settings()
+            if not self._has_models():
+                return  # nothing of it was finished: it may become any run
+        except OSError as error:
+            raise self._unusable(error) from error
         changed = differences(old, settings.model_dump(mode="json"))
         fixed = {k: v for k, v in changed.items() if not k.startswith(FREE_KEYS) and not self._may_grow(k, v)}
         if fixed:
@@ -101,7 +140,7 @@ class RunFolder:
         """More heldouts can always be added; sources and star settings may change while there is no star yet."""
         was, now = change
         if key == "sources.heldout":
-            return bool(now >= was)
+            return isinstance(was, int) and bool(now >= was)
         return key.startswith(("sources.", "star.", "matching.")) and not self.star.exists()
 
     def saved_settings(self) -> dict[str, Any]:
@@ -114,23 +153,35 @@ class RunFolder:
             content = yaml.safe_load(self.config.read_text(encoding="utf-8"))
         except OSError as error:
             raise FastarError(f"{self.path}: is no run folder (config.yaml: {error.strerror})") from error
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
             raise FastarError(f"{self.config}: not valid YAML; restore it or choose another --out") from error
-        return dict(content)
+        if not isinstance(content, dict):
+            raise FastarError(f"{self.config}: holds no settings; restore it or choose another --out")
+        return content
 
     def log(self, **entry: Any) -> None:
         """Append one line to `log.jsonl`."""
-        line = json.dumps(entry) + "\n"
-        with self.log_file.open("a", encoding="utf-8") as file:
-            file.write(line)
+        line = (json.dumps(entry) + "\n").encode()
+        try:
+            with self.log_file.open("ab+") as file:
+                if file.seek(0, os.SEEK_END):
+                    file.seek(-1, os.SEEK_END)
+                    if file.read(1) != b"\n":  # cut by a kill: that line is lost, not this one too
+                        line = b"\n" + line
+                file.write(line)
+        except OSError as error:
+            what = f"{self.log_file}: cannot be written ({error.strerror}); free space or choose another folder"
+            raise FastarError(what) from error
 
     def read_log(self) -> list[dict[str, Any]]:
-        """All complete lines of `log.jsonl` (a line cut by a kill is left out)."""
+        """All whole lines of `log.jsonl` (what a kill cut is left out)."""
         entries = []
         if self.log_file.is_file():
-            for line in self.log_file.read_text(encoding="utf-8").splitlines():
-                if line.endswith("}"):
-                    entries.append(json.loads(line))
+            for line in self.log_file.read_bytes().splitlines():
+                with suppress(ValueError):  # of JSON and of UTF-8
+                    entry = json.loads(line)
+                    if isinstance(entry, dict):
+                        entries.append(entry)
         return entries
 
     def write_results(self, results: Mapping[str, Any]) -> None:
@@ -144,12 +195,15 @@ class RunFolder:
             FastarError: missing or damaged.
         """
         try:
-            return dict(json.loads(self.results.read_text(encoding="utf-8")))
+            content = json.loads(self.results.read_text(encoding="utf-8"))
         except OSError as error:
             what = f"{self.results}: no results ({error.strerror}); run `fastar train-star` first"
             raise FastarError(what) from error
         except ValueError as error:
-            raise FastarError(f"{self.results}: not valid JSON ({error}); run the same command again") from error
+            raise FastarError(f"{self.results}: not valid JSON ({error}); run `fastar train-star` again") from error
+        if not isinstance(content, dict):
+            raise FastarError(f"{self.results}: holds no results; run `fastar train-star` again")
+        return content
 
 
 @lru_cache(maxsize=1)
@@ -178,8 +232,3 @@ def commit() -> str:
     if head.returncode != 0 or tracked.returncode != 0:  # a checkout of something else around an installed fastar
         return "unknown"
     return head.stdout.strip() + ("+changes" if status.stdout.strip() else "")
-
-
-def command_line() -> str:
-    """The command that is running, for the log."""
-    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])
