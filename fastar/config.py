@@ -28,6 +28,7 @@ DEFAULT_ARCH = {
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -64,8 +65,14 @@ class TrainSettings(_Section):
     epochs: Positive = 20
     batch_size: Positive = 128
     lr: PositiveFloat = 0.1
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
+    """adam adds weight_decay * theta to the gradient, adamw shrinks theta by lr * weight_decay instead."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """Of sgd, as is nesterov."""
     nesterov: bool = True
+    betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
+    """Of adam and adamw, as is eps."""
+    eps: PositiveFloat = 1e-8
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5e-4
     schedule: Literal["cosine", "step", "constant"] = "cosine"
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
@@ -76,6 +83,10 @@ class TrainSettings(_Section):
     """auto: bf16 on a GPU that has it, else fp32. fp16 (with loss scaling) needs a GPU."""
     drop_last: bool = True
     """Leave out the short last batch of an epoch (the order is drawn anew each epoch)."""
+    compile: bool = False
+    """Run the network through torch.compile (needs a C++ compiler). Tested on CPUs; not yet run on a GPU."""
+    graph: bool = False
+    """Replay each step as one CUDA graph. Not yet run on a GPU: compare a short run's losses with graph=false."""
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainSettings:
@@ -85,7 +96,7 @@ class TrainSettings(_Section):
             raise ValueError("milestones belong to schedule=step: set schedule=step or leave milestones out")
         if self.warmup_epochs >= self.epochs:
             raise ValueError("warmup_epochs must be below epochs")
-        if self.nesterov and self.momentum == 0:
+        if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
             raise ValueError("nesterov needs momentum above 0: set nesterov=false or raise momentum")
         return self
 
@@ -97,6 +108,9 @@ class SourcesSettings(_Section):
     heldout: Count = 3
     folder: Path | None = None
     """Take the sources from this folder of checkpoints instead of training them."""
+    store: Literal["auto", "device", "host", "file"] = "auto"
+    """Where the star's training keeps them. auto: on the device if they fill at most half of its free memory, else in
+    the host's (pinned) likewise, else in a file in the run folder."""
 
 
 class StarSettings(_Section):

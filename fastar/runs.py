@@ -22,7 +22,18 @@ from fastar.config import Settings, differences
 from fastar.errors import FastarError
 
 # Settings that say how or where work is done, or what is measured afterwards: a run may go on with others.
-FREE_KEYS = ("dataset.root", "dataset.directory", "device", "workers", "evaluation.")
+FREE_KEYS = (
+    "dataset.root",
+    "dataset.directory",
+    "device",
+    "evaluation.",
+    "sources.store",
+    "train.compile",
+    "train.graph",
+    "workers",
+)
+# Folder of what was left of models whose training became NaN or infinite: nothing finished.
+LAST_GOOD = "last-good"
 
 
 class RunFolder:
@@ -95,7 +106,7 @@ class RunFolder:
         return FastarError(f"{self.path}: cannot be used as run folder ({error.strerror}); choose another --out")
 
     def _has_models(self) -> bool:
-        return any(self.path.rglob("*.safetensors"))
+        return any(path.parent.name != LAST_GOOD for path in self.path.rglob("*.safetensors"))
 
     def _remove_debris(self) -> None:
         """Delete what killed processes left of atomic writes (the lock is held: nobody is writing now)."""

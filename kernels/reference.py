@@ -4,7 +4,7 @@ On the CPU they work through the buffers in blocks that stay in cache, so that m
 reading a 0-d tensor there is no synchronisation. Elsewhere they work on whole buffers and never synchronise.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -14,6 +14,9 @@ from .next_point import NextPoint
 # 1 Mi elements: a block's scratch (4 MiB) stays in the last-level cache. Measured over 2^14 to 2^20 on one core: flat
 # from 2^18 up, 2.3 times slower at 2^14. The largest has the fewest parallel regions, which cost on a busy machine.
 BLOCK = 1 << 20
+
+Block = slice | None
+"""Elements of a flat buffer; None: all."""
 
 
 def _in_blocks(device: torch.device) -> bool:
@@ -29,7 +32,7 @@ def interpolate(
         return
     point = _PointOnCpu.of(NextPoint(source, t, out, index))
     if point.direct:
-        point.write(theta, slice(None), None)
+        torch.lerp(theta, point.row, point.weight, out=out)
         return
     scratch = torch.empty(min(BLOCK, theta.numel()))
     for block in _blocks(theta.numel(), BLOCK):
@@ -60,12 +63,12 @@ def sgd_update(
         return
     rate = float(lr)
 
-    def update(block: slice, step: torch.Tensor) -> None:
+    def update(block: Block, step: torch.Tensor) -> None:
         # What torch.optim.SGD(fused=True) calls: the whole update of a block in one pass; it only reads `step`.
         torch._fused_sgd_(
-            [theta[block]],
+            [_cut(theta, block)],
             [step],
-            [] if momentum_buffer is None else [momentum_buffer[block]],
+            [] if momentum_buffer is None else [_cut(momentum_buffer, block)],
             weight_decay=weight_decay,
             momentum=momentum,
             lr=rate,
@@ -116,13 +119,13 @@ def adam_update(
     rate, steps = float(lr), [steps_done + 1]
     fused = torch._fused_adamw_ if decoupled else torch._fused_adam_
 
-    def update(block: slice, step: torch.Tensor) -> None:
+    def update(block: Block, step: torch.Tensor) -> None:
         # What torch.optim.Adam(fused=True) and AdamW(fused=True) call; they only read `step`.
         fused(
-            [theta[block]],
+            [_cut(theta, block)],
             [step],
-            [first_moment[block]],
-            [second_moment[block]],
+            [_cut(first_moment, block)],
+            [_cut(second_moment, block)],
             [],
             steps,
             lr=rate,
@@ -145,7 +148,7 @@ def find_nonfinite(values: torch.Tensor, found: torch.Tensor) -> None:
 
 
 def _update_in_blocks(
-    update: Callable[[slice, torch.Tensor], None],
+    update: Callable[[Block, torch.Tensor], None],
     theta: torch.Tensor,
     gradient: torch.Tensor,
     factor: float,
@@ -161,7 +164,7 @@ def _update_in_blocks(
     size = theta.numel() if whole else min(BLOCK, theta.numel())
     scratch = torch.empty(0) if whole else torch.empty(size)
     for block in _blocks(theta.numel(), size):
-        given = gradient[block]
+        given = _cut(gradient, block)
         if not skipped:
             step = given if ready else scratch[: given.numel()]
             if gradient.dtype != torch.float32:
@@ -193,9 +196,9 @@ class _PointOnCpu(NamedTuple):
         """Whether `write` needs no scratch."""
         return self.row.dtype == self.out.dtype == torch.float32
 
-    def write(self, theta: torch.Tensor, block: slice, scratch: torch.Tensor | None) -> None:
-        theta, row, out = theta[block], self.row[block], self.out[block]
-        if scratch is None or self.direct:
+    def write(self, theta: torch.Tensor, block: Block, scratch: torch.Tensor) -> None:
+        theta, row, out = _cut(theta, block), _cut(self.row, block), _cut(self.out, block)
+        if self.direct:
             torch.lerp(theta, row, self.weight, out=out)
             return
         value = scratch[: theta.numel()]
@@ -203,8 +206,13 @@ class _PointOnCpu(NamedTuple):
         out.copy_(torch.lerp(theta, other, self.weight, out=value))
 
 
-def _blocks(numel: int, size: int) -> list[slice]:
-    return [slice(start, start + size) for start in range(0, numel, size)]
+def _blocks(numel: int, size: int) -> Sequence[Block]:
+    return [slice(start, start + size) for start in range(0, numel, size)] if size < numel else (None,)
+
+
+def _cut(buffer: torch.Tensor, block: Block) -> torch.Tensor:
+    """A block of the buffer; a small network's only one is not worth the microseconds of slicing it."""
+    return buffer if block is None else buffer[block]
 
 
 def _interpolate_on_device(theta: torch.Tensor, point: NextPoint) -> None:

@@ -35,7 +35,7 @@ def write_block(
     """
     tl.store(theta_ptr + offsets, updated, mask=kept)
     if CLEAR:
-        tl.store(gradient_ptr + offsets, tl.zeros_like(theta).to(gradient_ptr.dtype.element_ty), mask=mask)
+        tl.store(gradient_ptr + offsets, 0.0, mask=mask)
     if NEXT:
         theta = tl.where(kept, updated, theta)
         source = read_source(source_ptr, index_ptr, offsets, mask, rows, row_stride, INDEXED)

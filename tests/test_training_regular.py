@@ -300,7 +300,6 @@ def test_a_star_loss_that_is_not_finite_names_source_and_t() -> None:
     z = store([resnet(1)], FlatLayout.from_module(model))
     star = StarSettings(t="constant", value=0.25, match_every_epochs=0)
     step = Poisoned(StarStep(model, SETTINGS, star, z, seed=3, match=lambda theta, sources, epoch: None), when=1)
-    # The point of step 2 was written by the update of step 1, before theta was lost.
     wanted = r"^training star: loss not finite at epoch 1, step 2 \(source source 0, t=0\.2500\); "
     with pytest.raises(FastarError, match=wanted):
         fit(step, dataset(), SETTINGS, name="star", seed=0)

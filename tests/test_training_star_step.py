@@ -184,7 +184,7 @@ def test_at_t_zero_it_is_the_regular_step() -> None:
             assert step(images, labels, lr) == regular(images, labels, lr)
         # Interpolation at t = 0 gives theta bit for bit, and both steps run the same operations.
         assert torch.equal(step.theta, regular.theta)
-        assert torch.equal(step.momentum, regular.momentum)
+        assert torch.equal(step.optimizer.momentum, regular.optimizer.momentum)
 
 
 def test_at_t_one_only_weight_decay_moves_the_star() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from fastar.errors import FastarError
 from fastar.evaluation import evaluate_rows
 from fastar.evaluation.batch_norm import own_statistics
 from fastar.experiments.context import Context
-from fastar.runs import commit, versions
+from fastar.runs import LAST_GOOD, commit, versions
 from fastar.seeds import derive_seed
-from fastar.training import RegularStep, fit
+from fastar.training import NonFiniteLoss, RegularStep, fit
 
 
 def recipe(context: Context, kind: str, index: int) -> dict[str, Any]:
@@ -28,7 +29,7 @@ def recipe(context: Context, kind: str, index: int) -> dict[str, Any]:
         "dataset": settings.dataset.name,
         "dataset_digest": context.files.digest,
         "limit": settings.dataset.limit,
-        "train": settings.train.model_dump(mode="json"),
+        "train": settings.train.model_dump(mode="json", exclude={"compile", "graph"}),  # how, not what
         "seed": settings.seed,
         "kind": kind,
         "index": index,
@@ -43,6 +44,26 @@ def check_recipe(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]
     if changed:
         key, (was, now) = next(iter(changed.items()))
         raise FastarError(f"{path}: is another model ({key} was {was!r}, now {now!r}); move it away or choose --out")
+
+
+@contextmanager
+def last_good_state(context: Context, kind: str, index: int) -> Iterator[None]:
+    """Where training inside ends in a loss that is not finite, the model after its last good epoch is saved.
+
+    The file, `last-good/<kind>-<index>.safetensors`, is named in the error; it is never taken for a finished model,
+    and it goes when this model is trained successfully.
+    """
+    path = context.run.path / LAST_GOOD / f"{kind}-{index:04d}.safetensors"
+    try:
+        yield
+    except NonFiniteLoss as error:
+        if error.state is None:
+            raise
+        save_checkpoint(path, error.state, {**recipe(context, kind, index), "epochs": error.epochs})
+        raise FastarError(f"{error} (the model after epoch {error.epochs} is in {path})") from error
+    path.unlink(missing_ok=True)
+    with suppress(OSError):  # other models' files are in it, or it is not there
+        path.parent.rmdir()
 
 
 def regular_models(context: Context, kind: str, count: int) -> list[Checkpoint]:
@@ -73,15 +94,16 @@ def train_regular(context: Context, kind: str, index: int) -> None:
     name = f"{kind} {index}"
     model = context.build(seed=seed)
     step = RegularStep(model, settings.train)
-    history = fit(
-        step,
-        context.train,
-        settings.train,
-        name=name,
-        seed=derive_seed(seed, "data"),
-        on_epoch=lambda epoch: context.run.log(kind=kind, model=name, **vars(epoch)),
-        progress=context.progress,
-    )
+    with last_good_state(context, kind, index):
+        history = fit(
+            step,
+            context.train,
+            settings.train,
+            name=name,
+            seed=derive_seed(seed, "data"),
+            on_epoch=lambda epoch: context.run.log(kind=kind, model=name, **vars(epoch)),
+            progress=context.progress,
+        )
     state = step.state()
     measured = evaluate_rows(model, step.layout, step.theta[None], context.splits(), statistics=[own_statistics(model)])
     save_checkpoint(

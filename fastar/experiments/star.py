@@ -15,7 +15,7 @@ from fastar.errors import FastarError
 from fastar.evaluation import evaluate_rows, re_estimate
 from fastar.evaluation.batch_norm import set_statistics
 from fastar.experiments.context import Context
-from fastar.experiments.regular import check_recipe, device_name, recipe
+from fastar.experiments.regular import check_recipe, device_name, last_good_state, recipe
 from fastar.matching import Permutations, match_weights
 from fastar.runs import commit, versions
 from fastar.seeds import derive_seed
@@ -50,22 +50,31 @@ class Matcher:
     def __init__(self, context: Context, count: int):
         self._context = context
         self.permutations = context.symmetry.identity(count)
+        self._matched = False
 
     def __call__(self, theta: Tensor, sources: SourcesStore, epoch: int) -> None:
         """Algorithm 1, step 1: theta_n <- pi(theta_n) for all n, starting from the last epoch's permutations."""
         settings, symmetry = self._context.settings, self._context.symmetry
-        result = match_weights(
-            symmetry,
-            sources.layout.views(theta),
-            sources.views(),
-            seed=derive_seed(settings.seed, "star", "matching", epoch),
-            orders=settings.matching.orders,
-            max_sweeps=settings.matching.max_sweeps,
-            solver=settings.matching.solver,
-            threads=settings.workers,
-        )
-        symmetry.apply_rows(result.permutations, sources.views())
-        self.permutations = self.permutations.then(result.permutations.to("cpu"))
+        # The rows are kept as permuted last: what matched then is where to start now.
+        start = symmetry.identity() if self._matched else None
+        found = []
+        for views in sources.parts():
+            result = match_weights(
+                symmetry,
+                sources.layout.views(theta),
+                views,
+                start=start,
+                seed=derive_seed(settings.seed, "star", "matching", epoch),
+                orders=settings.matching.orders,
+                max_sweeps=settings.matching.max_sweeps,
+                solver=settings.matching.solver,
+                threads=settings.workers,
+            )
+            symmetry.apply_rows(result.permutations, views)
+            found.append(result.permutations.to("cpu"))
+        moves = {name: torch.cat([part[name] for part in found]) for name in self.permutations}
+        self.permutations = self.permutations.then(Permutations(moves))
+        self._matched = True
 
 
 def star_model(context: Context, sources: Sequence[Checkpoint]) -> tuple[Checkpoint, Permutations | None]:
@@ -92,7 +101,12 @@ def _train(context: Context, sources: Sequence[Checkpoint], wanted: dict[str, An
     settings, run = context.settings, context.run
     seed = derive_seed(settings.seed, "star", 0)
     store = SourcesStore(
-        context.layout, [s.state for s in sources], [str(s.path and s.path.name) for s in sources], context.device
+        context.layout,
+        [s.state for s in sources],
+        [str(s.path and s.path.name) for s in sources],
+        context.device,
+        store=settings.sources.store,
+        folder=run.path,
     )
     matched = settings.star.match_every_epochs > 0
     matcher = Matcher(context, len(sources)) if matched else None
@@ -105,17 +119,18 @@ def _train(context: Context, sources: Sequence[Checkpoint], wanted: dict[str, An
         seed=derive_seed(seed, "star"),
         match=matcher if matcher else lambda theta, sources, epoch: None,
     )
-    history = fit(
-        step,
-        context.train,
-        settings.train,
-        name="star",
-        seed=derive_seed(seed, "data"),
-        epochs=settings.star.epochs,
-        lr=settings.star.lr,
-        on_epoch=lambda epoch: run.log(kind="star", model="star", **vars(epoch)),
-        progress=context.progress,
-    )
+    with last_good_state(context, "star", 0):
+        history = fit(
+            step,
+            context.train,
+            settings.train,
+            name="star",
+            seed=derive_seed(seed, "data"),
+            epochs=settings.star.epochs,
+            lr=settings.star.lr,
+            on_epoch=lambda epoch: run.log(kind="star", model="star", **vars(epoch)),
+            progress=context.progress,
+        )
     # The running statistics so far are of interpolated networks: the star gets its own.
     trained = Checkpoint(step.state())
     model = context.build(seed=seed)

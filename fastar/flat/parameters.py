@@ -7,7 +7,7 @@ from torch import nn
 
 from fastar.errors import FastarError
 from fastar.flat.layout import FlatLayout
-from fastar.kernels import interpolate
+from fastar.kernels import NextPoint, interpolate
 
 GradientMode = Literal["gather", "views"]
 
@@ -185,6 +185,17 @@ class WorkingWeights(_BoundModule):
         parts = zip(self._working_sections(), self.sections(theta), self.sections(source), strict=True)
         for working, master, other in parts:
             interpolate(master, other, t, working, index=index)
+
+    def next_points(
+        self, source: torch.Tensor, t: torch.Tensor, *, index: torch.Tensor | None = None
+    ) -> tuple[NextPoint, ...]:
+        """`interpolate` for an update to do: a point to write for each part of `collect_gradient()`."""
+        parts = zip(self._working_sections(), self.sections(source), strict=True)
+        return tuple(NextPoint(other, t, working, index) for working, other in parts)
+
+    def values(self) -> tuple[torch.Tensor, ...]:
+        """The working weights themselves, in the parts of `collect_gradient()`."""
+        return self._working_sections()
 
     def collect_gradient(self) -> tuple[torch.Tensor, ...]:
         """After backward: the gradient, one part [P] in fp32, else (matrices in `dtype`, vectors in fp32).

@@ -1,6 +1,6 @@
 """Training of regular and star models over flat parameters."""
 
-from fastar.training.loop import Epoch, Step, fit, synchronize
+from fastar.training.loop import Epoch, NonFiniteLoss, Step, fit, synchronize
 from fastar.training.precision import resolve_precision
 from fastar.training.schedule import learning_rate
 from fastar.training.steps import RegularStep, StarStep, draw
@@ -9,6 +9,7 @@ from fastar.training.threads import suitable_threads
 
 __all__ = [
     "Epoch",
+    "NonFiniteLoss",
     "RegularStep",
     "SourcesStore",
     "StarStep",

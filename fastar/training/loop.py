@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -14,6 +14,7 @@ from fastar.config import TrainSettings
 from fastar.data import DeviceDataset
 from fastar.errors import FastarError
 from fastar.progress import SILENT, Progress
+from fastar.training.parts import part
 from fastar.training.schedule import learning_rate
 
 
@@ -32,6 +33,22 @@ class Step(Protocol):
         """What step number `step` of the current epoch was drawn as, for error messages."""
         ...
 
+    def state(self) -> dict[str, Tensor]:
+        """The model's state dict as trained so far. Copies."""
+        ...
+
+
+class NonFiniteLoss(FastarError):
+    """Training became NaN or infinite.
+
+    `state` is the model's state dict (on the CPU) after `epochs` epochs, the last that left it finite; None: none did.
+    """
+
+    def __init__(self, message: str, state: dict[str, Tensor] | None, epochs: int):
+        super().__init__(message)
+        self.state = state
+        self.epochs = epochs
+
 
 @dataclass(frozen=True)
 class Epoch:
@@ -45,6 +62,17 @@ class Epoch:
     """Of the steps alone."""
     begin_seconds: float
     """Of `Step.begin_epoch`: matching."""
+
+
+def named_batches(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same batches; waiting for each belongs to the part `load` of a profile."""
+    iterator = iter(batches)
+    while True:
+        with part("load"):
+            batch = next(iterator, None)
+        if batch is None:
+            return
+        yield batch
 
 
 def synchronize(device: torch.device) -> None:
@@ -80,7 +108,8 @@ def fit(
         on_epoch: told each epoch's figures.
 
     Raises:
-        FastarError: too few images for one batch, or a loss that is not finite (model, epoch and step are named).
+        FastarError: too few images for one batch.
+        NonFiniteLoss: a loss that is not finite (model, epoch and step are named).
     """
     epochs = epochs or settings.epochs
     base = lr or settings.lr
@@ -91,7 +120,9 @@ def fit(
             f"train.batch_size={settings.batch_size} is more than the {len(data)} training images; "
             "lower it or set train.drop_last=false"
         )
-    history = []
+    history: list[Epoch] = []
+    good: dict[str, Tensor] | None = None
+    good_epochs = 0
     lr_now = torch.zeros((), device=device)
     losses = torch.zeros(steps, device=device)
     with progress.task(f"training {name}", total=epochs, unit="epochs") as advance:
@@ -107,7 +138,7 @@ def fit(
             batches = data.batches(
                 settings.batch_size, seed=seed, epoch=epoch, augment=True, drop_last=settings.drop_last
             )
-            for i, (images, labels) in enumerate(batches):
+            for i, (images, labels) in enumerate(named_batches(batches)):
                 lr_now.copy_(rates[i])
                 losses[i] = step(images, labels, lr_now)
                 images_seen += len(labels)
@@ -115,14 +146,20 @@ def fit(
             end = time.perf_counter()
             if not torch.isfinite(values).all():
                 bad = int((~torch.isfinite(values)).nonzero()[0])
-                raise FastarError(
+                raise NonFiniteLoss(
                     f"training {name}: loss not finite at epoch {epoch + 1}, step {bad + 1}{step.describe(bad)}; "
-                    "lower train.lr or use train.precision=fp32"
+                    "lower train.lr or use train.precision=fp32",
+                    good,
+                    good_epochs,
                 )
             done = Epoch(
                 epoch, float(values.double().mean()), float(rates[-1]), images_seen, end - begun, begun - start
             )
             history.append(done)
+            if epoch + 1 < epochs:
+                state = {key: value.cpu() for key, value in step.state().items()}
+                if all(bool(torch.isfinite(value).all()) for value in state.values()):
+                    good, good_epochs = state, epoch + 1
             on_epoch(done)
             advance(1, note=f"loss {done.loss:.4f}")
     return history

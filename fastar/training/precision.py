@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from fastar.errors import FastarError
+from fastar.kernels import find_nonfinite
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -41,11 +44,12 @@ class LossScale:
         self.found_nonfinite = torch.zeros((), device=device) if enabled else None
         self._good_steps = torch.zeros((), device=device)
 
-    def check(self, gradients: list[Tensor]) -> None:
-        """Note whether any of `gradients` is not finite."""
+    def check(self, gradients: Sequence[Tensor]) -> None:
+        """Note whether any of the flat `gradients` is not finite."""
         if self.found_nonfinite is not None:
-            finite = torch.stack([torch.isfinite(gradient).all() for gradient in gradients]).all()
-            self.found_nonfinite.copy_(~finite)
+            self.found_nonfinite.zero_()
+            for gradient in gradients:
+                find_nonfinite(gradient, self.found_nonfinite)
 
     def update(self) -> None:
         """Choose the next step's scale."""
@@ -57,3 +61,8 @@ class LossScale:
         self.scale.mul_(torch.where(bad, 0.5, torch.where(grow, 2.0, 1.0)))
         self._good_steps.copy_(torch.where(grow, 0.0, self._good_steps))
         self.inverse.copy_(1 / self.scale)
+
+    def state(self) -> list[Tensor]:
+        """All that `check` and `update` move; the tensors themselves."""
+        found = [] if self.found_nonfinite is None else [self.found_nonfinite]
+        return [self.scale, self.inverse, self._good_steps, *found]

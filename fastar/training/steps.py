@@ -13,14 +13,19 @@ from torch.nn import functional as F
 from fastar.config import StarSettings, TrainSettings
 from fastar.errors import FastarError
 from fastar.flat import FlatLayout, FlatParameters, WorkingWeights
-from fastar.kernels import sgd_update
+from fastar.kernels import NextPoint
 from fastar.seeds import derive_seed
+from fastar.training.compiled import CompiledNetwork
+from fastar.training.feed import ResidentRows, RowFeed
+from fastar.training.graph import StepGraph
+from fastar.training.optimizer import flat_optimizer
+from fastar.training.parts import part
 from fastar.training.precision import LossScale, resolve_precision
 from fastar.training.store import SourcesStore
 
 
 class _FlatStep:
-    """What both steps share: theta [P] and its momentum, forward and backward in the AMP dtype, the flat SGD update."""
+    """What both steps share: theta [P] and its optimizer, forward and backward in the AMP dtype, the flat update."""
 
     def __init__(self, model: nn.Module, settings: TrainSettings, *, working_copy: bool):
         self.model = model
@@ -36,10 +41,13 @@ class _FlatStep:
             parameters = {name: p.detach() for name, p in model.named_parameters()}
             self.theta = self.layout.flatten(parameters)
             self._working = WorkingWeights(self.layout, model, self.dtype)
+            self.optimizer = flat_optimizer(settings, self.theta, self._working.sections)
         else:
             self._flat = FlatParameters(model)
             self.layout, self.theta = self._flat.layout, self._flat.buffer
-        self.momentum = torch.zeros_like(self.theta)
+            self.optimizer = flat_optimizer(settings, self.theta, lambda buffer: (buffer,))
+        self._network: Callable[[Tensor], Tensor] = CompiledNetwork(model) if settings.compile else model
+        model.train()
 
     def state(self) -> dict[str, Tensor]:
         """The model's state dict with theta as its parameters, fp32; buffers are the module's. Copies."""
@@ -50,6 +58,14 @@ class _FlatStep:
     def describe(self, step: int) -> str:
         return ""
 
+    def _graph_of(self, body: Callable[[Tensor, Tensor, Tensor], Tensor]) -> StepGraph | None:
+        """`body` as a CUDA graph, where `train.graph` asks for it."""
+        if not self.settings.graph:
+            return None
+        working = () if self._working is None else self._working.values()
+        moved = [self.theta, *working, *self.optimizer.state(), *self.loss_scale.state(), *self.model.buffers()]
+        return StepGraph(body, moved, self.device)
+
     def _autocast(self) -> AbstractContextManager[object]:
         if self.dtype == torch.float32:
             return nullcontext()
@@ -57,34 +73,19 @@ class _FlatStep:
         return torch.autocast(self.device.type, self.dtype, cache_enabled=False)
 
     def _backward(self, images: Tensor, labels: Tensor) -> Tensor:
-        with self._autocast():
-            loss = F.cross_entropy(self.model(images).float(), labels)
-        (loss * self.loss_scale.scale if self.loss_scale.enabled else loss).backward()
+        with part("forward"), self._autocast():
+            loss = F.cross_entropy(self._network(images).float(), labels)
+        with part("backward"):
+            (loss * self.loss_scale.scale if self.loss_scale.enabled else loss).backward()
         return loss.detach()
 
-    def _update(self, lr: Tensor, scale: Tensor) -> None:
-        """theta <- SGD step along `scale` times the gradient; weight decay is not scaled."""
-        if self._working is None:
-            parts = [(self.theta, self._flat.collect_gradient(), self.momentum)]
-        else:
-            gradients = self._working.collect_gradient()
-            thetas, momenta = self._working.sections(self.theta), self._working.sections(self.momentum)
-            parts = list(zip(thetas, gradients, momenta, strict=True))
-        self.loss_scale.check([gradient for _, gradient, _ in parts])
-        for theta, gradient, momentum in parts:
-            sgd_update(
-                theta,
-                gradient,
-                momentum,
-                lr=lr,
-                scale=scale,
-                inverse_loss_scale=self.loss_scale.inverse,
-                weight_decay=self.settings.weight_decay,
-                momentum=self.settings.momentum,
-                nesterov=self.settings.nesterov,
-                found_nonfinite=self.loss_scale.found_nonfinite,
-            )
-        self.loss_scale.update()
+    def _update(self, lr: Tensor, scale: Tensor, next_points: Sequence[NextPoint] | None = None) -> None:
+        """theta <- a step of the optimizer along `scale` times the gradient; weight decay is not scaled."""
+        with part("update"):
+            gradients = (self._flat.collect_gradient(),) if self._working is None else self._working.collect_gradient()
+            self.loss_scale.check(gradients)
+            self.optimizer.update(gradients, lr=lr, scale=scale, loss_scale=self.loss_scale, next_points=next_points)
+            self.loss_scale.update()
 
 
 class RegularStep(_FlatStep):
@@ -92,14 +93,20 @@ class RegularStep(_FlatStep):
 
     def __init__(self, model: nn.Module, settings: TrainSettings):
         super().__init__(model, settings, working_copy=False)
-        model.train()
+        self._graph = self._graph_of(self._body)
 
     def begin_epoch(self, epoch: int, steps: int) -> None:
         return
 
     def __call__(self, images: Tensor, labels: Tensor, lr: Tensor) -> Tensor:
+        if self._graph is not None and self._graph.fits(images, labels):
+            return self._graph(images, labels, lr)
+        return self._body(images, labels, lr)
+
+    def _body(self, images: Tensor, labels: Tensor, lr: Tensor) -> Tensor:
         if self._working is not None:
-            self._working.write(self.theta)
+            with part("interpolate"):
+                self._working.write(self.theta)
         loss = self._backward(images, labels)
         self._update(lr, self._one)
         return loss
@@ -111,6 +118,9 @@ class StarStep(_FlatStep):
     The network holds (1 - t) theta + t theta_n and runs in training mode, so batch-norm normalises with the batch; its
     running statistics belong to interpolated networks and mean nothing.
 
+    A step's update also writes the next step's point (`fuse`), so theta must not be changed from outside between the
+    steps of an epoch.
+
     Args:
         model: gives the architecture and the initial theta.
         settings: the recipe, as of a regular model.
@@ -118,6 +128,10 @@ class StarStep(_FlatStep):
         sources: Z, permuted in place by `match`.
         seed: of the draws of (source, t).
         match: makes the store's rows match theta; called at the start of epochs (Algorithm 1, step 1).
+        fuse: whether updates write the next point. The numbers are the same; small networks on a CPU gain 5 %.
+
+    Raises:
+        FastarError: sources of another architecture, or settings that this device cannot follow.
     """
 
     def __init__(
@@ -129,40 +143,81 @@ class StarStep(_FlatStep):
         *,
         seed: int,
         match: Callable[[Tensor, SourcesStore, int], None],
+        fuse: bool = True,
     ):
         super().__init__(model, settings, working_copy=True)
         if sources.layout != self.layout:
             raise FastarError("the sources are of another architecture than the star model")
-        model.train()
         self.star = star
         self.sources = sources
         self._seed = seed
         self._match = match
+        self._fuse = fuse
         self._indices: Sequence[int] = ()
         self._ts: Sequence[float] = ()
         self._draws = self._scales = torch.empty(0)
+        self._feed: RowFeed = ResidentRows(sources.rows, ())
         self._step = 0
+        self._written = False
+        # What a graph reads of the step it is in, and of the next.
+        self._scale, self._next_t = torch.ones((), device=self.device), torch.zeros((), device=self.device)
+        self._next_row = torch.zeros((), dtype=torch.int64, device=self.device)
+        self._graph = self._graph_of(self._captured)
 
     def begin_epoch(self, epoch: int, steps: int) -> None:
         every = self.star.match_every_epochs
         if every and epoch % every == 0:  # (k - 1) mod m == 0: the start of every epoch, the first included
-            self._match(self.theta, self.sources, epoch)
+            with part("matching"):
+                self._match(self.theta, self.sources, epoch)
         self._indices, self._ts = draw(self.star, len(self.sources), steps, derive_seed(self._seed, "draws", epoch))
         self._draws = torch.tensor(self._ts, dtype=torch.float32).to(self.device)
         self._scales = 1 - self._draws
+        self._feed = self.sources.feed(self._indices)
         self._step = 0
+        self._written = False
 
     def __call__(self, images: Tensor, labels: Tensor, lr: Tensor) -> Tensor:
         assert self._working is not None
         step = self._step
         self._step += 1
-        self._working.interpolate(self.theta, self.sources.rows[self._indices[step]], self._draws[step])
-        loss = self._backward(images, labels)
-        self._update(lr, self._scales[step])
+        if not self._written:
+            with part("interpolate"):
+                source = self._feed.table[self._feed.take(step)]
+                self._working.interpolate(self.theta, source, self._draws[step])
+                self._feed.done(step)
+        self._written = self._fuse and step + 1 < len(self._indices)
+        row = self._feed.take(step + 1) if self._written else 0
+        if self._graph is not None and self._graph.fits(images, labels):
+            self._scale.copy_(self._scales[step])
+            self._next_row.fill_(row)
+            if self._written:
+                self._next_t.copy_(self._draws[step + 1])
+            loss = self._graph(images, labels, lr)
+        else:
+            points = None
+            if self._written:
+                points = self._working.next_points(self._feed.table[row], self._draws[step + 1])
+            loss = self._body(images, labels, lr, self._scales[step], points)
+        if self._written:
+            self._feed.done(step + 1)
         return loss
 
     def describe(self, step: int) -> str:
         return f" (source {self.sources.names[self._indices[step]]}, t={self._ts[step]:.4f})"
+
+    def _body(
+        self, images: Tensor, labels: Tensor, lr: Tensor, scale: Tensor, points: Sequence[NextPoint] | None
+    ) -> Tensor:
+        loss = self._backward(images, labels)
+        self._update(lr, scale, points)
+        return loss
+
+    def _captured(self, images: Tensor, labels: Tensor, lr: Tensor) -> Tensor:
+        """As a graph: scalars and the row are read where `__call__` puts them. The last step of an epoch has no next
+        one; the point that is written then all the same is never used."""
+        assert self._working is not None
+        points = self._working.next_points(self._feed.table, self._next_t, index=self._next_row) if self._fuse else None
+        return self._body(images, labels, lr, self._scale, points)
 
 
 def draw(star: StarSettings, sources: int, steps: int, seed: int) -> tuple[list[int], list[float]]:

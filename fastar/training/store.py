@@ -2,36 +2,68 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fastar.errors import FastarError
 from fastar.flat import FlatLayout
+from fastar.training.feed import SLOTS, FetchedRows, ResidentRows, RowFeed, Slots
+from fastar.training.placement import choose_placement, does_not_fit, free_memory
+
+# Sources matched at a time where they are not on the device: enough for batched products, whatever N is.
+PART_ROWS = 16
 
 
 class SourcesStore:
     """The parameters of N sources, one row each, kept permuted to match the star model.
 
+    The rows live on the device, in (pinned) host memory, or in a memory-mapped file that has no name and is gone with
+    the process. Outside `device`, the device holds two rows for the steps and at most 16 while they are matched.
+
     Args:
         layout: where parameters lie in a row.
         states: one state dict per source.
         names: what to call them in errors.
-        device: where the rows live.
+        device: where the rows are used.
+        store: `sources.store`: auto, device, host or file (see `placement.choose_placement`).
+        folder: where the file of a `file` store is made; None: the system's temporary folder.
 
     Raises:
-        FastarError: a source of another architecture, or with values that are not finite.
+        FastarError: a source of another architecture, or with values that are not finite; more than fit in the place
+            that was chosen.
     """
 
     def __init__(
-        self, layout: FlatLayout, states: Sequence[Mapping[str, Tensor]], names: Sequence[str], device: torch.device
+        self,
+        layout: FlatLayout,
+        states: Sequence[Mapping[str, Tensor]],
+        names: Sequence[str],
+        device: torch.device,
+        *,
+        store: str = "auto",
+        folder: Path | None = None,
     ):
         if not states:
             raise FastarError("a star model needs at least one source")
         self.layout = layout
         self.names = list(names)
-        self.rows = torch.zeros(len(states), layout.numel, device=device)
+        self.device = device
+        shape = (len(states), layout.numel)
+        self.store = choose_placement(store, 4 * shape[0] * shape[1], device, sources=shape[0])
+        if self.store == "file":
+            self.rows = _rows_in_file(shape, folder)
+        elif self.store == "host":
+            self.rows = torch.zeros(shape, pin_memory=device.type == "cuda")
+        else:
+            self.rows = _rows_on_device(shape, device)
+        self._slots: Slots | None = None
+        self._feed: RowFeed | None = None
         for row, state, name in zip(self.rows, states, self.names, strict=True):
             try:
                 layout.flatten(state, out=row)
@@ -43,6 +75,73 @@ class SourcesStore:
     def __len__(self) -> int:
         return len(self.rows)
 
+    @property
+    def rows_on_device(self) -> int:
+        """How many rows of device memory the steps need."""
+        return len(self) if self._resident else SLOTS
+
     def views(self) -> dict[str, Tensor]:
-        """Parameter name to [N, *shape] view of the rows."""
+        """Parameter name to [N, *shape] view of the rows, where they live."""
         return self.layout.views(self.rows)
+
+    def parts(self, size: int = PART_ROWS) -> Iterator[dict[str, Tensor]]:
+        """All sources in order, as [n, *shape] views on the device; what is written into them before the next is kept.
+
+        One part of all rows where the rows are on the device (or device and host are one), else of at most `size`.
+        """
+        self._settle()
+        if self.rows.device.type == self.device.type:
+            yield self.views()
+            return
+        size = max(1, min(size, int(free_memory(self.device) // 8 // (4 * self.layout.numel))))
+        for begin in range(0, len(self), size):
+            here = self.rows[begin : begin + size]
+            there = here.to(self.device)
+            yield self.layout.views(there)
+            here.copy_(there)
+
+    def feed(self, indices: Sequence[int]) -> RowFeed:
+        """The rows for steps that need the sources `indices`, in this order; the feed before is over."""
+        self._settle()
+        if self._resident:
+            self._feed = ResidentRows(self.rows, indices)
+        else:
+            if self._slots is None:
+                self._slots = Slots(self.rows, self.device)
+            self._feed = FetchedRows(self._slots, indices)
+        return self._feed
+
+    @property
+    def _resident(self) -> bool:
+        return self.store == "device" or (self.store == "host" and self.device.type == "cpu")
+
+    def _settle(self) -> None:
+        if self._feed is not None:
+            self._feed.close()
+            self._feed = None
+
+
+def _rows_on_device(shape: tuple[int, int], device: torch.device) -> Tensor:
+    try:
+        return torch.zeros(shape, device=device)
+    except torch.OutOfMemoryError as error:
+        remedy = "use sources.store=host or file, or fewer sources"
+        needed = 4 * shape[0] * shape[1]
+        raise does_not_fit(needed, device, shape[0], "device", remedy, free_memory(device)) from error
+
+
+def _rows_in_file(shape: tuple[int, int], folder: Path | None) -> Tensor:
+    """Zeros over a file without a name: it takes no memory that cannot be given up, and nothing has to be cleaned."""
+    size = 4 * shape[0] * shape[1]
+    where = folder or Path(tempfile.gettempdir())
+    try:
+        with tempfile.TemporaryFile(dir=where) as file:
+            # Reserved now: a page for which the disk has no room when it is written would end the process.
+            os.posix_fallocate(file.fileno(), 0, size)
+            mapped = np.memmap(file, dtype=np.float32, mode="r+", shape=shape)
+    except OSError as error:
+        raise FastarError(
+            f"sources.store=file: no {size / 1e9:.2f} GB for {shape[0]} sources in {where} ({error.strerror}); "
+            "free space there or use fewer sources"
+        ) from error
+    return torch.from_numpy(mapped)
