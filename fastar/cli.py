@@ -220,8 +220,10 @@ def barrier_command(
         fastar barrier a.pt b.pt --dataset cifar10 --arch resnet18 --no-match --points 21
     """
     from fastar.experiments.pairs import barriers_of_files
-    from fastar.report import barrier_picture, barriers_table
+    from fastar.report import barrier_picture, barriers_table, check_picture
 
+    if picture is not None:  # before the work
+        check_picture(picture)
     overrides = [str(other) for other in others if SETTING.match(other) and not Path(other).exists()]
     result = barriers_of_files(
         first,
@@ -254,11 +256,12 @@ def report_command(
 
         fastar report runs/digits-mlp-seed0
     """
-    from fastar.report import barrier_picture, results_table
+    from fastar.report import barrier_picture, check_results, results_table
     from fastar.runs import RunFolder
 
     run = RunFolder(folder)
     results = run.read_results()
+    check_results(results, run.results)
     barrier_picture(results, run.picture)
     if as_json:
         print(json.dumps(results))

@@ -83,6 +83,8 @@ class TerminalProgress:
             done, last_note = done + count, note or last_note
 
         yield advance_plain
+        if not total:  # there was nothing to do
+            return
         seconds = time.perf_counter() - start
         rate = f", {done / seconds:,.1f} {unit}/s" if seconds > 0 else ""
         self.line(f"{description}: {done} {unit} in {seconds:.1f} s{rate}{', ' + last_note if last_note else ''}")

@@ -11,6 +11,7 @@ from typing import Any
 from rich.table import Table
 
 from fastar.checkpoints import write_atomically
+from fastar.errors import FastarError
 
 # Okabe-Ito colours, which the colour-blind can tell apart; markers and dashes tell the curves apart in grey print.
 STYLES = {
@@ -23,8 +24,27 @@ ROWS = (
     ("star_heldout", "star to heldouts"),
     ("star_source", "star to sources"),
     ("regular_regular", "regular to regular"),
-    ("regular_regular_unmatched", "  the same, unmatched"),
+    ("regular_regular_unmatched", "regular, unmatched"),
 )
+
+
+def check_results(results: Mapping[str, Any], where: Path) -> None:
+    """Raise FastarError unless `results` (read from `where`) has all that the table and the picture show."""
+    try:
+        for split in ("train", "test"):
+            _ = results["accuracy"][split]["regular"]["mean"], results["accuracy"][split]["star"]
+            _ = results[split]["regular_loss"]["mean"], results[split]["star_loss"]
+            _ = [results[split][kind][key] for kind, _ in ROWS for key in ("mean", "std", "n")]
+        _ = [results[key] for key in ("dataset", "arch", "sources", "t")]
+        whole = bool(results["paths"]) and all(
+            len(path[key]) == len(results["t"]) and path["kind"]
+            for path in results["paths"]
+            for key in ("train_loss", "train_accuracy")
+        )
+    except (KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise FastarError(f"{where}: not the results of a run, or damaged; run `fastar train-star` again")
 
 
 def shown(value: Mapping[str, Any] | float | None, digits: int = 3) -> str:
@@ -40,7 +60,7 @@ def results_table(results: Mapping[str, Any]) -> Table:
     """Losses, accuracies and barriers of a run, train and test."""
     title = f"{results['dataset']}, {results['arch']}: star model of {results['sources']} sources"
     table = Table(title=title, title_justify="left")
-    table.add_column("")
+    table.add_column("", overflow="fold")
     table.add_column("n", justify="right")
     table.add_column("train", justify="right")
     table.add_column("test", justify="right")
@@ -75,17 +95,27 @@ def barriers_table(paths: Sequence[Mapping[str, Any]]) -> Table:
     return table
 
 
+def check_picture(path: Path) -> None:
+    """Raise FastarError unless `path` is named as what will be in it."""
+    if path.suffix.lower() != ".png":
+        raise FastarError(f"{path}: the picture is written as .png; name it so")
+
+
 def barrier_picture(results: Mapping[str, Any], path: Path) -> None:
     """Write a PNG of train loss and accuracy along the paths: mean and a band of one standard deviation.
 
     Args:
         results: what `results.json` holds.
         path: the file to write, atomically.
+
+    Raises:
+        FastarError: it is not called .png, or cannot be written.
     """
+    check_picture(path)
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9.5, 3.8), layout="constrained")
+    figure = Figure(figsize=(9.5, 4.0), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2)
     star = any(p["kind"].startswith("star") for p in results["paths"])
@@ -104,6 +134,7 @@ def barrier_picture(results: Mapping[str, Any], path: Path) -> None:
                 linestyle=dashes,
                 marker=marker,
                 markersize=4,
+                linewidth=1.8,
                 label=f"{label} (n={len(curves)})",
             )
             low = [m - b for m, b in zip(mean, band, strict=True)]
@@ -112,13 +143,19 @@ def barrier_picture(results: Mapping[str, Any], path: Path) -> None:
                 low = [max(value, 0.0) for value in low]
             else:
                 high = [min(value, 1.0) for value in high]
-            panel.fill_between(results["t"], low, high, color=colour, alpha=0.18, linewidth=0)
+            panel.fill_between(results["t"], low, high, color=colour, alpha=0.14, linewidth=0)
+            if len(curves) > 1:  # edges, since overlapping bands cannot be told apart in grey print
+                for edge in (low, high):
+                    panel.plot(results["t"], edge, color=colour, linestyle=dashes, linewidth=0.7, alpha=0.6)
         panel.set_xlabel("t   (0: star or first model, 1: other model)" if star else "t   (0: first model, 1: second)")
         panel.set_ylabel(name)
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylim(bottom=0)
-    panels[0].legend(frameon=False, fontsize=9)
+    # Below the panels, where it hides nothing.
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9
+    )
     title = f"{results['dataset']}, {results['arch']}"
     figure.suptitle(f"{title}: {results['sources']} sources" if star else title, fontsize=11)
     buffer = BytesIO()

@@ -29,7 +29,13 @@ def prepare_context(settings: Settings, out: Path, progress: Progress = SILENT) 
 
 
 def train_sources(settings: Settings, out: Path, progress: Progress = SILENT) -> list[Path]:
-    """Train the sources and heldouts of a run that are missing; the files of all of them."""
+    """Train the sources and heldouts of a run that are missing; the files of all of them.
+
+    Raises:
+        FastarError: bad input, or sources that are given and not to be trained.
+    """
+    if settings.sources.folder is not None:
+        raise FastarError("sources.folder gives the sources, so none are to be trained; leave it out or use train-star")
     context = prepare_context(settings, out, progress)
     context.run.check(settings)
     _ = context.files
