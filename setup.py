@@ -30,6 +30,7 @@ setup(
         "safetensors>=0.4.3",
         "scikit-learn>=1.4",
         "scipy>=1.11",
+        "setuptools>=70",  # FFCV imports distutils
         "torch>=2.11,<2.15",
         "triton>=3.5; platform_system == 'Linux'",
         "typer>=0.16",

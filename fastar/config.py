@@ -147,7 +147,7 @@ class EvaluationSettings(_Section):
     over augmented batches at inner points, the models' own statistics at the ends."""
     regular_pairs: Positive = 10
     """Pairs of regular models to measure, drawn at random from Z and H; all of them where there are fewer."""
-    batch_size: Positive = 1000
+    batch_size: Positive = 250
 
 
 class Settings(_Section):
