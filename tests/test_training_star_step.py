@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -97,6 +97,42 @@ def test_equals_algorithm_1_with_other_momentum(momentum: float, nesterov: bool)
     theta, wanted, _ = algorithm_1(**plain)
     assert losses == pytest.approx(wanted, abs=TOLERANCE)
     assert largest_difference(step.state(), theta) < TOLERANCE
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+@pytest.mark.parametrize("kind", [PlainMlp, PlainConvNet])
+def test_equals_algorithm_1_with_adam(kind: type[nn.Module], optimizer: Literal["adam", "adamw"]) -> None:
+    # eps as large as small gradients: without it the sign of a gradient that rounds to zero would be a whole step.
+    changes = {"optimizer": optimizer, "betas": (0.8, 0.95), "eps": 1e-2}
+    step, losses, plain = run(kind, StarSettings(), SETTINGS.model_copy(update=changes))
+    theta, wanted, _ = algorithm_1(**plain)
+    assert losses == pytest.approx(wanted, abs=2 * TOLERANCE)
+    assert largest_difference(step.state(), theta) < 2 * TOLERANCE  # a square and a root more than SGD
+    other = SETTINGS.model_copy(update={**changes, "optimizer": "adam" if optimizer == "adamw" else "adamw"})
+    theta, _, _ = algorithm_1(**{**plain, "settings": other})
+    assert largest_difference(step.state(), theta) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_writing_the_next_point_in_the_update_changes_no_bit(
+    optimizer: Literal["sgd", "adamw"], precision: Literal["fp32", "bf16"]
+) -> None:
+    settings = SETTINGS.model_copy(update={"optimizer": optimizer, "precision": precision})
+    found = []
+    for fuse in (True, False):
+        model = network(PlainConvNet, 0)
+        z = store([network(PlainConvNet, n) for n in (1, 2)], FlatLayout.from_module(model))
+        matcher = RealMatcher(model, SHAPES[PlainConvNet])
+        step = StarStep(model, settings, StarSettings(), z, seed=SEED, match=matcher, fuse=fuse)
+        losses = []
+        for epoch in range(3):
+            step.begin_epoch(epoch, STEPS)
+            for images, labels in batches(STEPS, epoch, SHAPES[PlainConvNet]):
+                losses.append(float(step(images, labels, torch.tensor(0.05))))
+        found.append((losses, step.theta))
+    assert found[0][0] == found[1][0]
+    assert torch.equal(found[0][1], found[1][1])
 
 
 def test_without_matching_the_sources_stay() -> None:

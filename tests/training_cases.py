@@ -135,6 +135,8 @@ def algorithm_1(
     module = copy.deepcopy(model).double().train()
     theta = {name: p.detach().clone() for name, p in module.named_parameters()}
     velocity = {name: torch.zeros_like(value) for name, value in theta.items()}
+    squares = {name: torch.zeros_like(value) for name, value in theta.items()}
+    steps_done = 0
     names = list(theta)
     z = [{name: p.detach().double() for name, p in source.named_parameters()} for source in sources]
     losses = []
@@ -148,11 +150,22 @@ def algorithm_1(
             losses.append(float(loss.detach()))
             # Differentiated with respect to theta itself, so that the factor 1 - t is autograd's, not ours.
             gradients = torch.autograd.grad(loss, [star[name] for name in names])
+            steps_done += 1
             for name, gradient in zip(names, gradients, strict=True):
                 if not gradient_is_scaled and t < 1:
                     gradient = gradient / (1 - t)
                 decay = settings.weight_decay * ((1 - t) if decay_is_scaled else 1.0)
+                if settings.optimizer == "adamw":
+                    theta[name] = theta[name] * (1 - lr * decay)
+                    decay = 0.0
                 step = gradient + decay * theta[name]
+                if settings.optimizer != "sgd":
+                    beta1, beta2 = settings.betas
+                    velocity[name] = beta1 * velocity[name] + (1 - beta1) * step
+                    squares[name] = beta2 * squares[name] + (1 - beta2) * step**2
+                    mean, square = velocity[name] / (1 - beta1**steps_done), squares[name] / (1 - beta2**steps_done)
+                    theta[name] = theta[name] - lr * mean / (square.sqrt() + settings.eps)
+                    continue
                 velocity[name] = settings.momentum * velocity[name] + step
                 step = step + settings.momentum * velocity[name] if settings.nesterov else velocity[name]
                 theta[name] = theta[name] - lr * step

@@ -90,13 +90,13 @@ class SourcesStore:
         One part of all rows where the rows are on the device (or device and host are one), else of at most `size`.
         """
         self._settle()
-        if self.rows.device.type == self.device.type:
+        if self._usable_in_place:
             yield self.views()
             return
         size = max(1, min(size, int(free_memory(self.device) // 8 // (4 * self.layout.numel))))
         for begin in range(0, len(self), size):
             here = self.rows[begin : begin + size]
-            there = here.to(self.device)
+            there = here.to(self.device, copy=True)
             yield self.layout.views(there)
             here.copy_(there)
 
@@ -114,6 +114,11 @@ class SourcesStore:
     @property
     def _resident(self) -> bool:
         return self.store == "device" or (self.store == "host" and self.device.type == "cpu")
+
+    @property
+    def _usable_in_place(self) -> bool:
+        """Whether the device can work on the rows where they live; a file's rows are a CPU's own memory too."""
+        return self.rows.device.type == self.device.type
 
     def _settle(self) -> None:
         if self._feed is not None:

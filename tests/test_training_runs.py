@@ -1,0 +1,137 @@
+"""Whole runs: where the sources are kept changes no bit, and what is left of a training that became NaN."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training_cases import dataset
+
+from fastar.checkpoints import load_checkpoint
+from fastar.config import Settings, TrainSettings, load_settings
+from fastar.errors import FastarError
+from fastar.experiments.star_domain import train_star
+from fastar.models import build_model
+from fastar.training import NonFiniteLoss, RegularStep, SourcesStore, StarStep, fit
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("data")
+
+
+def settings(data: Path, *overrides: str) -> Settings:
+    small = [
+        f"dataset.directory={data}",
+        "dataset.limit=300",
+        "train.epochs=3",
+        "train.batch_size=64",
+        "star.epochs=3",
+        "sources.number=3",
+        "sources.heldout=0",
+        "evaluation.points=3",
+        "device=cpu",
+        "workers=1",
+    ]
+    return load_settings(dataset="digits", overrides=[*small, *overrides])
+
+
+def test_a_run_with_sources_in_a_file(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matched part by part, fetched row by row; the folder goes on under another `sources.store`."""
+    wanted = train_star(settings(data), tmp_path / "auto")
+    # As on a GPU: two sources at a time, copied there and back.
+    monkeypatch.setattr(SourcesStore, "_usable_in_place", False)
+    monkeypatch.setattr("fastar.training.store.free_memory", lambda device: 8 * 4 * 2 * 2000)
+    found = train_star(settings(data, "sources.store=file"), tmp_path / "file")
+    for path in ("star", "permutations", "sources/seed-0002"):
+        one, other = (load_checkpoint(tmp_path / run / f"{path}.safetensors").state for run in ("auto", "file"))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(one[name], other[name]) for name in one)
+    assert found["train"] == wanted["train"]
+    again = train_star(settings(data, "sources.store=host", "train.compile=true"), tmp_path / "file")
+    assert again["train"] == wanted["train"]
+
+
+class Poisoned:
+    """A step that is shown images that are not numbers in call number `when`."""
+
+    def __init__(self, step: Any, when: int):
+        self.step, self.when, self.calls = step, when, 0
+        self.theta_before: list[torch.Tensor] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.step, name)
+
+    def begin_epoch(self, epoch: int, steps: int) -> None:
+        self.theta_before.append(self.step.theta.clone())
+        self.step.begin_epoch(epoch, steps)
+
+    def __call__(self, images: torch.Tensor, labels: torch.Tensor, lr: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        loss: torch.Tensor = self.step(images * (float("nan") if self.calls == self.when else 1.0), labels, lr)
+        return loss
+
+
+@pytest.mark.parametrize(
+    ("when", "epochs"),
+    [(2, 0), (7, 1), (15, 2), (12, 1)],
+    ids=["first epoch", "second", "third", "the second's last step"],
+)
+def test_the_error_carries_the_state_after_the_last_good_epoch(when: int, epochs: int) -> None:
+    recipe = TrainSettings(epochs=4, batch_size=16, precision="fp32")
+    model = build_model("resnet8", input_shape=(3, 8, 8), classes=4, seed=0, width=0.25)
+    step = Poisoned(RegularStep(model, recipe), when)  # six steps an epoch
+    with pytest.raises(NonFiniteLoss, match=f"at epoch {(when - 1) // 6 + 1}, step {(when - 1) % 6 + 1}") as caught:
+        fit(step, dataset(), recipe, name="x", seed=0)
+    assert caught.value.epochs == epochs
+    if epochs == 0:
+        assert caught.value.state is None
+        return
+    assert caught.value.state is not None
+    assert torch.equal(step.layout.flatten(caught.value.state), step.theta_before[epochs])
+
+
+def test_a_star_that_becomes_nan_leaves_its_last_good_state(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = settings(data)
+    call, calls = StarStep.__call__, []
+
+    def poisoned(self: StarStep, images: torch.Tensor, labels: torch.Tensor, lr: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return call(self, images * (float("nan") if len(calls) == 10 else 1.0), labels, lr)  # epochs of four steps
+
+    monkeypatch.setattr(StarStep, "__call__", poisoned)
+    file = tmp_path / "last-good" / "star-0000.safetensors"
+    wanted = r"^training star: loss not finite at epoch 3, step 2 \(source seed-.*, t=.*\).* after epoch 2 is in "
+    with pytest.raises(FastarError, match=wanted) as caught:
+        train_star(chosen, tmp_path)
+    assert str(caught.value).endswith(f"{file})")
+    assert "\n" not in str(caught.value)
+    left = load_checkpoint(file)  # which refuses what is not finite
+    assert (left.metadata["kind"], left.metadata["epochs"]) == ("star", 2)
+    assert not (tmp_path / "star.safetensors").exists()
+    monkeypatch.undo()
+    train_star(chosen, tmp_path)
+    assert (tmp_path / "star.safetensors").exists()
+    assert not file.parent.exists()
+
+
+def test_a_source_that_becomes_nan_does_not_bind_the_folder(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the error says: the learning rate is lowered, and the same folder used."""
+    call, calls = RegularStep.__call__, []
+
+    def poisoned(self: RegularStep, images: torch.Tensor, labels: torch.Tensor, lr: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return call(self, images * (float("nan") if len(calls) == 6 else 1.0), labels, lr)
+
+    monkeypatch.setattr(RegularStep, "__call__", poisoned)
+    with pytest.raises(FastarError, match=r"training source 0: .*last-good.source-0000\.safetensors"):
+        train_star(settings(data), tmp_path)
+    monkeypatch.undo()
+    train_star(settings(data, "train.lr=0.02"), tmp_path)
+    assert not (tmp_path / "last-good").exists()

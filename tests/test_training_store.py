@@ -1,0 +1,214 @@
+"""Where sources are kept: the rule, what the device holds, that no number depends on it, and matching."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from training_cases import CPU, PlainConvNet, batches, network
+
+from fastar.config import StarSettings, TrainSettings
+from fastar.errors import FastarError
+from fastar.flat import FlatLayout
+from fastar.training import SourcesStore, StarStep, placement
+from fastar.training.feed import FetchedRows, Slots
+
+SETTINGS = TrainSettings(precision="fp32")
+SHAPE = (3, 5, 5)
+LAYOUT = FlatLayout.from_module(network(PlainConvNet, 0))
+CUDA = torch.device("cuda")
+GB = 10**9
+
+
+def make_store(place: str, count: int = 7, folder: Path | None = None) -> SourcesStore:
+    states = [network(PlainConvNet, 1 + n).state_dict() for n in range(count)]
+    return SourcesStore(LAYOUT, states, [f"source {n}" for n in range(count)], CPU, store=place, folder=folder)
+
+
+def train(sources: SourcesStore, epochs: int = 3, steps: int = 9) -> tuple[list[float], Tensor]:
+    """A star whose `match` reverses the hidden units of every second source, part by part."""
+
+    def reverse(theta: Tensor, sources: SourcesStore, epoch: int) -> None:
+        for views in sources.parts(2):
+            for name, axis in PlainConvNet.hidden:
+                views[name][::2] = views[name][::2].flip(axis + 1)
+
+    model = network(PlainConvNet, 0)
+    step = StarStep(model, SETTINGS, StarSettings(), sources, seed=2, match=reverse)
+    losses = []
+    for epoch in range(epochs):
+        step.begin_epoch(epoch, steps)
+        for images, labels in batches(steps, epoch, SHAPE):
+            losses.append(float(step(images, labels, torch.tensor(0.05))))
+    return losses, step.theta
+
+
+@pytest.mark.parametrize("place", ["host", "file"])
+def test_no_number_depends_on_the_place(place: str, tmp_path: Path) -> None:
+    wanted, theta = train(make_store("device"))
+    found, same = train(make_store(place, folder=tmp_path))
+    assert found == wanted
+    assert torch.equal(same, theta)
+
+
+@pytest.mark.parametrize("count", [1, 3, 40])
+def test_the_device_holds_two_rows_of_a_file(count: int, tmp_path: Path) -> None:
+    sources = make_store("file", count, tmp_path)
+    assert sources.rows_on_device == 2
+    feed = sources.feed([0] * 5)
+    assert feed.table.shape == (2, LAYOUT.numel)
+    assert sources.feed([0] * 3).table.data_ptr() == feed.table.data_ptr()  # a graph reads it there
+    assert make_store("device", count).rows_on_device == count
+
+
+def test_fetched_rows_arrive_in_order_and_stay_until_they_are_done() -> None:
+    rows = torch.arange(6.0)[:, None].expand(6, 16).contiguous()
+    indices = [3, 3, 0, 5, 1, 1, 2, 4]
+    feed = FetchedRows(Slots(rows, CPU), indices)
+    taken = []
+    for step, index in enumerate(indices):
+        here = feed.table[feed.take(step)]
+        if step:  # the row before is still needed: its slot must not have been filled anew
+            assert (feed.table[(step - 1) % 2] == indices[step - 1]).all()
+            feed.done(step - 1)
+        assert (here == index).all()
+        taken.append(int(here[0]))
+    assert taken == indices
+    feed.close()
+
+
+def test_rows_changed_by_matching_are_what_is_fetched(tmp_path: Path) -> None:
+    sources = make_store("file", 3, tmp_path)
+    first = sources.feed([1, 1])
+    old = first.table[first.take(0)].clone()
+    for views in sources.parts():
+        views["out.bias"][1] += 1.0
+    feed = sources.feed([1])
+    difference = LAYOUT.views(feed.table[feed.take(0)] - old)
+    assert (difference["out.bias"] - 1).abs().max() < 1e-6
+    assert not difference["conv.weight"].any()
+
+
+def test_parts_cover_all_rows_in_order_and_are_written_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU, where parts are copies."""
+    sources = make_store("host", 7)
+    monkeypatch.setattr(SourcesStore, "_usable_in_place", False)
+    wanted = sources.rows.clone()
+    sizes = []
+    for views in sources.parts(3):
+        sizes.append(len(views["out.bias"]))
+        assert views["out.bias"].data_ptr() not in range(
+            sources.rows.data_ptr(), sources.rows.data_ptr() + 4 * sources.rows.numel()
+        )
+        views["conv.weight"].mul_(2.0)
+    assert sizes == [3, 3, 1]
+    for n, row in enumerate(wanted):
+        expected = LAYOUT.unflatten(row)
+        expected["conv.weight"] = expected["conv.weight"] * 2
+        assert torch.equal(sources.rows[n], LAYOUT.flatten(expected))
+
+
+def test_few_rows_at_a_time_where_the_device_is_nearly_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    sources = make_store("host", 7)
+    monkeypatch.setattr(SourcesStore, "_usable_in_place", False)
+    monkeypatch.setattr("fastar.training.store.free_memory", lambda device: 8 * 4 * LAYOUT.numel * 2)
+    assert [len(views["out.bias"]) for views in sources.parts()] == [2, 2, 2, 1]
+    monkeypatch.setattr("fastar.training.store.free_memory", lambda device: 0)
+    assert len(list(sources.parts())) == 7
+
+
+def test_a_file_leaves_nothing_behind_and_is_really_a_file(tmp_path: Path) -> None:
+    sources = make_store("file", folder=tmp_path)
+    assert os.listdir(tmp_path) == []
+    mapped = [line for line in Path("/proc/self/maps").read_text().splitlines() if str(tmp_path) in line]
+    assert mapped
+    assert torch.equal(sources.rows, make_store("device").rows)
+
+
+def test_a_file_that_cannot_be_made_is_a_clear_error(tmp_path: Path) -> None:
+    with pytest.raises(FastarError, match=r"sources\.store=file: no .* GB for 7 sources in .*missing.*No such file"):
+        make_store("file", folder=tmp_path / "missing")
+
+
+@pytest.mark.parametrize(
+    ("device", "free", "needed", "place"),
+    [
+        (CPU, {"cpu": 10}, 5, "device"),
+        (CPU, {"cpu": 9}, 5, "file"),
+        (CUDA, {"cuda": 10, "cpu": 0}, 5, "device"),
+        (CUDA, {"cuda": 9, "cpu": 18}, 5, "host"),
+        (CUDA, {"cuda": 9, "cpu": 9}, 5, "file"),
+    ],
+)
+def test_auto_takes_the_first_place_of_which_half_is_enough(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device, free: dict[str, int], needed: int, place: str
+) -> None:
+    monkeypatch.setattr(placement, "free_memory", lambda device: free[device.type] * GB)
+    assert placement.choose_placement("auto", needed * GB, device, sources=3) == place
+
+
+@pytest.mark.parametrize(
+    ("setting", "device", "message"),
+    [
+        (
+            "device",
+            CUDA,
+            r"sources\.store=device: 50 sources need 5\.00 GB on cuda, 2\.00 GB are free; use .*host",
+        ),
+        ("device", CPU, r"sources\.store=device: 50 sources need 5\.00 GB on cpu, 2\.00 GB are free"),
+        ("host", CUDA, r"sources\.store=host: 50 sources need 8\.59 GB on cpu, 2\.00 GB are free; use .*file"),
+    ],
+)
+def test_a_forced_place_that_is_too_small_is_refused(
+    monkeypatch: pytest.MonkeyPatch, setting: str, device: torch.device, message: str
+) -> None:
+    monkeypatch.setattr(placement, "free_memory", lambda device: 2 * GB)
+    with pytest.raises(FastarError, match=message):
+        placement.choose_placement(setting, 5 * GB, device, sources=50)
+    assert placement.choose_placement("file", 5 * GB, device, sources=50) == "file"
+
+
+def test_the_store_asks_for_its_true_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(placement, "free_memory", lambda device: 7 * 4 * LAYOUT.numel)
+    assert make_store("device", 7).store == "device"
+    with pytest.raises(FastarError, match="8 sources"):
+        make_store("device", 8)
+
+
+def test_free_memory_of_this_machine() -> None:
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 10_000_000 < placement.free_memory(CPU) <= total
+
+
+def test_free_memory_within_a_container(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(placement, "_CGROUP", tmp_path)
+    (tmp_path / "memory.max").write_text("50000000\n")
+    (tmp_path / "memory.current").write_text("30000000\n")
+    (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 5000000\n")
+    assert placement.free_memory(CPU) == 25_000_000
+    (tmp_path / "memory.max").write_text("max\n")
+    assert placement.free_memory(CPU) > 25_000_000
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("place", ["host", "file"])
+def test_places_on_a_gpu(place: str, tmp_path: Path) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    found = []
+    for where in ("device", place):
+        states = [network(PlainConvNet, 1 + n).state_dict() for n in range(7)]
+        names = [str(n) for n in range(7)]
+        sources = SourcesStore(LAYOUT, states, names, torch.device("cuda"), store=where, folder=tmp_path)
+        model = network(PlainConvNet, 0).cuda()
+        star = StarSettings(match_every_epochs=0)
+        step = StarStep(model, SETTINGS, star, sources, seed=2, match=lambda theta, sources, epoch: None)
+        step.begin_epoch(0, 40)
+        for images, labels in batches(40, 0, SHAPE):
+            step(images.cuda(), labels.cuda(), torch.tensor(0.05, device="cuda"))
+        found.append(step.theta.cpu())
+    # The same kernels on the same numbers; sums in backward may be taken in another order.
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
