@@ -1,0 +1,200 @@
+"""Settings: strict, typed, and errors that name the key to change."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from fastar.config import (
+    CONFIGS,
+    Settings,
+    as_override,
+    differences,
+    flatten,
+    load_settings,
+    parse_overrides,
+    validate,
+)
+from fastar.errors import FastarError
+from fastar.models import build_model
+
+
+def digits(*overrides: str) -> Settings:
+    return load_settings(dataset="digits", overrides=overrides)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_configurations_are_valid_and_named_for_what_they_hold(path: Path) -> None:
+    settings = load_settings(file=path)
+    assert path.stem == f"{settings.dataset.name}-{settings.model.arch}"
+    shape = {"digits": (1, 8, 8), "fashion-mnist": (1, 28, 28)}.get(settings.dataset.name, (3, 32, 32))
+    build_model(settings.model.arch, input_shape=shape, classes=10, seed=0, **settings.model.options)
+    assert load_settings(dataset=settings.dataset.name, arch=settings.model.arch) == settings
+
+
+def test_digits_defaults_meet_what_the_first_command_promises() -> None:
+    settings = digits()
+    assert settings.sources.number >= 10
+    assert settings.sources.heldout >= 3
+    assert settings.evaluation.points == 11
+
+
+def test_yaml_round_trip(tmp_path: Path) -> None:
+    settings = digits("train.schedule=step", "train.milestones=[3, 5]", "star.lr=0.01", "dataset.root=/a b/ü#:[x]")
+    path = tmp_path / "config.yaml"
+    path.write_text(settings.to_yaml(), encoding="utf-8")
+    assert load_settings(file=path) == settings
+
+
+@pytest.mark.parametrize(
+    ("overrides", "parts"),
+    [
+        (["train.lrr=1"], ["unknown key train.lrr", "did you mean train.lr?"]),
+        (["lr=1"], ["unknown key lr", "did you mean train.lr?"]),
+        (["evaluaton.points=3"], ["unknown key evaluaton", "evaluation"]),
+        (["train.epochs=0"], ["train.epochs=0"]),
+        (["train.epochs=1.5"], ["train.epochs=1.5"]),
+        (["train.lr=-0.1"], ["train.lr=-0.1"]),
+        (["train.lr=nan"], ["train.lr"]),
+        (["train.lr=.inf"], ["train.lr"]),
+        (["train.lr="], ["train.lr"]),
+        (["train.momentum=1"], ["train.momentum=1"]),
+        (["train.weight_decay=-1"], ["train.weight_decay=-1"]),
+        (["train.schedule=cosin"], ["train.schedule='cosin'", "'cosine'"]),
+        (["train.schedule=step"], ["milestones"]),
+        (["train.milestones=[3]"], ["schedule=step"]),
+        (["train.warmup_epochs=1000"], ["warmup_epochs", "epochs"]),
+        (["train.momentum=0"], ["nesterov", "momentum"]),
+        (["train=3"], ["train=3", "train.epochs"]),
+        (["model=3"], ["model=3", "model.arch"]),
+        (["sources.number=0"], ["sources.number=0"]),
+        (["sources.heldout=-1"], ["sources.heldout=-1"]),
+        (["star.value=1.5"], ["star.value=1.5"]),
+        (["evaluation.points=1"], ["evaluation.points=1"]),
+        (["seed=-1"], ["seed=-1"]),
+        (["workers=0"], ["workers=0"]),
+        (["dataset.limit=0"], ["dataset.limit=0"]),
+        (["train.lr"], ["'train.lr'", "key=value"]),
+        (["=3"], ["key=value"]),
+        (["train.lr=["], ["'train.lr=['", "YAML"]),
+        (["seed=1", "seed.x=2"], ["seed.x=2", "seed"]),
+    ],
+)
+def test_wrong_settings_are_refused_in_one_line_that_names_them(overrides: list[str], parts: list[str]) -> None:
+    with pytest.raises(FastarError) as caught:
+        digits(*overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    for part in parts:
+        assert part in message
+
+
+def test_unknown_key_lists_all_valid_ones() -> None:
+    with pytest.raises(FastarError, match="solver, orders, max_sweeps"):
+        digits("matching.zzz=1")
+
+
+def test_overrides_win_in_order_over_the_file() -> None:
+    settings = digits("train.epochs=3", "train.epochs=4", "model.width=5")
+    assert settings.train.epochs == 4
+    assert settings.model.options["width"] == 5
+
+
+@pytest.mark.parametrize(
+    "value", ["/plain", "/a #b", "/a: [x]", "123", "null", "~", "ü 日本", "a\\b", "'quoted\"", "1e-5", "- x", ""]
+)
+def test_a_path_given_as_option_keeps_every_character(value: str) -> None:
+    override = as_override("dataset.root", Path(value) if value else value)
+    assert parse_overrides([override]) == {"dataset": {"root": str(Path(value)) if value else ""}}
+
+
+@pytest.mark.parametrize("value", [3, 0.25, 1e-05, True, None, [1, 2], "x"])
+def test_values_survive_as_overrides(value: Any) -> None:
+    assert parse_overrides([as_override("a.b", value)]) == {"a": {"b": value}}
+
+
+@pytest.mark.parametrize(
+    ("content", "part"),
+    [
+        (b"", "found nothing"),
+        (b"- a\n", "found list"),
+        (b"a: [\n", "not valid YAML"),
+        (b"\xff\xfe\x00", "not valid YAML"),
+        (b"base: [1]\n", "base"),
+        (b"base: nowhere.yaml\n", "nowhere.yaml"),
+        (b"base: file.yaml\n", "circle"),
+        (b"dataset: digits\nmodel: {arch: mlp}\n", "dataset='digits'"),
+        (b"model: {arch: mlp}\n", "dataset"),
+        (b"dataset: {name: digits}\n", "model"),
+        (b"1: 2\n", "1"),
+    ],
+)
+def test_unusable_files_are_refused_by_name(tmp_path: Path, content: bytes, part: str) -> None:
+    path = tmp_path / "file.yaml"
+    path.write_bytes(content)
+    with pytest.raises(FastarError) as caught:
+        load_settings(file=path)
+    assert part in str(caught.value)
+    assert str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["model: 3\n", "model:\n"])
+def test_a_model_that_is_no_section_does_not_confuse_arch(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "file.yaml"
+    path.write_text(content + "dataset: {name: digits}\n")
+    assert load_settings(file=path, arch="mlp").model.arch == "mlp"  # the option replaces it
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FastarError, match=r"none\.yaml.*No such file"):
+        load_settings(file=tmp_path / "none.yaml")
+
+
+def test_no_dataset_says_which_options_give_one() -> None:
+    with pytest.raises(FastarError, match="--dataset NAME or --config FILE"):
+        load_settings()
+
+
+def test_base_is_merged_below_the_file_that_names_it(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text("dataset: {name: digits}\nmodel: {arch: mlp}\ntrain: {epochs: 9, lr: 0.5}\n")
+    (tmp_path / "top.yaml").write_text("base: base.yaml\ntrain: {lr: 0.25}\n")
+    settings = load_settings(file=tmp_path / "top.yaml")
+    assert (settings.train.epochs, settings.train.lr) == (9, 0.25)
+
+
+def test_another_architecture_does_not_inherit_the_shipped_one_s_options(tmp_path: Path) -> None:
+    path = tmp_path / "file.yaml"
+    path.write_text("dataset: {name: digits}\nmodel: {arch: mlp, width: 16, depth: 2}\n")
+    assert load_settings(file=path, arch="resnet8").model.options == {}
+    assert load_settings(file=path, arch="mlp").model.options == {"width": 16, "depth": 2}
+
+
+def test_settings_cannot_be_changed_afterwards() -> None:
+    with pytest.raises(ValueError):
+        digits().train.lr = 3  # type: ignore[misc]
+
+
+def test_flatten_and_differences() -> None:
+    a = {"train": {"lr": 0.1, "epochs": 3}, "seed": 0}
+    b = {"train": {"lr": 0.2, "epochs": 3}, "seed": 0, "device": "cpu"}
+    assert flatten(a) == {"train.lr": 0.1, "train.epochs": 3, "seed": 0}
+    assert differences(a, b) == {"train.lr": (0.1, 0.2), "device": (None, "cpu")}
+    assert differences(a, a) == {}
+
+
+def test_every_shipped_key_is_read_strictly() -> None:
+    content = yaml.safe_load((CONFIGS / "digits-mlp.yaml").read_text())
+    content["train"]["epoch"] = 3
+    with pytest.raises(FastarError, match=r"train\.epoch: did you mean train\.epochs\?"):
+        validate(content)
+
+
+@pytest.mark.parametrize("value", ["abc", None, [1, 2], True, 2.5, 0, -1])
+@pytest.mark.parametrize("option", ["width", "depth"])
+def test_architectures_refuse_values_that_are_no_sizes(option: str, value: Any) -> None:
+    with pytest.raises(FastarError, match=rf"model\.{option}="):
+        build_model("mlp", input_shape=(1, 8, 8), classes=10, seed=0, **{option: value})

@@ -1,0 +1,112 @@
+"""Rooms import one way: each only rooms before it, wherever in a file the import stands."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+ORDER = (
+    ("kernels",),
+    ("errors", "seeds", "progress"),
+    ("config",),
+    ("checkpoints",),
+    ("runs",),
+    ("flat",),
+    ("models",),
+    ("data",),
+    ("matching",),
+    ("evaluation",),
+    ("training",),
+    ("experiments",),
+    ("report", "doctor"),
+    ("cli",),
+)
+LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
+FORBIDDEN = {("data", "models"), ("report", "experiments"), ("report", "evaluation"), ("runs", "models")}
+
+
+def modules() -> dict[Path, str]:
+    """Every module and its room."""
+    found = {path: "kernels" for path in (ROOT / "kernels").rglob("*.py")}
+    for path in (ROOT / "fastar").rglob("*.py"):
+        room = path.relative_to(ROOT / "fastar").parts[0].removesuffix(".py")
+        if room != "__init__":
+            found[path] = room
+    return found
+
+
+def imports(path: Path) -> set[str]:
+    """Dotted names that `path` imports, in functions and for type checking too."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            if node.level == 1 and path.parent == ROOT / "kernels":  # its own folder, whatever it is called
+                continue
+            assert node.level == 0, f"{path}: write imports in full"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def rooms_imported(path: Path) -> set[str]:
+    parts = [name.split(".") for name in imports(path)]
+    return {p[1] for p in parts if p[0] == "fastar" and len(p) > 1 and p[1] != "__version__"}
+
+
+def test_every_module_is_in_a_known_room() -> None:
+    assert set(modules().values()) == set(LEVEL)
+
+
+def test_rooms_import_only_rooms_before_them() -> None:
+    wrong = []
+    for path, room in modules().items():
+        for other in rooms_imported(path) - {room}:
+            if LEVEL[other] >= LEVEL[room] or (room, other) in FORBIDDEN:
+                wrong.append(f"{path.relative_to(ROOT)} imports fastar.{other}")
+    assert wrong == []
+
+
+def test_kernels_know_no_other_room() -> None:
+    assert {other for path, room in modules().items() if room == "kernels" for other in rooms_imported(path)} <= {
+        "kernels"
+    }
+
+
+@pytest.mark.parametrize(
+    ("package", "rooms"), [("ffcv", {"data"}), ("matplotlib", {"report"}), ("typer", {"cli"}), ("tools", set())]
+)
+def test_only_these_rooms_import(package: str, rooms: set[str]) -> None:
+    assert {room for path, room in modules().items() if package in {n.split(".")[0] for n in imports(path)}} == rooms
+
+
+def test_packaging_names_every_room() -> None:
+    """A folder that setup.py forgets is missing from an installed fastar, though not from a checkout."""
+    folders = {path.parent.name for path in (ROOT / "fastar").glob("*/__init__.py")}
+    tree = ast.parse((ROOT / "setup.py").read_text(encoding="utf-8"))
+    named = next(
+        ast.literal_eval(node.value)
+        for node in tree.body
+        if isinstance(node, ast.Assign) and getattr(node.targets[0], "id", "") == "ROOMS"
+    )
+    assert set(named) == folders
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import fastar.config; fastar.config.load_settings(dataset='digits')",
+        "import fastar.cli; fastar.cli.main(['--help'])",
+        "import fastar.cli; fastar.cli.main(['train-star', '--help'])",
+    ],
+)
+def test_settings_and_help_do_not_wait_for_torch(code: str) -> None:
+    check = "import sys, atexit; atexit.register(lambda: print('torch' in sys.modules, 'numba' in sys.modules))"
+    result = subprocess.run([sys.executable, "-c", f"{check}; {code}"], capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "False False"
