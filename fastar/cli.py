@@ -76,9 +76,9 @@ def _settings(
     heldout: int | None = None,
     data_root: Path | None = None,
 ) -> Settings:
-    from fastar.config import as_override, load_settings
+    from fastar.config import DEFAULT_ARCH, as_override, load_settings
 
-    if dataset is not None:
+    if dataset is not None and dataset not in DEFAULT_ARCH:  # known ones need no slow import to be told a typo
         from fastar.data.registry import dataset_spec
 
         dataset_spec(dataset)
@@ -120,12 +120,13 @@ def train_star_command(
 
         fastar train-star --dataset cifar10 --arch resnet8 --data-root ~/cifar --out runs/small train.epochs=10
     """
+    settings = _settings(dataset, arch, config, overrides, sources=sources, heldout=heldout, data_root=data_root)
+
     from fastar.experiments.context import default_run_folder
     from fastar.experiments.star_domain import train_star
     from fastar.report import barrier_picture, results_table
     from fastar.runs import RunFolder
 
-    settings = _settings(dataset, arch, config, overrides, sources=sources, heldout=heldout, data_root=data_root)
     folder = out or default_run_folder(settings)
     results = train_star(settings, folder, _progress(quiet or as_json))
     picture = RunFolder(folder).picture
@@ -156,10 +157,11 @@ def train_sources_command(
 
         fastar train-sources --dataset digits --sources 5 --heldout 2 --out runs/five
     """
+    settings = _settings(dataset, arch, config, overrides, sources=sources, heldout=heldout, data_root=data_root)
+
     from fastar.experiments.context import default_run_folder
     from fastar.experiments.star_domain import train_sources
 
-    settings = _settings(dataset, arch, config, overrides, sources=sources, heldout=heldout, data_root=data_root)
     folder = out or default_run_folder(settings)
     for path in train_sources(settings, folder, _progress(quiet)):
         print(path)
@@ -313,9 +315,8 @@ def main(arguments: list[str] | None = None) -> None:
         result: Any = app(args=arguments, standalone_mode=False)
     except FastarError as error:
         _fail(str(error))
-    except (KeyboardInterrupt, typer.Abort):  # click makes Abort of Ctrl-C
-        print("fastar: interrupted; the same command goes on from what is finished", file=sys.stderr)
-        sys.exit(EXIT_INTERRUPTED)
+    except (KeyboardInterrupt, typer.Abort):
+        result = EXIT_INTERRUPTED
     except Exception as error:
         # typer's own complaints about options; anything else is a defect and keeps its traceback
         if not hasattr(error, "format_message"):
@@ -324,6 +325,8 @@ def main(arguments: list[str] | None = None) -> None:
         if not message:  # `fastar` alone: the help has been printed
             sys.exit(0)
         _fail(f"{message} (see `fastar --help`)")
+    if result == EXIT_INTERRUPTED:  # typer makes this of Ctrl-C, older ones an Abort
+        print("fastar: interrupted; the same command goes on from what is finished", file=sys.stderr)
     sys.exit(result if isinstance(result, int) else 0)
 
 
