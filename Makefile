@@ -10,11 +10,12 @@ star: $(VENV)/.installed
 
 install: $(VENV)/.installed
 
+# One thread: the tests' networks are small, and threads that wait for each other cost more than they save.
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 test-all: $(VENV)/.dev
-	$(BIN)/python -m pytest -m 'slow or not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'slow or not slow'
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .
@@ -27,6 +28,8 @@ format: $(VENV)/.dev
 
 bench: $(VENV)/.bench
 	$(BIN)/python tools/bench_kernels.py
+	$(BIN)/python tools/bench_step.py --arch resnet8 --batch 128
+	$(BIN)/python tools/bench_epoch.py --arch resnet8 --sources 4 --images 2560
 	$(BIN)/python tools/bench_matching.py --arch resnet18 --sources 2 --against rebasin
 
 clean:
@@ -41,6 +44,6 @@ $(VENV)/.dev: $(VENV)/.installed requirements-dev.txt
 	$(BIN)/python -m pip --disable-pip-version-check install -q -r requirements-dev.txt
 	@touch $@
 
-$(VENV)/.bench: $(VENV)/.dev
-	$(BIN)/python -m pip --disable-pip-version-check install -q -e '.[bench]' --no-build-isolation
+$(VENV)/.bench: $(VENV)/.installed requirements-bench.txt
+	$(BIN)/python -m pip --disable-pip-version-check install -q --no-deps -r requirements-bench.txt
 	@touch $@
