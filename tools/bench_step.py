@@ -1,12 +1,12 @@
 """One training step: regular and star, fastar's and plain PyTorch's, one JSON line per case.
 
-    python tools/bench_step.py [--arch resnet18] [--batch 128] [--precision fp32|bf16|fp16] [--compile] [--graph]
+    python tools/bench_step.py --arch resnet18 --batch 128 [--precision bf16] [--compile] [--graph]
 
 Cases take turns inside each round of one process. `of_regular` is a case's time over that of `regular`, fastar's
 regular step (median and quartiles of per-round ratios); images are random, so data loading is not in it.
 
     regular, star                fastar's steps (star without matching: that is bench_epoch.py)
-    plain regular                the network, autocast, torch.optim.SGD
+    plain regular                the network, autocast, torch.optim
     plain star                   the same; parameters concatenated, interpolated, gradients copied back
     ..., compiled / graph        with torch.compile, and as a CUDA graph (`train.compile`, `train.graph`)
 """
@@ -22,11 +22,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastar.benchmarks import Case, line, ratio, time_in_turns
+from fastar.benchmarks import Case, Problem, add_problem_arguments, line, problem_of, ratio, time_in_turns
 from fastar.config import StarSettings, TrainSettings
-from fastar.flat import FlatLayout
-from fastar.models import build_model, parameter_count
-from fastar.training import RegularStep, SourcesStore, StarStep, draw, resolve_precision
+from fastar.errors import FastarError
+from fastar.training import RegularStep, StarStep, draw, resolve_precision
 
 EPOCH = 1000  # steps after which a star step draws anew
 
@@ -34,17 +33,19 @@ EPOCH = 1000  # steps after which a star step draws anew
 class PlainStep:
     """What one writes without fastar: the paper's reference does the same in outline."""
 
-    def __init__(self, model: nn.Module, settings: TrainSettings, dtype: torch.dtype, network: Any):
-        self.model, self.network, self.dtype = model.train(), network, dtype
-        self.device = next(model.parameters()).device
-        self.optimizer = torch.optim.SGD(
-            model.parameters(),
-            lr=settings.lr,
-            momentum=settings.momentum,
-            nesterov=settings.nesterov,
-            weight_decay=settings.weight_decay,
-        )
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=dtype == torch.float16)
+    def __init__(self, model: nn.Module, problem: Problem, network: Any):
+        self.model, self.network, self.device = model.train(), network, problem.device
+        self.dtype = resolve_precision(problem.settings.precision, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.optimizer = self.make_optimizer(list(model.parameters()), problem.settings)
+
+    @staticmethod
+    def make_optimizer(parameters: list[nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:
+        if settings.optimizer == "sgd":
+            more = {"momentum": settings.momentum, "nesterov": settings.nesterov}
+            return torch.optim.SGD(parameters, settings.lr, weight_decay=settings.weight_decay, **more)
+        kind = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.AdamW
+        return kind(parameters, settings.lr, settings.betas, settings.eps, settings.weight_decay)
 
     def backward(self, images: Tensor, labels: Tensor) -> None:
         self.optimizer.zero_grad()
@@ -61,13 +62,11 @@ class PlainStep:
 class PlainStarStep(PlainStep):
     """Parameters are concatenated, interpolated and copied into the network; its gradients go back scaled by 1 - t."""
 
-    def __init__(self, *arguments: Any, sources: list[nn.Module]):
-        super().__init__(*arguments)
+    def __init__(self, model: nn.Module, problem: Problem, network: Any, sources: list[nn.Module]):
+        super().__init__(model, problem, network)
         self.sources = [self.flat(source) for source in sources]
         self.theta = nn.Parameter(self.flat(self.model))
-        defaults = self.optimizer.defaults
-        names = ("lr", "momentum", "nesterov", "weight_decay")
-        self.optimizer = torch.optim.SGD([self.theta], **{name: defaults[name] for name in names})
+        self.optimizer = self.make_optimizer([self.theta], problem.settings)
         self.draws = itertools.cycle(zip(*draw(StarSettings(), len(sources), EPOCH, seed=0), strict=True))
 
     @staticmethod
@@ -103,42 +102,21 @@ def endless(step: RegularStep | StarStep, images: Tensor, labels: Tensor, lr: Te
     return run
 
 
-def make_cases(arguments: argparse.Namespace, device: torch.device) -> list[Case]:
-    options = {} if arguments.width is None else {"width": arguments.width}
-    shape = (3, arguments.size, arguments.size)
-
-    def network(seed: int) -> nn.Module:
-        model = build_model(arguments.arch, input_shape=shape, classes=10, seed=seed, **options)
-        return model.to(device)
-
-    settings = TrainSettings(lr=1e-3, precision=arguments.precision)
-    dtype = resolve_precision(settings.precision, device)
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randn(arguments.batch, *shape, generator=generator)
-    images = images.to(device).to(memory_format=torch.channels_last)
-    labels = torch.randint(10, (arguments.batch,), generator=generator).to(device)
-    lr = torch.tensor(1e-3, device=device)
-    layout = FlatLayout.from_module(network(0))
-    sources = [network(1 + n) for n in range(arguments.sources)]
-    names = [str(n) for n in range(arguments.sources)]
+def make_cases(problem: Problem, *, compiled: bool, graph: bool) -> list[Case]:
+    images, labels = problem.batch()
+    lr = torch.tensor(problem.settings.lr, device=problem.device)
+    sources = [problem.network(1 + n) for n in range(problem.sources)]
 
     def regular(**changes: Any) -> Callable[[], object]:
-        return endless(RegularStep(network(0), settings.model_copy(update=changes)), images, labels, lr)
+        return endless(problem.regular_step(**changes), images, labels, lr)
 
-    def star(fuse: bool = True, **changes: Any) -> Callable[[], object]:
-        store = SourcesStore(layout, [s.state_dict() for s in sources], names, device, store=arguments.store)
-        chosen, never = settings.model_copy(update=changes), StarSettings(match_every_epochs=0)
-        step = StarStep(network(0), chosen, never, store, seed=0, match=lambda *_: None, fuse=fuse)
-        return endless(step, images, labels, lr)
+    def star(**changes: Any) -> Callable[[], object]:
+        return endless(problem.star_step(**changes), images, labels, lr)
 
     def plain(star: bool, compiled: bool) -> Callable[[], object]:
-        model = network(0)
+        model = problem.network(0)
         run: Any = torch.compile(model, dynamic=False) if compiled else model
-        step = (
-            PlainStarStep(model, settings, dtype, run, sources=sources)
-            if star
-            else PlainStep(model, settings, dtype, run)
-        )
+        step = PlainStarStep(model, problem, run, sources) if star else PlainStep(model, problem, run)
         return lambda: step(images, labels)
 
     cases = {
@@ -148,55 +126,45 @@ def make_cases(arguments: argparse.Namespace, device: torch.device) -> list[Case
         "plain regular": plain(False, False),
         "plain star": plain(True, False),
     }
-    if arguments.compile:
+    if compiled:
         cases |= {
             "regular, compiled": regular(compile=True),
             "star, compiled": star(compile=True),
             "plain regular, compiled": plain(False, True),
             "plain star, compiled": plain(True, True),
         }
-    if arguments.graph:
+    if graph:
         cases |= {"regular, graph": regular(graph=True), "star, graph": star(graph=True)}
-        if arguments.compile:
-            cases |= {"regular, compiled, graph": regular(graph=True, compile=True)}
-    facts = {
-        "arch": arguments.arch,
-        "parameters": parameter_count(sources[0]),
-        "batch": arguments.batch,
-        "size": arguments.size,
-        "precision": str(dtype).removeprefix("torch."),
-        "sources": arguments.sources,
-    }
-    return [Case(name, run, facts) for name, run in cases.items()]
+    if compiled and graph:
+        cases |= {
+            "regular, compiled, graph": regular(compile=True, graph=True),
+            "star, compiled, graph": star(compile=True, graph=True),
+        }
+    return [Case(name, run, problem.facts()) for name, run in cases.items()]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", default="resnet18")
-    parser.add_argument("--width", type=float, help="the architecture's width setting")
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--size", type=int, default=32, help="height and width of the images")
-    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
-    parser.add_argument("--sources", type=int, default=3)
-    parser.add_argument("--store", default="auto", choices=["auto", "device", "host", "file"])
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_problem_arguments(parser)
     parser.add_argument("--rounds", type=int, default=15, help="measurements of each case")
     parser.add_argument("--repeats", type=int, help="steps in one measurement (20 on a GPU, 1 elsewhere)")
     parser.add_argument("--compile", action="store_true", help="the compiled cases too")
     parser.add_argument("--graph", action="store_true", help="the CUDA graph cases too (GPU)")
     parser.add_argument("--only", nargs="+", help="cases to measure; `regular` is always among them")
     arguments = parser.parse_args()
-    if arguments.rounds < 2 or arguments.sources < 1 or arguments.batch < 2:
-        parser.error("--rounds and --batch must be at least 2, --sources at least 1")
-    if arguments.width is not None and arguments.width == int(arguments.width):
-        arguments.width = int(arguments.width)
-    device = torch.device(arguments.device)
-    cases = make_cases(arguments, device)
+    if arguments.rounds < 2:
+        parser.error("--rounds must be at least 2")
+    try:
+        problem = problem_of(arguments)
+        cases = make_cases(problem, compiled=arguments.compile, graph=arguments.graph)
+    except FastarError as error:
+        parser.error(str(error))
     if arguments.only:
         unknown = set(arguments.only) - {case.name for case in cases}
         if unknown:
             parser.error(f"--only: no case {sorted(unknown)[0]!r}; there are {[case.name for case in cases]}")
         cases = [case for case in cases if case.name in ("regular", *arguments.only)]
+    device = problem.device
     repeats = arguments.repeats or (20 if device.type == "cuda" else 1)
     timings = time_in_turns(cases, device, rounds=arguments.rounds, repeats=repeats)
     for timing in timings:

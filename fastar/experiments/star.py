@@ -11,12 +11,13 @@ from torch import Tensor
 
 from fastar import __version__
 from fastar.checkpoints import Checkpoint, load_checkpoint, load_into, read_metadata, save_checkpoint
+from fastar.config import MatchingSettings
 from fastar.errors import FastarError
 from fastar.evaluation import evaluate_rows, re_estimate
 from fastar.evaluation.batch_norm import set_statistics
 from fastar.experiments.context import Context
 from fastar.experiments.regular import check_recipe, device_name, last_good_state, recipe
-from fastar.matching import Permutations, match_weights
+from fastar.matching import Permutations, Symmetry, match_weights
 from fastar.runs import commit, versions
 from fastar.seeds import derive_seed
 from fastar.training import SourcesStore, StarStep, fit
@@ -44,6 +45,35 @@ def state_digest(checkpoint: Checkpoint) -> str:
     return digest.hexdigest()[:16]
 
 
+def match_store(
+    symmetry: Symmetry,
+    theta: Tensor,
+    sources: SourcesStore,
+    settings: MatchingSettings,
+    *,
+    start: Permutations | None,
+    seed: int,
+    threads: int,
+) -> Permutations:
+    """Algorithm 1, step 1: theta_n <- pi(theta_n) for all rows of the store, wherever they live; the permutations."""
+    found = []
+    for views in sources.parts():
+        result = match_weights(
+            symmetry,
+            sources.layout.views(theta),
+            views,
+            start=start,
+            seed=seed,
+            orders=settings.orders,
+            max_sweeps=settings.max_sweeps,
+            solver=settings.solver,
+            threads=threads,
+        )
+        symmetry.apply_rows(result.permutations, views)
+        found.append(result.permutations.to("cpu"))
+    return Permutations({name: torch.cat([part[name] for part in found]) for name in found[0]})
+
+
 class Matcher:
     """Makes a store's rows match theta, and remembers the permutations since the files."""
 
@@ -53,27 +83,18 @@ class Matcher:
         self._matched = False
 
     def __call__(self, theta: Tensor, sources: SourcesStore, epoch: int) -> None:
-        """Algorithm 1, step 1: theta_n <- pi(theta_n) for all n, starting from the last epoch's permutations."""
         settings, symmetry = self._context.settings, self._context.symmetry
-        # The rows are kept as permuted last: what matched then is where to start now.
-        start = symmetry.identity() if self._matched else None
-        found = []
-        for views in sources.parts():
-            result = match_weights(
-                symmetry,
-                sources.layout.views(theta),
-                views,
-                start=start,
-                seed=derive_seed(settings.seed, "star", "matching", epoch),
-                orders=settings.matching.orders,
-                max_sweeps=settings.matching.max_sweeps,
-                solver=settings.matching.solver,
-                threads=settings.workers,
-            )
-            symmetry.apply_rows(result.permutations, views)
-            found.append(result.permutations.to("cpu"))
-        moves = {name: torch.cat([part[name] for part in found]) for name in self.permutations}
-        self.permutations = self.permutations.then(Permutations(moves))
+        moves = match_store(
+            symmetry,
+            theta,
+            sources,
+            settings.matching,
+            # The rows are kept as permuted last: what matched then is where to start now.
+            start=symmetry.identity() if self._matched else None,
+            seed=derive_seed(settings.seed, "star", "matching", epoch),
+            threads=settings.workers,
+        )
+        self.permutations = self.permutations.then(moves)
         self._matched = True
 
 

@@ -1,6 +1,7 @@
 """Training of regular and star models over flat parameters."""
 
 from fastar.training.loop import Epoch, NonFiniteLoss, Step, fit, synchronize
+from fastar.training.parts import part
 from fastar.training.precision import resolve_precision
 from fastar.training.schedule import learning_rate
 from fastar.training.steps import RegularStep, StarStep, draw
@@ -17,6 +18,7 @@ __all__ = [
     "draw",
     "fit",
     "learning_rate",
+    "part",
     "resolve_precision",
     "suitable_threads",
     "synchronize",

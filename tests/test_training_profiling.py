@@ -1,0 +1,201 @@
+"""Parts of training and their times, profiles, and the tools that time and profile training."""
+
+from __future__ import annotations
+
+import doctest
+import json
+import runpy
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from training_cases import CPU, PlainMlp, dataset, network, store
+
+from fastar import benchmarks
+from fastar.config import StarSettings, TrainSettings
+from fastar.errors import FastarError
+from fastar.flat import FlatLayout
+from fastar.training import StarStep, fit, part, profiling
+from fastar.training.parts import PartClock
+
+TOOLS = Path(__file__).resolve().parent.parent / "tools"
+TINY = ["--arch", "mlp", "--width", "4", "--size", "4", "--batch", "8", "--device", "cpu", "--sources", "2"]
+
+
+def test_a_clock_adds_up_the_time_of_parts() -> None:
+    with part("before"):
+        pass
+    with PartClock(CPU) as clock:
+        for _ in range(3):
+            with part("slow"):
+                time.sleep(0.02)
+        with part("fast"):
+            pass
+    with part("after"):
+        pass
+    seconds = clock.seconds()
+    assert list(seconds) == ["slow", "fast"]
+    assert seconds["slow"] >= 0.06  # sleep never returns early
+    assert seconds["fast"] < seconds["slow"]
+
+
+def test_training_is_all_parts() -> None:
+    model = network(PlainMlp, 0)
+    settings = TrainSettings(batch_size=16, precision="fp32")
+    z = store([network(PlainMlp, 1)], FlatLayout.from_module(model))
+    step = StarStep(model, settings, StarSettings(), z, seed=0, match=lambda theta, sources, epoch: None)
+    with PartClock(CPU) as clock:
+        fit(step, dataset(channels=3, size=2, pad=0), settings, name="x", seed=0, epochs=1)
+    assert set(clock.seconds()) == {"matching", "load", "interpolate", "forward", "backward", "update"}
+
+
+def test_a_profile_has_parts_operations_and_a_trace(tmp_path: Path) -> None:
+    images = torch.randn(64, 64)
+
+    def run() -> None:
+        with part("forward"):
+            time.sleep(0.02)
+            images @ images
+
+    found = profiling.profile(run, CPU, trace=tmp_path / "trace.json")
+    assert found.seconds >= found.parts["forward"] >= 0.02
+    assert found.other == pytest.approx(found.seconds - found.parts["forward"])
+    assert found.idle >= 0.015  # asleep; thread clocks may be coarse
+    assert "aten::mm" in found.operations
+    lines = found.table(steps=2).splitlines()
+    assert [line.split()[0] for line in lines] == ["part", "forward", "other", "all", "idle", "peak"]
+    assert float(lines[1].split()[1]) == pytest.approx(found.parts["forward"] * 500, abs=1e-3)
+    names = {event.get("name") for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]}
+    assert {"forward", "aten::mm", "[memory]"} <= names
+
+
+def test_profiles_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(FastarError, match=r"missing.*cannot be written \(No such file"):
+        profiling.profile(lambda: None, CPU, trace=tmp_path / "missing" / "trace.json")
+    with pytest.raises(FastarError, match="of a GPU's memory"):
+        profiling.profile(lambda: None, CPU, memory=tmp_path / "memory.pickle")
+
+
+def test_examples() -> None:
+    result = doctest.testmod(profiling)
+    assert (result.attempted, result.failed) == (1, 0)
+    assert profiling.union([]) == 0
+    assert profiling.union([(3, 4), (0, 10), (9, 12)]) == 12
+
+
+def test_cases_take_turns() -> None:
+    calls: list[str] = []
+    cases = [benchmarks.Case(name, lambda name=name: calls.append(name)) for name in "abc"]
+    timings = benchmarks.time_in_turns(cases, CPU, rounds=4, repeats=2, warm_up=1)
+    there, back = "aabbcc", "ccbbaa"
+    assert "".join(calls) == "abc" + (there + back) * 2
+    assert [len(timing.seconds) for timing in timings] == [4, 4, 4]
+    with pytest.raises(ValueError, match="names of their own"):
+        benchmarks.time_in_turns([cases[0], cases[0]], CPU, rounds=1)
+
+
+def test_ratios_are_within_rounds() -> None:
+    case = benchmarks.Case("x", lambda: None)
+    first, second = benchmarks.Timing(case, [2.0, 40.0, 6.0]), benchmarks.Timing(case, [1.0, 20.0, 2.0])
+    assert benchmarks.ratio(first, second) == {"median": 2.0, "q25": 2.0, "q75": 2.5, "min": 2.0}
+
+
+def run_tool(
+    name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> str:
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    runpy.run_path(str(TOOLS / name), run_name="__main__")
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "cases"),
+    [
+        (
+            "bench_step.py",
+            [*TINY, "--rounds", "2"],
+            ["regular", "star", "star, interpolation apart", "plain regular", "plain star"],
+        ),
+        (
+            "bench_step.py",
+            [*TINY, "--rounds", "2", "--only", "plain star", "--optimizer", "adamw"],
+            ["regular", "plain star"],
+        ),
+        (
+            "bench_epoch.py",
+            [*TINY, "--rounds", "2", "--images", "40", "--warm-images", "16"],
+            ["regular", "star", "matching", "steps"],
+        ),
+    ],
+)
+def test_benchmarks_print_a_line_per_case(
+    name: str,
+    arguments: list[str],
+    cases: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    lines: list[dict[str, Any]] = [
+        json.loads(text) for text in run_tool(name, arguments, monkeypatch, capsys).splitlines()
+    ]
+    assert [line["case"] for line in lines] == cases
+    for line in lines:
+        assert line["n"] == 2
+        assert line["ms"]["min"] <= line["ms"]["q25"] <= line["ms"]["median"] <= line["ms"]["q75"]
+        assert line["device"].startswith("cpu")
+        assert line["versions"]["torch"] == torch.__version__
+        assert "commit" in line["versions"]
+    assert lines[0]["of_regular"]["median"] == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "parts"),
+    [
+        ("profile_step.py", ["--steps", "3"], ["interpolate", "forward", "backward", "update"]),
+        (
+            "profile_epoch.py",
+            ["--images", "40"],
+            ["matching", "load", "interpolate", "forward", "backward", "update", "evaluation"],
+        ),
+    ],
+)
+def test_profiles_print_their_parts(
+    name: str,
+    arguments: list[str],
+    parts: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    printed = run_tool(name, [*TINY, *arguments], monkeypatch, capsys)
+    table = printed[printed.index("\npart ") :].splitlines()[2:]
+    assert [line.split()[0] for line in table] == [*parts, "other", "all", "idle", "peak"]
+    assert "aten::addmm" in printed
+
+
+def test_a_plain_star_step_does_what_fastars_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The benchmark compares like with like: the same draws, losses and parameters."""
+    tool = runpy.run_path(str(TOOLS / "bench_step.py"))
+    settings = TrainSettings(batch_size=8, lr=0.05, precision="fp32")
+    problem = benchmarks.Problem("mlp", CPU, settings, sources=3, size=4, width=5)
+    images, labels = problem.batch()
+    mine = problem.star_step()
+    model = problem.network(0)
+    theirs = tool["PlainStarStep"](model, problem, model, [problem.network(1 + n) for n in range(3)])
+    count = 6
+    mine.begin_epoch(0, count)
+    theirs.draws = iter(list(zip(mine._indices, mine._ts, strict=True)))
+    before = mine.theta.clone()
+    for _ in range(count):
+        mine(images, labels, torch.tensor(0.05))
+        theirs(images, labels)
+    flat = torch.cat([value.reshape(-1) for value in mine.layout.views(mine.theta).values()])
+    names = [entry.name for entry in mine.layout.entries]
+    start, pieces = 0, {}
+    for name, parameter in model.named_parameters():
+        pieces[name] = theirs.theta[start : start + parameter.numel()]
+        start += parameter.numel()
+    torch.testing.assert_close(flat, torch.cat([pieces[name] for name in names]), rtol=1e-5, atol=1e-6)
+    assert (mine.theta - before).abs().max() > 1e-3

@@ -1,0 +1,68 @@
+"""A star epoch, matching included, over a regular epoch: one JSON line for each, with the star's two parts.
+
+    python tools/bench_epoch.py --sources 50 [--arch resnet18] [--images 50000] [--rounds 5]
+
+Epochs of both kinds take turns in one process, on random images with CIFAR's augmentation. The star and its sources
+have each seen one epoch, so that they are like trained ones. Every star epoch matches first: the first time `cold`,
+from the sources as they were trained; afterwards from the permutations of the epoch before. `of_regular` is a part's
+time over a regular epoch's (median and quartiles of per-round ratios).
+"""
+
+from __future__ import annotations
+
+import argparse
+
+import torch
+
+from fastar.benchmarks import Case, Problem, Timing, add_problem_arguments, line, problem_of, ratio
+from fastar.errors import FastarError
+from fastar.training import Epoch, Step, fit
+
+
+def epoch_of(step: Step, problem: Problem, data: object, number: int) -> Epoch:
+    (epoch,) = fit(step, data, problem.settings, name="benchmark", seed=number, epochs=1)
+    return epoch
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_problem_arguments(parser)
+    parser.add_argument("--images", type=int, default=50_000, help="images in an epoch")
+    parser.add_argument("--warm-images", type=int, default=5_000, help="images that star and sources see beforehand")
+    parser.add_argument("--rounds", type=int, default=5, help="epochs of each kind")
+    parser.add_argument("--compile", action="store_true", help="with torch.compile")
+    parser.add_argument("--graph", action="store_true", help="with CUDA graphs")
+    arguments = parser.parse_args()
+    if arguments.rounds < 2:
+        parser.error("--rounds must be at least 2")
+    try:
+        problem = problem_of(arguments)
+        changes = {"compile": arguments.compile, "graph": arguments.graph}
+        data = problem.dataset(arguments.images)
+        warm = problem.dataset(arguments.warm_images)
+        regular = problem.regular_step(**changes)
+        star = problem.star_step(matching=True, trained=warm, **changes)
+        epoch_of(regular, problem, warm, 0)
+        cold = epoch_of(star, problem, warm, 0).begin_seconds
+        taken: dict[str, list[float]] = {"regular": [], "star": [], "matching": [], "steps": []}
+        for number in range(1, 1 + arguments.rounds):
+            mine = epoch_of(regular, problem, data, number)
+            its = epoch_of(star, problem, data, number)
+            taken["regular"].append(mine.seconds)
+            taken["matching"].append(its.begin_seconds)
+            taken["steps"].append(its.seconds)
+            taken["star"].append(its.begin_seconds + its.seconds)
+    except FastarError as error:
+        parser.error(str(error))
+    facts = {**problem.facts(), **changes, "images": arguments.images, "threads": torch.get_num_threads()}
+    timings = {name: Timing(Case(name, lambda: None, facts), seconds) for name, seconds in taken.items()}
+    for name, timing in timings.items():
+        more = {"of_regular": ratio(timing, timings["regular"])}
+        if name == "matching":
+            more["ms_per_source"] = timing.median * 1e3 / problem.sources
+            more["cold_ms_per_source"] = cold * 1e3 / problem.sources
+        print(line("epoch", timing, problem.device, **more), flush=True)
+
+
+if __name__ == "__main__":
+    main()
