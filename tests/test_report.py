@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.axes import Axes
 from PIL import Image
 from rich.console import Console
 from rich.table import Table
@@ -174,6 +175,26 @@ def test_band_follows_the_spread(tmp_path: Path) -> None:
     barrier_picture(given, flat)
     grey = (pixels(wide).min(axis=-1) < 250).sum(), (pixels(flat).min(axis=-1) < 250).sum()
     assert grey[0] > 1.5 * grey[1]
+
+
+def test_band_is_one_standard_deviation_on_both_sides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bands = []
+    draw = Axes.fill_between
+
+    def record(self: Axes, x: Any, low: Any, high: Any, **style: Any) -> Any:
+        bands.append((list(low), list(high)))
+        return draw(self, x, low, high, **style)
+
+    monkeypatch.setattr(Axes, "fill_between", record)
+    given = {**results(), "paths": results()["paths"][:1] + results()["paths"][:1]}
+    given["paths"][1] = {**given["paths"][0], "train_loss": [0.1, 0.8, 0.0], "train_accuracy": [1.0, 0.7, 1.0]}
+    barrier_picture(given, tmp_path / "p.png")
+    half = 0.5**0.5  # the sample standard deviation of two numbers is their distance times this
+    (loss_low, loss_high), (accuracy_low, accuracy_high) = bands
+    assert loss_low == pytest.approx([0.1, 0.6 - 0.4 * half, 0.0])  # a loss is not below 0
+    assert loss_high == pytest.approx([0.1, 0.6 + 0.4 * half, 0.1 + 0.2 * half])
+    assert accuracy_low == pytest.approx([0.995 - 0.01 * half, 0.8 - 0.2 * half, 0.99 - 0.02 * half])
+    assert accuracy_high == pytest.approx([1.0, 0.8 + 0.2 * half, 1.0])  # nor an accuracy above 1
 
 
 def test_curves_differ_without_colour() -> None:
