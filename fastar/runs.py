@@ -25,6 +25,7 @@ from fastar.errors import FastarError
 FREE_KEYS = (
     "dataset.root",
     "dataset.directory",
+    "sources.store",
     "device",
     "evaluation.",
     "sources.store",

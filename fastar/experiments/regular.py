@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,12 @@ def check_recipe(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]
     changed = differences(found, wanted)
     if changed:
         key, (was, now) = next(iter(changed.items()))
-        raise FastarError(f"{path}: is another model ({key} was {was!r}, now {now!r}); move it away or choose --out")
+        if isinstance(was, list) and isinstance(now, list):  # digests of sources: which, not what
+            others = sum(one != other for one, other in zip_longest(was, now))
+            what = f"{key}: {others} of {max(len(was), len(now))} differ"
+        else:
+            what = f"{key} was {was!r}, now {now!r}"
+        raise FastarError(f"{path}: is another model ({what}); move it away or choose --out")
 
 
 @contextmanager
