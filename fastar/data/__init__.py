@@ -2,7 +2,10 @@
 
 from fastar.data.device import DeviceDataset, load
 from fastar.data.files import DatasetFiles, open_files, prepare
+from fastar.data.imagefolder import ImageFiles, open_images, prepare_images
 from fastar.data.registry import DATASETS, Augmentation, DatasetSpec, dataset_spec
+from fastar.data.streaming import StreamingDataset
+from fastar.data.varied import Encoding
 
 __all__ = [
     "DATASETS",
@@ -10,8 +13,13 @@ __all__ = [
     "DatasetFiles",
     "DatasetSpec",
     "DeviceDataset",
+    "Encoding",
+    "ImageFiles",
+    "StreamingDataset",
     "dataset_spec",
     "load",
     "open_files",
+    "open_images",
     "prepare",
+    "prepare_images",
 ]

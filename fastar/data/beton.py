@@ -6,7 +6,7 @@ FFCV itself trusts a file: a truncated, empty or foreign one gives an IndexError
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -22,11 +22,60 @@ from fastar.data.ffcv_names import (
     RGBImageField,
     get_metadata_type,
 )
+from fastar.data.raw import RawSplit
 from fastar.errors import FastarError
 
-_RAW_MODE = 1
+JPEG_MODE, RAW_MODE = 0, 1
 _BLOCK = 1 << 16
 _BLOCKS = 256
+
+
+class Layout(Protocol):
+    """What a file must hold, for writing and checking it: the image and label of `count` samples."""
+
+    @property
+    def count(self) -> int: ...
+
+    @property
+    def classes(self) -> int: ...
+
+    @property
+    def page_size(self) -> int:
+        """Bytes of a page of the file; an encoded image must fit into one."""
+        ...
+
+    @property
+    def equal_sizes(self) -> bool:
+        """Every image takes the same number of bytes."""
+        ...
+
+    def image_bytes_of(self, raw: RawSplit, indices: np.ndarray) -> float:
+        """Bytes that one of these images will take; a mean, from a sample, where they differ."""
+        ...
+
+    def fields(self) -> dict[str, Field]:
+        """FFCV's fields in file order."""
+        ...
+
+    def encoders(self, position: int) -> dict[str, Field]:
+        """The fields that write sample `position`; they describe themselves in the file as `fields` does."""
+        ...
+
+    def describe(self) -> str:
+        """The kind of images, for messages."""
+        ...
+
+    def complaint(self, image: np.ndarray) -> str | None:
+        """What is wrong with a raw image that was to be written, or None."""
+        ...
+
+    def pointers(self, image: np.ndarray) -> np.ndarray:
+        """Where each image's bytes start, out of the sample table's image column."""
+        ...
+
+    def fault(self, image: np.ndarray, sizes: np.ndarray) -> str | None:
+        """What is wrong with a file's images (table column, and bytes of each), or None."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -51,6 +100,39 @@ class BetonLayout:
             else NDArrayField(np.dtype("uint8"), (self.height, self.width, self.channels))
         )
         return {"image": image, "label": IntField()}
+
+    @property
+    def page_size(self) -> int:
+        return 1 << 21
+
+    @property
+    def equal_sizes(self) -> bool:
+        return True
+
+    def image_bytes_of(self, raw: RawSplit, indices: np.ndarray) -> float:
+        return self.image_bytes
+
+    def encoders(self, position: int) -> dict[str, Field]:
+        return self.fields()
+
+    def describe(self) -> str:
+        return f"{self.height}x{self.width}x{self.channels} images"
+
+    def complaint(self, image: np.ndarray) -> str | None:
+        shape = (self.height, self.width, self.channels)
+        if image.shape == shape and image.dtype == np.uint8:
+            return None
+        return f"image is {image.dtype} {list(image.shape)}, must be uint8 {list(shape)}"
+
+    def pointers(self, image: np.ndarray) -> np.ndarray:
+        return image["data_ptr"] if self.channels == 3 else image
+
+    def fault(self, image: np.ndarray, sizes: np.ndarray) -> str | None:
+        if self.channels == 3:
+            same = (image["mode"] == RAW_MODE) & (image["height"] == self.height) & (image["width"] == self.width)
+            if not same.all():
+                return f"its images are not all raw {self.height}x{self.width}"
+        return None if (sizes == self.image_bytes).all() else "its allocation table does not match its samples"
 
 
 def field_descriptors(fields: dict[str, Field]) -> np.ndarray:
@@ -79,7 +161,7 @@ def fingerprint(path: Path) -> dict[str, Any]:
     return {"bytes": size, "sha256_of_blocks": digest.hexdigest()}
 
 
-def check_beton(path: Path, layout: BetonLayout) -> np.ndarray:
+def check_beton(path: Path, layout: Layout) -> np.ndarray:
     """Check header, fields, sizes, labels and allocation table; returns the labels (int64 [count]).
 
     Raises FastarError that names the file and its first fault. Nothing of FFCV's reader or loader runs.
@@ -116,8 +198,7 @@ def check_beton(path: Path, layout: BetonLayout) -> np.ndarray:
     written = part(FieldDescType, HeaderType.itemsize, len(fields), "fields")
     for name, want, got in zip(fields, expected, written, strict=True):
         if any(not np.array_equal(want[key], got[key]) for key in ("type_id", "name", "arguments")):
-            shape = f"{layout.height}x{layout.width}x{layout.channels}"
-            raise fault(f"its field {name!r} is not what fastar writes for {shape} images")
+            raise fault(f"its field {name!r} is not what fastar writes for {layout.describe()}")
 
     start = HeaderType.itemsize + expected.nbytes
     metadata = part(get_metadata_type(list(fields.values())), start, count, "sample table")
@@ -129,23 +210,21 @@ def check_beton(path: Path, layout: BetonLayout) -> np.ndarray:
     labels = np.array(metadata["f1"], dtype=np.int64)
     if labels.min() < 0 or labels.max() >= layout.classes:
         raise fault(f"labels are not all in 0..{layout.classes - 1}")
-    image = metadata["f0"]
-    pointers = image
-    if layout.channels == 3:
-        pointers = image["data_ptr"]
-        if not (
-            (image["mode"] == _RAW_MODE) & (image["height"] == layout.height) & (image["width"] == layout.width)
-        ).all():
-            raise fault(f"its images are not all raw {layout.height}x{layout.width}")
-    order = np.argsort(table["sample_id"], kind="stable")
-    by_sample = table[order]
+    pointers = layout.pointers(metadata["f0"])
+    by_sample = table[np.argsort(table["sample_id"], kind="stable")]
+    sizes = by_sample["size"]
+    # The images first: what is said of them is plainer.
+    found = layout.fault(metadata["f0"], sizes)
+    if found is not None:
+        raise fault(found)
+    in_file = np.argsort(pointers, kind="stable")
+    starts, stops = pointers[in_file], pointers[in_file] + sizes[in_file]
     if not (
         np.array_equal(by_sample["sample_id"], np.arange(count))
         and np.array_equal(by_sample["ptr"], pointers)
-        and (table["size"] == layout.image_bytes).all()
-        and len(np.unique(pointers)) == count
+        and (stops[:-1] <= starts[1:]).all()
     ):
         raise fault("its allocation table does not match its samples")
-    if pointers.min() < start + metadata.nbytes or int(pointers.max()) + layout.image_bytes > table_start:
+    if starts[0] < start + metadata.nbytes or int(stops[-1]) > table_start:
         raise fault("its images lie outside the file's pages")
     return labels

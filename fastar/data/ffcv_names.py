@@ -24,11 +24,15 @@ def torch_threads_kept() -> Iterator[None]:
 
 with torch_threads_kept():
     try:
+        import cv2
         from ffcv.fields import IntField, NDArrayField, RGBImageField
         from ffcv.fields.base import Field
+        from ffcv.fields.rgb_image import CenterCropRGBImageDecoder
+        from ffcv.libffcv import imdecode, resize_crop
         from ffcv.loader import Loader, OrderOption
         from ffcv.loader.epoch_iterator import EpochIterator
         from ffcv.memory_allocator import MemoryAllocator
+        from ffcv.pipeline.allocation_query import AllocationQuery
         from ffcv.pipeline.compiler import Compiler
         from ffcv.types import (
             ALLOC_TABLE_TYPE,
@@ -49,6 +53,8 @@ __all__ = [
     "CURRENT_VERSION",
     "FFCV_VERSION",
     "TYPE_ID_HANDLER",
+    "AllocationQuery",
+    "CenterCropRGBImageDecoder",
     "Compiler",
     "EpochIterator",
     "Field",
@@ -60,7 +66,10 @@ __all__ = [
     "NDArrayField",
     "OrderOption",
     "RGBImageField",
+    "cv2",
     "get_metadata_type",
     "handle_sample",
+    "imdecode",
+    "resize_crop",
     "torch_threads_kept",
 ]

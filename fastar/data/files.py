@@ -26,7 +26,7 @@ from fastar.progress import SILENT, Progress
 SPLITS = ("train", "test")
 METADATA = "metadata.json"
 _FORMAT = 1
-_PARTIAL = ".partial"
+PARTIAL = ".partial"
 
 
 @dataclass(frozen=True)
@@ -96,10 +96,10 @@ def prepare(
     if (folder / METADATA).exists() and all((folder / f"{split}.beton").exists() for split in SPLITS):
         return _reuse(folder, spec, data_root, limit)
     raw = find_raw(spec, Path(data_root) if data_root is not None else None)
-    with _locked_folder(folder):
+    with locked_folder(folder):
         if (folder / METADATA).exists() and all((folder / f"{split}.beton").exists() for split in SPLITS):
             return _reuse(folder, spec, data_root, limit)
-        _refuse_foreign(folder)
+        refuse_foreign(folder)
         return _write(folder, spec, raw, limit, workers, progress)
 
 
@@ -168,7 +168,7 @@ def _reuse(folder: Path, spec: DatasetSpec, data_root: Path | None, limit: int |
 
 
 @contextmanager
-def _locked_folder(folder: Path) -> Iterator[None]:
+def locked_folder(folder: Path) -> Iterator[None]:
     """Hold `folder` (created if needed) for this process; remove what is unfinished in it, before and after."""
     created = []
     try:
@@ -197,11 +197,11 @@ def _locked_folder(folder: Path) -> Iterator[None]:
 
 
 def _remove_partial(folder: Path) -> None:
-    for path in folder.glob(f"*{_PARTIAL}"):
+    for path in folder.glob(f"*{PARTIAL}"):
         path.unlink(missing_ok=True)
 
 
-def _refuse_foreign(folder: Path) -> None:
+def refuse_foreign(folder: Path) -> None:
     """A .beton that no metadata file describes is not ours to overwrite. (Metadata is written before the renames.)"""
     if (folder / METADATA).exists():
         return
@@ -224,7 +224,7 @@ def _write(
         if limit is not None and limit < len(source):
             indices = balanced_subset(source.labels, limit, spec.name, split)
         layout = BetonLayout(len(indices), spec.height, spec.width, spec.channels, len(spec.classes))
-        partial = folder / f"{split}.beton{_PARTIAL}"
+        partial = folder / f"{split}.beton{PARTIAL}"
         description = f"{spec.name} {split}"
         write_beton(
             partial, source, indices, layout, workers=workers, progress=progress, description=f"writing {description}"
@@ -237,9 +237,9 @@ def _write(
     try:
         # Metadata first: a .beton beside it counts only if it is the file described there, so that a kill between
         # any two of these steps leaves a folder that is either finished or known to be unfinished.
-        _replace_text(folder / METADATA, json.dumps(metadata, indent=1) + "\n")
+        replace_text(folder / METADATA, json.dumps(metadata, indent=1) + "\n")
         for split in SPLITS:
-            os.replace(folder / f"{split}.beton{_PARTIAL}", folder / f"{split}.beton")
+            os.replace(folder / f"{split}.beton{PARTIAL}", folder / f"{split}.beton")
         handle = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(handle)
@@ -250,8 +250,8 @@ def _write(
     return DatasetFiles(folder / "train.beton", folder / "test.beton", metadata)
 
 
-def _replace_text(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + _PARTIAL)
+def replace_text(path: Path, text: str) -> None:
+    partial = path.with_name(path.name + PARTIAL)
     with partial.open("w", encoding="utf-8") as stream:
         stream.write(text)
         stream.flush()
@@ -281,7 +281,7 @@ def _metadata(
         "settings": {"limit": limit, "encoding": "raw"},
         "source": {"kind": raw.kind, "digest": raw.digest},
         "content": {split: summary.digest for split, summary in summaries.items()},
-        "files": {split: fingerprint(folder / f"{split}.beton{_PARTIAL}") for split in SPLITS},
+        "files": {split: fingerprint(folder / f"{split}.beton{PARTIAL}") for split in SPLITS},
         "versions": {
             "fastar": __version__,
             **{package: version(package) for package in ("ffcv", "numpy", "pillow")},

@@ -1,6 +1,7 @@
 """The one way from a .beton file to batches: FFCV's loader, kept from hanging, leaking and changing the process."""
 
 import queue
+import weakref
 from collections.abc import Generator, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -8,8 +9,15 @@ from typing import Any
 
 import numpy as np
 
-from fastar.data.beton import BetonLayout, check_beton
-from fastar.data.ffcv_names import Compiler, EpochIterator, Loader, OrderOption, torch_threads_kept
+from fastar.data.beton import BetonLayout, Layout, check_beton
+from fastar.data.decoding import CentreCropDecoder
+from fastar.data.ffcv_names import (
+    Compiler,
+    EpochIterator,
+    Loader,
+    OrderOption,
+    torch_threads_kept,
+)
 from fastar.errors import FastarError
 
 Batches = Generator[tuple[np.ndarray, np.ndarray], None, None]
@@ -66,10 +74,14 @@ class GuardedLoader(Loader):
     """FFCV's loader whose iterators are `GuardedIterator`s."""
 
     def __iter__(self) -> GuardedIterator:
-        Compiler.set_num_threads(self.num_workers)
         order = self.next_traversal_order()
         self.next_epoch += 1
-        return GuardedIterator(self, order[: len(self) * self.batch_size])
+        return self.epoch(order[: len(self) * self.batch_size])
+
+    def epoch(self, order: np.ndarray) -> GuardedIterator:
+        """An epoch of the samples `order` (uint64), in that order."""
+        Compiler.set_num_threads(self.num_workers)
+        return GuardedIterator(self, order)
 
 
 @contextmanager
@@ -108,3 +120,54 @@ def read_batches(path: Path, layout: BetonLayout, batch_size: int = BATCH) -> Ba
         # Whatever FFCV's thread or compiler ran into belongs to this file; the cause stays attached.
         except Exception as error:
             raise FastarError(f"{path}: FFCV's loader failed ({type(error).__name__}: {error})") from error
+
+
+class CropReader:
+    """Epochs of a .beton file of images of differing sizes, each cut to its centre and resized while it is decoded.
+
+    The largest centred square is taken, `ratio` of its side kept, and resized to `size`, on `workers` threads. The file
+    is checked here.
+    """
+
+    def __init__(self, path: Path, layout: Layout, *, size: int, ratio: float, batch_size: int, workers: int):
+        self.path = path
+        self.labels = check_beton(path, layout)
+        try:
+            decoder = CentreCropDecoder(size, ratio, workers)
+            weakref.finalize(self, decoder.close)
+            with torch_threads_kept(), _compiling(False):
+                self._loader = GuardedLoader(
+                    str(path),
+                    batch_size=min(batch_size, layout.count),
+                    num_workers=1,
+                    os_cache=True,
+                    order=OrderOption.SEQUENTIAL,
+                    seed=0,
+                    drop_last=False,
+                    batches_ahead=2,
+                    pipelines={"image": [decoder]},
+                )
+        # Whatever FFCV's compiler ran into belongs to this file; the cause stays attached.
+        except Exception as error:
+            raise FastarError(f"{path}: FFCV's loader failed ({type(error).__name__}: {error})") from error
+
+    def epoch(self, order: np.ndarray) -> Batches:
+        """Yield (images uint8 [b, size, size, 3], labels int64 [b]) of the samples `order`, in that order.
+
+        The arrays are FFCV's own buffers: copy them before asking for the next batch. torch's threads stay as they are.
+        """
+        try:
+            with torch_threads_kept():
+                batches = self._loader.epoch(order.astype(np.uint64))
+            with closing(batches):
+                while True:
+                    # FFCV's thread sets torch's thread count when it starts, which is before its first batch.
+                    with torch_threads_kept():
+                        batch = next(batches, None)
+                    if batch is None:
+                        return
+                    yield np.asarray(batch[0]), np.asarray(batch[1]).reshape(-1)
+        except FastarError as error:
+            raise FastarError(f"{self.path}: {error}") from error
+        except Exception as error:
+            raise FastarError(f"{self.path}: FFCV's loader failed ({type(error).__name__}: {error})") from error

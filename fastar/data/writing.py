@@ -7,6 +7,7 @@ samples lives in anonymous shared memory, which nothing can leave behind.
 
 import ctypes
 import errno
+import math
 import mmap
 import multiprocessing
 import os
@@ -19,13 +20,14 @@ from typing import Any
 
 import numpy as np
 
-from fastar.data.beton import BetonLayout, field_descriptors
+from fastar.data.beton import Layout, field_descriptors
 from fastar.data.ffcv_names import (
     ALLOC_TABLE_TYPE,
     CURRENT_VERSION,
     Field,
     HeaderType,
     MemoryAllocator,
+    cv2,
     get_metadata_type,
     handle_sample,
 )
@@ -33,7 +35,6 @@ from fastar.data.raw import RawSplit
 from fastar.errors import FastarError
 from fastar.progress import SILENT, Progress
 
-PAGE_SIZE = 1 << 21
 CHUNK = 128
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
@@ -60,7 +61,7 @@ def write_beton(
     path: Path,
     raw: RawSplit,
     indices: np.ndarray,
-    layout: BetonLayout,
+    layout: Layout,
     *,
     workers: int = 2,
     progress: Progress = SILENT,
@@ -72,7 +73,7 @@ def write_beton(
     The caller removes the file after an error.
     """
     fields = layout.fields()
-    predicted = _predicted_bytes(layout, fields, workers)
+    predicted = _predicted_bytes(layout, raw, indices, workers)
     try:
         free = shutil.disk_usage(path.parent).free
         if predicted > free:
@@ -84,19 +85,23 @@ def write_beton(
         raise disk_full(path, error) from error
 
 
-def _predicted_bytes(layout: BetonLayout, fields: dict[str, Field], workers: int) -> int:
-    """Upper bound: front matter, whole pages (each worker may leave one half empty), allocation table."""
-    per_page = PAGE_SIZE // layout.image_bytes
-    pages = -(-layout.count // per_page) + workers
-    row = get_metadata_type(list(fields.values())).itemsize + ALLOC_TABLE_TYPE.itemsize
-    return PAGE_SIZE * (pages + 1) + layout.count * row
+def _predicted_bytes(layout: Layout, raw: RawSplit, indices: np.ndarray, workers: int) -> int:
+    """Front matter, whole pages (each worker may leave one half empty), allocation table.
+
+    An upper bound for images of one size; for others an estimate from a sample of them.
+    """
+    per_page = layout.page_size / layout.image_bytes_of(raw, indices)
+    # A page is left when the next image does not fit: on average half an image is lost where sizes differ.
+    pages = math.ceil(layout.count / (math.floor(per_page) if layout.equal_sizes else max(per_page - 0.5, 1))) + workers
+    row = get_metadata_type(list(layout.fields().values())).itemsize + ALLOC_TABLE_TYPE.itemsize
+    return layout.page_size * (pages + 1) + layout.count * row
 
 
 def _write(
     path: Path,
     raw: RawSplit,
     indices: np.ndarray,
-    layout: BetonLayout,
+    layout: Layout,
     fields: dict[str, Field],
     workers: int,
     progress: Progress,
@@ -107,15 +112,15 @@ def _write(
     metadata_start = HeaderType.itemsize + descriptors.nbytes
     header = np.zeros(1, dtype=HeaderType)
     header["version"], header["num_fields"] = CURRENT_VERSION, len(fields)
-    header["page_size"], header["num_samples"] = PAGE_SIZE, layout.count
+    header["page_size"], header["num_samples"] = layout.page_size, layout.count
     with path.open("wb") as stream:
         # The header is written last: until then the file's version is 0, and nothing opens it.
         stream.write(bytes(HeaderType.itemsize) + descriptors.tobytes())
 
     # Shared with the workers by forking; unmapped when the last array that looks into it goes.
     metadata = np.frombuffer(mmap.mmap(-1, layout.count * metadata_type.itemsize), dtype=metadata_type)
-    allocator = _Allocator(str(path), metadata_start + metadata.nbytes, PAGE_SIZE)
-    job = _Job(raw, indices, fields, metadata, allocator, layout)
+    allocator = _Allocator(str(path), metadata_start + metadata.nbytes, layout.page_size)
+    job = _Job(raw, indices, metadata, allocator, layout)
     table = _run_workers(job, max(1, min(workers, -(-layout.count // CHUNK))), progress, description)
     with path.open("r+b") as stream:
         stream.seek(metadata_start)
@@ -137,24 +142,23 @@ class _Job:
         self,
         raw: RawSplit,
         indices: np.ndarray,
-        fields: dict[str, Field],
         metadata: np.ndarray,
         allocator: _Allocator,
-        layout: BetonLayout,
+        layout: Layout,
     ):
-        self.raw, self.indices, self.fields = raw, indices, fields
+        self.raw, self.indices = raw, indices
         self.metadata, self.allocator = metadata, allocator
-        self.shape = (layout.height, layout.width, layout.channels)
+        self.layout = layout
         self.names = metadata.dtype.names
 
     def encode(self, position: int) -> None:
         index = int(self.indices[position])
         image, label = self.raw[index]
-        if image.shape != self.shape or image.dtype != np.uint8:
-            raise FastarError(
-                f"{self.raw.where(index)}: image is {image.dtype} {list(image.shape)}, must be uint8 {list(self.shape)}"
-            )
-        handle_sample((image, label), position, self.names, self.metadata, self.allocator, self.fields)
+        complaint = self.layout.complaint(image)
+        if complaint is not None:
+            raise FastarError(f"{self.raw.where(index)}: {complaint}")
+        fields = self.layout.encoders(position)
+        handle_sample((image, label), position, self.names, self.metadata, self.allocator, fields)
 
 
 def _run_workers(job: _Job, workers: int, progress: Progress, description: str) -> np.ndarray:
@@ -222,6 +226,7 @@ def _died(process: Any) -> FastarError:
 def _work(job: _Job, next_chunk: "Synchronized[int]", send: Connection, parent: int) -> None:
     """One worker: encode chunks until none is left, then send this worker's part of the allocation table."""
     _end_with_parent(parent)
+    cv2.setNumThreads(0)  # its threads, if it had any, were not forked with this process
     position = 0
     try:
         job.allocator.__enter__()

@@ -1,0 +1,181 @@
+"""Images of differing sizes in a .beton file, as JPEG or as raw pixels: how they are written, and checked."""
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fastar.data.beton import JPEG_MODE, RAW_MODE, check_beton, field_descriptors
+from fastar.data.ffcv_names import ALLOC_TABLE_TYPE, Field, HeaderType, IntField, RGBImageField, cv2, get_metadata_type
+from fastar.data.raw import RawSplit
+from fastar.data.sampling import draw
+from fastar.data.verify import SAMPLES
+from fastar.errors import FastarError
+from fastar.progress import SILENT, Progress
+from fastar.seeds import derive_seed
+
+_LARGEST = 65_535  # the file's table holds 16-bit sides
+_ESTIMATE = 32
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How images are stored: shrunk to `max_resolution` on the longer side, a share of them as JPEG, the rest raw.
+
+    Raw pixels load faster and take about 10 times the room; which images are JPEG is a hash of their position.
+    """
+
+    max_resolution: int | None = 500
+    compress_probability: float = 0.5
+    jpeg_quality: int = 90
+
+    def __post_init__(self) -> None:
+        if self.max_resolution is not None and not 1 <= self.max_resolution <= _LARGEST:
+            raise FastarError(f"max-resolution={self.max_resolution} must be within 1..{_LARGEST}")
+        if not 0 <= self.compress_probability <= 1:
+            raise FastarError(f"compress-probability={self.compress_probability} must be within 0..1")
+        if not 1 <= self.jpeg_quality <= 100:
+            raise FastarError(f"jpeg-quality={self.jpeg_quality} must be within 1..100")
+
+
+@dataclass(frozen=True)
+class VariedLayout:
+    """What a file must hold: `count` RGB images of any size, labels in 0..classes-1. See `fastar.data.beton.Layout`."""
+
+    count: int
+    classes: int
+    encoding: Encoding
+
+    @property
+    def page_size(self) -> int:
+        return 1 << 23
+
+    @property
+    def equal_sizes(self) -> bool:
+        return False
+
+    def fields(self) -> dict[str, Field]:
+        return {"image": RGBImageField(), "label": IntField()}
+
+    def encoders(self, position: int) -> dict[str, Field]:
+        word = int(draw(derive_seed(0, "compressed"), np.array([position]))[0])
+        jpeg = word < self.encoding.compress_probability * 2**32
+        image = RGBImageField(
+            write_mode="jpg" if jpeg else "raw",
+            max_resolution=self.encoding.max_resolution,
+            jpeg_quality=self.encoding.jpeg_quality,
+        )
+        return {"image": image, "label": IntField()}
+
+    def encoded(self, image: np.ndarray, position: int) -> tuple[np.void, np.ndarray]:
+        """What the file must hold of `image` at `position`: its row of the table (but for the pointer), its bytes."""
+        field = self.encoders(position)["image"]
+        row, kept = np.zeros(1, field.metadata_type), []
+
+        def allocate(size: int) -> tuple[int, np.ndarray]:
+            kept.append(np.empty(size, np.uint8))
+            return 0, kept[-1]
+
+        with single_threaded_opencv():
+            field.encode(row, image, allocate)
+        return row[0], kept[0]
+
+    def image_bytes_of(self, raw: RawSplit, indices: np.ndarray) -> float:
+        positions = np.unique(np.linspace(0, len(indices) - 1, _ESTIMATE).astype(np.int64))
+        sizes = []
+        for position in positions:
+            image = raw[int(indices[position])][0]
+            complaint = self.complaint(image)
+            if complaint is not None:
+                raise FastarError(f"{raw.where(int(indices[position]))}: {complaint}")
+            sizes.append(len(self.encoded(image, int(position))[1]))
+        return float(np.mean(sizes))
+
+    def describe(self) -> str:
+        return "RGB images of any size"
+
+    def complaint(self, image: np.ndarray) -> str | None:
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+            return f"image is {image.dtype} {list(image.shape)}, must be uint8 [H, W, 3]"
+        height, width, _ = image.shape
+        limit = self.encoding.max_resolution
+        shrink = min(1.0, limit / max(height, width)) if limit is not None else 1.0
+        if max(height, width) * shrink > _LARGEST or height * width * 3 * shrink**2 > self.page_size:
+            return f"{height}x{width} pixels are too many for one page of the file; set a smaller max-resolution"
+        if int(min(height, width) * shrink) < 1:
+            return f"{height}x{width} pixels leave nothing at max-resolution={limit}; remove the image"
+        return None
+
+    def pointers(self, image: np.ndarray) -> np.ndarray:
+        return image["data_ptr"]
+
+    def fault(self, image: np.ndarray, sizes: np.ndarray) -> str | None:
+        pixels = image["height"].astype(np.int64) * image["width"]
+        if (pixels == 0).any() or not np.isin(image["mode"], (JPEG_MODE, RAW_MODE)).all():
+            return "its sample table is damaged"
+        raw = image["mode"] == RAW_MODE
+        if (sizes[raw] != 3 * pixels[raw]).any() or (sizes == 0).any():
+            return "its allocation table does not match its samples"
+        return None
+
+
+def verify_varied(
+    path: Path,
+    raw: RawSplit,
+    indices: np.ndarray,
+    layout: VariedLayout,
+    *,
+    progress: Progress = SILENT,
+    description: str = "verifying",
+) -> str:
+    """Compare every label, and the bytes of 64 evenly spread images, with `raw`; returns the content's SHA-256.
+
+    The digest covers every image's size, mode and bytes and every label, in order, wherever in the file they lie.
+    """
+    labels = check_beton(path, layout)
+    wrong = np.flatnonzero(labels != raw.labels[indices])
+    data, table, sizes = _open(path, layout)
+    sample = set(np.unique(np.linspace(0, layout.count - 1, SAMPLES).astype(np.int64)).tolist())
+    digest = hashlib.sha256(labels.astype("<i8").tobytes())
+    with progress.task(description, layout.count, "images") as advance:
+        for position in range(layout.count):
+            row = table[position]
+            content = data[row["data_ptr"] : row["data_ptr"] + sizes[position]]
+            if position in sample:
+                want, pixels = layout.encoded(raw[int(indices[position])][0], position)
+                same = all(want[key] == row[key] for key in ("mode", "height", "width"))
+                if not (same and np.array_equal(pixels, content)):
+                    wrong = np.append(wrong, position)
+            digest.update(f"{row['mode']} {row['height']} {row['width']} {len(content)} ".encode())
+            digest.update(content.data)
+            advance()
+    if len(wrong):
+        where = raw.where(int(indices[wrong[0]]))
+        raise FastarError(f"{path}: sample {wrong[0]} differs from {where}; check the disk and run again")
+    return digest.hexdigest()
+
+
+def _open(path: Path, layout: VariedLayout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The bytes of a checked file, its table of images, and the size of each."""
+    fields = layout.fields()
+    data = np.memmap(path, np.uint8, mode="r")
+    header = data[: HeaderType.itemsize].view(HeaderType)[0]
+    row = get_metadata_type(list(fields.values()))
+    start = HeaderType.itemsize + field_descriptors(fields).nbytes
+    table = data[start : start + layout.count * row.itemsize].view(row)["f0"]
+    allocated = data[int(header["alloc_table_ptr"]) :].view(ALLOC_TABLE_TYPE)
+    return data, table, allocated["size"][np.argsort(allocated["sample_id"], kind="stable")]
+
+
+@contextmanager
+def single_threaded_opencv() -> Iterator[None]:
+    """OpenCV's threads do not survive a fork: neither those that fork nor their children may have started any."""
+    before = cv2.getNumThreads()
+    cv2.setNumThreads(0)
+    try:
+        yield
+    finally:
+        cv2.setNumThreads(before)

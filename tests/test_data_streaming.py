@@ -1,0 +1,281 @@
+"""Images of differing sizes: what is written comes back, once each, cropped as said, and nothing damaged passes."""
+
+from __future__ import annotations
+
+import tarfile
+import threading
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastar.data import Augmentation, Encoding, ImageFiles, StreamingDataset, open_images, prepare_images
+from fastar.data.beton import JPEG_MODE, RAW_MODE
+from fastar.data.registry import IMAGENET_MEAN, IMAGENET_STD
+from fastar.data.varied import _open
+from fastar.errors import FastarError
+
+SAMPLE = Path(__file__).parents[2] / "shared/data/imagenet-sample.tar"
+RAW = Encoding(max_resolution=None, compress_probability=0)
+JPEG = Encoding(max_resolution=40, compress_probability=1)
+
+
+def smooth(height: int, width: int, number: int) -> Image.Image:
+    """A gradient whose brightness says which image it is; smooth, so that JPEG hardly changes it."""
+    y, x = np.mgrid[:height, :width]
+    planes = [60 + 6 * number + 40 * y / height, 60 + 6 * number + 40 * x / width, np.full((height, width), 90)]
+    return Image.fromarray(np.stack(planes, -1).astype(np.uint8))
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Two classes; 10 and 6 training images, landscape and portrait, among them a grey and a CMYK JPEG."""
+    root = tmp_path / "raw"
+    for split, counts in (("train", (10, 6)), ("val", (2, 1))):
+        for label, count in enumerate(counts):
+            folder = root / split / f"n{label}"
+            folder.mkdir(parents=True)
+            for number in range(count):
+                image = smooth(32 + 3 * number, 50 - number, number + 10 * label)
+                if (label, number) == (0, 3):
+                    image = image.convert("L")
+                if (label, number) == (0, 4):
+                    image = image.convert("CMYK")
+                image.save(folder / f"{number:02}.JPEG", quality=95)
+    return root
+
+
+def prepared(root: Path, encoding: Encoding | None, name: str = "images") -> ImageFiles:
+    return prepare_images(name, data_root=root, directory=root.parent / "out", encoding=encoding, workers=2)
+
+
+def pixels(images: torch.Tensor) -> np.ndarray:
+    """Normalised [b, C, H, W] back to 0..255 [b, H, W, C]."""
+    mean, std = (torch.tensor(v, dtype=torch.float64).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    return ((images.double() * std + mean) * 255).permute(0, 2, 3, 1).numpy()
+
+
+def everything(data: StreamingDataset, batch: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
+    parts = [(images.clone(), labels) for images, labels in data.sequential(batch)]
+    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+def in_order(root: Path) -> list[Path]:
+    return sorted((root / "train").rglob("*.JPEG"))
+
+
+def square(path: Path) -> Image.Image:
+    """The centred square of an image, RGB."""
+    with Image.open(path) as image:
+        side, rgb = min(image.size), image.convert("RGB")
+    left, top = (rgb.width - side) // 2, (rgb.height - side) // 2
+    return rgb.crop((left, top, left + side, top + side))
+
+
+def test_every_sample_once_in_order_with_raw_pixels_exact(root: Path) -> None:
+    for path in in_order(root):  # one shorter side for all, so that nothing is resized
+        square(path).crop((0, 0, 30, 30)).resize((30, 30 + int(path.stem))).save(path, quality=95)
+    data = StreamingDataset(prepared(root, RAW), "train", "cpu", size=30, ratio=1.0, workers=1)
+    images, labels = everything(data)
+    assert labels.tolist() == [0] * 10 + [1] * 6
+    assert images.shape == (16, 3, 30, 30)
+    assert images.is_contiguous(memory_format=torch.channels_last)
+    want = np.stack([np.asarray(square(path)) for path in in_order(root)])
+    # Normalising and back: fp32 rounding of numbers up to 255, far below the 1 between neighbouring levels.
+    np.testing.assert_allclose(pixels(images), want, atol=1e-3)
+
+
+def test_jpegs_are_shrunk_cropped_and_resized(root: Path) -> None:
+    data = StreamingDataset(prepared(root, JPEG), "train", "cpu", size=24, ratio=0.75, workers=1)
+    images, labels = everything(data)
+    assert len(labels) == 16
+    for got, path in zip(pixels(images), in_order(root), strict=True):
+        whole = square(path)
+        edge = whole.width * 0.125
+        want = np.asarray(whole.resize((24, 24), Image.Resampling.BOX, (edge, edge, *(whole.width - edge,) * 2)))
+        # Gradients of 40 levels over some 30 pixels: a crop that is a pixel off, JPEG and another resizing filter
+        # give about 2 levels on average. The next image in order is 6 levels brighter.
+        assert np.abs(got - want).mean() < 3, path
+
+
+def test_grey_and_cmyk_come_out_as_pillow_shows_them(root: Path) -> None:
+    images, _ = everything(StreamingDataset(prepared(root, RAW), "train", "cpu", size=24, ratio=1.0, workers=1))
+    grey, cmyk = pixels(images)[3], pixels(images)[4]
+    np.testing.assert_allclose(grey, grey[..., :1].repeat(3, -1), atol=1e-3)  # three equal channels
+    want = np.asarray(square(in_order(root)[4])).mean((0, 1))
+    np.testing.assert_allclose(cmyk.mean((0, 1)), want, atol=1.5)  # resizing keeps a gradient's mean, to a level
+
+
+def test_workers_and_batch_sizes_do_not_change_a_bit(root: Path) -> None:
+    files = prepared(root, JPEG)
+    one = StreamingDataset(files, "train", "cpu", size=24, workers=1)
+    two = StreamingDataset(files, "train", "cpu", size=24, workers=2)
+    images, labels = everything(one)
+    for other in (everything(one, 16), everything(two)):
+        assert torch.equal(images, other[0])
+        assert torch.equal(labels, other[1])
+    epochs = [list(data.batches(5, seed=3, epoch=2)) for data in (one, two)]
+    for first, second in zip(*epochs, strict=True):
+        assert torch.equal(first[0], second[0])
+
+
+def test_epochs_are_permutations_with_keyed_mirroring(root: Path) -> None:
+    data = StreamingDataset(prepared(root, RAW), "train", "cpu", size=24, workers=1)
+    plain, _ = everything(data)
+    mirrored = plain.flip(3)
+
+    def epoch(number: int, batch: int = 16) -> list[tuple[int, bool]]:
+        found = []
+        for images, _ in data.batches(batch, seed=1, epoch=number, drop_last=False):
+            for image in images:
+                same = [k for k in range(16) if torch.equal(image, plain[k])]
+                other = [k for k in range(16) if torch.equal(image, mirrored[k])]
+                assert len(same) + len(other) == 1
+                found.append(((same + other)[0], bool(other)))
+        return found
+
+    first, second = epoch(0), epoch(1)
+    assert sorted(k for k, _ in first) == sorted(k for k, _ in second) == list(range(16))
+    assert first != second
+    assert dict(first) != dict(second)  # mirrored anew
+    assert {m for _, m in first} == {True, False}
+    assert epoch(0, batch=5) == first
+    assert sum(len(labels) for _, labels in data.batches(5, seed=1, epoch=0)) == 15  # the last, short one dropped
+    still = StreamingDataset(
+        prepared(root, RAW), "train", "cpu", size=24, workers=1, augmentation=Augmentation(), limit=4
+    )
+    shown = torch.cat([labels for _, labels in still.batches(2, seed=0, epoch=0)])
+    assert sorted(shown.tolist()) == [0, 0, 1, 1]  # balanced
+
+
+def test_conversion_is_repeatable_and_mixes_jpeg_and_raw(root: Path) -> None:
+    half = Encoding(compress_probability=0.5)
+    first, second = prepared(root, half, "a"), prepared(root, half, "b")
+    assert first.metadata["content"] == second.metadata["content"]
+    _, table, _ = _open(first.path("train"), first.layout("train"))
+    modes = table["mode"].tolist()
+    assert 3 <= modes.count(JPEG_MODE) <= 13
+    assert modes.count(JPEG_MODE) + modes.count(RAW_MODE) == 16
+    assert prepared(root, Encoding(jpeg_quality=50), "c").metadata["content"] != first.metadata["content"]
+
+
+def test_torch_keeps_its_threads_and_no_thread_stays_behind(root: Path) -> None:
+    data = StreamingDataset(prepared(root, RAW), "train", "cpu", size=24, workers=1)
+    before, running = torch.get_num_threads(), threading.active_count()
+    try:
+        torch.set_num_threads(3)
+        epoch = data.sequential(2)
+        for _ in range(3):
+            next(epoch)
+            assert torch.get_num_threads() == 3
+        epoch.close()
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+    assert threading.active_count() == running
+
+
+def damage(path: Path, what: bytes | int) -> None:
+    path.write_bytes(path.read_bytes()[:what] if isinstance(what, int) else what)
+
+
+@pytest.mark.parametrize("what", [b"", b"not an image", 500])
+def test_a_corrupt_image_is_named_and_leaves_nothing(root: Path, what: bytes | int) -> None:
+    path = root / "train" / "n1" / "02.JPEG"
+    damage(path, what)
+    with pytest.raises(FastarError, match=r"train/n1/02\.JPEG: cannot be read as an image") as caught:
+        prepared(root, JPEG)
+    assert "\n" not in str(caught.value)
+    assert not (root.parent / "out").exists()
+
+
+def test_images_of_no_use_are_refused(root: Path) -> None:
+    path = root / "train" / "n0" / "00.JPEG"
+    Image.new("RGB", (2000, 1500)).save(path)
+    with pytest.raises(FastarError, match=r"n0/00\.JPEG: 1500x2000 pixels are too many.*max-resolution"):
+        prepared(root, RAW)
+    Image.new("RGB", (2000, 2)).save(path)
+    with pytest.raises(FastarError, match=r"n0/00\.JPEG: 2x2000 pixels leave nothing"):
+        prepared(root, JPEG)
+
+
+def test_folders_that_do_not_fit(root: Path, tmp_path: Path) -> None:
+    (root / "val" / "other").mkdir()
+    with pytest.raises(FastarError, match=r"val/other: no such class in train"):
+        prepared(root, JPEG)
+    with pytest.raises(FastarError, match="has no train/ folder"):
+        prepared(tmp_path / "raw" / "val", JPEG)
+    with pytest.raises(FastarError, match="no finished dataset; give the images"):
+        prepare_images("nothing", data_root=None, directory=tmp_path)
+
+
+def test_finished_files_are_reused_or_the_difference_is_named(root: Path) -> None:
+    files = prepared(root, JPEG)
+    before = files.path("train").stat().st_mtime_ns
+    assert prepared(root, JPEG).digest == prepared(root, None).digest == files.digest
+    assert files.path("train").stat().st_mtime_ns == before
+    with pytest.raises(FastarError, match=r"written with Encoding\(max_resolution=40"):
+        prepared(root, RAW)
+    (root / "train" / "n0" / "00.JPEG").unlink()
+    with pytest.raises(FastarError, match="written from other images"):
+        prepared(root, JPEG)
+
+
+def test_damaged_files_are_refused(root: Path) -> None:
+    files = prepared(root, JPEG)
+    path = files.path("test")
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1])
+    with pytest.raises(FastarError, match=r"test\.beton: truncated"):
+        open_images(files.folder)
+    middle = len(whole) // 2
+    path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+    with pytest.raises(FastarError, match="not the file that"):
+        open_images(files.folder)
+    path.write_bytes(whole)
+    metadata = files.folder / "metadata.json"
+    metadata.write_text(metadata.read_text().replace('"jpeg_quality": 90', '"jpeg_quality": 91'))
+    with pytest.raises(FastarError, match="edited by hand"):
+        open_images(files.folder)
+
+
+def test_a_jpeg_that_rots_in_the_file_is_told(root: Path) -> None:
+    files = prepared(root, JPEG)
+    data = StreamingDataset(files, "train", "cpu", size=24, workers=2)
+    _, table, sizes = _open(files.path("train"), files.layout("train"))
+    start, size = int(table["data_ptr"][11]), int(sizes[11])
+    whole = files.path("train").read_bytes()
+    files.path("train").write_bytes(whole[:start] + bytes(size) + whole[start + size :])
+    running = threading.active_count()
+    with pytest.raises(FastarError, match=r"train\.beton: sample 11 is not a whole JPEG"):
+        everything(data)
+    # Those of decoding stay with the data set, the loader's does not.
+    assert threading.active_count() <= running + 2
+
+
+@pytest.mark.data
+def test_real_imagenet_jpegs(tmp_path: Path) -> None:
+    """200 JPEGs, three of them grey: counts, order, and pixels against Pillow's."""
+    if not SAMPLE.exists():
+        pytest.skip(f"{SAMPLE} is not there")
+    with tarfile.open(SAMPLE) as archive:
+        members = [member for member in archive if member.name.endswith(".JPEG")][:60]
+        for member in members:
+            for split in ("train", "val"):
+                _, _, name, file = member.name.split("/")
+                path = tmp_path / "raw" / split / name / file
+                path.parent.mkdir(parents=True, exist_ok=True)
+                content = archive.extractfile(member)
+                assert content is not None
+                path.write_bytes(content.read())
+    files = prepared(tmp_path / "raw", Encoding(compress_probability=1))
+    paths = in_order(tmp_path / "raw")
+    images, labels = everything(StreamingDataset(files, "train", "cpu", size=64, ratio=1.0, workers=1), 16)
+    assert labels.tolist() == [sorted({p.parent.name for p in paths}).index(path.parent.name) for path in paths]
+    want = np.stack([np.asarray(square(path).resize((64, 64), Image.Resampling.BOX)) for path in paths])
+    # JPEG at quality 90, twice resized: a few levels on photographs; another image is some 60 away.
+    difference = np.abs(pixels(images) - want).mean((1, 2, 3))
+    assert difference.max() < 8
+    assert np.abs(pixels(images)[1:] - want[:-1]).mean((1, 2, 3)).min() > 12
