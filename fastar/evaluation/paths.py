@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from fastar.evaluation.batch_norm import Statistics
 from fastar.evaluation.losses import Batches, evaluate_rows
+from fastar.evaluation.memory import resident_models
 from fastar.flat import FlatLayout
 from fastar.kernels import interpolate
 from fastar.progress import SILENT, Progress
@@ -67,12 +68,6 @@ def barrier(t: Sequence[float], loss: Sequence[float]) -> float:
     return max(barrier_gaps(t, loss))
 
 
-def resident_models(layout: FlatLayout, device: torch.device, wanted: int) -> int:
-    """How many rows to hold at once: what fits in a quarter of the free memory, 2 GiB at most, at least 1."""
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else 8 << 30
-    return max(1, min(wanted, min(free // 4, 2 << 30) // (4 * layout.numel)))
-
-
 def evaluate_paths(
     model: nn.Module,
     layout: FlatLayout,
@@ -122,7 +117,7 @@ def evaluate_paths(
     if not todo:
         return []
     device = paths[0].first.row.device
-    chunk = resident or resident_models(layout, device, len(todo))
+    chunk = resident or resident_models(layout.numel, device, len(todo))
     measured: dict[tuple[int, int, float], dict[str, tuple[float, float]]] = {}
     rows = torch.empty(min(chunk, len(todo)), layout.numel, device=device)
     with progress.task("evaluating", total=len(todo), unit="models") as advance:

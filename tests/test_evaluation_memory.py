@@ -1,0 +1,76 @@
+"""How many models are held at once follows from the memory that is free, and decides how often data is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path as File
+
+import pytest
+import torch
+from evaluation_cases import Batches, data, resnet, row
+from torch import Tensor
+
+from fastar.evaluation import Endpoint, Path, evaluate_paths, memory
+from fastar.flat import FlatLayout
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def machine(tmp_path: File, monkeypatch: pytest.MonkeyPatch) -> File:
+    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(memory, "CGROUP", tmp_path)
+    (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemFree: 10 kB\nMemAvailable: 8000 kB\n")
+    return tmp_path
+
+
+def limit(machine: File, most: str, used: int) -> None:
+    (machine / "memory.max").write_text(f"{most}\n")
+    (machine / "memory.current").write_text(f"{used}\n")
+
+
+def test_free_host_memory_is_what_is_available_within_the_container(machine: File) -> None:
+    assert memory.free_bytes(CPU) == 8000 * 1024
+    limit(machine, "max", 5)
+    assert memory.free_bytes(CPU) == 8000 * 1024
+    limit(machine, "5000000", 1_000_000)
+    assert memory.free_bytes(CPU) == 4_000_000
+    limit(machine, "900000000", 0)
+    assert memory.free_bytes(CPU) == 8000 * 1024
+    limit(machine, "5", 10)
+    assert memory.free_bytes(CPU) == 0
+
+
+def test_resident_models(machine: File) -> None:
+    limit(machine, "8000", 0)
+    assert memory.resident_models(100, CPU, 50) == 10  # half of 8,000 bytes in rows of 400
+    assert memory.resident_models(100, CPU, 7) == 7
+    assert memory.resident_models(10_000, CPU, 7) == 1
+
+
+@pytest.mark.parametrize(("fit", "passes"), [(100, 2), (31, 2), (30, 4), (8, 8)])
+def test_passes_over_the_data(machine: File, fit: int, passes: int) -> None:
+    """Three paths with an end in common have 4 + 3 x 9 models: 2 passes, where one at a time took 66 with all ends."""
+    model = resnet(0)
+    layout = FlatLayout.from_module(model)
+    limit(machine, str(2 * fit * 4 * layout.numel), 0)
+    read: list[str] = []
+
+    def counted(name: str) -> Batches:
+        def batches() -> Iterator[tuple[Tensor, Tensor]]:
+            read.append(name)
+            return iter(data(count=12, size=6)())
+
+        return batches
+
+    star, others = Endpoint("star", row(resnet(1))), [Endpoint(str(n), row(resnet(n))) for n in (2, 3, 4)]
+    found = evaluate_paths(
+        model,
+        layout,
+        [Path("x", star, other) for other in others],
+        {"train": counted("losses")},
+        statistics_batches=counted("statistics"),
+    )
+    assert [len(path.loss["train"]) for path in found] == [11] * 3
+    assert len(read) == passes
+    assert read.count("statistics") == passes // 2

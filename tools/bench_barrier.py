@@ -1,0 +1,138 @@
+"""One path's 11 points: all models sharing each batch, against one model at a time, on JPEGs decoded by FFCV.
+
+    python tools/bench_barrier.py [--data-root DIR] [--images 1000] [--size 32] [--rounds 2]
+
+DIR is train/<class>/*.JPEG, or the class folders themselves; files are repeated up to --images. Without it random
+JPEGs are made, and the lines say so. One at a time: for each point a pass for the batch-norm statistics and a pass for
+the losses. Both ways take turns inside each round; `passes` counts how often the data was read, `speed_up` is the
+quotient of a round's two times, `difference` the largest between the losses of the two ways.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from fastar.kernels import interpolate
+from torch import Tensor, nn
+
+from fastar.benchmarks import quantiles, where
+from fastar.data import Encoding, StreamingDataset, prepare_images
+from fastar.data.stand_in import link_images, make_images
+from fastar.errors import FastarError
+from fastar.evaluation import Endpoint, PathLosses, evaluate_paths, evaluate_rows
+from fastar.evaluation import Path as Segment
+from fastar.flat import FlatLayout
+from fastar.models import build_model
+
+POINTS = 11
+
+
+class CountedData:
+    """Passes over a data set, counted."""
+
+    def __init__(self, data: StreamingDataset, batch: int):
+        self.data, self.batch, self.passes = data, batch, 0
+
+    def __call__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        self.passes += 1
+        return self.data.sequential(self.batch)
+
+
+def together(model: nn.Module, path: Segment, data: CountedData) -> list[float]:
+    """fastar's way."""
+    layout = FlatLayout.from_module(model)
+    found: list[PathLosses] = evaluate_paths(
+        model, layout, [path], {"train": data}, points=POINTS, statistics_batches=data
+    )
+    return found[0].loss["train"]
+
+
+def one_at_a_time(model: nn.Module, path: Segment, data: CountedData) -> list[float]:
+    """Each point by itself: statistics, then losses."""
+    layout = FlatLayout.from_module(model)
+    losses, point = [], torch.empty(1, layout.numel)
+    for k in range(POINTS):
+        interpolate(path.first.row, path.second.row, torch.tensor(k / (POINTS - 1)), point[0])
+        found = evaluate_rows(model, layout, point, {"train": data}, statistics_batches=data)
+        losses.append(float(found["train"].loss[0]))
+    return losses
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-root", type=Path)
+    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--size", type=int, default=32, help="height and width given to the network")
+    parser.add_argument("--batch", type=int, default=50)
+    parser.add_argument("--arch", default="resnet8")
+    parser.add_argument("--width", type=float, default=0.25)
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="decoding threads")
+    parser.add_argument("--rounds", type=int, default=2)
+    arguments = parser.parse_args()
+    if arguments.rounds < 2 or arguments.images < 2:
+        raise FastarError("--rounds and --images must be at least 2")
+    with tempfile.TemporaryDirectory() as folder:
+        raw = Path(folder) / "raw"
+        if arguments.data_root is None:
+            make_images(raw, arguments.images)
+        else:
+            link_images(arguments.data_root, raw, arguments.images)
+        files = prepare_images("bench", data_root=raw, directory=Path(folder), encoding=Encoding(500, 1.0, 90))
+        source = StreamingDataset(files, "train", "cpu", size=arguments.size, workers=arguments.workers)
+        shape, classes = source.input_shape, source.classes
+
+        def network(seed: int) -> nn.Module:
+            return build_model(arguments.arch, input_shape=shape, classes=classes, seed=seed, width=arguments.width)
+
+        model = network(0)
+        layout = FlatLayout.from_module(model)
+        ends = [Endpoint(str(n), layout.flatten(network(n).state_dict())) for n in (1, 2)]
+        path = Segment("bench", ends[0], ends[1])
+        for _ in source.sequential(arguments.batch):  # the file's pages are in memory for both
+            pass
+        ways = {"together": together, "one at a time": one_at_a_time}
+        seconds: dict[str, list[float]] = {name: [] for name in ways}
+        losses, passes = {}, {}
+        for number in range(arguments.rounds):
+            for name in sorted(ways, reverse=number % 2 == 1):
+                data = CountedData(source, arguments.batch)
+                begin = time.perf_counter()
+                losses[name] = ways[name](model, path, data)
+                seconds[name].append(time.perf_counter() - begin)
+                passes[name] = data.passes
+        speed_up = [b / a for a, b in zip(seconds["together"], seconds["one at a time"], strict=True)]
+        for name in ways:
+            record = {
+                "bench": "barrier",
+                "case": name,
+                "passes": passes[name],
+                "s": quantiles(seconds[name]),
+                "speed_up": quantiles(speed_up),
+                "difference": max(abs(a - b) for a, b in zip(*losses.values(), strict=True)),
+                "n": arguments.rounds,
+                "images": len(source),
+                "data": "random JPEGs" if arguments.data_root is None else "JPEGs of --data-root, repeated",
+                "arch": arguments.arch,
+                "parameters": layout.numel,
+                "size": arguments.size,
+                "batch": arguments.batch,
+                "decoding_threads": arguments.workers,
+                "load": os.getloadavg()[0],
+                **where(torch.device("cpu")),
+            }
+            print(json.dumps(record), flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except FastarError as error:
+        sys.exit(f"error: {error}")
