@@ -20,6 +20,7 @@ from fastar.evaluation.batch_norm import (
     own_statistics,
     set_statistics,
 )
+from fastar.evaluation.stacked import networks_at_once, stackable, stacked_logits
 from fastar.flat import FlatLayout
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
@@ -101,6 +102,7 @@ def evaluate_rows(
     found: list[Statistics | None] = list(statistics) if statistics is not None else [None] * count
     if method not in ("population", "reference"):
         raise ValueError(f"method={method!r}: population or reference")
+    stacked = views if count > 1 and stackable(model) and all(value is None for value in found) else None
     results = {}
     with full_precision(), bound(model, names) as bind, evaluating(model):
         if batch_norm_layers(model):
@@ -114,7 +116,7 @@ def evaluate_rows(
                 ):
                     found[k] = value
         for split, batches in splits.items():
-            results[split] = _measure(model, bind, singles, found, batches, advance)
+            results[split] = _measure(model, bind, singles, found, batches, advance, stacked)
     return results
 
 
@@ -169,6 +171,7 @@ def _measure(
     statistics: Sequence[Statistics | None],
     batches: Batches,
     advance: Callable[[int], None],
+    stacked: Mapping[str, Tensor] | None,
 ) -> Measured:
     losses: Tensor | None = None
     correct: Tensor | None = None
@@ -177,14 +180,23 @@ def _measure(
         if losses is None or correct is None:
             losses = torch.zeros(len(singles), dtype=torch.float64, device=images.device)
             correct = torch.zeros(len(singles), dtype=torch.int64, device=images.device)
-        for k, parameters in enumerate(singles):
-            bind(parameters)
-            own = statistics[k]
-            if own is not None:
-                set_statistics(model, own)
-            logits = model(images).float()
-            losses[k] += F.cross_entropy(logits, labels, reduction="sum")
-            correct[k] += (logits.argmax(1) == labels).sum()
+        at_once = networks_at_once(len(labels), images.device) if stacked is not None else 1
+        if stacked is not None and at_once > 1:
+            for start in range(0, len(singles), at_once):
+                part = slice(start, start + at_once)
+                together = stacked_logits(model, {name: view[part] for name, view in stacked.items()}, images).float()
+                each = F.cross_entropy(together.flatten(0, 1), labels.repeat(len(together)), reduction="none")
+                losses[part] += each.view(len(together), -1).sum(1)
+                correct[part] += (together.argmax(2) == labels).sum(1)
+        else:
+            for k, parameters in enumerate(singles):
+                bind(parameters)
+                own = statistics[k]
+                if own is not None:
+                    set_statistics(model, own)
+                logits = model(images).float()
+                losses[k] += F.cross_entropy(logits, labels, reduction="sum")
+                correct[k] += (logits.argmax(1) == labels).sum()
         seen += len(labels)
         advance(len(singles))
     if losses is None or correct is None:

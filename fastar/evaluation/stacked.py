@@ -1,0 +1,40 @@
+"""Many small networks without convolutions as one: their logits by batched products, instead of one network at a time.
+
+Small products are bound by their launches: 363 networks of two layers of 32 units on 250 images of 28x28 take half the
+time (2 cores; at 1,000 images a batch about the same time as one at a time).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+# What the batched form is known to be equal and faster for; every leaf of a network must be one of these.
+_LEAVES = (nn.Linear, nn.ReLU, nn.GELU, nn.Tanh, nn.Sigmoid, nn.Flatten, nn.Identity)
+# Activations of this many samples x networks are in the caches; beyond it batched products gain nothing on a CPU.
+_SAMPLES = {"cpu": 16_000, "cuda": 1 << 20}
+
+
+def stackable(model: nn.Module) -> bool:
+    """The networks of this kind can be evaluated together: dense layers and activations only."""
+    leaves = [module for module in model.modules() if not list(module.children())]
+    return all(isinstance(leaf, _LEAVES) and not list(leaf.buffers()) for leaf in leaves)
+
+
+def networks_at_once(batch: int, device: torch.device) -> int:
+    """How many networks to stack for batches of so many samples; 1 where that would gain nothing."""
+    count = _SAMPLES[device.type] // max(batch, 1)
+    return count if count > 16 else 1
+
+
+@torch.no_grad()
+def stacked_logits(model: nn.Module, parameters: Mapping[str, Tensor], images: Tensor) -> Tensor:
+    """Logits [K, b, classes] of K networks (parameters [K, ...] by name) on the same images [b, C, H, W]."""
+
+    def one(own: dict[str, Tensor]) -> Tensor:
+        return functional_call(model, own, (images,))
+
+    return vmap(one)(dict(parameters))

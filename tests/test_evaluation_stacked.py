@@ -1,0 +1,56 @@
+"""Small dense networks evaluated together give what each gives alone."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from evaluation_cases import alone, data, mlp, resnet, row
+from torch import nn
+
+from fastar.evaluation import evaluate_rows, losses, stacked
+from fastar.flat import FlatLayout
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("at_once", [2, 3, 7, 100])
+def test_together_equals_one_at_a_time(monkeypatch: pytest.MonkeyPatch, at_once: int) -> None:
+    models = [mlp(seed) for seed in range(7)]
+    layout, rows = FlatLayout.from_module(models[0]), torch.stack([row(model) for model in models])
+    calls: list[int] = []
+
+    def count(model: nn.Module, parameters: dict[str, torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+        calls.append(len(next(iter(parameters.values()))))
+        return stacked.stacked_logits(model, parameters, images)
+
+    monkeypatch.setattr(losses, "stacked_logits", count)
+    monkeypatch.setattr(losses, "networks_at_once", lambda batch, device: at_once)
+    together = evaluate_rows(mlp(9), layout, rows, {"a": data()})["a"]
+    assert sum(calls) == 7 * 4  # every network on each of the four batches
+    assert max(calls) == min(at_once, 7)
+    for k, model in enumerate(models):
+        single = evaluate_rows(mlp(9), layout, rows[k : k + 1], {"a": data()})["a"]
+        # The same products summed in another order: fp32 rounding.
+        assert float(together.loss[k]) == pytest.approx(float(single.loss[0]), rel=1e-6)
+        assert float(together.accuracy[k]) == float(single.accuracy[0])
+        assert float(together.loss[k]) == pytest.approx(alone(model, data())[0], rel=1e-5)
+    assert len(set(together.loss.tolist())) == 7
+
+
+def test_equal_networks_get_equal_bits_wherever_they_stand() -> None:
+    """What barriers of exactly 0 on level paths rest on, also in a last group that is smaller than the others."""
+    rows = row(mlp(1)).repeat(1 + stacked.networks_at_once(16, CPU), 1)
+    found = evaluate_rows(mlp(9), FlatLayout.from_module(mlp(1)), rows, {"a": data(count=32)})["a"]
+    assert len(set(found.loss.tolist())) == 1
+
+
+def test_only_dense_networks_are_stacked() -> None:
+    assert stacked.stackable(mlp(0))
+    assert not stacked.stackable(resnet(0))
+    assert not stacked.stackable(nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2)))
+    assert not stacked.stackable(nn.Sequential(nn.Linear(2, 2), nn.Dropout()))
+
+
+def test_large_batches_are_not_stacked() -> None:
+    assert stacked.networks_at_once(250, CPU) == 64
+    assert stacked.networks_at_once(1000, CPU) == 1
