@@ -1,0 +1,201 @@
+"""Images per second of each dataset's pipeline, against torch's DataLoader over image files read with Pillow.
+
+    python tools/bench_loader.py [--pipeline cifar10 imagenet] [--data-root DIR] [--images N] [--workers 2] [--rounds 3]
+
+Both give shuffled, augmented and normalised fp32 batches of the same shape: digits (8x8, none), cifar10 (pad by 4,
+crop, mirror), imagenet (centre crop of 224/256, resized to --size, mirror; FFCV's preset of half the images as JPEG,
+half raw, unless --compress-probability says otherwise; DataLoader reads the JPEG files). --workers is DataLoader's processes, and fastar's
+decoding threads (imagenet) or torch's threads (digits and cifar10, which lie in memory once they are read). DIR holds
+train/<class>/* and test/<class>/*, for one pipeline at a time; for imagenet, class folders alone will do, and files are
+repeated up to --images. Without it random images are made, and the lines say so. A round is one epoch of each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from fastar.benchmarks import quantiles, where
+from fastar.data import DATASETS, Encoding, StreamingDataset, load, prepare, prepare_images
+from fastar.data.folders import SUFFIXES
+from fastar.data.registry import IMAGENET_MEAN, IMAGENET_STD
+from fastar.data.stand_in import link_images, make_images
+from fastar.errors import FastarError
+
+Epoch = Callable[[int], Iterable[tuple[torch.Tensor, torch.Tensor]]]
+PIPELINES = ("digits", "cifar10", "imagenet")
+IMAGES = {"digits": 1500, "cifar10": 4000, "imagenet": 400}
+
+
+class Files(Dataset):
+    """What one writes without fastar: open, convert, augment, normalise, one image at a time."""
+
+    def __init__(self, root: Path, mode: str, change: Callable[[Image.Image], Image.Image]):
+        self.paths = sorted(path for path in root.glob("*/*") if path.suffix.lower() in SUFFIXES)
+        names = sorted({path.parent.name for path in self.paths})
+        self.labels = [names.index(path.parent.name) for path in self.paths]
+        self.mode, self.change = mode, change
+        channels = 3 if mode == "RGB" else 1
+        self.mean, self.std = (np.float32(v[:channels]) for v in (IMAGENET_MEAN, IMAGENET_STD))
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        with Image.open(self.paths[index]) as image:
+            pixels = np.asarray(self.change(image.convert(self.mode)), dtype=np.float32)
+        pixels = (pixels.reshape(*pixels.shape[:2], -1) / 255 - self.mean) / self.std
+        return torch.from_numpy(pixels).permute(2, 0, 1), self.labels[index]
+
+
+def unchanged(image: Image.Image) -> Image.Image:
+    return image
+
+
+def mirrored(image: Image.Image) -> Image.Image:
+    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) if torch.rand(()) < 0.5 else image
+
+
+def cropped_cifar(image: Image.Image) -> Image.Image:
+    left, top = (int(v) for v in torch.randint(0, 9, (2,)))
+    padded = Image.new("RGB", (40, 40))
+    padded.paste(image, (4, 4))
+    return mirrored(padded.crop((left, top, left + 32, top + 32)))
+
+
+class CropImageNet:
+    """The centred square, 224/256 of it, at `size`."""
+
+    def __init__(self, size: int):
+        self.size = size
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        side = int(min(image.size) * 224 / 256)
+        left, top = (image.width - side) // 2, (image.height - side) // 2
+        box = (left, top, left + side, top + side)
+        return mirrored(image.resize((self.size, self.size), Image.Resampling.BILINEAR, box))
+
+
+def pipeline(name: str, folder: Path, arguments: argparse.Namespace) -> tuple[Epoch, Dataset, int, dict[str, Any]]:
+    """fastar's epochs, the files for DataLoader, the number of images, and facts for the line."""
+    raw, count = folder / "raw", arguments.images or IMAGES[name]
+    if name == "imagenet":
+        if arguments.data_root is None:
+            make_images(raw, count)
+        else:
+            link_images(arguments.data_root, raw, count)
+        encoding = Encoding(500, arguments.compress_probability, 90)
+        files = prepare_images(name, data_root=raw, directory=folder, encoding=encoding)
+        data = StreamingDataset(files, "train", "cpu", size=arguments.size, workers=arguments.workers)
+        facts = {"size": arguments.size, "compress_probability": arguments.compress_probability}
+        return (
+            epochs(data, arguments.batch),
+            Files(raw / "train", "RGB", CropImageNet(arguments.size)),
+            len(data),
+            facts,
+        )
+    spec = DATASETS[name]
+    if arguments.data_root is not None and name != "digits":
+        raw = arguments.data_root
+    else:
+        write_images(raw, spec.classes, (spec.height, spec.width), spec.channels, count)
+    prepared = prepare(name, data_root=None if name == "digits" else raw, directory=folder)
+    held = load(prepared, "train", "cpu")
+    other = Files(
+        raw / "train", "RGB" if spec.channels == 3 else "L", cropped_cifar if spec.channels == 3 else unchanged
+    )
+    if not len(other):
+        raise FastarError(f"{raw}/train: holds no images in class folders for DataLoader; give another --data-root")
+    return epochs(held, arguments.batch), plain, len(held), {"size": spec.height}
+
+
+def epochs(data: Any, batch: int) -> Epoch:
+    return lambda number: data.batches(batch, seed=0, epoch=number, drop_last=False)
+
+
+def write_images(root: Path, classes: tuple[str, ...], size: tuple[int, int], channels: int, count: int) -> None:
+    """Random JPEGs in train/ and a few in test/."""
+    generator = np.random.default_rng(0)
+    for split, amount in (("train", count), ("test", 100)):
+        for number in range(amount):
+            shape = (*size, 3) if channels == 3 else size
+            path = root / split / classes[number % len(classes)] / f"{number:06}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(generator.integers(0, 256, shape, dtype=np.uint8)).save(path, quality=90)
+
+
+def images_per_second(batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    begin, seen = time.perf_counter(), 0
+    for _, labels in batches:
+        seen += len(labels)
+    return seen / (time.perf_counter() - begin)
+
+
+def measure(name: str, arguments: argparse.Namespace) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        epoch, files, count, facts = pipeline(name, Path(folder), arguments)
+        loader = DataLoader(
+            files, arguments.batch, shuffle=True, num_workers=arguments.workers, persistent_workers=True
+        )
+        rates: dict[str, list[float]] = {"fastar": [], "DataLoader and Pillow": []}
+        for number in range(1 + arguments.rounds):  # the first is a warm-up: compiling, starting processes
+            found = {"fastar": images_per_second(epoch(number)), "DataLoader and Pillow": images_per_second(loader)}
+            for case, rate in found.items():
+                rates[case] += [rate] if number else []
+        speed_up = [a / b for a, b in zip(*rates.values(), strict=True)]
+    for case, values in rates.items():
+        record = {
+            "bench": "loader",
+            "pipeline": name,
+            "case": case,
+            "images_per_s": quantiles(values),
+            "speed_up": quantiles(speed_up),
+            "n": arguments.rounds,
+            "images": count if case == "fastar" else len(files),  # type: ignore[arg-type]
+            "data": "random images" if arguments.data_root is None else "images of --data-root",
+            "batch": arguments.batch,
+            "workers": arguments.workers,
+            **facts,
+            "load": os.getloadavg()[0],
+            **where(torch.device("cpu")),
+        }
+        print(json.dumps(record), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pipeline", nargs="+", choices=PIPELINES, default=list(PIPELINES))
+    parser.add_argument("--data-root", type=Path)
+    parser.add_argument("--images", type=int)
+    parser.add_argument("--size", type=int, default=224, help="of ImageNet's crops")
+    parser.add_argument("--compress-probability", type=float, default=0.5, help="share of ImageNet's stored as JPEG")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
+    parser.add_argument("--rounds", type=int, default=3)
+    arguments = parser.parse_args()
+    if arguments.rounds < 2 or arguments.workers < 1 or arguments.batch < 1:
+        raise FastarError("--rounds must be at least 2, --workers and --batch at least 1")
+    if arguments.data_root is not None and len(arguments.pipeline) != 1:
+        raise FastarError("--data-root belongs to one dataset: name it with --pipeline")
+    torch.set_num_threads(arguments.workers)
+    for name in arguments.pipeline:
+        measure(name, arguments)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except FastarError as error:
+        sys.exit(f"error: {error}")
