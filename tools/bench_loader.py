@@ -3,11 +3,12 @@
     python tools/bench_loader.py [--pipeline cifar10 imagenet] [--data-root DIR] [--images N] [--workers 2] [--rounds 3]
 
 Both give shuffled, augmented and normalised fp32 batches of the same shape: digits (8x8, none), cifar10 (pad by 4,
-crop, mirror), imagenet (centre crop of 224/256, resized to --size, mirror; FFCV's preset of half the images as JPEG,
-half raw, unless --compress-probability says otherwise; DataLoader reads the JPEG files). --workers is DataLoader's processes, and fastar's
-decoding threads (imagenet) or torch's threads (digits and cifar10, which lie in memory once they are read). DIR holds
-train/<class>/* and test/<class>/*, for one pipeline at a time; for imagenet, class folders alone will do, and files are
-repeated up to --images. Without it random images are made, and the lines say so. A round is one epoch of each.
+crop, mirror), imagenet (centre crop of 224/256, resized to --size, mirror). DataLoader reads the image files; ImageNet's
+.beton holds half of them as JPEG and half raw (an FFCV preset) unless --compress-probability says otherwise. --workers
+is DataLoader's processes, and fastar's decoding threads (imagenet) or torch's threads (digits and cifar10, which lie in
+memory once they are read). DIR holds train/<class>/* and test/<class>/*, for one pipeline at a time; for imagenet, class
+folders alone will do, and files are repeated up to --images. Without it random images are made, and the lines say so.
+A round is one epoch of each.
 """
 
 from __future__ import annotations
@@ -113,10 +114,9 @@ def pipeline(name: str, folder: Path, arguments: argparse.Namespace) -> tuple[Ep
         write_images(raw, spec.classes, (spec.height, spec.width), spec.channels, count)
     prepared = prepare(name, data_root=None if name == "digits" else raw, directory=folder)
     held = load(prepared, "train", "cpu")
-    other = Files(
-        raw / "train", "RGB" if spec.channels == 3 else "L", cropped_cifar if spec.channels == 3 else unchanged
-    )
-    if not len(other):
+    coloured = spec.channels == 3
+    plain = Files(raw / "train", "RGB" if coloured else "L", cropped_cifar if coloured else unchanged)
+    if not len(plain):
         raise FastarError(f"{raw}/train: holds no images in class folders for DataLoader; give another --data-root")
     return epochs(held, arguments.batch), plain, len(held), {"size": spec.height}
 
