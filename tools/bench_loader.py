@@ -3,12 +3,14 @@
     python tools/bench_loader.py [--pipeline cifar10 imagenet] [--data-root DIR] [--images N] [--workers 2] [--rounds 3]
 
 Both give shuffled, augmented and normalised fp32 batches of the same shape: digits (8x8, none), cifar10 (pad by 4,
-crop, mirror), imagenet (centre crop of 224/256, resized to --size, mirror). DataLoader reads the image files; ImageNet's
-.beton holds half of them as JPEG and half raw (an FFCV preset) unless --compress-probability says otherwise. --workers
-is DataLoader's processes, and fastar's decoding threads (imagenet) or torch's threads (digits and cifar10, which lie in
-memory once they are read). DIR holds train/<class>/* and test/<class>/*, for one pipeline at a time; for imagenet, class
-folders alone will do, and files are repeated up to --images. Without it random images are made, and the lines say so.
-A round is one epoch of each.
+crop, mirror), imagenet (centre crop of 224/256, resized to --size, mirror). DataLoader reads the image files as they
+are; ImageNet's .beton holds them at 500 pixels at most, half as JPEG and half raw (an FFCV preset), unless
+--compress-probability says otherwise. --workers is DataLoader's processes, and fastar's decoding threads (imagenet) or
+torch's threads (digits and cifar10, which lie in memory once they are read).
+
+DIR holds train/<class>/* and test/<class>/*, for one pipeline at a time; for imagenet, class folders alone will do, and
+files are repeated up to --images. Without it random images are made (digits: scikit-learn's for fastar), and the lines
+say so. A round is one epoch of each.
 """
 
 from __future__ import annotations
