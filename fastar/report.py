@@ -79,14 +79,16 @@ def results_table(results: Mapping[str, Any]) -> Table:
 
 
 def barriers_table(paths: Sequence[Mapping[str, Any]]) -> Table:
-    """One row per path: barrier on each split, and the losses at its ends."""
-    table = Table(title=f"Barriers from {paths[0]['first']} to", title_justify="left")
+    """One row per path: barrier on each split, and the losses at its ends. What all names start with is said once."""
+    folders = {Path(path["second"]).parent for path in paths}
+    shared = f" {folders.pop()}/" if len(folders) == 1 else ""
+    table = Table(title=f"Barriers from {paths[0]['first']} to{shared}", title_justify="left")
     table.add_column("", overflow="fold")
-    for column in ("train", "test", "train loss, first", "train loss, other"):
+    for column in ("train", "test", "loss at t=0", "at t=1"):
         table.add_column(column, justify="right")
     for path in paths:
         table.add_row(
-            path["second"],
+            Path(path["second"]).name if shared else path["second"],
             shown(path["train_barrier"], 4),
             shown(path["test_barrier"], 4),
             shown(path["train_loss"][0], 4),
