@@ -39,7 +39,7 @@ Start with
 
     fastar train-star --dataset digits
 
-which trains 20 sources, 3 heldouts and a star model in under a minute, measures the barriers between them, and prints a
+which trains 30 sources, 5 heldouts and a star model in about a minute, measures the barriers between them, and prints a
 table and the path of a picture. It needs no data from anywhere.
 
 Every setting of a run is a key of its YAML configuration (`configs/`); give any of them as `key=value` after the

@@ -143,8 +143,11 @@ class EvaluationSettings(_Section):
     points: Annotated[int, Field(ge=2)] = 11
     """Equispaced values of t, ends included."""
     batch_norm: Literal["population", "reference"] = "population"
-    """population: exact statistics of the train set at every point. reference: the paper's code, a moving average
-    over augmented batches at inner points, the models' own statistics at the ends."""
+    """From one pass over the train set, shuffled and augmented as in training. population: every image counts the
+    same, at every point. reference: the paper's code, a moving average at inner points, the models' own statistics at
+    the ends."""
+    match: bool = True
+    """Match the ends of every path; false measures them as they are."""
     regular_pairs: Positive = 10
     """Pairs of regular models to measure, drawn at random from Z and H; all of them where there are fewer."""
     batch_size: Positive = 250

@@ -52,6 +52,8 @@ def shown(value: Mapping[str, Any] | float | None, digits: int = 3) -> str:
     if value is None or (isinstance(value, Mapping) and value["mean"] is None):
         return "-"
     if isinstance(value, Mapping):
+        if value["std"] is None:
+            return f"{value['mean']:.{digits}f}"
         return f"{value['mean']:.{digits}f} ± {value['std']:.{digits}f}"
     return f"{value:.{digits}f}"
 

@@ -25,7 +25,6 @@ from fastar.errors import FastarError
 FREE_KEYS = (
     "dataset.root",
     "dataset.directory",
-    "sources.store",
     "device",
     "evaluation.",
     "sources.store",

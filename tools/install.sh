@@ -18,15 +18,22 @@ command -v "$python" >/dev/null 2>&1 || fail "$python not found: install Python 
 
 # What the build needs, as pairs of a test and the Debian package that passes it.
 has_header() { echo "#include <$1>" | c++ -E -x c++ -I/usr/include/opencv4 $(pkg-config --cflags opencv4 2>/dev/null || true) - >/dev/null 2>&1; }
+# Debian's package for this interpreter: python3-dev for /usr/bin/python3, python3.12-dev for another 3.12.
+debian_python() {
+  case $(command -v "$python") in
+    /usr/bin/python3) echo "python3-$1" ;;
+    *) "$python" -c 'import sys; print("python%d.%d-%s" % (*sys.version_info[:2], sys.argv[1]))' "$1" ;;
+  esac
+}
 missing=
 command -v c++ >/dev/null 2>&1 || missing="$missing g++"
 command -v pkg-config >/dev/null 2>&1 || missing="$missing pkg-config"
 has_header opencv2/core.hpp || missing="$missing libopencv-core-dev"
 has_header opencv2/imgproc.hpp || missing="$missing libopencv-imgproc-dev"
 pkg-config --exists libturbojpeg 2>/dev/null || missing="$missing libturbojpeg0-dev"
-"$python" -c 'import ensurepip, venv' >/dev/null 2>&1 || missing="$missing python3-venv"
+"$python" -c 'import ensurepip, venv' >/dev/null 2>&1 || missing="$missing $(debian_python venv)"
 "$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))' ||
-  missing="$missing python3-dev"
+  missing="$missing $(debian_python dev)"
 
 if [ -n "$missing" ]; then
   sudo=
@@ -36,7 +43,8 @@ if [ -n "$missing" ]; then
   fi
   echo "fastar: installing$missing"
   log=$(mktemp)
-  { $sudo apt-get update -qq && DEBIAN_FRONTEND=noninteractive $sudo apt-get install -y -qq --no-install-recommends $missing; } >"$log" 2>&1 || {
+  apt="$sudo env DEBIAN_FRONTEND=noninteractive apt-get"
+  { $apt update -qq && $apt install -y -qq --no-install-recommends $missing; } >"$log" 2>&1 </dev/null || {
     tail -n 5 "$log" >&2
     fail "apt could not install:$missing (log: $log)"
   }
@@ -44,14 +52,17 @@ if [ -n "$missing" ]; then
 fi
 
 echo "fastar: making $venv"
-[ -x "$venv/bin/python" ] || "$python" -m venv "$venv"
+"$venv/bin/python" -m pip --version >/dev/null 2>&1 || "$python" -m venv --clear "$venv"
 pip() { "$venv/bin/python" -m pip --disable-pip-version-check "$@"; }
 
 # torch first, since it decides which triton fits. A CUDA build where there is an NVIDIA driver, else a CPU build.
 if nvidia-smi >/dev/null 2>&1; then
   pip install -q "torch==$TORCH"
 else
-  pip install -q ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "torch==$TORCH+cpu" 2>/dev/null || pip install -q "torch==$TORCH"
+  pip install -q ${TORCH_INDEX:+--extra-index-url "$TORCH_INDEX"} "torch==$TORCH+cpu" 2>/dev/null || {
+    echo "fastar: no CPU build of torch for this Python where pip looks: installing the default (TORCH_INDEX=URL names an index)" >&2
+    pip install -q "torch==$TORCH"
+  }
 fi
 "$venv/bin/python" -c 'import triton' 2>/dev/null || pip install -q "triton==$TRITON" ||
   echo "fastar: no triton for this machine: the plain-torch kernels will be used" >&2

@@ -9,6 +9,7 @@ import torch
 
 MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
+LIMIT = 4 << 30
 
 
 def free_bytes(device: torch.device) -> int:
@@ -28,8 +29,12 @@ def free_bytes(device: torch.device) -> int:
 
 
 def resident_models(numel: int, device: torch.device, wanted: int) -> int:
-    """How many of `wanted` fp32 rows of `numel` to hold at once: what fits in half of the free memory, at least 1."""
-    return max(1, min(wanted, free_bytes(device) // 2 // (4 * numel)))
+    """How many of `wanted` fp32 rows of `numel` to hold at once: what fits in half of the free memory, at least 1.
+
+    At most 4 GiB of them: past some dozens of models a batch's cost is shared well enough, and a GPU needs the rest for
+    activations.
+    """
+    return max(1, min(wanted, min(free_bytes(device) // 2, LIMIT) // (4 * numel)))
 
 
 def _available_on_host() -> int:

@@ -17,10 +17,11 @@ from fastar.checkpoints import Checkpoint
 from fastar.config import Settings
 from fastar.errors import FastarError
 from fastar.flat import FlatLayout
-from fastar.matching import Symmetry, derive_symmetry, verify_symmetry
+from fastar.matching import Symmetry, derive_symmetry
 from fastar.models import build_model
 from fastar.progress import SILENT, Progress
 from fastar.runs import RunFolder
+from fastar.seeds import derive_seed
 from fastar.training import suitable_threads
 
 
@@ -83,19 +84,20 @@ class Context:
         }
 
     def statistics_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """The train set as batch-norm statistics are re-estimated from; augmented only in the reference's way."""
-        augment = self.settings.evaluation.batch_norm == "reference"
-        return whole_batches(self.train, self.settings.evaluation.batch_size, augment=augment)
+        """The train set as batch-norm statistics are re-estimated from: every image once, augmented and in batches as
+        in training, in one fixed shuffled order (files may be sorted by class, and batches must not be)."""
+        size = _leaving_no_single(len(self.train), self.settings.train.batch_size)
+        return self.train.batches(size, seed=derive_seed(0, "statistics"), epoch=0, augment=True, drop_last=False)
 
-    def build(self, seed: int | None = None) -> nn.Module:
-        """A fresh network of the run's architecture, on the device."""
+    def build(self, seed: int | None = None, *, device: torch.device | str | None = None) -> nn.Module:
+        """A fresh network of the run's architecture, on `device` (None: the run's)."""
         arch = self.settings.model.arch
         spec = data.dataset_spec(self.settings.dataset.name)
         shape = (spec.channels, spec.height, spec.width)
         model = build_model(
             arch, input_shape=shape, classes=len(spec.classes), seed=seed, **self.settings.model.options
         )
-        return model.to(self.device)
+        return model.to(self.device if device is None else device)
 
     @cached_property
     def layout(self) -> FlatLayout:
@@ -104,12 +106,10 @@ class Context:
     @cached_property
     def symmetry(self) -> Symmetry:
         """The architecture's permutation groups, proven on a random network before they are used."""
-        model = self.build(seed=0).cpu()
+        model = self.build(seed=0, device="cpu")
         spec = data.dataset_spec(self.settings.dataset.name)
         example = (torch.zeros(2, spec.channels, spec.height, spec.width),)
-        symmetry = derive_symmetry(model, example)
-        verify_symmetry(model, symmetry, example)
-        return symmetry
+        return derive_symmetry(model, example)
 
     @contextmanager
     def threads(self) -> Iterator[None]:
@@ -134,16 +134,17 @@ class Context:
         return self.layout.flatten(checkpoint.state).to(self.device)
 
 
-def whole_batches(
-    dataset: data.DeviceDataset, batch_size: int, *, augment: bool = False
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Every sample once; the batch size is lowered by one where a last batch of one sample would be left over.
+def whole_batches(dataset: data.DeviceDataset, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Every sample once, in file order, not augmented."""
+    return dataset.sequential(_leaving_no_single(len(dataset), batch_size))
 
-    (Batch-norm after a global pooling cannot take the statistics of a single sample.)
-    """
-    while batch_size > 2 and len(dataset) % batch_size == 1:
+
+def _leaving_no_single(count: int, batch_size: int) -> int:
+    """`batch_size`, lowered where a last batch of one sample would be left: batch-norm after a global pooling cannot
+    take the statistics of a single sample."""
+    while batch_size > 2 and count % batch_size == 1:
         batch_size -= 1
-    return dataset.sequential(batch_size, augment=augment)
+    return batch_size
 
 
 def default_run_folder(settings: Settings) -> Path:

@@ -17,6 +17,7 @@ from fastar.evaluation import Endpoint, Path, PathLosses, evaluate_paths
 from fastar.experiments.context import Context
 from fastar.experiments.regular import device_name
 from fastar.matching import Permutations, match_weights
+from fastar.progress import SILENT, Progress
 from fastar.runs import versions
 from fastar.seeds import derive_seed
 
@@ -41,6 +42,7 @@ def matched_endpoints(
     names: Sequence[str],
     *,
     start: Permutations | None = None,
+    progress: Progress = SILENT,
 ) -> list[Endpoint]:
     """`others` as ends of paths from `first`, each permuted to match it (weight matching, all in one problem)."""
     if not others:
@@ -59,6 +61,7 @@ def matched_endpoints(
         max_sweeps=settings.matching.max_sweeps,
         solver=settings.matching.solver,
         threads=settings.workers,
+        progress=progress,
     )
     ends = []
     for k, (other, name) in enumerate(zip(others, names, strict=True)):
@@ -99,14 +102,14 @@ def paths_of_run(
     centre = endpoint(context, "star", star)
     source_names = [f"source {i}" for i in range(len(sources))]
     heldout_names = [f"heldout {i}" for i in range(len(heldouts))]
-    matching = settings.star.match_every_epochs > 0
+    matching = settings.evaluation.match
     paths: list[Path] = []
     for kind, models, names, start in (
         ("star_heldout", heldouts, heldout_names, None),
         ("star_source", sources, source_names, permutations),
     ):
         if matching:
-            ends = matched_endpoints(context, star, models, names, start=start)
+            ends = matched_endpoints(context, star, models, names, start=start, progress=context.progress)
         else:
             ends = [endpoint(context, name, model) for name, model in zip(names, models, strict=True)]
         paths += [Path(kind, centre, end) for end in ends]
@@ -123,19 +126,16 @@ def paths_of_run(
                     context, regular[first], [regular[i] for i in seconds], [names[i] for i in seconds]
                 )
                 paths += [Path("regular_regular", plain[first], end) for end in ends]
-            paths += [
-                Path("regular_regular_unmatched" if matching else "regular_regular", plain[first], plain[i])
-                for i in seconds
-            ]
+            paths += [Path("regular_regular_unmatched", plain[first], plain[i]) for i in seconds]
             advance(len(seconds))
     return paths
 
 
 def spread(values: Sequence[float]) -> dict[str, float | int | None]:
-    """Mean, sample standard deviation, extremes and number; nulls where there is nothing."""
+    """Mean, sample standard deviation (null for one value), extremes and number; nulls where there is nothing."""
     if not values:
         return {"mean": None, "std": None, "min": None, "max": None, "n": 0}
-    std = statistics.stdev(values) if len(values) > 1 else 0.0
+    std = statistics.stdev(values) if len(values) > 1 else None
     return {"mean": statistics.fmean(values), "std": std, "min": min(values), "max": max(values), "n": len(values)}
 
 
@@ -208,14 +208,21 @@ def _as_result(path: PathLosses) -> dict[str, Any]:
 
 
 def epoch_seconds(log: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """Median seconds of a regular and of a star epoch (matching included), and of matching, from a run's log."""
+    """Median seconds of a regular epoch, and mean seconds of a star epoch (matching included) and of matching alone.
+
+    Means, since not every epoch need match. Of the star's last attempt, where earlier ones were interrupted.
+    """
 
     def median(values: list[float]) -> float | None:
         return statistics.median(values) if values else None
 
+    def mean(values: list[float]) -> float | None:
+        return statistics.fmean(values) if values else None
+
     star = [entry for entry in log if entry.get("kind") == "star"]
+    star = star[max((i for i, entry in enumerate(star) if entry["epoch"] == 0), default=0) :]
     return {
         "regular_epoch": median([e["seconds"] for e in log if e.get("kind") in ("source", "heldout")]),
-        "star_epoch": median([e["seconds"] + e["begin_seconds"] for e in star]),
-        "matching_per_epoch": median([e["begin_seconds"] for e in star]),
+        "star_epoch": mean([e["seconds"] + e["begin_seconds"] for e in star]),
+        "matching_per_epoch": mean([e["begin_seconds"] for e in star]),
     }

@@ -132,7 +132,7 @@ def barriers_of_files(
         names = [str(path) for path in others]
         centre = endpoint(context, str(first), start)
         if matching:
-            points = matched_endpoints(context, start, ends, names)
+            points = matched_endpoints(context, start, ends, names, progress=progress)
         else:
             points = [endpoint(context, name, end) for name, end in zip(names, ends, strict=True)]
         measured = evaluate_paths(

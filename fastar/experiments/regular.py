@@ -19,7 +19,7 @@ from fastar.evaluation.batch_norm import own_statistics
 from fastar.experiments.context import Context
 from fastar.runs import LAST_GOOD, commit, versions
 from fastar.seeds import derive_seed
-from fastar.training import NonFiniteLoss, RegularStep, fit
+from fastar.training import NonFiniteLoss, RegularStep, fit, resolve_precision
 
 
 def recipe(context: Context, kind: str, index: int) -> dict[str, Any]:
@@ -30,7 +30,9 @@ def recipe(context: Context, kind: str, index: int) -> dict[str, Any]:
         "dataset": settings.dataset.name,
         "dataset_digest": context.files.digest,
         "limit": settings.dataset.limit,
-        "train": settings.train.model_dump(mode="json", exclude={"compile", "graph"}),  # how, not what
+        "train": settings.train.model_dump(mode="json", exclude={"compile", "graph", "precision"}),  # how, not what
+        # Resolved: auto differs between devices, and a run must not mix what it means.
+        "precision": str(resolve_precision(settings.train.precision, context.device)).removeprefix("torch."),
         "seed": settings.seed,
         "kind": kind,
         "index": index,
@@ -122,7 +124,6 @@ def train_regular(context: Context, kind: str, index: int) -> None:
             "training_loss": history[-1].loss,
             **{f"{split}_loss": float(m.loss[0]) for split, m in measured.items()},
             **{f"{split}_accuracy": float(m.accuracy[0]) for split, m in measured.items()},
-            "precision": str(step.dtype).removeprefix("torch."),
             "device": device_name(context.device),
             "version": __version__,
             "commit": commit(),

@@ -15,6 +15,7 @@ from fastar.config import MatchingSettings
 from fastar.errors import FastarError
 from fastar.evaluation import evaluate_rows, re_estimate
 from fastar.evaluation.batch_norm import set_statistics
+from fastar.evaluation.losses import full_precision
 from fastar.experiments.context import Context
 from fastar.experiments.regular import check_recipe, device_name, last_good_state, recipe
 from fastar.matching import Permutations, Symmetry, match_weights
@@ -156,7 +157,8 @@ def _train(context: Context, sources: Sequence[Checkpoint], wanted: dict[str, An
     trained = Checkpoint(step.state())
     model = context.build(seed=seed)
     load_into(model, trained)
-    statistics = re_estimate(model, context.statistics_batches())
+    with full_precision():
+        statistics = re_estimate(model, context.statistics_batches())
     set_statistics(model, statistics)
     row = context.row(trained)
     measured = evaluate_rows(

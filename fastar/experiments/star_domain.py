@@ -24,7 +24,7 @@ def prepare_context(settings: Settings, out: Path, progress: Progress = SILENT) 
     """
     context = Context(settings, RunFolder(out), progress)
     resolve_precision(settings.train.precision, context.device)
-    context.build(seed=0)
+    context.build(seed=0, device="cpu")  # the GPU is not touched before the writers have forked
     return context
 
 
