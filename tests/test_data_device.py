@@ -205,3 +205,26 @@ def test_own_statistics_normalise_the_training_split(tmp_path, monkeypatch):
     images = torch.cat([images for images, _ in train.sequential(100)]).double()
     assert abs(images.mean()) < 1e-6  # fp32 rounding, averaged
     assert abs(images.std(correction=0) - 1) < 1e-6
+
+
+def test_batches_begin_anywhere_in_the_same_epoch() -> None:
+    data = dataset()
+    for drop_last, count in ((True, 10), (False, 11)):
+        whole = [(i.clone(), k.clone()) for i, k in data.batches(10, seed=3, epoch=2, drop_last=drop_last)]
+        assert len(whole) == count
+        for begin in (0, 1, 7, count - 1, count):
+            rest = list(data.batches(10, seed=3, epoch=2, drop_last=drop_last, begin=begin))
+            assert len(rest) == count - begin
+            for (images, labels), (found, known) in zip(whole[begin:], rest, strict=True):
+                assert torch.equal(images, found)
+                assert torch.equal(labels, known)
+    for begin in (-1, 11):
+        with pytest.raises(FastarError, match=rf"batch {begin} is outside the epoch's 10 batches"):
+            data.batches(10, seed=3, epoch=2, begin=begin)
+
+
+def test_another_size_is_refused() -> None:
+    square = dataset(shape=(8, 8, 3))
+    assert len(list(square.batches(10, seed=0, epoch=0, size=8))) == 10
+    with pytest.raises(FastarError, match="images of 6x6 asked for, the data set's are 8x8"):
+        square.batches(10, seed=0, epoch=0, size=6)

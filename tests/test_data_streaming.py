@@ -150,6 +150,22 @@ def test_epochs_are_permutations_with_keyed_mirroring(root: Path) -> None:
     assert sorted(shown.tolist()) == [0, 0, 1, 1]  # balanced
 
 
+def test_batches_begin_anywhere_and_come_in_any_size(root: Path) -> None:
+    data = StreamingDataset(prepared(root, JPEG), "train", "cpu", size=24, workers=2)
+    for size in (None, 12):
+        whole = list(data.batches(5, seed=1, epoch=4, drop_last=False, size=size))
+        assert [len(labels) for _, labels in whole] == [5, 5, 5, 1]
+        assert whole[0][0].shape[1:] == (3, size or 24, size or 24)
+        for begin in (0, 2, 4):
+            rest = list(data.batches(5, seed=1, epoch=4, drop_last=False, size=size, begin=begin))
+            assert len(rest) == 4 - begin
+            for (images, labels), (found, known) in zip(whole[begin:], rest, strict=True):
+                assert torch.equal(images, found)
+                assert torch.equal(labels, known)
+    with pytest.raises(FastarError, match="batch 5 is outside the epoch's 4 batches"):
+        data.batches(5, seed=1, epoch=4, drop_last=False, begin=5)
+
+
 def test_conversion_is_repeatable_and_mixes_jpeg_and_raw(root: Path) -> None:
     half = Encoding(compress_probability=0.5)
     first, second = prepared(root, half, "a"), prepared(root, half, "b")

@@ -1,5 +1,6 @@
 """Data: from raw files to .beton files, and from those to batches on the device. The only importer of FFCV."""
 
+from fastar.data.dataset import Batch, Dataset
 from fastar.data.device import DeviceDataset, load
 from fastar.data.files import DatasetFiles, open_files, prepare
 from fastar.data.imagefolder import ImageFiles, open_images, prepare_images
@@ -10,6 +11,8 @@ from fastar.data.varied import Encoding
 __all__ = [
     "DATASETS",
     "Augmentation",
+    "Batch",
+    "Dataset",
     "DatasetFiles",
     "DatasetSpec",
     "DeviceDataset",

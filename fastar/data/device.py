@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from fastar.data.augment import Normalisation, augmented, draw_augmentation
+from fastar.data.dataset import Batch, chosen_batches
 from fastar.data.files import DatasetFiles
 from fastar.data.reading import read_batches
 from fastar.data.registry import Augmentation
@@ -15,8 +16,6 @@ from fastar.data.verify import ContentDigest
 from fastar.errors import FastarError
 from fastar.progress import SILENT, Progress
 from fastar.seeds import derive_seed
-
-Batch = tuple[torch.Tensor, torch.Tensor]
 
 # A split is kept normalised (fp32) beside its bytes where that takes at most this much: digits, MNIST, test splits.
 NORMALISED_BYTES = 256 << 20
@@ -70,19 +69,25 @@ class DeviceDataset:
         return len(self) // batch_size if drop_last else -(-len(self) // batch_size)
 
     def batches(
-        self, batch_size: int, *, seed: int, epoch: int, augment: bool = True, drop_last: bool = True
+        self,
+        batch_size: int,
+        *,
+        seed: int,
+        epoch: int,
+        augment: bool = True,
+        drop_last: bool = True,
+        begin: int = 0,
+        size: int | None = None,
     ) -> Iterator[Batch]:
-        """One epoch of (images fp32 [b, C, H, W] channels-last and normalised, labels int64 [b]).
+        """One epoch, from batch number `begin`: see `Dataset.batches`. `size` cannot differ from the images'.
 
-        The order is a fresh permutation for every (seed, epoch); a sample's augmentation is a function of
-        (seed, epoch, its index) alone. Batches are views of larger tensors: read them, do not write into them.
+        Batches are views of larger tensors: read them, do not write into them.
         """
-        self._check(batch_size)
-        if drop_last and batch_size > len(self):
-            raise FastarError(f"batch size {batch_size} exceeds the {len(self)} samples of the split; lower it")
-        order = epoch_order(len(self), seed, epoch, self.device)
-        if drop_last:
-            order = order[: self.batch_count(batch_size) * batch_size]
+        part = chosen_batches(len(self), batch_size, drop_last, begin)
+        if size is not None and (size, size) != self.input_shape[1:]:
+            _, height, width = self.input_shape
+            raise FastarError(f"images of {size}x{size} asked for, the data set's are {height}x{width} and stay so")
+        order = epoch_order(len(self), seed, epoch, self.device)[part]
         return self._blocks(order, batch_size, self._key(augment, seed, epoch))
 
     def sequential(self, batch_size: int, *, augment: bool = False, seed: int = 0, epoch: int = 0) -> Iterator[Batch]:

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 
 from fastar.data.augment import Normalisation, augmented, draw_augmentation
+from fastar.data.dataset import chosen_batches
 from fastar.data.imagefolder import ImageFiles
 from fastar.data.reading import CropReader
 from fastar.data.registry import Augmentation
@@ -49,15 +50,14 @@ class StreamingDataset:
         self.device = torch.device(device)
         self.classes, self.digest = len(files.classes), files.digest
         self.augmentation = Augmentation(flip=True) if augmentation is None else augmentation
-        self._normalise = Normalisation(
-            tuple(files.metadata["mean"]), tuple(files.metadata["std"]), size, size, self.device
-        )
-        self._readers: dict[int, CropReader] = {}
+        self._mean, self._std = tuple(files.metadata["mean"]), tuple(files.metadata["std"])
+        self._normalisations: dict[int, Normalisation] = {}
+        self._readers: dict[tuple[int, int], CropReader] = {}
         self._index = np.arange(self._layout.count)
         if limit is not None and limit < self._layout.count:
             if limit < 1:
                 raise FastarError(f"limit={limit} must be at least 1")
-            self._index = balanced_subset(self._reader(64).labels, limit, files.name, split)
+            self._index = balanced_subset(self._reader(64, size).labels, limit, files.name, split)
 
     def __len__(self) -> int:
         return len(self._index)
@@ -72,25 +72,28 @@ class StreamingDataset:
         return len(self) // batch_size if drop_last else -(-len(self) // batch_size)
 
     def batches(
-        self, batch_size: int, *, seed: int, epoch: int, augment: bool = True, drop_last: bool = True
+        self,
+        batch_size: int,
+        *,
+        seed: int,
+        epoch: int,
+        augment: bool = True,
+        drop_last: bool = True,
+        begin: int = 0,
+        size: int | None = None,
     ) -> Batches:
-        """One epoch of (images fp32 [b, C, H, W] channels-last and normalised, labels int64 [b]).
+        """One epoch, from batch number `begin`, of images [3, size, size]: see `Dataset.batches`.
 
-        The order is a fresh permutation for every (seed, epoch); a sample's augmentation is a function of
-        (seed, epoch, its index) alone, whatever the number of workers.
+        The pixels do not depend on the number of workers.
         """
-        self._check(batch_size)
-        if drop_last and batch_size > len(self):
-            raise FastarError(f"batch size {batch_size} exceeds the {len(self)} samples of the split; lower it")
-        order = epoch_order(len(self), seed, epoch, torch.device("cpu")).numpy()
-        if drop_last:
-            order = order[: self.batch_count(batch_size) * batch_size]
-        return self._epoch(self._index[order], batch_size, self._key(augment, seed, epoch))
+        part = chosen_batches(len(self), batch_size, drop_last, begin)
+        order = epoch_order(len(self), seed, epoch, torch.device("cpu")).numpy()[part]
+        return self._epoch(self._index[order], batch_size, self._key(augment, seed, epoch), size)
 
     def sequential(self, batch_size: int, *, augment: bool = False, seed: int = 0, epoch: int = 0) -> Batches:
         """As `batches`, in file order, every sample exactly once; the last batch may be short."""
         self._check(batch_size)
-        return self._epoch(self._index, batch_size, self._key(augment, seed, epoch))
+        return self._epoch(self._index, batch_size, self._key(augment, seed, epoch), None)
 
     def _check(self, batch_size: int) -> None:
         if batch_size < 1:
@@ -99,30 +102,40 @@ class StreamingDataset:
     def _key(self, augment: bool, seed: int, epoch: int) -> int | None:
         return derive_seed(seed, "augmentation", epoch) if augment and self.augmentation else None
 
-    def _reader(self, batch_size: int) -> CropReader:
+    def _reader(self, batch_size: int, size: int) -> CropReader:
         batch_size = min(batch_size, self._layout.count)
-        if batch_size not in self._readers:
-            self._readers[batch_size] = CropReader(
+        if (batch_size, size) not in self._readers:
+            self._readers[batch_size, size] = CropReader(
                 self._path,
                 self._layout,
-                size=self._size,
+                size=size,
                 ratio=self._ratio,
                 batch_size=batch_size,
                 workers=self._workers,
             )
-        return self._readers[batch_size]
+        return self._readers[batch_size, size]
 
-    def _epoch(self, order: np.ndarray, batch_size: int, key: int | None) -> Batches:
-        start = 0
-        with closing(self._reader(batch_size).epoch(order)) as batches:
+    def _normalisation(self, size: int) -> Normalisation:
+        if size not in self._normalisations:
+            self._normalisations[size] = Normalisation(self._mean, self._std, size, size, self.device)
+        return self._normalisations[size]
+
+    def _epoch(self, order: np.ndarray, batch_size: int, key: int | None, size: int | None) -> Batches:
+        size = self._size if size is None else size
+        if size < 1:
+            raise FastarError(f"size={size} must be at least 1")
+        if len(order) == 0:
+            return
+        normalise, start = self._normalisation(size), 0
+        with closing(self._reader(batch_size, size).epoch(order)) as batches:
             for pixels, labels in batches:
                 some = torch.from_numpy(pixels).to(self.device)
                 if key is None:
-                    images = self._normalise(some)
+                    images = normalise(some)
                 else:
                     index = torch.from_numpy(order[start : start + len(labels)]).to(self.device)
                     draws = draw_augmentation(self.augmentation, key, index)
-                    images = augmented(some, torch.arange(len(some), device=self.device), draws, self._normalise)
+                    images = augmented(some, torch.arange(len(some), device=self.device), draws, normalise)
                 start += len(labels)
                 # FFCV will write into `labels` again; the images were copied by being normalised.
                 yield images.permute(0, 3, 1, 2), torch.from_numpy(labels.copy()).to(self.device)
