@@ -109,6 +109,16 @@ def train_star_command(
     out: Out = None,
     config: Config = None,
     data_root: DataRoot = None,
+    profile: Annotated[
+        int | None,
+        typer.Option(
+            "--profile",
+            metavar="N",
+            help="Look at N steps of the star's training: its parts, the top operations, and a Chrome trace, in "
+            "OUT/profile.",
+            show_default=False,
+        ),
+    ] = None,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -124,19 +134,23 @@ def train_star_command(
 
     from fastar.experiments.context import default_run_folder
     from fastar.experiments.star_domain import train_star
-    from fastar.report import barrier_picture, results_table
+    from fastar.report import barrier_picture, results_table, speed_lines
     from fastar.runs import RunFolder
 
     folder = out or default_run_folder(settings)
-    results = train_star(settings, folder, _progress(quiet or as_json))
+    results = train_star(settings, folder, _progress(quiet or as_json), profile=profile)
     picture = RunFolder(folder).picture
     barrier_picture(results, picture)
     if as_json:
         print(json.dumps(results))
         return
     _print_table(results_table(results))
+    print("\n".join(speed_lines(results)))
     print(f"results: {RunFolder(folder).results}")
     print(f"picture: {picture}")
+    if profile is not None:
+        print(RunFolder(folder).profile("parts.txt").read_text(), end="")
+        print(f"profile: {RunFolder(folder).profile('')}")
 
 
 @app.command("train-sources")
@@ -258,7 +272,7 @@ def report_command(
 
         fastar report runs/digits-mlp-seed0
     """
-    from fastar.report import barrier_picture, check_results, results_table
+    from fastar.report import barrier_picture, check_results, results_table, speed_lines
     from fastar.runs import RunFolder
 
     run = RunFolder(folder)
@@ -269,6 +283,7 @@ def report_command(
         print(json.dumps(results))
         return
     _print_table(results_table(results))
+    print("\n".join(speed_lines(results)))
     print(f"picture: {run.picture}")
 
 

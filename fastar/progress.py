@@ -54,12 +54,18 @@ class _RateColumn(ProgressColumn):
         return Text("" if speed is None else f"{speed:,.1f} {task.fields['unit']}/s", style="progress.data.speed")
 
 
+# Tasks within others are told of in a log only if they took this long: a run has thousands of short ones.
+_WORTH_A_LINE = 10.0
+
+
 class TerminalProgress:
-    """Bars with rate and time remaining on a terminal; elsewhere one plain line when a task ends. Writes to stderr."""
+    """Bars with rate and time remaining on a terminal; elsewhere one plain line when a task ends, unless it was a short
+    one within another. Writes to stderr."""
 
     def __init__(self, console: Console | None = None):
         self.console = console or Console(file=sys.stderr)
         self._live: RichProgress | None = None
+        self._depth = 0
 
     @contextmanager
     def task(self, description: str, total: int, unit: str = "items") -> Iterator[Advance]:
@@ -82,10 +88,14 @@ class TerminalProgress:
             nonlocal done, last_note
             done, last_note = done + count, note or last_note
 
-        yield advance_plain
-        if not total:  # there was nothing to do
-            return
+        self._depth += 1
+        try:
+            yield advance_plain
+        finally:
+            self._depth -= 1
         seconds = time.perf_counter() - start
+        if not total or (self._depth and seconds < _WORTH_A_LINE):  # nothing to do, or nothing to tell
+            return
         rate = f", {done / seconds:,.1f} {unit}/s" if seconds > 0 else ""
         self.line(f"{description}: {done} {unit} in {seconds:.1f} s{rate}{', ' + last_note if last_note else ''}")
 

@@ -80,6 +80,19 @@ def results_table(results: Mapping[str, Any]) -> Table:
     return table
 
 
+def speed_lines(results: Mapping[str, Any]) -> list[str]:
+    """What a run's time went into, and its peak memory, as lines of text; nothing where the results do not know."""
+    lines = []
+    for kind, found in results.get("speed", {}).items():
+        if found is not None:
+            parts = sorted(found["shares"].items(), key=lambda item: -item[1])
+            said = ", ".join(f"{name} {share:.0%}" for name, share in parts if share >= 0.005)
+            lines.append(f"{kind + ' training:':<18}{found['images_per_second']:,.0f} images/s ({said})")
+    if lines:
+        lines.append(f"{'peak memory:':<18}{results['peak_bytes'] / 1e6:,.0f} MB ({results['device']})")
+    return lines
+
+
 def barriers_table(paths: Sequence[Mapping[str, Any]]) -> Table:
     """One row per path: barrier on each split, and the losses at its ends. What all names start with is said once."""
     folders = {Path(path["second"]).parent for path in paths}

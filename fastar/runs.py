@@ -62,6 +62,10 @@ class RunFolder:
     def log_file(self) -> Path:
         return self.path / "log.jsonl"
 
+    def profile(self, name: str) -> Path:
+        """File `name` of what `--profile` found."""
+        return self.path / "profile" / name
+
     def model(self, kind: str, index: int) -> Path:
         """File of source or heldout number `index`."""
         folder = {"source": "sources", "heldout": "heldout"}[kind]

@@ -19,7 +19,7 @@ SPLIT = {"regular_loss", "star_loss", "regular_regular", "star_heldout", "star_s
 PATH = {"kind", "first", "second", "t", "train_loss", "train_accuracy", "test_loss", "test_accuracy"}
 TOP = {
     *("dataset", "arch", "sources", "heldout", "t", "train", "test", "accuracy", "paths", "seconds", "versions"),
-    *("device", "seed"),
+    *("device", "seed", "speed", "peak_bytes"),
 }
 
 
@@ -101,6 +101,32 @@ def test_results_have_exactly_the_agreed_names(run: Path) -> None:
     assert set(results["seconds"]) == {"regular_epoch", "star_epoch", "matching_per_epoch", "evaluation"}
     assert all(value > 0 for value in results["seconds"].values())
     assert {"fastar", "commit", "torch", "ffcv"} <= set(results["versions"])
+    for kind, more in (("regular", set()), ("star", {"matching"})):
+        parts = results["speed"][kind]["shares"]
+        assert {"load", "forward", "backward", "update", "other"} | more <= set(parts)
+        assert sum(parts.values()) == pytest.approx(1)
+        assert all(share > 0 for share in parts.values())
+        assert results["speed"][kind]["images_per_second"] > 0
+    assert results["peak_bytes"] > 50e6  # torch alone takes more
+
+
+def test_profile_of_a_run(data: Path, tmp_path: Path) -> None:
+    tight = fastar("train-star", *tiny(data), "--out", tmp_path / "run", "--profile", 1000)
+    assert tight.code == 2
+    assert "--profile 1000: this training (" in tight.err
+    assert not (tmp_path / "run").exists()
+    done = fastar("train-star", *tiny(data), "--out", tmp_path / "run", "--profile", 2)
+    assert done.code == 0, done.err
+    folder = tmp_path / "run" / "profile"
+    assert {path.name for path in folder.iterdir()} == {"parts.txt", "operations.txt", "trace.json"}
+    parts = (folder / "parts.txt").read_text()
+    assert {"matching", "load", "forward", "backward", "update"} <= {line.split()[0] for line in parts.splitlines()}
+    assert parts in done.out
+    assert "aten::addmm" in (folder / "operations.txt").read_text()
+    names = [event.get("name") for event in json.loads((folder / "trace.json").read_text())["traceEvents"]]
+    assert names.count("update") == 2  # as many steps as were asked for
+    late = fastar("train-star", *tiny(data), "--out", tmp_path / "run", "--profile", 2)
+    assert (late.code, late.err.count("is trained already")) == (2, 1)
 
 
 def test_paths_are_complete(run: Path) -> None:
@@ -167,8 +193,8 @@ def test_a_second_run_trains_nothing_and_finds_the_same(copied: Path, data: Path
     assert models(copied) == before
     assert {p: os.stat(copied / p).st_mtime_ns for p in before} == times
     assert (copied / "log.jsonl").read_bytes() == log
-    new = results_of(copied)
-    assert {key: new[key] for key in TOP - {"seconds"}} == {key: old[key] for key in TOP - {"seconds"}}
+    new, same = results_of(copied), TOP - {"seconds", "peak_bytes"}
+    assert {key: new[key] for key in same} == {key: old[key] for key in same}
 
 
 def test_heldouts_can_be_added(copied: Path, data: Path) -> None:
@@ -295,8 +321,9 @@ def test_progress_is_plain_lines_on_stderr(data: Path, tmp_path: Path) -> None:
     arguments = [argument for argument in tiny(data, heldout=0) if argument != "--quiet"]
     outcome = fastar("train-star", *arguments, "--out", tmp_path / "run")
     assert outcome.code == 0
-    assert "training source 0: 2 epochs in " in outcome.err
-    assert "training" not in outcome.out
+    assert "source models: 2 models in " in outcome.err
+    assert "training star: 2 epochs in " in outcome.err
+    assert "models in" not in outcome.out
     assert "\x1b" not in outcome.err + outcome.out
 
 

@@ -52,6 +52,17 @@ def test_plain_says_nothing_of_nothing_or_of_failures() -> None:
     assert stream.getvalue() == ""
 
 
+def test_plain_tells_of_tasks_within_others_only_if_they_were_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    for seconds, told in ((9.0, ["all"]), (11.0, ["part", "all"])):
+        progress, stream = plain()
+        clock = iter([0.0, 0.0, seconds, seconds])
+        monkeypatch.setattr("fastar.progress.time.perf_counter", lambda clock=clock: next(clock))
+        with progress.task("all", total=1) as outer, progress.task("part", total=1) as inner:
+            inner()
+            outer()
+        assert [line.split(":")[0] for line in stream.getvalue().splitlines()] == told
+
+
 def test_lines_are_not_wrapped_or_interpreted() -> None:
     progress, stream = plain()
     progress.line("[bold]" + "x" * 100)

@@ -15,7 +15,16 @@ from rich.console import Console
 from rich.table import Table
 
 from fastar.errors import FastarError
-from fastar.report import STYLES, barrier_picture, barriers_table, check_picture, check_results, results_table, shown
+from fastar.report import (
+    STYLES,
+    barrier_picture,
+    barriers_table,
+    check_picture,
+    check_results,
+    results_table,
+    shown,
+    speed_lines,
+)
 
 
 def spread(mean: float | None, n: int) -> dict[str, Any]:
@@ -258,3 +267,17 @@ def without(*keys: str | int) -> dict[str, Any]:
 def test_damaged_results_are_refused(broken: dict[str, Any]) -> None:
     with pytest.raises(FastarError, match=r"x/results\.json.*run `fastar train-star` again"):
         check_results(broken, Path("x/results.json"))
+
+
+def test_speed_is_told_largest_part_first() -> None:
+    found = results()
+    assert speed_lines(found) == []  # results of before it was measured
+    found["speed"] = {
+        "regular": {"images_per_second": 1234.5, "shares": {"load": 0.2, "forward": 0.798, "other": 0.002}},
+        "star": None,
+    }
+    found |= {"peak_bytes": 2_500_000_000, "device": "cpu"}
+    assert speed_lines(found) == [
+        "regular training: 1,234 images/s (forward 80%, load 20%)",
+        "peak memory:      2,500 MB (cpu)",
+    ]

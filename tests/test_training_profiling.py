@@ -7,6 +7,7 @@ import json
 import runpy
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,8 @@ from fastar import benchmarks
 from fastar.config import StarSettings, TrainSettings
 from fastar.errors import FastarError
 from fastar.flat import FlatLayout
-from fastar.training import StarStep, fit, part, profiling
-from fastar.training.parts import PartClock
+from fastar.training import Epoch, Recording, RegularStep, StarStep, StepsProfile, fit, part, parts, profiling
+from fastar.training.parts import EpochClock, PartClock
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
 TINY = ["--arch", "mlp", "--width", "4", "--size", "4", "--batch", "8", "--device", "cpu", "--sources", "2"]
@@ -50,6 +51,84 @@ def test_training_is_all_parts() -> None:
     with PartClock(CPU) as clock:
         fit(step, dataset(channels=3, size=2, pad=0), settings, name="x", seed=0, epochs=1)
     assert set(clock.seconds()) == {"matching", "load", "interpolate", "forward", "backward", "update"}
+
+
+def test_an_epochs_clock_counts_every_wait_and_samples_steps() -> None:
+    clock = EpochClock(CPU, steps=40, samples=4)
+    looked = []
+    for number in range(40):
+        with clock.load():
+            time.sleep(0.001)
+        with clock.step(number):
+            with part("forward"):
+                time.sleep(0.002)
+            looked.append(parts._clock is not None)
+    assert [number for number, seen in enumerate(looked) if seen] == [6, 16, 26, 36]
+    found = clock.seconds(1.0)
+    assert set(found) == {"load", "forward", "other"}
+    assert found["load"] >= 0.04  # 40 waits of a millisecond: sleep never returns early
+    assert sum(found.values()) == pytest.approx(1.0)
+    assert found["forward"] > 0.9 * (1 - found["load"])  # the sampled steps do nothing else
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 9])
+def test_short_epochs_are_sampled_too(steps: int) -> None:
+    clock = EpochClock(CPU, steps)
+    for number in range(steps):
+        with clock.step(number), part("forward"):
+            pass
+    assert clock.seconds(1.0)["forward"] > 0
+
+
+def test_an_epochs_clock_leaves_the_counting_to_one_that_runs() -> None:
+    epoch = EpochClock(CPU, steps=1)
+    with PartClock(CPU) as clock, epoch.step(0), part("forward"):
+        time.sleep(0.001)
+    assert clock.seconds()["forward"] >= 0.001
+    assert epoch.seconds(1.0) == {"load": 0.0, "other": 1.0}
+
+
+def test_no_clock_counts_what_is_captured() -> None:
+    with PartClock(CPU) as clock:
+        with parts.no_parts(), part("captured"):
+            pass
+        with part("counted"):
+            pass
+    assert list(clock.seconds()) == ["counted"]
+
+
+def test_an_epoch_says_what_limits_it() -> None:
+    epoch = Epoch(0, 0.5, 0.1, 1000, 2.0, 1.0, {"load": 0.1, "forward": 1.9})
+    assert epoch.note() == "loss 0.5000, 500 images/s, compute-limited (load 5%)"
+    slow = replace(epoch, parts={"load": 1.0, "forward": 1.0})
+    assert slow.note() == "loss 0.5000, 500 images/s, loader-limited (load 50%)"
+
+
+def test_steps_in_the_middle_of_a_training_are_looked_at(tmp_path: Path) -> None:
+    model = network(PlainMlp, 0)
+    settings = TrainSettings(batch_size=16, precision="fp32")
+    images = dataset(channels=3, size=2, pad=0)
+    steps = images.batch_count(16)
+    looking = StepsProfile(steps, Recording(CPU, trace=tmp_path / "trace.json"))
+    history = fit(RegularStep(model, settings), images, settings, name="x", seed=0, epochs=3, profile=looking)
+    found = looking.result
+    assert found is not None
+    # The first look is at the second epoch: the clock's own of that epoch saw the waits alone.
+    assert [set(epoch.parts) - {"load", "other"} == set() for epoch in history] == [False, True, True]
+    assert {"load", "forward", "backward", "update"} <= set(found.parts)
+    names = [event.get("name") for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]]
+    assert names.count("forward") == steps
+    plain = network(PlainMlp, 0)
+    fit(RegularStep(plain, settings), images, settings, name="x", seed=0, epochs=3)
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), plain.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("wanted", [0, 7, -1])
+def test_a_training_too_short_to_be_looked_at(wanted: int) -> None:
+    with pytest.raises(
+        FastarError, match=rf"--profile {wanted}: this training \(3 epochs of 6 steps\) has room for 1 to 6"
+    ):
+        StepsProfile(wanted, Recording(CPU)).check(epochs=3, steps_per_epoch=6)
 
 
 def test_a_profile_has_parts_operations_and_a_trace(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ from fastar.matching import Permutations, match_weights
 from fastar.progress import SILENT, Progress
 from fastar.runs import versions
 from fastar.seeds import derive_seed
+from fastar.training import peak_bytes, shares
 
 SPLITS = ("train", "test")
 KINDS = ("regular_regular", "star_heldout", "star_source", "regular_regular_unmatched")
@@ -161,6 +162,7 @@ def measure(
         progress=context.progress,
     )
     seconds = time.perf_counter() - start
+    log = context.run.read_log()
     return {
         "dataset": settings.dataset.name,
         "arch": settings.model.arch,
@@ -170,7 +172,9 @@ def measure(
         **{split: summary(measured, split) for split in SPLITS},
         "accuracy": {split: _accuracies(measured, split) for split in SPLITS},
         "paths": [_as_result(path) for path in measured],
-        "seconds": {**epoch_seconds(context.run.read_log()), "evaluation": seconds},
+        "seconds": {**epoch_seconds(log), "evaluation": seconds},
+        "speed": speed(log),
+        "peak_bytes": max([peak_bytes(context.device), *(entry.get("peak_bytes", 0) for entry in log)]),
         "versions": versions(),
         "device": device_name(context.device),
         "seed": settings.seed,
@@ -219,10 +223,31 @@ def epoch_seconds(log: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     def mean(values: list[float]) -> float | None:
         return statistics.fmean(values) if values else None
 
-    star = [entry for entry in log if entry.get("kind") == "star"]
-    star = star[max((i for i, entry in enumerate(star) if entry["epoch"] == 0), default=0) :]
+    star = _star_epochs(log)
     return {
         "regular_epoch": median([e["seconds"] for e in log if e.get("kind") in ("source", "heldout")]),
         "star_epoch": mean([e["seconds"] + e["begin_seconds"] for e in star]),
         "matching_per_epoch": mean([e["begin_seconds"] for e in star]),
     }
+
+
+def _star_epochs(log: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    star = [entry for entry in log if entry.get("kind") == "star"]
+    return star[max((i for i, entry in enumerate(star) if entry["epoch"] == 0), default=0) :]
+
+
+def speed(log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Of regular models and of the star: images per second of training, and the share of its time that each part took
+    (matching, load, interpolate, forward, backward, update, other). Null where the log does not know."""
+    found: dict[str, Any] = {}
+    regular = [entry for entry in log if entry.get("kind") in ("source", "heldout")]
+    for kind, epochs in (("regular", regular), ("star", _star_epochs(log))):
+        known = [entry for entry in epochs if entry.get("parts")]
+        took: dict[str, float] = {"matching": sum(e["begin_seconds"] for e in known)} if kind == "star" else {}
+        for entry in known:
+            for name, seconds in entry["parts"].items():
+                took[name] = took.get(name, 0.0) + seconds
+        whole = sum(took.values())
+        images = sum(entry["images"] for entry in known)
+        found[kind] = {"images_per_second": images / whole, "shares": shares(took)} if whole > 0 else None
+    return found

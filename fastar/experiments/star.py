@@ -19,9 +19,10 @@ from fastar.evaluation.losses import full_precision
 from fastar.experiments.context import Context
 from fastar.experiments.regular import check_recipe, device_name, last_good_state, recipe
 from fastar.matching import Permutations, Symmetry, match_weights
+from fastar.progress import SILENT, Progress
 from fastar.runs import commit, versions
 from fastar.seeds import derive_seed
-from fastar.training import SourcesStore, StarStep, fit
+from fastar.training import Recording, SourcesStore, StarStep, StepsProfile, fit
 
 
 def star_recipe(context: Context, sources: Sequence[Checkpoint]) -> dict[str, Any]:
@@ -55,6 +56,7 @@ def match_store(
     start: Permutations | None,
     seed: int,
     threads: int,
+    progress: Progress = SILENT,
 ) -> Permutations:
     """Algorithm 1, step 1: theta_n <- pi(theta_n) for all rows of the store, wherever they live; the permutations."""
     found = []
@@ -69,6 +71,7 @@ def match_store(
             max_sweeps=settings.max_sweeps,
             solver=settings.solver,
             threads=threads,
+            progress=progress,
         )
         symmetry.apply_rows(result.permutations, views)
         found.append(result.permutations.to("cpu"))
@@ -94,13 +97,19 @@ class Matcher:
             start=symmetry.identity() if self._matched else None,
             seed=derive_seed(settings.seed, "star", "matching", epoch),
             threads=settings.workers,
+            progress=self._context.progress,
         )
         self.permutations = self.permutations.then(moves)
         self._matched = True
 
 
-def star_model(context: Context, sources: Sequence[Checkpoint]) -> tuple[Checkpoint, Permutations | None]:
+def star_model(
+    context: Context, sources: Sequence[Checkpoint], *, profile: StepsProfile | None = None
+) -> tuple[Checkpoint, Permutations | None]:
     """The star model of `sources`, and the sources' permutations that it was trained with (None: never matched).
+
+    Args:
+        profile: looks at some steps of its training.
 
     Raises:
         FastarError: a star that is there was made otherwise.
@@ -111,7 +120,7 @@ def star_model(context: Context, sources: Sequence[Checkpoint]) -> tuple[Checkpo
     if run.star.is_file():
         check_recipe(run.star, read_metadata(run.star).get("recipe", {}), wanted)
     if not (run.star.is_file() and permutations_file.is_file()):
-        _train(context, sources, wanted)
+        _train(context, sources, wanted, profile)
     star = load_checkpoint(run.star)
     stored = load_checkpoint(permutations_file).state
     if stored.pop("matched", None) is None:
@@ -119,7 +128,9 @@ def star_model(context: Context, sources: Sequence[Checkpoint]) -> tuple[Checkpo
     return star, Permutations.from_dict(stored) if stored else None
 
 
-def _train(context: Context, sources: Sequence[Checkpoint], wanted: dict[str, Any]) -> None:
+def _train(
+    context: Context, sources: Sequence[Checkpoint], wanted: dict[str, Any], profile: StepsProfile | None
+) -> None:
     settings, run = context.settings, context.run
     seed = derive_seed(settings.seed, "star", 0)
     store = SourcesStore(
@@ -151,8 +162,14 @@ def _train(context: Context, sources: Sequence[Checkpoint], wanted: dict[str, An
             epochs=settings.star.epochs,
             lr=settings.star.lr,
             on_epoch=lambda epoch: run.log(kind="star", model="star", **vars(epoch)),
+            profile=profile,
             progress=context.progress,
         )
+    if profile is not None:
+        found = profile.result
+        assert found is not None  # the training was long enough
+        run.profile("parts.txt").write_text(found.table(profile.steps) + "\n", encoding="utf-8")
+        run.profile("operations.txt").write_text(found.operations + "\n", encoding="utf-8")
     # The running statistics so far are of interpolated networks: the star gets its own.
     trained = Checkpoint(step.state())
     model = context.build(seed=seed)
@@ -187,3 +204,22 @@ def _train(context: Context, sources: Sequence[Checkpoint], wanted: dict[str, An
             "versions": versions(),
         },
     )
+
+
+def steps_profile(context: Context, steps: int) -> StepsProfile:
+    """A look at `steps` steps of the star's training; trace (and memory, on a GPU) go into the run folder.
+
+    Raises:
+        FastarError: the star is trained already, too short a training, or a folder that cannot be written.
+    """
+    run, train, star = context.run, context.settings.train, context.settings.star
+    if run.star.is_file():
+        raise FastarError(f"--profile: {run.star} is trained already; choose another --out to train one")
+    memory = run.profile("memory.pickle") if context.device.type == "cuda" else None
+    found = StepsProfile(steps, Recording(context.device, trace=run.profile("trace.json"), memory=memory))
+    found.check(star.epochs or train.epochs, context.train.batch_count(train.batch_size, train.drop_last))
+    try:
+        run.profile("").mkdir(exist_ok=True)
+    except OSError as error:
+        raise FastarError(f"{run.profile('')}: cannot be made ({error.strerror}); choose another --out") from error
+    return found

@@ -10,7 +10,7 @@ from fastar.errors import FastarError
 from fastar.experiments.context import Context
 from fastar.experiments.measure import measure
 from fastar.experiments.regular import given_sources, regular_models
-from fastar.experiments.star import star_model
+from fastar.experiments.star import star_model, steps_profile
 from fastar.progress import SILENT, Progress
 from fastar.runs import RunFolder
 from fastar.training import resolve_precision
@@ -48,8 +48,13 @@ def train_sources(settings: Settings, out: Path, progress: Progress = SILENT) ->
     ]
 
 
-def train_star(settings: Settings, out: Path, progress: Progress = SILENT) -> dict[str, Any]:
+def train_star(
+    settings: Settings, out: Path, progress: Progress = SILENT, *, profile: int | None = None
+) -> dict[str, Any]:
     """Do all of it: data, sources, heldouts, star, barriers. What is there and matches is reused.
+
+    Args:
+        profile: look at so many steps of the star's training, and write what was found into `profile/`.
 
     Returns:
         What is written to `results.json`.
@@ -63,13 +68,14 @@ def train_star(settings: Settings, out: Path, progress: Progress = SILENT) -> di
     context.run.check(settings)
     _ = context.files
     with context.run.open(settings), context.threads():
+        looking = None if profile is None else steps_profile(context, profile)
         folder = settings.sources.folder
         if folder is not None:
             sources = given_sources(context, folder.expanduser(), settings.sources.number)
         else:
             sources = regular_models(context, "source", settings.sources.number)
         heldouts = regular_models(context, "heldout", settings.sources.heldout)
-        star, permutations = star_model(context, sources)
+        star, permutations = star_model(context, sources, profile=looking)
         results = measure(context, star, sources, heldouts, permutations)
         context.run.write_results(results)
     return results

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastar.errors import FastarError
+from fastar.training.parts import no_parts, part
 
 # Kernels are compiled, and libraries choose theirs and take their workspaces, in the first calls.
 WARM_UP = 3
@@ -74,7 +75,8 @@ class StepGraph:
         for static, given in zip(self._inputs, (images, labels, lr), strict=True):
             static.copy_(given)
         assert self._replay is not None
-        self._replay()
+        with part("graph"):
+            self._replay()
         assert self._loss is not None
         return self._loss.clone()  # the graph writes the next step's over it
 
@@ -92,7 +94,8 @@ class StepGraph:
             self._loss = self._body(*inputs)
 
         try:
-            return self._record(warm_up, run)
+            with no_parts():
+                return self._record(warm_up, run)
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise FastarError(

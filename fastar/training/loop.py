@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from contextlib import closing, nullcontext
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -14,8 +15,12 @@ from fastar.config import TrainSettings
 from fastar.data import DeviceDataset
 from fastar.errors import FastarError
 from fastar.progress import SILENT, Progress
-from fastar.training.parts import part
+from fastar.training.parts import EpochClock
+from fastar.training.profiling import StepsProfile, peak_bytes
 from fastar.training.schedule import learning_rate
+
+# Images are loaded beside the steps: that steps wait, beyond what handing over costs, means that loading is slower.
+LOADER_LIMITED = 0.1
 
 
 class Step(Protocol):
@@ -62,13 +67,31 @@ class Epoch:
     """Of the steps alone."""
     begin_seconds: float
     """Of `Step.begin_epoch`: matching."""
+    parts: dict[str, float] = field(default_factory=dict)
+    """What `seconds` went into: load, interpolate, forward, backward, update, other."""
+    peak_bytes: int = 0
+    """The most memory taken until then: of a GPU by tensors, or by this process on a host."""
+
+    @property
+    def images_per_second(self) -> float:
+        return self.images / self.seconds
+
+    @property
+    def load_share(self) -> float:
+        """The share of the steps' time in which they waited for images."""
+        return self.parts.get("load", 0.0) / self.seconds
+
+    def note(self) -> str:
+        """The epoch in a few words, for progress: loss, speed, and what limits it."""
+        limit = "loader-limited" if self.load_share > LOADER_LIMITED else "compute-limited"
+        return f"loss {self.loss:.4f}, {self.images_per_second:,.0f} images/s, {limit} (load {self.load_share:.0%})"
 
 
-def named_batches(batches: Iterable[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same batches; waiting for each belongs to the part `load` of a profile."""
+def timed_batches(batches: Iterable[tuple[Tensor, Tensor]], clock: EpochClock) -> Iterator[tuple[Tensor, Tensor]]:
+    """The same batches; the wait for each is counted."""
     iterator = iter(batches)
     while True:
-        with part("load"):
+        with clock.load():
             batch = next(iterator, None)
         if batch is None:
             return
@@ -91,6 +114,7 @@ def fit(
     epochs: int | None = None,
     lr: float | None = None,
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
+    profile: StepsProfile | None = None,
     progress: Progress = SILENT,
 ) -> list[Epoch]:
     """Train: `epochs` passes over `data` in batches, the learning rate set before each step.
@@ -106,9 +130,10 @@ def fit(
         epochs: None for `settings.epochs`.
         lr: None for `settings.lr`.
         on_epoch: told each epoch's figures.
+        profile: looks at some steps.
 
     Raises:
-        FastarError: too few images for one batch.
+        FastarError: too few images for one batch, or too few steps to be profiled.
         NonFiniteLoss: a loss that is not finite (model, epoch and step are named).
     """
     epochs = epochs or settings.epochs
@@ -120,13 +145,21 @@ def fit(
             f"train.batch_size={settings.batch_size} is more than the {len(data)} training images; "
             "lower it or set train.drop_last=false"
         )
+    if profile is not None:
+        profile.check(epochs, steps)
     history: list[Epoch] = []
     good: dict[str, Tensor] | None = None
     good_epochs = 0
     lr_now = torch.zeros((), device=device)
     losses = torch.zeros(steps, device=device)
-    with progress.task(f"training {name}", total=epochs, unit="epochs") as advance:
+    with (
+        progress.task(f"training {name}", total=epochs, unit="epochs") as advance,
+        closing(profile) if profile is not None else nullcontext(),
+    ):
         for epoch in range(epochs):
+            if profile is not None:
+                profile.epoch_begins(epoch, epochs)
+            clock = EpochClock(device, steps)
             start = time.perf_counter()
             step.begin_epoch(epoch, steps)
             synchronize(device)
@@ -138,10 +171,13 @@ def fit(
             batches = data.batches(
                 settings.batch_size, seed=seed, epoch=epoch, augment=True, drop_last=settings.drop_last
             )
-            for i, (images, labels) in enumerate(named_batches(batches)):
-                lr_now.copy_(rates[i])
-                losses[i] = step(images, labels, lr_now)
+            for i, (images, labels) in enumerate(timed_batches(batches, clock)):
+                with clock.step(i):
+                    lr_now.copy_(rates[i])
+                    losses[i] = step(images, labels, lr_now)
                 images_seen += len(labels)
+                if profile is not None:
+                    profile.step_done()
             values = losses.cpu()  # the epoch's one synchronisation
             end = time.perf_counter()
             if not torch.isfinite(values).all():
@@ -153,7 +189,14 @@ def fit(
                     good_epochs,
                 )
             done = Epoch(
-                epoch, float(values.double().mean()), float(rates[-1]), images_seen, end - begun, begun - start
+                epoch,
+                float(values.double().mean()),
+                float(rates[-1]),
+                images_seen,
+                end - begun,
+                begun - start,
+                clock.seconds(end - begun),
+                peak_bytes(device),
             )
             history.append(done)
             if epoch + 1 < epochs:
@@ -161,5 +204,5 @@ def fit(
                 if all(bool(torch.isfinite(value).all()) for value in state.values()):
                     good, good_epochs = state, epoch + 1
             on_epoch(done)
-            advance(1, note=f"loss {done.loss:.4f}")
+            advance(1, note=done.note())
     return history

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import resource
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,6 +40,89 @@ class Profile:
         return "\n".join([*lines, f"peak memory {self.peak_bytes / 1e6:,.0f} MB"])
 
 
+class Recording:
+    """Two looks at the same kind of work: one by the clock, which the profiler does not slow down, and one under
+    torch's profiler. Parts' times are of the first; operations, idle GPU time and the trace are of the second.
+
+    Args:
+        device: where the work runs.
+        trace: file for a Chrome trace (chrome://tracing, ui.perfetto.dev), with memory in use over time.
+        memory: file for a snapshot of the GPU's memory over time (pytorch.org/memory_viz).
+        rows: operations to list.
+
+    Raises:
+        FastarError: a memory snapshot is asked of a CPU.
+    """
+
+    def __init__(
+        self, device: torch.device, *, trace: Path | None = None, memory: Path | None = None, rows: int = 15
+    ) -> None:
+        self._device, self._trace, self._memory, self._rows = device, trace, memory, rows
+        self._cuda = device.type == "cuda"
+        if memory is not None and not self._cuda:
+            raise FastarError("a memory snapshot is of a GPU's memory; on a CPU, memory in use is in the trace")
+        self._seconds = self._idle = 0.0
+        self._parts: dict[str, float] = {}
+        self._peak = 0
+        self._operations = ""
+
+    @contextmanager
+    def clocked(self) -> Iterator[None]:
+        """Around the first look."""
+        if self._cuda:
+            torch.cuda.reset_peak_memory_stats(self._device)
+        with PartClock(self._device) as clock:
+            _wait(self._device)
+            start, running = time.perf_counter(), time.thread_time()
+            yield
+            _wait(self._device)
+            self._seconds, ran = time.perf_counter() - start, time.thread_time() - running
+        self._parts, self._idle = clock.seconds(), self._seconds - ran
+        self._peak = peak_bytes(self._device)
+
+    @contextmanager
+    def profiled(self) -> Iterator[None]:
+        """Around the second look; writes the files.
+
+        Raises:
+            FastarError: a file cannot be written.
+        """
+        if self._memory is not None:
+            torch.cuda.memory._record_memory_history()
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._cuda else [])]
+        try:
+            with (
+                torch.profiler.profile(activities=activities, profile_memory=self._trace is not None) as found,
+                PartClock(self._device),
+            ):
+                yield
+                _wait(self._device)
+            if self._memory is not None:
+                torch.cuda.memory._dump_snapshot(str(self._memory))
+            if self._trace is not None:
+                self._trace.touch()  # the profiler itself says nothing when it cannot write
+                found.export_chrome_trace(str(self._trace))
+        except OSError as error:
+            raise FastarError(
+                f"{error.filename or self._trace}: cannot be written ({error.strerror}); choose another file"
+            ) from error
+        finally:
+            if self._memory is not None:
+                torch.cuda.memory._record_memory_history(enabled=None)
+        if self._cuda:
+            kernels = [e.time_range for e in found.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+            spans = [(span.start, span.end) for span in kernels]
+            first, last = min((a for a, _ in spans), default=0), max((b for _, b in spans), default=0)
+            self._idle = self._seconds * (1 - union(spans) / (last - first)) if spans else self._seconds
+        key = "self_device_time_total" if self._cuda else "self_cpu_time_total"
+        self._operations = found.key_averages().table(sort_by=key, row_limit=self._rows, max_name_column_width=50)
+
+    def result(self) -> Profile:
+        """What both looks saw."""
+        other = self._seconds - sum(self._parts.values())
+        return Profile(self._seconds, self._parts, other, self._idle, self._operations, self._peak)
+
+
 def profile(
     run: Callable[[], object],
     device: torch.device,
@@ -47,66 +131,73 @@ def profile(
     memory: Path | None = None,
     rows: int = 15,
 ) -> Profile:
-    """Call `run`, which has been warmed up, twice: once by the clock, and once under torch's profiler.
-
-    The parts' times are of the first call, which the profiler does not slow down; operations, idle GPU time and the
-    trace are of the second.
-
-    Args:
-        run: the work, such as ten training steps.
-        device: where it runs.
-        trace: file for a Chrome trace (chrome://tracing, ui.perfetto.dev), with memory in use over time.
-        memory: file for a snapshot of the GPU's memory over time (pytorch.org/memory_viz).
-        rows: operations to list.
+    """Call `run` (the work, such as ten training steps), which has been warmed up, twice: see `Recording`.
 
     Raises:
         FastarError: a file cannot be written, or a memory snapshot is asked of a CPU.
     """
-    cuda = device.type == "cuda"
-    if memory is not None and not cuda:
-        raise FastarError("a memory snapshot is of a GPU's memory; on a CPU, memory in use is in the trace")
-    if cuda:
-        torch.cuda.reset_peak_memory_stats(device)
-    with PartClock(device) as clock:
-        _wait(device)
-        start, running = time.perf_counter(), time.thread_time()
+    recording = Recording(device, trace=trace, memory=memory, rows=rows)
+    with recording.clocked():
         run()
-        _wait(device)
-        seconds, ran = time.perf_counter() - start, time.thread_time() - running
-    parts = clock.seconds()
-    peak = (
-        torch.cuda.max_memory_allocated(device) if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    )
-    idle = seconds - ran
+    with recording.profiled():
+        run()
+    return recording.result()
 
-    if memory is not None:
-        torch.cuda.memory._record_memory_history()
-    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
-    with torch.profiler.profile(activities=activities, profile_memory=trace is not None) as found, PartClock(device):
-        run()
-        _wait(device)
-    try:
-        if memory is not None:
-            torch.cuda.memory._dump_snapshot(str(memory))
-        if trace is not None:
-            trace.touch()  # the profiler itself says nothing when it cannot write
-            found.export_chrome_trace(str(trace))
-    except OSError as error:
-        raise FastarError(
-            f"{error.filename or trace}: cannot be written ({error.strerror}); choose another file"
-        ) from error
-    finally:
-        if memory is not None:
-            torch.cuda.memory._record_memory_history(enabled=None)
-    averages = found.key_averages()
-    if cuda:
-        kernels = [e.time_range for e in found.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-        spans = [(span.start, span.end) for span in kernels]
-        first, last = min((a for a, _ in spans), default=0), max((b for _, b in spans), default=0)
-        idle = seconds * (1 - union(spans) / (last - first)) if spans else seconds
-    key = "self_device_time_total" if cuda else "self_cpu_time_total"
-    operations = averages.table(sort_by=key, row_limit=rows, max_name_column_width=50)
-    return Profile(seconds, parts, seconds - sum(parts.values()), idle, operations, peak)
+
+class StepsProfile:
+    """Looks at `steps` steps in the middle of a training by the clock, and at the `steps` after them by the profiler.
+
+    It begins with the second epoch, its matching included, or with the first where there is no second.
+    """
+
+    def __init__(self, steps: int, recording: Recording):
+        self.steps = steps
+        self.result: Profile | None = None
+        self._recording = recording
+        self._looks = iter((recording.clocked, recording.profiled))
+        self._open = ExitStack()
+        self._left: int | None = None
+
+    def check(self, epochs: int, steps_per_epoch: int) -> None:
+        """Raise FastarError unless a training of so many steps is long enough."""
+        possible = max(epochs - 1, 1) * steps_per_epoch // 2
+        if not 1 <= self.steps <= possible:
+            raise FastarError(
+                f"--profile {self.steps}: this training ({epochs} epochs of {steps_per_epoch} steps) has room for 1 to "
+                f"{possible}; choose from these"
+            )
+
+    def epoch_begins(self, epoch: int, epochs: int) -> None:
+        """Before the matching of epoch number `epoch`."""
+        if self._left is None and epoch >= min(1, epochs - 1):
+            self._next()
+
+    def step_done(self) -> None:
+        """After every step."""
+        if self._left:
+            self._left -= 1
+            if self._left == 0:
+                self._open.close()
+                self._next()
+
+    def close(self) -> None:
+        """After training, however it ended."""
+        self._open.close()
+
+    def _next(self) -> None:
+        look = next(self._looks, None)
+        if look is None:
+            self.result, self._left = self._recording.result(), 0
+        else:
+            self._open.enter_context(look())
+            self._left = self.steps
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory taken so far: of a GPU by torch's tensors, or by this process on a host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def union(spans: Iterable[tuple[float, float]]) -> float:

@@ -159,7 +159,8 @@ class StarStep(_FlatStep):
         self._feed: RowFeed = ResidentRows(sources.rows, ())
         self._step = 0
         self._written = False
-        # What a graph reads of the step it is in, and of the next.
+        # What is read of the step that runs, and of the next: always at the same address, for graphs and since a kernel
+        # is compiled anew for pointers that are aligned otherwise.
         self._scale, self._next_t = torch.ones((), device=self.device), torch.zeros((), device=self.device)
         self._next_row = torch.zeros((), dtype=torch.int64, device=self.device)
         self._graph = self._graph_of(self._captured)
@@ -183,21 +184,20 @@ class StarStep(_FlatStep):
         if not self._written:
             with part("interpolate"):
                 source = self._feed.table[self._feed.take(step)]
-                self._working.interpolate(self.theta, source, self._draws[step])
+                self._next_t.copy_(self._draws[step])
+                self._working.interpolate(self.theta, source, self._next_t)
                 self._feed.done(step)
         self._written = self._fuse and step + 1 < len(self._indices)
         row = self._feed.take(step + 1) if self._written else 0
+        self._scale.copy_(self._scales[step])
+        if self._written:
+            self._next_t.copy_(self._draws[step + 1])
         if self._graph is not None and self._graph.fits(images, labels):
-            self._scale.copy_(self._scales[step])
             self._next_row.fill_(row)
-            if self._written:
-                self._next_t.copy_(self._draws[step + 1])
             loss = self._graph(images, labels, lr)
         else:
-            points = None
-            if self._written:
-                points = self._working.next_points(self._feed.table[row], self._draws[step + 1])
-            loss = self._body(images, labels, lr, self._scales[step], points)
+            points = self._working.next_points(self._feed.table[row], self._next_t) if self._written else None
+            loss = self._body(images, labels, lr, self._scale, points)
         if self._written:
             self._feed.done(step + 1)
         return loss
