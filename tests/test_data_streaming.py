@@ -14,6 +14,7 @@ from PIL import Image
 from fastar.data import Augmentation, Encoding, ImageFiles, StreamingDataset, open_images, prepare_images
 from fastar.data.beton import JPEG_MODE, RAW_MODE
 from fastar.data.registry import IMAGENET_MEAN, IMAGENET_STD
+from fastar.data.sampling import file_order
 from fastar.data.varied import _open
 from fastar.errors import FastarError
 
@@ -66,6 +67,12 @@ def in_order(root: Path) -> list[Path]:
     return sorted((root / "train").rglob("*.JPEG"))
 
 
+def stored(root: Path) -> list[Path]:
+    """The training images in the order of the file."""
+    paths = in_order(root)
+    return [paths[index] for index in file_order(len(paths), "train")]
+
+
 def square(path: Path) -> Image.Image:
     """The centred square of an image, RGB."""
     with Image.open(path) as image:
@@ -79,10 +86,11 @@ def test_every_sample_once_in_order_with_raw_pixels_exact(root: Path) -> None:
         square(path).crop((0, 0, 30, 30)).resize((30, 30 + int(path.stem))).save(path, quality=95)
     data = StreamingDataset(prepared(root, RAW), "train", "cpu", size=30, ratio=1.0, workers=1)
     images, labels = everything(data)
-    assert labels.tolist() == [0] * 10 + [1] * 6
+    assert labels.tolist() == [int(path.parent.name[1:]) for path in stored(root)]
+    assert labels.tolist() != sorted(labels.tolist())  # shuffled
     assert images.shape == (16, 3, 30, 30)
     assert images.is_contiguous(memory_format=torch.channels_last)
-    want = np.stack([np.asarray(square(path)) for path in in_order(root)])
+    want = np.stack([np.asarray(square(path)) for path in stored(root)])
     # Normalising and back: fp32 rounding of numbers up to 255, far below the 1 between neighbouring levels.
     np.testing.assert_allclose(pixels(images), want, atol=1e-3)
 
@@ -91,7 +99,7 @@ def test_jpegs_are_shrunk_cropped_and_resized(root: Path) -> None:
     data = StreamingDataset(prepared(root, JPEG), "train", "cpu", size=24, ratio=0.75, workers=1)
     images, labels = everything(data)
     assert len(labels) == 16
-    for got, path in zip(pixels(images), in_order(root), strict=True):
+    for got, path in zip(pixels(images), stored(root), strict=True):
         whole = square(path)
         edge = whole.width * 0.125
         want = np.asarray(whole.resize((24, 24), Image.Resampling.BOX, (edge, edge, *(whole.width - edge,) * 2)))
@@ -102,7 +110,7 @@ def test_jpegs_are_shrunk_cropped_and_resized(root: Path) -> None:
 
 def test_grey_and_cmyk_come_out_as_pillow_shows_them(root: Path) -> None:
     images, _ = everything(StreamingDataset(prepared(root, RAW), "train", "cpu", size=24, ratio=1.0, workers=1))
-    grey, cmyk = pixels(images)[3], pixels(images)[4]
+    grey, cmyk = (pixels(images)[stored(root).index(in_order(root)[number])] for number in (3, 4))
     np.testing.assert_allclose(grey, grey[..., :1].repeat(3, -1), atol=1e-3)  # three equal channels
     want = np.asarray(square(in_order(root)[4])).mean((0, 1))
     np.testing.assert_allclose(cmyk.mean((0, 1)), want, atol=1.5)  # resizing keeps a gradient's mean, to a level
@@ -232,7 +240,7 @@ def test_finished_files_are_reused_or_the_difference_is_named(root: Path) -> Non
     before = files.path("train").stat().st_mtime_ns
     assert prepared(root, JPEG).digest == prepared(root, None).digest == files.digest
     assert files.path("train").stat().st_mtime_ns == before
-    with pytest.raises(FastarError, match=r"written with Encoding\(max_resolution=40"):
+    with pytest.raises(FastarError, match=r"written with encoding=Encoding\(max_resolution=40"):
         prepared(root, RAW)
     (root / "train" / "n0" / "00.JPEG").unlink()
     with pytest.raises(FastarError, match="written from other images"):
@@ -287,7 +295,7 @@ def test_real_imagenet_jpegs(tmp_path: Path) -> None:
                 assert content is not None
                 path.write_bytes(content.read())
     files = prepared(tmp_path / "raw", Encoding(compress_probability=1))
-    paths = in_order(tmp_path / "raw")
+    paths = stored(tmp_path / "raw")
     images, labels = everything(StreamingDataset(files, "train", "cpu", size=64, ratio=1.0, workers=1), 16)
     assert labels.tolist() == [sorted({p.parent.name for p in paths}).index(path.parent.name) for path in paths]
     want = np.stack([np.asarray(square(path).resize((64, 64), Image.Resampling.BOX)) for path in paths])

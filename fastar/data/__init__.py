@@ -3,7 +3,8 @@
 from fastar.data.dataset import Batch, Dataset
 from fastar.data.device import DeviceDataset, load
 from fastar.data.files import DatasetFiles, open_files, prepare
-from fastar.data.imagefolder import ImageFiles, open_images, prepare_images
+from fastar.data.finished import Files
+from fastar.data.images import ImageFiles, open_images, prepare_images
 from fastar.data.registry import DATASETS, Augmentation, DatasetSpec, dataset_spec
 from fastar.data.streaming import StreamingDataset
 from fastar.data.varied import Encoding
@@ -17,6 +18,7 @@ __all__ = [
     "DatasetSpec",
     "DeviceDataset",
     "Encoding",
+    "Files",
     "ImageFiles",
     "StreamingDataset",
     "dataset_spec",

@@ -49,16 +49,19 @@ class Layout(Protocol):
         """Every image takes the same number of bytes."""
         ...
 
-    def image_bytes_of(self, raw: RawSplit, indices: np.ndarray) -> float:
-        """Bytes that one of these images will take; a mean, from a sample, where they differ."""
+    def image_bytes_of(self, raw: RawSplit, indices: np.ndarray, *, skip: bool = False) -> float:
+        """Bytes that one of these images will take; a mean, from a sample, where they differ.
+
+        An image of the sample that cannot be used is an error, or with `skip` left out.
+        """
         ...
 
     def fields(self) -> dict[str, Field]:
         """FFCV's fields in file order."""
         ...
 
-    def encoders(self, position: int) -> dict[str, Field]:
-        """The fields that write sample `position`; they describe themselves in the file as `fields` does."""
+    def encoders(self, index: int) -> dict[str, Field]:
+        """The fields that write the raw sample `index`; they describe themselves in the file as `fields` does."""
         ...
 
     def describe(self) -> str:
@@ -109,10 +112,10 @@ class BetonLayout:
     def equal_sizes(self) -> bool:
         return True
 
-    def image_bytes_of(self, raw: RawSplit, indices: np.ndarray) -> float:
+    def image_bytes_of(self, raw: RawSplit, indices: np.ndarray, *, skip: bool = False) -> float:
         return self.image_bytes
 
-    def encoders(self, position: int) -> dict[str, Field]:
+    def encoders(self, index: int) -> dict[str, Field]:
         return self.fields()
 
     def describe(self) -> str:

@@ -1,14 +1,57 @@
 """Raw data as every reader hands it over: an indexable of (image, label)."""
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
+from PIL import Image
 
 from fastar.errors import FastarError
+
+
+class UnusableImage(FastarError):
+    """One image that cannot be used: `where` it is, and the `reason`."""
+
+    def __init__(self, where: str, reason: str):
+        super().__init__(f"{where}: {reason}")
+        self.where, self.reason = where, reason
+
+    def __reduce__(self) -> tuple[type["UnusableImage"], tuple[str, str]]:
+        return type(self), (self.where, self.reason)  # it is sent between processes
+
+
+def decode_rgb(file: Path | BinaryIO, where: str) -> np.ndarray:
+    """An image file as RGB uint8 [H, W, 3]; grey, palette and CMYK are converted, PNG may be called JPEG.
+
+    Raises:
+        UnusableImage: it is not an image, cut off, or not of 8 bits.
+    """
+    try:
+        with Image.open(file) as image:
+            if image.mode.startswith(("I", "F")):
+                raise UnusableImage(where, f"{image.mode} pixels are not 8-bit; convert the image")
+            return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    except UnusableImage:
+        raise
+    # Pillow's decoders raise more than OSError on damaged files: SyntaxError (PNG), ValueError, struct.error.
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        raise UnusableImage(where, f"cannot be read as an image ({reason}); replace or remove it") from error
+
+
+def class_digest(classes: tuple[str, ...], entries: Iterable[tuple[str, int, int]]) -> str:
+    """SHA-256 over classes and each image's (name below the split, label, size of the file), in order.
+
+    Reading every byte of ImageNet would take an hour; names and sizes tell one set of files from another.
+    """
+    digest = hashlib.sha256(repr(classes).encode())
+    for name, label, size in entries:
+        digest.update(f"{name}\0{label}\0{size}\0".encode())
+    return digest.hexdigest()
 
 
 class RawSplit(Protocol):

@@ -43,6 +43,11 @@ def epoch_order(count: int, seed: int, epoch: int, device: torch.device) -> torc
     return torch.argsort(draw(derive_seed(seed, "order", epoch), index))
 
 
+def file_order(count: int, split: str) -> np.ndarray:
+    """The fixed permutation of 0..count-1 (int64) in which images of any size are written into a split's file."""
+    return np.argsort(draw(derive_seed(0, "file order", split), np.arange(count, dtype=np.int64)), kind="stable")
+
+
 def balanced_subset(labels: np.ndarray, count: int, *names: str) -> np.ndarray:
     """Positions (sorted, int64) of the first `count` samples of a fixed shuffle that takes the classes in turn.
 

@@ -9,7 +9,7 @@ import torch
 
 from fastar.data.augment import Normalisation, augmented, draw_augmentation
 from fastar.data.dataset import chosen_batches
-from fastar.data.imagefolder import ImageFiles
+from fastar.data.images import ImageFiles
 from fastar.data.reading import CropReader
 from fastar.data.registry import Augmentation
 from fastar.data.sampling import balanced_subset, epoch_order

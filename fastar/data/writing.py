@@ -31,7 +31,7 @@ from fastar.data.ffcv_names import (
     get_metadata_type,
     handle_sample,
 )
-from fastar.data.raw import RawSplit
+from fastar.data.raw import RawSplit, UnusableImage
 from fastar.errors import FastarError
 from fastar.progress import SILENT, Progress
 
@@ -64,33 +64,35 @@ def write_beton(
     layout: Layout,
     *,
     workers: int = 2,
+    skip: bool = False,
     progress: Progress = SILENT,
     description: str = "writing",
-) -> None:
+) -> dict[int, str]:
     """Write samples `indices` of `raw`, in that order, to `path` (created, or overwritten) and flush it to disk.
 
-    Raises FastarError for an image that cannot be decoded, a full disk, or a worker that died, within seconds.
-    The caller removes the file after an error.
+    Raises FastarError for an image that cannot be used, a full disk, or a worker that died, within seconds.
+    The caller removes the file after an error. With `skip` images that cannot be used are left out, and returned:
+    position in `indices` to reason.
     """
     fields = layout.fields()
-    predicted = _predicted_bytes(layout, raw, indices, workers)
+    predicted = predicted_bytes(layout, raw, indices, workers, skip=skip)
     try:
         free = shutil.disk_usage(path.parent).free
         if predicted > free:
             raise FastarError(
                 f"{path}: needs {predicted / 1e6:,.1f} MB, the disk has {free / 1e6:,.1f} MB free; free some space"
             )
-        _write(path, raw, indices, layout, fields, workers, progress, description)
+        return _write(path, raw, indices, layout, fields, workers, skip, progress, description)
     except OSError as error:
         raise disk_full(path, error) from error
 
 
-def _predicted_bytes(layout: Layout, raw: RawSplit, indices: np.ndarray, workers: int) -> int:
+def predicted_bytes(layout: Layout, raw: RawSplit, indices: np.ndarray, workers: int, *, skip: bool = False) -> int:
     """Front matter, whole pages (each worker may leave one half empty), allocation table.
 
     An upper bound for images of one size; for others an estimate from a sample of them.
     """
-    per_page = layout.page_size / layout.image_bytes_of(raw, indices)
+    per_page = layout.page_size / layout.image_bytes_of(raw, indices, skip=skip)
     # A page is left when the next image does not fit: on average half an image is lost where sizes differ.
     pages = math.ceil(layout.count / (math.floor(per_page) if layout.equal_sizes else max(per_page - 0.5, 1))) + workers
     row = get_metadata_type(list(layout.fields().values())).itemsize + ALLOC_TABLE_TYPE.itemsize
@@ -104,15 +106,14 @@ def _write(
     layout: Layout,
     fields: dict[str, Field],
     workers: int,
+    skip: bool,
     progress: Progress,
     description: str,
-) -> None:
+) -> dict[int, str]:
     descriptors = field_descriptors(fields)
     metadata_type = get_metadata_type(list(fields.values()))
     metadata_start = HeaderType.itemsize + descriptors.nbytes
     header = np.zeros(1, dtype=HeaderType)
-    header["version"], header["num_fields"] = CURRENT_VERSION, len(fields)
-    header["page_size"], header["num_samples"] = layout.page_size, layout.count
     with path.open("wb") as stream:
         # The header is written last: until then the file's version is 0, and nothing opens it.
         stream.write(bytes(HeaderType.itemsize) + descriptors.tobytes())
@@ -120,11 +121,18 @@ def _write(
     # Shared with the workers by forking; unmapped when the last array that looks into it goes.
     metadata = np.frombuffer(mmap.mmap(-1, layout.count * metadata_type.itemsize), dtype=metadata_type)
     allocator = _Allocator(str(path), metadata_start + metadata.nbytes, layout.page_size)
-    job = _Job(raw, indices, metadata, allocator, layout)
-    table = _run_workers(job, max(1, min(workers, -(-layout.count // CHUNK))), progress, description)
+    job = _Job(raw, indices, metadata, allocator, layout, skip)
+    table, skipped = _run_workers(job, max(1, min(workers, -(-layout.count // CHUNK))), progress, description)
+    if len(table) == 0:
+        raise FastarError(f"{path}: none of the {len(indices)} images can be used ({skipped[min(skipped)]})")
+    # Samples are numbered without those left out; their rows' room stays empty before the pages.
+    kept = np.delete(np.arange(layout.count), list(skipped))
+    table["sample_id"] = np.searchsorted(kept, table["sample_id"])
+    header["version"], header["num_fields"] = CURRENT_VERSION, len(fields)
+    header["page_size"], header["num_samples"] = layout.page_size, len(kept)
     with path.open("r+b") as stream:
         stream.seek(metadata_start)
-        stream.write(metadata.tobytes())
+        stream.write(metadata[kept].tobytes())
         header["alloc_table_ptr"] = stream.seek(0, os.SEEK_END)
         stream.write(table.tobytes())
         stream.flush()
@@ -133,6 +141,7 @@ def _write(
         stream.write(header.tobytes())
         stream.flush()
         os.fsync(stream.fileno())
+    return skipped
 
 
 class _Job:
@@ -145,8 +154,9 @@ class _Job:
         metadata: np.ndarray,
         allocator: _Allocator,
         layout: Layout,
+        skip: bool,
     ):
-        self.raw, self.indices = raw, indices
+        self.raw, self.indices, self.skip = raw, indices, skip
         self.metadata, self.allocator = metadata, allocator
         self.layout = layout
         self.names = metadata.dtype.names
@@ -156,17 +166,21 @@ class _Job:
         image, label = self.raw[index]
         complaint = self.layout.complaint(image)
         if complaint is not None:
-            raise FastarError(f"{self.raw.where(index)}: {complaint}")
-        fields = self.layout.encoders(position)
+            raise UnusableImage(self.raw.where(index), complaint)
+        fields = self.layout.encoders(index)
         handle_sample((image, label), position, self.names, self.metadata, self.allocator, fields)
 
 
-def _run_workers(job: _Job, workers: int, progress: Progress, description: str) -> np.ndarray:
-    """Run the job in forked processes; returns the allocation table. Every process has ended when this returns."""
+def _run_workers(job: _Job, workers: int, progress: Progress, description: str) -> tuple[np.ndarray, dict[int, str]]:
+    """Run the job in forked processes; returns the allocation table, and what was left out (position to reason).
+
+    Every process has ended when this returns.
+    """
     # Forked, so that raw arrays and the table are shared without copies; the children use NumPy and Pillow only.
     context: Any = multiprocessing.get_context("fork")
     next_chunk = context.Value(ctypes.c_int64, 0)
     processes, pipes, tables = [], {}, []
+    skipped: dict[int, str] = {}
     try:
         for _ in range(workers):
             receive, send = context.Pipe(duplex=False)
@@ -191,6 +205,8 @@ def _run_workers(job: _Job, workers: int, progress: Progress, description: str) 
                         kind, value = _receive(receive, process)
                         if kind == "done":
                             advance(value)
+                        elif kind == "skipped":
+                            skipped.update([value])
                         elif kind == "table":
                             tables.append(value)
                             del pipes[sentinel]
@@ -206,7 +222,7 @@ def _run_workers(job: _Job, workers: int, progress: Progress, description: str) 
             process.join()
         for _, receive in pipes.values():
             receive.close()
-    return np.concatenate(tables)
+    return np.concatenate(tables), skipped
 
 
 def _receive(receive: Connection, process: Any) -> tuple[str, Any]:
@@ -239,7 +255,12 @@ def _work(job: _Job, next_chunk: "Synchronized[int]", send: Connection, parent: 
                 break
             stop = min(start + CHUNK, count)
             for position in range(start, stop):
-                job.encode(position)
+                try:
+                    job.encode(position)
+                except UnusableImage as error:
+                    if not job.skip:
+                        raise
+                    send.send(("skipped", (position, error.reason)))
             send.send(("done", stop - start))
         job.allocator.__exit__(None, None, None)
         send.send(("table", np.array(job.allocator.allocations, dtype=ALLOC_TABLE_TYPE)))

@@ -1,0 +1,168 @@
+"""ImageNet's official archives, read where they lie: members are found once and read by their offset."""
+
+import io
+import os
+import tarfile
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from fastar.data.folders import SUFFIXES
+from fastar.data.raw import class_digest, decode_rgb
+from fastar.errors import FastarError
+from fastar.progress import SILENT, Progress
+
+TRAIN_ARCHIVE = "ILSVRC2012_img_train.tar"
+VAL_ARCHIVE = "ILSVRC2012_img_val.tar"
+DEVKIT = "ILSVRC2012_devkit_t12"
+_LABELS = "data/ILSVRC2012_validation_ground_truth.txt"
+_SYNSETS = "data/meta.mat"
+
+
+class ArchiveSplit:
+    """Images of any size inside an uncompressed tar archive, decoded to RGB; in order of class and name.
+
+    `members` are (class, file name, offset of its bytes in the archive, size). Several processes may read at once.
+    """
+
+    def __init__(self, path: Path, classes: tuple[str, ...], members: list[tuple[str, str, int, int]]):
+        if not members:
+            raise FastarError(f"{path}: holds no images; get it again")
+        self.path, self.classes = path, classes
+        label_of = {name: label for label, name in enumerate(classes)}
+        unknown = next((name for name, *_ in members if name not in label_of), None)
+        if unknown is not None:
+            raise FastarError(
+                f"{path}: holds images of {unknown}, no class of the training set; use archives of one set"
+            )
+        members = sorted(members)
+        self.names = [f"{name}/{file}" for name, file, _, _ in members]
+        self.labels = np.array([label_of[name] for name, *_ in members], dtype=np.int64)
+        self._places = np.array([place for _, _, *place in members], dtype=np.int64)
+        # Opened here, shared by forked processes: pread has no position that they could disturb.
+        self._file = os.open(path, os.O_RDONLY)
+
+    def __del__(self) -> None:
+        if hasattr(self, "_file"):
+            os.close(self._file)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        offset, size = (int(place) for place in self._places[index])
+        content = b""
+        while len(content) < size:
+            more = os.pread(self._file, size - len(content), offset + len(content))
+            if not more:
+                raise FastarError(f"{self.path}: is cut off inside {self.names[index]}; get it again")
+            content += more
+        return decode_rgb(io.BytesIO(content), self.where(index)), int(self.labels[index])
+
+    def where(self, index: int) -> str:
+        return f"{self.path}/{self.names[index]}"
+
+    @cached_property
+    def digest(self) -> str:
+        entries = zip(self.names, self.labels.tolist(), self._places[:, 1].tolist(), strict=True)
+        return class_digest(self.classes, entries)
+
+
+def train_archive(path: Path, progress: Progress = SILENT) -> ArchiveSplit:
+    """The training images of an archive of one archive per class, such as n01440764.tar; that is the class's name."""
+    members = []
+    with _opened(path) as archive:
+        inner = [member for member in archive if member.isfile() and member.name.endswith(".tar")]
+        if not inner:
+            raise FastarError(f"{path}: holds no archives of classes (n01440764.tar, ...); get it again")
+        with progress.task(f"listing {path.name}", len(inner), "classes") as advance:
+            for class_archive in inner:
+                name = Path(class_archive.name).stem
+                stream = archive.extractfile(class_archive)
+                assert stream is not None  # it is a file
+                try:
+                    with tarfile.open(fileobj=stream, mode="r:") as images:
+                        members += [
+                            (name, file, class_archive.offset_data + offset, size)
+                            for file, offset, size in _images(images)
+                        ]
+                except tarfile.TarError as error:
+                    raise FastarError(
+                        f"{path}: {class_archive.name} in it is damaged ({error}); get it again"
+                    ) from error
+                advance()
+    _check_whole(path, members)
+    return ArchiveSplit(path, tuple(sorted({name for name, *_ in members})), members)
+
+
+def val_archive(root: Path, classes: tuple[str, ...], progress: Progress = SILENT) -> ArchiveSplit:
+    """The validation images in `root`, with the labels of the development kit beside them."""
+    path = root / VAL_ARCHIVE
+    with progress.task(f"listing {path.name}", 1, "archives") as advance, _opened(path) as archive:
+        images = sorted(_images(archive))
+        advance()
+    names = _validation_classes(root)
+    if len(names) != len(images):
+        raise FastarError(f"{path}: holds {len(images)} images, {DEVKIT} has {len(names)} labels; get both again")
+    # Label number k is of the image whose name ends in k: sorted by name, the k-th.
+    members = [(name, *image) for name, image in zip(names, images, strict=True)]
+    _check_whole(path, members)
+    return ArchiveSplit(path, classes, members)
+
+
+def _opened(path: Path) -> tarfile.TarFile:
+    try:
+        return tarfile.open(path, mode="r:")
+    except tarfile.TarError as error:
+        raise FastarError(f"{path}: not an uncompressed tar archive ({error}); get it again") from error
+    except OSError as error:
+        raise FastarError(f"{path}: cannot be read ({error.strerror}); check the file") from error
+
+
+def _images(archive: tarfile.TarFile) -> Iterator[tuple[str, int, int]]:
+    """(file name, offset, size) of the images in an archive."""
+    for member in archive:
+        name = Path(member.name).name
+        if member.isfile() and not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES:
+            yield name, member.offset_data, member.size
+
+
+def _check_whole(path: Path, members: list[tuple[str, str, int, int]]) -> None:
+    """A listing reads headers alone: the last image could lie beyond the end of a file that was cut off."""
+    end = max((offset + size for _, _, offset, size in members), default=0)
+    if end > path.stat().st_size:
+        raise FastarError(f"{path}: is cut off ({path.stat().st_size:,} bytes of at least {end:,}); get it again")
+
+
+def _validation_classes(root: Path) -> list[str]:
+    """The class of each validation image in order, from the development kit in `root`."""
+    from scipy.io import loadmat  # slow, and needed here alone
+
+    labels, synsets = (_devkit_file(root, name) for name in (_LABELS, _SYNSETS))
+    where = root / DEVKIT
+    try:
+        table = loadmat(io.BytesIO(synsets), squeeze_me=True)["synsets"]
+        # Numbers 1 to 1000 are the classes; above are the nodes of WordNet over them.
+        leaves = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in table if int(row["num_children"]) == 0}
+        return [leaves[int(line)] for line in labels.decode("ascii").split()]
+    except (KeyError, ValueError, TypeError, IndexError, NotImplementedError) as error:
+        raise FastarError(f"{where}: its labels or meta.mat are damaged ({error}); get it again") from error
+
+
+def _devkit_file(root: Path, name: str) -> bytes:
+    folder, packed = root / DEVKIT, root / f"{DEVKIT}.tar.gz"
+    try:
+        if (folder / name).is_file():
+            return (folder / name).read_bytes()
+        with tarfile.open(packed, mode="r:*") as archive:
+            stream = archive.extractfile(f"{DEVKIT}/{name}")
+            assert stream is not None
+            return stream.read()
+    except FileNotFoundError:
+        raise FastarError(
+            f"{root}: has {VAL_ARCHIVE} but not {packed.name}, which holds its labels; put it there too"
+        ) from None
+    except (OSError, EOFError, tarfile.TarError, KeyError, AssertionError) as error:
+        raise FastarError(f"{packed}: {name} cannot be read ({error}); get it again") from error

@@ -1,0 +1,220 @@
+"""Making sure that the .beton files of a set of images of any size (ImageNet, class folders) exist and are whole."""
+
+import shutil
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+
+from fastar import __version__
+from fastar.data.finished import (
+    PARTIAL,
+    Files,
+    is_finished,
+    locked_folder,
+    open_finished,
+    publish,
+    refuse_foreign,
+)
+from fastar.data.imagefolder import find_images
+from fastar.data.raw import RawSplit
+from fastar.data.registry import IMAGENET_MEAN, IMAGENET_STD
+from fastar.data.sampling import balanced_subset, file_order
+from fastar.data.varied import Encoding, VariedLayout, verify_varied
+from fastar.errors import FastarError
+from fastar.progress import SILENT, Progress
+
+OnError = Literal["stop", "skip"]
+
+
+@dataclass(frozen=True)
+class ImageFiles(Files):
+    """A finished dataset of images of any size."""
+
+    KIND: ClassVar[str | None] = "images of any size"
+    DIGESTED: ClassVar[tuple[str, ...]] = (
+        "dataset",
+        "classes",
+        "counts",
+        "mean",
+        "std",
+        "encoding",
+        "shuffled",
+        "skipped",
+        "content",
+    )
+
+    @property
+    def encoding(self) -> Encoding:
+        return Encoding(**self.metadata["encoding"])
+
+    @property
+    def shuffled(self) -> bool:
+        """The images lie in the files in a fixed shuffled order, else by class."""
+        return self.metadata["shuffled"]
+
+    @property
+    def skipped(self) -> dict[str, list[dict[str, str]]]:
+        """The images of each split that could not be used: path and reason."""
+        return self.metadata["skipped"]
+
+    def layout(self, split: str) -> VariedLayout:
+        return VariedLayout(self.count(split), len(self.classes), self.encoding)
+
+
+def prepare_images(
+    name: str,
+    *,
+    data_root: Path | None,
+    directory: Path,
+    encoding: Encoding | None = None,
+    workers: int = 2,
+    limit: int | None = None,
+    shuffled: bool | None = None,
+    on_error: OnError = "stop",
+    progress: Progress = SILENT,
+) -> ImageFiles:
+    """The files `directory`/`name`/{train,test}.beton, written from `data_root` if they are not there yet.
+
+    What is there is reused where it is whole and was written with the same encoding and order (None: whatever it has,
+    or the default) and limit and, where `data_root` is given, from files of the same names and sizes; otherwise
+    FastarError names the difference. Two processes may call this at once: the second waits. Nothing unfinished is left
+    behind.
+
+    Args:
+        name: of the dataset, and of its folder.
+        data_root: train/<class>/* and val/<class>/*, or ImageNet's official archives (see `find_images`).
+        directory: where folders of datasets lie.
+        encoding: how the images are stored.
+        workers: writer processes.
+        limit: at most so many images per split, classes balanced.
+        shuffled: write in a fixed shuffled order (the default), so that any part of a file holds all classes; False
+            keeps the raw order, by class, which slow disks read faster.
+        on_error: what to do with an image that cannot be used: stop with its path, or skip it and list it in the
+            metadata.
+        progress: told of everything that takes long.
+    """
+    if workers < 1:
+        raise FastarError(f"workers={workers} must be at least 1")
+    if limit is not None and limit < 1:
+        raise FastarError(f"limit={limit} must be at least 1")
+    folder = Path(directory) / name
+    splits = find_images(Path(data_root), progress) if data_root is not None else None
+    if is_finished(folder):
+        return _reuse(folder, splits, encoding, limit, shuffled)
+    if splits is None:
+        raise FastarError(f"{folder}: holds no finished dataset; give the images with --data-root")
+    with locked_folder(folder):
+        if is_finished(folder):
+            return _reuse(folder, splits, encoding, limit, shuffled)
+        refuse_foreign(folder)
+        return _write(
+            folder, name, splits, encoding or Encoding(), workers, limit, shuffled is not False, on_error, progress
+        )
+
+
+def open_images(folder: Path) -> ImageFiles:
+    """The finished dataset in `folder`; FastarError where its metadata or files are missing, damaged or replaced."""
+    return open_finished(folder, ImageFiles)
+
+
+def _reuse(
+    folder: Path,
+    splits: dict[str, RawSplit] | None,
+    encoding: Encoding | None,
+    limit: int | None,
+    shuffled: bool | None,
+) -> ImageFiles:
+    files = open_images(folder)
+    advice = "delete the folder or use another directory"
+    for what, have, asked in (
+        ("encoding", files.encoding, encoding),
+        ("limit", files.metadata["settings"]["limit"], limit),
+        ("shuffled", files.shuffled, shuffled),
+    ):
+        if have != asked and (asked is not None or what == "limit"):
+            raise FastarError(f"{folder}: written with {what}={have}, asked for {what}={asked}; {advice}")
+    if splits is not None and {s: split.digest for s, split in splits.items()} != files.metadata["source"]:
+        raise FastarError(f"{folder}: written from other images than --data-root holds; {advice}")
+    return files
+
+
+def _write(
+    folder: Path,
+    name: str,
+    splits: dict[str, RawSplit],
+    encoding: Encoding,
+    workers: int,
+    limit: int | None,
+    shuffled: bool,
+    on_error: OnError,
+    progress: Progress,
+) -> ImageFiles:
+    # Imported here: reading finished files needs none of it.
+    from fastar.data.writing import predicted_bytes, write_beton
+
+    chosen = {split: _chosen(split, raw, limit, shuffled) for split, raw in splits.items()}
+    layouts = {s: VariedLayout(len(chosen[s]), len(raw.classes), encoding) for s, raw in splits.items()}
+    # Both splits before the first is begun: hours lie between their beginnings.
+    predicted = sum(
+        predicted_bytes(layouts[s], raw, chosen[s], workers, skip=on_error == "skip") for s, raw in splits.items()
+    )
+    free = shutil.disk_usage(folder).free
+    needs = f"{sum(map(len, chosen.values())):,} images need about {size_text(predicted)}"
+    if predicted > free:
+        raise FastarError(f"{folder}: {needs}, the disk has {size_text(free)} free; free some, or use a smaller preset")
+    progress.line(f"{name}: {needs} in {folder} ({size_text(free)} free)")
+    content, counts = {}, {}
+    skipped: dict[str, list[dict[str, str]]] = {}
+    for split, raw in splits.items():
+        partial = folder / f"{split}.beton{PARTIAL}"
+        more: dict[str, Any] = {"progress": progress}
+        bad = write_beton(
+            partial,
+            raw,
+            chosen[split],
+            layouts[split],
+            workers=workers,
+            skip=on_error == "skip",
+            description=f"writing {name} {split}",
+            **more,
+        )
+        kept = np.delete(chosen[split], list(bad))
+        layout = replace(layouts[split], count=len(kept))
+        content[split] = verify_varied(partial, raw, kept, layout, description=f"verifying {name} {split}", **more)
+        counts[split] = len(kept)
+        skipped[split] = [
+            {"path": raw.where(int(chosen[split][position])), "reason": bad[position]} for position in sorted(bad)
+        ]
+    metadata: dict[str, Any] = {
+        "format": ImageFiles.FORMAT,
+        "kind": ImageFiles.KIND,
+        "dataset": name,
+        "classes": list(splits["train"].classes),
+        "counts": counts,
+        "mean": list(IMAGENET_MEAN),
+        "std": list(IMAGENET_STD),
+        "encoding": asdict(encoding),
+        "shuffled": shuffled,
+        "skipped": skipped,
+        "settings": {"limit": limit, "on_error": on_error},
+        "source": {split: raw.digest for split, raw in splits.items()},
+        "content": content,
+        "versions": {"fastar": __version__, **{p: version(p) for p in ("ffcv", "numpy", "pillow")}},
+    }
+    return publish(folder, metadata, ImageFiles)
+
+
+def _chosen(split: str, raw: RawSplit, limit: int | None, shuffled: bool) -> np.ndarray:
+    """The images to write, as indices into `raw`, in the order of the file."""
+    indices = np.arange(len(raw))
+    if limit is not None and limit < len(raw):
+        indices = balanced_subset(raw.labels, limit, "images", split)
+    return indices[file_order(len(indices), split)] if shuffled else indices
+
+
+def size_text(size: float) -> str:
+    """Bytes as people read them."""
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
