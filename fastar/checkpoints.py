@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
-import os
 import pickle
 import zipfile
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialize
 
+from fastar.atomic import write_atomically
 from fastar.errors import FastarError
 
 SUFFIXES = (".safetensors", ".pt", ".pth")
@@ -34,36 +34,26 @@ class Checkpoint:
     path: Path | None = None
 
 
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` so that `path` is either as it was or complete, and survives a power cut.
-
-    Raises:
-        FastarError: the disk is full or the folder not writable; nothing is left behind.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        what = f"{path}: cannot be written ({error.strerror}); free space or choose another folder"
-        raise FastarError(what) from error
-    finally:
-        with suppress(OSError):  # gone after the rename; else best effort
-            temporary.unlink()
-
-
 def save_checkpoint(path: Path, state: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write `state` and `metadata` (JSON-able) to `path` (.safetensors), atomically.
+    """Write `state` and `metadata` (JSON-able) to `path` (.safetensors), atomically, with a digest of the tensors.
 
     Raises:
         FastarError: `path` cannot be written.
     """
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    write_atomically(path, serialize(tensors, {"fastar": json.dumps(dict(metadata), sort_keys=True)}))
+    texts = {"fastar": json.dumps(dict(metadata), sort_keys=True), "digest": tensors_digest(tensors)}
+    write_atomically(path, serialize(tensors, texts))
+
+
+def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """A digest of names, shapes, types and values, the order of names left aside."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
+        if value.numel():
+            digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -91,7 +81,8 @@ def load_checkpoint(path: Path) -> Checkpoint:
     `module.` prefixes (DataParallel) are removed. Pickles are read with `weights_only=True`: no code runs.
 
     Raises:
-        FastarError: missing, damaged or foreign file, no tensors in it, or values that are not finite.
+        FastarError: missing, damaged or foreign file, no tensors in it, values that are not finite, or other ones than
+            were saved.
     """
     if path.suffix not in SUFFIXES:
         raise FastarError(f"{path}: not a checkpoint; expected a file ending in {', '.join(SUFFIXES)}")
@@ -102,6 +93,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
         metadata = read_metadata(path)
         with safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            digest = (file.metadata() or {}).get("digest")
+        if digest is not None and digest != tensors_digest(state):
+            raise FastarError(f"{path}: its values are not those that were saved (damaged); delete it or restore it")
     else:
         state = _read_pickle(path)
     state = {name.removeprefix("module."): value for name, value in state.items()}

@@ -28,6 +28,7 @@ DEFAULT_ARCH = {
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
@@ -87,6 +88,10 @@ class TrainSettings(_Section):
     """Run the network through torch.compile (needs a C++ compiler). Tested on CPUs; not yet run on a GPU."""
     graph: bool = False
     """Replay each step as one CUDA graph. Not yet run on a GPU: compare a short run's losses with graph=false."""
+
+    on_nonfinite: Literal["stop", "retry"] = "stop"
+    """What to do when a loss is not finite. retry: go back to the last checkpoint, or the beginning, with other random
+    draws; three times at most."""
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainSettings:
@@ -151,6 +156,28 @@ class EvaluationSettings(_Section):
     regular_pairs: Positive = 10
     """Pairs of regular models to measure, drawn at random from Z and H; all of them where there are fewer."""
     batch_size: Positive = 250
+    graph: bool = False
+    """Replay the work of each batch as one CUDA graph. Not yet run on a GPU."""
+
+
+class CheckpointSettings(_Section):
+    """When a model in training is saved; the same command goes on from there to the same bits."""
+
+    epochs: Count = 1
+    """At the end of every so many epochs; 0 at none."""
+    seconds: NotNegative = 10.0
+    """But not within so many seconds of the last one: small networks' epochs are shorter than the disk's answer."""
+    minutes: NotNegative = 10.0
+    """Within an epoch, every so many minutes; 0 never."""
+
+
+class FiguresSettings(_Section):
+    """Where each epoch's figures are shown while a run goes on, beside `log.jsonl`."""
+
+    tensorboard: bool = True
+    """As files for `tensorboard --logdir RUN`, in the run folder."""
+    wandb: str | None = None
+    """Also sent to this project of Weights & Biases (needs `pip install wandb`)."""
 
 
 class Settings(_Section):
@@ -163,6 +190,8 @@ class Settings(_Section):
     star: StarSettings = StarSettings()
     matching: MatchingSettings = MatchingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    figures: FiguresSettings = FiguresSettings()
     seed: Count = 0
     device: str = "auto"
     workers: Positive = 2

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import platform
 import subprocess
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -17,23 +16,31 @@ from typing import Any
 import yaml
 
 from fastar import __version__
-from fastar.checkpoints import write_atomically
+from fastar.atomic import write_atomically
 from fastar.config import Settings, differences
 from fastar.errors import FastarError
+from fastar.lock import NAME as LOCK
+from fastar.lock import hold
+from fastar.progress import SILENT, Progress
 
 # Settings that say how or where work is done, or what is measured afterwards: a run may go on with others.
 FREE_KEYS = (
+    "checkpoint.",
     "dataset.root",
     "dataset.directory",
     "device",
     "evaluation.",
+    "figures.",
     "sources.store",
     "train.compile",
     "train.graph",
+    "train.on_nonfinite",
     "workers",
 )
 # Folder of what was left of models whose training became NaN or infinite: nothing finished.
 LAST_GOOD = "last-good"
+# Folder of the checkpoints of models in training.
+IN_TRAINING = "in-training"
 
 
 class RunFolder:
@@ -67,12 +74,30 @@ class RunFolder:
         return self.path / "profile" / name
 
     def model(self, kind: str, index: int) -> Path:
-        """File of source or heldout number `index`."""
+        """File of source or heldout number `index`, or of the star."""
+        if kind == "star":
+            return self.star
         folder = {"source": "sources", "heldout": "heldout"}[kind]
         return self.path / folder / f"seed-{index:04d}.safetensors"
 
+    @property
+    def permutations(self) -> Path:
+        return self.path / "permutations.safetensors"
+
+    def in_training(self, kind: str, index: int) -> Path:
+        """Folder of the checkpoints of a model while it is trained."""
+        return self.path / IN_TRAINING / f"{kind}-{index:04d}"
+
+    def last_good(self, kind: str, index: int) -> Path:
+        """File of what was left of a model whose training became NaN or infinite."""
+        return self.path / LAST_GOOD / f"{kind}-{index:04d}.safetensors"
+
+    def tensorboard(self, kind: str, index: int) -> Path:
+        """Folder of a model's live figures."""
+        return self.path / "tensorboard" / f"{kind}-{index:04d}"
+
     @contextmanager
-    def open(self, settings: Settings) -> Iterator[RunFolder]:
+    def open(self, settings: Settings, progress: Progress = SILENT) -> Iterator[RunFolder]:
         """Create the folder or go on with it, and keep other processes out until the block ends.
 
         Raises:
@@ -81,41 +106,52 @@ class RunFolder:
         """
         self.check(settings)
         made = not self.path.exists()
+        lock = ExitStack()
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            handle = os.open(self.path, os.O_RDONLY)
+            lock.enter_context(hold(self.path, progress.line))
         except OSError as error:
             raise self._unusable(error) from error
+        nothing_done = False
         try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go when the process dies
-            except BlockingIOError as error:
-                raise FastarError(f"{self.path}: in use by another fastar; wait for it or choose --out") from error
-            except OSError:
-                pass  # some network file systems know no locks; two writers there are the user's own risk
-            self.check(settings)  # again: another process may have finished in between
-            self._remove_debris()
-            new = not self.config.exists()
-            try:
-                write_atomically(self.config, settings.to_yaml().encode())
-                yield self
-            except BaseException:
-                if new and not self.log_file.exists() and not self._has_models():  # nothing done: leave no trace
-                    self._remove_empty(made)
-                raise
+            with lock:
+                self.check(settings)  # again: another process may have finished in between
+                self._remove_debris()
+                new = not self.config.exists()
+                try:
+                    write_atomically(self.config, settings.to_yaml().encode())
+                    yield self
+                except BaseException:
+                    nothing_done = new and not self.log_file.exists() and not self._has_models()
+                    raise
         finally:
-            os.close(handle)
+            if nothing_done:  # leave no trace
+                self._remove_empty(made)
 
     def _unusable(self, error: OSError) -> FastarError:
         return FastarError(f"{self.path}: cannot be used as run folder ({error.strerror}); choose another --out")
 
     def _has_models(self) -> bool:
-        return any(path.parent.name != LAST_GOOD for path in self.path.rglob("*.safetensors"))
+        return any(
+            path.parent.name != LAST_GOOD and not self._failed(path) for path in self.path.rglob("*.safetensors")
+        )
+
+    def _failed(self, path: Path) -> bool:
+        """Whether `path` is a checkpoint of a training that became NaN or infinite: another recipe may take over."""
+        folder = path.parent
+        left = self.path / LAST_GOOD / f"{folder.name}.safetensors"
+        return folder.parent == self.path / IN_TRAINING and left.is_file()
 
     def _remove_debris(self) -> None:
-        """Delete what killed processes left of atomic writes (the lock is held: nobody is writing now)."""
+        """Delete what killed processes left: of atomic writes (the lock is held: nobody is writing now), and the
+        checkpoints of models that were finished meanwhile."""
         for path in self.path.rglob(".*.tmp"):
             path.unlink(missing_ok=True)
+        folders = list((self.path / IN_TRAINING).glob("*-[0-9]*"))
+        for folder in folders:
+            kind, _, number = folder.name.rpartition("-")
+            if kind in ("source", "heldout", "star") and self.model(kind, int(number)).is_file():
+                remove_folder(folder)
 
     def _remove_empty(self, made: bool) -> None:
         self.config.unlink(missing_ok=True)
@@ -134,7 +170,7 @@ class RunFolder:
                     raise FastarError(f"{path}: is a file; choose a folder for --out")
             if not self.config.is_file():
                 foreign = [p.name for p in self.path.iterdir()] if self.path.is_dir() else []
-                foreign = sorted(name for name in foreign if not name.endswith(".tmp"))
+                foreign = sorted(name for name in foreign if not name.endswith(".tmp") and name != LOCK)
                 if foreign:
                     raise FastarError(
                         f"{self.path}: holds {foreign[0]} but no config.yaml: no run folder; choose another --out"
@@ -199,6 +235,20 @@ class RunFolder:
                         entries.append(entry)
         return entries
 
+    def repair_log(self, model: str, epochs: Sequence[Mapping[str, Any]]) -> None:
+        """Make the log's epochs of `model` those that its training goes on from: lines of epochs that were done after
+        its last checkpoint go (they are done again), lines that a power cut took come back."""
+        entries = self.read_log()
+        kept = {entry["epoch"]: entry for entry in entries if entry.get("model") == model and "epoch" in entry}
+        wanted = [kept.get(entry["epoch"], dict(entry)) for entry in epochs]
+        if list(kept.values()) == wanted and len(kept) == sum(
+            entry.get("model") == model and "epoch" in entry for entry in entries
+        ):
+            return
+        others = [entry for entry in entries if entry.get("model") != model or "epoch" not in entry]
+        lines = [json.dumps(entry) + "\n" for entry in [*others, *wanted]]
+        write_atomically(self.log_file, "".join(lines).encode())
+
     def write_results(self, results: Mapping[str, Any]) -> None:
         """Write `results.json`, atomically and unrounded."""
         write_atomically(self.results, (json.dumps(results, indent=1) + "\n").encode())
@@ -219,6 +269,15 @@ class RunFolder:
         if not isinstance(content, dict):
             raise FastarError(f"{self.results}: holds no results; run `fastar train-star` again")
         return content
+
+
+def remove_folder(folder: Path) -> None:
+    """Delete a folder of files, and the one it is in where that is then empty."""
+    for path in folder.glob("*"):
+        path.unlink(missing_ok=True)
+    for place in (folder, folder.parent):
+        with suppress(OSError):  # something else is in it, or it is not there
+            place.rmdir()
 
 
 @lru_cache(maxsize=1)

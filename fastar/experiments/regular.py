@@ -30,7 +30,7 @@ def recipe(context: Context, kind: str, index: int) -> dict[str, Any]:
         "dataset": settings.dataset.name,
         "dataset_digest": context.files.digest,
         "limit": settings.dataset.limit,
-        "train": settings.train.model_dump(mode="json", exclude={"compile", "graph", "precision"}),  # how, not what
+        "train": settings.train.model_dump(mode="json", exclude={"compile", "graph", "on_nonfinite", "precision"}),  # how, not what
         # Resolved: auto differs between devices, and a run must not mix what it means.
         "precision": str(resolve_precision(settings.train.precision, context.device)).removeprefix("torch."),
         "seed": settings.seed,

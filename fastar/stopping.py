@@ -1,0 +1,95 @@
+"""Requests to stop, by Ctrl-C or a batch scheduler: training saves first, all else stops at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+# EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command goes on.
+EXIT_CONTINUE = 75
+EXIT_INTERRUPTED = 130
+# SIGTERM comes before a batch scheduler's kill; SIGUSR1 some minutes earlier, where it was asked for.
+SCHEDULERS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+class Stopped(BaseException):
+    """The user or a batch scheduler asked the run to stop. No error: nothing is to catch it but the command line.
+
+    `code` is the process's exit code; `saved` says what was saved last, if something was.
+    """
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.code = EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_CONTINUE
+        self.reason = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
+        self.saved = ""
+
+    def __str__(self) -> str:
+        return f"{self.reason}; the same command goes on from {self.saved or 'what is finished'}"
+
+
+_deferring = False
+_request: Stopped | None = None
+
+
+@contextmanager
+def signals_stop() -> Iterator[None]:
+    """Inside, SIGTERM, SIGUSR1 and Ctrl-C raise `Stopped`: at once, or as `deferred` says.
+
+    A second Ctrl-C raises at once wherever it comes; a third is the system's own. Signals that are ignored stay so
+    (`nohup`), and outside the main thread nothing changes.
+    """
+    global _request
+    before = {}
+    owner = os.getpid()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        global _request
+        if os.getpid() != owner:  # a child that was forked inside
+            signal.signal(number, before[number])
+            os.kill(os.getpid(), number)
+            return
+        again = _request is not None
+        if again and number != signal.SIGINT:
+            return  # it is being done
+        if _request is None:
+            _request = Stopped(number)
+        if again:
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+            raise Stopped(number)
+        if not _deferring:
+            raise _request
+
+    try:
+        for number in (signal.SIGINT, *SCHEDULERS):
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, handle)
+    except ValueError:  # not the main thread
+        pass
+    try:
+        yield
+    finally:
+        _request = None
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
+def deferred() -> Iterator[None]:
+    """Inside, the first request waits until somebody asks (`requested`) or the block ends."""
+    global _deferring
+    outer, _deferring = _deferring, True
+    try:
+        yield
+    finally:
+        _deferring = outer
+    if _request is not None and not _deferring:
+        raise _request
+
+
+def requested() -> Stopped | None:
+    """The request that is waiting: save, then raise it."""
+    return _request
