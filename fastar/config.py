@@ -137,8 +137,14 @@ class MatchingSettings(_Section):
     """Weight matching."""
 
     solver: Literal["auto", "lapjv", "scipy"] = "auto"
+    start: Literal["auto", "identity", "guess", "activations"] = "auto"
+    """Where the descent begins. auto: last epoch's permutations; where there are none, a guess from the output backwards.
+    identity: the same, but where there are none, the units as they are. guess, activations: these (activations:
+    correlations on a few training batches) each time, last epoch's beside them, and the better end kept."""
     orders: Positive = 1
     """Random group orders to try; the best objective is kept."""
+    kicks: Count = 0
+    """A last polish: times that the end is kicked out of its local optimum; what is better is kept."""
     max_sweeps: Positive = 100
 
 

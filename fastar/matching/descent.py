@@ -117,58 +117,7 @@ class Descent:
             for g in order_of_sweep(sweep):
                 self._visit(g)
 
-    def align_backward(self) -> None:
-        """Where nothing is known yet: match group after group from the output to the input, as a place to start from.
-
-        Each S_g counts only parameters whose other groups are matched already, since the others would add noise. Every
-        product of a parameter is computed once; afterwards all S_g are complete. A source for which this ends below the
-        objective it began with goes back to where it was.
-        """
-        before = [self.objective(n)[0] for n in range(self.count)]
-        given = dict(self.data), [index.copy() for index in self.permutations]
-        owned = dict(self.owned)
-        done: set[int] = set()
-        for g, group in reversed(list(enumerate(self.problem.groups))):
-            score = torch.zeros(self.count, group.size, group.size, device=self._device())
-            for name in self.problem.tensors[g]:
-                if {p.group for p in self.problem.places[name]} - done <= {g} and not self._twice(g, name):
-                    self._add(score, name, g)
-            done.add(g)
-            answers = self._solve(score, list(range(self.count)))
-            for n, answer in enumerate(answers):
-                for name, row in self._permuted(g, n, answer).items():
-                    self._replace(name, n, row)
-                self.permutations[g][n] = self.permutations[g][n][answer]
-                score[n] = score[n].index_select(1, torch.from_numpy(answer).to(score.device))
-            self.scores[g] = score
-            for name in self.problem.tensors[g]:
-                others = {p.group for p in self.problem.places[name]}
-                if others <= done:
-                    late = others if self._twice(g, name) else others - {g}
-                    for h in late:
-                        known = self.scores[h]
-                        assert known is not None
-                        self._add(known, name, h)
-        worse = [n for n in range(self.count) if self.objective(n)[0] < before[n]]
-        if not worse:
-            return
-        self.scores = [None] * len(self.scores)
-        data, permutations = given
-        if self.count == 1:
-            self.data, self.owned, self.permutations = data, owned, permutations
-            self.products.clear()
-            return
-        for n in worse:
-            for name, tensor in data.items():
-                self._replace(name, n, tensor[n])
-            for g, index in enumerate(permutations):
-                self.permutations[g][n] = index[n]
-
-    def _twice(self, g: int, name: str) -> bool:
-        """Whether group g lies on two axes of this parameter."""
-        return len({p.axis for p in self.problem.places[name] if p.group == g}) > 1
-
-    def _add(self, score: Tensor, name: str, g: int) -> None:
+    def add(self, score: Tensor, name: str, g: int) -> None:
         """Add what one parameter contributes to S_g."""
         for place in self.problem.places[name]:
             if place.group == g:
@@ -191,24 +140,22 @@ class Descent:
         for g, group in enumerate(self.problem.groups):
             index = self.permutations[g][n]
             if not np.array_equal(index, np.arange(group.size)):
-                for name, row in self._permuted(g, n, index).items():
-                    self._replace(name, n, row)
+                for name, row in self.permuted(g, n, index).items():
+                    self.replace(name, n, row)
 
     def _visit(self, g: int) -> None:
         """Solve group g for the sources whose S_g changed, and take the steps that improve."""
         todo = [n for n in range(self.count) if self.unsolved[g][n]]
         if not todo:
             return
-        score = self.scores[g]
-        if score is None:
-            score = self.scores[g] = self._full_score(g)
+        score = self.score(g)
         tables = score.cpu().numpy()
-        for n, answer in zip(todo, self._solve(score, todo), strict=True):
+        for n, answer in zip(todo, self.solve(score, todo), strict=True):
             self.unsolved[g][n] = False
             if (answer != np.arange(len(answer))).any():
                 self._step(g, n, answer, tables[n])
 
-    def _solve(self, score: Tensor, todo: Sequence[int]) -> list[NDArray[np.int64]]:
+    def solve(self, score: Tensor, todo: Sequence[int]) -> list[NDArray[np.int64]]:
         """The best assignment of each source in `todo`; side by side where there is a pool."""
         tables = score.cpu().numpy()
         self.solves += len(todo)
@@ -220,12 +167,12 @@ class Descent:
 
     def _full_score(self, g: int) -> Tensor:
         size = self.problem.groups[g].size
-        score = torch.zeros(self.count, size, size, device=self._device())
+        score = torch.zeros(self.count, size, size, device=self.device())
         for name in self.problem.tensors[g]:
-            self._add(score, name, g)
+            self.add(score, name, g)
         return score
 
-    def _device(self) -> torch.device:
+    def device(self) -> torch.device:
         return next(iter(self.problem.theta.values())).device
 
     def _step(self, g: int, n: int, answer: NDArray[np.int64], table: NDArray[np.float32]) -> None:
@@ -239,12 +186,69 @@ class Descent:
         gain, scale = float((then - now).sum()), float(np.abs(then).sum() + np.abs(now).sum())
         if gain <= -_TRUSTED * scale:
             return
-        everything = len(moved) > _MOST * size
-        units = torch.from_numpy(np.arange(size) if everything else moved).to(self._device())
-        index = torch.from_numpy(answer).to(self._device())
-        changes = {name: self._change(g, n, name, units, index, everything) for name in self.problem.tensors[g]}
+        changes, everything = self._changes(g, n, answer, moved)
         if gain < _TRUSTED * scale and not _improves([(c.theta, c.difference) for c in changes.values()]):
             return
+        self._take(g, n, answer, changes, everything)
+
+    def force(self, g: int, n: int, answer: NDArray[np.int64]) -> None:
+        """Permute group g of source n by `answer` whatever that does to the objective; it is to be solved again.
+
+        S_g must be up to date (`score`).
+        """
+        if self.problem.quadratic[g]:
+            self._take_quadratic(g, n, answer, self.permuted(g, n, answer))
+        else:
+            moved = np.flatnonzero(answer != np.arange(len(answer)))
+            if len(moved):
+                self._take(g, n, answer, *self._changes(g, n, answer, moved))
+        self.unsolved[g][n] = True
+
+    def score(self, g: int) -> Tensor:
+        """S_g of every source, [n, size, size]: computed where it is not known."""
+        known = self.scores[g]
+        if known is None:
+            known = self.scores[g] = self._full_score(g)
+        return known
+
+    def mark(self) -> Mark:
+        """Where the descent stands, to `go_back` to."""
+        return Mark(
+            [index.copy() for index in self.permutations],
+            [None if score is None else score.clone() for score in self.scores],
+            [list(flags) for flags in self.unsolved],
+        )
+
+    def go_back(self, mark: Mark, n: int) -> None:
+        """Source n as it was at `mark`: the very same numbers, since permuting back only moves them."""
+        for g, index in enumerate(mark.permutations):
+            back = np.argsort(self.permutations[g][n])[index[n]]
+            if (back != np.arange(len(back))).any():
+                for name, row in self.permuted(g, n, back).items():
+                    self.replace(name, n, row)
+                self.permutations[g][n] = index[n]
+            before, now = mark.scores[g], self.scores[g]
+            if before is None or now is None:
+                self.scores[g] = None
+            else:
+                now[n] = before[n]
+            self.unsolved[g][n] = mark.unsolved[g][n]
+
+    def _changes(
+        self, g: int, n: int, answer: NDArray[np.int64], moved: NDArray[np.int64]
+    ) -> tuple[dict[str, _Change], bool]:
+        """How permuting group g by `answer` changes its parameters, and whether that counts as all of its units."""
+        everything = len(moved) > _MOST * len(answer)
+        units = torch.from_numpy(np.arange(len(answer)) if everything else moved).to(self.device())
+        index = torch.from_numpy(answer).to(self.device())
+        return {
+            name: self._change(g, n, name, units, index, everything) for name in self.problem.tensors[g]
+        }, everything
+
+    def _take(
+        self, g: int, n: int, answer: NDArray[np.int64], changes: Mapping[str, _Change], everything: bool
+    ) -> None:
+        """Permute group g of source n by `answer`."""
         for name, change in changes.items():
             self._correct_scores(g, n, name, change)
             self._own(name)
@@ -257,7 +261,7 @@ class Descent:
         self._taken(g, n, answer)
         score = self.scores[g]
         assert score is not None
-        score[n] = score[n].index_select(1, index)
+        score[n] = score[n].index_select(1, torch.from_numpy(answer).to(score.device))
 
     def _change(self, g: int, n: int, name: str, units: Tensor, index: Tensor, everything: bool) -> _Change:
         """How moving `units` of group g changes a parameter of source n."""
@@ -289,12 +293,14 @@ class Descent:
 
     def _quadratic_step(self, g: int, n: int, answer: NDArray[np.int64]) -> None:
         """The same for a group that lies on two axes of one tensor: compare whole tensors, then start S_g anew."""
-        rows = self._permuted(g, n, answer)
-        pairs = {name: (self.problem.theta[name], row - self.data[name][n]) for name, row in rows.items()}
-        if not _improves(list(pairs.values())):
-            return
-        for name, (theta, difference) in pairs.items():
-            self._replace(name, n, rows[name])
+        rows = self.permuted(g, n, answer)
+        if _improves([(self.problem.theta[name], row - self.data[name][n]) for name, row in rows.items()]):
+            self._take_quadratic(g, n, answer, rows)
+
+    def _take_quadratic(self, g: int, n: int, answer: NDArray[np.int64], rows: Mapping[str, Tensor]) -> None:
+        for name, row in rows.items():
+            theta, difference = self.problem.theta[name], row - self.data[name][n]
+            self.replace(name, n, row)
             for place in self.problem.places[name]:
                 self.unsolved[place.group][n] = True
                 score = self.scores[place.group]
@@ -305,9 +311,9 @@ class Descent:
         self.unsolved[g][n] = True
         self._taken(g, n, answer)
 
-    def _permuted(self, g: int, n: int, index: NDArray[np.int64]) -> dict[str, Tensor]:
+    def permuted(self, g: int, n: int, index: NDArray[np.int64]) -> dict[str, Tensor]:
         """New tensors: the parameters of source n that group g touches, with its units permuted."""
-        size, units = self.problem.groups[g].size, torch.from_numpy(index).to(self._device())
+        size, units = self.problem.groups[g].size, torch.from_numpy(index).to(self.device())
         out = {}
         for name in self.problem.tensors[g]:
             row = self.data[name][n]
@@ -321,7 +327,7 @@ class Descent:
             out[name] = row
         return out
 
-    def _replace(self, name: str, n: int, row: Tensor) -> None:
+    def replace(self, name: str, n: int, row: Tensor) -> None:
         self.products.pop((name, n), None)
         if self.count == 1:
             self.data[name], self.owned[name] = row[None], True
@@ -337,6 +343,15 @@ class Descent:
     def _taken(self, g: int, n: int, answer: NDArray[np.int64]) -> None:
         self.permutations[g][n] = self.permutations[g][n][answer]
         self.steps[n] += 1
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Where a descent stood: permutations, S_g and what was still to be solved."""
+
+    permutations: list[NDArray[np.int64]]
+    scores: list[Tensor | None]
+    unsolved: list[list[bool]]
 
 
 @dataclass(frozen=True)

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from fastar.errors import FastarError
 from fastar.matching.assignment import Solver, solver_name
-from fastar.matching.descent import Descent, OrderOfSweep, Problem
+from fastar.matching.attempts import Attempts, Outcome, Start, best_ends
+from fastar.matching.descent import Problem
 from fastar.matching.permutations import Permutations
 from fastar.matching.symmetry import Symmetry
 from fastar.progress import SILENT, Progress
-from fastar.seeds import derive_seed
+
+Starts = Permutations | Sequence[Permutations | None] | None
 
 # A chunk holds its sources twice (as given and permuted) beside the parts of them that a step moves.
 _COPIES = 3
@@ -36,6 +36,7 @@ class MatchResult:
         objective_start: [N] float64, `objective` at the start (the identity, or the first permutations given).
         sweeps: [N] passes over the groups until nothing improved, of the best attempt.
         converged: [N] whether no group's step improved any more (else `max_sweeps` ended the descent).
+        kicks_kept: [N] kicks of the polish that were kept.
         solves: assignments solved, all sources and attempts together.
         solver: name and version of the assignment solver.
         seconds: wall time of the whole call.
@@ -47,20 +48,10 @@ class MatchResult:
     objective_start: Tensor
     sweeps: Tensor
     converged: Tensor
+    kicks_kept: Tensor
     solves: int
     solver: str
     seconds: float
-
-
-@dataclass(frozen=True)
-class _Outcome:
-    """The best attempt for one source."""
-
-    permutations: list[NDArray[np.int64]]
-    objective: float
-    objective_weights: float
-    sweeps: int
-    converged: bool
 
 
 def match_weights(
@@ -68,9 +59,10 @@ def match_weights(
     theta: Mapping[str, Tensor],
     sources: Mapping[str, Tensor],
     *,
-    start: Permutations | Sequence[Permutations] | None = None,
+    start: Starts = None,
     seed: int = 0,
     orders: int = 1,
+    kicks: int = 0,
     max_sweeps: int = 100,
     solver: Solver = "auto",
     chunk: int | None = None,
@@ -89,11 +81,13 @@ def match_weights(
     Args:
         theta: parameter name -> tensor; buffers may be among them and do not count.
         sources: parameter name -> [N, *shape], such as views of one [N, P] store, on theta's device.
-        start: permutations to start from, [size] or [N, size]; of several, the best end is kept. None, where nothing is
-            known about the sources: a first guess, made from the output layer backwards, wherever it is better than
-            leaving them as they are. For sources that are permuted already give `symmetry.identity()`, which is faster.
+        start: permutations to start from, [size] or [N, size]; of several, the best end is kept. None, alone or among
+            them, where nothing is known about the sources: a first guess, made from the output layer backwards,
+            wherever it is better than leaving them as they are. For sources that are permuted already give
+            `symmetry.identity()`, which is faster.
         orders: attempts per start, the first sweeping backwards and forwards in turn, the others in random orders; the
             best end is kept.
+        kicks: times that the best end is kicked out of its optimum, descends again and keeps what is better (`polish`).
         solver: "auto" (lapjv where installed), "lapjv" or "scipy".
         chunk: sources handled as one batch; bounds memory to about 3 copies of as many sources per thread. None: 1 on
             a CPU, what fits half of the free memory on a GPU.
@@ -103,7 +97,7 @@ def match_weights(
         FastarError: another architecture, devices that differ, NaN or infinite values (named), a setting out of range.
     """
     began = time.perf_counter()
-    _check_settings(orders, max_sweeps, chunk, threads)
+    _check_settings(orders, kicks, max_sweeps, chunk, threads)
     symmetry.check_state(theta, "theta")
     symmetry.check_state(sources, "sources", leading=1)
     count, device = _count_and_device(symmetry, theta, sources)
@@ -113,35 +107,15 @@ def match_weights(
     workers = threads or torch.get_num_threads()
     size = chunk or _chunk_size(problem, device, count)
     bounds = [(begin, min(begin + size, count)) for begin in range(0, count, size)]
-    attempts = list(itertools.product(range(orders), range(len(starts))))
-
-    outcomes: list[_Outcome | None] = [None] * count
-    first: list[float] = [0.0] * count
+    attempts = Attempts(orders, kicks, max_sweeps, seed, solver)
+    outcomes: list[Outcome | None] = [None] * count
     solves = 0
 
     def run_chunk(begin: int, end: int, pool: ThreadPoolExecutor | None) -> int:
         with torch.no_grad():
             data = {name: problem.source(name, sources, begin, end) for name in problem.names}
-            done = 0
-            for order, which in attempts:
-                descent = Descent(problem, data, [index[begin:end] for index in starts[which]], solver, pool)
-                if (order, which) == attempts[0]:
-                    first[begin:end] = [descent.objective(n)[0] for n in range(end - begin)]
-                if start is None:
-                    descent.align_backward()
-                descent.run(_order(len(symmetry.groups), seed, order), max_sweeps)
-                done += descent.solves
-                for n in range(end - begin):
-                    total, weights = descent.objective(n)
-                    best = outcomes[begin + n]
-                    if best is None or total > best.objective:
-                        outcomes[begin + n] = _Outcome(
-                            [index[n] for index in descent.permutations],
-                            total,
-                            weights,
-                            descent.sweeps[n],
-                            not any(flags[n] for flags in descent.unsolved),
-                        )
+            own = [replace(one, permutations=[index[begin:end] for index in one.permutations]) for one in starts]
+            outcomes[begin:end], done = best_ends(problem, data, own, attempts, pool)
             return done
 
     _check_finite(problem, theta, sources, count)
@@ -160,9 +134,10 @@ def match_weights(
         ),
         objective=torch.tensor([o.objective for o in found], dtype=torch.float64),
         objective_weights=torch.tensor([o.objective_weights for o in found], dtype=torch.float64),
-        objective_start=torch.tensor(first, dtype=torch.float64),
+        objective_start=torch.tensor([o.first for o in found], dtype=torch.float64),
         sweeps=torch.tensor([o.sweeps for o in found]),
         converged=torch.tensor([o.converged for o in found]),
+        kicks_kept=torch.tensor([o.kicks_kept for o in found]),
         solves=solves,
         solver=solver_text,
         seconds=time.perf_counter() - began,
@@ -174,9 +149,10 @@ def match(
     theta: Mapping[str, Tensor],
     source: Mapping[str, Tensor],
     *,
-    start: Permutations | Sequence[Permutations] | None = None,
+    start: Starts = None,
     seed: int = 0,
     orders: int = 1,
+    kicks: int = 0,
     max_sweeps: int = 100,
     solver: Solver = "auto",
     progress: Progress = SILENT,
@@ -191,6 +167,7 @@ def match(
         start=start,
         seed=seed,
         orders=orders,
+        kicks=kicks,
         max_sweeps=max_sweeps,
         solver=solver,
         progress=progress,
@@ -234,7 +211,9 @@ def _run(
             torch.set_num_threads(before)
 
 
-def _check_settings(orders: int, max_sweeps: int, chunk: int | None, threads: int | None) -> None:
+def _check_settings(orders: int, kicks: int, max_sweeps: int, chunk: int | None, threads: int | None) -> None:
+    if kicks < 0:
+        raise FastarError(f"matching: kicks={kicks} must be at least 0")
     for name, value in (("orders", orders), ("max_sweeps", max_sweeps), ("chunk", chunk), ("threads", threads)):
         if value is not None and value < 1:
             raise FastarError(f"matching: {name}={value} must be at least 1")
@@ -264,19 +243,19 @@ def _count_and_device(
     return count, device
 
 
-def _starts(
-    symmetry: Symmetry, start: Permutations | Sequence[Permutations] | None, count: int
-) -> list[list[NDArray[np.int64]]]:
-    """Every start as an [N, size] index per group."""
-    given = [symmetry.identity()] if start is None else [start] if isinstance(start, Permutations) else list(start)
+def _starts(symmetry: Symmetry, start: Starts, count: int) -> list[Start]:
+    """Every start of all sources; None becomes a guess from the identity."""
+    given = [start] if start is None or isinstance(start, Permutations) else list(start)
     if not given:
-        raise FastarError("matching: start=[] is empty: give permutations, or None for the identity")
+        raise FastarError("matching: start=[] is empty: give permutations, or None for a guess")
     out = []
     for one in given:
-        symmetry.check(one)
-        if one.count not in (None, count):
-            raise FastarError(f"matching: start holds permutations of {one.count} sources, there are {count}")
-        out.append([one[g.name].cpu().expand(count, g.size).contiguous().numpy() for g in symmetry.groups])
+        permutations = symmetry.identity() if one is None else one
+        symmetry.check(permutations)
+        if permutations.count not in (None, count):
+            raise FastarError(f"matching: start holds permutations of {permutations.count} sources, there are {count}")
+        indices = [permutations[g.name].cpu().expand(count, g.size).contiguous().numpy() for g in symmetry.groups]
+        out.append(Start(indices, guess=one is None))
     return out
 
 
@@ -296,18 +275,8 @@ def _chunk_size(problem: Problem, device: torch.device, count: int) -> int:
     if device.type != "cuda":
         return 1
     free, _ = torch.cuda.mem_get_info(device)
-    one = sum(t.numel() for t in problem.theta.values()) * 4 * _COPIES + sum(g.size**2 for g in problem.groups) * 4
+    one = (
+        sum(t.numel() for t in problem.theta.values()) * 4 * _COPIES + sum(g.size**2 for g in problem.groups) * 8
+    )  # S_g, and a copy
     # Two chunks are in flight: the assignments of one are solved while the other's products are computed.
     return max(1, min(-(-count // 2), free // (4 * one)))
-
-
-def _order(groups: int, seed: int, attempt: int) -> OrderOfSweep:
-    """Attempt 0 goes from the output to the input and back again; the others in a random order, anew for each sweep."""
-    if attempt == 0:
-        return lambda sweep: range(groups) if sweep % 2 else range(groups - 1, -1, -1)
-
-    def shuffled(sweep: int) -> list[int]:
-        random = np.random.default_rng(derive_seed(seed, "matching order", attempt, sweep))
-        return [int(g) for g in random.permutation(groups)]
-
-    return shuffled

@@ -1,0 +1,117 @@
+"""All attempts at one chunk of sources, whatever starts and orders they differ in, and the best end of each source."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastar.matching.assignment import Solver
+from fastar.matching.descent import Descent, OrderOfSweep, Problem
+from fastar.matching.guess import align_backward
+from fastar.matching.polish import polish
+from fastar.seeds import derive_seed
+
+
+@dataclass(frozen=True)
+class Attempts:
+    """What to try: every order from every start, then kicks out of the best end.
+
+    Args:
+        orders: how many orders of groups; the first sweeps backwards and forwards in turn, the others are random.
+        kicks: of the best end (`polish`).
+        max_sweeps: of each descent.
+        seed: of orders and kicks.
+    """
+
+    orders: int
+    kicks: int
+    max_sweeps: int
+    seed: int
+    solver: Solver
+
+
+@dataclass(frozen=True)
+class Start:
+    """Permutations to start from, an [n, size] index per group; `guess`: to be improved by `align_backward` first."""
+
+    permutations: list[NDArray[np.int64]]
+    guess: bool
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """The best end for one source; `first` is the objective that the first attempt began with."""
+
+    permutations: list[NDArray[np.int64]]
+    objective: float
+    objective_weights: float
+    first: float
+    sweeps: int
+    converged: bool
+    kicks_kept: int
+
+
+def best_ends(
+    problem: Problem,
+    data: Mapping[str, Tensor],
+    starts: Sequence[Start],
+    attempts: Attempts,
+    pool: ThreadPoolExecutor | None,
+) -> tuple[list[Outcome], int]:
+    """The best end of each source of a chunk, and the number of assignments that were solved.
+
+    Args:
+        data: parameter name -> [n, ...] in memory order, not written to.
+        pool: threads for the assignments of a chunk's sources.
+    """
+    best: list[Outcome] = []
+    solves = 0
+    for order, start in itertools.product(range(attempts.orders), starts):
+        descent = Descent(problem, data, start.permutations, attempts.solver, pool)
+        first = [one.first for one in best] or [descent.objective(n)[0] for n in range(descent.count)]
+        if start.guess:
+            align_backward(descent)
+        descent.run(_order(len(problem.groups), attempts.seed, order), attempts.max_sweeps)
+        ends = [_outcome(descent, n, first[n]) for n in range(descent.count)]
+        best = [old if old.objective >= new.objective else new for old, new in zip(best or ends, ends, strict=True)]
+        solves += descent.solves
+    if attempts.kicks:
+        indices = [np.stack(index) for index in zip(*(one.permutations for one in best), strict=True)]
+        if attempts.orders * len(starts) > 1:  # else it stands where it has ended
+            descent = Descent(problem, data, indices, attempts.solver, pool)
+        before = descent.solves
+        kept = polish(descent, attempts.kicks, attempts.seed, attempts.max_sweeps)
+        best = [_outcome(descent, n, one.first, one.sweeps, kept[n]) for n, one in enumerate(best)]
+        solves += descent.solves - before
+    return best, solves
+
+
+def _outcome(descent: Descent, n: int, first: float, sweeps: int | None = None, kept: int = 0) -> Outcome:
+    total, weights = descent.objective(n)
+    return Outcome(
+        permutations=[index[n].copy() for index in descent.permutations],
+        objective=total,
+        objective_weights=weights,
+        first=first,
+        sweeps=descent.sweeps[n] if sweeps is None else sweeps,
+        converged=not any(flags[n] for flags in descent.unsolved),
+        kicks_kept=kept,
+    )
+
+
+def _order(groups: int, seed: int, attempt: int) -> OrderOfSweep:
+    """Attempt 0 goes from the output to the input and back again; the others in a random order, anew for each sweep."""
+    if attempt == 0:
+        return lambda sweep: range(groups) if sweep % 2 else range(groups - 1, -1, -1)
+
+    def shuffled(sweep: int) -> list[int]:
+        random = np.random.default_rng(derive_seed(seed, "matching order", attempt, sweep))
+        return [int(g) for g in random.permutation(groups)]
+
+    return shuffled
