@@ -12,10 +12,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = (
     ("kernels",),
-    ("errors", "seeds", "progress"),
+    ("errors", "seeds", "progress", "stopping"),
     ("config",),
-    ("checkpoints",),
+    ("atomic",),
+    ("checkpoints", "figures", "lock"),
     ("runs",),
+    ("memory", "parts"),
+    ("graphs",),
     ("flat",),
     ("models",),
     ("data",),

@@ -15,12 +15,12 @@ import pytest
 import torch
 from training_cases import CPU, PlainMlp, dataset, network, store
 
-from fastar import benchmarks
+from fastar import benchmarks, parts
 from fastar.config import StarSettings, TrainSettings
 from fastar.errors import FastarError
 from fastar.flat import FlatLayout
-from fastar.training import Epoch, Recording, RegularStep, StarStep, StepsProfile, fit, part, parts, profiling
-from fastar.training.parts import EpochClock, PartClock
+from fastar.parts import EpochClock, PartClock, part
+from fastar.training import Epoch, Recording, RegularStep, StarStep, StepsProfile, fit, profiling
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
 TINY = ["--arch", "mlp", "--width", "4", "--size", "4", "--batch", "8", "--device", "cpu", "--sources", "2"]

@@ -43,7 +43,7 @@ def test_a_run_with_sources_in_a_file(data: Path, tmp_path: Path, monkeypatch: p
     wanted = train_star(settings(data), tmp_path / "auto")
     # As on a GPU: two sources at a time, copied there and back.
     monkeypatch.setattr(SourcesStore, "_usable_in_place", False)
-    monkeypatch.setattr("fastar.training.store.free_memory", lambda device: 8 * 4 * 2 * 2000)
+    monkeypatch.setattr("fastar.training.store.free_bytes", lambda device: 8 * 4 * 2 * 2000)
     found = train_star(settings(data, "sources.store=file"), tmp_path / "file")
     for path in ("star", "permutations", "sources/seed-0002"):
         one, other = (load_checkpoint(tmp_path / run / f"{path}.safetensors").state for run in ("auto", "file"))

@@ -114,9 +114,9 @@ def test_parts_cover_all_rows_in_order_and_are_written_back(monkeypatch: pytest.
 def test_few_rows_at_a_time_where_the_device_is_nearly_full(monkeypatch: pytest.MonkeyPatch) -> None:
     sources = make_store("host", 7)
     monkeypatch.setattr(SourcesStore, "_usable_in_place", False)
-    monkeypatch.setattr("fastar.training.store.free_memory", lambda device: 8 * 4 * LAYOUT.numel * 2)
+    monkeypatch.setattr("fastar.training.store.free_bytes", lambda device: 8 * 4 * LAYOUT.numel * 2)
     assert [len(views["out.bias"]) for views in sources.parts()] == [2, 2, 2, 1]
-    monkeypatch.setattr("fastar.training.store.free_memory", lambda device: 0)
+    monkeypatch.setattr("fastar.training.store.free_bytes", lambda device: 0)
     assert len(list(sources.parts())) == 7
 
 
@@ -146,7 +146,7 @@ def test_a_file_that_cannot_be_made_is_a_clear_error(tmp_path: Path) -> None:
 def test_auto_takes_the_first_place_of_which_half_is_enough(
     monkeypatch: pytest.MonkeyPatch, device: torch.device, free: dict[str, int], needed: int, place: str
 ) -> None:
-    monkeypatch.setattr(placement, "free_memory", lambda device: free[device.type] * GB)
+    monkeypatch.setattr(placement, "free_bytes", lambda device: free[device.type] * GB)
     assert placement.choose_placement("auto", needed * GB, device, sources=3) == place
 
 
@@ -165,32 +165,17 @@ def test_auto_takes_the_first_place_of_which_half_is_enough(
 def test_a_forced_place_that_is_too_small_is_refused(
     monkeypatch: pytest.MonkeyPatch, setting: str, device: torch.device, message: str
 ) -> None:
-    monkeypatch.setattr(placement, "free_memory", lambda device: 2 * GB)
+    monkeypatch.setattr(placement, "free_bytes", lambda device: 2 * GB)
     with pytest.raises(FastarError, match=message):
         placement.choose_placement(setting, 5 * GB, device, sources=50)
     assert placement.choose_placement("file", 5 * GB, device, sources=50) == "file"
 
 
 def test_the_store_asks_for_its_true_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(placement, "free_memory", lambda device: 7 * 4 * LAYOUT.numel)
+    monkeypatch.setattr(placement, "free_bytes", lambda device: 7 * 4 * LAYOUT.numel)
     assert make_store("device", 7).store == "device"
     with pytest.raises(FastarError, match="8 sources"):
         make_store("device", 8)
-
-
-def test_free_memory_of_this_machine() -> None:
-    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    assert 10_000_000 < placement.free_memory(CPU) <= total
-
-
-def test_free_memory_within_a_container(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(placement, "_CGROUP", tmp_path)
-    (tmp_path / "memory.max").write_text("50000000\n")
-    (tmp_path / "memory.current").write_text("30000000\n")
-    (tmp_path / "memory.stat").write_text("anon 1\ninactive_file 5000000\n")
-    assert placement.free_memory(CPU) == 25_000_000
-    (tmp_path / "memory.max").write_text("max\n")
-    assert placement.free_memory(CPU) > 25_000_000
 
 
 @pytest.mark.gpu

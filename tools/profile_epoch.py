@@ -15,7 +15,8 @@ from pathlib import Path
 from fastar.benchmarks import add_problem_arguments, problem_of, where
 from fastar.errors import FastarError
 from fastar.evaluation import evaluate_rows
-from fastar.training import fit, part
+from fastar.parts import part
+from fastar.training import fit
 from fastar.training.profiling import profile
 
 

@@ -116,6 +116,10 @@ class PopulationStatistics:
         self._sums.addcmul_(moments, count)
         self._count += count
 
+    def state(self) -> list[Tensor]:
+        """What `add` changes; the tensors themselves."""
+        return [self._sums, self._count]
+
     def result(self) -> Statistics:
         """Running means and (biased) variances of everything seen."""
         mean, square = self._sums / self._count.clamp_min(1)  # 0 where a layer took no part

@@ -22,6 +22,7 @@ from fastar.evaluation.batch_norm import (
 )
 from fastar.evaluation.stacked import networks_at_once, stackable, stacked_logits
 from fastar.flat import FlatLayout
+from fastar.graphs import CallGraph
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 """A fresh pass over (images, labels); every sample exactly once."""
@@ -75,6 +76,7 @@ def evaluate_rows(
     statistics: Sequence[Statistics | None] | None = None,
     statistics_batches: Batches | None = None,
     method: str = "population",
+    graph: bool = False,
     advance: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Measured]:
     """Evaluate K models of one architecture in two passes: batch-norm statistics, then losses.
@@ -88,10 +90,11 @@ def evaluate_rows(
         statistics_batches: the data they are re-estimated from; needed where the model has batch-norm.
         method: "population" (exact over all data) or "reference" (moving average with momentum 0.1, as the
             paper's code).
+        graph: replay the work of each batch of a pass as a CUDA graph (all K models in one); a GPU.
         advance: told the number of (model, batch) evaluations done.
 
     Raises:
-        FastarError: a loss that is not finite, or batch-norm without data to re-estimate it from.
+        FastarError: a loss that is not finite, batch-norm without data to re-estimate it from, or a graph on a CPU.
     """
     if rows.ndim != 2 or rows.shape[1] != layout.numel:
         raise ValueError(f"rows must be [K, {layout.numel}], got {tuple(rows.shape)}")
@@ -104,6 +107,7 @@ def evaluate_rows(
         raise ValueError(f"method={method!r}: population or reference")
     stacked = views if count > 1 and stackable(model) and all(value is None for value in found) else None
     results = {}
+    graphed = _graphed if graph else _plain
     with full_precision(), bound(model, names) as bind, evaluating(model):
         if batch_norm_layers(model):
             todo = [k for k in range(count) if found[k] is None]
@@ -112,12 +116,27 @@ def evaluate_rows(
             if todo and statistics_batches is not None:
                 estimate = _population if method == "population" else _moving_average
                 for k, value in zip(
-                    todo, estimate(model, bind, [singles[k] for k in todo], statistics_batches, advance), strict=True
+                    todo,
+                    estimate(model, bind, [singles[k] for k in todo], statistics_batches, graphed, advance),
+                    strict=True,
                 ):
                     found[k] = value
         for split, batches in splits.items():
-            results[split] = _measure(model, bind, singles, found, batches, advance, stacked)
+            results[split] = _measure(model, bind, singles, found, batches, rows.device, graphed, advance, stacked)
     return results
+
+
+Work = Callable[[Tensor, Tensor], Tensor]
+
+
+def _plain(work: Work, moved: Sequence[Tensor], device: torch.device) -> Work:
+    return work
+
+
+def _graphed(work: Work, moved: Sequence[Tensor], device: torch.device) -> Work:
+    """`work` on a batch as a CUDA graph; batches of another shape than the first (the last one) go without it."""
+    graph = CallGraph(work, moved, device, setting="evaluation.graph")
+    return lambda images, labels: (graph if graph.fits(images, labels) else work)(images, labels)
 
 
 def _population(
@@ -125,16 +144,24 @@ def _population(
     bind: Callable[[Mapping[str, Tensor]], None],
     singles: Sequence[Mapping[str, Tensor]],
     batches: Batches,
+    graphed: Callable[[Work, Sequence[Tensor], torch.device], Work],
     advance: Callable[[int], None],
 ) -> list[Statistics]:
     batch = BatchStatistics(model)
     populations = [PopulationStatistics(batch) for _ in singles]
+
+    def show(images: Tensor, labels: Tensor) -> Tensor:
+        for parameters, population in zip(singles, populations, strict=True):
+            bind(parameters)
+            model(images)
+            population.add()
+        return batch.buffer
+
+    moved = [batch.buffer, *(tensor for population in populations for tensor in population.state())]
+    work = graphed(show, moved, batch.buffer.device)
     with batch.capturing():
-        for images, _ in batches():
-            for parameters, population in zip(singles, populations, strict=True):
-                bind(parameters)
-                model(images)
-                population.add()
+        for images, labels in batches():
+            work(images, labels)
             advance(len(singles))
     return [population.result() for population in populations]
 
@@ -144,6 +171,7 @@ def _moving_average(
     bind: Callable[[Mapping[str, Tensor]], None],
     singles: Sequence[Mapping[str, Tensor]],
     batches: Batches,
+    graphed: Callable[[Work, Sequence[Tensor], torch.device], Work],
     advance: Callable[[int], None],
 ) -> list[Statistics]:
     layers = batch_norm_layers(model)
@@ -152,11 +180,18 @@ def _moving_average(
     for layer in layers.values():
         layer.momentum = 0.1
         layer.train()
-    for images, _ in batches():
+
+    def show(images: Tensor, labels: Tensor) -> Tensor:
         for parameters, statistics in zip(singles, found, strict=True):
             bind(parameters)
             set_statistics(model, statistics)
             model(images)  # writes into `statistics`
+        return labels
+
+    moved = [tensor for statistics in found for tensor in statistics.values()]
+    work = graphed(show, moved, moved[0].device)
+    for images, labels in batches():
+        work(images, labels)
         advance(len(singles))
     for name, layer in layers.items():
         layer.momentum = kept[name]
@@ -170,16 +205,15 @@ def _measure(
     singles: Sequence[Mapping[str, Tensor]],
     statistics: Sequence[Statistics | None],
     batches: Batches,
+    device: torch.device,
+    graphed: Callable[[Work, Sequence[Tensor], torch.device], Work],
     advance: Callable[[int], None],
     stacked: Mapping[str, Tensor] | None,
 ) -> Measured:
-    losses: Tensor | None = None
-    correct: Tensor | None = None
-    seen = 0
-    for images, labels in batches():
-        if losses is None or correct is None:
-            losses = torch.zeros(len(singles), dtype=torch.float64, device=images.device)
-            correct = torch.zeros(len(singles), dtype=torch.int64, device=images.device)
+    losses = torch.zeros(len(singles), dtype=torch.float64, device=device)
+    correct = torch.zeros(len(singles), dtype=torch.int64, device=device)
+
+    def add(images: Tensor, labels: Tensor) -> Tensor:
         at_once = networks_at_once(len(labels), images.device) if stacked is not None else 1
         if stacked is not None and at_once > 1:
             for start in range(0, len(singles), at_once):
@@ -188,18 +222,24 @@ def _measure(
                 each = F.cross_entropy(together.flatten(0, 1), labels.repeat(len(together)), reduction="none")
                 losses[part] += each.view(len(together), -1).sum(1)
                 correct[part] += (together.argmax(2) == labels).sum(1)
-        else:
-            for k, parameters in enumerate(singles):
-                bind(parameters)
-                own = statistics[k]
-                if own is not None:
-                    set_statistics(model, own)
-                logits = model(images).float()
-                losses[k] += F.cross_entropy(logits, labels, reduction="sum")
-                correct[k] += (logits.argmax(1) == labels).sum()
+            return losses
+        for k, parameters in enumerate(singles):
+            bind(parameters)
+            own = statistics[k]
+            if own is not None:
+                set_statistics(model, own)
+            logits = model(images).float()
+            losses[k] += F.cross_entropy(logits, labels, reduction="sum")
+            correct[k] += (logits.argmax(1) == labels).sum()
+        return losses
+
+    work = graphed(add, [losses, correct], device)
+    seen = 0
+    for images, labels in batches():
+        work(images, labels)
         seen += len(labels)
         advance(len(singles))
-    if losses is None or correct is None:
+    if not seen:
         raise FastarError("no data to evaluate on: the split is empty")
     loss = (losses / seen).cpu()
     if not torch.isfinite(loss).all():

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from fastar.evaluation.batch_norm import Statistics
 from fastar.evaluation.losses import Batches, evaluate_rows
-from fastar.evaluation.memory import resident_models
 from fastar.flat import FlatLayout
 from fastar.kernels import interpolate
+from fastar.memory import resident_models
 from fastar.progress import SILENT, Progress
 
 
@@ -78,6 +78,7 @@ def evaluate_paths(
     statistics_batches: Batches | None = None,
     method: str = "population",
     resident: int | None = None,
+    graph: bool = False,
     progress: Progress = SILENT,
 ) -> list[PathLosses]:
     """Evaluate every path at `points` equispaced t, ends included, sharing each batch among all models.
@@ -94,6 +95,7 @@ def evaluate_paths(
         statistics_batches: data for batch-norm statistics.
         method: "population", or "reference": moving average at inner points, `Endpoint.statistics` at the ends.
         resident: models held at once; None chooses from free memory.
+        graph: replay the work of each batch as a CUDA graph.
     """
     if points < 2:
         raise ValueError(f"points={points}: a path needs its two ends")
@@ -134,6 +136,7 @@ def evaluate_paths(
                 statistics=own,
                 statistics_batches=statistics_batches,
                 method=method,
+                graph=graph,
             )
             for k, (key, _) in enumerate(part):
                 measured[key] = {s: (float(m.loss[k]), float(m.accuracy[k])) for s, m in results.items()}

@@ -17,10 +17,11 @@ from fastar.evaluation import Endpoint, Path, PathLosses, evaluate_paths
 from fastar.experiments.context import Context
 from fastar.experiments.regular import device_name
 from fastar.matching import Permutations, match_weights
+from fastar.memory import peak_bytes
+from fastar.parts import shares
 from fastar.progress import SILENT, Progress
 from fastar.runs import versions
 from fastar.seeds import derive_seed
-from fastar.training import peak_bytes, shares
 
 SPLITS = ("train", "test")
 KINDS = ("regular_regular", "star_heldout", "star_source", "regular_regular_unmatched")
@@ -159,6 +160,7 @@ def measure(
         points=settings.evaluation.points,
         statistics_batches=context.statistics_batches,
         method=settings.evaluation.batch_norm,
+        graph=settings.evaluation.graph,
         progress=context.progress,
     )
     seconds = time.perf_counter() - start

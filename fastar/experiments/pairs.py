@@ -143,6 +143,7 @@ def barriers_of_files(
             points=context.settings.evaluation.points,
             statistics_batches=context.statistics_batches,
             method=context.settings.evaluation.batch_norm,
+            graph=context.settings.evaluation.graph,
             progress=progress,
         )
     return {

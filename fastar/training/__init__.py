@@ -1,9 +1,8 @@
 """Training of regular and star models over flat parameters."""
 
 from fastar.training.loop import Epoch, NonFiniteLoss, Step, fit, synchronize
-from fastar.training.parts import part, shares
 from fastar.training.precision import resolve_precision
-from fastar.training.profiling import Profile, Recording, StepsProfile, peak_bytes
+from fastar.training.profiling import Profile, Recording, StepsProfile
 from fastar.training.schedule import learning_rate
 from fastar.training.steps import RegularStep, StarStep, draw
 from fastar.training.store import SourcesStore
@@ -22,10 +21,7 @@ __all__ = [
     "draw",
     "fit",
     "learning_rate",
-    "part",
-    "peak_bytes",
     "resolve_precision",
-    "shares",
     "suitable_threads",
     "synchronize",
 ]

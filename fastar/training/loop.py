@@ -14,9 +14,10 @@ from torch import Tensor
 from fastar.config import TrainSettings
 from fastar.data import DeviceDataset
 from fastar.errors import FastarError
+from fastar.memory import peak_bytes
+from fastar.parts import EpochClock
 from fastar.progress import SILENT, Progress
-from fastar.training.parts import EpochClock
-from fastar.training.profiling import StepsProfile, peak_bytes
+from fastar.training.profiling import StepsProfile
 from fastar.training.schedule import learning_rate
 
 # Images are loaded beside the steps: that steps wait, beyond what handing over costs, means that loading is slower.

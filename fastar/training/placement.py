@@ -2,29 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal
 
 import torch
 
 from fastar.errors import FastarError
+from fastar.memory import free_bytes
 
 Placement = Literal["device", "host", "file"]
 # At most this share of what is free now: activations, matching and evaluation need the rest.
 SHARE = 0.5
-
-_CGROUP = Path("/sys/fs/cgroup")
-
-
-def free_memory(device: torch.device) -> int:
-    """Bytes that can still be had: of a GPU's memory, or of the host's (a container's limit counts)."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        reserved = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return int(free + reserved)
-    available = [_meminfo(), _cgroup()]
-    known = [value for value in available if value is not None]
-    return min(known) if known else 0
 
 
 def choose_placement(setting: str, needed: int, device: torch.device, *, sources: int) -> Placement:
@@ -38,9 +25,9 @@ def choose_placement(setting: str, needed: int, device: torch.device, *, sources
     host = torch.device("cpu")
     pinned = _power_of_two(needed)  # what torch's pinned allocator takes
     if setting == "auto":
-        if needed <= SHARE * free_memory(device):
+        if needed <= SHARE * free_bytes(device):
             return "device"
-        if device.type == "cuda" and pinned <= SHARE * free_memory(host):
+        if device.type == "cuda" and pinned <= SHARE * free_bytes(host):
             return "host"
         return "file"
     if setting == "device":
@@ -54,7 +41,7 @@ def choose_placement(setting: str, needed: int, device: torch.device, *, sources
 
 
 def _require(needed: int, device: torch.device, sources: int, setting: str, remedy: str) -> None:
-    free = free_memory(device)
+    free = free_bytes(device)
     if needed > free:
         raise does_not_fit(needed, device, sources, setting, remedy, free)
 
@@ -69,26 +56,3 @@ def does_not_fit(needed: int, device: torch.device, sources: int, setting: str, 
 
 def _power_of_two(count: int) -> int:
     return 1 << max(count - 1, 0).bit_length()
-
-
-def _meminfo() -> int | None:
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except (OSError, ValueError, IndexError):
-        return None
-    return None
-
-
-def _cgroup() -> int | None:
-    """What is left of a container's memory limit; pages of files that can be dropped are not counted as used."""
-    try:
-        limit = (_CGROUP / "memory.max").read_text().strip()
-        if limit == "max":
-            return None
-        used = int((_CGROUP / "memory.current").read_text())
-        statistics = dict(line.split() for line in (_CGROUP / "memory.stat").read_text().splitlines())
-        return max(int(limit) - used + int(statistics.get("inactive_file", 0)), 0)
-    except (OSError, ValueError):
-        return None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import resource
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -13,7 +12,8 @@ import torch
 from torch.profiler import ProfilerActivity
 
 from fastar.errors import FastarError
-from fastar.training.parts import PartClock
+from fastar.memory import peak_bytes
+from fastar.parts import PartClock
 
 
 @dataclass(frozen=True)
@@ -191,13 +191,6 @@ class StepsProfile:
         else:
             self._open.enter_context(look())
             self._left = self.steps
-
-
-def peak_bytes(device: torch.device) -> int:
-    """The most memory taken so far: of a GPU by torch's tensors, or by this process on a host."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def union(spans: Iterable[tuple[float, float]]) -> float:

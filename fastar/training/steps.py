@@ -13,13 +13,13 @@ from torch.nn import functional as F
 from fastar.config import StarSettings, TrainSettings
 from fastar.errors import FastarError
 from fastar.flat import FlatLayout, FlatParameters, WorkingWeights
+from fastar.graphs import CallGraph
 from fastar.kernels import NextPoint
+from fastar.parts import part
 from fastar.seeds import derive_seed
 from fastar.training.compiled import CompiledNetwork
 from fastar.training.feed import ResidentRows, RowFeed
-from fastar.training.graph import StepGraph
 from fastar.training.optimizer import flat_optimizer
-from fastar.training.parts import part
 from fastar.training.precision import LossScale, resolve_precision
 from fastar.training.store import SourcesStore
 
@@ -58,13 +58,13 @@ class _FlatStep:
     def describe(self, step: int) -> str:
         return ""
 
-    def _graph_of(self, body: Callable[[Tensor, Tensor, Tensor], Tensor]) -> StepGraph | None:
+    def _graph_of(self, body: Callable[[Tensor, Tensor, Tensor], Tensor]) -> CallGraph | None:
         """`body` as a CUDA graph, where `train.graph` asks for it."""
         if not self.settings.graph:
             return None
         working = () if self._working is None else self._working.values()
         moved = [self.theta, *working, *self.optimizer.state(), *self.loss_scale.state(), *self.model.buffers()]
-        return StepGraph(body, moved, self.device)
+        return CallGraph(body, moved, self.device)
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self.dtype == torch.float32:

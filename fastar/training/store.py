@@ -13,8 +13,9 @@ from torch import Tensor
 
 from fastar.errors import FastarError
 from fastar.flat import FlatLayout
+from fastar.memory import free_bytes
 from fastar.training.feed import SLOTS, FetchedRows, ResidentRows, RowFeed, Slots
-from fastar.training.placement import choose_placement, does_not_fit, free_memory
+from fastar.training.placement import choose_placement, does_not_fit
 
 # Sources matched at a time where they are not on the device: enough for batched products, whatever N is.
 PART_ROWS = 16
@@ -93,7 +94,7 @@ class SourcesStore:
         if self._usable_in_place:
             yield self.views()
             return
-        size = max(1, min(size, int(free_memory(self.device) // 8 // (4 * self.layout.numel))))
+        size = max(1, min(size, int(free_bytes(self.device) // 8 // (4 * self.layout.numel))))
         for begin in range(0, len(self), size):
             here = self.rows[begin : begin + size]
             there = here.to(self.device, copy=True)
@@ -132,7 +133,7 @@ def _rows_on_device(shape: tuple[int, int], device: torch.device) -> Tensor:
     except torch.OutOfMemoryError as error:
         remedy = "use sources.store=host or file, or fewer sources"
         needed = 4 * shape[0] * shape[1]
-        raise does_not_fit(needed, device, shape[0], "device", remedy, free_memory(device)) from error
+        raise does_not_fit(needed, device, shape[0], "device", remedy, free_bytes(device)) from error
 
 
 def _rows_in_file(shape: tuple[int, int], folder: Path | None) -> Tensor:

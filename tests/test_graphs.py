@@ -1,10 +1,12 @@
-"""The whole step as a CUDA graph. What a GPU does not need to show is shown with a recorder that replays by calling."""
+"""The whole step, and evaluation, as CUDA graphs. What needs no GPU is shown with a recorder that replays by calling."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
+import evaluation_cases
 import pytest
 import torch
 from torch import Tensor, nn
@@ -12,10 +14,11 @@ from training_cases import CPU, batches
 
 from fastar.config import StarSettings, TrainSettings
 from fastar.errors import FastarError
+from fastar.evaluation import Measured, evaluate_rows
 from fastar.flat import FlatLayout
+from fastar.graphs import CallGraph
 from fastar.models import build_model
 from fastar.training import RegularStep, SourcesStore, StarStep, steps
-from fastar.training.graph import StepGraph
 
 SHAPE = (3, 8, 8)
 EAGER = TrainSettings(lr=0.05, weight_decay=5e-3, precision="fp32")
@@ -45,7 +48,7 @@ class Recorder:
 @pytest.fixture
 def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
     recorder = Recorder()
-    monkeypatch.setattr(steps, "StepGraph", lambda body, moved, device: StepGraph(body, moved, device, record=recorder))
+    monkeypatch.setattr(steps, "CallGraph", lambda body, moved, device: CallGraph(body, moved, device, record=recorder))
     return recorder
 
 
@@ -132,13 +135,13 @@ def test_a_capture_that_fails_is_a_clear_error() -> None:
     def fail(warm_up: Callable[[], None], run: Callable[[], None]) -> Callable[[], None]:
         raise RuntimeError("operation not permitted\nwhen stream is capturing")
 
-    graph = StepGraph(lambda images, labels, lr: lr, [], CPU, record=fail)
+    graph = CallGraph(lambda images, labels, lr: lr, [], CPU, record=fail)
     with pytest.raises(FastarError, match=r"could not be captured \(operation not permitted when.*graph=false$"):
         graph(torch.zeros(1), torch.zeros(1), torch.zeros(()))
 
 
 def test_batches_that_do_not_fit() -> None:
-    graph = StepGraph(lambda images, labels, lr: images.sum(), [], CPU, record=Recorder())
+    graph = CallGraph(lambda images, labels, lr: images.sum(), [], CPU, record=Recorder())
     images, labels, lr = torch.zeros(4, 2), torch.zeros(4, dtype=torch.int64), torch.zeros(())
     assert graph.fits(images, labels)
     graph(images, labels, lr)
@@ -165,6 +168,61 @@ def test_graphs_equal_eager_steps_on_a_gpu(
     assert losses == pytest.approx(wanted, abs=tolerance)
     torch.testing.assert_close(graph.theta, eager.theta, rtol=0, atol=tolerance)
     assert int(graph.state()["bn1.num_batches_tracked"]) == 50
+
+
+# Evaluation
+
+
+def evaluated(kind: str, method: str, graph: bool, device: torch.device = CPU) -> dict[str, Measured]:
+    """Three models over batches of 16, 16, 16 and 2 images."""
+    models = [evaluation_cases.resnet(n) if kind == "resnet" else evaluation_cases.mlp(n) for n in range(3)]
+    rows = torch.stack([evaluation_cases.row(model) for model in models]).to(device)
+
+    def moved(batches: evaluation_cases.Batches) -> evaluation_cases.Batches:
+        return lambda: ((images.to(device), labels.to(device)) for images, labels in batches())
+
+    model = models[0].to(device)
+    return evaluate_rows(
+        model,
+        FlatLayout.from_module(model),
+        rows,
+        {"train": moved(evaluation_cases.data()), "test": moved(evaluation_cases.data(seed=1))},
+        statistics_batches=moved(evaluation_cases.data(seed=2)),
+        method=method,
+        graph=graph,
+    )
+
+
+EVALUATED = [("resnet", "population", 9), ("resnet", "reference", 9), ("mlp", "population", 6)]
+
+
+@pytest.mark.parametrize(("kind", "method", "replays"), EVALUATED)
+def test_evaluation_by_replays_is_the_same(
+    monkeypatch: pytest.MonkeyPatch, kind: str, method: str, replays: int
+) -> None:
+    recorder = Recorder()
+    monkeypatch.setattr("fastar.evaluation.losses.CallGraph", partial(CallGraph, record=recorder))
+    graph, eager = (evaluated(kind, method, on) for on in (True, False))
+    assert recorder.replays == replays  # a pass of statistics and two of losses, without their short last batches
+    for split, wanted in eager.items():
+        assert torch.equal(graph[split].loss, wanted.loss)
+        assert torch.equal(graph[split].accuracy, wanted.accuracy)
+
+
+def test_evaluation_by_graphs_needs_a_gpu() -> None:
+    with pytest.raises(FastarError, match=r"^evaluation\.graph=true: CUDA graphs need a GPU"):
+        evaluated("mlp", "population", True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("kind", "method", "replays"), EVALUATED)
+def test_evaluation_by_graphs_on_a_gpu(kind: str, method: str, replays: int) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    device = torch.device("cuda")
+    graph, eager = (evaluated(kind, method, on, device) for on in (True, False))
+    for split, wanted in eager.items():  # the same fp32 kernels, or others' roundings of a loss of order 1
+        torch.testing.assert_close(graph[split].loss, wanted.loss, rtol=1e-5, atol=1e-5)
 
 
 # torch.compile

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 from pathlib import Path
 
 import torch
@@ -20,12 +21,15 @@ def free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    free = _available_on_host()
-    try:
-        limit, used = ((CGROUP / name).read_text().strip() for name in ("memory.max", "memory.current"))
-        return free if limit == "max" else max(0, min(free, int(limit) - int(used)))
-    except (OSError, ValueError):  # no container limit of this kind
-        return free
+    free, container = _available_on_host(), _left_in_container()
+    return free if container is None else min(free, container)
+
+
+def peak_bytes(device: torch.device) -> int:
+    """The most memory taken so far: of a GPU by torch's tensors, or by this process on a host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def resident_models(numel: int, device: torch.device, wanted: int) -> int:
@@ -45,3 +49,16 @@ def _available_on_host() -> int:
     except OSError:  # not Linux
         pass
     return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def _left_in_container() -> int | None:
+    """What is left of a container's memory limit; pages of files that can be dropped are not counted as used."""
+    try:
+        limit = (CGROUP / "memory.max").read_text().strip()
+        if limit == "max":
+            return None
+        used = int((CGROUP / "memory.current").read_text())
+        statistics = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        return max(int(limit) - used + int(statistics.get("inactive_file", 0)), 0)
+    except (OSError, ValueError):  # no container limit of this kind
+        return None

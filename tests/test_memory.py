@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path as File
 
@@ -10,7 +11,8 @@ import torch
 from evaluation_cases import Batches, data, resnet, row
 from torch import Tensor
 
-from fastar.evaluation import Endpoint, Path, evaluate_paths, memory
+from fastar import memory
+from fastar.evaluation import Endpoint, Path, evaluate_paths
 from fastar.flat import FlatLayout
 
 CPU = torch.device("cpu")
@@ -24,9 +26,10 @@ def machine(tmp_path: File, monkeypatch: pytest.MonkeyPatch) -> File:
     return tmp_path
 
 
-def limit(machine: File, most: str, used: int) -> None:
+def limit(machine: File, most: str, used: int, droppable: int = 0) -> None:
     (machine / "memory.max").write_text(f"{most}\n")
     (machine / "memory.current").write_text(f"{used}\n")
+    (machine / "memory.stat").write_text(f"anon 1\ninactive_file {droppable}\n")
 
 
 def test_free_host_memory_is_what_is_available_within_the_container(machine: File) -> None:
@@ -39,6 +42,14 @@ def test_free_host_memory_is_what_is_available_within_the_container(machine: Fil
     assert memory.free_bytes(CPU) == 8000 * 1024
     limit(machine, "5", 10)
     assert memory.free_bytes(CPU) == 0
+    limit(machine, "5000000", 3_000_000, droppable=500_000)
+    assert memory.free_bytes(CPU) == 2_500_000
+
+
+def test_free_memory_of_this_machine() -> None:
+    total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert 10_000_000 < memory.free_bytes(CPU) <= total
+    assert 50e6 < memory.peak_bytes(CPU) <= total  # torch alone takes more than that
 
 
 def test_resident_models(machine: File) -> None:

@@ -1,4 +1,4 @@
-"""A training step captured once as a CUDA graph and replayed: the host launches one thing a step."""
+"""Work on a batch captured once as a CUDA graph and replayed: the host launches one thing a batch."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from fastar.errors import FastarError
-from fastar.training.parts import no_parts, part
+from fastar.parts import no_parts, part
 
 # Kernels are compiled, and libraries choose theirs and take their workspaces, in the first calls.
 WARM_UP = 3
 
-Body = Callable[[Tensor, Tensor, Tensor], Tensor]
+Body = Callable[..., Tensor]
 Record = Callable[[Callable[[], None], Callable[[], None]], Callable[[], None]]
 
 
@@ -31,56 +31,64 @@ def record_cuda_graph(warm_up: Callable[[], None], run: Callable[[], None]) -> C
     return graph.replay
 
 
-class StepGraph:
-    """Runs `body(images, labels, lr) -> loss` as a graph, for batches of the first one's shape.
+class CallGraph:
+    """Runs `body(*inputs) -> result` as a graph, for tensors of the first ones' shapes.
 
-    Capturing does not train: everything in `moved` is put back after the warm-up, batch-norm's running statistics too.
+    Capturing changes nothing: everything in `moved` is put back after the warm-up, batch-norm's running statistics too.
 
     Args:
-        body: the step, without host synchronisation; whatever else it reads must stay at its address.
+        body: a step, or the evaluation of a batch; never waits for the device, and what else it reads stays in place.
         moved: every tensor that `body` changes.
         device: a GPU.
-        record: captures; replaced in tests.
+        setting: what asked for a graph, for errors.
+        record: captures; None: as a CUDA graph.
 
     Raises:
         FastarError: no GPU, or the capture failed.
     """
 
     def __init__(
-        self, body: Body, moved: Sequence[Tensor], device: torch.device, *, record: Record = record_cuda_graph
+        self,
+        body: Body,
+        moved: Sequence[Tensor],
+        device: torch.device,
+        *,
+        setting: str = "train.graph",
+        record: Record | None = None,
     ) -> None:
-        if device.type != "cuda" and record is record_cuda_graph:
-            raise FastarError(f"train.graph=true: CUDA graphs need a GPU, this run is on {device}; set it to false")
+        if device.type != "cuda" and record is None:
+            raise FastarError(f"{setting}=true: CUDA graphs need a GPU, this run is on {device}; set it to false")
         self._body = body
         self._moved = list(moved)
-        self._record = record
-        self._inputs: tuple[Tensor, Tensor, Tensor] | None = None
-        self._loss: Tensor | None = None
+        self._setting = setting
+        self._record = record or record_cuda_graph
+        self._inputs: tuple[Tensor, ...] | None = None
+        self._result: Tensor | None = None
         self._replay: Callable[[], None] | None = None
 
-    def fits(self, images: Tensor, labels: Tensor) -> bool:
-        """Whether this batch can be replayed: the first one always, others if they are like it."""
+    def fits(self, *given: Tensor) -> bool:
+        """Whether these (the first of the inputs) can be replayed: the first ones always, others if they are alike."""
         if self._inputs is None:
             return True
         return all(
-            given.shape == static.shape and given.dtype == static.dtype
-            for given, static in zip((images, labels), self._inputs, strict=False)
+            one.shape == static.shape and one.dtype == static.dtype
+            for one, static in zip(given, self._inputs, strict=False)
         )
 
-    def __call__(self, images: Tensor, labels: Tensor, lr: Tensor) -> Tensor:
-        """One step on a batch that `fits`; the loss, 0-d."""
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """Run on inputs that fit; a copy of what `body` returned."""
         if self._inputs is None:
-            self._inputs = (images.clone(), labels.clone(), lr.clone())
+            self._inputs = tuple(one.clone() for one in inputs)
             self._replay = self._capture(self._inputs)
-        for static, given in zip(self._inputs, (images, labels, lr), strict=True):
+        for static, given in zip(self._inputs, inputs, strict=True):
             static.copy_(given)
         assert self._replay is not None
         with part("graph"):
             self._replay()
-        assert self._loss is not None
-        return self._loss.clone()  # the graph writes the next step's over it
+        assert self._result is not None
+        return self._result.clone()  # the graph writes the next one over it
 
-    def _capture(self, inputs: tuple[Tensor, Tensor, Tensor]) -> Callable[[], None]:
+    def _capture(self, inputs: tuple[Tensor, ...]) -> Callable[[], None]:
         before = [tensor.detach().clone() for tensor in self._moved]
 
         def warm_up() -> None:
@@ -91,7 +99,7 @@ class StepGraph:
                     tensor.copy_(saved)
 
         def run() -> None:
-            self._loss = self._body(*inputs)
+            self._result = self._body(*inputs)
 
         try:
             with no_parts():
@@ -99,5 +107,5 @@ class StepGraph:
         except RuntimeError as error:
             reason = " ".join(str(error).split())
             raise FastarError(
-                f"train.graph=true: the step could not be captured ({reason}); set train.graph=false"
+                f"{self._setting}=true: the work could not be captured ({reason}); set {self._setting}=false"
             ) from error
