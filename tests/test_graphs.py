@@ -1,4 +1,4 @@
-"""The whole step, and evaluation, as CUDA graphs. What needs no GPU is shown with a recorder that replays by calling."""
+"""The whole step, and evaluation, as CUDA graphs. What needs no GPU is shown with a recorder that replays by calls."""
 
 from __future__ import annotations
 
