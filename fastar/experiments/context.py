@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,15 @@ from fastar.checkpoints import Checkpoint
 from fastar.config import Settings
 from fastar.errors import FastarError
 from fastar.flat import FlatLayout
-from fastar.matching import Symmetry, derive_symmetry
+from fastar.matching import Permutations, Symmetry, derive_symmetry, match_activations
 from fastar.models import build_model
 from fastar.progress import SILENT, Progress
 from fastar.runs import RunFolder
 from fastar.seeds import derive_seed
 from fastar.training import suitable_threads
+
+# Training batches that activations are compared on, where matching starts from them.
+ACTIVATION_BATCHES = 4
 
 
 def resolve_device(name: str) -> torch.device:
@@ -110,6 +114,13 @@ class Context:
         spec = data.dataset_spec(self.settings.dataset.name)
         example = (torch.zeros(2, spec.channels, spec.height, spec.width),)
         return derive_symmetry(model, example)
+
+    def match_activations(self, theta: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> Permutations:
+        """Where `matching.start=activations` begins: correlations on the first training batches."""
+        batches = [images for images, _ in islice(self.statistics_batches(), ACTIVATION_BATCHES)]
+        return match_activations(
+            self.build(seed=0), self.symmetry, theta, sources, batches, solver=self.settings.matching.solver
+        )
 
     @contextmanager
     def threads(self) -> Iterator[None]:

@@ -16,7 +16,7 @@ from fastar.checkpoints import Checkpoint
 from fastar.evaluation import Endpoint, Path, PathLosses, evaluate_paths
 from fastar.experiments.context import Context
 from fastar.experiments.regular import device_name
-from fastar.matching import Permutations, match_weights
+from fastar.matching import Permutations, match_by_settings
 from fastar.memory import peak_bytes
 from fastar.parts import shares
 from fastar.progress import SILENT, Progress
@@ -53,15 +53,14 @@ def matched_endpoints(
     rows = context.layout.views(context.row(first))
     store = [context.row(other) for other in others]
     sources = {name: _stack([context.layout.views(row)[name] for row in store]) for name in rows}
-    result = match_weights(
+    result = match_by_settings(
+        settings.matching,
         symmetry,
         rows,
         sources,
         start=start,
+        activations=context.match_activations,
         seed=derive_seed(settings.seed, "evaluation", "matching"),
-        orders=settings.matching.orders,
-        max_sweeps=settings.matching.max_sweeps,
-        solver=settings.matching.solver,
         threads=settings.workers,
         progress=progress,
     )

@@ -16,7 +16,7 @@ from fastar.evaluation import evaluate_paths
 from fastar.experiments.context import Context, resolve_device
 from fastar.experiments.measure import SPLITS, endpoint, matched_endpoints
 from fastar.experiments.regular import check_fits, device_name
-from fastar.matching import match_weights
+from fastar.matching import match_by_settings
 from fastar.progress import SILENT, Progress
 from fastar.runs import RunFolder, versions
 
@@ -72,16 +72,15 @@ def match_files(
     context = _context(checkpoint, dataset=dataset, arch=arch, overrides=overrides)
     theta = _load(context, first, checkpoint, same_data=False)
     source = _load(context, second, same_data=False)
-    symmetry, layout, matching = context.symmetry, context.layout, context.settings.matching
+    symmetry, layout = context.symmetry, context.layout
     row, other = context.row(theta), context.row(source)
-    result = match_weights(
+    result = match_by_settings(
+        context.settings.matching,
         symmetry,
         layout.views(row),
         layout.views(other[None]),
+        activations=context.match_activations,
         seed=context.settings.seed,
-        orders=matching.orders,
-        max_sweeps=matching.max_sweeps,
-        solver=matching.solver,
         threads=context.settings.workers,
     )
     permutations = result.permutations.select(0).to("cpu")

@@ -18,7 +18,7 @@ from fastar.evaluation.batch_norm import set_statistics
 from fastar.evaluation.losses import full_precision
 from fastar.experiments.context import Context
 from fastar.experiments.regular import check_recipe, device_name, last_good_state, recipe
-from fastar.matching import Permutations, Symmetry, match_weights
+from fastar.matching import ByActivations, Permutations, Symmetry, match_by_settings
 from fastar.progress import SILENT, Progress
 from fastar.runs import commit, versions
 from fastar.seeds import derive_seed
@@ -56,20 +56,20 @@ def match_store(
     start: Permutations | None,
     seed: int,
     threads: int,
+    activations: ByActivations | None = None,
     progress: Progress = SILENT,
 ) -> Permutations:
     """Algorithm 1, step 1: theta_n <- pi(theta_n) for all rows of the store, wherever they live; the permutations."""
     found = []
     for views in sources.parts():
-        result = match_weights(
+        result = match_by_settings(
+            settings,
             symmetry,
             sources.layout.views(theta),
             views,
             start=start,
+            activations=activations,
             seed=seed,
-            orders=settings.orders,
-            max_sweeps=settings.max_sweeps,
-            solver=settings.solver,
             threads=threads,
             progress=progress,
         )
@@ -97,6 +97,7 @@ class Matcher:
             start=symmetry.identity() if self._matched else None,
             seed=derive_seed(settings.seed, "star", "matching", epoch),
             threads=settings.workers,
+            activations=self._context.match_activations,
             progress=self._context.progress,
         )
         self.permutations = self.permutations.then(moves)

@@ -4,12 +4,13 @@ from fastar.matching.activations import match_activations
 from fastar.matching.assignment import solve_assignment, solver_name
 from fastar.matching.derive import derive_symmetry
 from fastar.matching.permutations import Permutations
-from fastar.matching.settings import match_by_settings, match_modules
+from fastar.matching.settings import ByActivations, match_by_settings, match_modules
 from fastar.matching.symmetry import Group, Member, Symmetry
 from fastar.matching.verify import verify_symmetry
 from fastar.matching.weights import MatchResult, match, match_weights
 
 __all__ = [
+    "ByActivations",
     "Group",
     "MatchResult",
     "Member",
