@@ -87,7 +87,7 @@ def main() -> None:
         else:
             link_images(arguments.data_root, raw, arguments.images)
         files = prepare_images("bench", data_root=raw, directory=Path(folder), encoding=Encoding(500, 1.0, 90))
-        source = StreamingDataset(files, "train", "cpu", size=arguments.size, workers=arguments.workers)
+        source = StreamingDataset(files, "train", "cpu", size=arguments.size, threads=arguments.workers)
         shape, classes = source.input_shape, source.classes
 
         def network(seed: int) -> nn.Module:

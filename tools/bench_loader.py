@@ -101,7 +101,7 @@ def pipeline(name: str, folder: Path, arguments: argparse.Namespace) -> tuple[Ep
             link_images(arguments.data_root, raw, count)
         encoding = Encoding(500, arguments.compress_probability, 90)
         files = prepare_images(name, data_root=raw, directory=folder, encoding=encoding)
-        data = StreamingDataset(files, "train", "cpu", size=arguments.size, workers=arguments.workers)
+        data = StreamingDataset(files, "train", "cpu", size=arguments.size, threads=arguments.workers)
         facts = {"size": arguments.size, "compress_probability": arguments.compress_probability}
         return (
             epochs(data, arguments.batch),

@@ -63,6 +63,18 @@ def augmented(images: torch.Tensor, chosen: torch.Tensor, draws: Draws, normalis
     return out
 
 
+def mirrored_and_normalised(
+    images: torch.Tensor, mirrored: torch.Tensor | None, normalisation: Normalisation
+) -> torch.Tensor:
+    """fp32 [b, H, W, C] of uint8 [b, H, W, C]; those where `mirrored` (bool [b]) says so flipped left to right."""
+    if mirrored is None:
+        return normalisation(images)
+    if images.device.type != "cpu":
+        return normalisation(torch.where(mirrored[:, None, None, None], images.flip(2), images))
+    still = torch.zeros(len(images), dtype=torch.int64)
+    return augmented(images, torch.arange(len(images)), (still, still, mirrored), normalisation)
+
+
 def crop_and_mirror(
     images: torch.Tensor, chosen: torch.Tensor, down: torch.Tensor, right: torch.Tensor, mirrored: torch.Tensor
 ) -> torch.Tensor:

@@ -26,6 +26,7 @@ from fastar.data.raw import RawSplit
 from fastar.errors import FastarError
 
 JPEG_MODE, RAW_MODE = 0, 1
+SAMPLES = 64  # images of a new file that are compared with the raw ones
 _BLOCK = 1 << 16
 _BLOCKS = 256
 

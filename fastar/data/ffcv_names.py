@@ -27,12 +27,11 @@ with torch_threads_kept():
         import cv2
         from ffcv.fields import IntField, NDArrayField, RGBImageField
         from ffcv.fields.base import Field
-        from ffcv.fields.rgb_image import CenterCropRGBImageDecoder
+        from ffcv.fields.rgb_image import SimpleRGBImageDecoder
         from ffcv.libffcv import imdecode, resize_crop
         from ffcv.loader import Loader, OrderOption
         from ffcv.loader.epoch_iterator import EpochIterator
         from ffcv.memory_allocator import MemoryAllocator
-        from ffcv.pipeline.allocation_query import AllocationQuery
         from ffcv.pipeline.compiler import Compiler
         from ffcv.types import (
             ALLOC_TABLE_TYPE,
@@ -53,8 +52,6 @@ __all__ = [
     "CURRENT_VERSION",
     "FFCV_VERSION",
     "TYPE_ID_HANDLER",
-    "AllocationQuery",
-    "CenterCropRGBImageDecoder",
     "Compiler",
     "EpochIterator",
     "Field",
@@ -66,6 +63,7 @@ __all__ = [
     "NDArrayField",
     "OrderOption",
     "RGBImageField",
+    "SimpleRGBImageDecoder",
     "cv2",
     "get_metadata_type",
     "handle_sample",

@@ -1,5 +1,6 @@
 """The one way from a .beton file to batches: FFCV's loader, kept from hanging, leaking and changing the process."""
 
+import copy
 import queue
 import weakref
 from collections.abc import Generator, Iterator
@@ -8,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from fastar.data.beton import BetonLayout, Layout, check_beton
-from fastar.data.decoding import CentreCropDecoder
+from fastar.data.beton import BetonLayout, check_beton
+from fastar.data.decoding import CropDecoder, Plan
 from fastar.data.ffcv_names import (
     Compiler,
     EpochIterator,
@@ -18,6 +20,7 @@ from fastar.data.ffcv_names import (
     OrderOption,
     torch_threads_kept,
 )
+from fastar.data.varied import VariedLayout, image_table
 from fastar.errors import FastarError
 
 Batches = Generator[tuple[np.ndarray, np.ndarray], None, None]
@@ -30,9 +33,16 @@ COMPILE_FROM = 100_000
 class GuardedIterator(EpochIterator):
     """FFCV's epoch, whose thread hands over its own error instead of leaving the reader waiting for ever."""
 
-    def __init__(self, loader: Loader, order: np.ndarray):
+    def __init__(self, loader: Loader, order: np.ndarray, plan: Plan | None = None):
         self.failure: BaseException | None = None
+        self.plan = plan
         super().__init__(loader, order)
+
+    def run_pipeline(self, b_ix: int, batch_indices: Any, batch_slot: int, cuda_event: Any) -> Any:
+        if self.plan is not None:
+            # The one argument of a decoder that can differ between epochs of one loader.
+            self.storage_state = (*self.memory_context.state, self.plan)
+        return super().run_pipeline(b_ix, batch_indices, batch_slot, cuda_event)
 
     def run(self) -> None:
         try:
@@ -78,10 +88,14 @@ class GuardedLoader(Loader):
         self.next_epoch += 1
         return self.epoch(order[: len(self) * self.batch_size])
 
-    def epoch(self, order: np.ndarray) -> GuardedIterator:
-        """An epoch of the samples `order` (uint64), in that order."""
+    def epoch(self, order: np.ndarray, batch_size: int | None = None, plan: Plan | None = None) -> GuardedIterator:
+        """An epoch of the samples `order` (uint64), in that order; `batch_size` None is the loader's own."""
         Compiler.set_num_threads(self.num_workers)
-        return GuardedIterator(self, order)
+        loader = self
+        if batch_size is not None:
+            loader = copy.copy(self)  # shares all that took time to make
+            loader.batch_size = batch_size
+        return GuardedIterator(loader, order, plan)
 
 
 @contextmanager
@@ -122,43 +136,45 @@ def read_batches(path: Path, layout: BetonLayout, batch_size: int = BATCH) -> Ba
             raise FastarError(f"{path}: FFCV's loader failed ({type(error).__name__}: {error})") from error
 
 
-class CropReader:
-    """Epochs of a .beton file of images of differing sizes, each cut to its centre and resized while it is decoded.
+class ImageReader:
+    """Epochs of a .beton file of images of differing sizes, cut and resized while they are decoded, on `threads`.
 
-    The largest centred square is taken, `ratio` of its side kept, and resized to `size`, on `workers` threads. The file
-    is checked here.
+    The file is checked here, once. `labels` int64 [n]; `pages` int64 [n] is the page of the file that each lies in.
     """
 
-    def __init__(self, path: Path, layout: Layout, *, size: int, ratio: float, batch_size: int, workers: int):
+    def __init__(self, path: Path, layout: VariedLayout, *, threads: int):
         self.path = path
         self.labels = check_beton(path, layout)
+        _, table, sizes = image_table(path, layout)
+        self.page_size = layout.page_size
+        self.pages = (table["data_ptr"] // np.uint64(layout.page_size)).astype(np.int64)
         try:
-            decoder = CentreCropDecoder(size, ratio, workers)
+            decoder = CropDecoder(path, sizes, threads)
             weakref.finalize(self, decoder.close)
             with torch_threads_kept(), _compiling(False):
                 self._loader = GuardedLoader(
                     str(path),
-                    batch_size=min(batch_size, layout.count),
+                    batch_size=1,
                     num_workers=1,
                     os_cache=True,
                     order=OrderOption.SEQUENTIAL,
                     seed=0,
                     drop_last=False,
                     batches_ahead=2,
-                    pipelines={"image": [decoder]},
+                    pipelines={"image": [decoder], "label": None},
                 )
         # Whatever FFCV's compiler ran into belongs to this file; the cause stays attached.
         except Exception as error:
             raise FastarError(f"{path}: FFCV's loader failed ({type(error).__name__}: {error})") from error
 
-    def epoch(self, order: np.ndarray) -> Batches:
-        """Yield (images uint8 [b, size, size, 3], labels int64 [b]) of the samples `order`, in that order.
+    def epoch(self, order: np.ndarray, batch_size: int, plan: Plan) -> Generator[torch.Tensor, None, None]:
+        """Yield images uint8 [b, size, size, 3] of the samples `order`, in that order, three batches ahead.
 
-        The arrays are FFCV's own buffers: copy them before asking for the next batch. torch's threads stay as they are.
+        torch's threads stay as they are. Close the generator to leave early.
         """
         try:
             with torch_threads_kept():
-                batches = self._loader.epoch(order.astype(np.uint64))
+                batches = self._loader.epoch(order.astype(np.uint64), batch_size, plan)
             with closing(batches):
                 while True:
                     # FFCV's thread sets torch's thread count when it starts, which is before its first batch.
@@ -166,7 +182,7 @@ class CropReader:
                         batch = next(batches, None)
                     if batch is None:
                         return
-                    yield np.asarray(batch[0]), np.asarray(batch[1]).reshape(-1)
+                    yield batch[0]
         except FastarError as error:
             raise FastarError(f"{self.path}: {error}") from error
         except Exception as error:

@@ -43,6 +43,20 @@ def epoch_order(count: int, seed: int, epoch: int, device: torch.device) -> torc
     return torch.argsort(draw(derive_seed(seed, "order", epoch), index))
 
 
+def paged_order(pages: np.ndarray, window: int, seed: int, epoch: int) -> np.ndarray:
+    """A permutation of 0..len(pages)-1 (int64), fresh for every (seed, epoch), that reads a file page by page.
+
+    `pages` (int64 [n]) is where each sample lies. The pages come in a random order, `window` of them at a time, and
+    the samples of those are shuffled: so many pages in memory are enough, and each is read once an epoch.
+    """
+    names, page = np.unique(pages, return_inverse=True)
+    numbers = np.arange(len(names), dtype=np.int64)
+    place = np.argsort(np.argsort(draw(derive_seed(seed, "pages", epoch), numbers), kind="stable"), kind="stable")
+    samples = np.arange(len(pages), dtype=np.int64)
+    shuffled = draw(derive_seed(seed, "order", epoch), samples)
+    return np.lexsort((shuffled, place[page] // window))
+
+
 def file_order(count: int, split: str) -> np.ndarray:
     """The fixed permutation of 0..count-1 (int64) in which images of any size are written into a split's file."""
     return np.argsort(draw(derive_seed(0, "file order", split), np.arange(count, dtype=np.int64)), kind="stable")

@@ -3,29 +3,45 @@
 import os
 from collections.abc import Generator
 from contextlib import closing
+from typing import Literal
 
 import numpy as np
 import torch
 
-from fastar.data.augment import Normalisation, augmented, draw_augmentation
-from fastar.data.dataset import chosen_batches
+from fastar.data.augment import Normalisation, mirrored_and_normalised
+from fastar.data.crops import KEPT, Crop, centre, random_boxes
+from fastar.data.dataset import Batch, chosen_batches
+from fastar.data.decoding import Plan
 from fastar.data.images import ImageFiles
-from fastar.data.reading import CropReader
-from fastar.data.registry import Augmentation
-from fastar.data.sampling import balanced_subset, epoch_order
+from fastar.data.reading import ImageReader
+from fastar.data.sampling import balanced_subset, draw, epoch_order, paged_order
 from fastar.errors import FastarError
 from fastar.seeds import derive_seed
 
-Batches = Generator[tuple[torch.Tensor, torch.Tensor], None, None]
+Order = Literal["random", "pages"]
+Batches = Generator[Batch, None, None]
 
-CROP_RATIO = 224 / 256
+WINDOW = 64
+"""Pages of 8 MiB that order "pages" shuffles together: half a gigabyte of memory, some 2,000 images."""
+_MIRROR = 2  # the stream of draws, as for images of one size
 
 
 class StreamingDataset:
-    """Batches of images of any size, centre-cropped and resized to `size` while they are decoded.
+    """Batches of images of any size, cut out and resized to `size` squared while they are decoded. See `Dataset`.
 
-    The same interface as `DeviceDataset`. `ratio` is the share of the shorter side that the crop keeps; `workers` the
-    decoding threads (None: one per CPU of this process); `limit` keeps at most so many samples, classes balanced.
+    Args:
+        files: the finished dataset.
+        split: train or test.
+        device: where batches go.
+        size: of the images, where no other is asked for.
+        crop: what is cut out of an augmented image (`fastar.data.crops.random_boxes`), which is also mirrored with
+            probability 1/2; of others the centred square of `kept` of the shorter side.
+        kept: see `crop`.
+        order: random, or pages for files larger than memory: shuffled in windows of 64 pages of the file, so that each
+            page is read once an epoch, front to back. The files hold the images in a shuffled order, so every window
+            mixes all classes; a file that keeps them by class is refused.
+        threads: that decode (None: one per CPU of this process).
+        limit: at most so many samples, classes balanced.
     """
 
     def __init__(
@@ -35,29 +51,40 @@ class StreamingDataset:
         device: torch.device | str,
         *,
         size: int = 224,
-        ratio: float = CROP_RATIO,
-        workers: int | None = None,
+        crop: Crop = "random-resized",
+        kept: float = KEPT,
+        order: Order = "random",
+        threads: int | None = None,
         limit: int | None = None,
-        augmentation: Augmentation | None = None,
     ):
-        if size < 1 or not 0 < ratio <= 1:
-            raise FastarError(f"size={size} must be at least 1, ratio={ratio} within 0..1")
-        if workers is not None and workers < 1:
-            raise FastarError(f"workers={workers} must be at least 1")
-        self._path, self._layout = files.path(split), files.layout(split)
-        self._size, self._ratio = size, ratio
-        self._workers = workers or len(os.sched_getaffinity(0))
+        _check_size(size)
+        if not 0 < kept <= 1:
+            raise FastarError(f"kept={kept} must be within 0..1")
+        if threads is not None and threads < 1:
+            raise FastarError(f"threads={threads} must be at least 1")
+        if order == "pages" and not files.shuffled:
+            raise FastarError(
+                f"{files.folder}: holds its images by class, so reading it page by page would not mix classes; "
+                "use dataset.order=random, or write it again shuffled"
+            )
+        self._size, self._crop, self._order = size, crop, order
+        self._centre = centre(kept)
         self.device = torch.device(device)
         self.classes, self.digest = len(files.classes), files.digest
-        self.augmentation = Augmentation(flip=True) if augmentation is None else augmentation
-        self._mean, self._std = tuple(files.metadata["mean"]), tuple(files.metadata["std"])
+        self._mean, self._std = files.mean, files.std
         self._normalisations: dict[int, Normalisation] = {}
-        self._readers: dict[tuple[int, int], CropReader] = {}
-        self._index = np.arange(self._layout.count)
-        if limit is not None and limit < self._layout.count:
-            if limit < 1:
-                raise FastarError(f"limit={limit} must be at least 1")
-            self._index = balanced_subset(self._reader(64, size).labels, limit, files.name, split)
+        self._reader = ImageReader(
+            files.path(split), files.layout(split), threads=threads or len(os.sched_getaffinity(0))
+        )
+        self._index = np.arange(files.count(split))
+        if limit is not None:
+            if limit < self.classes:
+                raise FastarError(
+                    f"limit={limit} is below one image per class; {files.name} needs at least {self.classes}"
+                )
+            if limit > len(self._index):
+                raise FastarError(f"limit={limit} is more than the {len(self._index)} {split} images of {files.name}")
+            self._index = balanced_subset(self._reader.labels, limit, files.name, split)
 
     def __len__(self) -> int:
         return len(self._index)
@@ -84,58 +111,54 @@ class StreamingDataset:
     ) -> Batches:
         """One epoch, from batch number `begin`, of images [3, size, size]: see `Dataset.batches`.
 
-        The pixels do not depend on the number of workers.
+        The pixels do not depend on the number of threads. Decoding runs in them, up to three batches ahead.
         """
         part = chosen_batches(len(self), batch_size, drop_last, begin)
-        order = epoch_order(len(self), seed, epoch, torch.device("cpu")).numpy()[part]
-        return self._epoch(self._index[order], batch_size, self._key(augment, seed, epoch), size)
+        if self._order == "pages":
+            order = paged_order(self._reader.pages[self._index], WINDOW, seed, epoch)
+        else:
+            order = epoch_order(len(self), seed, epoch, torch.device("cpu")).numpy()
+        return self._epoch(self._index[order[part]], batch_size, self._key(augment, seed, epoch), size)
 
     def sequential(self, batch_size: int, *, augment: bool = False, seed: int = 0, epoch: int = 0) -> Batches:
         """As `batches`, in file order, every sample exactly once; the last batch may be short."""
-        self._check(batch_size)
-        return self._epoch(self._index, batch_size, self._key(augment, seed, epoch), None)
-
-    def _check(self, batch_size: int) -> None:
-        if batch_size < 1:
-            raise FastarError(f"batch size {batch_size} must be at least 1")
+        part = chosen_batches(len(self), batch_size, False, 0)
+        return self._epoch(self._index[part], batch_size, self._key(augment, seed, epoch), None)
 
     def _key(self, augment: bool, seed: int, epoch: int) -> int | None:
-        return derive_seed(seed, "augmentation", epoch) if augment and self.augmentation else None
+        return derive_seed(seed, "augmentation", epoch) if augment else None
 
-    def _reader(self, batch_size: int, size: int) -> CropReader:
-        batch_size = min(batch_size, self._layout.count)
-        if (batch_size, size) not in self._readers:
-            self._readers[batch_size, size] = CropReader(
-                self._path,
-                self._layout,
-                size=size,
-                ratio=self._ratio,
-                batch_size=batch_size,
-                workers=self._workers,
-            )
-        return self._readers[batch_size, size]
+    def _epoch(self, order: np.ndarray, batch_size: int, key: int | None, size: int | None) -> Batches:
+        if size is not None:
+            _check_size(size)
+        return self._decoded(order, batch_size, key, size or self._size)
+
+    def _decoded(self, order: np.ndarray, batch_size: int, key: int | None, size: int) -> Batches:
+        if len(order) == 0:
+            return
+        boxes = self._centre if key is None else random_boxes(self._crop, key)
+        plan = Plan(size, boxes, pinned=self.device.type == "cuda")
+        normalise, start = self._normalisation(size), 0
+        with closing(self._reader.epoch(order, batch_size, plan)) as batches:
+            for pixels in batches:
+                index = order[start : start + len(pixels)]
+                start += len(pixels)
+                labels, mirrored = self._reader.labels[index], None
+                if key is not None:
+                    mirrored = self._moved(torch.from_numpy(draw(key, index, _MIRROR) >> 31 == 1))
+                images = mirrored_and_normalised(self._moved(pixels), mirrored, normalise)
+                yield images.permute(0, 3, 1, 2), self._moved(torch.from_numpy(labels))
+
+    def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
+        """On the device; the host does not wait for a GPU (pinned memory is reused only after the copy)."""
+        return tensor.to(self.device, non_blocking=True)
 
     def _normalisation(self, size: int) -> Normalisation:
         if size not in self._normalisations:
             self._normalisations[size] = Normalisation(self._mean, self._std, size, size, self.device)
         return self._normalisations[size]
 
-    def _epoch(self, order: np.ndarray, batch_size: int, key: int | None, size: int | None) -> Batches:
-        size = self._size if size is None else size
-        if size < 1:
-            raise FastarError(f"size={size} must be at least 1")
-        if len(order) == 0:
-            return
-        normalise, start = self._normalisation(size), 0
-        with closing(self._reader(batch_size, size).epoch(order)) as batches:
-            for pixels, labels in batches:
-                some = torch.from_numpy(pixels).to(self.device)
-                if key is None:
-                    images = normalise(some)
-                else:
-                    index = torch.from_numpy(order[start : start + len(labels)]).to(self.device)
-                    draws = draw_augmentation(self.augmentation, key, index)
-                    images = augmented(some, torch.arange(len(some), device=self.device), draws, normalise)
-                start += len(labels)
-                # FFCV will write into `labels` again; the images were copied by being normalised.
-                yield images.permute(0, 3, 1, 2), torch.from_numpy(labels.copy()).to(self.device)
+
+def _check_size(size: int) -> None:
+    if size < 1:
+        raise FastarError(f"size={size} must be at least 1")

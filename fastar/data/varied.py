@@ -8,11 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from fastar.data.beton import JPEG_MODE, RAW_MODE, check_beton, field_descriptors
+from fastar.data.beton import JPEG_MODE, RAW_MODE, SAMPLES, check_beton, field_descriptors
 from fastar.data.ffcv_names import ALLOC_TABLE_TYPE, Field, HeaderType, IntField, RGBImageField, cv2, get_metadata_type
 from fastar.data.raw import RawSplit, UnusableImage
 from fastar.data.sampling import draw
-from fastar.data.verify import SAMPLES
 from fastar.errors import FastarError
 from fastar.progress import SILENT, Progress
 from fastar.seeds import derive_seed
@@ -150,7 +149,7 @@ def verify_varied(
     """
     labels = check_beton(path, layout)
     wrong = np.flatnonzero(labels != raw.labels[indices])
-    data, table, sizes = _open(path, layout)
+    data, table, sizes = image_table(path, layout)
     sample = set(np.unique(np.linspace(0, layout.count - 1, SAMPLES).astype(np.int64)).tolist())
     digest = hashlib.sha256(labels.astype("<i8").tobytes())
     with progress.task(description, layout.count, "images") as advance:
@@ -172,7 +171,7 @@ def verify_varied(
     return digest.hexdigest()
 
 
-def _open(path: Path, layout: VariedLayout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def image_table(path: Path, layout: VariedLayout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """The bytes of a checked file, its table of images, and the size of each."""
     fields = layout.fields()
     data = np.memmap(path, np.uint8, mode="r")

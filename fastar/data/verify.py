@@ -6,13 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from fastar.data.beton import BetonLayout
+from fastar.data.beton import SAMPLES, BetonLayout
 from fastar.data.raw import RawSplit
 from fastar.data.reading import read_batches
 from fastar.errors import FastarError
 from fastar.progress import SILENT, Progress
-
-SAMPLES = 64
 
 
 @dataclass(frozen=True)
