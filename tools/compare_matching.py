@@ -1,0 +1,286 @@
+"""What a better matching is worth: objective, seconds, barriers and star models, one matching beside the other.
+
+    pip install fastar[bench]
+    python tools/compare_matching.py --data-root cifar10
+
+Trains small ResNet-8s with batch-norm on CIFAR-10 images (or takes them from --cache), and for each way of matching
+(none; fastar's; fastar's with kicks out of local optima; PyPI's rebasin 0.0.47) measures
+
+- on pairs of regular models: the objective <theta, pi(theta_n)>, seconds of matching per pair, the barrier;
+- a star model trained with this matching at the start of every epoch: seconds of matching in all, the barrier from it
+  to heldouts that it was never shown, matched to it in the same way.
+
+Barriers (eq. 10) are on the train set, with re-estimated batch-norm statistics at every point, evaluated by fastar for
+all ways alike. All star models begin at the same theta and see the same batches, sources and t. Prints one JSON line
+per way, then a table of medians. What has been trained is kept in --cache and reused where its recipe is the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from importlib import util
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from fastar.benchmarks import where
+from fastar.checkpoints import Checkpoint
+from fastar.config import MatchingSettings, Settings, as_override, load_settings
+from fastar.errors import FastarError
+from fastar.evaluation import Path as Segment
+from fastar.evaluation import PathLosses, evaluate_paths
+from fastar.experiments.context import Context
+from fastar.experiments.measure import choose_pairs, endpoint
+from fastar.experiments.regular import regular_models
+from fastar.experiments.star_domain import prepare_context
+from fastar.matching import match_by_settings
+from fastar.progress import SILENT, Progress, TerminalProgress
+from fastar.seeds import derive_seed
+from fastar.training import SourcesStore, StarStep, fit
+
+State = dict[str, Tensor]
+Match = Callable[[State, list[State], bool], list[State]]
+"""(theta, sources, whether they are permuted already) -> the sources, permuted."""
+
+
+@dataclass
+class Way:
+    """One way of matching, and the seconds that it took, call by call."""
+
+    name: str
+    match: Match
+    seconds: list[float] = field(default_factory=list)
+
+    def __call__(self, theta: State, sources: list[State], warm: bool) -> list[State]:
+        begin = time.perf_counter()
+        matched = self.match(theta, sources, warm)
+        self.seconds.append(time.perf_counter() - begin)
+        return matched
+
+
+def ways(context: Context, kicks: int) -> list[Way]:
+    """The ways that can be had here; a further one is one more entry."""
+    found = [
+        Way("unmatched", lambda theta, sources, warm: sources),
+        Way("fastar", _fastar(context, MatchingSettings())),
+        Way(f"fastar, {kicks} kicks", _fastar(context, MatchingSettings(kicks=kicks))),
+    ]
+    if util.find_spec("rebasin") is None:
+        print("rebasin is left out: pip install fastar[bench]", file=sys.stderr)
+    else:
+        found.append(Way("rebasin", _rebasin(context)))
+    return found
+
+
+def _fastar(context: Context, settings: MatchingSettings) -> Match:
+    symmetry = context.symmetry
+
+    def match(theta: State, sources: list[State], warm: bool) -> list[State]:
+        stacked = {name: torch.stack([source[name] for source in sources]) for name in symmetry.parameters}
+        start = symmetry.identity() if warm else None
+        threads = context.settings.workers
+        result = match_by_settings(settings, symmetry, theta, stacked, start=start, threads=threads)
+        return [symmetry.apply(result.permutations.select(n).to("cpu"), source) for n, source in enumerate(sources)]
+
+    return match
+
+
+def _rebasin(context: Context) -> Match:
+    from rebasin import PermutationCoordinateDescent
+
+    calls = iter(range(1_000_000))
+
+    def match(theta: State, sources: list[State], warm: bool) -> list[State]:
+        models = [context.build(seed=0) for _ in range(1 + len(sources))]
+        for model, state in zip(models, [theta, *sources], strict=True):
+            model.load_state_dict(state)
+            model.eval()
+        example = next(context.splits()["train"]())[0][:2]
+        for model in models[1:]:
+            torch.manual_seed(
+                derive_seed(0, "rebasin", next(calls)) % 2**31
+            )  # it draws orders from the global generator
+            PermutationCoordinateDescent(models[0], model, example, device_b=context.device).rebasin()
+        return [{name: value.clone() for name, value in model.state_dict().items()} for model in models[1:]]
+
+    return match
+
+
+def barriers(context: Context, pairs: Sequence[tuple[State, State]]) -> list[float]:
+    """Of each path between two models, ends as they are, on the train set."""
+    ends = {id(state): endpoint(context, str(id(state)), Checkpoint(state)) for pair in pairs for state in pair}
+    measured: list[PathLosses] = evaluate_paths(
+        context.build(seed=0),
+        context.layout,
+        [Segment("path", ends[id(a)], ends[id(b)]) for a, b in pairs],
+        {"train": context.splits()["train"]},
+        points=context.settings.evaluation.points,
+        statistics_batches=context.statistics_batches,
+        progress=context.progress,
+    )
+    return [path.barrier("train") for path in measured]
+
+
+def objective(context: Context, theta: State, state: State) -> tuple[float, float]:
+    """<theta, state> over the parameters in float64, and the same without 1-D parameters."""
+    values = {n: float((theta[n].double() * state[n].double()).sum()) for n in context.symmetry.parameters}
+    return sum(values.values()), sum(v for n, v in values.items() if theta[n].ndim > 1)
+
+
+def star(context: Context, way: Way, sources: Sequence[State]) -> State:
+    """A star model of `sources`, which are matched to it `way` at the start of every epoch."""
+    settings = context.settings
+    seed = derive_seed(settings.seed, "star", 0)
+    store = SourcesStore(context.layout, sources, [str(n) for n in range(len(sources))], context.device)
+    whole = list(sources)  # as permuted last, with their buffers
+
+    def match(theta: Tensor, store: SourcesStore, epoch: int) -> None:
+        centre = {**whole[0], **{k: v.contiguous() for k, v in context.layout.views(theta).items()}}
+        whole[:] = way(centre, whole, epoch > 0)
+        for row, state in zip(store.rows, whole, strict=True):
+            context.layout.flatten(state, out=row)
+
+    model = context.build(seed=seed)
+    step = StarStep(model, settings.train, settings.star, store, seed=derive_seed(seed, "star"), match=match)
+    fit(
+        step,
+        context.train,
+        settings.train,
+        name=f"star, {way.name}",
+        seed=derive_seed(seed, "data"),
+        epochs=settings.star.epochs,
+        progress=context.progress,
+    )
+    return step.state()
+
+
+def compare(context: Context, kicks: int) -> list[dict[str, Any]]:
+    """One record for each way of matching."""
+    settings, device = context.settings, context.device
+    with context.run.open(settings), context.threads():
+        regular = [*regular_models(context, "source", settings.sources.number)]
+        heldouts = [one.state for one in regular_models(context, "heldout", settings.sources.heldout)]
+        sources = [one.state for one in regular]
+        everything = [{name: value.to(device) for name, value in state.items()} for state in [*sources, *heldouts]]
+        sources, heldouts = everything[: len(sources)], everything[len(sources) :]
+        chosen = choose_pairs(len(everything), settings.evaluation.regular_pairs, derive_seed(settings.seed, "pairs"))
+        records = []
+        for way in ways(context, kicks):
+            pairs = [(everything[a], way(everything[a], [everything[b]], False)[0]) for a, b in chosen]
+            objectives = [objective(context, a, b) for a, b in pairs]
+            seconds = list(way.seconds)
+            record: dict[str, Any] = {
+                "bench": "compare_matching",
+                "case": way.name,
+                "arch": settings.model.arch,
+                "images": settings.dataset.limit,
+                "epochs": settings.train.epochs,
+                "pairs": len(pairs),
+                "sources": len(sources),
+                "heldouts": len(heldouts),
+                "objective": [total for total, _ in objectives],
+                "objective_weights": [weights for _, weights in objectives],
+                "seconds_per_pair": seconds,
+                "barrier_regular": barriers(context, pairs),
+            }
+            way.seconds.clear()
+            centre = star(context, way, sources)
+            record["seconds_in_star"] = sum(way.seconds)
+            record["barrier_star_heldout"] = barriers(context, [(centre, way(centre, [h], False)[0]) for h in heldouts])
+            record["barrier_star_source"] = barriers(context, [(centre, s) for s in way(centre, sources, False)])
+            record.update(where(device))
+            print(json.dumps(record), flush=True)
+            records.append(record)
+    return records
+
+
+def table(records: Sequence[dict[str, Any]]) -> Table:
+    """Medians of every way."""
+    first = records[0]
+    out = Table(
+        title=f"{first['arch']}, {first['images']} images, {first['epochs']} epochs; medians of "
+        f"{first['pairs']} pairs, {first['heldouts']} heldouts and {first['sources']} sources"
+    )
+    columns = {
+        "objective": "objective",
+        "objective_weights": "without 1-D",
+        "seconds_per_pair": "s a pair",
+        "barrier_regular": "barrier, regular",
+        "seconds_in_star": "s in a star run",
+        "barrier_star_heldout": "star to heldout",
+        "barrier_star_source": "star to source",
+    }
+    out.add_column("matching")
+    for title in columns.values():
+        out.add_column(title, justify="right")
+    for record in records:
+        values = [record[key] if isinstance(record[key], list) else [record[key]] for key in columns]
+        out.add_row(record["case"], *(f"{statistics.median(value):.3g}" for value in values))
+    return out
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """A run's settings from the options.
+
+    Raises:
+        FastarError: one is out of range.
+    """
+    given = {
+        "dataset.limit": args.images,
+        "dataset.root": args.data_root,
+        "train.epochs": args.epochs,
+        "train.batch_size": args.batch,
+        "star.epochs": args.star_epochs,
+        "model.width": args.width,
+        "sources.number": args.sources,
+        "sources.heldout": args.heldout,
+        "evaluation.regular_pairs": args.pairs,
+        "evaluation.points": args.points,
+        "seed": args.seed,
+        "device": args.device,
+    }
+    overrides = [as_override(key, value) for key, value in given.items() if value is not None]
+    return load_settings(dataset="cifar10", arch=args.arch, overrides=overrides)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-root", type=Path, help="folder of the CIFAR-10 images or batches")
+    parser.add_argument("--cache", type=Path, default=Path("runs/compare-matching"), help="folder of trained models")
+    parser.add_argument("--arch", default="resnet8")
+    parser.add_argument("--width", type=float, help="width setting of the architecture")
+    parser.add_argument("--images", type=int, default=10000)
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--star-epochs", type=int, help="default: as --epochs")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--sources", type=int, default=4)
+    parser.add_argument("--heldout", type=int, default=3)
+    parser.add_argument("--pairs", type=int, default=4)
+    parser.add_argument("--points", type=int, default=11)
+    parser.add_argument("--kicks", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--quiet", action="store_true", help="no progress")
+    args = parser.parse_args()
+    progress: Progress = SILENT if args.quiet else TerminalProgress()
+    try:
+        context = prepare_context(settings_of(args), args.cache, progress)
+        context.run.check(context.settings)
+        records = compare(context, args.kicks)
+    except FastarError as error:
+        raise SystemExit(f"compare_matching: {error}") from error
+    Console(width=140).print(table(records))
+
+
+if __name__ == "__main__":
+    main()
