@@ -184,34 +184,44 @@ def train_sources_command(
 @app.command("match")
 def match_command(
     first: Annotated[Path, typer.Argument(metavar="A", help="Checkpoint to match to.")],
-    second: Annotated[Path, typer.Argument(metavar="B", help="Checkpoint whose hidden units are permuted.")],
-    out: Annotated[Path | None, typer.Option("--out", help="Write permuted B here (.safetensors).")] = None,
+    others: Annotated[
+        list[str], typer.Argument(metavar="B [...] [KEY=VALUE]...", help="Checkpoints whose hidden units are permuted.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write permuted B here (.safetensors); several B: into this folder.")
+    ] = None,
     dataset: Annotated[str | None, typer.Option("--dataset", help="For checkpoints that do not say it.")] = None,
     arch: Annotated[str | None, typer.Option("--arch", help="For checkpoints that do not say it.")] = None,
-    overrides: Overrides = None,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
-    """Permute B's hidden units so that B lies as close to A as they allow; B's function does not change.
+    """Permute each B's hidden units so that it lies as close to A as they allow; its function does not change.
 
     Examples:
 
         fastar match runs/five/sources/seed-0000.safetensors runs/five/sources/seed-0001.safetensors --out b.safetensors
 
-        fastar match a.pt b.pt --dataset cifar10 --arch resnet18 --out b.safetensors matching.orders=8
+        fastar match a.pt b.pt c.pt --dataset cifar10 --arch resnet18 --out matched matching.kicks=5
     """
     from fastar.experiments.pairs import match_files
 
-    result = match_files(first, second, out=out, dataset=dataset, arch=arch, overrides=overrides or [])
-    if as_json:
-        print(json.dumps(result))
-        return
-    print(f"groups:     {', '.join(f'{name} ({size})' for name, size in result['groups'].items())}")
-    print(f"objective:  {result['objective_start']:.6g} before, {result['objective']:.6g} matched")
-    print(f"  weights:  {result['objective_weights']:.6g} without 1-D parameters")
-    print(f"distance:   {result['distance_start']:.6g} before, {result['distance']:.6g} matched (L2)")
-    print(f"moved:      {result['moved']} of {result['units']} hidden units, {result['sweeps']} sweeps")
-    if out is not None:
-        print(f"written:    {out}")
+    overrides = [other for other in others if SETTING.match(other) and not Path(other).exists()]
+    paths = [Path(other) for other in others if other not in overrides]
+    progress = _progress(quiet or as_json or len(paths) == 1)
+    results = match_files(first, paths, out=out, dataset=dataset, arch=arch, overrides=overrides, progress=progress)
+    for result in results:
+        if as_json:
+            print(json.dumps(result))
+            continue
+        if len(results) > 1:
+            print(f"{result['file']}")
+        print(f"groups:     {', '.join(f'{name} ({size})' for name, size in result['groups'].items())}")
+        print(f"objective:  {result['objective_start']:.6g} before, {result['objective']:.6g} matched")
+        print(f"  weights:  {result['objective_weights']:.6g} without 1-D parameters")
+        print(f"distance:   {result['distance_start']:.6g} before, {result['distance']:.6g} matched (L2)")
+        print(f"moved:      {result['moved']} of {result['units']} hidden units, {result['sweeps']} sweeps")
+        if result["written"] is not None:
+            print(f"written:    {result['written']}")
 
 
 @app.command("barrier")

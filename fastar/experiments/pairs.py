@@ -58,20 +58,60 @@ def _load(context: Context, path: Path, checkpoint: Checkpoint | None = None, *,
 
 
 def match_files(
-    first: Path, second: Path, *, out: Path | None, dataset: str | None, arch: str | None, overrides: Sequence[str]
-) -> dict[str, Any]:
-    """Match the checkpoint `second` to `first`; write it, permuted, to `out`.
+    first: Path,
+    others: Sequence[Path],
+    *,
+    out: Path | None,
+    dataset: str | None,
+    arch: str | None,
+    overrides: Sequence[str],
+    progress: Progress = SILENT,
+) -> list[dict[str, Any]]:
+    """Match each checkpoint of `others` to `first`; write them, permuted, to `out`: a file, or a folder for several.
 
     Returns:
-        groups (name to size), objective before and after, with and without 1-D parameters, L2 distance before and
-        after, how many hidden units moved, sweeps.
+        For each: its file, the one written, groups (name to size), objective before and after, with and without 1-D
+        parameters, L2 distance before and after, how many hidden units moved, sweeps, the permutations.
     """
-    if out is not None and out.suffix != ".safetensors":
-        raise FastarError(f"--out {out}: the permuted checkpoint is written as .safetensors; name it so")
+    if not others:
+        raise FastarError("there is nothing to match: give a second checkpoint")
+    written = _written(others, out)
     checkpoint = load_checkpoint(first)
-    context = _context(checkpoint, dataset=dataset, arch=arch, overrides=overrides)
+    context = _context(checkpoint, dataset=dataset, arch=arch, overrides=overrides, progress=progress)
     theta = _load(context, first, checkpoint, same_data=False)
-    source = _load(context, second, same_data=False)
+    found = []
+    with progress.task("matching files", total=len(others), unit="files") as advance:
+        for path, target in zip(others, written, strict=True):
+            result, state, metadata = _match_file(context, theta, path)
+            if target is not None:
+                save_checkpoint(target, state, {**metadata, "matched_to": first.name})
+            found.append({"file": str(path), "written": None if target is None else str(target), **result})
+            advance()
+    return found
+
+
+def _written(others: Sequence[Path], out: Path | None) -> list[Path | None]:
+    """Where each permuted checkpoint goes; checked before any work."""
+    if out is None:
+        return [None] * len(others)
+    if len(others) == 1:
+        if out.suffix != ".safetensors":
+            raise FastarError(f"--out {out}: the permuted checkpoint is written as .safetensors; name it so")
+        return [out]
+    if out.suffix == ".safetensors" or out.is_file():
+        raise FastarError(f"--out {out}: {len(others)} checkpoints are written into a folder; name one")
+    targets = [out / f"{path.stem}.safetensors" for path in others]
+    twice = sorted({str(target) for target in targets if targets.count(target) > 1})
+    if twice:
+        raise FastarError(f"--out {out}: several checkpoints would be written to {twice[0]}; match them one by one")
+    return list(targets)
+
+
+def _match_file(
+    context: Context, theta: Checkpoint, path: Path
+) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, Any]]:
+    """What matching the checkpoint `path` to `theta` gave; its permuted state, and its metadata."""
+    source = _load(context, path, same_data=False)
     symmetry, layout = context.symmetry, context.layout
     row, other = context.row(theta), context.row(source)
     result = match_by_settings(
@@ -86,10 +126,8 @@ def match_files(
     permutations = result.permutations.select(0).to("cpu")
     state = symmetry.apply(permutations, source.state)
     matched = layout.flatten(state).to(row.device)
-    if out is not None:
-        save_checkpoint(out, state, {**source.metadata, "matched_to": first.name})
     moved = sum(int((index != torch.arange(len(index))).sum()) for index in permutations.values())
-    return {
+    figures = {
         "groups": {group.name: group.size for group in symmetry.groups},
         "objective_start": float(result.objective_start[0]),
         "objective": float(result.objective[0]),
@@ -101,6 +139,7 @@ def match_files(
         "sweeps": int(result.sweeps[0]),
         "permutations": permutations.as_dict(),
     }
+    return figures, state, dict(source.metadata)
 
 
 def barriers_of_files(
