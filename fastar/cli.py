@@ -12,13 +12,13 @@ import typer
 
 from fastar import __version__
 from fastar.errors import FastarError
+from fastar.stopping import EXIT_INTERRUPTED, Stopped, signals_stop
 
 if TYPE_CHECKING:
     from fastar.config import Settings
     from fastar.progress import Progress
 
 EXIT_BAD_INPUT = 2
-EXIT_INTERRUPTED = 130
 SETTING = re.compile(r"[a-z_]+(\.[a-z_]+)*=")
 
 app = typer.Typer(
@@ -46,11 +46,20 @@ Every setting of a run is a key of its YAML configuration (`configs/`); give any
 options, such as `train.epochs=30 model.width=32 star.t=beta`. What is already in the run folder and matches is reused:
 the same command goes on where it was stopped.
 
-Bad input ends with one line on stderr and exit code 2.
+Bad input ends with one line on stderr and exit code 2. Ctrl-C, SIGTERM and SIGUSR1 save what is being trained and end
+with a code that says so: 130 for Ctrl-C (a second one stops at once), 75 for the signals of batch schedulers. After
+either, and after a crash, the same command goes on to the same result. `fastar runs` lists runs and where they stand.
 """,
 )
 
-Dataset = Annotated[str | None, typer.Option("--dataset", help="digits, fashion-mnist, mnist, cifar10 or cifar100.")]
+Dataset = Annotated[
+    str | None,
+    typer.Option("--dataset", help="digits, fashion-mnist, mnist, cifar10, cifar100, imagenet or imagefolder."),
+]
+Name = Annotated[
+    str | None,
+    typer.Option("--name", help="What your --dataset imagefolder is called (dataset.called).", show_default=False),
+]
 Arch = Annotated[str | None, typer.Option("--arch", help="Architecture: mlp, resnet8, resnet18, resnet20.")]
 Sources = Annotated[int | None, typer.Option("--sources", help="Number of source models (sources.number).")]
 Heldout = Annotated[int | None, typer.Option("--heldout", help="Number of held-out models (sources.heldout).")]
@@ -61,6 +70,16 @@ Config = Annotated[Path | None, typer.Option("--config", help="YAML file of sett
 DataRoot = Annotated[Path | None, typer.Option("--data-root", help="Folder of the raw data (dataset.root).")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change.", show_default=False)
+]
+OnNonfinite = Annotated[
+    str | None,
+    typer.Option(
+        "--on-nonfinite",
+        metavar="stop|retry",
+        help="When a loss is not finite: stop, or go back to the last checkpoint with other draws "
+        "(train.on_nonfinite).",
+        show_default=False,
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print results as JSON on stdout, and nothing else there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
@@ -75,6 +94,8 @@ def _settings(
     sources: int | None = None,
     heldout: int | None = None,
     data_root: Path | None = None,
+    name: str | None = None,
+    on_nonfinite: str | None = None,
 ) -> Settings:
     from fastar.config import DEFAULT_ARCH, as_override, load_settings
 
@@ -82,9 +103,21 @@ def _settings(
         from fastar.data.registry import dataset_spec
 
         dataset_spec(dataset)
-    named = {"sources.number": sources, "sources.heldout": heldout, "dataset.root": data_root}
+    named = {
+        "sources.number": sources,
+        "sources.heldout": heldout,
+        "dataset.root": data_root,
+        "train.on_nonfinite": on_nonfinite,
+        "dataset.called": name,
+    }
     options = [as_override(key, value) for key, value in named.items() if value is not None]
     return load_settings(dataset=dataset, arch=arch, file=config, overrides=[*options, *(overrides or [])])
+
+
+def _named(name: str | None) -> list[str]:
+    from fastar.config import as_override
+
+    return [] if name is None else [as_override("dataset.called", name)]
 
 
 def _progress(quiet: bool) -> Progress:
@@ -103,12 +136,14 @@ def _print_table(table: object) -> None:
 def train_star_command(
     overrides: Overrides = None,
     dataset: Dataset = None,
+    name: Name = None,
     arch: Arch = None,
     sources: Sources = None,
     heldout: Heldout = None,
     out: Out = None,
     config: Config = None,
     data_root: DataRoot = None,
+    on_nonfinite: OnNonfinite = None,
     profile: Annotated[
         int | None,
         typer.Option(
@@ -130,7 +165,17 @@ def train_star_command(
 
         fastar train-star --dataset cifar10 --arch resnet8 --data-root ~/cifar --out runs/small train.epochs=10
     """
-    settings = _settings(dataset, arch, config, overrides, sources=sources, heldout=heldout, data_root=data_root)
+    settings = _settings(
+        dataset,
+        arch,
+        config,
+        overrides,
+        sources=sources,
+        heldout=heldout,
+        data_root=data_root,
+        name=name,
+        on_nonfinite=on_nonfinite,
+    )
 
     from fastar.experiments.context import default_run_folder
     from fastar.experiments.star_domain import train_star
@@ -157,12 +202,14 @@ def train_star_command(
 def train_sources_command(
     overrides: Overrides = None,
     dataset: Dataset = None,
+    name: Name = None,
     arch: Arch = None,
     sources: Sources = None,
     heldout: Heldout = None,
     out: Out = None,
     config: Config = None,
     data_root: DataRoot = None,
+    on_nonfinite: OnNonfinite = None,
     quiet: Quiet = False,
 ) -> None:
     """Train the source and held-out models of a run that are missing; `train-star` goes on from there.
@@ -171,7 +218,17 @@ def train_sources_command(
 
         fastar train-sources --dataset digits --sources 5 --heldout 2 --out runs/five
     """
-    settings = _settings(dataset, arch, config, overrides, sources=sources, heldout=heldout, data_root=data_root)
+    settings = _settings(
+        dataset,
+        arch,
+        config,
+        overrides,
+        sources=sources,
+        heldout=heldout,
+        data_root=data_root,
+        name=name,
+        on_nonfinite=on_nonfinite,
+    )
 
     from fastar.experiments.context import default_run_folder
     from fastar.experiments.star_domain import train_sources
@@ -191,6 +248,7 @@ def match_command(
         Path | None, typer.Option("--out", help="Write permuted B here (.safetensors); several B: into this folder.")
     ] = None,
     dataset: Annotated[str | None, typer.Option("--dataset", help="For checkpoints that do not say it.")] = None,
+    name: Name = None,
     arch: Annotated[str | None, typer.Option("--arch", help="For checkpoints that do not say it.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -208,6 +266,7 @@ def match_command(
     overrides = [other for other in others if SETTING.match(other) and not Path(other).exists()]
     paths = [Path(other) for other in others if other not in overrides]
     progress = _progress(quiet or as_json or len(paths) == 1)
+    overrides = [*_named(name), *overrides]
     results = match_files(first, paths, out=out, dataset=dataset, arch=arch, overrides=overrides, progress=progress)
     for result in results:
         if as_json:
@@ -229,6 +288,7 @@ def barrier_command(
     first: Annotated[Path, typer.Argument(metavar="A", help="Checkpoint at t = 0.")],
     others: Annotated[list[str], typer.Argument(metavar="B [...] [KEY=VALUE]...", help="Checkpoints at t = 1.")],
     dataset: Annotated[str | None, typer.Option("--dataset", help="Default: the one A was trained on.")] = None,
+    name: Name = None,
     arch: Annotated[str | None, typer.Option("--arch", help="For checkpoints that do not say it.")] = None,
     matching: Annotated[bool, typer.Option("--match/--no-match", help="Permute each B to match A first.")] = True,
     points: Annotated[int, typer.Option("--points", help="Equispaced values of t, ends included.")] = 11,
@@ -258,7 +318,7 @@ def barrier_command(
         arch=arch,
         matching=matching,
         data_root=data_root,
-        overrides=[f"evaluation.points={points}", *overrides],
+        overrides=[f"evaluation.points={points}", *_named(name), *overrides],
         progress=_progress(quiet or as_json),
     )
     if picture is not None:
@@ -295,6 +355,28 @@ def report_command(
     _print_table(results_table(results))
     print("\n".join(speed_lines(results)))
     print(f"picture: {run.picture}")
+
+
+@app.command("runs")
+def runs_command(
+    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where to look for run folders.")] = Path("runs"),
+    as_json: Json = False,
+) -> None:
+    """List run folders: running, stopped (where) or finished, how long ago, and the figures so far.
+
+    Example:
+
+        fastar runs
+    """
+    from fastar.overview import overview_table, runs_below
+
+    found = runs_below(folder)
+    if as_json:
+        print(json.dumps([vars(run) for run in found]))
+    elif found:
+        _print_table(overview_table(found))
+    else:
+        print(f"no run folders in {folder}")
 
 
 @app.command("doctor")
@@ -337,9 +419,13 @@ def _main(
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; errors meant for users become one line on stderr and exit code 2."""
     try:
-        result: Any = app(args=arguments, standalone_mode=False)
+        with signals_stop():
+            result: Any = app(args=arguments, standalone_mode=False)
     except FastarError as error:
         _fail(str(error))
+    except Stopped as stopped:
+        print(f"fastar: {stopped}", file=sys.stderr)
+        sys.exit(stopped.code)
     except (KeyboardInterrupt, typer.Abort):
         result = EXIT_INTERRUPTED
     except Exception as error:

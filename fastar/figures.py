@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from fastar.atomic import write_atomically
+from fastar.config import FiguresSettings
 from fastar.errors import FastarError
 
 # Folders of event files end in these numbers, one more with every attempt; TensorBoard reads them in this order.
@@ -164,9 +165,61 @@ class WandbRun:
         self._sent[model] = step
         write_atomically(self._file, json.dumps({"id": self._id, "sent": self._sent}).encode())
 
+    def forget(self, model: str, step: int) -> None:
+        """The points of `model` after number `step` are made again, and will differ."""
+        self._sent[model] = min(self._sent.get(model, 0), step)
+
     def close(self) -> None:
         """Wait for what is being sent."""
         self._run.finish()
+
+
+class LiveFigures:
+    """Where a run's figures are shown, as `settings` say.
+
+    Args:
+        folder: the run folder.
+        settings: `figures`.
+        resolved: all settings of the run.
+
+    Raises:
+        FastarError: Weights & Biases is asked for and cannot be had.
+    """
+
+    def __init__(self, folder: Path, settings: FiguresSettings, resolved: Mapping[str, Any]):
+        self._folder = folder
+        self._settings = settings
+        self._model: tuple[str, int] | None = None
+        self._file: EventFile | None = None
+        self._wandb = WandbRun(folder, settings.wandb, resolved) if settings.wandb else None
+
+    def add(self, kind: str, index: int, step: int, figures: Mapping[str, float]) -> None:
+        """Show the figures of epoch number `step` (from 1) of a model."""
+        if self._settings.tensorboard:
+            if self._file is None or self._model != (kind, index):
+                self._end_file()
+                self._file = EventFile(self._folder / "tensorboard" / f"{kind}-{index:04d}")
+                self._model = (kind, index)
+            self._file.add(step, figures)
+        if self._wandb is not None:
+            self._wandb.add(f"{kind}-{index:04d}", step, figures)
+
+    def forget(self, kind: str, index: int, step: int) -> None:
+        """The points of a model after number `step` are made again, and will differ."""
+        self._end_file()
+        if self._wandb is not None:
+            self._wandb.forget(f"{kind}-{index:04d}", step)
+
+    def close(self) -> None:
+        """After the last."""
+        self._end_file()
+        if self._wandb is not None:
+            self._wandb.close()
+
+    def _end_file(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
 
 
 def import_wandb(project: str) -> ModuleType:

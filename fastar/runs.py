@@ -28,6 +28,7 @@ FREE_KEYS = (
     "checkpoint.",
     "dataset.root",
     "dataset.directory",
+    "dataset.threads",
     "device",
     "evaluation.",
     "figures.",
@@ -91,10 +92,6 @@ class RunFolder:
     def last_good(self, kind: str, index: int) -> Path:
         """File of what was left of a model whose training became NaN or infinite."""
         return self.path / LAST_GOOD / f"{kind}-{index:04d}.safetensors"
-
-    def tensorboard(self, kind: str, index: int) -> Path:
-        """Folder of a model's live figures."""
-        return self.path / "tensorboard" / f"{kind}-{index:04d}"
 
     @contextmanager
     def open(self, settings: Settings, progress: Progress = SILENT) -> Iterator[RunFolder]:

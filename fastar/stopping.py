@@ -7,6 +7,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
 # EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command goes on.
 EXIT_CONTINUE = 75
@@ -43,7 +44,7 @@ def signals_stop() -> Iterator[None]:
     (`nohup`), and outside the main thread nothing changes.
     """
     global _request
-    before = {}
+    before: dict[int, Any] = {}
     owner = os.getpid()
 
     def handle(number: int, frame: FrameType | None) -> None:
@@ -73,8 +74,8 @@ def signals_stop() -> Iterator[None]:
         yield
     finally:
         _request = None
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for changed, handler in before.items():
+            signal.signal(changed, handler)
 
 
 @contextmanager

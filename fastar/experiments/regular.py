@@ -2,24 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from itertools import zip_longest
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastar import __version__
 from fastar.checkpoints import SUFFIXES, Checkpoint, load_checkpoint, load_into, read_metadata, save_checkpoint
 from fastar.config import differences
 from fastar.errors import FastarError
-from fastar.evaluation import evaluate_rows
+from fastar.evaluation import Measured, evaluate_rows
 from fastar.evaluation.batch_norm import own_statistics
+from fastar.experiments.attempts import Prepared, Subject, Trained, difference, trained
 from fastar.experiments.context import Context
-from fastar.runs import LAST_GOOD, commit, versions
+from fastar.runs import commit, versions
 from fastar.seeds import derive_seed
-from fastar.training import NonFiniteLoss, RegularStep, fit, resolve_precision
+from fastar.training import RegularStep, resolve_precision
+
+# Keys of `train` that say how, not what.
+HOW = {"compile", "graph", "on_nonfinite"}
 
 
 def recipe(context: Context, kind: str, index: int) -> dict[str, Any]:
@@ -27,10 +30,8 @@ def recipe(context: Context, kind: str, index: int) -> dict[str, Any]:
     settings = context.settings
     return {
         **context.architecture(),
-        "dataset": settings.dataset.name,
-        "dataset_digest": context.files.digest,
-        "limit": settings.dataset.limit,
-        "train": settings.train.model_dump(mode="json", exclude={"compile", "graph", "on_nonfinite", "precision"}),  # how, not what
+        **context.data_recipe(),
+        "train": settings.train.model_dump(mode="json", exclude={*HOW, "precision"}),
         # Resolved: auto differs between devices, and a run must not mix what it means.
         "precision": str(resolve_precision(settings.train.precision, context.device)).removeprefix("torch."),
         "seed": settings.seed,
@@ -45,33 +46,7 @@ def check_recipe(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]
         raise FastarError(f"{path}: has no recipe in its metadata, so it cannot be reused; move it away")
     changed = differences(found, wanted)
     if changed:
-        key, (was, now) = next(iter(changed.items()))
-        if isinstance(was, list) and isinstance(now, list):  # digests of sources: which, not what
-            others = sum(one != other for one, other in zip_longest(was, now))
-            what = f"{key}: {others} of {max(len(was), len(now))} differ"
-        else:
-            what = f"{key} was {was!r}, now {now!r}"
-        raise FastarError(f"{path}: is another model ({what}); move it away or choose --out")
-
-
-@contextmanager
-def last_good_state(context: Context, kind: str, index: int) -> Iterator[None]:
-    """Where training inside ends in a loss that is not finite, the model after its last good epoch is saved.
-
-    The file, `last-good/<kind>-<index>.safetensors`, is named in the error; it is never taken for a finished model,
-    and it goes when this model is trained successfully.
-    """
-    path = context.run.path / LAST_GOOD / f"{kind}-{index:04d}.safetensors"
-    try:
-        yield
-    except NonFiniteLoss as error:
-        if error.state is None:
-            raise
-        save_checkpoint(path, error.state, {**recipe(context, kind, index), "epochs": error.epochs})
-        raise FastarError(f"{error} (the model after epoch {error.epochs} is in {path})") from error
-    path.unlink(missing_ok=True)
-    with suppress(OSError):  # other models' files are in it, or it is not there
-        path.parent.rmdir()
+        raise FastarError(f"{path}: is another model ({difference(changed)}); move it away or choose --out")
 
 
 def regular_models(context: Context, kind: str, count: int) -> list[Checkpoint]:
@@ -91,37 +66,41 @@ def regular_models(context: Context, kind: str, count: int) -> list[Checkpoint]:
             if not path.is_file():
                 train_regular(context, kind, index)
                 advance(1)
-            found.append(load_checkpoint(path))
+            found.append(load_checkpoint(path, resident=False))
     return found
 
 
 def train_regular(context: Context, kind: str, index: int) -> None:
-    """Train one regular model and save it into the run folder."""
+    """Train one regular model, from where it was left if it was, and save it into the run folder."""
     settings = context.settings
     seed = derive_seed(settings.seed, kind, index)
-    name = f"{kind} {index}"
-    model = context.build(seed=seed)
-    step = RegularStep(model, settings.train)
-    with last_good_state(context, kind, index):
-        history = fit(
-            step,
-            context.train,
-            settings.train,
-            name=name,
-            seed=derive_seed(seed, "data"),
-            on_epoch=lambda epoch: context.run.log(kind=kind, model=name, **vars(epoch)),
-            progress=context.progress,
-        )
-    state = step.state()
-    measured = evaluate_rows(model, step.layout, step.theta[None], context.splits(), statistics=[own_statistics(model)])
+    wanted = recipe(context, kind, index)
+
+    def make(attempt: int) -> Prepared:
+        return Prepared(RegularStep(context.build(seed=seed), settings.train))
+
+    subject = Subject(kind, index, wanted)
+    with trained(context, subject, make, seed=derive_seed(seed, "data")) as done:
+        step = done.prepared.step
+        assert isinstance(step, RegularStep)
+        own = own_statistics(step.model)
+        measured = evaluate_rows(step.model, step.layout, step.theta[None], context.splits(), statistics=[own])
+        save_model(context, subject, step.state(), measured, done)
+
+
+def save_model(
+    context: Context, subject: Subject, state: Mapping[str, Tensor], measured: Mapping[str, Measured], done: Trained
+) -> None:
+    """Write a trained model into the run folder, with what it is and `measured` on the splits."""
     save_checkpoint(
-        context.run.model(kind, index),
+        context.run.model(subject.kind, subject.index),
         state,
         {
-            **recipe(context, kind, index),
-            "recipe": recipe(context, kind, index),
-            "epochs": len(history),
-            "training_loss": history[-1].loss,
+            **recipe(context, subject.kind, subject.index),
+            "recipe": dict(subject.recipe),
+            "epochs": len(done.history),
+            "retries": done.retries,
+            "training_loss": done.history[-1].loss,
             **{f"{split}_loss": float(m.loss[0]) for split, m in measured.items()},
             **{f"{split}_accuracy": float(m.accuracy[0]) for split, m in measured.items()},
             "device": device_name(context.device),

@@ -3,26 +3,25 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastar import __version__
 from fastar.checkpoints import Checkpoint, load_checkpoint, load_into, read_metadata, save_checkpoint
 from fastar.config import MatchingSettings
 from fastar.errors import FastarError
 from fastar.evaluation import evaluate_rows, re_estimate
 from fastar.evaluation.batch_norm import set_statistics
 from fastar.evaluation.losses import full_precision
+from fastar.experiments.attempts import Prepared, Subject, attempt_seed, trained
 from fastar.experiments.context import Context
-from fastar.experiments.regular import check_recipe, device_name, last_good_state, recipe
+from fastar.experiments.regular import check_recipe, recipe, save_model
 from fastar.matching import ByActivations, Permutations, Symmetry, match_by_settings
 from fastar.progress import SILENT, Progress
-from fastar.runs import commit, versions
 from fastar.seeds import derive_seed
-from fastar.training import Recording, SourcesStore, StarStep, StepsProfile, fit
+from fastar.training import Recording, SourcesStore, StarStep, StepsProfile
 
 
 def star_recipe(context: Context, sources: Sequence[Checkpoint]) -> dict[str, Any]:
@@ -58,9 +57,13 @@ def match_store(
     threads: int,
     activations: ByActivations | None = None,
     progress: Progress = SILENT,
-) -> Permutations:
-    """Algorithm 1, step 1: theta_n <- pi(theta_n) for all rows of the store, wherever they live; the permutations."""
-    found = []
+) -> tuple[Permutations, Tensor]:
+    """Algorithm 1, step 1: theta_n <- pi(theta_n) for all rows of the store, wherever they live.
+
+    Returns:
+        The permutations, and the objective [N] float64 that they reach.
+    """
+    found, objectives = [], []
     for views in sources.parts():
         result = match_by_settings(
             settings,
@@ -75,20 +78,23 @@ def match_store(
         )
         symmetry.apply_rows(result.permutations, views)
         found.append(result.permutations.to("cpu"))
-    return Permutations({name: torch.cat([part[name] for part in found]) for name in found[0]})
+        objectives.append(result.objective.cpu())
+    return Permutations({name: torch.cat([part[name] for part in found]) for name in found[0]}), torch.cat(objectives)
 
 
 class Matcher:
     """Makes a store's rows match theta, and remembers the permutations since the files."""
 
-    def __init__(self, context: Context, count: int):
+    def __init__(self, context: Context, sources: SourcesStore):
         self._context = context
-        self.permutations = context.symmetry.identity(count)
+        self._sources = sources
+        self.permutations = context.symmetry.identity(len(sources))
         self._matched = False
+        self._found: dict[str, float] = {}
 
     def __call__(self, theta: Tensor, sources: SourcesStore, epoch: int) -> None:
         settings, symmetry = self._context.settings, self._context.symmetry
-        moves = match_store(
+        moves, objective = match_store(
             symmetry,
             theta,
             sources,
@@ -102,6 +108,35 @@ class Matcher:
         )
         self.permutations = self.permutations.then(moves)
         self._matched = True
+        self._found = {"matching_objective": float(objective.mean()), "matching_changed": share_changed(moves)}
+
+    def figures(self) -> dict[str, float]:
+        """Of the epoch that has begun, if it began with a matching: the mean objective, and the share of the sources'
+        hidden units that moved."""
+        found, self._found = self._found, {}
+        return found
+
+    def save(self) -> dict[str, Tensor]:
+        """The permutations; the rows follow from them and the sources' files."""
+        return {"matched": torch.tensor(int(self._matched)), **{name: p.int() for name, p in self.permutations.items()}}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Permute the rows, which are as in the sources' files, as they were: gathers alone, the same bits."""
+        indices = {name: index.long() for name, index in state.items() if name != "matched"}
+        self._matched = bool(state["matched"])
+        self.permutations = Permutations(indices)
+        begin = 0
+        for views in self._sources.parts():
+            count = len(next(iter(views.values())))
+            part = {name: index[begin : begin + count].to(self._sources.device) for name, index in indices.items()}
+            self._context.symmetry.apply_rows(Permutations(part), views)
+            begin += count
+
+
+def share_changed(moves: Permutations) -> float:
+    """The share of hidden units, of all networks, that `moves` moves."""
+    moved = sum(int((index != torch.arange(index.shape[-1])).sum()) for index in moves.values())
+    return moved / max(1, sum(index.numel() for index in moves.values()))
 
 
 def star_model(
@@ -116,14 +151,14 @@ def star_model(
         FastarError: a star that is there was made otherwise.
     """
     run = context.run
-    permutations_file = run.path / "permutations.safetensors"
+    permutations_file = run.permutations
     wanted = star_recipe(context, sources)
     if run.star.is_file():
         check_recipe(run.star, read_metadata(run.star).get("recipe", {}), wanted)
     if not (run.star.is_file() and permutations_file.is_file()):
         _train(context, sources, wanted, profile)
     star = load_checkpoint(run.star)
-    stored = load_checkpoint(permutations_file).state
+    stored = dict(load_checkpoint(permutations_file).state)
     if stored.pop("matched", None) is None:
         raise FastarError(f"{permutations_file}: holds no permutations; delete it and run the same command again")
     return star, Permutations.from_dict(stored) if stored else None
@@ -134,77 +169,60 @@ def _train(
 ) -> None:
     settings, run = context.settings, context.run
     seed = derive_seed(settings.seed, "star", 0)
-    store = SourcesStore(
-        context.layout,
-        [s.state for s in sources],
-        [str(s.path and s.path.name) for s in sources],
-        context.device,
-        store=settings.sources.store,
-        folder=run.path,
-    )
     matched = settings.star.match_every_epochs > 0
-    matcher = Matcher(context, len(sources)) if matched else None
-    model = context.build(seed=seed)
-    step = StarStep(
-        model,
-        settings.train,
-        settings.star,
-        store,
-        seed=derive_seed(seed, "star"),
-        match=matcher if matcher else lambda theta, sources, epoch: None,
-    )
-    with last_good_state(context, "star", 0):
-        history = fit(
-            step,
-            context.train,
-            settings.train,
-            name="star",
-            seed=derive_seed(seed, "data"),
-            epochs=settings.star.epochs,
-            lr=settings.star.lr,
-            on_epoch=lambda epoch: run.log(kind="star", model="star", **vars(epoch)),
-            profile=profile,
-            progress=context.progress,
+
+    def make(attempt: int) -> Prepared:
+        store = SourcesStore(
+            context.layout,
+            [s.state for s in sources],
+            [str(s.path and s.path.name) for s in sources],
+            context.device,
+            store=settings.sources.store,
+            folder=run.path,
         )
-    if profile is not None:
-        found = profile.result
-        assert found is not None  # the training was long enough
-        run.profile("parts.txt").write_text(found.table(profile.steps) + "\n", encoding="utf-8")
-        run.profile("operations.txt").write_text(found.operations + "\n", encoding="utf-8")
-    # The running statistics so far are of interpolated networks: the star gets its own.
-    trained = Checkpoint(step.state())
-    model = context.build(seed=seed)
-    load_into(model, trained)
-    with full_precision():
-        statistics = re_estimate(model, context.statistics_batches())
-    set_statistics(model, statistics)
-    row = context.row(trained)
-    measured = evaluate_rows(
-        model, context.layout, row[None], context.splits(), statistics=[statistics] if statistics else None
-    )
-    # Written first: a star without its permutations would be measured against other ones than it was trained with.
-    permutations = dict(matcher.permutations) if matcher else {}
-    save_checkpoint(
-        run.path / "permutations.safetensors",
-        {**permutations, "matched": torch.tensor(int(matched))},
-        {"kind": "matching"},
-    )
-    save_checkpoint(
-        run.star,
-        model.state_dict(),
-        {
-            **recipe(context, "star", 0),
-            "recipe": wanted,
-            "epochs": len(history),
-            "training_loss": history[-1].loss,
-            **{f"{split}_loss": float(m.loss[0]) for split, m in measured.items()},
-            **{f"{split}_accuracy": float(m.accuracy[0]) for split, m in measured.items()},
-            "device": device_name(context.device),
-            "version": __version__,
-            "commit": commit(),
-            "versions": versions(),
-        },
-    )
+        matcher = Matcher(context, store) if matched else None
+        step = StarStep(
+            context.build(seed=seed),
+            settings.train,
+            settings.star,
+            store,
+            seed=attempt_seed(derive_seed(seed, "star"), attempt),
+            match=matcher if matcher else lambda theta, sources, epoch: None,
+        )
+        if matcher is None:
+            return Prepared(step)
+        return Prepared(step, {"matching": matcher}, matcher.figures)
+
+    subject = Subject("star", 0, wanted)
+    with trained(
+        context,
+        subject,
+        make,
+        seed=derive_seed(seed, "data"),
+        epochs=settings.star.epochs,
+        lr=settings.star.lr,
+        profile=profile,
+    ) as done:
+        if profile is not None:
+            found = profile.result
+            assert found is not None  # the training was long enough
+            run.profile("parts.txt").write_text(found.table(profile.steps) + "\n", encoding="utf-8")
+            run.profile("operations.txt").write_text(found.operations + "\n", encoding="utf-8")
+        # The running statistics so far are of interpolated networks: the star gets its own.
+        model = context.build(seed=seed)
+        load_into(model, Checkpoint(done.prepared.step.state()))
+        with full_precision():
+            statistics = re_estimate(model, context.statistics_batches())
+        set_statistics(model, statistics)
+        row = context.row(Checkpoint(model.state_dict()))
+        measured = evaluate_rows(
+            model, context.layout, row[None], context.splits(), statistics=[statistics] if statistics else None
+        )
+        # Written first: a star without its permutations would be measured against other ones than it was trained with.
+        matcher = done.prepared.parts.get("matching")
+        permutations = dict(matcher.permutations) if isinstance(matcher, Matcher) else {}
+        save_checkpoint(run.permutations, {**permutations, "matched": torch.tensor(int(matched))}, {"kind": "matching"})
+        save_model(context, subject, model.state_dict(), measured, done)
 
 
 def steps_profile(context: Context, steps: int) -> StepsProfile:

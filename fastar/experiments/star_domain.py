@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fastar.checkpoints import Checkpoint
 from fastar.config import Settings
 from fastar.errors import FastarError
 from fastar.experiments.context import Context
 from fastar.experiments.measure import measure
 from fastar.experiments.regular import given_sources, regular_models
-from fastar.experiments.star import star_model, steps_profile
+from fastar.experiments.star import star_model, state_digest, steps_profile
+from fastar.figures import LiveFigures, import_wandb
+from fastar.matching import Permutations
 from fastar.progress import SILENT, Progress
 from fastar.runs import RunFolder
 from fastar.training import resolve_precision
@@ -23,6 +30,8 @@ def prepare_context(settings: Settings, out: Path, progress: Progress = SILENT) 
         FastarError: one of them is unknown or not to be had; nothing has been written.
     """
     context = Context(settings, RunFolder(out), progress)
+    if settings.figures.wandb:
+        import_wandb(settings.figures.wandb)
     resolve_precision(settings.train.precision, context.device)
     context.build(seed=0, device="cpu")  # the GPU is not touched before the writers have forked
     return context
@@ -39,7 +48,7 @@ def train_sources(settings: Settings, out: Path, progress: Progress = SILENT) ->
     context = prepare_context(settings, out, progress)
     context.run.check(settings)
     _ = context.files
-    with context.run.open(settings), context.threads():
+    with opened(context), context.threads():
         regular_models(context, "source", settings.sources.number)
         regular_models(context, "heldout", settings.sources.heldout)
     return [
@@ -67,7 +76,7 @@ def train_star(
     context = prepare_context(settings, out, progress)
     context.run.check(settings)
     _ = context.files
-    with context.run.open(settings), context.threads():
+    with opened(context), context.threads():
         looking = None if profile is None else steps_profile(context, profile)
         folder = settings.sources.folder
         if folder is not None:
@@ -76,6 +85,46 @@ def train_star(
             sources = regular_models(context, "source", settings.sources.number)
         heldouts = regular_models(context, "heldout", settings.sources.heldout)
         star, permutations = star_model(context, sources, profile=looking)
-        results = measure(context, star, sources, heldouts, permutations)
+        measured = measured_digest(context, star, sources, heldouts, permutations)
+        if context.run.results.is_file():
+            results = context.run.read_results()
+            if results.get("measured") == measured:
+                progress.line(f"{out}: finished already; these are its results")
+                return results
+        results = {**measure(context, star, sources, heldouts, permutations), "measured": measured}
         context.run.write_results(results)
     return results
+
+
+def measured_digest(
+    context: Context,
+    star: Checkpoint,
+    sources: Sequence[Checkpoint],
+    heldouts: Sequence[Checkpoint],
+    permutations: Permutations | None,
+) -> str:
+    """A digest of all that results depend on: the models, and how they are measured."""
+    settings = context.settings
+    parts = {
+        "models": [state_digest(model) for model in (star, *sources, *heldouts)],
+        "data": context.files.digest,
+        "permutations": None if permutations is None else permutations.as_dict(),
+        "evaluation": settings.evaluation.model_dump(mode="json", exclude={"graph"}),
+        "matching": settings.matching.model_dump(mode="json"),
+        "limit": settings.dataset.limit,
+        "seed": settings.seed,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+@contextmanager
+def opened(context: Context) -> Iterator[None]:
+    """The run folder held, and its live figures shown, until the block ends."""
+    settings, run = context.settings, context.run
+    with run.open(settings, context.progress):
+        context.figures = LiveFigures(run.path, settings.figures, settings.model_dump(mode="json"))
+        try:
+            yield
+        finally:
+            context.figures.close()
+            context.figures = None

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from fastar.config import TrainSettings
-from fastar.data import DeviceDataset
+from fastar.data import Dataset
 from fastar.errors import FastarError
 from fastar.memory import peak_bytes
 from fastar.parts import EpochClock
 from fastar.progress import SILENT, Progress
+from fastar.stopping import deferred, requested
+from fastar.training.checkpoints import Saved, TrainingCheckpoints
 from fastar.training.profiling import StepsProfile
 from fastar.training.schedule import learning_rate
 
@@ -31,6 +34,10 @@ class Step(Protocol):
         """Prepare epoch number `epoch` (from 0) of `steps` steps, such as matching the sources."""
         ...
 
+    def resume_epoch(self, epoch: int, steps: int, begin: int) -> None:
+        """Prepare the steps from number `begin` on of an epoch that had begun, and been matched, before `load`."""
+        ...
+
     def __call__(self, images: Tensor, labels: Tensor, lr: Tensor) -> Tensor:
         """Do one step at learning rate `lr` (0-d, on the device); the loss, 0-d, without synchronising."""
         ...
@@ -41,6 +48,14 @@ class Step(Protocol):
 
     def state(self) -> dict[str, Tensor]:
         """The model's state dict as trained so far. Copies."""
+        ...
+
+    def save(self) -> dict[str, Tensor]:
+        """All that steps change and later steps depend on. The tensors themselves."""
+        ...
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Become what was saved."""
         ...
 
 
@@ -72,6 +87,8 @@ class Epoch:
     """What `seconds` went into: load, interpolate, forward, backward, update, other."""
     peak_bytes: int = 0
     """The most memory taken until then: of a GPU by tensors, or by this process on a host."""
+    figures: dict[str, float] = field(default_factory=dict)
+    """What the epoch began with: the matching's objective and share of permutations that changed."""
 
     @property
     def images_per_second(self) -> float:
@@ -86,6 +103,22 @@ class Epoch:
         """The epoch in a few words, for progress: loss, speed, and what limits it."""
         limit = "loader-limited" if self.load_share > LOADER_LIMITED else "compute-limited"
         return f"loss {self.loss:.4f}, {self.images_per_second:,.0f} images/s, {limit} (load {self.load_share:.0%})"
+
+
+@dataclass
+class SoFar:
+    """What is known of an epoch that is not whole yet."""
+
+    images: int = 0
+    seconds: float = 0.0
+    begin_seconds: float = 0.0
+    parts: dict[str, float] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)
+
+    def then(self, seconds: float, parts: Mapping[str, float]) -> SoFar:
+        """This and some more steps."""
+        both = {name: self.parts.get(name, 0.0) + parts.get(name, 0.0) for name in {**self.parts, **parts}}
+        return SoFar(self.images, self.seconds + seconds, self.begin_seconds, both, self.figures)
 
 
 def timed_batches(batches: Iterable[tuple[Tensor, Tensor]], clock: EpochClock) -> Iterator[tuple[Tensor, Tensor]]:
@@ -107,7 +140,7 @@ def synchronize(device: torch.device) -> None:
 
 def fit(
     step: Step,
-    data: DeviceDataset,
+    data: Dataset,
     settings: TrainSettings,
     *,
     name: str,
@@ -115,12 +148,15 @@ def fit(
     epochs: int | None = None,
     lr: float | None = None,
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
+    figures: Callable[[], dict[str, float]] = dict,
+    checkpoints: TrainingCheckpoints | None = None,
+    saved: Saved | None = None,
     profile: StepsProfile | None = None,
     progress: Progress = SILENT,
 ) -> list[Epoch]:
     """Train: `epochs` passes over `data` in batches, the learning rate set before each step.
 
-    The host waits for the device once an epoch, when the losses are read.
+    The host waits for the device once an epoch, when the losses are read, and when a checkpoint is written.
 
     Args:
         step: what to do with a batch.
@@ -131,79 +167,196 @@ def fit(
         epochs: None for `settings.epochs`.
         lr: None for `settings.lr`.
         on_epoch: told each epoch's figures.
+        figures: asked what an epoch began with.
+        checkpoints: where to save the training; a request to stop then waits for the end of a step.
+        saved: what to go on from; needs `checkpoints`.
         profile: looks at some steps.
 
     Raises:
-        FastarError: too few images for one batch, or too few steps to be profiled.
+        FastarError: too few images for one batch, too few steps to be profiled, or a disk that is full.
         NonFiniteLoss: a loss that is not finite (model, epoch and step are named).
+        Stopped: on request, after everything was saved.
     """
-    epochs = epochs or settings.epochs
-    base = lr or settings.lr
-    device = data.images.device
-    steps = data.batch_count(settings.batch_size, settings.drop_last)
-    if steps == 0:
-        raise FastarError(
-            f"train.batch_size={settings.batch_size} is more than the {len(data)} training images; "
-            "lower it or set train.drop_last=false"
-        )
+    training = _Training(step, data, settings, name, checkpoints, epochs or settings.epochs)
+    steps = training.steps
     if profile is not None:
-        profile.check(epochs, steps)
-    history: list[Epoch] = []
-    good: dict[str, Tensor] | None = None
-    good_epochs = 0
+        profile.check(training.epochs, steps)
+    base = lr or settings.lr
+    device = data.device
+    begin = 0
+    if saved is not None:
+        begin = training.go_on(saved)
     lr_now = torch.zeros((), device=device)
-    losses = torch.zeros(steps, device=device)
     with (
-        progress.task(f"training {name}", total=epochs, unit="epochs") as advance,
+        progress.task(f"training {name}", total=training.epochs, unit="epochs") as advance,
         closing(profile) if profile is not None else nullcontext(),
+        deferred() if checkpoints is not None else nullcontext(),
     ):
-        for epoch in range(epochs):
+        if training.history:
+            advance(len(training.history))
+        for epoch in range(len(training.history), training.epochs):
             if profile is not None:
-                profile.epoch_begins(epoch, epochs)
-            clock = EpochClock(device, steps)
+                profile.epoch_begins(epoch, training.epochs)
             start = time.perf_counter()
-            step.begin_epoch(epoch, steps)
+            if begin:
+                step.resume_epoch(epoch, steps, begin)
+            else:
+                step.begin_epoch(epoch, steps)
             synchronize(device)
-            begun = time.perf_counter()
-            images_seen = 0
+            if not begin:
+                training.so_far = SoFar(begin_seconds=time.perf_counter() - start, figures=figures())
             rates = torch.tensor(
-                [learning_rate(settings, epoch * steps + i, steps, epochs, base) for i in range(steps)]
+                [learning_rate(settings, epoch * steps + i, steps, training.epochs, base) for i in range(steps)]
             ).to(device)
             batches = data.batches(
-                settings.batch_size, seed=seed, epoch=epoch, augment=True, drop_last=settings.drop_last
+                settings.batch_size, seed=seed, epoch=epoch, augment=True, drop_last=settings.drop_last, begin=begin
             )
-            for i, (images, labels) in enumerate(timed_batches(batches, clock)):
-                with clock.step(i):
+            training.clock_steps(begin)
+            for i, (images, labels) in enumerate(timed_batches(batches, training.clock), start=begin):
+                with training.clock.step(i - begin):
                     lr_now.copy_(rates[i])
-                    losses[i] = step(images, labels, lr_now)
-                images_seen += len(labels)
+                    training.losses[i] = step(images, labels, lr_now)
+                training.so_far.images += len(labels)
                 if profile is not None:
                     profile.step_done()
-            values = losses.cpu()  # the epoch's one synchronisation
-            end = time.perf_counter()
-            if not torch.isfinite(values).all():
-                bad = int((~torch.isfinite(values)).nonzero()[0])
-                raise NonFiniteLoss(
-                    f"training {name}: loss not finite at epoch {epoch + 1}, step {bad + 1}{step.describe(bad)}; "
-                    "lower train.lr or use train.precision=fp32",
-                    good,
-                    good_epochs,
-                )
-            done = Epoch(
-                epoch,
-                float(values.double().mean()),
-                float(rates[-1]),
-                images_seen,
-                end - begun,
-                begun - start,
-                clock.seconds(end - begun),
-                peak_bytes(device),
-            )
-            history.append(done)
-            if epoch + 1 < epochs:
-                state = {key: value.cpu() for key, value in step.state().items()}
-                if all(bool(torch.isfinite(value).all()) for value in state.values()):
-                    good, good_epochs = state, epoch + 1
+                if checkpoints is not None and i + 1 < steps and (requested() or checkpoints.due_within()):
+                    training.save_within(i + 1)
+            begin = 0
+            done = training.end_epoch(float(rates[-1]))
             on_epoch(done)
+            if checkpoints is not None and (requested() or checkpoints.due_after(epoch + 1)):
+                training.save_after()
             advance(1, note=done.note())
-    return history
+    return training.history
+
+
+class _Training:
+    """What `fit` knows of the training it does: the losses of the epoch, the epochs before, the last good states."""
+
+    def __init__(
+        self,
+        step: Step,
+        data: Dataset,
+        settings: TrainSettings,
+        name: str,
+        checkpoints: TrainingCheckpoints | None,
+        epochs: int,
+    ):
+        self.steps = data.batch_count(settings.batch_size, settings.drop_last)
+        if self.steps == 0:
+            raise FastarError(
+                f"train.batch_size={settings.batch_size} is more than the {len(data)} training images; "
+                "lower it or set train.drop_last=false"
+            )
+        self.epochs = epochs
+        self.history: list[Epoch] = []
+        self.so_far = SoFar()
+        self.losses = torch.zeros(self.steps, device=data.device)
+        self._step = step
+        self._name = name
+        self._device = data.device
+        self._checkpoints = checkpoints
+        # With the epochs they were after. Two: an epoch's last step may be the one that spoils theta.
+        self._good: deque[tuple[dict[str, Tensor], int]] = deque(maxlen=2)
+
+    def go_on(self, saved: Saved) -> int:
+        """Become what was saved; the step of the epoch to begin with."""
+        assert self._checkpoints is not None
+        self._checkpoints.restore(saved, self._step, self._device)
+        self.history = [Epoch(**entry) for entry in saved.history]
+        self.so_far = SoFar(**saved.so_far)
+        self.losses[: saved.step] = saved.tensors["losses"].to(self._device)
+        if saved.step == 0:
+            self._keep()
+        return saved.step
+
+    def clock_steps(self, begin: int) -> None:
+        """The steps from number `begin` on begin now."""
+        self.clock = EpochClock(self._device, self.steps - begin)
+        self._begun = time.perf_counter()
+        self._saving = 0.0
+
+    def save_within(self, steps: int) -> None:
+        """Save after so many steps of the epoch, and stop if that is asked for."""
+        assert self._checkpoints is not None
+        start = time.perf_counter()
+        self._check(steps)
+        so_far = self._until(start)
+        written = self._checkpoints.save(
+            self._step,
+            self._device,
+            epoch=len(self.history),
+            steps=steps,
+            history=[vars(epoch) for epoch in self.history],
+            so_far=asdict(so_far),
+            losses=self.losses[:steps],
+        )
+        self._saving += time.perf_counter() - start
+        self._stop_if_asked(f"epoch {len(self.history) + 1}, step {steps + 1} of {self._name}" if written else "")
+
+    def end_epoch(self, lr: float) -> Epoch:
+        """All steps of the epoch are done; what is known of it."""
+        losses = self._check(self.steps)  # the epoch's one synchronisation
+        so_far = self._until(time.perf_counter())
+        done = Epoch(
+            len(self.history),
+            float(losses.double().mean()),
+            lr,
+            so_far.images,
+            so_far.seconds,
+            so_far.begin_seconds,
+            so_far.parts,
+            peak_bytes(self._device),
+            so_far.figures,
+        )
+        self.history.append(done)
+        if len(self.history) < self.epochs:
+            self._keep()
+        return done
+
+    def save_after(self) -> None:
+        """Save after the last whole epoch, and stop if that is asked for."""
+        assert self._checkpoints is not None
+        written = self._checkpoints.save(
+            self._step,
+            self._device,
+            epoch=len(self.history),
+            steps=0,
+            history=[vars(epoch) for epoch in self.history],
+            so_far=asdict(SoFar()),
+            losses=self.losses[:0],
+            loss=self.history[-1].loss,
+        )
+        self._stop_if_asked(f"epoch {len(self.history)} of {self._name}, which is whole" if written else "")
+
+    def _until(self, now: float) -> SoFar:
+        seconds = now - self._begun - self._saving
+        return self.so_far.then(seconds, self.clock.seconds(seconds))
+
+    def _keep(self) -> None:
+        self._good.append((self._step.state(), len(self.history)))
+
+    def _check(self, steps: int) -> Tensor:
+        """The first `steps` losses, on the host: waits for the device. NonFiniteLoss where one is not finite."""
+        losses = self.losses[:steps].cpu()
+        finite = torch.isfinite(losses)
+        if bool(finite.all()):
+            return losses
+        bad = int((~finite).nonzero()[0])
+        state, epochs = None, 0
+        for kept, after in self._good:
+            found = {name: value.cpu() for name, value in kept.items()}
+            if all(bool(torch.isfinite(value).all()) for value in found.values()):
+                state, epochs = found, after
+        raise NonFiniteLoss(
+            f"training {self._name}: loss not finite at epoch {len(self.history) + 1}, step {bad + 1}"
+            f"{self._step.describe(bad)}; lower train.lr or use train.precision=fp32",
+            state,
+            epochs,
+        )
+
+    def _stop_if_asked(self, saved: str) -> None:
+        request = requested()
+        if request is not None:
+            request.saved = saved
+            raise request

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
@@ -17,6 +17,7 @@ from fastar.graphs import CallGraph
 from fastar.kernels import NextPoint
 from fastar.parts import part
 from fastar.seeds import derive_seed
+from fastar.training.checkpoints import copy_into
 from fastar.training.compiled import CompiledNetwork
 from fastar.training.feed import ResidentRows, RowFeed
 from fastar.training.optimizer import flat_optimizer
@@ -54,6 +55,19 @@ class _FlatStep:
         state = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
         state.update(self.layout.unflatten(self.theta))
         return state
+
+    def save(self) -> dict[str, Tensor]:
+        """theta, what the optimizer and the loss scale remember, the module's buffers. The tensors themselves."""
+        remembered = {"optimizer": self.optimizer.state(), "loss_scale": self.loss_scale.state()}
+        return {
+            "theta": self.theta,
+            **{f"{part}.{i}": tensor for part, tensors in remembered.items() for i, tensor in enumerate(tensors)},
+            **{f"buffer.{name}": buffer for name, buffer in self.model.named_buffers()},
+        }
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Become what was saved, in place: at the same addresses, for graphs."""
+        copy_into(self.save(), state)
 
     def describe(self, step: int) -> str:
         return ""
@@ -96,6 +110,9 @@ class RegularStep(_FlatStep):
         self._graph = self._graph_of(self._body)
 
     def begin_epoch(self, epoch: int, steps: int) -> None:
+        return
+
+    def resume_epoch(self, epoch: int, steps: int, begin: int) -> None:
         return
 
     def __call__(self, images: Tensor, labels: Tensor, lr: Tensor) -> Tensor:
@@ -157,7 +174,7 @@ class StarStep(_FlatStep):
         self._ts: Sequence[float] = ()
         self._draws = self._scales = torch.empty(0)
         self._feed: RowFeed = ResidentRows(sources.rows, ())
-        self._step = 0
+        self._begin = self._step = 0
         self._written = False
         # What is read of the step that runs, and of the next: always at the same address, for graphs and since a kernel
         # is compiled anew for pointers that are aligned otherwise.
@@ -170,7 +187,12 @@ class StarStep(_FlatStep):
         if every and epoch % every == 0:  # (k - 1) mod m == 0: the start of every epoch, the first included
             with part("matching"):
                 self._match(self.theta, self.sources, epoch)
-        self._indices, self._ts = draw(self.star, len(self.sources), steps, derive_seed(self._seed, "draws", epoch))
+        self.resume_epoch(epoch, steps, 0)
+
+    def resume_epoch(self, epoch: int, steps: int, begin: int) -> None:
+        indices, ts = draw(self.star, len(self.sources), steps, derive_seed(self._seed, "draws", epoch))
+        self._indices, self._ts = indices[begin:], ts[begin:]
+        self._begin = begin
         self._draws = torch.tensor(self._ts, dtype=torch.float32).to(self.device)
         self._scales = 1 - self._draws
         self._feed = self.sources.feed(self._indices)
@@ -203,7 +225,8 @@ class StarStep(_FlatStep):
         return loss
 
     def describe(self, step: int) -> str:
-        return f" (source {self.sources.names[self._indices[step]]}, t={self._ts[step]:.4f})"
+        here = step - self._begin
+        return f" (source {self.sources.names[self._indices[here]]}, t={self._ts[here]:.4f})"
 
     def _body(
         self, images: Tensor, labels: Tensor, lr: Tensor, scale: Tensor, points: Sequence[NextPoint] | None

@@ -1,0 +1,244 @@
+"""Training one model of a run so that nothing is lost: resumed, retried, logged, shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastar.checkpoints import save_checkpoint
+from fastar.config import differences
+from fastar.errors import FastarError
+from fastar.experiments.context import Context
+from fastar.figures import finite
+from fastar.runs import remove_folder
+from fastar.seeds import derive_seed
+from fastar.training import Epoch, NonFiniteLoss, Step, StepsProfile, fit
+from fastar.training.checkpoints import Resumable, Saved, TrainingCheckpoints
+
+# How often a training whose losses are not finite goes back, where train.on_nonfinite=retry.
+RETRIES = 3
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A training that is about to begin."""
+
+    step: Step
+    parts: Mapping[str, Resumable] = field(default_factory=dict)
+    """What else is saved with it."""
+    figures: Callable[[], dict[str, float]] = dict
+    """What an epoch began with."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A training that is over."""
+
+    prepared: Prepared
+    history: list[Epoch]
+    retries: int
+    """How often it went back because of losses that were not finite."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model to be trained.
+
+    Args:
+        kind: source, heldout or star.
+        index: its number.
+        recipe: all that determines it.
+    """
+
+    kind: str
+    index: int
+    recipe: Mapping[str, Any]
+
+    @property
+    def name(self) -> str:
+        return "star" if self.kind == "star" else f"{self.kind} {self.index}"
+
+
+def attempt_seed(seed: int, attempt: int) -> int:
+    """The seed of random draws in attempt number `attempt`; the first one's is `seed` itself."""
+    return derive_seed(seed, "attempt", attempt) if attempt else seed
+
+
+@contextmanager
+def trained(
+    context: Context,
+    subject: Subject,
+    make: Callable[[int], Prepared],
+    *,
+    seed: int,
+    epochs: int | None = None,
+    lr: float | None = None,
+    profile: StepsProfile | None = None,
+) -> Iterator[Trained]:
+    """Train a model, from its last checkpoint if it has one; its checkpoints go when the block ends well.
+
+    Args:
+        make: model, optimizer and all, anew for an attempt (its number gives the seeds of draws).
+        seed: of order and augmentation.
+
+    Raises:
+        FastarError: a loss that is not finite (what was left is saved and named), no memory left, a full disk, or a
+            checkpoint of another recipe.
+        Stopped: on request, when all is saved.
+    """
+    run = context.run
+    checkpoints = TrainingCheckpoints(
+        run.in_training(subject.kind, subject.index),
+        subject.recipe,
+        context.settings.checkpoint,
+        say=context.progress.line,
+    )
+    saved = checkpoints.newest()
+    if saved is not None and not _same_recipe(context, subject, saved):
+        checkpoints.remove()
+        saved = None
+    if saved is not None:
+        where = f"epoch {saved.epoch + 1}" + (f", step {saved.step + 1}" if saved.step else "")
+        context.progress.line(f"training {subject.name}: going on from {where}")
+    checkpoints.attempt = saved.attempt if saved is not None else 0
+    back_from: Path | None = None
+    while True:
+        try:
+            prepared, history = _attempt(context, subject, make, checkpoints, saved, seed, epochs, lr, profile)
+            break
+        except NonFiniteLoss as error:
+            if context.settings.train.on_nonfinite == "stop" or checkpoints.attempt >= RETRIES:
+                raise _what_is_left(context, subject, error) from error
+            saved = checkpoints.newest()
+            if saved is not None and saved.path == back_from:  # it was no better from there
+                checkpoints.drop(saved.path)
+                saved = checkpoints.newest()
+            back_from = saved.path if saved is not None else None
+            checkpoints.attempt += 1
+            where = f"epoch {saved.epoch + 1}" if saved is not None else "the beginning"
+            context.progress.line(f"{error}; going back to {where} with other draws")
+            run.log(kind=subject.kind, model=subject.name, retry=checkpoints.attempt, reason=str(error), back_to=where)
+            if context.figures is not None:
+                context.figures.forget(subject.kind, subject.index, saved.epoch if saved is not None else 0)
+    yield Trained(prepared, history, checkpoints.attempt)
+    checkpoints.remove()
+    last_good = run.last_good(subject.kind, subject.index)
+    if last_good.exists():
+        last_good.unlink()
+        remove_folder_if_empty(last_good.parent)
+
+
+def remove_folder_if_empty(folder: Path) -> None:
+    """Delete a folder unless something is in it."""
+    if not any(folder.iterdir()):
+        remove_folder(folder)
+
+
+def _attempt(
+    context: Context,
+    subject: Subject,
+    make: Callable[[int], Prepared],
+    checkpoints: TrainingCheckpoints,
+    saved: Saved | None,
+    seed: int,
+    epochs: int | None,
+    lr: float | None,
+    profile: StepsProfile | None,
+) -> tuple[Prepared, list[Epoch]]:
+    run, name = context.run, subject.name
+
+    def entry(epoch: Mapping[str, Any]) -> dict[str, Any]:
+        return {"kind": subject.kind, "model": name, **epoch}
+
+    def on_epoch(epoch: Epoch) -> None:
+        run.log(**entry(vars(epoch)))
+        if context.figures is not None:
+            context.figures.add(subject.kind, subject.index, epoch.epoch + 1, live_figures(epoch))
+
+    run.repair_log(name, [entry(epoch) for epoch in saved.history] if saved is not None else [])
+    attempt = checkpoints.attempt
+    cuda = [context.device] if context.device.type == "cuda" else []
+    # Torch's own generators (dropout) begin alike whatever ran before this model, and are saved with it.
+    with torch.random.fork_rng(cuda):
+        torch.manual_seed(derive_seed(attempt_seed(seed, attempt), "network"))
+        try:
+            prepared = make(attempt)
+            checkpoints.parts = prepared.parts
+            history = fit(
+                prepared.step,
+                context.train,
+                context.settings.train,
+                name=name,
+                seed=attempt_seed(seed, attempt),
+                epochs=epochs,
+                lr=lr,
+                on_epoch=on_epoch,
+                figures=prepared.figures,
+                checkpoints=checkpoints,
+                saved=saved,
+                profile=profile,
+                progress=context.progress,
+            )
+        except torch.OutOfMemoryError as error:
+            elsewhere = ", or keep the sources elsewhere (sources.store=host)" if subject.kind == "star" else ""
+            raise FastarError(
+                f"training {name}: out of GPU memory at train.batch_size={context.settings.train.batch_size}; lower "
+                f"it or use train.precision=bf16{elsewhere}"
+            ) from error
+    return prepared, history
+
+
+def _same_recipe(context: Context, subject: Subject, saved: Saved) -> bool:
+    """Whether training may go on from `saved`; False: it ended in losses that were not finite, and another recipe is
+    tried now.
+
+    Raises:
+        FastarError: another recipe, though nothing was wrong.
+    """
+    changed = differences(saved.recipe, subject.recipe)
+    if not changed:
+        return True
+    if context.run.last_good(subject.kind, subject.index).exists():
+        return False
+    raise FastarError(
+        f"{saved.path.parent}: is the training of another model ({difference(changed)}); delete it to begin "
+        f"{subject.name} anew, or choose --out"
+    )
+
+
+def difference(changed: Mapping[str, tuple[Any, Any]]) -> str:
+    """The first of some differences between two recipes, in words."""
+    key, (was, now) = next(iter(changed.items()))
+    if isinstance(was, list) and isinstance(now, list) and key == "sources":  # digests: which, not what
+        others = [i for i in range(max(len(was), len(now))) if was[i : i + 1] != now[i : i + 1]]
+        return f"{key}: {len(others)} of {max(len(was), len(now))} differ, the first is number {others[0]}"
+    return f"{key} was {was!r}, now {now!r}"
+
+
+def _what_is_left(context: Context, subject: Subject, error: NonFiniteLoss) -> FastarError:
+    """Save the model after its last good epoch: the file is never taken for a finished model."""
+    if error.state is None:
+        return error
+    path = context.run.last_good(subject.kind, subject.index)
+    save_checkpoint(path, error.state, {**subject.recipe, "epochs": error.epochs})
+    return FastarError(f"{error} (the model after epoch {error.epochs} is in {path})")
+
+
+def live_figures(epoch: Epoch) -> dict[str, float]:
+    """What is shown of an epoch while a run goes on."""
+    matching = {"matching_seconds": epoch.begin_seconds} if epoch.figures else {}
+    found = {
+        "loss": epoch.loss,
+        "lr": epoch.lr,
+        "images_per_second": epoch.images_per_second,
+        "load_share": epoch.load_share,
+        **matching,
+        **epoch.figures,
+        "peak_megabytes": epoch.peak_bytes / 1e6,
+    }
+    return finite(found.items())
