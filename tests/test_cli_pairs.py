@@ -74,9 +74,29 @@ def test_match_of_other_peoples_files(pair: tuple[Path, Path], tmp_path: Path) -
     options = ("--dataset", "digits", "--arch", "mlp", "--json", PLACE)
     width = f"model.width={load_checkpoint(pair[0]).metadata['model']['width']}"
     outcome = fastar("match", *theirs, *options, width)
-    assert json.loads(outcome.out) == json.loads(fastar("match", *pair, "--json", PLACE).out)
+    found, expected = json.loads(outcome.out), json.loads(fastar("match", *pair, "--json", PLACE).out)
+    assert found.pop("file") == str(theirs[1])
+    assert expected.pop("file") == str(pair[1])
+    assert found == expected
     assert "has shape" in refused("match", *theirs, *options, "model.width=3")
     assert "is missing" in refused("match", *theirs, "--dataset", "digits", "--arch", "resnet8", PLACE)
+
+
+def test_match_of_several_writes_into_a_folder(pair: tuple[Path, Path], tmp_path: Path) -> None:
+    a, b = pair
+    torch.save(load_file(a), tmp_path / "c.pt")
+    outcome = fastar("match", a, b, tmp_path / "c.pt", "--out", tmp_path / "matched", "matching.kicks=2", PLACE)
+    assert outcome.code == 0, outcome
+    assert "matching files" in outcome.err  # progress, since there are several
+    assert sorted(p.name for p in (tmp_path / "matched").iterdir()) == ["c.safetensors", b.name]
+    torch.testing.assert_close(logits(tmp_path / "matched" / b.name), logits(b), rtol=1e-5, atol=1e-5)
+    lines = fastar("match", a, b, tmp_path / "c.pt", "--json", PLACE).out.splitlines()
+    alone = json.loads(fastar("match", a, b, "--json", PLACE).out)
+    assert json.loads(lines[0]) == alone
+    assert json.loads(lines[1])["moved"] == 0  # A itself
+    assert "are written into a folder" in refused("match", a, b, b, "--out", tmp_path / "x.safetensors", PLACE)
+    assert "several checkpoints would be written" in refused("match", a, b, b, "--out", tmp_path / "y", PLACE)
+    assert not (tmp_path / "y").exists()
 
 
 @pytest.mark.parametrize(
