@@ -1,0 +1,277 @@
+"""Ways out of local optima: kicks, activations as a start, and the settings that ask for them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from matching_models import CASES, IMAGES, derived
+from test_matching_weights import hard_problem, objective, problem_of, stacked
+from torch import Tensor, nn
+
+from fastar.config import MatchingSettings, load_settings
+from fastar.errors import FastarError
+from fastar.matching import (
+    Permutations,
+    Symmetry,
+    match_activations,
+    match_by_settings,
+    match_modules,
+    match_weights,
+)
+from fastar.matching.descent import Descent, Problem
+from fastar.matching.weights import _starts
+
+
+@pytest.fixture(scope="module")
+def symmetries() -> dict[str, Symmetry]:
+    return derived()
+
+
+def images(case: str, count: int = 2) -> list[Tensor]:
+    shape = CASES[case][1][0].shape[1:]
+    generator = torch.Generator().manual_seed(9)
+    return [torch.randn(32, *shape, generator=generator) for _ in range(count)]
+
+
+# Kicks
+
+
+@pytest.mark.parametrize("name", ["resnet", "concatenated", "two_axes", "grouped"])
+@pytest.mark.parametrize("chunk", [1, 3])
+def test_kicks_never_lower_the_objective_and_are_what_they_say(
+    name: str, chunk: int, symmetries: dict[str, Symmetry]
+) -> None:
+    symmetry = symmetries[name]
+    theta, states = hard_problem() if name == "resnet" else problem_of(name)
+    sources = stacked(symmetry, states)
+    plain = match_weights(symmetry, theta, sources, chunk=chunk)
+    kicked = match_weights(symmetry, theta, sources, chunk=chunk, kicks=4)
+    assert bool((kicked.objective >= plain.objective).all())
+    torch.testing.assert_close(kicked.objective_start, plain.objective_start, rtol=0, atol=0)
+    for n, state in enumerate(states):
+        reached = objective(symmetry, theta, symmetry.apply(kicked.permutations.select(n), state))
+        assert kicked.objective[n] == pytest.approx(reached, rel=1e-6, abs=1e-5)
+        if not kicked.kicks_kept[n]:
+            assert kicked.permutations.select(n) == plain.permutations.select(n)
+    assert bool(kicked.converged.all())
+    if name == "resnet":  # of many local optima better ones are found
+        assert int((kicked.objective > plain.objective + 1).sum()) >= 2
+        assert torch.equal(kicked.kicks_kept > 0, kicked.objective > plain.objective)
+
+
+def test_more_kicks_go_on_from_fewer_and_a_source_does_not_see_the_others(symmetries: dict[str, Symmetry]) -> None:
+    symmetry = symmetries["resnet"]
+    theta, states = hard_problem()
+    sources = stacked(symmetry, states)
+    three, six = (match_weights(symmetry, theta, sources, kicks=k) for k in (3, 6))
+    assert bool((six.objective >= three.objective).all())
+    together = match_weights(symmetry, theta, sources, kicks=3, chunk=3)
+    for n, state in enumerate(states):
+        alone = match_weights(symmetry, theta, stacked(symmetry, [state]), kicks=3)
+        assert alone.permutations.select(0) == three.permutations.select(n) == together.permutations.select(n)
+    others = [match_weights(symmetry, theta, sources, kicks=3, seed=s).permutations for s in (1, 2)]
+    assert any(other != three.permutations for other in others)
+    with pytest.raises(FastarError, match="kicks=-1 must be at least 0"):
+        match_weights(symmetry, theta, sources, kicks=-1)
+
+
+def test_kicks_after_several_attempts_start_from_the_best(symmetries: dict[str, Symmetry]) -> None:
+    symmetry = symmetries["resnet"]
+    theta, states = hard_problem()
+    sources = stacked(symmetry, states)
+    tried = match_weights(symmetry, theta, sources, orders=4)
+    kicked = match_weights(symmetry, theta, sources, orders=4, kicks=1)
+    assert bool((kicked.objective >= tried.objective).all())
+    assert kicked.sweeps.tolist() == tried.sweeps.tolist()
+    assert kicked.solves > tried.solves
+
+
+@pytest.mark.parametrize("name", ["resnet", "two_axes", "concatenated"])
+@pytest.mark.parametrize("count", [1, 2])
+def test_going_back_restores_the_very_numbers(name: str, count: int, symmetries: dict[str, Symmetry]) -> None:
+    symmetry = symmetries[name]
+    theta, states = problem_of(name, count)
+    sources = stacked(symmetry, states)
+    problem = Problem(symmetry, theta, sources)
+    data = {n: problem.source(n, sources, 0, count) for n in problem.names}
+    (start,) = _starts(symmetry, None, count)
+    descent = Descent(problem, data, start.permutations, "auto", None)
+    descent.run(lambda sweep: range(len(symmetry.groups)), 100)
+    before = {n: t.clone() for n, t in descent.data.items()}
+    mark, value = descent.mark(), descent.objective(0)
+    random = symmetry.random(5)
+    for g, group in enumerate(symmetry.groups):
+        descent.score(g)
+        descent.force(g, 0, random[group.name].numpy())
+    assert descent.objective(0)[0] < value[0]
+    descent.go_back(mark, 0)
+    assert descent.objective(0) == value
+    assert all(torch.equal(descent.data[n], t) for n, t in before.items())
+    for g in range(len(symmetry.groups)):
+        # Restored, not computed again: to the rounding of the corrections before the mark.
+        fresh = descent._full_score(g)
+        torch.testing.assert_close(descent.score(g), fresh, rtol=1e-4, atol=1e-5 * float(fresh.abs().max()))
+        assert not descent.unsolved[g][0]
+
+
+# Activations
+
+
+@pytest.mark.parametrize("name", ["resnet", "flatten", "grouped", "zero_padded", "concatenated", "mlp"])
+def test_activations_find_the_units_of_a_shuffled_copy(name: str, symmetries: dict[str, Symmetry]) -> None:
+    """Under another scale of every weight too: correlations do not see it, inner products do not mind."""
+    symmetry, model = symmetries[name], CASES[name][0]
+    theta, _ = problem_of(name)
+    shuffles = [symmetry.random(seed) for seed in range(2)]
+    copies = [symmetry.apply(shuffle, theta) for shuffle in shuffles]
+    sources = stacked(symmetry, [{n: t * 1.5 for n, t in copy.items()} for copy in copies])
+    found = match_activations(model, symmetry, {n: theta[n] for n in symmetry.parameters}, sources, images(name))
+    for n, shuffle in enumerate(shuffles):
+        inverse = shuffle.inverse()
+        for group in symmetry.groups:
+            # Units that never fire, or that fire alike, are one as good as the other.
+            agree = (found.select(n)[group.name] == inverse[group.name]).float().mean()
+            assert agree >= 0.75, (group.name, float(agree))
+
+
+def test_activations_touch_nothing_and_need_no_statistics(symmetries: dict[str, Symmetry]) -> None:
+    symmetry, model = symmetries["resnet"], CASES["resnet"][0]
+    theta, states = problem_of("resnet")
+    parameters = {n: theta[n] for n in symmetry.parameters}
+    sources = stacked(symmetry, states)
+    copies = {n: t.clone() for n, t in sources.items()}
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    found = match_activations(model, symmetry, parameters, sources, images("resnet"))
+    other = {**theta, **{n: t + 3 for n, t in theta.items() if "running" in n}}
+    assert match_activations(model, symmetry, other, sources, images("resnet")) == found
+    assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
+    assert all(torch.equal(t, copies[n]) for n, t in sources.items())
+    assert not any(module._forward_hooks for module in model.modules())
+    for n, state in enumerate(states):
+        permuted = symmetry.apply(found.select(n), state)
+        assert objective(symmetry, theta, permuted) >= objective(symmetry, theta, state) - 1e-5
+
+
+def test_activations_that_would_lower_the_objective_are_not_taken(symmetries: dict[str, Symmetry]) -> None:
+    """A source that is -theta but for the sign of its functions: the nearest is wherever it is not itself."""
+    symmetry, model = symmetries["mlp"], CASES["mlp"][0]
+    theta, _ = problem_of("mlp")
+    source = {n: t.clone() for n, t in theta.items()}
+    # What the units do is theirs shuffled; what the next layer makes of them says the opposite, ten times as loud.
+    shuffled = symmetry.apply(symmetry.random(3), source)
+    shuffled["layers.2.weight"] = 10 * theta["layers.2.weight"]
+    found = match_activations(model, symmetry, theta, stacked(symmetry, [shuffled]), images("mlp"))
+    after = objective(symmetry, theta, symmetry.apply(found.select(0), shuffled))
+    assert after >= objective(symmetry, theta, shuffled) - 1e-5
+    assert found.is_identity()
+
+
+def test_bad_input_to_activations(symmetries: dict[str, Symmetry]) -> None:
+    symmetry, model = symmetries["mlp"], CASES["mlp"][0]
+    theta, states = problem_of("mlp")
+    sources = stacked(symmetry, states)
+    with pytest.raises(FastarError, match="at least one batch"):
+        match_activations(model, symmetry, theta, sources, [])
+    broken = {n: t.clone() for n, t in sources.items()}
+    broken["layers.0.bias"][1, 0] = float("nan")
+    with pytest.raises(FastarError, match=r"source 1: activations of 'layers\.0' are not finite"):
+        match_activations(model, symmetry, theta, broken, images("mlp"))
+
+
+# Settings
+
+
+def test_settings_say_where_the_descent_starts(
+    symmetries: dict[str, Symmetry], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    symmetry = symmetries["mlp"]
+    theta, states = problem_of("mlp")
+    sources = stacked(symmetry, states)
+    seen: list[dict[str, Any]] = []
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        seen.append(kwargs)
+        return match_weights(*args, **kwargs)
+
+    monkeypatch.setattr("fastar.matching.settings.match_weights", spy)
+    known, acts = symmetry.random(1), symmetry.random(2, count=len(states))
+
+    def starts(start: str, given: Permutations | None) -> list[Permutations | None]:
+        settings = MatchingSettings(start=start, kicks=2, orders=3, max_sweeps=50, solver="scipy")  # type: ignore[arg-type]
+        match_by_settings(settings, symmetry, theta, sources, start=given, activations=lambda a, b: acts, seed=7)
+        passed = seen[-1]
+        assert (passed["kicks"], passed["orders"], passed["max_sweeps"], passed["solver"]) == (2, 3, 50, "scipy")
+        assert passed["seed"] == 7
+        found = passed["start"]
+        return list(found) if isinstance(found, list) else [found]
+
+    identity = symmetry.identity()
+    assert starts("auto", None) == [None]
+    assert starts("auto", known) == [known]
+    assert starts("identity", None) == [identity]
+    assert starts("identity", known) == [known]
+    assert starts("guess", None) == [None]
+    assert starts("guess", known) == [known, None]
+    assert starts("activations", None) == [acts]
+    assert starts("activations", known) == [acts, known]
+    with pytest.raises(FastarError, match="needs data"):
+        match_by_settings(MatchingSettings(start="activations"), symmetry, theta, sources)
+
+
+def test_a_guess_among_starts_counts_as_one(symmetries: dict[str, Symmetry]) -> None:
+    symmetry = symmetries["resnet"]
+    theta, states = hard_problem()
+    sources = stacked(symmetry, states)
+    each = [match_weights(symmetry, theta, sources, start=s).objective for s in (symmetry.random(3), None)]
+    both = match_weights(symmetry, theta, sources, start=[symmetry.random(3), None])
+    torch.testing.assert_close(both.objective, torch.stack(each).amax(0), rtol=1e-6, atol=0)
+
+
+def test_keys_of_settings() -> None:
+    loaded = load_settings(dataset="digits", overrides=["matching.kicks=5", "matching.start=activations"]).matching
+    assert (loaded.kicks, loaded.start) == (5, "activations")
+    for wrong in ("matching.kicks=-1", "matching.start=best", "matching.kick=1"):
+        with pytest.raises(FastarError, match=wrong.split("=")[0]):
+            load_settings(dataset="digits", overrides=[wrong])
+
+
+# Whole modules
+
+
+def test_whole_modules_as_a_new_user_would() -> None:
+    """The snippet of the README, on two plain modules of no architecture that fastar knows."""
+
+    def network(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        layers = [nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 10)]
+        return nn.Sequential(*layers).eval()
+
+    with torch.random.fork_rng():
+        a, *others = (network(seed) for seed in range(3))
+        x = torch.randn(5, 3, 8, 8)
+    before = [{n: t.clone() for n, t in b.state_dict().items()} for b in others]
+    outputs = [b(x) for b in others]
+    states, result = match_modules(a, others, IMAGES)
+    assert bool((result.objective > result.objective_start).all())
+    for b, state, old, expected in zip(others, states, before, outputs, strict=True):
+        assert all(torch.equal(t, old[n]) for n, t in b.state_dict().items())
+        assert not torch.equal(state["0.weight"], old["0.weight"])
+        b.load_state_dict(state)
+        # The sum over permuted units, in another order.
+        torch.testing.assert_close(b(x), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_bad_modules_are_named() -> None:
+    a = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
+    example = (torch.zeros(2, 4),)
+    with pytest.raises(FastarError, match="no sources"):
+        match_modules(a, [], example)
+    narrow = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+    with pytest.raises(FastarError, match=r"'0\.weight' of source 1 has shape \[3, 4\]"):
+        match_modules(a, [a, narrow], example)
+    alone = nn.Linear(4, 2)
+    states, result = match_modules(alone, [nn.Linear(4, 2)], example)  # no groups: as it is
+    assert set(states[0]) == {"weight", "bias"}
+    assert len(result.permutations) == 0
