@@ -23,7 +23,11 @@ DEFAULT_ARCH = {
     "fashion-mnist": "mlp",
     "cifar10": "resnet18",
     "cifar100": "resnet18",
+    "imagenet": "resnet18",
+    "imagefolder": "resnet18",
 }
+# Sets whose images are of any size: decoded, cut out and resized as they are read.
+OF_ANY_SIZE = ("imagenet", "imagefolder")
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -47,6 +51,50 @@ class DatasetSettings(_Section):
     """Folder of the .beton files, shared by runs."""
     limit: Positive | None = None
     """Train on this many images (class-balanced) instead of all."""
+    called: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
+    """Of imagefolder: what your set is called; its files lie in a folder of that name."""
+    resolution: Positive | None = None
+    """Of imagenet and imagefolder, as all below: side of the images in training and evaluation; None is 224."""
+    crop: Literal["random-resized", "resize256-crop224"] = "random-resized"
+    """What training cuts out, at whatever resolution: 8 to 100 % of the area, or (the paper's wording) a square of
+    224/256 of the shorter side. Evaluation takes that square from the centre."""
+    order: Literal["random", "pages"] = "random"
+    """pages, for files larger than memory: in windows of half a gigabyte, each read once an epoch. Files are written in
+    a shuffled order, so every window mixes all classes."""
+    encoding: Literal["rn50", "rn18", "jpeg"] | None = None
+    """How the files are written where they are not there yet: longer side at most 500, 400 or 512 pixels, 50 %, 10 % or
+    all as JPEG, the rest raw (larger, and faster to load). None: as they are, or rn50."""
+    threads: Positive | None = None
+    """Threads that decode; None is one per CPU."""
+
+    @property
+    def of_any_size(self) -> bool:
+        return self.name in OF_ANY_SIZE
+
+    @property
+    def label(self) -> str:
+        """What the set is called: the name of its folder, and in a run's."""
+        return self.called or self.name
+
+    @property
+    def side(self) -> int:
+        """Of the square images of a set of any size."""
+        return self.resolution or 224
+
+    @model_validator(mode="after")
+    def _consistent(self) -> DatasetSettings:
+        if (self.called is not None) != (self.name == "imagefolder"):
+            raise ValueError(
+                "imagefolder needs a name of its own: give --name NAME (dataset.called)"
+                if self.called is None
+                else f"called={self.called!r} names a set of --dataset imagefolder, not of {self.name}; leave it out"
+            )
+        if self.called in DEFAULT_ARCH:
+            raise ValueError(f"called={self.called!r} is another dataset's name; choose one of your own")
+        for key in ("resolution", "crop", "order", "encoding", "threads"):
+            if not self.of_any_size and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} belongs to {' and '.join(OF_ANY_SIZE)}; {self.name} has images of one size")
+        return self
 
 
 class ModelSettings(_Section):

@@ -7,10 +7,11 @@ from fastar.data.finished import Files
 from fastar.data.images import ImageFiles, open_images, prepare_images
 from fastar.data.registry import DATASETS, Augmentation, DatasetSpec, dataset_spec
 from fastar.data.streaming import StreamingDataset
-from fastar.data.varied import Encoding
+from fastar.data.varied import PRESETS, Encoding
 
 __all__ = [
     "DATASETS",
+    "PRESETS",
     "Augmentation",
     "Batch",
     "Dataset",

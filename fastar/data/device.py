@@ -140,6 +140,8 @@ def load(
     The pixels are compared with the digest taken when they were written.
     """
     path, layout = files.path(split), files.layout(split)
+    if limit is not None and limit > layout.count:
+        raise FastarError(f"limit={limit} is more than the {layout.count} {split} images of {files.name}; lower it")
     if limit is not None and limit < layout.classes:
         raise FastarError(f"limit={limit} is below one image per class; {files.name} needs at least {layout.classes}")
     images = np.empty((layout.count, layout.height, layout.width, layout.channels), np.uint8)

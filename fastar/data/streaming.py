@@ -83,7 +83,9 @@ class StreamingDataset:
                     f"limit={limit} is below one image per class; {files.name} needs at least {self.classes}"
                 )
             if limit > len(self._index):
-                raise FastarError(f"limit={limit} is more than the {len(self._index)} {split} images of {files.name}")
+                raise FastarError(
+                    f"limit={limit} is more than the {len(self._index)} {split} images of {files.name}; lower it"
+                )
             self._index = balanced_subset(self._reader.labels, limit, files.name, split)
 
     def __len__(self) -> int:

@@ -17,6 +17,7 @@ from fastar import data
 from fastar.checkpoints import Checkpoint
 from fastar.config import Settings
 from fastar.errors import FastarError
+from fastar.figures import LiveFigures
 from fastar.flat import FlatLayout
 from fastar.matching import Permutations, Symmetry, derive_symmetry, match_activations
 from fastar.models import build_model
@@ -48,6 +49,18 @@ def resolve_device(name: str) -> torch.device:
     return device
 
 
+@dataclass(frozen=True)
+class Shape:
+    """What a network must fit: (channels, height, width) of its images, and the number of classes."""
+
+    image: tuple[int, int, int]
+    classes: int
+
+
+DATA_KEYS = ("called", "crop", "limit", "order")
+"""Settings of the dataset that a model's metadata holds under the same names."""
+
+
 @dataclass
 class Context:
     """One experiment's surroundings. Data are loaded, and the symmetry derived, when first asked for."""
@@ -55,29 +68,68 @@ class Context:
     settings: Settings
     run: RunFolder
     progress: Progress = SILENT
+    figures: LiveFigures | None = None
+    """Where the figures of trainings are shown, if anywhere."""
+    known: Shape | None = None
+    """Of a model at hand, so that images of any size need not be there to say it."""
 
     @cached_property
     def device(self) -> torch.device:
         return resolve_device(self.settings.device)
 
     @cached_property
-    def files(self) -> data.DatasetFiles:
+    def files(self) -> data.Files:
         chosen = self.settings.dataset
-        return data.prepare(
-            chosen.name,
-            data_root=chosen.root.expanduser() if chosen.root else None,
-            directory=chosen.directory.expanduser(),
-            workers=self.settings.workers,
-            progress=self.progress,
+        root, directory = chosen.root.expanduser() if chosen.root else None, chosen.directory.expanduser()
+        more: dict[str, Any] = {"workers": self.settings.workers, "progress": self.progress}
+        if not chosen.of_any_size:
+            return data.prepare(chosen.name, data_root=root, directory=directory, **more)
+        if self.known is None:  # a conversion takes hours: what is wrong with the network is said before
+            build_model(self.settings.model.arch, input_shape=self._image, classes=2, **self.settings.model.options)
+        encoding = data.PRESETS[chosen.encoding] if chosen.encoding is not None else None
+        return data.prepare_images(chosen.label, data_root=root, directory=directory, encoding=encoding, **more)
+
+    @property
+    def _image(self) -> tuple[int, int, int]:
+        chosen = self.settings.dataset
+        if chosen.of_any_size:
+            return 3, chosen.side, chosen.side
+        spec = data.dataset_spec(chosen.name)
+        return spec.channels, spec.height, spec.width
+
+    @cached_property
+    def shape(self) -> Shape:
+        """Of the data: of images of any size, the resolution that is set, and the classes that the files hold."""
+        if self.known is not None:
+            return self.known
+        chosen = self.settings.dataset
+        return Shape(
+            self._image, len(self.files.classes if chosen.of_any_size else data.dataset_spec(chosen.name).classes)
         )
 
     @cached_property
-    def train(self) -> data.DeviceDataset:
-        return data.load(self.files, "train", self.device, limit=self.settings.dataset.limit, progress=self.progress)
+    def train(self) -> data.Dataset:
+        return self._load("train", self.settings.dataset.limit)
 
     @cached_property
-    def test(self) -> data.DeviceDataset:
-        return data.load(self.files, "test", self.device, progress=self.progress)
+    def test(self) -> data.Dataset:
+        return self._load("test", None)
+
+    def _load(self, split: str, limit: int | None) -> data.Dataset:
+        files, chosen = self.files, self.settings.dataset
+        if isinstance(files, data.DatasetFiles):
+            return data.load(files, split, self.device, limit=limit, progress=self.progress)
+        assert isinstance(files, data.ImageFiles)
+        return data.StreamingDataset(
+            files,
+            split,
+            self.device,
+            size=chosen.side,
+            crop=chosen.crop,
+            order=chosen.order if split == "train" else "random",
+            threads=chosen.threads,
+            limit=limit,
+        )
 
     def splits(self) -> dict[str, Any]:
         """Train and test as evaluation reads them: in order, whole, not augmented."""
@@ -96,10 +148,9 @@ class Context:
     def build(self, seed: int | None = None, *, device: torch.device | str | None = None) -> nn.Module:
         """A fresh network of the run's architecture, on `device` (None: the run's)."""
         arch = self.settings.model.arch
-        spec = data.dataset_spec(self.settings.dataset.name)
-        shape = (spec.channels, spec.height, spec.width)
+        shape = self.shape
         model = build_model(
-            arch, input_shape=shape, classes=len(spec.classes), seed=seed, **self.settings.model.options
+            arch, input_shape=shape.image, classes=shape.classes, seed=seed, **self.settings.model.options
         )
         return model.to(self.device if device is None else device)
 
@@ -111,9 +162,7 @@ class Context:
     def symmetry(self) -> Symmetry:
         """The architecture's permutation groups, proven on a random network before they are used."""
         model = self.build(seed=0, device="cpu")
-        spec = data.dataset_spec(self.settings.dataset.name)
-        example = (torch.zeros(2, spec.channels, spec.height, spec.width),)
-        return derive_symmetry(model, example)
+        return derive_symmetry(model, (torch.zeros(2, *self.shape.image),))
 
     def match_activations(self, theta: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> Permutations:
         """Where `matching.start=activations` begins: correlations on the first training batches."""
@@ -125,27 +174,36 @@ class Context:
     @contextmanager
     def threads(self) -> Iterator[None]:
         """Inside, CPU work uses as many threads as a training batch of this network is worth."""
-        spec = data.dataset_spec(self.settings.dataset.name)
-        shape = (self.settings.train.batch_size, spec.channels, spec.height, spec.width)
-        with suitable_threads(self.build(seed=0), torch.zeros(shape, device=self.device)):
+        if self.settings.dataset.of_any_size:  # such a network is worth all there are, and counting is worth seconds
+            yield
+            return
+        images = torch.zeros(self.settings.train.batch_size, *self.shape.image, device=self.device)
+        with suitable_threads(self.build(seed=0), images):
             yield
 
     def architecture(self) -> dict[str, Any]:
         """What makes two checkpoints' networks the same: for their metadata."""
-        spec = data.dataset_spec(self.settings.dataset.name)
         return {
             "arch": self.settings.model.arch,
             "model": self.settings.model.options,
-            "input_shape": [spec.channels, spec.height, spec.width],
-            "classes": len(spec.classes),
+            "input_shape": list(self.shape.image),
+            "classes": self.shape.classes,
         }
+
+    def data_recipe(self) -> dict[str, Any]:
+        """What determines the images that a model is trained on, and how they are cut: for its metadata."""
+        chosen = self.settings.dataset
+        found = {"dataset": chosen.name, "dataset_digest": self.files.digest, "limit": chosen.limit}
+        if chosen.of_any_size:
+            found |= {"called": chosen.called, "crop": chosen.crop, "order": chosen.order}
+        return found
 
     def row(self, checkpoint: Checkpoint) -> Tensor:
         """A checkpoint's parameters as a flat row [P] on the device."""
         return self.layout.flatten(checkpoint.state).to(self.device)
 
 
-def whole_batches(dataset: data.DeviceDataset, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def whole_batches(dataset: data.Dataset, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Every sample once, in file order, not augmented."""
     return dataset.sequential(_leaving_no_single(len(dataset), batch_size))
 
@@ -160,4 +218,4 @@ def _leaving_no_single(count: int, batch_size: int) -> int:
 
 def default_run_folder(settings: Settings) -> Path:
     """`runs/<dataset>-<arch>-seed<seed>`."""
-    return Path("runs") / f"{settings.dataset.name}-{settings.model.arch}-seed{settings.seed}"
+    return Path("runs") / f"{settings.dataset.label}-{settings.model.arch}-seed{settings.seed}"

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 
 from fastar.checkpoints import Checkpoint, load_checkpoint, load_into, save_checkpoint
-from fastar.config import as_override, load_settings
+from fastar.config import OF_ANY_SIZE, as_override, load_settings
 from fastar.errors import FastarError
 from fastar.evaluation import Path as Segment
 from fastar.evaluation import evaluate_paths
-from fastar.experiments.context import Context, resolve_device
+from fastar.experiments.context import DATA_KEYS, Context, Shape, resolve_device
 from fastar.experiments.measure import SPLITS, endpoint, matched_endpoints
 from fastar.experiments.regular import check_fits, device_name
 from fastar.matching import match_by_settings
@@ -38,12 +38,16 @@ def _context(
         if value is None:
             raise FastarError(f"{first.path}: does not say what it is; give {option}")
     options = [as_override(f"model.{key}", value) for key, value in known.get("model", {}).items()]
-    if known.get("limit") is not None:
-        options.append(as_override("dataset.limit", known["limit"]))
+    shape = None
+    if dataset == known.get("dataset"):
+        options += [as_override(f"dataset.{key}", known[key]) for key in DATA_KEYS if known.get(key) is not None]
+        if dataset in OF_ANY_SIZE and "input_shape" in known and "classes" in known:
+            shape = Shape(tuple(known["input_shape"]), known["classes"])
     if data_root is not None:
         options.append(as_override("dataset.root", data_root))
     settings = load_settings(dataset=dataset, arch=arch, overrides=[*options, *overrides])
-    context = Context(settings, RunFolder(Path(".")), progress)
+    # What the checkpoint says of its images will do where they are not needed, as in matching.
+    context = Context(settings, RunFolder(Path(".")), progress, known=shape)
     resolve_device(settings.device)
     return context
 
