@@ -6,7 +6,7 @@ import hashlib
 import json
 import pickle
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from fastar.atomic import write_atomically
 from fastar.errors import FastarError
 
 SUFFIXES = (".safetensors", ".pt", ".pth")
+_DIGEST = "tensors_digest"
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,37 @@ class Checkpoint:
     dataset, dataset_digest, seed, index, recipe, epochs, losses and accuracies, version, commit. Of others: empty.
     """
 
-    state: dict[str, torch.Tensor]
+    state: Mapping[str, torch.Tensor]
     metadata: dict[str, Any] = field(default_factory=dict)
     path: Path | None = None
+
+
+class StoredState(Mapping[str, torch.Tensor]):
+    """The tensors of a .safetensors file, each read anew whenever it is asked for: many models take no memory."""
+
+    def __init__(self, path: Path):
+        self._path = path
+        with self._open() as file:
+            self._names = list(file.keys())
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        with self._open() as file:
+            found: torch.Tensor = file.get_tensor(name)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def _open(self) -> Any:
+        try:
+            return safe_open(self._path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise FastarError(f"{self._path}: cannot be read any more ({error}); restore it") from error
 
 
 def save_checkpoint(path: Path, state: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> None:
@@ -41,8 +70,9 @@ def save_checkpoint(path: Path, state: Mapping[str, torch.Tensor], metadata: Map
         FastarError: `path` cannot be written.
     """
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
-    texts = {"fastar": json.dumps(dict(metadata), sort_keys=True), "digest": tensors_digest(tensors)}
-    write_atomically(path, serialize(tensors, texts))
+    # One text: several would be written in an order that changes from run to run.
+    text = json.dumps({**metadata, _DIGEST: tensors_digest(tensors)}, sort_keys=True)
+    write_atomically(path, serialize(tensors, {"fastar": text}))
 
 
 def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -62,6 +92,10 @@ def read_metadata(path: Path) -> dict[str, Any]:
     Raises:
         FastarError: missing, truncated or foreign file.
     """
+    return _metadata_and_digest(path)[0]
+
+
+def _metadata_and_digest(path: Path) -> tuple[dict[str, Any], str | None]:
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get("fastar", "{}")
@@ -72,13 +106,17 @@ def read_metadata(path: Path) -> dict[str, Any]:
         raise FastarError(f"{path}: not a readable safetensors file ({error}); delete it or restore it") from error
     if not isinstance(content, dict) or not isinstance(content.get("model", {}), dict):
         raise FastarError(f"{path}: its fastar metadata is damaged; delete it or restore it")
-    return content
+    digest = content.pop(_DIGEST, None)
+    return content, digest
 
 
-def load_checkpoint(path: Path) -> Checkpoint:
+def load_checkpoint(path: Path, *, resident: bool = True) -> Checkpoint:
     """Read a checkpoint: fastar's .safetensors, or a .pt/.pth state dict, bare or under `state_dict`.
 
     `module.` prefixes (DataParallel) are removed. Pickles are read with `weights_only=True`: no code runs.
+
+    Args:
+        resident: false leaves the tensors of a .safetensors file there after checking them: see `StoredState`.
 
     Raises:
         FastarError: missing, damaged or foreign file, no tensors in it, values that are not finite, or other ones than
@@ -90,10 +128,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise FastarError(f"{path}: no such checkpoint")
     metadata: dict[str, Any] = {}
     if path.suffix == ".safetensors":
-        metadata = read_metadata(path)
+        metadata, digest = _metadata_and_digest(path)
         with safe_open(path, framework="pt") as file:
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            digest = (file.metadata() or {}).get("digest")
         if digest is not None and digest != tensors_digest(state):
             raise FastarError(f"{path}: its values are not those that were saved (damaged); delete it or restore it")
     else:
@@ -104,6 +141,10 @@ def load_checkpoint(path: Path) -> Checkpoint:
     for name, value in state.items():
         if value.is_floating_point() and not torch.isfinite(value).all():
             raise FastarError(f"{path}: {name} has NaN or infinite values; train this model again or leave it out")
+    if not resident and path.suffix == ".safetensors":
+        stored = StoredState(path)
+        if set(stored) == set(state):  # no prefixes were removed
+            return Checkpoint(stored, metadata, path)
     return Checkpoint(state, metadata, path)
 
 

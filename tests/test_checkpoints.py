@@ -268,3 +268,27 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(FastarError, match="cannot be written"):
         write_atomically(tmp_path / "file" / "a.bin", b"x")
+
+
+def test_tensors_can_stay_in_their_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    state = {"a.weight": torch.randn(3, 2), "b": torch.arange(4)}
+    save_checkpoint(path, state, {"kind": "source"})
+    found = load_checkpoint(path, resident=False)
+    assert found.metadata == {"kind": "source"}
+    assert sorted(found.state) == sorted(state)
+    assert all(torch.equal(found.state[name], value) for name, value in state.items())
+    assert found.state["b"] is not found.state["b"]  # read each time: nothing is held
+    assert "c" not in found.state
+    path.unlink()
+    with pytest.raises(FastarError, match=r"a\.safetensors: cannot be read any more"):
+        _ = found.state["b"]
+
+
+def test_what_stays_in_its_file_is_checked_first(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_checkpoint(path, {"a": torch.tensor([1.0, float("nan")])}, {})
+    with pytest.raises(FastarError, match="NaN or infinite"):
+        load_checkpoint(path, resident=False)
+    save_checkpoint(path, {"module.a": torch.ones(2)}, {})
+    assert dict(load_checkpoint(path, resident=False).state).keys() == {"a"}

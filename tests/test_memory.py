@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import weakref
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path as File
 
 import pytest
@@ -85,3 +88,31 @@ def test_passes_over_the_data(machine: File, fit: int, passes: int) -> None:
     assert [len(path.loss["train"]) for path in found] == [11] * 3
     assert len(read) == passes
     assert read.count("statistics") == passes // 2
+
+
+def test_rows_are_brought_when_their_paths_turn_comes() -> None:
+    """Of many ends few are held at once, each is asked for once, and what comes out is the same."""
+    model = resnet(0)
+    layout = FlatLayout.from_module(model)
+    models = [resnet(n) for n in range(1, 8)]
+    alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
+    asked, most = [], 0
+
+    def lazy(n: int) -> Tensor:
+        nonlocal most
+        made = row(models[n])
+        alive.add(made)
+        asked.append(n)
+        gc.collect()
+        most = max(most, len(alive))
+        return made
+
+    def measured(ends: list[Endpoint]) -> list[list[float]]:
+        paths = [Path("x", ends[0], end) for end in ends[1:]]
+        found = evaluate_paths(model, layout, paths, {"train": data()}, points=3, statistics_batches=data(), resident=4)
+        return [path.loss["train"] for path in found]
+
+    held = measured([Endpoint(str(n), row(m)) for n, m in enumerate(models)])
+    assert measured([Endpoint(str(n), partial(lazy, n)) for n in range(len(models))]) == held
+    assert sorted(asked) == list(range(len(models)))
+    assert most <= 5  # four that may be asked for again, and the one just made

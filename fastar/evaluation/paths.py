@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,12 +18,33 @@ from fastar.progress import SILENT, Progress
 
 @dataclass(frozen=True, eq=False)
 class Endpoint:
-    """One end of a path: a model's parameters as a row [P], already permuted to match the other end."""
+    """One end of a path: a model's parameters as a row [P], already permuted to match the other end.
+
+    The row may lie in the host's memory, or be a function that makes it: it is brought to the device when its path's
+    turn comes, so that many ends take no more memory than a few.
+    """
 
     name: str
-    row: Tensor
+    row: Tensor | Callable[[], Tensor]
     statistics: Statistics | None = None
     """Its own batch-norm statistics, permuted alike; used by the reference's way of evaluating only."""
+
+
+class _Rows:
+    """The rows of the ends that were asked for last, on the device."""
+
+    def __init__(self, device: torch.device, kept: int = 4):
+        self._device, self._kept = device, kept
+        self._rows: dict[int, Tensor] = {}
+
+    def __call__(self, end: Endpoint) -> Tensor:
+        row = self._rows.pop(id(end), None)
+        if row is None:
+            row = (end.row if isinstance(end.row, Tensor) else end.row()).to(self._device)
+        self._rows[id(end)] = row
+        while len(self._rows) > self._kept:
+            self._rows.pop(next(iter(self._rows)))  # the one asked for longest ago
+        return row
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,7 +108,7 @@ def evaluate_paths(
     the data (statistics, losses) however many paths there are.
 
     Args:
-        model: gives the architecture; left as it was.
+        model: gives the architecture and the device; left as it was.
         layout: where parameters lie in a row.
         paths: ends already matched to each other.
         splits: name of a split to its data.
@@ -118,7 +139,8 @@ def evaluate_paths(
     todo = list(jobs.items())
     if not todo:
         return []
-    device = paths[0].first.row.device
+    device = next(model.parameters()).device
+    row_of = _Rows(device)
     chunk = resident or resident_models(layout.numel, device, len(todo))
     measured: dict[tuple[int, int, float], dict[str, tuple[float, float]]] = {}
     rows = torch.empty(min(chunk, len(todo)), layout.numel, device=device)
@@ -126,7 +148,7 @@ def evaluate_paths(
         for start in range(0, len(todo), chunk):
             part = todo[start : start + chunk]
             for row, (_, (path, t)) in zip(rows, part, strict=False):
-                interpolate(path.first.row, path.second.row, torch.tensor(t, device=device), row)
+                interpolate(row_of(path.first), row_of(path.second), torch.tensor(t, device=device), row)
             own = [_own_statistics(path, t, method) for _, (path, t) in part]
             results = evaluate_rows(
                 model,

@@ -17,24 +17,31 @@ from fastar.evaluation import Endpoint, Path, PathLosses, evaluate_paths
 from fastar.experiments.context import Context
 from fastar.experiments.regular import device_name
 from fastar.matching import Permutations, match_by_settings
-from fastar.memory import peak_bytes
+from fastar.memory import peak_bytes, resident_models
 from fastar.parts import shares
 from fastar.progress import SILENT, Progress
 from fastar.runs import versions
 from fastar.seeds import derive_seed
+from fastar.training import PART_ROWS
 
 SPLITS = ("train", "test")
 KINDS = ("regular_regular", "star_heldout", "star_source", "regular_regular_unmatched")
 
 
-def endpoint(context: Context, name: str, checkpoint: Checkpoint) -> Endpoint:
-    """A checkpoint as one end of a path, as it is."""
-    return Endpoint(name, context.row(checkpoint), _statistics(context, checkpoint.state))
+def endpoint(context: Context, name: str, checkpoint: Checkpoint, permutation: Permutations | None = None) -> Endpoint:
+    """A checkpoint as one end of a path, permuted by `permutation` if given; its row is made when it is asked for."""
 
+    def state() -> Mapping[str, Tensor]:
+        return checkpoint.state if permutation is None else context.symmetry.apply(permutation, checkpoint.state)
 
-def _statistics(context: Context, state: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    found = {k: v.to(context.device) for k, v in state.items() if k.endswith(("running_mean", "running_var"))}
-    return found or None
+    def row() -> Tensor:
+        return context.layout.flatten(state())
+
+    own = None
+    if context.settings.evaluation.batch_norm == "reference":
+        found = {k: v.to(context.device) for k, v in state().items() if k.endswith(("running_mean", "running_var"))}
+        own = found or None
+    return Endpoint(name, row, own)
 
 
 def matched_endpoints(
@@ -46,40 +53,33 @@ def matched_endpoints(
     start: Permutations | None = None,
     progress: Progress = SILENT,
 ) -> list[Endpoint]:
-    """`others` as ends of paths from `first`, each permuted to match it (weight matching, all in one problem)."""
+    """`others` as ends of paths from `first`, each permuted to match it: weight matching, some dozen at a time."""
     if not others:
         return []
-    settings, symmetry = context.settings, context.symmetry
-    rows = context.layout.views(context.row(first))
-    store = [context.row(other) for other in others]
-    sources = {name: _stack([context.layout.views(row)[name] for row in store]) for name in rows}
-    result = match_by_settings(
-        settings.matching,
-        symmetry,
-        rows,
-        sources,
-        start=start,
-        activations=context.match_activations,
-        seed=derive_seed(settings.seed, "evaluation", "matching"),
-        threads=settings.workers,
-        progress=progress,
-    )
+    settings, symmetry, layout = context.settings, context.symmetry, context.layout
+    theta = layout.views(context.row(first))
+    size = min(PART_ROWS, resident_models(layout.numel, context.device, len(others)))
     ends = []
-    for k, (other, name) in enumerate(zip(others, names, strict=True)):
-        state = symmetry.apply(result.permutations.select(k).to("cpu"), other.state)
-        ends.append(endpoint(context, name, Checkpoint(state, other.metadata, other.path)))
+    with progress.task("matching", total=len(others), unit="sources") as advance:
+        for begin in range(0, len(others), size):
+            some = others[begin : begin + size]
+            rows = torch.zeros(len(some), layout.numel, device=context.device)
+            for row, other in zip(rows, some, strict=True):
+                row.copy_(layout.flatten(other.state))
+            found = match_by_settings(
+                settings.matching,
+                symmetry,
+                theta,
+                layout.views(rows),
+                start=None if start is None else start.part(begin, begin + len(some)),
+                activations=context.match_activations,
+                seed=derive_seed(settings.seed, "evaluation", "matching"),
+                threads=settings.workers,
+            ).permutations.to("cpu")
+            for k, other in enumerate(some):
+                ends.append(endpoint(context, names[begin + k], other, found.select(k)))
+            advance(len(some))
     return ends
-
-
-def _stack(views: Sequence[Tensor]) -> Tensor:
-    """[N, *shape] with each network's strides kept (channels-last stays so)."""
-    like = views[0]
-    out = torch.empty_strided(
-        (len(views), *like.shape), (like.numel(), *like.stride()), dtype=like.dtype, device=like.device
-    )
-    for target, view in zip(out, views, strict=True):
-        target.copy_(view)
-    return out
 
 
 def choose_pairs(count: int, wanted: int, seed: int) -> list[tuple[int, int]]:

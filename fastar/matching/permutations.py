@@ -84,6 +84,12 @@ class Permutations(Mapping[str, Tensor]):
             raise FastarError("these permutations are of a single network: nothing to select")
         return Permutations({name: index[network] for name, index in self.items()})
 
+    def part(self, begin: int, end: int) -> Permutations:
+        """Those of the networks `begin` to `end` - 1; of a single network, the same for all."""
+        if self.count is None:
+            return self
+        return Permutations({name: index[begin:end] for name, index in self.items()})
+
     @staticmethod
     def stack(networks: Sequence[Permutations]) -> Permutations:
         """N single networks' permutations as one batched [N, size] set."""

@@ -5,10 +5,11 @@ from fastar.training.precision import resolve_precision
 from fastar.training.profiling import Profile, Recording, StepsProfile
 from fastar.training.schedule import learning_rate
 from fastar.training.steps import RegularStep, StarStep, draw
-from fastar.training.store import SourcesStore
+from fastar.training.store import PART_ROWS, SourcesStore
 from fastar.training.threads import suitable_threads
 
 __all__ = [
+    "PART_ROWS",
     "Epoch",
     "NonFiniteLoss",
     "Profile",
