@@ -43,6 +43,7 @@ def _context(
         options += [as_override(f"dataset.{key}", known[key]) for key in DATA_KEYS if known.get(key) is not None]
         if dataset in OF_ANY_SIZE and "input_shape" in known and "classes" in known:
             shape = Shape(tuple(known["input_shape"]), known["classes"])
+            options.append(f"dataset.resolution={shape.image[1]}")
     if data_root is not None:
         options.append(as_override("dataset.root", data_root))
     settings = load_settings(dataset=dataset, arch=arch, overrides=[*options, *overrides])
