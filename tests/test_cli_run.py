@@ -19,7 +19,7 @@ SPLIT = {"regular_loss", "star_loss", "regular_regular", "star_heldout", "star_s
 PATH = {"kind", "first", "second", "t", "train_loss", "train_accuracy", "test_loss", "test_accuracy"}
 TOP = {
     *("dataset", "arch", "sources", "heldout", "t", "train", "test", "accuracy", "paths", "seconds", "versions"),
-    *("device", "seed", "speed", "peak_bytes"),
+    *("device", "seed", "measured", "speed", "peak_bytes"),
 }
 
 
@@ -57,6 +57,10 @@ def test_run_folder_holds_what_it_says(run: Path) -> None:
     assert set(contents(run)) == {
         *("barrier.png", "config.yaml", "log.jsonl", "permutations.safetensors", "results.json", "star.safetensors"),
         *("heldout/seed-0000.safetensors", "sources/seed-0000.safetensors", "sources/seed-0001.safetensors"),
+        *(
+            f"tensorboard/{model}/events.out.tfevents.0000000000"
+            for model in ("source-0000", "source-0001", "heldout-0000", "star-0000")
+        ),
     }
 
 

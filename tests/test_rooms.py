@@ -26,7 +26,7 @@ ORDER = (
     ("evaluation",),
     ("training",),
     ("experiments",),
-    ("report", "doctor", "benchmarks"),
+    ("report", "doctor", "benchmarks", "overview"),
     ("cli",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
