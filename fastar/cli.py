@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -82,6 +83,15 @@ OnNonfinite = Annotated[
     ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print results as JSON on stdout, and nothing else there.")]
+BnBatches = Annotated[
+    int | None,
+    typer.Option(
+        "--bn-batches",
+        metavar="N",
+        help="Batch-norm statistics from N training batches instead of all (evaluation.bn_batches).",
+        show_default=False,
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 
 
@@ -96,6 +106,7 @@ def _settings(
     data_root: Path | None = None,
     name: str | None = None,
     on_nonfinite: str | None = None,
+    bn_batches: int | None = None,
 ) -> Settings:
     from fastar.config import DEFAULT_ARCH, as_override, load_settings
 
@@ -103,12 +114,13 @@ def _settings(
         from fastar.data.registry import dataset_spec
 
         dataset_spec(dataset)
-    named = {
+    named: dict[str, object] = {
         "sources.number": sources,
         "sources.heldout": heldout,
         "dataset.root": data_root,
         "train.on_nonfinite": on_nonfinite,
         "dataset.called": name,
+        "evaluation.bn_batches": bn_batches,
     }
     options = [as_override(key, value) for key, value in named.items() if value is not None]
     return load_settings(dataset=dataset, arch=arch, file=config, overrides=[*options, *(overrides or [])])
@@ -132,6 +144,11 @@ def _print_table(table: object) -> None:
     Console().print(table)
 
 
+def _print_lines(lines: Iterable[str]) -> None:
+    for line in lines:
+        print(line)
+
+
 @app.command("train-star")
 def train_star_command(
     overrides: Overrides = None,
@@ -144,6 +161,7 @@ def train_star_command(
     config: Config = None,
     data_root: DataRoot = None,
     on_nonfinite: OnNonfinite = None,
+    bn_batches: BnBatches = None,
     profile: Annotated[
         int | None,
         typer.Option(
@@ -175,11 +193,12 @@ def train_star_command(
         data_root=data_root,
         name=name,
         on_nonfinite=on_nonfinite,
+        bn_batches=bn_batches,
     )
 
     from fastar.experiments.context import default_run_folder
     from fastar.experiments.star_domain import train_star
-    from fastar.report import barrier_picture, results_table, speed_lines
+    from fastar.report import barrier_picture, results_table, speed_lines, statistics_lines
     from fastar.runs import RunFolder
 
     folder = out or default_run_folder(settings)
@@ -190,7 +209,7 @@ def train_star_command(
         print(json.dumps(results))
         return
     _print_table(results_table(results))
-    print("\n".join(speed_lines(results)))
+    _print_lines([*speed_lines(results), *statistics_lines(results)])
     print(f"results: {RunFolder(folder).results}")
     print(f"picture: {picture}")
     if profile is not None:
@@ -293,6 +312,7 @@ def barrier_command(
     matching: Annotated[bool, typer.Option("--match/--no-match", help="Permute each B to match A first.")] = True,
     points: Annotated[int, typer.Option("--points", help="Equispaced values of t, ends included.")] = 11,
     data_root: DataRoot = None,
+    bn_batches: BnBatches = None,
     picture: Annotated[Path | None, typer.Option("--picture", help="Write the curves to this PNG.")] = None,
     as_json: Json = False,
     quiet: Quiet = False,
@@ -306,11 +326,12 @@ def barrier_command(
         fastar barrier a.pt b.pt --dataset cifar10 --arch resnet18 --no-match --points 21
     """
     from fastar.experiments.pairs import barriers_of_files
-    from fastar.report import barrier_picture, barriers_table, check_picture
+    from fastar.report import barrier_picture, barriers_table, check_picture, statistics_lines
 
     if picture is not None:  # before the work
         check_picture(picture)
     overrides = [str(other) for other in others if SETTING.match(other) and not Path(other).exists()]
+    statistics = [] if bn_batches is None else [f"evaluation.bn_batches={bn_batches}"]
     result = barriers_of_files(
         first,
         [Path(other) for other in others if other not in overrides],
@@ -318,7 +339,7 @@ def barrier_command(
         arch=arch,
         matching=matching,
         data_root=data_root,
-        overrides=[f"evaluation.points={points}", *_named(name), *overrides],
+        overrides=[f"evaluation.points={points}", *statistics, *_named(name), *overrides],
         progress=_progress(quiet or as_json),
     )
     if picture is not None:
@@ -327,6 +348,7 @@ def barrier_command(
         print(json.dumps(result))
         return
     _print_table(barriers_table(result["paths"]))
+    _print_lines(statistics_lines(result))
     if picture is not None:
         print(f"picture: {picture}")
 
@@ -342,7 +364,7 @@ def report_command(
 
         fastar report runs/digits-mlp-seed0
     """
-    from fastar.report import barrier_picture, check_results, results_table, speed_lines
+    from fastar.report import barrier_picture, check_results, results_table, speed_lines, statistics_lines
     from fastar.runs import RunFolder
 
     run = RunFolder(folder)
@@ -353,7 +375,7 @@ def report_command(
         print(json.dumps(results))
         return
     _print_table(results_table(results))
-    print("\n".join(speed_lines(results)))
+    _print_lines([*speed_lines(results), *statistics_lines(results)])
     print(f"picture: {run.picture}")
 
 

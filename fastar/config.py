@@ -23,8 +23,8 @@ DEFAULT_ARCH = {
     "fashion-mnist": "mlp",
     "cifar10": "resnet18",
     "cifar100": "resnet18",
-    "imagenet": "resnet18",
-    "imagefolder": "resnet18",
+    "imagenet": "imagenet-resnet18",
+    "imagefolder": "imagenet-resnet18",
 }
 # Sets whose images are of any size: decoded, cut out and resized as they are read.
 OF_ANY_SIZE = ("imagenet", "imagefolder")
@@ -123,11 +123,19 @@ class TrainSettings(_Section):
     """Of adam and adamw, as is eps."""
     eps: PositiveFloat = 1e-8
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5e-4
-    schedule: Literal["cosine", "step", "constant"] = "cosine"
+    decay_1d: bool = True
+    """Whether biases and batch-norm's scales and shifts decay too, as in the paper."""
+    label_smoothing: BelowOne = 0.0
+    """Of the loss that is trained on; losses that are measured are not smoothed."""
+    schedule: Literal["cosine", "linear", "step", "constant"] = "cosine"
+    """After the warm-up: half a cosine to 0, a straight line to 0, times `gamma` at `milestones`, or as it is."""
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
     milestones: tuple[Positive, ...] = ()
     """Epochs after which the step schedule multiplies the learning rate by `gamma`."""
     gamma: PositiveFloat = 0.1
+    resolutions: tuple[tuple[Count, Positive], ...] = ()
+    """Progressive resizing: [epoch, side] pairs between which the side of the training images grows in a line, rounded
+    to multiples of 32: [[11, 160], [13, 192]]. Empty: `dataset.resolution` throughout."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """auto: bf16 on a GPU that has it, else fp32. fp16 (with loss scaling) needs a GPU."""
     drop_last: bool = True
@@ -151,6 +159,11 @@ class TrainSettings(_Section):
             raise ValueError("warmup_epochs must be below epochs")
         if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
             raise ValueError("nesterov needs momentum above 0: set nesterov=false or raise momentum")
+        epochs = [epoch for epoch, _ in self.resolutions]
+        if epochs != sorted(set(epochs)):
+            raise ValueError("resolutions must name their epochs in rising order, such as [[11, 160], [13, 192]]")
+        if any(side % 32 for _, side in self.resolutions):
+            raise ValueError("resolutions must be multiples of 32, such as [[11, 160], [13, 192]]")
         return self
 
 
@@ -186,9 +199,9 @@ class MatchingSettings(_Section):
 
     solver: Literal["auto", "lapjv", "scipy"] = "auto"
     start: Literal["auto", "identity", "guess", "activations"] = "auto"
-    """Where the descent begins. auto: last epoch's permutations; where there are none, a guess from the output backwards.
-    identity: the same, but where there are none, the units as they are. guess, activations: these (activations:
-    correlations on a few training batches) each time, last epoch's beside them, and the better end kept."""
+    """Where the descent begins. auto: last epoch's permutations; where there are none, a guess from the output
+    backwards. identity: the same, but where there are none, the units as they are. guess, activations: these
+    (activations: correlations on a few training batches) each time, last epoch's beside them, the better end kept."""
     orders: Positive = 1
     """Random group orders to try; the best objective is kept."""
     kicks: Count = 0
@@ -209,6 +222,13 @@ class EvaluationSettings(_Section):
     """Match the ends of every path; false measures them as they are."""
     regular_pairs: Positive = 10
     """Pairs of regular models to measure, drawn at random from Z and H; all of them where there are fewer."""
+    star_sources: Positive | None = None
+    """Measure the paths from the star to so many sources, drawn at random; None: to all."""
+    limit: Positive | None = None
+    """Measure train losses on so many training images (class-balanced); None: on all that were trained on."""
+    bn_batches: Positive | None = None
+    """Re-estimate batch-norm statistics from so many training batches; None: from all. What that changes in a loss is
+    measured at one point, against eight times as many batches, and said."""
     batch_size: Positive = 250
     graph: bool = False
     """Replay the work of each batch as one CUDA graph. Not yet run on a GPU."""
@@ -250,6 +270,15 @@ class Settings(_Section):
     device: str = "auto"
     workers: Positive = 2
     """Processes for writing data, threads for loading and for assignments."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Settings:
+        if self.train.resolutions and not self.dataset.of_any_size:
+            raise ValueError(
+                f"train.resolutions needs images of any size ({', '.join(OF_ANY_SIZE)}), those of {self.dataset.name} "
+                "have one: leave it out"
+            )
+        return self
 
     def to_yaml(self) -> str:
         """The settings as YAML that `load_settings` reads back to the same settings."""
@@ -343,7 +372,8 @@ def as_override(key: str, value: object) -> str:
 
 def config_path(dataset: str, arch: str) -> Path | None:
     """The configuration that ships for this dataset and architecture, or None."""
-    path = CONFIGS / f"{dataset}-{arch}.yaml"
+    name = arch if arch.startswith(f"{dataset}-") else f"{dataset}-{arch}"
+    path = CONFIGS / f"{name}.yaml"
     return path if path.is_file() else None
 
 
@@ -410,6 +440,8 @@ def _explain(error: ValidationError) -> str:
         keys = ", ".join(f"{key}.{name}" for name in _valid_keys(parts))
         return f"{key}={first['input']!r}: {key} is a section of settings: {keys}"
     message = first["msg"].removeprefix("Value error, ")
+    if not key:  # of several sections together: the message names the key
+        return message
     shown = "" if isinstance(first["input"], Mapping | BaseModel) else f"={first['input']!r}"
     return f"{key}{shown}: {message[0].lower()}{message[1:]}"
 

@@ -93,6 +93,17 @@ def speed_lines(results: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def statistics_lines(results: Mapping[str, Any]) -> list[str]:
+    """How well batch-norm statistics from a part of the data are known, as a line of text where that was measured."""
+    found = results.get("batch_norm_error")
+    if found is None:
+        return []
+    return [
+        f"batch-norm:       statistics from {found['batches']} batches; {found['against']} change a test loss of "
+        f"{found['test_loss']:.4f} by {-found['error']:+.2g}"
+    ]
+
+
 def barriers_table(paths: Sequence[Mapping[str, Any]]) -> Table:
     """One row per path: barrier on each split, and the losses at its ends. What all names start with is said once."""
     folders = {Path(path["second"]).parent for path in paths}

@@ -29,6 +29,10 @@ class Endpoint:
     statistics: Statistics | None = None
     """Its own batch-norm statistics, permuted alike; used by the reference's way of evaluating only."""
 
+    def row_on(self, device: torch.device) -> Tensor:
+        """The row [P] on `device`."""
+        return (self.row if isinstance(self.row, Tensor) else self.row()).to(device)
+
 
 class _Rows:
     """The rows of the ends that were asked for last, on the device."""
@@ -40,7 +44,7 @@ class _Rows:
     def __call__(self, end: Endpoint) -> Tensor:
         row = self._rows.pop(id(end), None)
         if row is None:
-            row = (end.row if isinstance(end.row, Tensor) else end.row()).to(self._device)
+            row = end.row_on(self._device)
         self._rows[id(end)] = row
         while len(self._rows) > self._kept:
             self._rows.pop(next(iter(self._rows)))  # the one asked for longest ago

@@ -131,19 +131,28 @@ class Context:
             limit=limit,
         )
 
+    @cached_property
+    def measured_train(self) -> data.Dataset:
+        """The training images that train losses are measured on."""
+        limit = self.settings.evaluation.limit
+        return self.train if limit is None or limit >= len(self.train) else self._load("train", limit)
+
     def splits(self) -> dict[str, Any]:
         """Train and test as evaluation reads them: in order, whole, not augmented."""
         size = self.settings.evaluation.batch_size
         return {
-            "train": lambda: whole_batches(self.train, size),
+            "train": lambda: whole_batches(self.measured_train, size),
             "test": lambda: whole_batches(self.test, size),
         }
 
-    def statistics_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+    def statistics_batches(self, times: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """The train set as batch-norm statistics are re-estimated from: every image once, augmented and in batches as
-        in training, in one fixed shuffled order (files may be sorted by class, and batches must not be)."""
+        in training, in one fixed shuffled order (files may be sorted by class, and batches must not be); or `times`
+        `evaluation.bn_batches` of it."""
+        wanted = self.settings.evaluation.bn_batches
         size = _leaving_no_single(len(self.train), self.settings.train.batch_size)
-        return self.train.batches(size, seed=derive_seed(0, "statistics"), epoch=0, augment=True, drop_last=False)
+        batches = self.train.batches(size, seed=derive_seed(0, "statistics"), epoch=0, augment=True, drop_last=False)
+        return batches if wanted is None else islice(batches, wanted * times)
 
     def build(self, seed: int | None = None, *, device: torch.device | str | None = None) -> nn.Module:
         """A fresh network of the run's architecture, on `device` (None: the run's)."""

@@ -6,6 +6,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,11 @@ import torch
 from torch import Tensor
 
 from fastar.checkpoints import Checkpoint
-from fastar.evaluation import Endpoint, Path, PathLosses, evaluate_paths
+from fastar.evaluation import Endpoint, Path, PathLosses, evaluate_paths, evaluate_rows
+from fastar.evaluation.batch_norm import batch_norm_layers
 from fastar.experiments.context import Context
 from fastar.experiments.regular import device_name
+from fastar.kernels import interpolate
 from fastar.matching import Permutations, match_by_settings
 from fastar.memory import peak_bytes, resident_models
 from fastar.parts import shares
@@ -25,6 +28,8 @@ from fastar.seeds import derive_seed
 from fastar.training import PART_ROWS
 
 SPLITS = ("train", "test")
+# How many times `evaluation.bn_batches` it is compared with.
+TIMES = 8
 KINDS = ("regular_regular", "star_heldout", "star_source", "regular_regular_unmatched")
 
 
@@ -82,6 +87,13 @@ def matched_endpoints(
     return ends
 
 
+def choose(count: int, wanted: int | None, seed: int) -> list[int]:
+    """`wanted` of `count` models drawn at random, in order; all where none or more are wanted."""
+    if wanted is None or wanted >= count:
+        return list(range(count))
+    return sorted(np.random.default_rng(seed).choice(count, size=wanted, replace=False).tolist())
+
+
 def choose_pairs(count: int, wanted: int, seed: int) -> list[tuple[int, int]]:
     """`wanted` distinct pairs of `count` models, first below second, drawn at random; all where there are fewer."""
     pairs = list(itertools.combinations(range(count), 2))
@@ -105,9 +117,12 @@ def paths_of_run(
     heldout_names = [f"heldout {i}" for i in range(len(heldouts))]
     matching = settings.evaluation.match
     paths: list[Path] = []
+    measured = choose(len(sources), settings.evaluation.star_sources, derive_seed(settings.seed, "star sources"))
+    chosen = [sources[i] for i in measured], [source_names[i] for i in measured]
+    known = None if permutations is None else Permutations({k: v[measured] for k, v in permutations.items()})
     for kind, models, names, start in (
         ("star_heldout", heldouts, heldout_names, None),
-        ("star_source", sources, source_names, permutations),
+        ("star_source", *chosen, known),
     ):
         if matching:
             ends = matched_endpoints(context, star, models, names, start=start, progress=context.progress)
@@ -162,6 +177,7 @@ def measure(
         graph=settings.evaluation.graph,
         progress=context.progress,
     )
+    error = statistics_error(context, paths)
     seconds = time.perf_counter() - start
     log = context.run.read_log()
     return {
@@ -179,7 +195,30 @@ def measure(
         "versions": versions(),
         "device": device_name(context.device),
         "seed": settings.seed,
+        "batch_norm_error": error,
     }
+
+
+def statistics_error(context: Context, paths: Sequence[Path]) -> dict[str, Any] | None:
+    """What `evaluation.bn_batches` changes in the test loss half-way along the first path: the difference to eight
+    times as many batches. None where all batches are taken, or without batch-norm."""
+    wanted, model = context.settings.evaluation.bn_batches, context.build(seed=0)
+    if wanted is None or not batch_norm_layers(model):
+        return None
+    path, half = paths[0], torch.tensor(0.5, device=context.device)
+    row = torch.empty(context.layout.numel, device=context.device)
+    interpolate(path.first.row_on(context.device), path.second.row_on(context.device), half, row)
+    losses = []
+    for times in (1, TIMES):
+        found = evaluate_rows(
+            model,
+            context.layout,
+            row[None],
+            {"test": context.splits()["test"]},
+            statistics_batches=partial(context.statistics_batches, times),
+        )
+        losses.append(float(found["test"].loss[0]))
+    return {"batches": wanted, "against": TIMES * wanted, "test_loss": losses[0], "error": losses[0] - losses[1]}
 
 
 def summary(measured: Sequence[PathLosses], split: str) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from fastar.errors import FastarError
 from fastar.evaluation import Path as Segment
 from fastar.evaluation import evaluate_paths
 from fastar.experiments.context import DATA_KEYS, Context, Shape, resolve_device
-from fastar.experiments.measure import SPLITS, endpoint, matched_endpoints
+from fastar.experiments.measure import SPLITS, endpoint, matched_endpoints, statistics_error
 from fastar.experiments.regular import check_fits, device_name
 from fastar.matching import match_by_settings
 from fastar.progress import SILENT, Progress
@@ -178,10 +178,11 @@ def barriers_of_files(
             points = matched_endpoints(context, start, ends, names, progress=progress)
         else:
             points = [endpoint(context, name, end) for name, end in zip(names, ends, strict=True)]
+        paths = [Segment("path", centre, point) for point in points]
         measured = evaluate_paths(
             context.build(seed=0),
             context.layout,
-            [Segment("path", centre, point) for point in points],
+            paths,
             context.splits(),
             points=context.settings.evaluation.points,
             statistics_batches=context.statistics_batches,
@@ -189,6 +190,7 @@ def barriers_of_files(
             graph=context.settings.evaluation.graph,
             progress=progress,
         )
+        error = statistics_error(context, paths)
     return {
         "dataset": context.settings.dataset.name,
         "arch": context.settings.model.arch,
@@ -207,4 +209,5 @@ def barriers_of_files(
         ],
         "versions": versions(),
         "device": device_name(context.device),
+        "batch_norm_error": error,
     }

@@ -1,0 +1,79 @@
+"""Which paths of a run are measured, on how many images, and how well batch-norm statistics are known."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from cli_cases import fastar, refused, tiny
+
+from fastar.experiments.measure import choose
+from fastar.report import statistics_lines
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained run of a tiny network with batch-norm, measured on everything."""
+    folder = tmp_path_factory.mktemp("run")
+    outcome = fastar("train-star", *small(folder))
+    assert outcome.code == 0, outcome.err
+    assert "batch-norm:" not in outcome.out
+    return folder
+
+
+def small(folder: Path) -> list[object]:
+    common = [argument for argument in tiny(folder / "data", sources=3) if argument != "--quiet"]
+    return [*common, "--quiet", "--arch", "resnet8", "model.width=0.25", "train.epochs=1", "--out", folder / "run"]
+
+
+def results(folder: Path) -> dict:
+    return json.loads((folder / "run" / "results.json").read_text())
+
+
+def test_less_can_be_measured_of_a_finished_run(run: Path) -> None:
+    whole = results(run)
+    assert whole["batch_norm_error"] is None
+    assert [path["second"] for path in whole["paths"] if path["kind"] == "star_source"] == [
+        "source 0",
+        "source 1",
+        "source 2",
+    ]
+    star = (run / "run" / "star.safetensors").read_bytes()
+    outcome = fastar("train-star", *small(run), "--bn-batches", 1, "evaluation.star_sources=2", "evaluation.limit=100")
+    assert outcome.code == 0, outcome.err
+    assert (run / "run" / "star.safetensors").read_bytes() == star
+    part = results(run)
+    named = [path["second"] for path in part["paths"] if path["kind"] == "star_source"]
+    assert len(set(named)) == 2
+    assert named == sorted(named)
+    error = part["batch_norm_error"]
+    assert (error["batches"], error["against"]) == (1, 8)
+    # One batch of 50 of 300 images is not the whole: statistics, and so losses, differ, but not wildly.
+    assert 0 < abs(error["error"]) < 1
+    assert statistics_lines(part)[0] in outcome.out
+    same = next(path for path in whole["paths"] if path["kind"] == "star_heldout")
+    other = next(path for path in part["paths"] if path["kind"] == "star_heldout")
+    assert same["second"] == other["second"]
+    assert same["test_loss"] != other["test_loss"]
+    assert all(abs(a * 100 - round(a * 100)) < 1e-9 for a in other["train_accuracy"])  # hundredths: of 100 images
+
+
+def test_barrier_says_how_well_statistics_are_known(run: Path) -> None:
+    models = sorted((run / "run" / "sources").iterdir())
+    where = f"dataset.directory={run / 'data'}"
+    outcome = fastar("barrier", *models[:2], "--bn-batches", 2, "--points", 3, "--json", where)
+    assert outcome.code == 0, outcome.err
+    found = json.loads(outcome.out)["batch_norm_error"]
+    assert (found["batches"], found["against"]) == (2, 16)
+    shown = fastar("barrier", *models[:2], "--bn-batches", 2, "--points", 3, "--quiet", where)
+    assert statistics_lines(json.loads(outcome.out))[0] in shown.out
+    assert "bn_batches" in refused("barrier", *models[:2], "--bn-batches", 0, where)
+
+
+def test_chosen_models_are_some_of_all_in_order() -> None:
+    assert choose(5, None, 0) == choose(5, 5, 0) == choose(5, 9, 0) == [0, 1, 2, 3, 4]
+    drawn = {tuple(choose(30, 3, seed)) for seed in range(20)}
+    assert all(len(set(three)) == 3 and list(three) == sorted(three) for three in drawn)
+    assert len(drawn) > 15  # 4,060 are possible
+    assert choose(30, 3, 7) == choose(30, 3, 7)
