@@ -136,12 +136,11 @@ def test_without_a_seed_builds_differ() -> None:
 
 def test_unknown_architecture() -> None:
     with pytest.raises(
-        FastarError, match=r"unknown architecture 'resnet81': did you mean 'resnet8'\? choose one of mlp"
+        FastarError, match=r"unknown architecture 'resnet81': did you mean 'resnet8'\? choose one of imagenet-resnet18"
     ):
         build("resnet81")
-    with pytest.raises(
-        FastarError, match=r"^unknown architecture 'zzz': choose one of mlp, resnet18, resnet20, resnet8$"
-    ):
+    listed = "imagenet-resnet18, imagenet-resnet50, mlp, resnet18, resnet20, resnet8"
+    with pytest.raises(FastarError, match=rf"^unknown architecture 'zzz': choose one of {listed}$"):
         require_arch("zzz")
 
 

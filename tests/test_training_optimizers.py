@@ -7,11 +7,12 @@ from typing import Literal
 import pytest
 import torch
 from torch.nn import functional as F
-from training_cases import CPU, PlainConvNet, batches, network
+from training_cases import CPU, PlainConvNet, batches, network, store
 
-from fastar.config import TrainSettings, load_settings
+from fastar.config import StarSettings, TrainSettings, load_settings
 from fastar.errors import FastarError
-from fastar.training import RegularStep
+from fastar.flat import FlatLayout
+from fastar.training import RegularStep, StarStep
 from fastar.training.optimizer import FlatAdam
 from fastar.training.precision import LossScale
 
@@ -83,3 +84,75 @@ def test_settings_of_optimizers() -> None:
     for wrong in ("train.optimizer=lion", "train.betas=[0.9, 1.0]", "train.betas=[0.9]", "train.eps=0"):
         with pytest.raises(FastarError, match=wrong.split("=")[0]):
             load_settings(dataset="digits", overrides=[wrong])
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_without_decay_of_1d_parameters_equals_torchs_parameter_groups(
+    optimizer: Literal["sgd", "adam", "adamw"], precision: Literal["fp32", "bf16"]
+) -> None:
+    """Gradients are given, so that both see the same: in bf16 the parts are two of themselves, in fp32 one is cut."""
+    changes = {"optimizer": optimizer, "decay_1d": False, "weight_decay": 0.5, "precision": precision}
+    step, plain = RegularStep(network(PlainConvNet, 0), SETTINGS.model_copy(update=changes)), network(PlainConvNet, 0)
+    groups: list[dict[str, object]] = [
+        {"params": [p for p in plain.parameters() if p.ndim > 1], "weight_decay": 0.5},
+        {"params": [p for p in plain.parameters() if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    theirs: torch.optim.Optimizer
+    if optimizer == "sgd":
+        theirs = torch.optim.SGD(groups, lr=0.05, momentum=0.9, nesterov=True)
+    else:
+        kind = torch.optim.Adam if optimizer == "adam" else torch.optim.AdamW
+        theirs = kind(groups, lr=0.05, betas=(0.8, 0.95), eps=1e-3)
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(5):
+        for mine, other in zip(step.model.parameters(), plain.parameters(), strict=True):
+            gradient = torch.randn(other.shape, generator=generator).bfloat16()
+            mine.grad, other.grad = gradient.to(mine.dtype), gradient.float()
+        theirs.step()
+        step._update(torch.tensor(0.05), torch.ones(()))
+    for name, value in plain.named_parameters():
+        # Five updates, each with the rounding of another order of operations.
+        torch.testing.assert_close(step.state()[name], value.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_without_decay_of_1d_parameters_the_next_point_is_written_in_its_pieces(
+    precision: Literal["fp32", "bf16"],
+) -> None:
+    """Fused and not: the same bits."""
+    settings = SETTINGS.model_copy(update={"decay_1d": False, "weight_decay": 0.5, "precision": precision})
+    found = []
+    for fuse in (True, False):
+        model = network(PlainConvNet, 0)
+        sources = store([network(PlainConvNet, n) for n in (1, 2)], FlatLayout.from_module(model))
+        step = StarStep(
+            model, settings, StarSettings(match_every_epochs=0), sources, seed=3, match=lambda *_: None, fuse=fuse
+        )
+        step.begin_epoch(0, 6)
+        losses = [step(images, labels, torch.tensor(0.05)) for images, labels in batches(6, 0, SHAPE)]
+        found.append((torch.stack(losses), step.theta.clone()))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
+def test_the_default_path_updates_each_part_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[float] = []
+    monkeypatch.setattr(
+        "fastar.training.optimizer.sgd_update", lambda *args, weight_decay, **kwargs: calls.append(weight_decay)
+    )
+    for changes in ({}, {"decay_1d": False}, {"decay_1d": False, "weight_decay": 0.0}):
+        step = RegularStep(network(PlainConvNet, 0), SETTINGS.model_copy(update=changes))
+        for images, labels in batches(1, 0, SHAPE):
+            step(images, labels, torch.tensor(0.01))
+    assert calls == [0.02, 0.02, 0.0, 0.0]
+
+
+def test_label_smoothing_is_torchs() -> None:
+    settings = SETTINGS.model_copy(update={"label_smoothing": 0.2})
+    ((images, labels),) = batches(1, 0, SHAPE)
+    loss = RegularStep(network(PlainConvNet, 0), settings)(images, labels, torch.tensor(0.01))
+    logits = network(PlainConvNet, 0)(images)
+    logs = logits.log_softmax(1)
+    expected = -(0.8 * logs.gather(1, labels[:, None]).mean() + 0.2 * logs.mean())
+    assert float(loss) == pytest.approx(float(expected.detach()), abs=1e-5)

@@ -12,11 +12,14 @@ import torch
 from torch import nn
 
 from fastar.errors import FastarError
+from fastar.models.imagenet import imagenet_resnet18, imagenet_resnet50
 from fastar.models.mlp import Mlp
 from fastar.models.resnet import resnet8, resnet18, resnet20
 from fastar.seeds import derive_seed
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
+    "imagenet-resnet18": imagenet_resnet18,
+    "imagenet-resnet50": imagenet_resnet50,
     "mlp": Mlp,
     "resnet8": resnet8,
     "resnet18": resnet18,

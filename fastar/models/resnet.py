@@ -74,7 +74,8 @@ class CifarResNet(nn.Module):
         return logits
 
 
-def _scaled(base: Sequence[int], width: float, arch: str) -> list[int]:
+def scaled(base: Sequence[int], width: float, arch: str) -> list[int]:
+    """Channels times `width`, rounded; a FastarError where none are left."""
     channels = [round(wide * width) for wide in base]
     if channels[0] < 1:
         raise FastarError(
@@ -85,14 +86,14 @@ def _scaled(base: Sequence[int], width: float, arch: str) -> list[int]:
 
 def resnet18(input_shape: tuple[int, int, int], classes: int, width: float = 1.0) -> nn.Module:
     """CIFAR ResNet-18: 2-2-2-2 blocks of 64, 128, 256, 512 channels times `width` (11.2 M parameters at 1)."""
-    return CifarResNet(input_shape, classes, [2, 2, 2, 2], _scaled([64, 128, 256, 512], width, "resnet18"))
+    return CifarResNet(input_shape, classes, [2, 2, 2, 2], scaled([64, 128, 256, 512], width, "resnet18"))
 
 
 def resnet8(input_shape: tuple[int, int, int], classes: int, width: float = 1.0) -> nn.Module:
     """Three stages of one block: 16, 32, 64 channels times `width`."""
-    return CifarResNet(input_shape, classes, [1, 1, 1], _scaled([16, 32, 64], width, "resnet8"))
+    return CifarResNet(input_shape, classes, [1, 1, 1], scaled([16, 32, 64], width, "resnet8"))
 
 
 def resnet20(input_shape: tuple[int, int, int], classes: int, width: float = 1.0) -> nn.Module:
     """Three stages of three blocks: 16, 32, 64 channels times `width`."""
-    return CifarResNet(input_shape, classes, [3, 3, 3], _scaled([16, 32, 64], width, "resnet20"))
+    return CifarResNet(input_shape, classes, [3, 3, 3], scaled([16, 32, 64], width, "resnet20"))

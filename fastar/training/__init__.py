@@ -3,7 +3,7 @@
 from fastar.training.loop import Epoch, NonFiniteLoss, Step, fit, synchronize
 from fastar.training.precision import resolve_precision
 from fastar.training.profiling import Profile, Recording, StepsProfile
-from fastar.training.schedule import learning_rate
+from fastar.training.schedule import learning_rate, resolution
 from fastar.training.steps import RegularStep, StarStep, draw
 from fastar.training.store import PART_ROWS, SourcesStore
 from fastar.training.threads import suitable_threads
@@ -22,6 +22,7 @@ __all__ = [
     "draw",
     "fit",
     "learning_rate",
+    "resolution",
     "resolve_precision",
     "suitable_threads",
     "synchronize",

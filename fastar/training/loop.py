@@ -21,7 +21,7 @@ from fastar.progress import SILENT, Progress
 from fastar.stopping import deferred, requested
 from fastar.training.checkpoints import Saved, TrainingCheckpoints
 from fastar.training.profiling import StepsProfile
-from fastar.training.schedule import learning_rate
+from fastar.training.schedule import learning_rate, resolution
 
 # Images are loaded beside the steps: that steps wait, beyond what handing over costs, means that loading is slower.
 LOADER_LIMITED = 0.1
@@ -209,7 +209,13 @@ def fit(
                 [learning_rate(settings, epoch * steps + i, steps, training.epochs, base) for i in range(steps)]
             ).to(device)
             batches = data.batches(
-                settings.batch_size, seed=seed, epoch=epoch, augment=True, drop_last=settings.drop_last, begin=begin
+                settings.batch_size,
+                seed=seed,
+                epoch=epoch,
+                augment=True,
+                drop_last=settings.drop_last,
+                begin=begin,
+                size=resolution(settings, epoch),
             )
             training.clock_steps(begin)
             for i, (images, labels) in enumerate(timed_batches(batches, training.clock), start=begin):

@@ -42,11 +42,11 @@ class _FlatStep:
             parameters = {name: p.detach() for name, p in model.named_parameters()}
             self.theta = self.layout.flatten(parameters)
             self._working = WorkingWeights(self.layout, model, self.dtype)
-            self.optimizer = flat_optimizer(settings, self.theta, self._working.sections)
+            self.optimizer = flat_optimizer(settings, self.theta, self._working.sections, self.layout.matrices)
         else:
             self._flat = FlatParameters(model)
             self.layout, self.theta = self._flat.layout, self._flat.buffer
-            self.optimizer = flat_optimizer(settings, self.theta, lambda buffer: (buffer,))
+            self.optimizer = flat_optimizer(settings, self.theta, lambda buffer: (buffer,), self.layout.matrices)
         self._network: Callable[[Tensor], Tensor] = CompiledNetwork(model) if settings.compile else model
         model.train()
 
@@ -88,7 +88,8 @@ class _FlatStep:
 
     def _backward(self, images: Tensor, labels: Tensor) -> Tensor:
         with part("forward"), self._autocast():
-            loss = F.cross_entropy(self._network(images).float(), labels)
+            logits = self._network(images).float()
+            loss = F.cross_entropy(logits, labels, label_smoothing=self.settings.label_smoothing)
         with part("backward"):
             (loss * self.loss_scale.scale if self.loss_scale.enabled else loss).backward()
         return loss.detach()

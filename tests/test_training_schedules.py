@@ -1,0 +1,127 @@
+"""Progressive resizing, the linear schedule, and the ImageNet recipes that use them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastar.config import CONFIGS, TrainSettings, load_settings
+from fastar.errors import FastarError
+from fastar.training import fit, learning_rate, resolution
+
+
+def test_sides_between_two_epochs_are_multiples_of_32() -> None:
+    """FFCV's 88 epochs: 160 until 65, 192 from 76, and its numpy.round in between."""
+    settings = TrainSettings(epochs=88, resolutions=((65, 160), (76, 192)))
+    sides = [resolution(settings, epoch) for epoch in range(88)]
+    assert sides == [160] * 71 + [192] * 17  # 160 + 32 * 5 / 11 is the last below 176
+    growing = TrainSettings(epochs=20, resolutions=((2, 64), (10, 192), (14, 128)))
+    assert [resolution(growing, epoch) for epoch in (0, 2, 4, 6, 8, 10, 12, 13, 14, 19)] == [
+        64, 64, 96, 128, 160, 192, 160, 128, 128, 128
+    ]  # fmt: skip
+    assert resolution(TrainSettings(), 3) is None
+    assert resolution(TrainSettings(resolutions=((0, 96),)), 7) == 96
+
+
+def test_linear_schedule_falls_to_zero_after_the_warm_up() -> None:
+    settings = TrainSettings(schedule="linear", warmup_epochs=2, epochs=6)
+    found = [learning_rate(settings, step, 10, 6, 0.5) for step in range(61)]
+    assert found[:20] == pytest.approx([0.5 * (step + 1) / 21 for step in range(20)])
+    assert found[20] == 0.5
+    assert found[20:] == pytest.approx([0.5 * (1 - step / 40) for step in range(41)])
+    assert found[60] == 0
+
+
+class _Images:
+    """Says which side each epoch was asked for."""
+
+    labels = torch.zeros(8, dtype=torch.int64)
+    images = torch.zeros(8, 3, 32, 32)
+    device = torch.device("cpu")
+
+    def __init__(self) -> None:
+        self.sides: list[int | None] = []
+
+    def __len__(self) -> int:
+        return 8
+
+    def batch_count(self, batch_size: int, drop_last: bool = True) -> int:
+        return 2
+
+    def batches(self, batch_size: int, *, size: int | None = None, **_: Any) -> Iterator[tuple[Tensor, Tensor]]:
+        self.sides.append(size)
+        for _ in range(2):
+            yield torch.zeros(4, 3, size or 32, size or 32), torch.zeros(4, dtype=torch.int64)
+
+
+class _Still:
+    """A step that does nothing."""
+
+    def begin_epoch(self, epoch: int, steps: int) -> None:
+        return
+
+    def __call__(self, images: Tensor, labels: Tensor, lr: Tensor) -> Tensor:
+        return torch.ones(())
+
+    def describe(self, step: int) -> str:
+        return ""
+
+    def state(self) -> dict[str, Tensor]:
+        return {"weight": torch.zeros(1)}
+
+
+@pytest.mark.parametrize(("resolutions", "wanted"), [((), [None] * 4), (((1, 32), (3, 96)), [32, 32, 64, 96])])
+def test_training_asks_for_the_side_of_the_epoch(resolutions: Any, wanted: list[int | None]) -> None:
+    images = _Images()
+    settings = TrainSettings(epochs=4, batch_size=4, resolutions=resolutions)
+    fit(_Still(), images, settings, name="x", seed=0)  # type: ignore[arg-type]
+    assert images.sides == wanted
+
+
+def test_the_papers_imagenet_recipe() -> None:
+    train = load_settings(dataset="imagenet").train
+    assert (train.epochs, train.batch_size, train.lr, train.weight_decay) == (100, 256, 0.1, 1e-4)
+    assert (train.optimizer, train.momentum, train.nesterov, train.decay_1d) == ("sgd", 0.9, True, True)
+    rates = {epoch: learning_rate(train, epoch * 7, 7, 100, train.lr) for epoch in (0, 29, 30, 59, 60, 89, 90, 99)}
+    assert list(rates.values()) == pytest.approx([0.1, 0.1, 0.01, 0.01, 1e-3, 1e-3, 1e-4, 1e-4])
+    assert resolution(train, 50) is None
+
+
+@pytest.mark.parametrize(("name", "epochs", "grown"), [("", 16, 12), ("32", 32, 25), ("88", 88, 71)])
+def test_the_fast_imagenet_recipes(name: str, epochs: int, grown: int) -> None:
+    settings = load_settings(file=CONFIGS / f"imagenet-resnet18-fast{name}.yaml")
+    train = settings.train
+    assert (settings.model.arch, settings.sources.number, train.epochs) == ("imagenet-resnet18", 30, epochs)
+    assert (train.batch_size, train.lr, train.weight_decay, train.decay_1d) == (1024, 0.5, 5e-5, False)
+    assert (train.label_smoothing, train.nesterov) == (0.1, False)
+    assert [resolution(train, epoch) for epoch in (0, grown - 1, grown, epochs - 1)] == [160, 160, 192, 192]
+    rates = [learning_rate(train, step, 10, epochs, train.lr) for step in (0, 20, 10 * epochs)]
+    assert rates == pytest.approx([0.5 / 21, 0.5, 0])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "part"),
+    [
+        (["train.resolutions=[[3, 100]]"], "multiples of 32"),
+        (["train.resolutions=[[3, 96], [3, 128]]"], "rising order"),
+        (["train.resolutions=[[3]]"], "train.resolutions.0"),
+        (["train.resolutions=[[0, 0]]"], "train.resolutions.0.1"),
+        (["train.label_smoothing=1"], "train.label_smoothing"),
+        (["train.schedule=line"], "'linear'"),
+    ],
+)
+def test_bad_recipes_are_named(overrides: list[str], part: str) -> None:
+    with pytest.raises(FastarError, match=part.replace(".", r"\.")) as error:
+        load_settings(dataset="imagenet", overrides=overrides)
+    assert "\n" not in str(error.value)
+
+
+def test_sides_of_a_dataset_that_has_one_are_refused() -> None:
+    with pytest.raises(
+        FastarError, match=r"^settings: train\.resolutions needs images of any size .* cifar10"
+    ):
+        load_settings(dataset="cifar10", overrides=["train.resolutions=[[0, 32]]"])
