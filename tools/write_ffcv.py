@@ -1,51 +1,128 @@
-#!/usr/bin/env python3
-"""Convert a raw dataset to FFCV's .beton files: OUT/NAME/train.beton, test.beton and metadata.json."""
+"""Turn raw images into .beton files that FFCV reads, ahead of training (fastar does it by itself when it must)."""
+
+from __future__ import annotations
 
 import argparse
 import sys
 from pathlib import Path
 
-from fastar.data import DATASETS, prepare
+from fastar.config import OF_ANY_SIZE
+from fastar.data import DATASETS, PRESETS, Encoding, Files, ImageFiles, prepare, prepare_images
+from fastar.data.images import size_text
 from fastar.errors import FastarError
-from fastar.progress import TerminalProgress
+from fastar.progress import Progress, TerminalProgress
 
-EXAMPLES = """\
-examples:
+EXAMPLES = """examples:
   python tools/write_ffcv.py --dataset digits --out betons
-  python tools/write_ffcv.py --dataset fashion-mnist --out betons          (Debian's dataset-fashion-mnist is found)
   python tools/write_ffcv.py --dataset cifar10 --source cifar-10-python.tar.gz --out betons
   python tools/write_ffcv.py --dataset cifar10 --source FOLDER --out betons --workers 4 --limit 10000
+  python tools/write_ffcv.py --dataset imagenet --source ARCHIVES --out betons --workers 16 --preset rn18
+  python tools/write_ffcv.py --dataset imagefolder --name flowers --source FOLDER --out betons --on-error skip
 
 FOLDER may hold CIFAR python pickles, CIFAR binary files or their archives, IDX files (plain or gzipped), or
-train/CLASS/*.jpg and test/CLASS/*.jpg. What is already written and matches is kept; what differs is refused.
+train/CLASS/*.jpg and test/CLASS/*.jpg. For imagenet and imagefolder it holds train/CLASS/*.JPEG and val/CLASS/*.JPEG;
+ARCHIVES holds ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, which are read where
+they lie. What is already written and matches is kept; what differs is refused.
 """
+
+MEANINGS = {
+    "rn50": "FFCV's for ResNet-50, the default",
+    "rn18": "FFCV's for ResNet-18",
+    "jpeg": "FFCV's JPEG benchmark",
+}
 
 
 def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    result.add_argument("--dataset", required=True, metavar="NAME", help=f"one of: {', '.join(DATASETS)}")
+    names = ", ".join((*DATASETS, *OF_ANY_SIZE))
+    result.add_argument("--dataset", required=True, metavar="NAME", help=f"one of: {names}")
+    result.add_argument("--name", metavar="NAME", help="what your imagefolder is called: its files go to OUT/NAME/")
     result.add_argument(
         "--source", "--data-root", type=Path, metavar="DIR", help="raw data; default: where it usually lies"
     )
     result.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write OUT/NAME/ in")
     result.add_argument("--workers", type=int, default=2, metavar="N", help="writer processes (default 2)")
     result.add_argument("--limit", type=int, metavar="N", help="at most N images per split, classes balanced")
+    images = result.add_argument_group(f"of {' and '.join(OF_ANY_SIZE)}")
+    presets = "; ".join(
+        f"{name}: {preset.max_resolution} pixels, {preset.compress_probability:.0%} as JPEG of quality "
+        f"{preset.jpeg_quality} ({MEANINGS[name]})"
+        for name, preset in PRESETS.items()
+    )
+    images.add_argument("--preset", choices=PRESETS, help=presets.replace("%", "%%"))
+    images.add_argument("--max-resolution", type=int, metavar="N", help="longer side at most; 0: as it is")
+    images.add_argument(
+        "--compress-probability", type=float, metavar="P", help="share stored as JPEG; the rest is raw: larger, faster"
+    )
+    images.add_argument("--jpeg-quality", type=int, metavar="Q", help="1 to 100")
+    images.add_argument(
+        "--on-error",
+        choices=("stop", "skip"),
+        help="an image that cannot be used: stop with its path (default), or leave it out and list it in the metadata",
+    )
+    images.add_argument(
+        "--order",
+        choices=("shuffled", "sorted"),
+        help="of the images in the file: shuffled (default; needed by dataset.order=pages), or sorted by class, which "
+        "reads a slow disk front to back",
+    )
     return result
+
+
+def encoding(options: argparse.Namespace) -> Encoding | None:
+    """What was asked for, over the preset that was named; None: nothing was."""
+    changes = {
+        key: getattr(options, key)
+        for key in ("max_resolution", "compress_probability", "jpeg_quality")
+        if getattr(options, key) is not None
+    }
+    if options.preset is None and not changes:
+        return None
+    if "max_resolution" in changes:
+        changes["max_resolution"] = changes["max_resolution"] or None
+    return Encoding(**{**vars(PRESETS[options.preset or "rn50"]), **changes})
+
+
+def convert(options: argparse.Namespace, progress: Progress) -> Files:
+    if options.dataset in OF_ANY_SIZE:
+        if (options.name is not None) != (options.dataset == "imagefolder"):
+            raise FastarError("--dataset imagefolder needs --name NAME, and no other dataset takes one")
+        if options.name is not None and (
+            options.name in (*DATASETS, *OF_ANY_SIZE) or Path(options.name).name != options.name
+        ):
+            raise FastarError(
+                f"--name {options.name}: is another dataset's, or not a plain name; choose one of your own"
+            )
+        return prepare_images(
+            options.name or options.dataset,
+            data_root=options.source,
+            directory=options.out,
+            encoding=encoding(options),
+            workers=options.workers,
+            limit=options.limit,
+            shuffled=None if options.order is None else options.order == "shuffled",
+            on_error=options.on_error or "stop",
+            progress=progress,
+        )
+    for key in ("name", "preset", "max_resolution", "compress_probability", "jpeg_quality", "on_error", "order"):
+        if getattr(options, key) is not None:
+            raise FastarError(f"--{key.replace('_', '-')} belongs to {' and '.join(OF_ANY_SIZE)}; leave it out")
+    return prepare(
+        options.dataset,
+        data_root=options.source,
+        directory=options.out,
+        workers=options.workers,
+        progress=progress,
+        limit=options.limit,
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
-        files = prepare(
-            options.dataset,
-            data_root=options.source,
-            directory=options.out,
-            workers=options.workers,
-            progress=TerminalProgress(),
-            limit=options.limit,
-        )
+        files = convert(options, TerminalProgress())
     except FastarError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -53,7 +130,12 @@ def main(arguments: list[str] | None = None) -> int:
         print("interrupted; nothing unfinished was left behind", file=sys.stderr)
         return 130
     counts = ", ".join(f"{split} {count}" for split, count in files.metadata["counts"].items())
-    print(f"{files.train.parent}: {counts}; digest {files.digest[:12]}")
+    size = size_text(sum(entry["bytes"] for entry in files.metadata["files"].values()))
+    print(f"{files.folder}: {counts}; digest {files.digest[:12]}; {size}")
+    if isinstance(files, ImageFiles):
+        for split, skipped in files.skipped.items():
+            for image in skipped:
+                print(f"left out of {split}: {image['path']}: {image['reason']}")
     return 0
 
 

@@ -35,7 +35,7 @@ from fastar.data.raw import RawSplit, UnusableImage
 from fastar.errors import FastarError
 from fastar.progress import SILENT, Progress
 
-CHUNK = 128
+CHUNK = 128  # samples that a worker takes at a time, or fewer where there are few
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
@@ -121,8 +121,10 @@ def _write(
     # Shared with the workers by forking; unmapped when the last array that looks into it goes.
     metadata = np.frombuffer(mmap.mmap(-1, layout.count * metadata_type.itemsize), dtype=metadata_type)
     allocator = _Allocator(str(path), metadata_start + metadata.nbytes, layout.page_size)
-    job = _Job(raw, indices, metadata, allocator, layout, skip)
-    table, skipped = _run_workers(job, max(1, min(workers, -(-layout.count // CHUNK))), progress, description)
+    # Small files of one size are not worth a second process; of others every image is work.
+    chunk = CHUNK if layout.equal_sizes else max(1, min(CHUNK, layout.count // (8 * workers)))
+    job = _Job(raw, indices, metadata, allocator, layout, skip, chunk)
+    table, skipped = _run_workers(job, max(1, min(workers, -(-layout.count // job.chunk))), progress, description)
     if len(table) == 0:
         raise FastarError(f"{path}: none of the {len(indices)} images can be used ({skipped[min(skipped)]})")
     # Samples are numbered without those left out; their rows' room stays empty before the pages.
@@ -155,8 +157,9 @@ class _Job:
         allocator: _Allocator,
         layout: Layout,
         skip: bool,
+        chunk: int,
     ):
-        self.raw, self.indices, self.skip = raw, indices, skip
+        self.raw, self.indices, self.skip, self.chunk = raw, indices, skip, chunk
         self.metadata, self.allocator = metadata, allocator
         self.layout = layout
         self.names = metadata.dtype.names
@@ -250,10 +253,10 @@ def _work(job: _Job, next_chunk: "Synchronized[int]", send: Connection, parent: 
         while True:
             with next_chunk.get_lock():
                 start = next_chunk.value
-                next_chunk.value = start + CHUNK
+                next_chunk.value = start + job.chunk
             if start >= count:
                 break
-            stop = min(start + CHUNK, count)
+            stop = min(start + job.chunk, count)
             for position in range(start, stop):
                 try:
                     job.encode(position)
