@@ -61,13 +61,18 @@ Name = Annotated[
     str | None,
     typer.Option("--name", help="What your --dataset imagefolder is called (dataset.called).", show_default=False),
 ]
-Arch = Annotated[str | None, typer.Option("--arch", help="Architecture: mlp, resnet8, resnet18, resnet20.")]
+Arch = Annotated[
+    str | None,
+    typer.Option(
+        "--arch", help="Architecture: mlp, resnet8, resnet18, resnet20, imagenet-resnet18, imagenet-resnet50."
+    ),
+]
 Sources = Annotated[int | None, typer.Option("--sources", help="Number of source models (sources.number).")]
 Heldout = Annotated[int | None, typer.Option("--heldout", help="Number of held-out models (sources.heldout).")]
 Out = Annotated[
     Path | None, typer.Option("--out", help="Run folder. Default: runs/DATASET-ARCH-seedSEED.", show_default=False)
 ]
-Config = Annotated[Path | None, typer.Option("--config", help="YAML file of settings, instead of the shipped one.")]
+Config = Annotated[Path | None, typer.Option("--config", help="YAML file of settings, or the name of a shipped one.")]
 DataRoot = Annotated[Path | None, typer.Option("--data-root", help="Folder of the raw data (dataset.root).")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change.", show_default=False)

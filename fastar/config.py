@@ -391,7 +391,8 @@ def load_settings(
     """
     changes = parse_overrides(overrides)
     if file is not None:
-        content = _read_yaml(file)
+        named_so = CONFIGS / f"{file}.yaml"
+        content = _read_yaml(named_so if named_so.is_file() and not file.exists() else file)
     else:
         if dataset is None:
             raise FastarError("no dataset: give --dataset NAME or --config FILE")
