@@ -154,7 +154,8 @@ class WandbRun:
                 project=project, name=folder.name, dir=str(folder), id=identity, resume="allow", config=dict(settings)
             )
         except Exception as error:  # its own kinds of errors: no login, no network
-            raise FastarError(f"figures.wandb={project}: {error}; set figures.wandb=null to go on without") from error
+            reason = " ".join(str(error).split())
+            raise FastarError(f"figures.wandb={project}: {reason}; set figures.wandb=null to go on without") from error
         self._id = str(self._run.id)
 
     def add(self, model: str, step: int, figures: Mapping[str, float]) -> None:

@@ -16,9 +16,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from cli_cases import fastar
-from safetensors.torch import load_file
+from run_cases import SMALL, assert_log_is_whole, assert_same_models
 
 from fastar.config import Settings, load_settings
 from fastar.experiments.context import Context
@@ -28,46 +27,6 @@ from fastar.training import RegularStep, StarStep
 
 KILLS = 30
 SECONDS = 300  # for a machine with everything else to do; nothing is asserted on time
-
-SMALL = [
-    "dataset.limit=300",
-    "train.epochs=2",
-    "train.batch_size=100",
-    "star.epochs=7",
-    "star.match_every_epochs=3",
-    "sources.number=2",
-    "sources.heldout=0",
-    "evaluation.points=3",
-    "checkpoint.seconds=0",
-    "checkpoint.minutes=0.0000001",  # after every step
-    "device=cpu",
-    "workers=1",
-]
-
-
-def tensors(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
-    return {str(path.relative_to(folder)): load_file(path) for path in sorted(folder.rglob("*.safetensors"))}
-
-
-def assert_same_models(found: Path, wanted: Path) -> None:
-    """Every model and permutation, bit for bit; nothing else is left."""
-    one, other = tensors(found), tensors(wanted)
-    assert one.keys() == other.keys()
-    assert {"star.safetensors", "permutations.safetensors", "sources/seed-0001.safetensors"} <= one.keys()
-    for file, state in other.items():
-        assert one[file].keys() == state.keys()
-        for name, value in state.items():
-            assert torch.equal(one[file][name], value), (file, name)
-
-
-def assert_log_is_whole(found: Path, wanted: Path) -> None:
-    """Each epoch of each model once, with the loss of the uninterrupted run."""
-    lines = [
-        {(entry["model"], entry["epoch"]): entry["loss"] for entry in RunFolder(folder).read_log()}
-        for folder in (found, wanted)
-    ]
-    assert lines[0] == lines[1]
-    assert len(RunFolder(found).read_log()) == len(lines[0])
 
 
 @pytest.fixture(scope="module")

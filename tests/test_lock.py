@@ -1,0 +1,163 @@
+"""One process at a time in a run folder: the kernel's lock, and a file that names host and process."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fastar import lock
+from fastar.errors import FastarError
+from fastar.lock import NAME, Holder, hold, is_held, read_holder
+
+
+def left_by(folder: Path, *, age: float = 0.0, **changes: Any) -> None:
+    """The lock file of another process, last touched `age` seconds ago."""
+    holder = {"host": socket.gethostname(), "pid": os.getpid(), "started": 0, "since": 0.0, **changes}
+    (folder / NAME).write_text(json.dumps(holder))
+    now = time.time()
+    os.utime(folder / NAME, (now - age, now - age))
+
+
+@pytest.fixture
+def ended() -> int:
+    """The number of a process that has ended."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    process.wait()
+    return process.pid
+
+
+@pytest.fixture
+def without_flock(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a file system without locks."""
+
+    def refuse(handle: int, how: int) -> None:
+        raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+
+
+def refusal(folder: Path) -> str:
+    with pytest.raises(FastarError) as caught, hold(folder):
+        pytest.fail("held by two")
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_the_file_names_host_and_process_and_goes_with_the_lock(tmp_path: Path) -> None:
+    said: list[str] = []
+    with hold(tmp_path, said.append):
+        holder = read_holder(tmp_path)
+        assert holder is not None
+        assert (holder.host, holder.pid) == (socket.gethostname(), os.getpid())
+        assert is_held(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    assert not is_held(tmp_path)
+    assert said == []
+
+
+def test_another_process_is_named(tmp_path: Path) -> None:
+    code = "import sys; from pathlib import Path; from fastar.lock import hold\nwith hold(Path(sys.argv[1])):\n"
+    code += " print('held', flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == "held\n"
+        assert f"in use by another fastar (process {other.pid} on {socket.gethostname()})" in refusal(tmp_path)
+        assert is_held(tmp_path)
+        other.kill()
+        other.wait()
+    assert (tmp_path / NAME).exists()  # killed: it could not clean up
+    assert not is_held(tmp_path)
+    said: list[str] = []
+    with hold(tmp_path, said.append):
+        assert said == [f"{tmp_path}: process {other.pid} on {socket.gethostname()} held it and is gone; going on"]
+
+
+@pytest.mark.usefixtures("without_flock")
+def test_without_the_kernel_s_lock_the_file_is_the_guard(tmp_path: Path, ended: int) -> None:
+    left_by(tmp_path, pid=os.getppid())
+    assert f"in use by another fastar (process {os.getppid()}" in refusal(tmp_path)
+    left_by(tmp_path, pid=ended)
+    with hold(tmp_path):
+        assert "in use" in refusal_of_a_child(tmp_path)
+
+
+def refusal_of_a_child(folder: Path) -> str:
+    code = (
+        "import errno, fcntl, sys; from pathlib import Path; from fastar.lock import hold\n"
+        "def refuse(*arguments): raise OSError(errno.ENOTSUP, 'no locks')\n"
+        "fcntl.flock = refuse\n"
+        "with hold(Path(sys.argv[1])): pass"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True)
+    assert done.returncode == 1
+    return done.stderr.splitlines()[-1]
+
+
+@pytest.mark.usefixtures("without_flock")
+def test_a_number_that_another_process_has_now_is_stale(tmp_path: Path) -> None:
+    if not Path("/proc/self/stat").exists():
+        pytest.skip("when a process started is read from /proc")
+    left_by(tmp_path, pid=os.getppid(), started=1)
+    assert not is_held(tmp_path)
+    with hold(tmp_path):
+        pass
+
+
+def test_another_host_s_lock_is_stale_when_nobody_touches_it(tmp_path: Path) -> None:
+    left_by(tmp_path, host="elsewhere", pid=7, age=30)
+    assert is_held(tmp_path)
+    message = refusal(tmp_path)
+    assert "in use by another fastar (process 7 on elsewhere, seen 3" in message
+    assert message.endswith(("try again in 90 s", "try again in 89 s"))
+    left_by(tmp_path, host="elsewhere", pid=7, age=lock.DEAD_SECONDS + 1)
+    assert not is_held(tmp_path)
+    with hold(tmp_path):
+        assert is_held(tmp_path)
+
+
+def test_a_holder_touches_its_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "TOUCH_SECONDS", 0.001)
+    with hold(tmp_path):
+        os.utime(tmp_path / NAME, (0, 0))
+        end = time.monotonic() + 60
+        while (tmp_path / NAME).stat().st_mtime == 0:
+            assert time.monotonic() < end, "not touched"
+            time.sleep(0.001)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"host": "x"}', '{"nonsense": 1}'])
+def test_a_damaged_lock_file_blocks_nothing(tmp_path: Path, content: str) -> None:
+    (tmp_path / NAME).write_text(content)
+    assert not is_held(tmp_path)
+    with hold(tmp_path):
+        pass
+
+
+def test_a_process_that_waits_for_its_parent_is_gone(tmp_path: Path) -> None:
+    """A zombie holds nothing."""
+    process = subprocess.Popen([sys.executable, "-c", ""])
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+    assert Holder(socket.gethostname(), process.pid, 0, 0.0).gone()
+    process.wait()
+
+
+def test_a_lock_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a folder that is read-only (root may write into those, so the system's answer is made)."""
+
+    def refuse(self: Path, *arguments: Any, **more: Any) -> Any:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert "lock.json: cannot be written (Read-only file system)" in refusal(tmp_path)

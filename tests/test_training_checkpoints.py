@@ -1,0 +1,258 @@
+"""Checkpoints of a training: when they are written, which are kept, and what is done about damaged ones."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_checkpoints import files_at_most
+from torch import Tensor
+from training_cases import CPU, PlainConvNet, dataset, network, store
+
+from fastar.config import CheckpointSettings, StarSettings, TrainSettings
+from fastar.errors import FastarError
+from fastar.flat import FlatLayout
+from fastar.training import RegularStep, StarStep, fit
+from fastar.training.checkpoints import Saved, TrainingCheckpoints
+
+SETTINGS = TrainSettings(epochs=3, batch_size=16, lr=0.05, precision="fp32")  # six steps an epoch
+ALWAYS = CheckpointSettings(epochs=1, seconds=0, minutes=1e-9)
+
+
+class Thing:
+    """Something with a state."""
+
+    def __init__(self, *values: float):
+        self.values = torch.tensor(values)
+
+    def save(self) -> dict[str, Tensor]:
+        return {"values": self.values}
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        self.values = state["values"]
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def checkpoints(folder: Path, settings: CheckpointSettings = ALWAYS, **more: Any) -> TrainingCheckpoints:
+    return TrainingCheckpoints(folder / "star-0000", {"kind": "star"}, settings, **more)
+
+
+def save(kept: TrainingCheckpoints, epoch: int, steps: int = 0, **more: Any) -> bool:
+    values = {"loss": 1.0, "losses": torch.ones(steps), **more}
+    return kept.save(Thing(1, 2), CPU, epoch=epoch, steps=steps, history=[], so_far={}, **values)
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "star-0000").iterdir())
+
+
+def name(epoch: int, step: int = 0) -> str:
+    return f"epoch-{epoch:05d}-step-{step:08d}.safetensors"
+
+
+def test_the_last_two_and_the_best_are_kept(tmp_path: Path) -> None:
+    kept = checkpoints(tmp_path)
+    for epoch, loss in enumerate((0.9, 0.3, 0.5, 0.4, 0.6), 1):
+        assert save(kept, epoch, loss=loss)
+    save(kept, 5, steps=3, loss=float("inf"))
+    assert names(tmp_path) == [name(2), name(5), name(5, 3)]
+    kept = checkpoints(tmp_path)  # another process
+    save(kept, 6, loss=0.35)
+    assert names(tmp_path) == [name(2), name(5, 3), name(6)]
+    save(kept, 7, loss=0.2)
+    assert names(tmp_path) == [name(6), name(7)]
+    kept.remove()
+    assert not (tmp_path / "star-0000").exists()
+
+
+def test_checkpoints_within_epochs_are_not_the_best(tmp_path: Path) -> None:
+    kept = checkpoints(tmp_path)
+    for step in (1, 2, 3, 4):
+        save(kept, 0, steps=step, loss=float("inf"))
+    assert names(tmp_path) == [name(0, 3), name(0, 4)]
+
+
+@pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "another format"])
+def test_a_damaged_newest_one_falls_back_to_the_one_before(tmp_path: Path, damage: str) -> None:
+    said: list[str] = []
+    kept = checkpoints(tmp_path, say=said.append)
+    save(kept, 1)
+    save(kept, 2, steps=4)
+    path = tmp_path / "star-0000" / name(2, 4)
+    data = bytearray(path.read_bytes())
+    if damage == "empty":
+        data = bytearray()
+    elif damage == "cut":
+        del data[-3:]
+    elif damage == "flipped":
+        data[-1] ^= 1  # a bit of a tensor: the file is well-formed
+    else:
+        data = bytearray(bytes(data).replace(b'\\"format\\": 1', b'\\"format\\": 9'))
+    path.write_bytes(data)
+    found = kept.newest()
+    assert found is not None
+    assert (found.epoch, found.step) == (1, 0)
+    assert len(said) == 1
+    assert str(path) in said[0]
+    assert said[0].endswith("going on from the one before")
+    assert names(tmp_path) == [name(1)]
+
+
+def test_none_where_all_are_damaged(tmp_path: Path) -> None:
+    kept = checkpoints(tmp_path)
+    assert kept.newest() is None
+    for epoch in (1, 2):
+        save(kept, epoch)
+    for path in kept.paths():
+        path.write_bytes(b"x")
+    assert kept.newest() is None
+
+
+def test_a_state_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
+    kept = checkpoints(tmp_path)
+    assert save(kept, 1)
+    bad = Thing(1, float("nan"))
+    assert not kept.save(bad, CPU, epoch=2, steps=0, history=[], so_far={}, losses=torch.ones(0))
+    assert names(tmp_path) == [name(1)]
+
+
+def test_when_it_is_time(tmp_path: Path) -> None:
+    clock = Clock()
+    kept = checkpoints(tmp_path, CheckpointSettings(epochs=2, seconds=10, minutes=1), clock=clock)
+    assert not kept.due_after(2)
+    clock.now = 10
+    assert kept.due_after(2)
+    assert not kept.due_after(3)
+    assert not kept.due_within()
+    clock.now = 60
+    assert kept.due_within()
+    save(kept, 2)
+    assert not kept.due_within()
+    assert not kept.due_after(4)
+    never = checkpoints(tmp_path, CheckpointSettings(epochs=0, minutes=0), clock=clock)
+    clock.now = 1e9
+    assert not never.due_after(2)
+    assert not never.due_within()
+
+
+def test_a_full_disk_ends_in_one_line_and_keeps_what_is_there(tmp_path: Path) -> None:
+    kept = checkpoints(tmp_path)
+    save(kept, 1)
+    with files_at_most(500), pytest.raises(FastarError, match=r"cannot be written.*free space") as caught:
+        save(kept, 2)
+    assert "\n" not in str(caught.value)
+    assert names(tmp_path) == [name(1)]
+    found = kept.newest()
+    assert found is not None
+    assert found.epoch == 1
+
+
+class Cut(BaseException):
+    pass
+
+
+def cut_at(folder: Path, step: int, epoch: int) -> TrainingCheckpoints:
+    """Checkpoints of a training that ends right after this one was written."""
+    kept = checkpoints(folder)
+    write = kept.save
+
+    def saving(*arguments: Any, **more: Any) -> bool:
+        written = write(*arguments, **more)
+        if (more["epoch"], more["steps"]) == (epoch, step):
+            raise Cut
+        return written
+
+    kept.save = saving  # type: ignore[method-assign]
+    return kept
+
+
+def regular(optimizer: str = "sgd") -> RegularStep:
+    settings = SETTINGS.model_copy(update={"optimizer": optimizer})
+    return RegularStep(network(PlainConvNet, 0), settings)
+
+
+def star(fetched: bool = False) -> StarStep:
+    model = network(PlainConvNet, 0)
+    z = store([network(PlainConvNet, seed) for seed in (1, 2, 3)], FlatLayout.from_module(model))
+    if fetched:
+        z.store = "file"  # rows are brought two steps ahead
+    return StarStep(model, SETTINGS, StarSettings(match_every_epochs=0), z, seed=4, match=lambda *_: None)
+
+
+@pytest.mark.parametrize(("epoch", "step"), [(0, 1), (0, 5), (1, 0), (1, 3), (2, 5), (3, 0)])
+@pytest.mark.parametrize("kind", ["sgd", "adam", "star", "star, fetched"])
+def test_a_training_goes_on_to_the_same_bits(tmp_path: Path, kind: str, epoch: int, step: int) -> None:
+    """Parameters, batch-norm statistics, losses and counts, from any step on."""
+
+    def make() -> Any:
+        return star(kind.endswith("fetched")) if kind.startswith("star") else regular(kind)
+
+    whole = make()
+    wanted = fit(whole, dataset(), SETTINGS, name="x", seed=0)
+    with pytest.raises(Cut):
+        fit(make(), dataset(), SETTINGS, name="x", seed=0, checkpoints=cut_at(tmp_path, step, epoch))
+    again, kept = make(), checkpoints(tmp_path)
+    saved = kept.newest()
+    assert isinstance(saved, Saved)
+    assert (saved.epoch, saved.step) == (epoch, step)
+    found = fit(again, dataset(), SETTINGS, name="x", seed=0, checkpoints=kept, saved=saved)
+    for state, other in ((again.state(), whole.state()), (again.save(), whole.save())):
+        assert state.keys() == other.keys()
+        assert all(torch.equal(state[key], other[key]) for key in other)
+    for one, other in zip(found, wanted, strict=True):
+        assert (one.epoch, one.loss, one.lr, one.images) == (other.epoch, other.loss, other.lr, other.images)
+        assert one.seconds > 0
+
+
+def test_torch_s_generators_go_on(tmp_path: Path) -> None:
+    """Dropout draws from them."""
+    kept = checkpoints(tmp_path)
+    torch.manual_seed(5)
+    save(kept, 1)
+    wanted = torch.rand(3)
+    torch.manual_seed(6)
+    saved = kept.newest()
+    assert saved is not None
+    kept.restore(saved, Thing(0), CPU)
+    assert torch.equal(torch.rand(3), wanted)
+
+
+def test_another_network_s_checkpoint_is_refused(tmp_path: Path) -> None:
+    kept = checkpoints(tmp_path)
+    step = regular()
+    kept.save(step, CPU, epoch=1, steps=0, history=[], so_far={}, losses=torch.ones(0))
+    saved = kept.newest()
+    assert saved is not None
+    with pytest.raises(FastarError, match="does not fit"):
+        kept.restore(saved, regular("adam"), CPU)
+
+
+def test_saving_changes_nothing(tmp_path: Path) -> None:
+    plain, saving = regular(), regular()
+    fit(plain, dataset(), SETTINGS, name="x", seed=0)
+    fit(saving, dataset(), SETTINGS, name="x", seed=0, checkpoints=checkpoints(tmp_path))
+    assert torch.equal(plain.theta, saving.theta)
+    assert len(list((tmp_path / "star-0000").iterdir())) in (2, 3)
+
+
+def test_what_was_saved_does_not_move_with_the_training(tmp_path: Path) -> None:
+    step = regular()
+    before = copy.deepcopy(step.save())
+    kept = checkpoints(tmp_path)
+    kept.save(step, CPU, epoch=0, steps=1, history=[], so_far={}, losses=torch.ones(1))
+    fit(step, dataset(), SETTINGS, name="x", seed=0, epochs=1)
+    saved = kept.newest()
+    assert saved is not None
+    assert not torch.equal(step.theta, before["theta"])
+    assert torch.equal(saved.of("step")["theta"], before["theta"])
