@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cli_cases import fastar, tiny
 from matching_models import CASES, IMAGES, derived
 from test_matching_weights import hard_problem, objective, problem_of, stacked
 from torch import Tensor, nn
@@ -235,6 +237,25 @@ def test_keys_of_settings() -> None:
     for wrong in ("matching.kicks=-1", "matching.start=best", "matching.kick=1"):
         with pytest.raises(FastarError, match=wrong.split("=")[0]):
             load_settings(dataset="digits", overrides=[wrong])
+
+
+def test_a_run_that_starts_from_activations_and_kicks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Star, heldouts, sources and pairs are all matched so; the star's two epochs start from activations too."""
+    seen: list[int] = []
+
+    def spy(*args: Any, **kwargs: Any) -> Any:
+        seen.append(len(kwargs["start"]))
+        assert kwargs["kicks"] == 1
+        return match_weights(*args, **kwargs)
+
+    monkeypatch.setattr("fastar.matching.settings.match_weights", spy)
+    outcome = fastar(
+        "train-star", *tiny(tmp_path / "data"), "--out", tmp_path / "run", "matching.start=activations",
+        "matching.kicks=1", "evaluation.regular_pairs=1",
+    )  # fmt: skip
+    assert outcome.code == 0, outcome
+    assert seen[:2] == [1, 2]  # the first epoch of the star knows nothing else, the second last epoch's permutations
+    assert len(seen) >= 5
 
 
 # Whole modules

@@ -29,7 +29,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastar.matching import Permutations, Symmetry, derive_symmetry, match_weights, solver_name
+from fastar.matching import (
+    Permutations,
+    Symmetry,
+    derive_symmetry,
+    match_activations,
+    match_weights,
+    solver_name,
+)
 from fastar.models import build_model
 from fastar.seeds import derive_seed
 
@@ -221,10 +228,11 @@ def bench(args: argparse.Namespace) -> None:
             case="rebasin / fastar", times_faster=ratio, objective_at_least_equal=f"{at_least} of {len(pairs)} pairs"
         )
     if args.escapes:
-        escapes(symmetry, theta, sources, report, device, args.seed)
+        escapes(theta_model, symmetry, theta, sources, report, device, args.seed)
 
 
 def escapes(
+    model: nn.Module,
     symmetry: Symmetry,
     theta: dict[str, Tensor],
     sources: dict[str, Tensor],
@@ -232,19 +240,35 @@ def escapes(
     device: torch.device,
     seed: int,
 ) -> None:
-    """What the ways out of local optima buy and cost: gain in the objective over one attempt, and its time."""
+    """What the ways out of local optima buy and cost: gain in the objective over one attempt, and its time.
+
+    One attempt is what `match_weights` does by itself: a guess from the output backwards, and a descent from it.
+    """
     count = next(iter(sources.values())).shape[0]
+    images = digits()[0]
+    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
+    batches = [images[part].to(device) for part in order[:256].split(64)]
     once, base = timed(lambda: match_weights(symmetry, theta, sources, seed=seed), device)
-    ways: dict[str, dict[str, Any]] = {
-        "identity as the start": {"start": symmetry.identity()},
-        "3 orders": {"orders": 3},
-        "8 orders": {"orders": 8},
-        "best of 3 random starts": {"start": [symmetry.random(seed) for seed in range(3)]},
+    aligned = {name: tensor.clone() for name, tensor in sources.items()}
+    symmetry.apply_rows(base.permutations, aligned)
+    # As an epoch later: theta has moved, the sources stand as they were last permuted.
+    generator = torch.Generator().manual_seed(seed)
+    moved = {
+        name: tensor + 0.3 * float(tensor.std()) * torch.randn(tensor.shape, generator=generator).to(device)
+        if name in symmetry.parameters and tensor.ndim > 1
+        else tensor
+        for name, tensor in theta.items()
     }
-    for name, settings in ways.items():
-        took, result = timed(
-            lambda settings=settings: match_weights(symmetry, theta, sources, seed=seed, **settings), device
-        )
+
+    def attempt(given: dict[str, Tensor], centre: dict[str, Tensor], **settings: Any) -> Callable[[], Any]:
+        return lambda: match_weights(symmetry, centre, given, seed=seed, **settings)
+
+    def by_activations(centre: dict[str, Tensor]) -> Any:
+        start = match_activations(model, symmetry, centre, sources, batches)
+        return match_weights(symmetry, centre, sources, start=start, seed=seed)
+
+    def measure(name: str, way: Callable[[], Any], once: float, base: Any) -> None:
+        took, result = timed(way, device)
         gain = result.objective - base.objective
         report(
             case=f"way out: {name}",
@@ -254,6 +278,25 @@ def escapes(
             weights_gain=float((result.objective_weights - base.objective_weights).mean()),
             n=count,
         )
+
+    for name, way in {
+        "identity as the start": attempt(sources, theta, start=symmetry.identity()),
+        "activations as the start": lambda: by_activations(theta),
+        "best of 3 random starts": attempt(
+            sources, theta, start=[symmetry.random(derive_seed(seed, "start", n)) for n in range(3)]
+        ),
+        **{f"{orders} orders": attempt(sources, theta, orders=orders) for orders in (3, 8)},
+        **{f"{kicks} kicks": attempt(sources, theta, kicks=kicks) for kicks in (1, 5, 15)},
+        "3 orders and 5 kicks": attempt(sources, theta, orders=3, kicks=5),
+    }.items():
+        measure(name, way, once, base)
+    warm, later = timed(attempt(aligned, moved, start=symmetry.identity()), device)
+    report(case="last epoch as the start", seconds_per_source=warm / count, n=count)
+    for name, way in {
+        "a guess instead of last epoch": attempt(aligned, moved),
+        "last epoch and 1 kick": attempt(aligned, moved, start=symmetry.identity(), kicks=1),
+    }.items():
+        measure(name, way, warm, later)
 
 
 def main() -> None:
