@@ -152,12 +152,10 @@ class RunFolder:
 
     def _remove_empty(self, made: bool) -> None:
         self.config.unlink(missing_ok=True)
-        with suppress(OSError):  # not empty: then it stays
-            for folder in ("sources", "heldout"):
-                if (self.path / folder).is_dir():
-                    (self.path / folder).rmdir()
-            if made:
-                self.path.rmdir()
+        folders = [path for name in ("sources", "heldout", IN_TRAINING) for path in self.path.glob(f"{name}/**/")]
+        for folder in [*sorted(folders, reverse=True), *([self.path] if made else [])]:
+            with suppress(OSError):  # not empty: then it stays
+                folder.rmdir()
 
     def check(self, settings: Settings) -> None:
         """Raise FastarError unless the folder is empty, missing, or a run with these settings; writes nothing."""

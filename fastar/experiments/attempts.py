@@ -122,7 +122,7 @@ def trained(
             checkpoints.attempt += 1
             where = f"epoch {saved.epoch + 1}" if saved is not None else "the beginning"
             context.progress.line(f"{error}; going back to {where} with other draws")
-            run.log(kind=subject.kind, model=subject.name, retry=checkpoints.attempt, reason=str(error), back_to=where)
+            run.log(kind="retry", model=subject.name, attempt=checkpoints.attempt, reason=str(error), back_to=where)
             if context.figures is not None:
                 context.figures.forget(subject.kind, subject.index, saved.epoch if saved is not None else 0)
     yield Trained(prepared, history, checkpoints.attempt)

@@ -1,0 +1,335 @@
+"""What can go wrong in days of training: each ends in one clear line, with nothing lost, or is survived."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cli_cases import contents, fastar, refused
+from run_cases import SMALL, assert_log_is_whole, assert_same_models, small
+from test_checkpoints import files_at_most
+from test_stopping import at_call
+
+from fastar import checkpoints as files
+from fastar.checkpoints import load_checkpoint, save_checkpoint
+from fastar.data.reading import GuardedIterator
+from fastar.errors import FastarError
+from fastar.experiments.star_domain import train_star
+from fastar.progress import SilentProgress
+from fastar.runs import RunFolder
+from fastar.training import RegularStep, StarStep
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def options(data: Path) -> list[str]:
+    return ["--dataset", "digits", "--quiet", f"dataset.directory={data}", *SMALL]
+
+
+@pytest.fixture(scope="module")
+def whole(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    assert fastar("train-star", *options, "--out", folder).code == 0
+    return folder
+
+
+class Killed(BaseException):
+    """As a signal: nothing catches it."""
+
+
+def kill() -> None:
+    raise Killed
+
+
+def half_done(data: Path, folder: Path, *overrides: str) -> None:
+    """A run that was killed in the second epoch of its star."""
+    with pytest.MonkeyPatch.context() as patch:
+        at_call(patch, StarStep, 6, kill)
+        with pytest.raises(Killed):
+            train_star(small(data, *overrides), folder)
+
+
+def test_a_disk_that_fills_during_a_checkpoint(
+    options: list[str], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    fsync = os.fsync
+
+    def full(handle: int) -> None:
+        if "in-training/star" in os.readlink(f"/proc/self/fd/{handle}") and len(list(run.glob("in-training/*/e*"))) > 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        fsync(handle)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        message = refused("train-star", *options, "--out", run)
+    assert f"{run}/in-training/star-0000/epoch-" in message
+    assert message.endswith("cannot be written (No space left on device); free space or choose another folder")
+    assert len(list(run.glob("in-training/star-0000/*"))) == 2
+    assert not list(run.rglob(".*"))
+    assert fastar("train-star", *options, "--out", run).code == 0
+    assert_same_models(run, whole)
+    assert_log_is_whole(run, whole)
+
+
+def test_a_disk_that_takes_no_more_bytes(options: list[str], whole: Path, tmp_path: Path) -> None:
+    """The kernel's own refusal."""
+    run = tmp_path / "run"
+    with files_at_most(6000):
+        message = refused("train-star", *options, "--out", run)
+    assert "cannot be written (File too large); free space" in message
+    assert fastar("train-star", *options, "--out", run).code == 0
+    assert_same_models(run, whole)
+
+
+def test_a_folder_that_becomes_read_only(
+    options: list[str], data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system's answer is made, since root may write into read-only folders."""
+    run = tmp_path / "run"
+    half_done(data, run)
+    before = contents(run)
+    opened = Path.open
+
+    def refuse(self: Path, mode: str = "r", *arguments: Any, **more: Any) -> Any:
+        if run in self.parents and mode != "r":
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return opened(self, mode, *arguments, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", refuse)
+        assert "(Read-only file system); free space or choose another" in refused("train-star", *options, "--out", run)
+    assert {name: data for name, data in contents(run).items() if name != "lock.json"} == {
+        name: data for name, data in before.items() if name != "lock.json"
+    }
+    assert fastar("train-star", *options, "--out", run).code == 0
+    assert_same_models(run, whole)
+
+
+@pytest.mark.parametrize("change", ["cut", "replaced"])
+def test_a_beton_file_that_changes_under_the_run(
+    options: list[str], data: Path, whole: Path, tmp_path: Path, change: str
+) -> None:
+    mine = tmp_path / "data"
+    shutil.copytree(data, mine)
+    run = tmp_path / "run"
+    half_done(mine, run)
+    (train,) = mine.rglob("train.beton")
+    content = train.read_bytes()
+    if change == "cut":
+        train.write_bytes(content[: len(content) // 2])
+    else:
+        train.write_bytes(content[:-100] + bytes(100))
+    options = [*options, f"dataset.directory={mine}"]
+    before = {name: data for name, data in contents(run).items() if "in-training" in name or "sources" in name}
+    message = refused("train-star", *options, "--out", run)
+    assert str(train) in message
+    after = contents(run)
+    assert {name: after[name] for name in before} == before
+    train.write_bytes(content)
+    assert fastar("train-star", *options, "--out", run).code == 0
+    assert_same_models(run, whole)
+
+
+def test_other_data_under_a_training_are_told_apart(data: Path, tmp_path: Path) -> None:
+    """Whole files, but other ones: the training that goes on would be of neither."""
+    run = tmp_path / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        at_call(patch, RegularStep, 3, kill)
+        with pytest.raises(Killed):
+            train_star(small(data), run)
+    (path, *_) = sorted(run.glob("in-training/source-0000/*"))
+    for path in run.glob("in-training/source-0000/*"):
+        found = load_checkpoint(path)
+        metadata = dict(found.metadata)
+        metadata["recipe"] = {**metadata["recipe"], "dataset_digest": "0" * 64}
+        save_checkpoint(path, found.state, metadata)
+    with pytest.raises(FastarError, match=r"source-0000: is the training of another model \(dataset_digest was '0000"):
+        train_star(small(data), run)
+    assert path.exists()
+
+
+def test_a_source_s_file_that_is_damaged(options: list[str], data: Path, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    half_done(data, run)
+    source = run / "sources" / "seed-0001.safetensors"
+    good = source.read_bytes()
+    source.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))  # one bit of a weight
+    message = refused("train-star", *options, "--out", run)
+    assert message.startswith(f"{source}: its values are not those that were saved (damaged)")
+    source.write_bytes(good)
+    assert fastar("train-star", *options, "--out", run).code == 0
+    assert_same_models(run, whole)
+
+
+def test_a_source_that_is_replaced_is_named(options: list[str], data: Path, tmp_path: Path) -> None:
+    """A whole file, but not the source that the star in training has been trained with."""
+    run = tmp_path / "run"
+    half_done(data, run)
+    source = run / "sources" / "seed-0001.safetensors"
+    found = load_checkpoint(source)
+    save_checkpoint(source, {name: value + 1 for name, value in found.state.items()}, found.metadata)
+    message = refused("train-star", *options, "--out", run)
+    assert "star-0000: is the training of another model (sources: 1 of 2 differ, the first is number 1)" in message
+    assert list(run.glob("in-training/star-0000/*"))
+
+
+def test_a_loader_s_thread_that_dies(
+    options: list[str], data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    half_done(data, run)
+
+    def die(self: GuardedIterator, *arguments: Any) -> None:
+        raise MemoryError("no memory in the thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GuardedIterator, "run_pipeline", die)
+        message = refused("train-star", *options, "--out", run)
+    assert "FFCV's loader failed (MemoryError: no memory in the thread)" in message
+    assert fastar("train-star", *options, "--out", run).code == 0
+    assert_same_models(run, whole)
+
+
+@pytest.mark.parametrize(("kind", "part"), [(RegularStep, "source 0"), (StarStep, "star")])
+def test_a_gpu_without_memory_says_what_to_lower(
+    options: list[str], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type, part: str
+) -> None:
+    def full() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        at_call(patch, kind, 2, full)
+        message = refused("train-star", *options, "--out", run)
+    assert message.startswith(f"training {part}: out of GPU memory at train.batch_size=100; lower it or use train.")
+    assert ("sources.store=host" in message) == (kind is StarStep)
+    assert fastar("train-star", *options, "--out", run).code == 0
+    assert_same_models(run, whole)
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, kind: type, bad: Callable[[int], bool]) -> list[int]:
+    """Images that are no numbers in those calls that `bad` says."""
+    call, calls = kind.__call__, []  # type: ignore[operator]
+
+    def poisoned(self: Any, images: torch.Tensor, labels: torch.Tensor, lr: torch.Tensor) -> Any:
+        calls.append(1)
+        return call(self, images * (float("nan") if bad(len(calls)) else 1.0), labels, lr)
+
+    monkeypatch.setattr(kind, "__call__", poisoned)
+    return calls
+
+
+class Heard(SilentProgress):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def line(self, text: str) -> None:
+        self.lines.append(text)
+
+
+def test_retry_goes_back_to_the_last_checkpoint_with_other_draws(
+    data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard = Heard()
+    with monkeypatch.context() as patch:
+        # Epochs of three steps; saved at their ends alone.
+        calls = poison(patch, StarStep, lambda call: call == 11)
+        settings = small(data, "checkpoint.minutes=0", "train.on_nonfinite=retry")
+        train_star(settings, tmp_path / "run", heard)
+    assert len(calls) == 21 + 3  # the fourth epoch twice
+    (line,) = [line for line in heard.lines if "not finite" in line]
+    assert line.startswith("training star: loss not finite at epoch 4, step 2 (source seed-")
+    assert line.endswith("going back to epoch 4 with other draws")
+    run, other = RunFolder(tmp_path / "run"), RunFolder(whole)
+    losses = [[e["loss"] for e in r.read_log() if e["model"] == "star" and "epoch" in e] for r in (run, other)]
+    assert losses[0][:3] == losses[1][:3]
+    assert all(one != another for one, another in zip(losses[0][3:], losses[1][3:], strict=True))
+    assert [(e["model"], e["attempt"]) for e in run.read_log() if e["kind"] == "retry"] == [("star", 1)]
+    assert load_checkpoint(run.star).metadata["retries"] == 1
+    assert load_checkpoint(other.star).metadata["retries"] == 0
+    assert not (run.path / "last-good").exists()
+
+
+def test_retry_goes_further_back_and_gives_up(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    heard = Heard()
+    poison(monkeypatch, RegularStep, lambda call: call >= 5)
+    settings = small(data, "checkpoint.minutes=0", "train.epochs=4", "train.on_nonfinite=retry")
+    with pytest.raises(FastarError, match="training source 0: loss not finite"):
+        train_star(settings, tmp_path / "run", heard)
+    back = [line.rpartition("; ")[2] for line in heard.lines]
+    assert back == [
+        "going back to epoch 2 with other draws",
+        "going back to the beginning with other draws",
+        "going back to the beginning with other draws",
+    ]
+
+
+def test_stop_is_the_default_and_keeps_the_checkpoints(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+    with monkeypatch.context() as patch:
+        poison(patch, StarStep, lambda call: call == 8)
+        message = refused("train-star", *options, "--out", run)
+    assert "training star: loss not finite at epoch 3, step 2 (source seed-" in message
+    assert f"(the model after epoch 2 is in {run / 'last-good' / 'star-0000.safetensors'})" in message
+    assert list(run.glob("in-training/star-0000/*"))
+    with monkeypatch.context() as patch:  # the same trouble again, but now from a checkpoint
+        calls = poison(patch, StarStep, lambda call: call == 1)
+        outcome = fastar("train-star", *options, "--on-nonfinite", "retry", "--out", run)
+    assert outcome.code == 0
+    assert len(calls) < 21
+    assert not (run / "last-good").exists()
+
+
+def test_on_nonfinite_knows_two_answers(options: list[str], tmp_path: Path) -> None:
+    message = refused("train-star", *options, "--on-nonfinite", "again", "--out", tmp_path / "run")
+    assert "train.on_nonfinite='again'" in message
+    assert "'stop' or 'retry'" in message
+
+
+def test_a_training_with_other_settings_is_not_mixed_in(options: list[str], data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    half_done(data, run)
+    message = refused("train-star", *options, "star.t=beta", "--out", run)
+    assert "in-training/star-0000: is the training of another model (star.t was 'uniform', now 'beta')" in message
+    shutil.rmtree(run / "in-training")
+    assert fastar("train-star", *options, "star.t=beta", "--out", run).code == 0
+
+
+def test_checkpoints_may_be_written_otherwise_by_every_attempt(
+    options: list[str], data: Path, whole: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    half_done(data, run, "checkpoint.minutes=0")
+    again = fastar("train-star", *options, "checkpoint.epochs=0", "figures.tensorboard=false", "--out", run)
+    assert again.code == 0
+    assert_same_models(run, whole)
+
+
+def test_what_a_kill_left_of_a_finished_model_goes(data: Path, whole: Path, tmp_path: Path) -> None:
+    """Killed between the model's file and the end of its checkpoints."""
+    run = tmp_path / "run"
+    half_done(data, run)
+    for name in ("star.safetensors", "permutations.safetensors"):
+        shutil.copy(whole / name, run / name)
+    train_star(small(data), run)
+    assert not (run / "in-training").exists()
+    assert_same_models(run, whole)
+
+
+def test_every_model_s_file_has_a_digest(whole: Path) -> None:
+    for path in whole.rglob("*.safetensors"):
+        state = load_checkpoint(path).state
+        assert files.tensors_digest(state) in path.read_bytes().decode("latin-1"), path
