@@ -4,6 +4,7 @@ import io
 import os
 import tarfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -112,11 +113,13 @@ def val_archive(root: Path, classes: tuple[str, ...], progress: Progress = SILEN
     return ArchiveSplit(path, classes, members)
 
 
-def _opened(path: Path) -> tarfile.TarFile:
+@contextmanager
+def _opened(path: Path) -> Iterator[tarfile.TarFile]:
     try:
-        return tarfile.open(path, mode="r:")
+        with tarfile.open(path, mode="r:") as archive:
+            yield archive
     except tarfile.TarError as error:
-        raise FastarError(f"{path}: not an uncompressed tar archive ({error}); get it again") from error
+        raise FastarError(f"{path}: not a whole, uncompressed tar archive ({error}); get it again") from error
     except OSError as error:
         raise FastarError(f"{path}: cannot be read ({error.strerror}); check the file") from error
 
