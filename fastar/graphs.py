@@ -75,6 +75,10 @@ class CallGraph:
             for one, static in zip(given, self._inputs, strict=False)
         )
 
+    def forget(self) -> None:
+        """Give up what was captured: the next inputs are the first again."""
+        self._inputs = self._result = self._replay = None
+
     def __call__(self, *inputs: Tensor) -> Tensor:
         """Run on inputs that fit; a copy of what `body` returned."""
         if self._inputs is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +11,9 @@ from torch import Tensor
 
 from fastar.config import CONFIGS, TrainSettings, load_settings
 from fastar.errors import FastarError
-from fastar.training import fit, learning_rate, resolution
+from fastar.graphs import CallGraph
+from fastar.models import build_model
+from fastar.training import RegularStep, fit, learning_rate, resolution, steps
 
 
 def test_sides_between_two_epochs_are_multiples_of_32() -> None:
@@ -82,6 +84,30 @@ def test_training_asks_for_the_side_of_the_epoch(resolutions: Any, wanted: list[
     assert images.sides == wanted
 
 
+def test_images_of_another_side_are_captured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a recorder in the place of CUDA graphs: one capture for each side, and the losses of eager steps."""
+    captures: list[int] = []
+
+    def record(warm_up: Callable[[], None], run: Callable[[], None]) -> Callable[[], None]:
+        warm_up()
+        captures.append(len(captures))
+        return run
+
+    monkeypatch.setattr(steps, "CallGraph", lambda body, moved, device: CallGraph(body, moved, device, record=record))
+    found = []
+    for graph in (False, True):
+        model = build_model("imagenet-resnet18", input_shape=(3, 32, 32), classes=4, seed=0, width=0.0625)
+        step = RegularStep(model, TrainSettings(precision="fp32", graph=graph))
+        generator = torch.Generator().manual_seed(0)
+        losses = []
+        for side, count in ((32, 4), (32, 4), (32, 3), (64, 4), (64, 4)):  # the third is an epoch's short last batch
+            images = torch.randn(count, 3, side, side, generator=generator)
+            losses.append(float(step(images, torch.arange(count), torch.tensor(0.01))))
+        found.append(losses)
+    assert found[0] == found[1]
+    assert captures == [0, 1]
+
+
 def test_the_papers_imagenet_recipe() -> None:
     train = load_settings(dataset="imagenet").train
     assert (train.epochs, train.batch_size, train.lr, train.weight_decay) == (100, 256, 0.1, 1e-4)
@@ -121,7 +147,5 @@ def test_bad_recipes_are_named(overrides: list[str], part: str) -> None:
 
 
 def test_sides_of_a_dataset_that_has_one_are_refused() -> None:
-    with pytest.raises(
-        FastarError, match=r"^settings: train\.resolutions needs images of any size .* cifar10"
-    ):
+    with pytest.raises(FastarError, match=r"^settings: train\.resolutions needs images of any size .* cifar10"):
         load_settings(dataset="cifar10", overrides=["train.resolutions=[[0, 32]]"])

@@ -35,6 +35,7 @@ class _FlatStep:
         self.dtype = resolve_precision(settings.precision, self.device)
         self.loss_scale = LossScale(self.device, enabled=self.dtype == torch.float16)
         self._one = torch.ones((), device=self.device)
+        self._image_shape: torch.Size | None = None
         # Where weights are neither interpolated nor cast, the network lives in theta itself.
         self._working: WorkingWeights | None = None
         if working_copy or self.dtype != torch.float32:
@@ -80,6 +81,16 @@ class _FlatStep:
         moved = [self.theta, *working, *self.optimizer.state(), *self.loss_scale.state(), *self.model.buffers()]
         return CallGraph(body, moved, self.device)
 
+    def _replayed(self, graph: CallGraph | None, images: Tensor, labels: Tensor) -> CallGraph | None:
+        """The graph, if this batch can be replayed. Images of another side, as progressive resizing has them, are
+        captured anew; batches of another length (an epoch's last) run without."""
+        if graph is None:
+            return None
+        if images.shape[1:] != self._image_shape:
+            graph.forget()
+            self._image_shape = images.shape[1:]
+        return graph if graph.fits(images, labels) else None
+
     def _autocast(self) -> AbstractContextManager[object]:
         if self.dtype == torch.float32:
             return nullcontext()
@@ -117,8 +128,9 @@ class RegularStep(_FlatStep):
         return
 
     def __call__(self, images: Tensor, labels: Tensor, lr: Tensor) -> Tensor:
-        if self._graph is not None and self._graph.fits(images, labels):
-            return self._graph(images, labels, lr)
+        graph = self._replayed(self._graph, images, labels)
+        if graph is not None:
+            return graph(images, labels, lr)
         return self._body(images, labels, lr)
 
     def _body(self, images: Tensor, labels: Tensor, lr: Tensor) -> Tensor:
@@ -215,9 +227,10 @@ class StarStep(_FlatStep):
         self._scale.copy_(self._scales[step])
         if self._written:
             self._next_t.copy_(self._draws[step + 1])
-        if self._graph is not None and self._graph.fits(images, labels):
+        graph = self._replayed(self._graph, images, labels)
+        if graph is not None:
             self._next_row.fill_(row)
-            loss = self._graph(images, labels, lr)
+            loss = graph(images, labels, lr)
         else:
             points = self._working.next_points(self._feed.table[row], self._next_t) if self._written else None
             loss = self._body(images, labels, lr, self._scale, points)
