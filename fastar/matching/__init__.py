@@ -7,7 +7,7 @@ from fastar.matching.permutations import Permutations
 from fastar.matching.settings import ByActivations, match_by_settings, match_modules
 from fastar.matching.symmetry import Group, Member, Symmetry
 from fastar.matching.verify import verify_symmetry
-from fastar.matching.weights import MatchResult, match, match_weights
+from fastar.matching.weights import MatchResult, match, match_weights, working_bytes
 
 __all__ = [
     "ByActivations",
@@ -25,4 +25,5 @@ __all__ = [
     "solve_assignment",
     "solver_name",
     "verify_symmetry",
+    "working_bytes",
 ]

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
     from fastar.matching.descent import Descent
 
 # Noise on S_g, in standard deviations of its entries, one after the other: units whose partners are nearly as good as
-# another's change them, sure ones stay. Measured on ResNet-18, see `match_weights`.
+# another's change them, sure ones stay. On ResNet-18, 5 kicks at 0.25 throughout gained as much, at 0.15 a quarter less
+# and at 0.1 half as much; noise on single groups, or on all of them at 0.5 and more, gained less for the time.
 LEVELS = (0.3, 0.25, 0.2, 0.15, 0.1)
 
 

@@ -17,6 +17,7 @@ from fastar.matching.attempts import Attempts, Outcome, Start, best_ends
 from fastar.matching.descent import Problem
 from fastar.matching.permutations import Permutations
 from fastar.matching.symmetry import Symmetry
+from fastar.memory import free_bytes
 from fastar.progress import SILENT, Progress
 
 Starts = Permutations | Sequence[Permutations | None] | None
@@ -74,9 +75,15 @@ def match_weights(
     No step lowers the objective; at the end no group's best assignment raises it. Inputs are not written to. The result
     depends on the inputs, the starts and the seed, not (but for rounding) on `chunk`, `threads` or the other sources.
 
-    Descent ends in local optima. Ways out, as `tools/bench_matching.py --escapes` measured them on 2 pairs of ResNet-18
-    (objective without 1-D parameters about 430): the guess that `start=None` makes gained 6 over the identity in about
-    the same time; `orders=3` gained 2.4 more for 4 times the time, `orders=8` 3.0 for 7 times.
+    Descent ends in local optima. What the ways out gain, on 2 pairs of briefly trained ResNet-18 whose objective without
+    1-D parameters is 434 (`tools/bench_matching.py --sources 2 --escapes`, on a CPU):
+
+    - the guess that `start=None` makes: 6.3 over the identity, at about its cost;
+    - `match_activations` as the start: 1.0 less than the guess, but better in one of the two pairs; needs data;
+    - `orders=3`: 2.4 more, `orders=8`: 3.0 more, at nearly as many times the descents;
+    - `kicks=1`: 7.8 more, `kicks=5`: 13.5, `kicks=15`: 17.8, each kick for about half of the first descent or less;
+      `orders=3, kicks=5`: 15.2;
+    - from last epoch's permutations, a new guess gains nothing, one kick 5.6 for about the time of the re-match again.
 
     Args:
         theta: parameter name -> tensor; buffers may be among them and do not count.
@@ -274,9 +281,27 @@ def _chunk_size(problem: Problem, device: torch.device, count: int) -> int:
     """CPU: one source per chunk, chunks side by side on the threads. GPU: what fits half of the free memory."""
     if device.type != "cuda":
         return 1
-    free, _ = torch.cuda.mem_get_info(device)
-    one = (
-        sum(t.numel() for t in problem.theta.values()) * 4 * _COPIES + sum(g.size**2 for g in problem.groups) * 8
-    )  # S_g, and a copy
+    size = sum(t.numel() for t in problem.theta.values()) * 4
+    return _chunk_on_gpu(_bytes_of_one(size, [g.size for g in problem.groups]), count, free_bytes(device))
+
+
+def _bytes_of_one(parameters: int, groups: Sequence[int]) -> int:
+    return parameters * _COPIES + sum(size**2 for size in groups) * 8  # S_g, and a copy
+
+
+def _chunk_on_gpu(one: int, count: int, free: int) -> int:
     # Two chunks are in flight: the assignments of one are solved while the other's products are computed.
     return max(1, min(-(-count // 2), free // (4 * one)))
+
+
+def working_bytes(parameters: int, groups: Sequence[int], count: int, free: int, *, gpu: bool, threads: int) -> int:
+    """Bytes that matching `count` sources takes beside theta and the sources themselves, where `free` bytes are free.
+
+    Args:
+        parameters: bytes of one network's parameters.
+        groups: sizes of the permutation groups.
+        gpu: whether the sources are on a GPU.
+        threads: CPU threads.
+    """
+    one = _bytes_of_one(parameters, groups)
+    return one * min(count, 2 * _chunk_on_gpu(one, count, free) if gpu else threads)
