@@ -36,7 +36,8 @@ setup(
         "typer>=0.16",
     ],
     extras_require={
-        "test": ["pytest>=8"],
+        "figures": ["tensorboard>=2.16"],  # looks at what fastar writes by itself
+        "test": ["pytest>=8", "tensorboard>=2.16"],
         "check": ["mypy>=1.11", "ruff>=0.9", "types-PyYAML"],
         "bench": ["rebasin==0.0.47"],
     },
