@@ -1,20 +1,32 @@
 """tools/write_ffcv.py: parses, calls, prints; errors are one line and exit code 2."""
 
 import importlib.util
+import re
+import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from data_samples import raw_dataset, write_idx
+from PIL import Image
+
+from fastar.data import Encoding, open_images
+from fastar.errors import FastarError
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "write_ffcv.py"
 
 
-@pytest.fixture(scope="module")
-def tool():
-    specification = importlib.util.spec_from_file_location("write_ffcv", TOOL)
+def loaded(path):
+    specification = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(specification)
+    sys.modules[path.stem] = module  # its worker processes look for it
     specification.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def tool():
+    return loaded(TOOL)
 
 
 def test_converts_and_then_keeps(tool, tmp_path, capsys):
@@ -51,3 +63,86 @@ def test_help_has_examples(tool, capsys):
         tool.main(["--help"])
     assert caught.value.code == 0
     assert "--dataset cifar10 --source" in capsys.readouterr().out
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Two classes of images of any size, one of them cut off."""
+    for split, count in (("train", 6), ("val", 2)):
+        for number in range(count):
+            path = tmp_path / "raw" / split / f"c{number % 2}" / f"{number}.JPEG"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (60 + number, 50), (40 * number, 80, 90)).save(path)
+    path.write_bytes(path.read_bytes()[:-200])
+    return tmp_path / "raw"
+
+
+def test_images_of_any_size(tool, folders, tmp_path, capsys):
+    arguments = ["--dataset", "imagefolder", "--name", "mine", "--source", str(folders), "--out", str(tmp_path / "out")]
+    assert tool.main(arguments) == 2
+    assert "val/c1/1.JPEG: cannot be read as an image" in capsys.readouterr().err
+    asked = ["--preset", "rn18", "--jpeg-quality", "80", "--max-resolution", "0", "--order", "sorted"]
+    assert tool.main([*arguments, *asked, "--on-error", "skip"]) == 0
+    captured = capsys.readouterr()
+    first, second = captured.out.splitlines()
+    assert re.search(r"out/mine: train 6, test 1; digest [0-9a-f]{12}; \d+\.\d MB$", first)
+    assert "left out of test: " in second
+    assert "1.JPEG: cannot be read as an image" in second
+    assert re.search(r"^mine: 8 images need about \d+\.\d MB in .*out/mine \([\d.,]+ [GM]B free\)$", captured.err, re.M)
+    files = open_images(tmp_path / "out" / "mine")
+    assert files.encoding == Encoding(None, 0.1, 80)
+    assert not files.shuffled
+    assert tool.main(arguments) == 0  # what is there will do where nothing else is asked for
+    assert tool.main([*arguments, "--preset", "rn18"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--dataset", "imagefolder"], "needs --name NAME"),
+        (["--dataset", "imagenet", "--name", "x"], "no other dataset takes one"),
+        (["--dataset", "imagefolder", "--name", "cifar10"], "--name cifar10: is another dataset's"),
+        (["--dataset", "imagefolder", "--name", "a/b"], "not a plain name"),
+        (["--dataset", "cifar10", "--preset", "rn18"], "--preset belongs to imagenet and imagefolder"),
+        (["--dataset", "digits", "--on-error", "skip"], "--on-error belongs to"),
+        (["--dataset", "imagenet"], "holds no finished dataset; give the images with --data-root"),
+        (["--dataset", "imagenet", "--source", "nowhere"], "nowhere: no such folder"),
+        (["--dataset", "imagenet", "--jpeg-quality", "0"], "jpeg-quality=0 must be within 1..100"),
+        (["--dataset", "imagenet", "--compress-probability", "2"], "compress-probability=2.0 must be"),
+        (["--dataset", "imagenet", "--max-resolution", "-3"], "max-resolution=-3 must be"),
+        (["--dataset", "imagenet", "--limit", "0"], "limit=0 must be"),
+    ],
+)
+def test_errors_about_images_are_one_line(tool, tmp_path, capsys, arguments, message):
+    test_errors_are_one_line_and_code_2(tool, tmp_path, capsys, arguments, message)
+
+
+def test_made_images_are_deterministic_and_of_every_class(tmp_path, capsys):
+    make_images = loaded(TOOL.with_name("make_images.py"))
+    make_images.make(tmp_path / "a", {"train": 10, "val": 10}, 0, 1)
+    make_images.make(tmp_path / "b", {"train": 12, "val": 10}, 0, 2)
+    make_images.make(tmp_path / "c", {"train": 10, "val": 10}, 1, 1)
+    contents = [
+        {str(p.relative_to(root)): p.read_bytes() for p in root.rglob("*.JPEG")}
+        for root in (tmp_path / "a", tmp_path / "b", tmp_path / "c")
+    ]
+    assert contents[0].items() < contents[1].items()
+    assert len(contents[1]) == 22
+    assert not set(contents[0].values()) & set(contents[2].values())
+    assert {path.split("/")[1] for path in contents[0]} == set(make_images.CLASSES)
+    assert "20 images of 10 classes" in capsys.readouterr().out
+    with pytest.raises(FastarError, match="train: is there already"):
+        make_images.make(tmp_path / "a", {"train": 10, "val": 10}, 0, 1)
+    with pytest.raises(FastarError, match="must be at least 10"):
+        make_images.make(tmp_path / "d", {"train": 9, "val": 10}, 0, 1)
+
+
+def test_a_pattern_is_its_class_s(tmp_path):
+    """Symmetries that tell the patterns apart hold; colours and sizes vary."""
+    make_images = loaded(TOOL.with_name("make_images.py"))
+    y, x = (np.mgrid[:200, :200] - 100) / 200
+    for name in make_images.CLASSES:
+        drawn = [make_images.pattern(name, x, y, np.random.default_rng(seed)) for seed in range(20)]
+        shares = [float(one.mean()) for one in drawn]
+        assert all(one.dtype == bool and 0.05 < share < 0.95 for one, share in zip(drawn, shares, strict=True)), name
+        assert len({one.tobytes() for one in drawn}) == 20

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from difflib import get_close_matches
 
+from fastar.config import OF_ANY_SIZE
 from fastar.errors import FastarError
 
 # The paper normalises CIFAR inputs with ImageNet's statistics (red, green, blue; pixels in 0..1).
@@ -149,6 +150,7 @@ def dataset_spec(name: str) -> DatasetSpec:
     """The entry called `name`; FastarError lists the valid names and the nearest one."""
     if name in DATASETS:
         return DATASETS[name]
-    near = get_close_matches(name.lower().replace("_", "-"), DATASETS, n=1, cutoff=0.5)
+    names = (*DATASETS, *OF_ANY_SIZE)
+    near = get_close_matches(name.lower().replace("_", "-"), names, n=1, cutoff=0.5)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
-    raise FastarError(f"unknown dataset {name!r}{hint}; choose one of: {', '.join(DATASETS)}")
+    raise FastarError(f"unknown dataset {name!r}{hint}; choose one of: {', '.join(names)}")

@@ -1,0 +1,262 @@
+"""Converting images of any size: presets, unusable images, full disks, kills; and reading them in training."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import signal
+import time
+from collections import namedtuple
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastar.data import PRESETS, Encoding, StreamingDataset, images, open_images, prepare_images, streaming
+from fastar.data.crops import random_boxes
+from fastar.data.imagefolder import ImageFolderSplit, class_names
+from fastar.data.registry import IMAGENET_MEAN, IMAGENET_STD
+from fastar.data.sampling import draw, file_order, paged_order
+from fastar.errors import FastarError
+from fastar.seeds import derive_seed
+
+RAW = Encoding(max_resolution=None, compress_probability=0)
+COUNT = 24
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """Three classes of 8 training images, each of noise and of its own size, and of 2 test images."""
+    generator = np.random.default_rng(0)
+    for split, count in (("train", COUNT), ("val", 6)):
+        for number in range(count):
+            path = tmp_path / "raw" / split / f"c{number % 3}" / f"{number:02}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            shape = (int(generator.integers(20, 60)), int(generator.integers(20, 60)), 3)
+            Image.fromarray(generator.integers(0, 256, shape, dtype=np.uint8)).save(path)
+    return tmp_path / "raw"
+
+
+def prepared(root: Path, name: str = "set", **changes: Any) -> images.ImageFiles:
+    options: dict[str, Any] = {"encoding": RAW, "workers": 2, **changes}
+    return prepare_images(name, data_root=root, directory=root.parent / "out", **options)
+
+
+def shown(data: StreamingDataset, **options: Any) -> tuple[np.ndarray, np.ndarray]:
+    """An augmented epoch: pixels back in 0..255, and labels."""
+    parts = list(data.batches(7, seed=3, epoch=1, drop_last=False, **options))
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    pixels = ((torch.cat([part[0] for part in parts]) * std + mean) * 255).permute(0, 2, 3, 1)
+    return pixels.numpy(), torch.cat([part[1] for part in parts]).numpy()
+
+
+@pytest.mark.parametrize("crop", ["random-resized", "resize256-crop224"])
+def test_training_images_are_the_boxes_resized_and_mirrored(root: Path, crop: Any) -> None:
+    files = prepared(root)
+    data = StreamingDataset(files, "train", "cpu", size=24, crop=crop, threads=2)
+    pixels, labels = shown(data)
+    raw = ImageFolderSplit(root / "train", class_names(root / "train"))
+    stored = [raw[int(index)] for index in file_order(COUNT, "train")]
+    key = derive_seed(3, "augmentation", 1)
+    index = np.arange(COUNT)
+    heights, widths = (np.array([image.shape[axis] for image, _ in stored]) for axis in (0, 1))
+    boxes = random_boxes(crop, key)(index, heights, widths)
+    left = set(range(COUNT))
+    mirrors = draw(key, index, 2) >> 31 == 1
+    assert {False, True} == set(mirrors.tolist())
+    for found, label in zip(pixels, labels, strict=True):
+        for number in left:
+            (image, known), (top, first, height, width) = stored[number], boxes[number]
+            want = cv2.resize(image[top : top + height, first : first + width], (24, 24), interpolation=cv2.INTER_AREA)
+            want = want[:, ::-1] if mirrors[number] else want
+            if np.abs(found - want).max() < 0.01:  # normalising and back, in fp32
+                assert label == known
+                left.remove(number)
+                break
+        else:
+            pytest.fail("an image that is none of the set's")
+    assert not left
+
+
+def test_threads_limits_and_orders_leave_a_sample_s_pixels_alone(root: Path) -> None:
+    files = prepared(root)
+    want = {image.tobytes() for image in shown(StreamingDataset(files, "train", "cpu", size=16, threads=1))[0]}
+    assert len(want) == COUNT
+    for options in ({"threads": 3}, {"order": "pages"}, {"limit": 9}):
+        found, labels = shown(StreamingDataset(files, "train", "cpu", size=16, **options))
+        assert len(found) == len(labels) == options.get("limit", COUNT)
+        assert {image.tobytes() for image in found} <= want
+    assert np.bincount(labels).tolist() == [3, 3, 3]
+
+
+def test_page_order_reads_windows_of_pages(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = np.repeat(np.arange(50), 7)[np.random.default_rng(0).permutation(350)]
+    orders = [paged_order(pages, 8, seed, epoch) for seed, epoch in ((0, 0), (0, 1), (1, 0))]
+    for order in orders:
+        assert sorted(order) == list(range(350))
+        for start in range(0, 350, 56):  # 8 pages of 7
+            window = pages[order[start : start + 56]]
+            assert len(set(window)) == min(8, 50 - start // 7)
+            assert (np.diff(window) != 0).mean() > 0.6 or start == 336  # shuffled within
+    assert len({tuple(order) for order in orders}) == 3
+    monkeypatch.setattr(streaming, "WINDOW", 1)
+    files = prepared(root)
+    data = StreamingDataset(files, "train", "cpu", size=8, order="pages", threads=1)
+    data._reader.pages = np.arange(COUNT) // 6
+    order = paged_order(data._reader.pages, 1, 3, 1)
+    _, labels = shown(data)
+    assert labels.tolist() == data._reader.labels[order].tolist()
+    assert [len(set(order[start : start + 6] // 6)) for start in range(0, COUNT, 6)] == [1] * 4
+    by_class = prepared(root, "sorted", shuffled=False)
+    assert not by_class.shuffled
+    plain = StreamingDataset(by_class, "train", "cpu", size=8)
+    assert plain._reader.labels.tolist() == [0] * 8 + [1] * 8 + [2] * 8
+    with pytest.raises(FastarError, match=r"holds its images by class.*dataset\.order=random"):
+        StreamingDataset(by_class, "train", "cpu", size=8, order="pages")
+
+
+def test_limits_that_cannot_be(root: Path) -> None:
+    files = prepared(root)
+    with pytest.raises(FastarError, match="limit=25 is more than the 24 train images of set"):
+        StreamingDataset(files, "train", "cpu", limit=25)
+    with pytest.raises(FastarError, match="limit=2 is below one image per class"):
+        StreamingDataset(files, "train", "cpu", limit=2)
+    few = prepared(root, "few", limit=6)
+    assert (few.count("train"), few.count("test")) == (6, 6)
+    with pytest.raises(FastarError, match="written with limit=6, asked for limit=None"):
+        prepared(root, "few")
+
+
+def spoil(root: Path) -> dict[str, str]:
+    """Three training images that cannot be used, and a word of each one's reason."""
+    paths = {name: root / "train" / name for name in ("c0/00.png", "c1/13.png", "c2/02.png")}
+    paths["c0/00.png"].write_bytes(b"not an image")
+    paths["c1/13.png"].write_bytes(paths["c1/13.png"].read_bytes()[:-900])
+    Image.fromarray(np.zeros((30, 30), np.uint16)).save(paths["c2/02.png"])
+    return {"c0/00.png": "cannot identify", "c1/13.png": "cannot be read", "c2/02.png": "not 8-bit"}
+
+
+def test_images_that_cannot_be_used_are_left_out_and_listed(root: Path) -> None:
+    reasons = spoil(root)
+    with pytest.raises(FastarError, match=r"train/c\d/\d\d\.png: "):
+        prepared(root)
+    assert not (root.parent / "out").exists()
+    files = prepared(root, on_error="skip")
+    assert (files.count("train"), files.count("test")) == (COUNT - 3, 6)
+    found = {entry["path"].split("train/")[1]: entry["reason"] for entry in files.skipped["train"]}
+    assert found.keys() == reasons.keys()
+    assert all(reasons[name] in found[name] for name in reasons)
+    assert files.skipped["test"] == []
+    raw = ImageFolderSplit(root / "train", class_names(root / "train"))
+    kept = [int(k) for k in file_order(COUNT, "train") if not raw.where(int(k)).endswith(tuple(reasons))]
+    parts = list(StreamingDataset(files, "train", "cpu", size=20, threads=1).sequential(4))
+    assert torch.cat([labels for _, labels in parts]).tolist() == raw.labels[kept].tolist()
+    assert prepared(root, "again", on_error="skip", workers=1).metadata["content"] == files.metadata["content"]
+    assert open_images(files.folder).digest == files.digest
+    for path in (root / "val").glob("*/*"):
+        path.write_bytes(b"")
+    with pytest.raises(FastarError, match="none of the 6 images can be used"):
+        prepared(root, "none", on_error="skip")
+
+
+def test_a_png_named_jpeg_and_a_palette_come_out_rgb(root: Path) -> None:
+    path = root / "train" / "c0" / "00.png"
+    rgb = np.array(Image.open(path))
+    path.rename(path.with_suffix(".JPEG"))
+    palette = root / "train" / "c1" / "01.png"
+    want = Image.open(palette).quantize(16)
+    want.save(palette)
+    raw = ImageFolderSplit(root / "train", class_names(root / "train"))
+    named = [Path(raw.where(k)).name for k in range(len(raw))]
+    assert np.array_equal(raw[named.index("00.JPEG")][0], rgb)
+    assert np.array_equal(raw[named.index("01.png")][0], np.array(want.convert("RGB")))
+
+
+def test_a_disk_too_small_is_told_before_anything_is_written(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(images.shutil, "disk_usage", lambda path: usage(0, 0, 60 << 20))
+    needs = 2 * (1 + 4 + 1) * (8 << 20)  # for each split a page, one more for each worker, and the front
+    with pytest.raises(FastarError, match=r"30 images need about \d+\.\d MB, the disk has 62\.9 MB free") as caught:
+        prepared(root, workers=4)
+    assert float(str(caught.value).split("about ")[1].split(" ")[0]) * 1e6 >= needs
+    assert not (root.parent / "out").exists()
+
+
+def test_predictions_come_near(root: Path) -> None:
+    said: list[str] = []
+
+    class Listening(images.SILENT.__class__):
+        def line(self, text: str) -> None:
+            said.append(text)
+
+    generator = np.random.default_rng(0)
+    for number in range(150):  # noise of 3 x 360,000 bytes: 7 to a page
+        pixels = generator.integers(0, 256, (600, 600, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(root / "train" / "c0" / f"large{number}.bmp")
+    files = prepared(root, encoding=Encoding(None, 0.0), progress=Listening())
+    predicted = float(said[0].split("about ")[1].split(" ")[0])
+    written = sum(entry["bytes"] for entry in files.metadata["files"].values()) / 1e6
+    # A sample of 64 out of 174 images of two sizes; and a page per worker too many for each split, 8.4 MB each.
+    assert 0.85 * written < predicted < 1.15 * written + 40, (predicted, written)
+
+
+def convert_slowly(root: Path) -> None:
+    original = ImageFolderSplit.__getitem__
+
+    def slow(self: ImageFolderSplit, index: int) -> Any:
+        time.sleep(0.02)
+        return original(self, index)
+
+    ImageFolderSplit.__getitem__ = slow  # type: ignore[method-assign]
+    prepared(root)
+    os._exit(0)
+
+
+def test_a_killed_conversion_leaves_nothing_finished_and_starts_again(root: Path) -> None:
+    folder = root.parent / "out" / "set"
+    context = multiprocessing.get_context("fork")
+    process = context.Process(target=convert_slowly, args=(root,))
+    process.start()
+    deadline = time.monotonic() + 20
+    while not (folder / "train.beton.partial").exists() and time.monotonic() < deadline:
+        time.sleep(0.005)
+    time.sleep(0.05)
+    assert process.pid is not None
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert [path.name for path in folder.iterdir()] == ["train.beton.partial"]
+    with pytest.raises(FastarError, match="holds no finished dataset"):
+        prepare_images("set", data_root=None, directory=root.parent / "out")
+    assert prepared(root).count("train") == COUNT
+    assert sorted(path.name for path in folder.iterdir()) == ["metadata.json", "test.beton", "train.beton"]
+
+
+def test_a_file_cut_short_under_the_reader_is_an_error_not_a_crash(root: Path) -> None:
+    files = prepared(root)
+    data = StreamingDataset(files, "train", "cpu", size=16, threads=2)
+    os.truncate(files.train, 9_000_000)  # into its first page
+    with pytest.raises(FastarError, match=r"train\.beton: sample \d+ cannot be read whole: the file was cut off"):
+        list(data.sequential(4))
+
+
+def test_presets_and_metadata(root: Path) -> None:
+    assert {
+        "rn50": Encoding(500, 0.5, 90),
+        "rn18": Encoding(400, 0.1, 90),
+        "jpeg": Encoding(512, 1.0, 90),
+    } == PRESETS
+    files = prepared(root, encoding=None)
+    assert files.encoding == PRESETS["rn50"]
+    assert prepared(root, encoding=None).digest == files.digest
+    with pytest.raises(FastarError, match=r"written with encoding=.*asked for encoding="):
+        prepared(root, encoding=PRESETS["rn18"])
+    with pytest.raises(FastarError, match="written with shuffled=True, asked for shuffled=False"):
+        prepared(root, encoding=None, shuffled=False)
+    metadata = json.loads((files.folder / "metadata.json").read_text())
+    assert metadata["settings"] == {"limit": None, "on_error": "stop"}
+    assert metadata["skipped"] == {"train": [], "test": []}
