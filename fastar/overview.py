@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from fastar.errors import FastarError
@@ -155,14 +156,18 @@ def _barrier(results: Mapping[str, Any]) -> float | None:
     return found if found is not None else _number(results, "train", "star_source", "mean")
 
 
-def overview_table(runs: Sequence[RunOverview]) -> Table:
-    """One row per run."""
-    table = Table()
-    for name in ("run", "state", "where", "written", "sources", "heldouts", "loss", "barrier", "star accuracy"):
-        table.add_column(name, overflow="fold", justify="left" if name in ("run", "state", "where") else "right")
+def overview_table(runs: Sequence[RunOverview], below: Path) -> Table:
+    """One row per run, named from the folder `below` on."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("run", overflow="fold", min_width=14)
+    table.add_column("state", min_width=17)
+    for name in ("written", "sources", "heldout", "loss", "barrier", "accuracy"):
+        table.add_column(name, justify="right", no_wrap=True)
     for run in runs:
+        name = os.path.relpath(run.run, below)
+        state = f"{run.state} {'in' if run.state == 'running' else 'at'} {run.where}" if run.where else run.state
         numbers = ("-" if value is None else f"{value:.3f}" for value in (run.loss, run.barrier, run.star_accuracy))
-        table.add_row(run.run, run.state, run.where, ago(run.age), run.sources, run.heldout, *numbers)
+        table.add_row(run.run if name == "." else name, state, ago(run.age), run.sources, run.heldout, *numbers)
     return table
 
 

@@ -253,6 +253,36 @@ def test_a_log_cut_anywhere_loses_one_line_and_goes_on(run: RunFolder, cut: int)
     assert losses == ([1, 2, 3, 4] if cut == 1 else [1, 2, 4])
 
 
+def epochs(*pairs: tuple[str, int], loss: float = 1.0) -> list[dict[str, Any]]:
+    return [{"kind": "source", "model": model, "epoch": epoch, "loss": loss} for model, epoch in pairs]
+
+
+def test_a_log_is_brought_back_to_where_its_model_goes_on(run: RunFolder) -> None:
+    first = epochs(("source 0", 0), ("source 0", 1), ("source 1", 0), ("source 1", 1), ("source 1", 2))
+    for entry in first:
+        run.log(**entry)
+    run.repair_log("source 1", epochs(("source 1", 0), ("source 1", 1), loss=9.0))
+    assert run.read_log() == first[:4]  # what was done after the checkpoint goes; what is there stays as it is
+    data = run.log_file.read_bytes()
+    run.log_file.write_bytes(data[: data.rindex(b'{"kind"')])  # a power cut
+    run.repair_log("source 1", epochs(("source 1", 0), ("source 1", 1), loss=9.0))
+    assert run.read_log() == [*first[:3], *epochs(("source 1", 1), loss=9.0)]
+    run.repair_log("source 1", [])
+    assert run.read_log() == first[:2]
+
+
+def test_a_log_that_says_the_same_is_not_written_again(run: RunFolder) -> None:
+    for entry in epochs(("source 0", 0), ("source 0", 1)):
+        run.log(**entry)
+    before = run.log_file.stat()
+    run.repair_log("source 0", epochs(("source 0", 0), ("source 0", 1)))
+    run.repair_log("source 1", [])
+    assert run.log_file.stat().st_ino == before.st_ino
+    run.log(**epochs(("source 0", 1))[0])  # twice, as an interrupted attempt of old left it
+    run.repair_log("source 0", epochs(("source 0", 0), ("source 0", 1)))
+    assert [entry["epoch"] for entry in run.read_log()] == [0, 1]
+
+
 def test_foreign_lines_in_the_log_are_left_out(run: RunFolder) -> None:
     run.log_file.write_bytes(b'\xff\xfe}\n[1]\n"x}"\n\n{"a": 1}\n{}}\n')
     assert run.read_log() == [{"a": 1}]

@@ -1,0 +1,134 @@
+"""`fastar runs`: where each run stands, from its files alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from cli_cases import contents, fastar, refused
+from run_cases import small
+from test_stopping import at_call
+
+from fastar.experiments.star_domain import train_star
+from fastar.lock import hold
+from fastar.overview import overview, runs_below
+from fastar.runs import RunFolder
+from fastar.training import RegularStep, StarStep
+
+
+class Killed(BaseException):
+    """As a signal: nothing catches it."""
+
+
+def cut(folder: Path, data: Path, kind: type, step: int, *overrides: str) -> None:
+    """A run that was killed in step number `step` (from 1) of this kind."""
+
+    def kill() -> None:
+        raise Killed
+
+    with pytest.MonkeyPatch.context() as patch:
+        at_call(patch, kind, step, kill)
+        with pytest.raises(Killed):
+            train_star(small(data, *overrides), folder)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs in all states, the finished one deeper down; not to be changed."""
+    folder, data = tmp_path_factory.mktemp("runs"), tmp_path_factory.mktemp("data")
+    train_star(small(data, "sources.heldout=1"), folder / "old" / "finished")
+    cut(folder / "star", data, StarStep, 5)
+    cut(folder / "source", data, RegularStep, 10)
+    cut(folder / "nothing saved", data, RegularStep, 7, "checkpoint.epochs=0", "checkpoint.minutes=0")
+    (folder / "no run").mkdir()
+    (folder / "no run" / "config.yaml").write_text("a: 1\n")
+    return folder
+
+
+def test_every_state_is_told(runs: Path) -> None:
+    found = {Path(run.run).name: run for run in runs_below(runs)}
+    assert set(found) == {"finished", "star", "source", "nothing saved"}
+    states = {name: (run.state, run.where, run.sources, run.heldout) for name, run in found.items()}
+    assert states == {
+        "finished": ("finished", "", "2/2", "1/1"),
+        "star": ("stopped", "star, epoch 2, step 2 of 7", "2/2", "0/0"),
+        "source": ("stopped", "source 1, epoch 2 of 2", "1/2", "0/0"),
+        "nothing saved": ("stopped", "source 1", "1/2", "0/0"),
+    }
+    assert all(run.age >= 0 for run in found.values())
+
+
+def test_figures_are_those_of_the_run(runs: Path) -> None:
+    run = RunFolder(runs / "old" / "finished")
+    found, results = overview(run.path), run.read_results()
+    assert found.barrier == results["train"]["star_heldout"]["mean"]
+    assert found.star_accuracy == results["accuracy"]["test"]["star"]
+    assert found.loss == run.read_log()[-1]["loss"]
+    stopped = overview(runs / "star")
+    assert (stopped.barrier, stopped.star_accuracy) == (None, None)
+    assert stopped.loss == RunFolder(runs / "star").read_log()[-1]["loss"]
+
+
+def test_a_running_one_is_told_by_its_lock(runs: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(runs / "star", tmp_path / "run"))
+    with hold(folder):
+        found = overview(folder)
+    # By the log, which is newer than the last checkpoint.
+    assert (found.state, found.where) == ("running", "star, epoch 2 of 7")
+    assert overview(folder).state == "stopped"
+
+
+def test_results_of_fewer_models_than_are_asked_for_are_not_the_end(runs: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(runs / "old" / "finished", tmp_path / "run"))
+    run = RunFolder(folder)
+    run.config.write_text(run.config.read_text().replace("heldout: 1", "heldout: 2"))
+    found = overview(folder)
+    assert (found.state, found.where, found.heldout) == ("stopped", "heldout 1", "1/2")
+
+
+def test_the_last_written_comes_first(runs: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(runs, tmp_path / "runs"))
+    for path in (folder / "source").rglob("*"):
+        os.utime(path, (2e9, 2e9))
+    assert Path(runs_below(folder)[0].run).name == "source"
+
+
+def test_the_command_shows_them_and_changes_nothing(runs: Path) -> None:
+    before = contents(runs)
+    outcome = fastar("runs", runs, "--json")
+    assert outcome.code == 0
+    listed = json.loads(outcome.out)
+    assert len(listed) == 4
+    assert {"run", "state", "where", "age", "loss", "barrier"} <= listed[0].keys()
+    lines = fastar("runs", runs).out.splitlines()
+    assert any(line.startswith("old/finished ") and " finished " in line and " 2/2 " in line for line in lines)
+    assert any(line.startswith("source ") and " stopped at source 1," in line for line in lines)
+    assert contents(runs) == before
+
+
+def test_where_there_are_none(tmp_path: Path) -> None:
+    assert fastar("runs", tmp_path).out == f"no run folders in {tmp_path}\n"
+    assert "no such folder" in refused("runs", tmp_path / "nowhere")
+
+
+def test_damaged_files_do_not_hide_the_others(runs: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(runs, tmp_path / "runs"))
+    (folder / "star" / "config.yaml").write_text("a: [")
+    (folder / "source" / "log.jsonl").write_bytes(b"\xff{")
+    (folder / "old" / "finished" / "results.json").write_text("{")
+    found = {Path(run.run).name: run for run in runs_below(folder)}
+    assert set(found) == {"finished", "source", "nothing saved"}
+    assert found["source"].loss is None
+    assert found["finished"].where == "results"
+
+
+def test_it_does_not_wait_for_torch(runs: Path) -> None:
+    code = "import sys, fastar.overview; from pathlib import Path; fastar.overview.runs_below(Path(sys.argv[1])); "
+    code += "print([name for name in ('torch', 'numba') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code, str(runs)], capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
