@@ -3,10 +3,10 @@
     python tools/bench_loader.py [--pipeline cifar10 imagenet] [--data-root DIR] [--images N] [--workers 2] [--rounds 3]
 
 Both give shuffled, augmented and normalised fp32 batches of the same shape: digits (8x8, none), cifar10 (pad by 4,
-crop, mirror), imagenet (centre crop of 224/256, resized to --size, mirror). DataLoader reads the image files as they
-are; ImageNet's .beton holds them at 500 pixels at most, half as JPEG and half raw (an FFCV preset), unless
---compress-probability says otherwise. --workers is DataLoader's processes, and fastar's decoding threads (imagenet) or
-torch's threads (digits and cifar10, which lie in memory once they are read).
+crop, mirror), imagenet (random resized crop to --size, mirror). DataLoader reads the image files as they are;
+ImageNet's .beton is of --preset, and the rate at which it was written is told. --workers is DataLoader's processes, and
+fastar's writer processes and decoding threads (imagenet) or torch's threads (digits and cifar10, which lie in memory
+once they are read).
 
 DIR holds train/<class>/* and test/<class>/*, for one pipeline at a time; for imagenet, class folders alone will do, and
 files are repeated up to --images. Without it random images are made (digits: scikit-learn's for fastar), and the lines
@@ -31,7 +31,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from fastar.benchmarks import quantiles, where
-from fastar.data import DATASETS, Encoding, StreamingDataset, load, prepare, prepare_images
+from fastar.data import DATASETS, PRESETS, StreamingDataset, load, prepare, prepare_images
 from fastar.data.folders import SUFFIXES
 from fastar.data.registry import IMAGENET_MEAN, IMAGENET_STD
 from fastar.data.stand_in import link_images, make_images
@@ -51,7 +51,7 @@ class Files(Dataset):
         self.labels = [names.index(path.parent.name) for path in self.paths]
         self.mode, self.change = mode, change
         channels = 3 if mode == "RGB" else 1
-        self.mean, self.std = (np.float32(v[:channels]) for v in (IMAGENET_MEAN, IMAGENET_STD))
+        self.mean, self.std = (np.array(v[:channels], np.float32) for v in (IMAGENET_MEAN, IMAGENET_STD))
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -79,15 +79,22 @@ def cropped_cifar(image: Image.Image) -> Image.Image:
 
 
 class CropImageNet:
-    """The centred square, 224/256 of it, at `size`."""
+    """A random 8 to 100 % of the area, of a ratio of sides from 3/4 to 4/3, at `size`; the first of 10 that fits."""
 
     def __init__(self, size: int):
         self.size = size
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        side = int(min(image.size) * 224 / 256)
-        left, top = (image.width - side) // 2, (image.height - side) // 2
-        box = (left, top, left + side, top + side)
+        box = (0, 0, *image.size)
+        for _ in range(10):
+            area, turn, x, y = torch.rand(4).tolist()
+            ratio = (3 / 4) ** (1 - 2 * turn)
+            area = image.width * image.height * (0.08 + 0.92 * area)
+            width, height = round((area * ratio) ** 0.5), round((area / ratio) ** 0.5)
+            if width <= image.width and height <= image.height:
+                left, top = int(x * (image.width - width + 1)), int(y * (image.height - height + 1))
+                box = (left, top, left + width, top + height)
+                break
         return mirrored(image.resize((self.size, self.size), Image.Resampling.BILINEAR, box))
 
 
@@ -99,10 +106,16 @@ def pipeline(name: str, folder: Path, arguments: argparse.Namespace) -> tuple[Ep
             make_images(raw, count)
         else:
             link_images(arguments.data_root, raw, count)
-        encoding = Encoding(500, arguments.compress_probability, 90)
-        files = prepare_images(name, data_root=raw, directory=folder, encoding=encoding)
+        begin = time.perf_counter()
+        encoding, workers = PRESETS[arguments.preset], arguments.workers
+        files = prepare_images(name, data_root=raw, directory=folder, encoding=encoding, workers=workers)
+        written = sum(files.count(split) for split in ("train", "test"))
         data = StreamingDataset(files, "train", "cpu", size=arguments.size, threads=arguments.workers)
-        facts = {"size": arguments.size, "compress_probability": arguments.compress_probability}
+        facts = {
+            "size": arguments.size,
+            "preset": arguments.preset,
+            "written_and_verified_per_s": round(written / (time.perf_counter() - begin), 1),
+        }
         return (
             epochs(data, arguments.batch),
             Files(raw / "train", "RGB", CropImageNet(arguments.size)),
@@ -182,7 +195,7 @@ def main() -> None:
     parser.add_argument("--data-root", type=Path)
     parser.add_argument("--images", type=int)
     parser.add_argument("--size", type=int, default=224, help="of ImageNet's crops")
-    parser.add_argument("--compress-probability", type=float, default=0.5, help="share of ImageNet's stored as JPEG")
+    parser.add_argument("--preset", choices=PRESETS, default="rn50", help="of ImageNet's .beton")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=3)
