@@ -157,17 +157,18 @@ def _barrier(results: Mapping[str, Any]) -> float | None:
 
 
 def overview_table(runs: Sequence[RunOverview], below: Path) -> Table:
-    """One row per run, named from the folder `below` on."""
+    """One row per run, named from the folder `below` on; models are sources and heldouts."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("run", overflow="fold", min_width=14)
     table.add_column("state", min_width=17)
-    for name in ("written", "sources", "heldout", "loss", "barrier", "accuracy"):
+    for name in ("written", "models", "loss", "barrier", "accuracy"):
         table.add_column(name, justify="right", no_wrap=True)
     for run in runs:
         name = os.path.relpath(run.run, below)
         state = f"{run.state} {'in' if run.state == 'running' else 'at'} {run.where}" if run.where else run.state
         numbers = ("-" if value is None else f"{value:.3f}" for value in (run.loss, run.barrier, run.star_accuracy))
-        table.add_row(run.run if name == "." else name, state, ago(run.age), run.sources, run.heldout, *numbers)
+        models = f"{run.sources} + {run.heldout}"
+        table.add_row(run.run if name == "." else name, state, ago(run.age), models, *numbers)
     return table
 
 
