@@ -58,7 +58,7 @@ class Files(Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
         with Image.open(self.paths[index]) as image:
-            pixels = np.asarray(self.change(image.convert(self.mode)), dtype=np.float32)
+            pixels: np.ndarray = np.asarray(self.change(image.convert(self.mode)), dtype=np.float32)
         pixels = (pixels.reshape(*pixels.shape[:2], -1) / 255 - self.mean) / self.std
         return torch.from_numpy(pixels).permute(2, 0, 1), self.labels[index]
 
