@@ -68,13 +68,15 @@ class Way:
         return matched
 
 
-def ways(context: Context, kicks: int) -> list[Way]:
+def ways(context: Context) -> list[Way]:
     """The ways that can be had here; a further one is one more entry."""
+    kicks = context.settings.matching.kicks
     found = [
         Way("unmatched", lambda theta, sources, warm: sources),
         Way("fastar", _fastar(context, MatchingSettings())),
-        Way(f"fastar, {kicks} kicks", _fastar(context, MatchingSettings(kicks=kicks))),
     ]
+    if kicks:
+        found.append(Way(f"fastar, {kicks} kicks", _fastar(context, MatchingSettings(kicks=kicks))))
     if util.find_spec("rebasin") is None:
         print("rebasin is left out: pip install fastar[bench]", file=sys.stderr)
     else:
@@ -164,18 +166,19 @@ def star(context: Context, way: Way, sources: Sequence[State]) -> State:
     return step.state()
 
 
-def compare(context: Context, kicks: int) -> list[dict[str, Any]]:
+def compare(context: Context) -> list[dict[str, Any]]:
     """One record for each way of matching."""
     settings, device = context.settings, context.device
     with context.run.open(settings), context.threads():
-        regular = [*regular_models(context, "source", settings.sources.number)]
-        heldouts = [one.state for one in regular_models(context, "heldout", settings.sources.heldout)]
-        sources = [one.state for one in regular]
-        everything = [{name: value.to(device) for name, value in state.items()} for state in [*sources, *heldouts]]
-        sources, heldouts = everything[: len(sources)], everything[len(sources) :]
+        models = [
+            *regular_models(context, "source", settings.sources.number),
+            *regular_models(context, "heldout", settings.sources.heldout),
+        ]
+        everything = [{name: value.to(device) for name, value in one.state.items()} for one in models]
+        sources, heldouts = everything[: settings.sources.number], everything[settings.sources.number :]
         chosen = choose_pairs(len(everything), settings.evaluation.regular_pairs, derive_seed(settings.seed, "pairs"))
         records = []
-        for way in ways(context, kicks):
+        for way in ways(context):
             pairs = [(everything[a], way(everything[a], [everything[b]], False)[0]) for a, b in chosen]
             objectives = [objective(context, a, b) for a, b in pairs]
             seconds = list(way.seconds)
@@ -224,8 +227,12 @@ def table(records: Sequence[dict[str, Any]]) -> Table:
     for title in columns.values():
         out.add_column(title, justify="right")
     for record in records:
-        values = [record[key] if isinstance(record[key], list) else [record[key]] for key in columns]
-        out.add_row(record["case"], *(f"{statistics.median(value):.3g}" for value in values))
+        cells = []
+        for key in columns:
+            values = record[key] if isinstance(record[key], list) else [record[key]]
+            nothing_done = key.startswith("seconds") and max(values) < 1e-3
+            cells.append("-" if nothing_done else f"{statistics.median(values):.3g}")
+        out.add_row(record["case"], *cells)
     return out
 
 
@@ -246,6 +253,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
         "sources.heldout": args.heldout,
         "evaluation.regular_pairs": args.pairs,
         "evaluation.points": args.points,
+        "matching.kicks": args.kicks,
         "seed": args.seed,
         "device": args.device,
     }
@@ -276,7 +284,7 @@ def main() -> None:
     try:
         context = prepare_context(settings_of(args), args.cache, progress)
         context.run.check(context.settings)
-        records = compare(context, args.kicks)
+        records = compare(context)
     except FastarError as error:
         raise SystemExit(f"compare_matching: {error}") from error
     Console(width=140).print(table(records))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -115,7 +115,7 @@ class _Recorder:
         self._seen: dict[str, list[Tensor]] = {}
         self._hooks = [model.get_submodule(name).register_forward_hook(self._hook(name)) for name in names]
 
-    def _hook(self, name: str):  # type: ignore[no-untyped-def]
+    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
         def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
             values = output if isinstance(module, nn.Linear) else output.movedim(1, -1)
             rows = values.flatten(0, -2)
