@@ -161,24 +161,24 @@ def overview_table(runs: Sequence[RunOverview], below: Path) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("run", overflow="fold", min_width=14)
     table.add_column("state", min_width=17)
-    for name in ("written", "models", "loss", "barrier", "accuracy"):
+    for name in ("age", "models", "loss", "barrier", "accuracy"):
         table.add_column(name, justify="right", no_wrap=True)
     for run in runs:
         name = os.path.relpath(run.run, below)
         state = f"{run.state} {'in' if run.state == 'running' else 'at'} {run.where}" if run.where else run.state
         numbers = ("-" if value is None else f"{value:.3f}" for value in (run.loss, run.barrier, run.star_accuracy))
         models = f"{run.sources} + {run.heldout}"
-        table.add_row(run.run if name == "." else name, state, ago(run.age), models, *numbers)
+        table.add_row(run.run if name == "." else name, state, duration(run.age), models, *numbers)
     return table
 
 
-def ago(seconds: float) -> str:
-    """A time that has passed, in its largest unit.
+def duration(seconds: float) -> str:
+    """Seconds in the largest unit that fits.
 
-    >>> ago(59), ago(60), ago(7300), ago(200000)
-    ('59 s ago', '1 min ago', '2 h ago', '2 d ago')
+    >>> duration(59), duration(60), duration(7300), duration(200000)
+    ('59 s', '1 min', '2 h', '2 d')
     """
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
         if seconds >= size:
-            return f"{seconds // size:.0f} {unit} ago"
-    return f"{seconds:.0f} s ago"
+            return f"{seconds // size:.0f} {unit}"
+    return f"{seconds:.0f} s"

@@ -105,7 +105,7 @@ def test_the_command_shows_them_and_changes_nothing(runs: Path) -> None:
     listed = json.loads(outcome.out)
     assert len(listed) == 4
     assert {"run", "state", "where", "age", "loss", "barrier"} <= listed[0].keys()
-    lines = fastar("runs", runs).out.splitlines()
+    lines = [line.strip() + " " for line in fastar("runs", runs).out.splitlines()]
     assert any(line.startswith("old/finished ") and " finished " in line and " 2/2 + 1/1 " in line for line in lines)
     assert any(line.startswith("source ") and " stopped at source" in line for line in lines)
     assert contents(runs) == before
