@@ -97,6 +97,15 @@ BnBatches = Annotated[
         show_default=False,
     ),
 ]
+GpuMemory = Annotated[
+    str | None,
+    typer.Option(
+        "--gpu-memory",
+        metavar="SIZE",
+        help="Take at most so much of the GPU, such as 40GB (gpu_memory).",
+        show_default=False,
+    ),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress.")]
 
 
@@ -112,6 +121,7 @@ def _settings(
     name: str | None = None,
     on_nonfinite: str | None = None,
     bn_batches: int | None = None,
+    gpu_memory: str | None = None,
 ) -> Settings:
     from fastar.config import DEFAULT_ARCH, as_override, load_settings
 
@@ -126,6 +136,7 @@ def _settings(
         "train.on_nonfinite": on_nonfinite,
         "dataset.called": name,
         "evaluation.bn_batches": bn_batches,
+        "gpu_memory": gpu_memory,
     }
     options = [as_override(key, value) for key, value in named.items() if value is not None]
     return load_settings(dataset=dataset, arch=arch, file=config, overrides=[*options, *(overrides or [])])
@@ -167,6 +178,7 @@ def train_star_command(
     data_root: DataRoot = None,
     on_nonfinite: OnNonfinite = None,
     bn_batches: BnBatches = None,
+    gpu_memory: GpuMemory = None,
     profile: Annotated[
         int | None,
         typer.Option(
@@ -199,6 +211,7 @@ def train_star_command(
         name=name,
         on_nonfinite=on_nonfinite,
         bn_batches=bn_batches,
+        gpu_memory=gpu_memory,
     )
 
     from fastar.experiments.context import default_run_folder
@@ -220,6 +233,67 @@ def train_star_command(
     if profile is not None:
         print(RunFolder(folder).profile("parts.txt").read_text(), end="")
         print(f"profile: {RunFolder(folder).profile('')}")
+
+
+@app.command("plan")
+def plan_command(
+    overrides: Overrides = None,
+    dataset: Dataset = None,
+    name: Name = None,
+    arch: Arch = None,
+    sources: Sources = None,
+    heldout: Heldout = None,
+    out: Out = None,
+    config: Config = None,
+    bn_batches: BnBatches = None,
+    gpu_memory: GpuMemory = None,
+    rate: Annotated[
+        float | None,
+        typer.Option(
+            "--images-per-second", help="Speed of training, instead of measuring it here.", show_default=False
+        ),
+    ] = None,
+    loader: Annotated[
+        float | None,
+        typer.Option("--loader-images-per-second", help="Speed of loading, where it may limit.", show_default=False),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Say what a run will take before anything runs: memory of the GPU and the host, disk, and hours.
+
+    Bytes follow from the network, the recipe and the number of sources; seconds are measured on this machine, or
+    follow from the speeds that you state. Exit code 1 where something does not fit; it says which setting makes it fit.
+
+    Examples:
+
+        fastar plan --dataset imagenet --sources 30 --gpu-memory 40GB --images-per-second 3000
+
+        fastar plan --dataset cifar10 --sources 50
+    """
+    settings = _settings(
+        dataset,
+        arch,
+        config,
+        overrides,
+        sources=sources,
+        heldout=heldout,
+        name=name,
+        bn_batches=bn_batches,
+        gpu_memory=gpu_memory,
+    )
+
+    from fastar.experiments.context import default_run_folder
+    from fastar.experiments.plan import plan_run
+    from fastar.report import plan_lines, plan_table
+
+    plan = plan_run(settings, out or default_run_folder(settings), rate, loader).as_dict()
+    if as_json:
+        print(json.dumps(plan))
+    else:
+        _print_table(plan_table(plan))
+        _print_lines(plan_lines(plan))
+    if plan["problems"]:
+        raise typer.Exit(1)
 
 
 @app.command("train-sources")
@@ -401,7 +475,7 @@ def runs_command(
     if as_json:
         print(json.dumps([vars(run) for run in found]))
     elif found:
-        _print_table(overview_table(found))
+        _print_table(overview_table(found, folder))
     else:
         print(f"no run folders in {folder}")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fastar.errors import FastarError
 
@@ -35,6 +35,29 @@ PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+def parse_bytes(text: str) -> int:
+    """`40GB` (10^9), `40GiB` (2^30), `512MB` as bytes.
+
+    >>> parse_bytes("1.5GB")
+    1500000000
+
+    Raises:
+        FastarError: not a size.
+    """
+    number = text.strip().rstrip("BKMGTIbkmgti ")
+    unit = text.strip()[len(number) :].strip().upper()
+    try:
+        size = float(number) * UNITS[unit]
+    except (ValueError, KeyError):
+        raise FastarError(f"{text!r} is not a size; write it as 40GB, 40GiB or 512MB") from None
+    if not 0 < size < float("inf"):
+        raise FastarError(f"{text!r}: a size must be above 0")
+    return int(size)
 
 
 class _Section(BaseModel):
@@ -268,8 +291,20 @@ class Settings(_Section):
     figures: FiguresSettings = FiguresSettings()
     seed: Count = 0
     device: str = "auto"
+    gpu_memory: str | None = None
+    """Take at most so much of the GPU, such as 40GB: more is refused, as if the GPU were a smaller one."""
     workers: Positive = 2
     """Processes for writing data, threads for loading and for assignments."""
+
+    @field_validator("gpu_memory")
+    @classmethod
+    def _a_size(cls, value: str | None) -> str | None:
+        if value is not None:
+            try:
+                parse_bytes(value)
+            except FastarError as error:
+                raise ValueError(str(error)) from error
+        return value
 
     @model_validator(mode="after")
     def _consistent(self) -> Settings:

@@ -20,9 +20,27 @@ def free_bytes(device: torch.device) -> int:
     """
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
+        free = torch.cuda.mem_get_info(device)[0] + cached
+        cap = _caps.get(device.index or 0)
+        return free if cap is None else max(0, min(free, cap - torch.cuda.memory_allocated(device)))
     free, container = _available_on_host(), _left_in_container()
     return free if container is None else min(free, container)
+
+
+_caps: dict[int, int] = {}
+
+
+def cap_gpu(device: torch.device, size: int) -> None:
+    """Let this process take at most `size` bytes of a GPU, as if it were a smaller one: more is out of memory."""
+    _, total = torch.cuda.mem_get_info(device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, size / total), device)
+    _caps[device.index or 0] = size
+
+
+def gpu_bytes(device: torch.device) -> int:
+    """Bytes of a GPU's memory that this process may take: all of it, or the cap."""
+    total = torch.cuda.mem_get_info(device)[1]
+    return min(total, _caps.get(device.index or 0, total))
 
 
 def peak_bytes(device: torch.device) -> int:
@@ -38,7 +56,12 @@ def resident_models(numel: int, device: torch.device, wanted: int) -> int:
     At most 4 GiB of them: past some dozens of models a batch's cost is shared well enough, and a GPU needs the rest for
     activations.
     """
-    return max(1, min(wanted, min(free_bytes(device) // 2, LIMIT) // (4 * numel)))
+    return max(1, min(wanted, resident_limit(free_bytes(device)) // (4 * numel)))
+
+
+def resident_limit(free: int) -> int:
+    """Bytes that models may take which are held at once, where `free` bytes are free."""
+    return min(free // 2, LIMIT)
 
 
 def _available_on_host() -> int:

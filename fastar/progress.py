@@ -48,6 +48,15 @@ class SilentProgress:
 SILENT = SilentProgress()
 
 
+def size_text(size: float) -> str:
+    """Bytes as people read them.
+
+    >>> size_text(11_200_000_000), size_text(44_700_000)
+    ('11.2 GB', '44.7 MB')
+    """
+    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
+
+
 class _RateColumn(ProgressColumn):
     def render(self, task: RichTask) -> Text:
         speed = task.finished_speed or task.speed

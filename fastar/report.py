@@ -12,6 +12,7 @@ from rich.table import Table
 
 from fastar.checkpoints import write_atomically
 from fastar.errors import FastarError
+from fastar.progress import size_text
 
 # Okabe-Ito colours, which the colour-blind can tell apart; markers and dashes tell the curves apart in grey print.
 STYLES = {
@@ -89,7 +90,8 @@ def speed_lines(results: Mapping[str, Any]) -> list[str]:
             said = ", ".join(f"{name} {share:.0%}" for name, share in parts if share >= 0.005)
             lines.append(f"{kind + ' training:':<18}{found['images_per_second']:,.0f} images/s ({said})")
     if lines:
-        lines.append(f"{'peak memory:':<18}{results['peak_bytes'] / 1e6:,.0f} MB ({results['device']})")
+        planned = f", {size_text(results['planned_bytes'])} planned" if "planned_bytes" in results else ""
+        lines.append(f"{'peak memory:':<18}{size_text(results['peak_bytes'])} ({results['device']}){planned}")
     return lines
 
 
@@ -102,6 +104,42 @@ def statistics_lines(results: Mapping[str, Any]) -> list[str]:
         f"batch-norm:       statistics from {found['batches']} batches; {found['against']} change a test loss of "
         f"{found['test_loss']:.4f} by {-found['error']:+.2g}"
     ]
+
+
+def plan_table(plan: Mapping[str, Any]) -> Table:
+    """What a run will take in each place, phase by phase."""
+    table = Table(title=f"{plan['title']}, on {plan['device']}", title_justify="left")
+    table.add_column("", overflow="fold")
+    phases = list(next(iter(plan["needed"].values())))
+    for phase in phases:
+        table.add_column(phase, justify="right")
+    for place, limit in plan["limits"].items():
+        items: dict[str, dict[str | None, int]] = {}
+        for item in plan["items"]:
+            if item["place"] == place and item["bytes"]:
+                items.setdefault(item["what"], {})[item["phase"]] = item["bytes"]
+        for what, sizes in items.items():
+            found = [sizes.get(phase, sizes.get(None)) for phase in phases]
+            table.add_row(f"{place}: {what}", *("" if size is None else size_text(size) for size in found))
+        totals = [size_text(size) for size in plan["needed"][place].values()]
+        table.add_row(f"[bold]{place}, of {size_text(limit)}", *totals, end_section=True)
+    return table
+
+
+def plan_lines(plan: Mapping[str, Any]) -> list[str]:
+    """Hours, notes, and what does not fit, as lines of text."""
+    lines = []
+    for work in plan["work"]:
+        if work["seconds"] is not None:
+            whole = _duration(work["times"] * work["seconds"])
+            lines.append(f"time: {work['times']:,} x {work['what']}, {work['seconds']:,.3g} s each: {whole}")
+    known = "not known" if plan["seconds"] is None else f"{_duration(plan['seconds'])} in all"
+    lines.append(f"time: {known} ({plan['rates']})")
+    return [*lines, *plan["notes"], *(f"does not fit: {problem}" for problem in plan["problems"])]
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:,.1f} h" if seconds >= 3600 else f"{seconds / 60:,.1f} min"
 
 
 def barriers_table(paths: Sequence[Mapping[str, Any]]) -> Table:

@@ -32,6 +32,7 @@ FREE_KEYS = (
     "device",
     "evaluation.",
     "figures.",
+    "gpu_memory",
     "sources.store",
     "train.compile",
     "train.graph",

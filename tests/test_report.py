@@ -279,5 +279,5 @@ def test_speed_is_told_largest_part_first() -> None:
     found |= {"peak_bytes": 2_500_000_000, "device": "cpu"}
     assert speed_lines(found) == [
         "regular training: 1,234 images/s (forward 80%, load 20%)",
-        "peak memory:      2,500 MB (cpu)",
+        "peak memory:      2.5 GB (cpu)",
     ]

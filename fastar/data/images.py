@@ -24,7 +24,7 @@ from fastar.data.registry import IMAGENET_MEAN, IMAGENET_STD
 from fastar.data.sampling import balanced_subset, file_order
 from fastar.data.varied import Encoding, VariedLayout, verify_varied
 from fastar.errors import FastarError
-from fastar.progress import SILENT, Progress
+from fastar.progress import SILENT, Progress, size_text
 
 OnError = Literal["stop", "skip"]
 
@@ -213,8 +213,3 @@ def _chosen(split: str, raw: RawSplit, limit: int | None, shuffled: bool) -> np.
     if limit is not None and limit < len(raw):
         indices = balanced_subset(raw.labels, limit, "images", split)
     return indices[file_order(len(indices), split)] if shuffled else indices
-
-
-def size_text(size: float) -> str:
-    """Bytes as people read them."""
-    return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"

@@ -17,6 +17,7 @@ from fastar import data
 from fastar.checkpoints import Checkpoint
 from fastar.config import Settings
 from fastar.errors import FastarError
+from fastar.evaluation.batch_norm import batch_norm_layers
 from fastar.figures import LiveFigures
 from fastar.flat import FlatLayout
 from fastar.matching import Permutations, Symmetry, derive_symmetry, match_activations
@@ -85,12 +86,13 @@ class Context:
         if not chosen.of_any_size:
             return data.prepare(chosen.name, data_root=root, directory=directory, **more)
         if self.known is None:  # a conversion takes hours: what is wrong with the network is said before
-            build_model(self.settings.model.arch, input_shape=self._image, classes=2, **self.settings.model.options)
+            build_model(self.settings.model.arch, input_shape=self.image, classes=2, **self.settings.model.options)
         encoding = data.PRESETS[chosen.encoding] if chosen.encoding is not None else None
         return data.prepare_images(chosen.label, data_root=root, directory=directory, encoding=encoding, **more)
 
     @property
-    def _image(self) -> tuple[int, int, int]:
+    def image(self) -> tuple[int, int, int]:
+        """(channels, height, width) of the images."""
         chosen = self.settings.dataset
         if chosen.of_any_size:
             return 3, chosen.side, chosen.side
@@ -104,7 +106,7 @@ class Context:
             return self.known
         chosen = self.settings.dataset
         return Shape(
-            self._image, len(self.files.classes if chosen.of_any_size else data.dataset_spec(chosen.name).classes)
+            self.image, len(self.files.classes if chosen.of_any_size else data.dataset_spec(chosen.name).classes)
         )
 
     @cached_property
@@ -162,6 +164,11 @@ class Context:
             arch, input_shape=shape.image, classes=shape.classes, seed=seed, **self.settings.model.options
         )
         return model.to(self.device if device is None else device)
+
+    @property
+    def has_batch_norm(self) -> bool:
+        """Whether the networks keep batch-norm statistics."""
+        return bool(batch_norm_layers(self.build(seed=0, device="cpu")))
 
     @cached_property
     def layout(self) -> FlatLayout:

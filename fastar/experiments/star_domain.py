@@ -10,14 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from fastar.checkpoints import Checkpoint
-from fastar.config import Settings
+from fastar.config import Settings, parse_bytes
 from fastar.errors import FastarError
 from fastar.experiments.context import Context
 from fastar.experiments.measure import measure
+from fastar.experiments.plan import check_fits
 from fastar.experiments.regular import given_sources, regular_models
 from fastar.experiments.star import star_model, state_digest, steps_profile
 from fastar.figures import LiveFigures, import_wandb
 from fastar.matching import Permutations
+from fastar.memory import cap_gpu, peak_bytes
 from fastar.progress import SILENT, Progress
 from fastar.runs import RunFolder
 from fastar.training import resolve_precision
@@ -33,6 +35,8 @@ def prepare_context(settings: Settings, out: Path, progress: Progress = SILENT) 
     if settings.figures.wandb:
         import_wandb(settings.figures.wandb)
     resolve_precision(settings.train.precision, context.device)
+    if settings.gpu_memory is not None and context.device.type == "cuda":
+        cap_gpu(context.device, parse_bytes(settings.gpu_memory))
     context.build(seed=0, device="cpu")  # the GPU is not touched before the writers have forked
     return context
 
@@ -48,6 +52,7 @@ def train_sources(settings: Settings, out: Path, progress: Progress = SILENT) ->
     context = prepare_context(settings, out, progress)
     context.run.check(settings)
     _ = context.files
+    check_fits(context)
     with opened(context), context.threads():
         regular_models(context, "source", settings.sources.number)
         regular_models(context, "heldout", settings.sources.heldout)
@@ -76,6 +81,8 @@ def train_star(
     context = prepare_context(settings, out, progress)
     context.run.check(settings)
     _ = context.files
+    plan = check_fits(context)
+    planned = plan.peak("gpu") if "gpu" in plan.limits else plan.peak("host") + peak_bytes(context.device)
     with opened(context), context.threads():
         looking = None if profile is None else steps_profile(context, profile)
         folder = settings.sources.folder
@@ -91,7 +98,8 @@ def train_star(
             if results.get("measured") == measured:
                 progress.line(f"{out}: finished already; these are its results")
                 return results
-        results = {**measure(context, star, sources, heldouts, permutations), "measured": measured}
+        found = measure(context, star, sources, heldouts, permutations)
+        results = {**found, "measured": measured, "planned_bytes": planned}
         context.run.write_results(results)
     return results
 
