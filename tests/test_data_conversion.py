@@ -17,12 +17,13 @@ import pytest
 import torch
 from PIL import Image
 
-from fastar.data import PRESETS, Encoding, StreamingDataset, images, open_images, prepare_images, streaming
+from fastar.data import PRESETS, Encoding, StreamingDataset, images, open_images, prepare_images, streaming, writing
 from fastar.data.crops import random_boxes
 from fastar.data.imagefolder import ImageFolderSplit, class_names
 from fastar.data.registry import IMAGENET_MEAN, IMAGENET_STD
 from fastar.data.sampling import draw, file_order, paged_order
 from fastar.errors import FastarError
+from fastar.progress import SilentProgress
 from fastar.seeds import derive_seed
 
 RAW = Encoding(max_resolution=None, compress_probability=0)
@@ -187,21 +188,25 @@ def test_a_disk_too_small_is_told_before_anything_is_written(root: Path, monkeyp
     assert not (root.parent / "out").exists()
 
 
-def test_predictions_come_near(root: Path) -> None:
+def test_predictions_come_near(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(writing, "TELL_SECONDS", 0.0)
     said: list[str] = []
 
-    class Listening(images.SILENT.__class__):
+    class Listening(SilentProgress):
         def line(self, text: str) -> None:
             said.append(text)
 
     generator = np.random.default_rng(0)
-    for number in range(150):  # noise of 3 x 360,000 bytes: 7 to a page
+    for number in range(60):  # noise of 3 x 360,000 bytes: 7 to a page
         pixels = generator.integers(0, 256, (600, 600, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(root / "train" / "c0" / f"large{number}.bmp")
     files = prepared(root, encoding=Encoding(None, 0.0), progress=Listening())
+    told = [line for line in said if line.startswith("writing set train: ")]
+    assert told[-1].startswith("writing set train: 84 of 84 images, ")
+    assert told[-1].endswith(" images/s, 0 minutes left")
     predicted = float(said[0].split("about ")[1].split(" ")[0])
     written = sum(entry["bytes"] for entry in files.metadata["files"].values()) / 1e6
-    # A sample of 64 out of 174 images of two sizes; and a page per worker too many for each split, 8.4 MB each.
+    # A sample of 64 out of 84 images of two sizes; and a page per worker too many for each split, 8.4 MB each.
     assert 0.85 * written < predicted < 1.15 * written + 40, (predicted, written)
 
 

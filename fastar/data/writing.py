@@ -13,6 +13,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import time
 from multiprocessing.connection import Connection, wait
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
@@ -36,6 +37,7 @@ from fastar.errors import FastarError
 from fastar.progress import SILENT, Progress
 
 CHUNK = 128  # samples that a worker takes at a time, or fewer where there are few
+TELL_SECONDS = 300.0
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
 
@@ -197,6 +199,8 @@ def _run_workers(job: _Job, workers: int, progress: Progress, description: str) 
             send.close()
             processes.append(process)
             pipes[process.sentinel] = (process, receive)
+        done, begun = 0, time.monotonic()
+        told = begun
         with progress.task(description, len(job.indices), "images") as advance:
             while pipes:
                 ready = wait([*pipes, *(receive for _, receive in pipes.values())])
@@ -208,6 +212,8 @@ def _run_workers(job: _Job, workers: int, progress: Progress, description: str) 
                         kind, value = _receive(receive, process)
                         if kind == "done":
                             advance(value)
+                            done += value
+                            told = _tell(progress, description, done, len(job.indices), begun, told)
                         elif kind == "skipped":
                             skipped.update([value])
                         elif kind == "table":
@@ -226,6 +232,17 @@ def _run_workers(job: _Job, workers: int, progress: Progress, description: str) 
         for _, receive in pipes.values():
             receive.close()
     return np.concatenate(tables), skipped
+
+
+def _tell(progress: Progress, description: str, done: int, total: int, begun: float, told: float) -> float:
+    """A line every five minutes, for whoever reads a log of work that takes hours; when the last one was."""
+    now = time.monotonic()
+    if now - told < TELL_SECONDS:
+        return told
+    rate = done / (now - begun)
+    left = (total - done) / rate / 60
+    progress.line(f"{description}: {done:,} of {total:,} images, {rate:,.1f} images/s, {left:,.0f} minutes left")
+    return now
 
 
 def _receive(receive: Connection, process: Any) -> tuple[str, Any]:
