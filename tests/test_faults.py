@@ -23,7 +23,7 @@ from fastar.errors import FastarError
 from fastar.experiments.star_domain import train_star
 from fastar.progress import SilentProgress
 from fastar.runs import RunFolder
-from fastar.training import RegularStep, StarStep
+from fastar.training import RegularStep, SourcesStore, StarStep
 
 
 @pytest.fixture(scope="module")
@@ -297,6 +297,25 @@ def test_on_nonfinite_knows_two_answers(options: list[str], tmp_path: Path) -> N
     message = refused("train-star", *options, "--on-nonfinite", "again", "--out", tmp_path / "run")
     assert "train.on_nonfinite='again'" in message
     assert "'stop' or 'retry'" in message
+
+
+@pytest.mark.parametrize("store", ["host", "file"])
+def test_the_sources_may_be_kept_elsewhere_by_every_attempt(
+    data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, store: str
+) -> None:
+    """They are permuted anew from their files, some at a time where they do not live on the device."""
+    run = tmp_path / "run"
+    half_done(data, run)
+    monkeypatch.setattr(SourcesStore, "_usable_in_place", False)
+    monkeypatch.setattr(SourcesStore.parts, "__defaults__", (1,))
+    train_star(small(data, f"sources.store={store}"), run)
+    assert_same_models(run, whole)
+
+
+def test_a_star_in_training_is_not_profiled(options: list[str], data: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    half_done(data, run)
+    assert "is in training already" in refused("train-star", *options, "--profile", 2, "--out", run)
 
 
 def test_a_training_with_other_settings_is_not_mixed_in(options: list[str], data: Path, tmp_path: Path) -> None:

@@ -234,6 +234,8 @@ def steps_profile(context: Context, steps: int) -> StepsProfile:
     run, train, star = context.run, context.settings.train, context.settings.star
     if run.star.is_file():
         raise FastarError(f"--profile: {run.star} is trained already; choose another --out to train one")
+    if run.in_training("star", 0).exists():  # too few steps may be left
+        raise FastarError(f"--profile: {run.star} is in training already; finish it without, or choose another --out")
     memory = run.profile("memory.pickle") if context.device.type == "cuda" else None
     found = StepsProfile(steps, Recording(context.device, trace=run.profile("trace.json"), memory=memory))
     found.check(star.epochs or train.epochs, context.train.batch_count(train.batch_size, train.drop_last))

@@ -1,6 +1,7 @@
 """Training of regular and star models over flat parameters."""
 
-from fastar.training.loop import Epoch, NonFiniteLoss, Step, fit, synchronize
+from fastar.training.epochs import Epoch, NonFiniteLoss
+from fastar.training.loop import Step, fit, synchronize
 from fastar.training.precision import resolve_precision
 from fastar.training.profiling import Profile, Recording, StepsProfile
 from fastar.training.schedule import learning_rate, resolution

@@ -1,0 +1,75 @@
+"""What is known of an epoch, during it and after it, and of a training that it ended."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from fastar.errors import FastarError
+
+# Images are loaded beside the steps: that steps wait, beyond what handing over costs, means that loading is slower.
+LOADER_LIMITED = 0.1
+
+
+class NonFiniteLoss(FastarError):
+    """Training became NaN or infinite.
+
+    `state` is the model's state dict (on the CPU) after `epochs` epochs, the last that left it finite; None: none did.
+    """
+
+    def __init__(self, message: str, state: dict[str, Tensor] | None, epochs: int):
+        super().__init__(message)
+        self.state = state
+        self.epochs = epochs
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What is known of one epoch after it."""
+
+    epoch: int
+    loss: float
+    lr: float
+    images: int
+    seconds: float
+    """Of the steps alone."""
+    begin_seconds: float
+    """Of `Step.begin_epoch`: matching."""
+    parts: dict[str, float] = field(default_factory=dict)
+    """What `seconds` went into: load, interpolate, forward, backward, update, other."""
+    peak_bytes: int = 0
+    """The most memory taken until then: of a GPU by tensors, or by this process on a host."""
+    figures: dict[str, float] = field(default_factory=dict)
+    """What the epoch began with: the matching's objective and share of permutations that changed."""
+
+    @property
+    def images_per_second(self) -> float:
+        return self.images / self.seconds
+
+    @property
+    def load_share(self) -> float:
+        """The share of the steps' time in which they waited for images."""
+        return self.parts.get("load", 0.0) / self.seconds
+
+    def note(self) -> str:
+        """The epoch in a few words, for progress: loss, speed, and what limits it."""
+        limit = "loader-limited" if self.load_share > LOADER_LIMITED else "compute-limited"
+        return f"loss {self.loss:.4f}, {self.images_per_second:,.0f} images/s, {limit} (load {self.load_share:.0%})"
+
+
+@dataclass
+class SoFar:
+    """What is known of an epoch that is not whole yet."""
+
+    images: int = 0
+    seconds: float = 0.0
+    begin_seconds: float = 0.0
+    parts: dict[str, float] = field(default_factory=dict)
+    figures: dict[str, float] = field(default_factory=dict)
+
+    def then(self, seconds: float, parts: Mapping[str, float]) -> SoFar:
+        """This and some more steps."""
+        both = {name: self.parts.get(name, 0.0) + parts.get(name, 0.0) for name in {**self.parts, **parts}}
+        return SoFar(self.images, self.seconds + seconds, self.begin_seconds, both, self.figures)
