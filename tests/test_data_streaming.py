@@ -229,6 +229,10 @@ def test_folders_that_do_not_fit(root: Path, tmp_path: Path) -> None:
     (root / "val" / "other").mkdir()
     with pytest.raises(FastarError, match=r"val/other: no such class in train"):
         prepared(root, JPEG)
+    (root / "val" / "other").rmdir()
+    (root / "train" / "other").mkdir()
+    with pytest.raises(FastarError, match="train/other: holds no images; put some there"):
+        prepared(root, JPEG)
     with pytest.raises(FastarError, match="has no train/ folder"):
         prepared(tmp_path / "raw" / "val", JPEG)
     with pytest.raises(FastarError, match="no finished dataset; give the images"):

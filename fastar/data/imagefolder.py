@@ -24,6 +24,8 @@ class ImageFolderSplit:
             if name not in label_of:
                 raise FastarError(f"{root / name}: no such class in train/; rename or remove it")
             found = sorted(path for path in (root / name).iterdir() if path.suffix.lower() in SUFFIXES)
+            if not found:
+                raise FastarError(f"{root / name}: holds no images; put some there, or remove the folder")
             self.paths += found
             labels += [label_of[name]] * len(found)
         if not self.paths:
