@@ -6,6 +6,7 @@ counted tensor by tensor (`training.footprint`); seconds are measured on the pre
 
 from __future__ import annotations
 
+import itertools
 import math
 import shutil
 from collections.abc import Iterator, Mapping
@@ -292,39 +293,36 @@ def _notes(facts: DataFacts, stored: str, on_gpu: bool) -> list[str]:
 
 
 def _problems(plan: Plan, place: str, stored: str, batch: int, activations: Footprint) -> Iterator[str]:
-    """A line for each place that is too small: how much is missing, when, and what would make it fit."""
-    for where, limit in plan.limits.items():
-        phase = max(PHASES, key=lambda one: plan.during(where, one))
-        needed = plan.during(where, phase)
+    """A line for each place that is too small, and when: how much is missing, and what would make it fit."""
+    if plan.peak("disk") > plan.limits["disk"]:
+        sizes = f"{size_text(plan.peak('disk'))} are needed, {size_text(plan.limits['disk'])} are there"
+        yield f"disk: {sizes}; free some, choose --out on another disk, or use fewer sources"
+    for where, phase in itertools.product(("gpu", "host"), PHASES):
+        needed, limit = plan.during(where, phase), plan.limits.get(where, 0)
         if needed <= limit:
             continue
-        text = f"{where}: {phase} needs {size_text(needed)}, {size_text(limit)} are there"
-        if where == "disk":
-            yield f"{text}; free some, choose --out on another disk, or use fewer sources"
-            continue
         remedies = []
-        rows = sum(
-            i.bytes for i in plan.items if i.place == where and i.phase == phase and i.what.startswith("sources")
-        )
+        then = [item for item in plan.items if item.place == where and item.phase == phase]
+        rows = sum(item.bytes for item in then if item.what.startswith("sources"))
         if where == "host" and place == "gpu":
             remedies.append("sources.store=file")
         elif stored == "device" and needed - rows <= limit:
             remedies.append("sources.store=host" if place == "gpu" else "sources.store=file")
         if where == place and phase == "training":
             rest = needed - activations.of(batch)
-            fits = [
-                b
-                for b in (batch >> k for k in range(1, batch.bit_length()))
-                if b > 1 and rest + activations.of(b) <= limit
-            ]
-            if fits:
-                remedies.append(f"train.batch_size={fits[0]}")
+            smaller = next((b for b in _halves(batch) if rest + activations.of(b) <= limit), None)
+            if smaller is not None:
+                remedies.append(f"train.batch_size={smaller}")
         if where == place and phase == "evaluation":
-            remedies.append(
-                "a smaller evaluation.batch_size and train.batch_size (statistics are taken in its batches)"
-            )
-        yield (
-            f"{text}; {' or '.join(remedies) or 'a smaller model.width'} would fit"
-            if remedies
-            else (f"{text}; use a smaller network (model.width) or more memory")
-        )
+            remedies.append("a smaller evaluation.batch_size (and train.batch_size, in which statistics are taken)")
+        text = f"{where}: {phase} needs {size_text(needed)}, {size_text(limit)} are there"
+        if remedies:
+            yield f"{text}; {' or '.join(remedies)} makes it fit"
+        else:
+            yield f"{text}; use a smaller network (model.width), or more memory"
+
+
+def _halves(batch: int) -> Iterator[int]:
+    while batch >= 4:
+        batch //= 2
+        yield batch

@@ -1,4 +1,4 @@
-"""What a step's forward and backward take beside the weights: counted tensor by tensor, on a CPU, with few images.
+"""What a step's forward and backward take beside the weights: counted tensor by tensor, without the work.
 
 Bytes do not depend on the device: the tensors are the same. What a GPU's libraries take for themselves (workspaces,
 rounding of the allocator) is not counted.
@@ -19,8 +19,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Numbers of images at which a footprint is counted; it is a straight line through them.
-FEW, MORE = 2, 4
+# Numbers of images at which a footprint is counted; it is a straight line through them. (With very few, another moment
+# of the step may be the fullest.)
+FEW, MORE = 64, 128
 
 
 @dataclass(frozen=True)
