@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from cli_cases import contents, fastar, refused
-from run_cases import SMALL, assert_log_is_whole, assert_same_models, small
+from run_cases import SMALL, assert_log_is_whole, assert_same_models, one_symmetry, small  # noqa: F401 (a fixture)
 from test_checkpoints import files_at_most
 from test_stopping import at_call
 
@@ -37,9 +37,9 @@ def options(data: Path) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def whole(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "run"
-    assert fastar("train-star", *options, "--out", folder).code == 0
+    train_star(small(data), folder)
     return folder
 
 
@@ -60,7 +60,7 @@ def half_done(data: Path, folder: Path, *overrides: str) -> None:
 
 
 def test_a_disk_that_fills_during_a_checkpoint(
-    options: list[str], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    options: list[str], data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
     fsync = os.fsync
@@ -77,18 +77,18 @@ def test_a_disk_that_fills_during_a_checkpoint(
     assert message.endswith("cannot be written (No space left on device); free space or choose another folder")
     assert len(list(run.glob("in-training/star-0000/*"))) == 2
     assert not list(run.rglob(".*"))
-    assert fastar("train-star", *options, "--out", run).code == 0
+    train_star(small(data), run)
     assert_same_models(run, whole)
     assert_log_is_whole(run, whole)
 
 
-def test_a_disk_that_takes_no_more_bytes(options: list[str], whole: Path, tmp_path: Path) -> None:
+def test_a_disk_that_takes_no_more_bytes(options: list[str], data: Path, whole: Path, tmp_path: Path) -> None:
     """The kernel's own refusal."""
     run = tmp_path / "run"
     with files_at_most(6000):
         message = refused("train-star", *options, "--out", run)
     assert "cannot be written (File too large); free space" in message
-    assert fastar("train-star", *options, "--out", run).code == 0
+    train_star(small(data), run)
     assert_same_models(run, whole)
 
 
@@ -112,7 +112,7 @@ def test_a_folder_that_becomes_read_only(
     assert {name: data for name, data in contents(run).items() if name != "lock.json"} == {
         name: data for name, data in before.items() if name != "lock.json"
     }
-    assert fastar("train-star", *options, "--out", run).code == 0
+    train_star(small(data), run)
     assert_same_models(run, whole)
 
 
@@ -137,7 +137,7 @@ def test_a_beton_file_that_changes_under_the_run(
     after = contents(run)
     assert {name: after[name] for name in before} == before
     train.write_bytes(content)
-    assert fastar("train-star", *options, "--out", run).code == 0
+    train_star(small(mine), run)
     assert_same_models(run, whole)
 
 
@@ -168,7 +168,7 @@ def test_a_source_s_file_that_is_damaged(options: list[str], data: Path, whole: 
     message = refused("train-star", *options, "--out", run)
     assert message.startswith(f"{source}: its values are not those that were saved (damaged)")
     source.write_bytes(good)
-    assert fastar("train-star", *options, "--out", run).code == 0
+    train_star(small(data), run)
     assert_same_models(run, whole)
 
 
@@ -197,13 +197,13 @@ def test_a_loader_s_thread_that_dies(
         patch.setattr(GuardedIterator, "run_pipeline", die)
         message = refused("train-star", *options, "--out", run)
     assert "FFCV's loader failed (MemoryError: no memory in the thread)" in message
-    assert fastar("train-star", *options, "--out", run).code == 0
+    train_star(small(data), run)
     assert_same_models(run, whole)
 
 
 @pytest.mark.parametrize(("kind", "part"), [(RegularStep, "source 0"), (StarStep, "star")])
 def test_a_gpu_without_memory_says_what_to_lower(
-    options: list[str], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type, part: str
+    options: list[str], data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: type, part: str
 ) -> None:
     def full() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
@@ -214,7 +214,7 @@ def test_a_gpu_without_memory_says_what_to_lower(
         message = refused("train-star", *options, "--out", run)
     assert message.startswith(f"training {part}: out of GPU memory at train.batch_size=100; lower it or use train.")
     assert ("sources.store=host" in message) == (kind is StarStep)
-    assert fastar("train-star", *options, "--out", run).code == 0
+    train_star(small(data), run)
     assert_same_models(run, whole)
 
 

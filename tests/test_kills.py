@@ -17,12 +17,10 @@ from typing import Any
 
 import pytest
 from cli_cases import fastar
-from run_cases import SMALL, assert_log_is_whole, assert_same_models
+from run_cases import SMALL, assert_log_is_whole, assert_same_models, one_symmetry  # noqa: F401 (a fixture)
 
 from fastar.config import Settings, load_settings
-from fastar.experiments.context import Context
 from fastar.experiments.star_domain import train_star
-from fastar.runs import RunFolder
 from fastar.training import RegularStep, StarStep
 
 KILLS = 30
@@ -99,14 +97,9 @@ def next_byte(pipe: int) -> bytes:
     return os.read(pipe, 1)
 
 
-def test_thirty_kills_change_no_bit(
-    settings: Settings, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_thirty_kills_change_no_bit(settings: Settings, whole: Path, tmp_path: Path) -> None:
     if not Path("/proc/self/fd").exists():
         pytest.skip("needs /proc to know what is being saved")
-    # Half a second in every attempt, always the same: derived once, and inherited.
-    symmetry = Context(settings, RunFolder(tmp_path)).symmetry
-    monkeypatch.setattr("fastar.experiments.context.derive_symmetry", lambda *arguments: symmetry)
     folder = tmp_path / "run"
     moments = random.Random(0)
     kills = within_saves = 0

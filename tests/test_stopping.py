@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 from cli_cases import fastar
-from run_cases import SMALL, assert_log_is_whole, assert_same_models
+from run_cases import SMALL, assert_log_is_whole, assert_same_models, one_symmetry, small  # noqa: F401 (a fixture)
 
+from fastar.experiments.star_domain import train_star
 from fastar.stopping import Stopped, deferred, requested, signals_stop
 from fastar.training import RegularStep, StarStep
 
@@ -96,16 +97,20 @@ def test_a_forked_child_dies_of_it() -> None:
 
 
 @pytest.fixture(scope="module")
-def options(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    data = tmp_path_factory.mktemp("data")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def options(data: Path) -> list[str]:
     # Only the signal makes it save.
     return ["--dataset", "digits", "--quiet", f"dataset.directory={data}", *SMALL, "checkpoint.minutes=0"]
 
 
 @pytest.fixture(scope="module")
-def whole(options: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "run"
-    assert fastar("train-star", *options, "checkpoint.epochs=0", "--out", folder).code == 0
+    train_star(small(data, "checkpoint.epochs=0", "checkpoint.minutes=0"), folder)
     return folder
 
 
@@ -133,6 +138,7 @@ def at_call(monkeypatch: pytest.MonkeyPatch, kind: type, number: int, act: Calla
 )
 def test_a_signal_saves_and_the_same_command_goes_on(
     options: list[str],
+    data: Path,
     whole: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -155,7 +161,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     at_call(monkeypatch, kind, -1, lambda: None)
     counted = kind.__call__  # type: ignore[operator]
     monkeypatch.setattr(kind, "__call__", lambda self, *arguments: (calls.append(1), counted(self, *arguments))[1])
-    assert fastar("train-star", *options, "checkpoint.epochs=0", "--out", run).code == 0
+    train_star(small(data, "checkpoint.epochs=0", "checkpoint.minutes=0"), run)
     assert len(calls) == (12 if kind is RegularStep else 21) - number  # no step was done again
     assert_same_models(run, whole)
     assert_log_is_whole(run, whole)
