@@ -73,6 +73,12 @@ PARTS = (
         f"{SMALL} --rounds 3",
         label="bench_step_graph_compile",
     ),
+    _tool(
+        "bench_imagenet",
+        150,
+        "--precision bf16 --threads 16 --rounds 4",
+        "--size 32 --width 0.125 --batch 4 --sources 2 --counts 3 --images 40 --rounds 2 --device cpu",
+    ),
     _tool("bench_barrier", 60, "", ""),
     _tool("bench_loader", 60, "", ""),
 )

@@ -22,9 +22,6 @@ from fastar.progress import SILENT, Progress
 
 Starts = Permutations | Sequence[Permutations | None] | None
 
-# A chunk holds its sources twice (as given and permuted) beside the parts of them that a step moves.
-_COPIES = 3
-
 
 @dataclass(frozen=True)
 class MatchResult:
@@ -96,8 +93,8 @@ def match_weights(
             best end is kept.
         kicks: times that the best end is kicked out of its optimum, descends again and keeps what is better (`polish`).
         solver: "auto" (lapjv where installed), "lapjv" or "scipy".
-        chunk: sources handled as one batch; bounds memory to about 3 copies of as many sources per thread. None: 1 on
-            a CPU, what fits half of the free memory on a GPU.
+        chunk: sources handled as one batch; bounds memory to a copy of as many sources per thread, and one more. None:
+            1 on a CPU, what fits half of the free memory on a GPU.
         threads: CPU threads. None: as many as torch uses.
 
     Raises:
@@ -282,16 +279,17 @@ def _chunk_size(problem: Problem, device: torch.device, count: int) -> int:
     if device.type != "cuda":
         return 1
     size = sum(t.numel() for t in problem.theta.values()) * 4
-    return _chunk_on_gpu(_bytes_of_one(size, [g.size for g in problem.groups]), count, free_bytes(device))
+    return _chunk_on_gpu(size, [g.size for g in problem.groups], count, free_bytes(device))
 
 
 def _bytes_of_one(parameters: int, groups: Sequence[int]) -> int:
-    return parameters * _COPIES + sum(size**2 for size in groups) * 8  # S_g, and a copy
+    return parameters + sum(size**2 for size in groups) * 8  # as permuted so far; S_g, and a copy of it
 
 
-def _chunk_on_gpu(one: int, count: int, free: int) -> int:
-    # Two chunks are in flight: the assignments of one are solved while the other's products are computed.
-    return max(1, min(-(-count // 2), free // (4 * one)))
+def _chunk_on_gpu(parameters: int, groups: Sequence[int], count: int, free: int) -> int:
+    # Two chunks are in flight: the assignments of one are solved while the other's products are computed. Each may have
+    # a quarter of what is free, and holds the parts that a step moves (at most one network's) beside its sources.
+    return max(1, min(-(-count // 2), (free // 4 - parameters) // _bytes_of_one(parameters, groups)))
 
 
 def working_bytes(parameters: int, groups: Sequence[int], count: int, free: int, *, gpu: bool, threads: int) -> int:
@@ -303,5 +301,7 @@ def working_bytes(parameters: int, groups: Sequence[int], count: int, free: int,
         gpu: whether the sources are on a GPU.
         threads: CPU threads.
     """
-    one = _bytes_of_one(parameters, groups)
-    return one * min(count, 2 * _chunk_on_gpu(one, count, free) if gpu else threads)
+    lanes = 2 if gpu else threads
+    chunk = _chunk_on_gpu(parameters, groups, count, free) if gpu else 1
+    chunks = min(lanes, -(-count // chunk))
+    return chunks * parameters + min(count, chunks * chunk) * _bytes_of_one(parameters, groups)

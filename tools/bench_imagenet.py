@@ -1,0 +1,173 @@
+"""ImageNet's sizes: steps, images per second with and without the loader, and peak memory beside the plan's.
+
+    python tools/bench_imagenet.py [--arch imagenet-resnet18] [--batch 256] [--size 224] [--counts 30 500]
+        [--gpu-memory 40GB] [--images 4000] [--threads 16]
+
+compute: regular and star steps take turns on one batch that lies on the device. loader: epochs of regular training over
+a generated set (`tools/make_images.py`, written at the default preset into a temporary folder), with the share of time
+that steps waited. memory: for each number of sources, kept in host memory, a star's matching and some steps under the
+cap; on a GPU the most that tensors took, beside what `fastar plan` says (on a CPU the plan alone). Prints JSON lines.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastar.benchmarks import Case, Problem, add_problem_arguments, line, problem_of, ratio, time_in_turns, where
+from fastar.config import StarSettings, load_settings, parse_bytes
+from fastar.data import StreamingDataset, prepare_images
+from fastar.errors import FastarError
+from fastar.experiments.context import Context
+from fastar.experiments.plan import make_plan
+from fastar.experiments.star import match_store
+from fastar.flat import FlatLayout
+from fastar.matching import derive_symmetry
+from fastar.memory import cap_gpu
+from fastar.runs import RunFolder
+from fastar.training import SourcesStore, StarStep, fit
+
+TOOLS = Path(__file__).resolve().parent
+STEPS = 5
+
+
+def compute(problem: Problem, rounds: int) -> Iterator[str]:
+    """Regular and star steps in turns."""
+    images, labels = problem.batch()
+    lr = torch.tensor(problem.settings.lr, device=problem.device)
+    steps = {"regular": problem.regular_step(), "star": problem.star_step()}
+    cases = []
+    for name, step in steps.items():
+
+        def run(step: Any = step) -> None:
+            step.begin_epoch(0, STEPS)
+            for _ in range(STEPS):
+                step(images, labels, lr)
+
+        cases.append(Case(f"compute: {name} step", run, problem.facts()))
+    timings = time_in_turns(cases, problem.device, rounds=rounds, warm_up=2)
+    for timing in timings:
+        each = replace(timing, seconds=[seconds / STEPS for seconds in timing.seconds])
+        more = {"images_per_second": problem.settings.batch_size / each.median, "of_regular": ratio(timing, timings[0])}
+        yield line("imagenet", each, problem.device, **more)
+
+
+def with_loader(problem: Problem, images: int, threads: int | None, rounds: int) -> Iterator[str]:
+    """Epochs of regular training over files."""
+    with tempfile.TemporaryDirectory() as folder:
+        raw = Path(folder) / "raw"
+        made = [sys.executable, str(TOOLS / "make_images.py"), str(raw), "--train", str(images), "--val", "20"]
+        done = subprocess.run([*made, "--workers", str(threads or 2)], capture_output=True, text=True)
+        if done.returncode:
+            raise FastarError(f"make_images failed: {done.stderr.strip()[-300:]}")
+        files = prepare_images("made", data_root=raw, directory=Path(folder) / "beton", workers=threads or 2)
+        data = StreamingDataset(files, "train", problem.device, size=problem.size, threads=threads)
+        step = replace(problem, classes=len(files.classes)).regular_step()
+        epochs = fit(step, data, problem.settings, name="loader", seed=0, epochs=rounds + 1)[1:]
+    facts = {**problem.facts(), "images": images, "threads": threads, **where(problem.device)}
+    for epoch in epochs:
+        found = {"images_per_second": epoch.images_per_second, "load_share": epoch.load_share, "parts": epoch.parts}
+        yield json.dumps({"bench": "imagenet", "case": "loader: regular epoch", **facts, **found})
+
+
+def memory(problem: Problem, count: int, cap: str) -> str:
+    """Peak memory of a star's matching and steps with `count` sources in host memory, and the plan's."""
+    device = problem.device
+    settings = load_settings(
+        dataset="imagenet",
+        arch=problem.arch,
+        overrides=[
+            f"sources.number={count}",
+            "sources.store=host",
+            f"gpu_memory={cap}",
+            f"train.batch_size={problem.settings.batch_size}",
+            f"train.precision={problem.settings.precision!s}",
+            f"dataset.resolution={problem.size}",
+            f"device={device}",
+            *([] if problem.width is None else [f"model.width={problem.width}"]),
+        ],
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        plan = make_plan(Context(settings, RunFolder(Path(folder) / "run")), measure=None)
+    planned = {phase: plan.during("gpu", phase) for phase in ("training", "matching")}
+    found: dict[str, Any] = {"bench": "imagenet", "case": "memory", **problem.facts(), "sources": count, "cap": cap}
+    if device.type == "cuda":
+        found |= {"peak_bytes": _peak(replace(problem, classes=1000), count, cap)}
+        found["of_plan"] = found["peak_bytes"] / max(planned.values())
+    return json.dumps({**found, "planned_bytes": planned, **where(device)})
+
+
+def _peak(problem: Problem, count: int, cap: str) -> int:
+    device = problem.device
+    gc.collect()
+    torch.cuda.empty_cache()
+    cap_gpu(device, parse_bytes(cap))
+    few = [problem.network(seed).cpu().state_dict() for seed in range(3)]
+    model = problem.network(9)
+    layout = FlatLayout.from_module(model)
+    symmetry = derive_symmetry(problem.network(0).cpu(), (torch.zeros(2, *problem.shape),))
+    names = [str(n) for n in range(count)]
+    store = SourcesStore(layout, [few[n % 3] for n in range(count)], names, device, store="host")
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+
+    def match(theta: torch.Tensor, sources: SourcesStore, epoch: int) -> None:
+        match_store(
+            symmetry,
+            theta,
+            sources,
+            load_settings(dataset="imagenet").matching,
+            start=symmetry.identity(),
+            seed=0,
+            threads=8,
+        )
+
+    step = StarStep(model, problem.settings, StarSettings(), store, seed=0, match=match)
+    images, labels = problem.batch()
+    lr = torch.tensor(problem.settings.lr, device=device)
+    step.begin_epoch(0, STEPS)
+    kept = [step.state(), step.state()]  # as training keeps the last good ones
+    for _ in range(STEPS):
+        step(images, labels, lr)
+    torch.cuda.synchronize(device)
+    assert len(kept) == 2
+    return torch.cuda.max_memory_allocated(device)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_problem_arguments(parser)
+    parser.set_defaults(arch="imagenet-resnet18", batch=256, size=224)
+    parser.add_argument("--counts", type=int, nargs="+", default=[30, 500], help="sources of the memory cases")
+    parser.add_argument("--gpu-memory", default="40GB", help="cap of the memory cases")
+    parser.add_argument("--images", type=int, default=4000, help="of the loader's set; 0 leaves it out")
+    parser.add_argument("--threads", type=int, help="decoding threads; default: one per CPU")
+    parser.add_argument("--rounds", type=int, default=5)
+    arguments = parser.parse_args()
+    if arguments.rounds < 2:
+        parser.error("--rounds must be at least 2")
+    try:
+        problem = problem_of(arguments)
+        for text in compute(problem, arguments.rounds):
+            print(text, flush=True)
+        for count in arguments.counts:
+            print(memory(problem, count, arguments.gpu_memory), flush=True)
+        if arguments.images:
+            for text in with_loader(problem, arguments.images, arguments.threads, min(arguments.rounds, 3)):
+                print(text, flush=True)
+    except FastarError as error:
+        parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
