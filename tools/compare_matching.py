@@ -139,8 +139,8 @@ def objective(context: Context, theta: State, state: State) -> tuple[float, floa
     return sum(values.values()), sum(v for n, v in values.items() if theta[n].ndim > 1)
 
 
-def star(context: Context, way: Way, sources: Sequence[State]) -> State:
-    """A star model of `sources`, which are matched to it `way` at the start of every epoch."""
+def star(context: Context, way: Way, sources: Sequence[State]) -> tuple[State, list[State]]:
+    """A star model of `sources`, which are matched to it `way` at the start of every epoch; they as permuted last."""
     settings = context.settings
     seed = derive_seed(settings.seed, "star", 0)
     store = SourcesStore(context.layout, sources, [str(n) for n in range(len(sources))], context.device)
@@ -163,7 +163,7 @@ def star(context: Context, way: Way, sources: Sequence[State]) -> State:
         epochs=settings.star.epochs,
         progress=context.progress,
     )
-    return step.state()
+    return step.state(), whole
 
 
 def compare(context: Context) -> list[dict[str, Any]]:
@@ -197,10 +197,10 @@ def compare(context: Context) -> list[dict[str, Any]]:
                 "barrier_regular": barriers(context, pairs),
             }
             way.seconds.clear()
-            centre = star(context, way, sources)
+            centre, permuted = star(context, way, sources)
             record["seconds_in_star"] = sum(way.seconds)
             record["barrier_star_heldout"] = barriers(context, [(centre, way(centre, [h], False)[0]) for h in heldouts])
-            record["barrier_star_source"] = barriers(context, [(centre, s) for s in way(centre, sources, False)])
+            record["barrier_star_source"] = barriers(context, [(centre, s) for s in way(centre, permuted, True)])
             record.update(where(device))
             print(json.dumps(record), flush=True)
             records.append(record)
