@@ -3,9 +3,10 @@
     python tools/bench_step.py --arch resnet18 --batch 128 [--precision bf16] [--compile] [--graph]
 
 Cases take turns inside each round of one process. `of_regular` is a case's time over that of `regular`, fastar's
-regular step (median and quartiles of per-round ratios); images are random, so data loading is not in it.
+regular step (median and quartiles of per-round ratios); steps are on one random batch, so `loading` is not in them.
 
     regular, star                fastar's steps (star without matching: that is bench_epoch.py)
+    loading                      a batch of a data set on the device: shuffled, cropped, mirrored, normalised
     plain regular                the network, autocast, torch.optim
     plain star                   the same; parameters concatenated, interpolated, gradients copied back
     ..., compiled / graph        with torch.compile, and as a CUDA graph (`train.compile`, `train.graph`)
@@ -102,6 +103,14 @@ def endless(step: RegularStep | StarStep, images: Tensor, labels: Tensor, lr: Te
     return run
 
 
+def loading(problem: Problem) -> Callable[[], object]:
+    """The next batch, again and again; a data set of 100 batches."""
+    data = problem.dataset(100 * problem.settings.batch_size)
+    epochs = (data.batches(problem.settings.batch_size, seed=0, epoch=epoch) for epoch in itertools.count())
+    batches = itertools.chain.from_iterable(epochs)
+    return lambda: next(batches)
+
+
 def make_cases(problem: Problem, *, compiled: bool, graph: bool) -> list[Case]:
     images, labels = problem.batch()
     lr = torch.tensor(problem.settings.lr, device=problem.device)
@@ -123,6 +132,7 @@ def make_cases(problem: Problem, *, compiled: bool, graph: bool) -> list[Case]:
         "regular": regular(),
         "star": star(),
         "star, interpolation apart": star(fuse=False),
+        "loading": loading(problem),
         "plain regular": plain(False, False),
         "plain star": plain(True, False),
     }
