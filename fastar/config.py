@@ -341,6 +341,31 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tup
     return {key: (a.get(key), b.get(key)) for key in {**a, **b} if a.get(key) != b.get(key)}
 
 
+def completed(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
+    """`old` settings, or sections of them, as this version of fastar reads them: keys of `new` that the version which
+    wrote them did not know have their defaults, which do what that version did.
+
+    >>> completed({"train": {"lr": 0.5}}, {"train": {"lr": 0.1, "label_smoothing": 0.1}})
+    {'train': {'label_smoothing': 0.0, 'lr': 0.5}}
+    """
+    defaults = {name: field.get_default(call_default_factory=True) for name, field in Settings.model_fields.items()}
+    found = dict(old)
+    for name, section in new.items():
+        default = defaults.get(name)
+        if isinstance(section, Mapping) and isinstance(default, BaseModel) and isinstance(found.get(name, {}), Mapping):
+            known = default.model_dump(mode="json")
+            missing = {key: known[key] for key in section if key in known and key not in found.get(name, {})}
+            found[name] = {**missing, **found.get(name, {})}
+        elif name in defaults and name not in found and not isinstance(section, Mapping):
+            found[name] = default
+    dataset, wanted = found.get("dataset"), new.get("dataset")
+    if isinstance(dataset, Mapping) and isinstance(wanted, Mapping):  # its name has no default
+        known = DatasetSettings.model_fields
+        missing = {key: known[key].get_default() for key in wanted if key in known and key not in dataset}
+        found["dataset"] = {**{k: v for k, v in missing.items() if not known[k].is_required()}, **dataset}
+    return found
+
+
 def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path in seen:
         raise FastarError(f"{path}: its base refers back to itself; remove the circle")

@@ -17,7 +17,7 @@ import yaml
 
 from fastar import __version__
 from fastar.atomic import write_atomically
-from fastar.config import Settings, differences
+from fastar.config import Settings, completed, differences
 from fastar.errors import FastarError
 from fastar.lock import NAME as LOCK
 from fastar.lock import hold
@@ -177,7 +177,8 @@ class RunFolder:
                 return  # nothing of it was finished: it may become any run
         except OSError as error:
             raise self._unusable(error) from error
-        changed = differences(old, settings.model_dump(mode="json"))
+        new = settings.model_dump(mode="json")
+        changed = differences(completed(old, new), new)
         fixed = {k: v for k, v in changed.items() if not k.startswith(FREE_KEYS) and not self._may_grow(k, v)}
         if fixed:
             shown = "; ".join(f"{key} was {was!r}, now {now!r}" for key, (was, now) in list(fixed.items())[:4])

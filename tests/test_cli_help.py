@@ -41,7 +41,7 @@ def check(arguments: list[str]) -> None:
 
 
 def test_commands_are_those_promised() -> None:
-    assert set(COMMANDS) == {"train-star", "train-sources", "match", "barrier", "report", "runs", "doctor"}
+    assert set(COMMANDS) == {"train-star", "plan", "train-sources", "match", "barrier", "report", "runs", "doctor"}
 
 
 @pytest.mark.parametrize("name", sorted(COMMANDS))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from fastar.config import (
     CONFIGS,
     Settings,
     as_override,
+    completed,
     config_path,
     differences,
     flatten,
@@ -203,3 +205,22 @@ def test_every_shipped_key_is_read_strictly() -> None:
 def test_architectures_refuse_values_that_are_no_sizes(option: str, value: Any) -> None:
     with pytest.raises(FastarError, match=rf"model\.{option}="):
         build_model("mlp", input_shape=(1, 8, 8), classes=10, seed=0, **{option: value})
+
+
+def test_what_older_versions_wrote_is_completed_by_defaults() -> None:
+    changes = ["train.label_smoothing=0.1", "star.t=beta"]
+    new = load_settings(dataset="digits", overrides=changes).model_dump(mode="json")
+    old = copy.deepcopy(new)
+    for section, key in (("train", "label_smoothing"), ("star", "t"), ("dataset", "crop")):
+        del old[section][key]
+    del old["checkpoint"], old["workers"]
+    before = copy.deepcopy(old)
+    assert differences(completed(old, new), new) == {
+        "train.label_smoothing": (0.0, 0.1),
+        "star.t": ("uniform", "beta"),
+    }
+    assert old == before
+    assert completed(new, new) == new
+    recipe = {"train": {"lr": 0.1}, "limit": None, "seed": 3}  # of a model: parts of settings, and other things
+    wanted = {"train": {"lr": 0.1, "decay_1d": True}, "limit": None, "seed": 4}
+    assert differences(completed(recipe, wanted), wanted) == {"seed": (3, 4)}

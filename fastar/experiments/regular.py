@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastar import __version__
 from fastar.checkpoints import SUFFIXES, Checkpoint, load_checkpoint, load_into, read_metadata, save_checkpoint
-from fastar.config import differences
+from fastar.config import completed, differences
 from fastar.errors import FastarError
 from fastar.evaluation import Measured, evaluate_rows
 from fastar.evaluation.batch_norm import own_statistics
@@ -44,7 +44,7 @@ def check_recipe(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]
     """Raise FastarError naming what differs, unless `found` is the recipe `wanted`."""
     if not found:
         raise FastarError(f"{path}: has no recipe in its metadata, so it cannot be reused; move it away")
-    changed = differences(found, wanted)
+    changed = differences(completed(found, wanted), wanted)
     if changed:
         raise FastarError(f"{path}: is another model ({difference(changed)}); move it away or choose --out")
 
