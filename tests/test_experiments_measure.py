@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from cli_cases import fastar, refused, tiny
 
 from fastar.experiments.measure import choose
@@ -69,6 +70,19 @@ def test_barrier_says_how_well_statistics_are_known(run: Path) -> None:
     shown = fastar("barrier", *models[:2], "--bn-batches", 2, "--points", 3, "--quiet", where)
     assert statistics_lines(json.loads(outcome.out))[0] in shown.out
     assert "bn_batches" in refused("barrier", *models[:2], "--bn-batches", 0, where)
+
+
+def test_memory_that_runs_out_is_one_line(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 4")
+
+    for module in ("measure", "pairs"):
+        monkeypatch.setattr(f"fastar.experiments.{module}.evaluate_paths", full)
+    (run / "run" / "results.json").unlink()
+    said = "measuring barriers: out of memory (CUDA out of memory); lower evaluation.batch_size"
+    assert refused("train-star", *small(run)).startswith(said)
+    models = sorted((run / "run" / "sources").iterdir())
+    assert refused("barrier", *models[:2], "--quiet", f"dataset.directory={run / 'data'}").startswith(said)
 
 
 def test_chosen_models_are_some_of_all_in_order() -> None:

@@ -219,6 +219,16 @@ class Context:
         return self.layout.flatten(checkpoint.state).to(self.device)
 
 
+@contextmanager
+def within_memory(what: str, remedy: str) -> Iterator[None]:
+    """Inside, memory of a GPU that runs out is an error for users."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = " ".join(str(error).split()).split(". ")[0]
+        raise FastarError(f"{what}: out of memory ({reason}); {remedy}") from error
+
+
 def whole_batches(dataset: data.Dataset, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Every sample once, in file order, not augmented."""
     return dataset.sequential(_leaving_no_single(len(dataset), batch_size))

@@ -28,6 +28,7 @@ from fastar.seeds import derive_seed
 from fastar.training import PART_ROWS
 
 SPLITS = ("train", "test")
+MEASURE_WITH_LESS = "lower evaluation.batch_size, or train.batch_size, in which statistics are taken"
 # How many times `evaluation.bn_batches` it is compared with.
 TIMES = 8
 KINDS = ("regular_regular", "star_heldout", "star_source", "regular_regular_unmatched")
@@ -181,7 +182,7 @@ def measure(
     seconds = time.perf_counter() - start
     log = context.run.read_log()
     return {
-        "dataset": settings.dataset.name,
+        "dataset": settings.dataset.label,
         "arch": settings.model.arch,
         "sources": len(sources),
         "heldout": len(heldouts),

@@ -13,8 +13,8 @@ from fastar.config import OF_ANY_SIZE, as_override, load_settings
 from fastar.errors import FastarError
 from fastar.evaluation import Path as Segment
 from fastar.evaluation import evaluate_paths
-from fastar.experiments.context import DATA_KEYS, Context, Shape, resolve_device
-from fastar.experiments.measure import SPLITS, endpoint, matched_endpoints, statistics_error
+from fastar.experiments.context import DATA_KEYS, Context, Shape, resolve_device, within_memory
+from fastar.experiments.measure import MEASURE_WITH_LESS, SPLITS, endpoint, matched_endpoints, statistics_error
 from fastar.experiments.regular import check_fits, device_name
 from fastar.matching import match_by_settings
 from fastar.progress import SILENT, Progress
@@ -169,7 +169,7 @@ def barriers_of_files(
     context = _context(
         checkpoint, dataset=dataset, arch=arch, overrides=overrides, data_root=data_root, progress=progress
     )
-    with context.threads():
+    with context.threads(), within_memory("measuring barriers", MEASURE_WITH_LESS):
         start = _load(context, first, checkpoint, same_data=True)
         ends = [_load(context, path, same_data=True) for path in others]
         names = [str(path) for path in others]
@@ -192,7 +192,7 @@ def barriers_of_files(
         )
         error = statistics_error(context, paths)
     return {
-        "dataset": context.settings.dataset.name,
+        "dataset": context.settings.dataset.label,
         "arch": context.settings.model.arch,
         "matched": matching,
         "t": measured[0].t,

@@ -12,8 +12,8 @@ from typing import Any
 from fastar.checkpoints import Checkpoint
 from fastar.config import Settings, parse_bytes
 from fastar.errors import FastarError
-from fastar.experiments.context import Context
-from fastar.experiments.measure import measure
+from fastar.experiments.context import Context, within_memory
+from fastar.experiments.measure import MEASURE_WITH_LESS, measure
 from fastar.experiments.plan import check_fits
 from fastar.experiments.regular import given_sources, regular_models
 from fastar.experiments.star import star_model, state_digest, steps_profile
@@ -98,7 +98,8 @@ def train_star(
             if results.get("measured") == measured:
                 progress.line(f"{out}: finished already; these are its results")
                 return results
-        found = measure(context, star, sources, heldouts, permutations)
+        with within_memory("measuring barriers", MEASURE_WITH_LESS):
+            found = measure(context, star, sources, heldouts, permutations)
         results = {**found, "measured": measured, "planned_bytes": planned}
         context.run.write_results(results)
     return results
