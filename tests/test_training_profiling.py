@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import doctest
 import json
+import re
 import runpy
 import sys
 import time
@@ -20,6 +21,7 @@ from fastar.config import StarSettings, TrainSettings
 from fastar.errors import FastarError
 from fastar.flat import FlatLayout
 from fastar.parts import EpochClock, PartClock, part
+from fastar.progress import SilentProgress
 from fastar.training import Epoch, Recording, RegularStep, StarStep, StepsProfile, fit, profiling
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
@@ -102,6 +104,24 @@ def test_an_epoch_says_what_limits_it() -> None:
     assert epoch.note() == "loss 0.5000, 500 images/s, compute-limited (load 5%)"
     slow = replace(epoch, parts={"load": 1.0, "forward": 1.0})
     assert slow.note() == "loss 0.5000, 500 images/s, loader-limited (load 50%)"
+
+
+def test_long_epochs_are_told_of_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Told(SilentProgress):
+        def line(self, text: str) -> None:
+            lines.append(text)
+
+    settings = TrainSettings(batch_size=16, precision="fp32")
+    images = dataset(channels=3, size=2, pad=0)
+    for least, told in ((30.0, 0), (0.0, 2)):
+        lines: list[str] = []
+        monkeypatch.setattr("fastar.training.loop.WORTH_A_LINE", least)
+        step = RegularStep(network(PlainMlp, 0), settings)
+        fit(step, images, settings, name="source 3", seed=0, epochs=2, progress=Told())
+        assert len(lines) == told
+    assert re.fullmatch(
+        r"source 3, epoch 2 of 2: loss \d\.\d+, [\d,]+ images/s, (loader|compute)-limited \(load \d+%\)", lines[1]
+    )
 
 
 def test_steps_in_the_middle_of_a_training_are_looked_at(tmp_path: Path) -> None:
@@ -196,7 +216,7 @@ def run_tool(
         (
             "bench_step.py",
             [*TINY, "--rounds", "2"],
-            ["regular", "star", "star, interpolation apart", "plain regular", "plain star"],
+            ["regular", "star", "star, interpolation apart", "loading", "plain regular", "plain star"],
         ),
         (
             "bench_step.py",

@@ -57,6 +57,10 @@ class Step(Protocol):
         ...
 
 
+# Seconds from which on an epoch is told of in a line of its own; shorter ones show in the progress and in the log.
+WORTH_A_LINE = 30.0
+
+
 def timed_batches(batches: Iterable[tuple[Tensor, Tensor]], clock: EpochClock) -> Iterator[tuple[Tensor, Tensor]]:
     """The same batches; the wait for each is counted."""
     iterator = iter(batches)
@@ -169,6 +173,8 @@ def fit(
             if checkpoints is not None and (requested() or checkpoints.due_after(epoch + 1)):
                 training.save_after()
             advance(1, note=done.note())
+            if done.seconds >= WORTH_A_LINE:
+                progress.line(f"{name}, epoch {epoch + 1} of {training.epochs}: {done.note()}")
     return training.history
 
 
