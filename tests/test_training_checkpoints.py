@@ -14,9 +14,10 @@ from torch import Tensor
 from training_cases import CPU, PlainConvNet, dataset, network, store
 
 from fastar.config import CheckpointSettings, StarSettings, TrainSettings
+from fastar.data import DeviceDataset
 from fastar.errors import FastarError
 from fastar.flat import FlatLayout
-from fastar.training import RegularStep, StarStep, fit
+from fastar.training import RegularStep, SourcesStore, StarStep, fit
 from fastar.training.checkpoints import Saved, TrainingCheckpoints
 
 SETTINGS = TrainSettings(epochs=3, batch_size=16, lr=0.05, precision="fp32")  # six steps an epoch
@@ -213,6 +214,42 @@ def test_a_training_goes_on_to_the_same_bits(tmp_path: Path, kind: str, epoch: i
     for one, other in zip(found, wanted, strict=True):
         assert (one.epoch, one.loss, one.lr, one.images) == (other.epoch, other.loss, other.lr, other.images)
         assert one.seconds > 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graph", [False, True])
+@pytest.mark.parametrize("kind", ["sgd", "adam", "star"])
+def test_a_training_goes_on_on_a_gpu(tmp_path: Path, kind: str, graph: bool) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    device, here = torch.device("cuda"), dataset()
+    images = DeviceDataset(
+        here.images.to(device),
+        here.labels.to(device),
+        classes=here.classes,
+        mean=(0.4,) * 3,
+        std=(0.3,) * 3,
+        augmentation=here.augmentation,
+    )
+    settings = SETTINGS.model_copy(update={"graph": graph, "optimizer": "adam" if kind == "adam" else "sgd"})
+
+    def make() -> Any:
+        model = network(PlainConvNet, 0).to(device)
+        if kind != "star":
+            return RegularStep(model, settings)
+        layout = FlatLayout.from_module(model)
+        states = [network(PlainConvNet, seed).state_dict() for seed in (1, 2, 3)]
+        z = SourcesStore(layout, states, ["a", "b", "c"], device, store="host")
+        return StarStep(model, settings, StarSettings(match_every_epochs=0), z, seed=4, match=lambda *_: None)
+
+    whole = make()
+    fit(whole, images, settings, name="x", seed=0)
+    with pytest.raises(Cut):
+        fit(make(), images, settings, name="x", seed=0, checkpoints=cut_at(tmp_path, 3, 1))
+    again, kept = make(), checkpoints(tmp_path)
+    fit(again, images, settings, name="x", seed=0, checkpoints=kept, saved=kept.newest())
+    # cuDNN's weight gradients add in an order of their own; nine steps carry such roundings on.
+    torch.testing.assert_close(again.theta, whole.theta, rtol=0, atol=1e-4)
 
 
 def test_torch_s_generators_go_on(tmp_path: Path) -> None:
