@@ -193,7 +193,9 @@ def test_load_with_a_limit_keeps_classes_balanced_and_draws(files):
     whole = torch.cat([images for images, _ in all_.sequential(64, augment=True, seed=1, epoch=3)])
     part = torch.cat([images for images, _ in some.sequential(64, augment=True, seed=1, epoch=3)])
     assert torch.equal(part, whole[some.index])
-    assert len(load(written, "train", "cpu", limit=10_000)) == 200
+    assert len(load(written, "train", "cpu", limit=200)) == 200
+    with pytest.raises(FastarError, match="limit=201 is more than the 200 train images"):
+        load(written, "train", "cpu", limit=201)
     with pytest.raises(FastarError, match="below one image per class"):
         load(written, "train", "cpu", limit=9)
 
