@@ -29,6 +29,7 @@ from fastar.training import suitable_threads
 
 # Training batches that activations are compared on, where matching starts from them.
 ACTIVATION_BATCHES = 4
+MEASURE_WITH_LESS = "lower evaluation.batch_size, or train.batch_size, in which statistics are taken"
 
 
 def resolve_device(name: str) -> torch.device:

@@ -28,7 +28,6 @@ from fastar.seeds import derive_seed
 from fastar.training import PART_ROWS
 
 SPLITS = ("train", "test")
-MEASURE_WITH_LESS = "lower evaluation.batch_size, or train.batch_size, in which statistics are taken"
 # How many times `evaluation.bn_batches` it is compared with.
 TIMES = 8
 KINDS = ("regular_regular", "star_heldout", "star_source", "regular_regular_unmatched")

@@ -13,8 +13,8 @@ from fastar.config import OF_ANY_SIZE, as_override, load_settings
 from fastar.errors import FastarError
 from fastar.evaluation import Path as Segment
 from fastar.evaluation import evaluate_paths
-from fastar.experiments.context import DATA_KEYS, Context, Shape, resolve_device, within_memory
-from fastar.experiments.measure import MEASURE_WITH_LESS, SPLITS, endpoint, matched_endpoints, statistics_error
+from fastar.experiments.context import DATA_KEYS, MEASURE_WITH_LESS, Context, Shape, resolve_device, within_memory
+from fastar.experiments.measure import SPLITS, endpoint, matched_endpoints, statistics_error
 from fastar.experiments.regular import check_fits, device_name
 from fastar.matching import match_by_settings
 from fastar.progress import SILENT, Progress

@@ -16,7 +16,7 @@ from fastar.errors import FastarError
 from fastar.evaluation import Measured, evaluate_rows
 from fastar.evaluation.batch_norm import own_statistics
 from fastar.experiments.attempts import Prepared, Subject, Trained, difference, trained
-from fastar.experiments.context import Context
+from fastar.experiments.context import MEASURE_WITH_LESS, Context, within_memory
 from fastar.runs import commit, versions
 from fastar.seeds import derive_seed
 from fastar.training import RegularStep, resolve_precision
@@ -84,7 +84,8 @@ def train_regular(context: Context, kind: str, index: int) -> None:
         step = done.prepared.step
         assert isinstance(step, RegularStep)
         own = own_statistics(step.model)
-        measured = evaluate_rows(step.model, step.layout, step.theta[None], context.splits(), statistics=[own])
+        with within_memory(f"measuring {subject.name}", MEASURE_WITH_LESS):
+            measured = evaluate_rows(step.model, step.layout, step.theta[None], context.splits(), statistics=[own])
         save_model(context, subject, step.state(), measured, done)
 
 
@@ -132,11 +133,10 @@ def given_sources(context: Context, folder: Path, count: int) -> list[Checkpoint
     model = context.build(seed=0)
     found = []
     for path in paths[:count]:
-        checkpoint = load_checkpoint(path)
+        checkpoint = load_checkpoint(path, resident=False)  # of .safetensors; others stay in the host's memory
         check_fits(context, checkpoint)
         load_into(model, checkpoint)
-        state = {name: value.clone() for name, value in model.state_dict().items()}
-        found.append(Checkpoint(state, checkpoint.metadata, path))
+        found.append(checkpoint)
     return found
 
 

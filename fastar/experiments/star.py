@@ -16,7 +16,7 @@ from fastar.evaluation import evaluate_rows, re_estimate
 from fastar.evaluation.batch_norm import set_statistics
 from fastar.evaluation.losses import full_precision
 from fastar.experiments.attempts import Prepared, Subject, attempt_seed, trained
-from fastar.experiments.context import Context
+from fastar.experiments.context import MEASURE_WITH_LESS, Context, within_memory
 from fastar.experiments.regular import check_recipe, recipe, save_model
 from fastar.matching import ByActivations, Permutations, Symmetry, match_by_settings
 from fastar.progress import SILENT, Progress
@@ -208,19 +208,23 @@ def _train(
             assert found is not None  # the training was long enough
             run.profile("parts.txt").write_text(found.table(profile.steps) + "\n", encoding="utf-8")
             run.profile("operations.txt").write_text(found.operations + "\n", encoding="utf-8")
+        step, matcher = done.prepared.step, done.prepared.parts.get("matching")
+        assert isinstance(step, StarStep)
+        trained_state = step.state()
+        permutations = dict(matcher.permutations) if isinstance(matcher, Matcher) else {}
+        step.release()  # Z, the optimizer and all: the memory is measuring's now
         # The running statistics so far are of interpolated networks: the star gets its own.
         model = context.build(seed=seed)
-        load_into(model, Checkpoint(done.prepared.step.state()))
-        with full_precision():
-            statistics = re_estimate(model, context.statistics_batches())
-        set_statistics(model, statistics)
-        row = context.row(Checkpoint(model.state_dict()))
-        measured = evaluate_rows(
-            model, context.layout, row[None], context.splits(), statistics=[statistics] if statistics else None
-        )
+        load_into(model, Checkpoint(trained_state))
+        with within_memory("measuring the star", MEASURE_WITH_LESS):
+            with full_precision():
+                statistics = re_estimate(model, context.statistics_batches())
+            set_statistics(model, statistics)
+            row = context.row(Checkpoint(model.state_dict()))
+            measured = evaluate_rows(
+                model, context.layout, row[None], context.splits(), statistics=[statistics] if statistics else None
+            )
         # Written first: a star without its permutations would be measured against other ones than it was trained with.
-        matcher = done.prepared.parts.get("matching")
-        permutations = dict(matcher.permutations) if isinstance(matcher, Matcher) else {}
         save_checkpoint(run.permutations, {**permutations, "matched": torch.tensor(int(matched))}, {"kind": "matching"})
         save_model(context, subject, model.state_dict(), measured, done)
 

@@ -12,8 +12,8 @@ from typing import Any
 from fastar.checkpoints import Checkpoint
 from fastar.config import Settings, parse_bytes
 from fastar.errors import FastarError
-from fastar.experiments.context import Context, within_memory
-from fastar.experiments.measure import MEASURE_WITH_LESS, measure
+from fastar.experiments.context import MEASURE_WITH_LESS, Context, within_memory
+from fastar.experiments.measure import measure
 from fastar.experiments.plan import check_fits
 from fastar.experiments.regular import given_sources, regular_models
 from fastar.experiments.star import star_model, state_digest, steps_profile

@@ -57,6 +57,10 @@ class _FlatStep:
         state.update(self.layout.unflatten(self.theta))
         return state
 
+    def release(self) -> None:
+        """Give back all memory: the training is over, and nothing of it can be used any more."""
+        self.__dict__.clear()
+
     def save(self) -> dict[str, Tensor]:
         """theta, what the optimizer and the loss scale remember, the module's buffers. The tensors themselves."""
         remembered = {"optimizer": self.optimizer.state(), "loss_scale": self.loss_scale.state()}
@@ -237,6 +241,10 @@ class StarStep(_FlatStep):
         if self._written:
             self._feed.done(step + 1)
         return loss
+
+    def release(self) -> None:
+        self.sources.release()
+        super().release()
 
     def describe(self, step: int) -> str:
         here = step - self._begin

@@ -112,6 +112,12 @@ class SourcesStore:
             self._feed = FetchedRows(self._slots, indices)
         return self._feed
 
+    def release(self) -> None:
+        """Give back the memory of all rows; the store holds none any more."""
+        self._settle()
+        self._slots = None
+        self.rows = self.rows.new_empty(0, self.layout.numel)
+
     @property
     def _resident(self) -> bool:
         return self.store == "device" or (self.store == "host" and self.device.type == "cpu")
