@@ -20,6 +20,7 @@ from fastar.errors import FastarError
 
 SUFFIXES = (".safetensors", ".pt", ".pth")
 _DIGEST = "tensors_digest"
+_ALL = "digest"
 
 
 @dataclass(frozen=True)
@@ -64,15 +65,22 @@ class StoredState(Mapping[str, torch.Tensor]):
 
 
 def save_checkpoint(path: Path, state: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> None:
-    """Write `state` and `metadata` (JSON-able) to `path` (.safetensors), atomically, with a digest of the tensors.
+    """Write `state` and `metadata` (JSON-able) to `path` (.safetensors), atomically, with digests of the tensors and
+    of all of it.
 
     Raises:
         FastarError: `path` cannot be written.
     """
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     # One text: several would be written in an order that changes from run to run.
-    text = json.dumps({**metadata, _DIGEST: tensors_digest(tensors)}, sort_keys=True)
+    content = json.loads(json.dumps({**metadata, _DIGEST: tensors_digest(tensors)}))
+    text = json.dumps({**content, _ALL: _metadata_digest(content)}, sort_keys=True)
     write_atomically(path, serialize(tensors, {"fastar": text}))
+
+
+def _metadata_digest(content: Mapping[str, Any]) -> str:
+    """A digest of metadata as JSON gives them back; the tensors' own digest is among them, so it is of all."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -95,7 +103,27 @@ def read_metadata(path: Path) -> dict[str, Any]:
     return _metadata_and_digest(path)[0]
 
 
+def stored_digest(path: Path) -> str:
+    """A digest of what a checkpoint holds, without reading the tensors where they were given one when it was saved.
+
+    Raises:
+        FastarError: missing, truncated or damaged file.
+    """
+    stored = _metadata_and_digest(path)[1] if path.suffix == ".safetensors" else None
+    if stored is not None:
+        return stored
+    digest = hashlib.sha256()
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(1 << 20):
+                digest.update(chunk)
+    except OSError as error:
+        raise FastarError(f"{path}: cannot be read ({error.strerror}); restore it") from error
+    return digest.hexdigest()
+
+
 def _metadata_and_digest(path: Path) -> tuple[dict[str, Any], str | None]:
+    """The metadata, and the digest that the tensors must have (None: saved without)."""
     try:
         with safe_open(path, framework="pt") as file:
             text = (file.metadata() or {}).get("fastar", "{}")
@@ -106,6 +134,9 @@ def _metadata_and_digest(path: Path) -> tuple[dict[str, Any], str | None]:
         raise FastarError(f"{path}: not a readable safetensors file ({error}); delete it or restore it") from error
     if not isinstance(content, dict) or not isinstance(content.get("model", {}), dict):
         raise FastarError(f"{path}: its fastar metadata is damaged; delete it or restore it")
+    whole = content.pop(_ALL, None)  # files of older versions, and of others, have none
+    if whole is not None and whole != _metadata_digest(content):
+        raise FastarError(f"{path}: its metadata are not those that were saved (damaged); delete it or restore it")
     digest = content.pop(_DIGEST, None)
     return content, digest
 

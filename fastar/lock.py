@@ -31,11 +31,16 @@ class Holder:
     """The process's start in the kernel's clock ticks (0: not known), so that a number used again is not mistaken."""
     since: float
     """Seconds since 1970."""
+    device: int = 0
+    inode: int = 0
+    """Of the folder that is held (0: not known), so that a copy of it is not mistaken."""
 
     @classmethod
-    def here(cls) -> Holder:
-        """This process."""
-        return cls(socket.gethostname(), os.getpid(), _start_of(os.getpid()) or 0, time.time())
+    def here(cls, folder: Path) -> Holder:
+        """This process, as holder of `folder`."""
+        there = folder.stat()
+        started = _start_of(os.getpid()) or 0
+        return cls(socket.gethostname(), os.getpid(), started, time.time(), there.st_dev, there.st_ino)
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
@@ -46,6 +51,14 @@ class Holder:
             return None
         started = _start_of(self.pid)
         return started is None or (started > 0 and self.started > 0 and started != self.started)
+
+    def of_another(self, folder: Path) -> bool:
+        """Whether it held another folder, of which `folder` is a copy. Known on its own host alone: numbers of devices
+        and files may differ between hosts that share a folder."""
+        if self.inode == 0 or self.host != socket.gethostname():
+            return False
+        there = folder.stat()
+        return (self.device, self.inode) != (there.st_dev, there.st_ino)
 
 
 def _start_of(pid: int) -> int | None:
@@ -65,9 +78,10 @@ def _start_of(pid: int) -> int | None:
 
 
 def read_holder(folder: Path) -> Holder | None:
-    """Who the lock file of `folder` names; None: no such file, or not a whole one."""
+    """Who the lock file of `folder` names; None: no such file, not a whole one, or one that was copied here."""
     try:
-        return Holder(**json.loads((folder / NAME).read_text()))
+        holder = Holder(**json.loads((folder / NAME).read_text()))
+        return None if holder.of_another(folder) else holder
     except (OSError, ValueError, TypeError):
         return None
 
@@ -132,7 +146,7 @@ def hold(folder: Path, say: Callable[[str], None] = lambda line: None) -> Iterat
             elif not gone and guarded is None and holder.pid != os.getpid():
                 raise FastarError(f"{folder}: in use by another fastar ({holder}); wait for it or choose --out")
             say(f"{folder}: {holder} held it and is gone; going on")
-        mine = Holder.here()
+        mine = Holder.here(folder)
         _write(folder, mine)
         with _touched(folder / NAME):
             try:

@@ -86,6 +86,10 @@ class RunFolder:
     def permutations(self) -> Path:
         return self.path / "permutations.safetensors"
 
+    def finished(self, kind: str, index: int) -> bool:
+        """Whether a model's training is over; a star without its permutations is trained again."""
+        return self.model(kind, index).is_file() and (kind != "star" or self.permutations.is_file())
+
     def in_training(self, kind: str, index: int) -> Path:
         """Folder of the checkpoints of a model while it is trained."""
         return self.path / IN_TRAINING / f"{kind}-{index:04d}"
@@ -148,7 +152,7 @@ class RunFolder:
         folders = list((self.path / IN_TRAINING).glob("*-[0-9]*"))
         for folder in folders:
             kind, _, number = folder.name.rpartition("-")
-            if kind in ("source", "heldout", "star") and self.model(kind, int(number)).is_file():
+            if kind in ("source", "heldout", "star") and self.finished(kind, int(number)):
                 remove_folder(folder)
 
     def _remove_empty(self, made: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import resource
 import signal
@@ -15,7 +16,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fastar.checkpoints import Checkpoint, load_checkpoint, load_into, read_metadata, save_checkpoint, write_atomically
+from fastar.checkpoints import (
+    Checkpoint,
+    load_checkpoint,
+    load_into,
+    read_metadata,
+    save_checkpoint,
+    stored_digest,
+    tensors_digest,
+    write_atomically,
+)
 from fastar.errors import FastarError
 
 
@@ -268,6 +278,39 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     with pytest.raises(FastarError, match="cannot be written"):
         write_atomically(tmp_path / "file" / "a.bin", b"x")
+
+
+def changed(path: Path, was: bytes, now: bytes) -> None:
+    data = path.read_bytes()
+    assert data.count(was) == 1
+    path.write_bytes(data.replace(was, now))
+
+
+@pytest.mark.parametrize("read", [load_checkpoint, read_metadata, stored_digest])
+def test_metadata_changed_by_hand_are_refused(tmp_path: Path, read: Any) -> None:
+    path = tmp_path / "a.safetensors"
+    save_checkpoint(path, state(), {"step": 4, "loss": 0.1 + 0.2, "inf": float("inf"), "by": {2: "ü"}})
+    read(path)
+    changed(path, b'\\"step\\": 4', b'\\"step\\": 5')
+    with pytest.raises(FastarError, match="metadata are not those that were saved") as error:
+        read(path)
+    only_line(path, error)
+
+
+def test_files_without_digests_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({"w": torch.ones(2)}, path, {"fastar": '{"step": 4}'})
+    assert load_checkpoint(path).metadata == {"step": 4}
+    assert stored_digest(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_the_stored_digest_is_of_the_tensors_alone(tmp_path: Path) -> None:
+    one, other = tmp_path / "a.safetensors", tmp_path / "b.safetensors"
+    save_checkpoint(one, state(), {"step": 4})
+    save_checkpoint(other, state(), {"step": 5})
+    assert stored_digest(one) == stored_digest(other) == tensors_digest(state())
+    save_checkpoint(other, {**state(), "a.bias": torch.zeros(3)}, {"step": 4})
+    assert stored_digest(one) != stored_digest(other)
 
 
 def test_tensors_can_stay_in_their_file(tmp_path: Path) -> None:

@@ -6,10 +6,12 @@ import errno
 import fcntl
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -161,3 +163,37 @@ def test_a_lock_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(Path, "open", refuse)
     assert "lock.json: cannot be written (Read-only file system)" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("guard", ["flock", "file"])
+def test_a_copy_of_a_folder_in_use_is_not_in_use(tmp_path: Path, request: pytest.FixtureRequest, guard: str) -> None:
+    """Its lock file names a living process, which holds another folder."""
+    if guard == "file":
+        request.getfixturevalue("without_flock")
+    original, copy = tmp_path / "run", tmp_path / "copy"
+    original.mkdir()
+    holder = Holder(socket.gethostname(), os.getppid(), 0, 0.0, original.stat().st_dev, original.stat().st_ino)
+    left_by(original, **asdict(holder))
+    assert is_held(original)
+    shutil.copytree(original, copy)
+    assert not is_held(copy)
+    assert read_holder(copy) is None
+    said: list[str] = []
+    with hold(copy, said.append):
+        assert is_held(copy)
+    assert said == []
+    assert list(copy.iterdir()) == []
+    assert is_held(original)
+
+
+def test_a_folder_that_was_moved_is_still_in_use(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with hold(tmp_path / "run"):
+        (tmp_path / "run").rename(tmp_path / "moved")
+        assert is_held(tmp_path / "moved")
+
+
+def test_another_host_s_folder_may_have_another_number_here(tmp_path: Path) -> None:
+    left_by(tmp_path, host="elsewhere", pid=7, device=1, inode=1)
+    assert is_held(tmp_path)
+    assert "process 7 on elsewhere" in refusal(tmp_path)

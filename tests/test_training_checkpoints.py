@@ -51,7 +51,8 @@ def checkpoints(folder: Path, settings: CheckpointSettings = ALWAYS, **more: Any
 
 def save(kept: TrainingCheckpoints, epoch: int, steps: int = 0, **more: Any) -> bool:
     values = {"loss": 1.0, "losses": torch.ones(steps), **more}
-    return kept.save(Thing(1, 2), CPU, epoch=epoch, steps=steps, history=[], so_far={}, **values)
+    history = [{"epoch": done} for done in range(epoch)]
+    return kept.save(Thing(1, 2), CPU, epoch=epoch, steps=steps, history=history, so_far={}, **values)
 
 
 def names(folder: Path) -> list[str]:
@@ -84,7 +85,7 @@ def test_checkpoints_within_epochs_are_not_the_best(tmp_path: Path) -> None:
     assert names(tmp_path) == [name(0, 3), name(0, 4)]
 
 
-@pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "another format"])
+@pytest.mark.parametrize("damage", ["empty", "cut", "flipped", "another format", "step", "epoch", "attempt"])
 def test_a_damaged_newest_one_falls_back_to_the_one_before(tmp_path: Path, damage: str) -> None:
     said: list[str] = []
     kept = checkpoints(tmp_path, say=said.append)
@@ -98,8 +99,13 @@ def test_a_damaged_newest_one_falls_back_to_the_one_before(tmp_path: Path, damag
         del data[-3:]
     elif damage == "flipped":
         data[-1] ^= 1  # a bit of a tensor: the file is well-formed
-    else:
-        data = bytearray(bytes(data).replace(b'\\"format\\": 1', b'\\"format\\": 9'))
+    else:  # a digit by hand, in a file that is well-formed
+        key, value = {"another format": ("format", 1), "step": ("step", 4), "epoch": ("epoch", 2)}.get(
+            damage, (damage, 0)
+        )
+        was, now = (f'\\"{key}\\": {number}'.encode() for number in (value, value + 1))
+        assert bytes(data).count(was) >= 1
+        data = bytearray(bytes(data).replace(was, now))
     path.write_bytes(data)
     found = kept.newest()
     assert found is not None
@@ -108,6 +114,53 @@ def test_a_damaged_newest_one_falls_back_to_the_one_before(tmp_path: Path, damag
     assert str(path) in said[0]
     assert said[0].endswith("going on from the one before")
     assert names(tmp_path) == [name(1)]
+
+
+@pytest.mark.parametrize(("history", "losses"), [([{}], 4), ([{}, {}, {}], 4), ([{}, {}], 3), ([{}, {}], 0)])
+def test_one_that_contradicts_itself_is_passed_over(tmp_path: Path, history: list[dict[str, Any]], losses: int) -> None:
+    """Its digests are right: what was saved makes no sense."""
+    said: list[str] = []
+    kept = checkpoints(tmp_path, say=said.append)
+    save(kept, 1)
+    kept.save(Thing(1, 2), CPU, epoch=2, steps=4, history=history, so_far={}, losses=torch.ones(losses))
+    found = kept.newest()
+    assert found is not None
+    assert (found.epoch, found.step) == (1, 0)
+    (line,) = said
+    assert name(2, 4) in line
+    assert line.endswith("going on from the one before")
+
+
+def test_what_is_written_down_of_retries_is_recalled(tmp_path: Path) -> None:
+    kept = checkpoints(tmp_path)
+    kept.recall(None)
+    assert (kept.attempt, kept.back_to) == (0, None)
+    save(kept, 1)
+    kept.attempt, kept.back_to = 2, name(1)
+    kept.remember()
+    again = checkpoints(tmp_path)  # another process
+    again.recall(again.newest())
+    assert (again.attempt, again.back_to) == (2, name(1))
+    kept.attempt = 3
+    save(kept, 2)
+    again.recall(again.newest())
+    assert (again.attempt, again.back_to) == (3, None)  # the checkpoint is later than what was written down
+    other = TrainingCheckpoints(tmp_path / "star-0000", {"kind": "another"}, ALWAYS)
+    other.recall(None)
+    assert other.attempt == 0
+    kept.remove()
+    assert not (tmp_path / "star-0000").exists()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", '{"attempt": "x", "back_to": null, "recipe": {}}'])
+def test_damaged_notes_of_retries_are_passed_over(tmp_path: Path, content: str) -> None:
+    said: list[str] = []
+    kept = checkpoints(tmp_path, say=said.append)
+    save(kept, 1)
+    (tmp_path / "star-0000" / "retry.json").write_text(content)
+    kept.recall(kept.newest())
+    assert kept.attempt == 0
+    assert len(said) == 1
 
 
 def test_none_where_all_are_damaged(tmp_path: Path) -> None:
@@ -268,7 +321,7 @@ def test_torch_s_generators_go_on(tmp_path: Path) -> None:
 def test_another_network_s_checkpoint_is_refused(tmp_path: Path) -> None:
     kept = checkpoints(tmp_path)
     step = regular()
-    kept.save(step, CPU, epoch=1, steps=0, history=[], so_far={}, losses=torch.ones(0))
+    kept.save(step, CPU, epoch=1, steps=0, history=[{}], so_far={}, losses=torch.ones(0))
     saved = kept.newest()
     assert saved is not None
     with pytest.raises(FastarError, match="does not fit"):

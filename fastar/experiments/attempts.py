@@ -105,8 +105,7 @@ def trained(
     if saved is not None:
         where = f"epoch {saved.epoch + 1}" + (f", step {saved.step + 1}" if saved.step else "")
         context.progress.line(f"training {subject.name}: going on from {where}")
-    checkpoints.attempt = saved.attempt if saved is not None else 0
-    back_from: Path | None = None
+    checkpoints.recall(saved)
     while True:
         try:
             prepared, history = _attempt(context, subject, make, checkpoints, saved, seed, epochs, lr, profile)
@@ -114,12 +113,14 @@ def trained(
         except NonFiniteLoss as error:
             if context.settings.train.on_nonfinite == "stop" or checkpoints.attempt >= RETRIES:
                 raise _what_is_left(context, subject, error) from error
+            checkpoints.attempt += 1
+            checkpoints.remember()  # first: a kill from here on must not bring the same draws again
             saved = checkpoints.newest()
-            if saved is not None and saved.path == back_from:  # it was no better from there
+            if saved is not None and saved.path.name == checkpoints.back_to:  # it was no better from there
                 checkpoints.drop(saved.path)
                 saved = checkpoints.newest()
-            back_from = saved.path if saved is not None else None
-            checkpoints.attempt += 1
+            checkpoints.back_to = saved.path.name if saved is not None else None
+            checkpoints.remember()
             where = f"epoch {saved.epoch + 1}" if saved is not None else "the beginning"
             context.progress.line(f"{error}; going back to {where} with other draws")
             run.log(kind="retry", model=subject.name, attempt=checkpoints.attempt, reason=str(error), back_to=where)

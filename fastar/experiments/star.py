@@ -155,7 +155,9 @@ def star_model(
     wanted = star_recipe(context, sources)
     if run.star.is_file():
         check_recipe(run.star, read_metadata(run.star).get("recipe", {}), wanted)
-    if not (run.star.is_file() and permutations_file.is_file()):
+    if not run.finished("star", 0):
+        if run.star.is_file():
+            context.progress.line(f"{permutations_file}: missing, and the star is of no use without; training it again")
         _train(context, sources, wanted, profile)
     star = load_checkpoint(run.star)
     stored = dict(load_checkpoint(permutations_file).state)

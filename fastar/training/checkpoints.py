@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,6 +13,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from fastar.atomic import write_atomically
 from fastar.checkpoints import load_checkpoint, read_metadata, save_checkpoint
 from fastar.config import CheckpointSettings
 from fastar.errors import FastarError
@@ -20,6 +22,8 @@ from fastar.runs import remove_folder
 FORMAT = 1
 # Beside the best: the newest may be damaged.
 KEPT = 2
+# File of how often a training has gone back, and where to.
+RETRY = "retry.json"
 
 
 class Resumable(Protocol):
@@ -61,7 +65,8 @@ class TrainingCheckpoints:
     """The checkpoints of one model in training: files `epoch-..-step-...safetensors` in a folder of its own.
 
     The last two are kept, and that with the lowest loss over an epoch. `parts` is what belongs to the training beside
-    the step, by name; `attempt` is of the training that is saved.
+    the step, by name; `attempt` is of the training that is saved, and `back_to` the checkpoint that it last went back
+    to (None: to the beginning, or never); `remember` keeps both, since no checkpoint may follow.
 
     Args:
         folder: made with the first checkpoint.
@@ -82,6 +87,7 @@ class TrainingCheckpoints:
     ):
         self.folder = folder
         self.attempt = 0
+        self.back_to: str | None = None
         self.parts: Mapping[str, Resumable] = {}
         self._recipe = dict(recipe)
         self._settings = settings
@@ -102,11 +108,38 @@ class TrainingCheckpoints:
                 metadata = found.metadata
                 if metadata.get("format") != FORMAT:
                     raise FastarError(f"{path}: saved by another version of fastar")
-                return Saved(path, **{k: v for k, v in metadata.items() if k in _SAVED}, tensors=dict(found.state))
+                saved = Saved(path, **{k: v for k, v in metadata.items() if k in _SAVED}, tensors=dict(found.state))
+                losses = saved.tensors.get("losses")
+                if losses is None or len(losses) != saved.step or len(saved.history) != saved.epoch:
+                    raise FastarError(f"{path}: its epochs and steps are not those that its losses are of (damaged)")
+                return saved
             except (FastarError, TypeError) as error:
                 self._say(f"{error}; going on from the one before")
                 self.drop(path)
         return None
+
+    def remember(self) -> None:
+        """Write down `attempt` and `back_to`: a process that is killed before the next checkpoint goes on with them.
+
+        Raises:
+            FastarError: the file cannot be written.
+        """
+        content = {"recipe": self._recipe, "attempt": self.attempt, "back_to": self.back_to}
+        write_atomically(self.folder / RETRY, (json.dumps(content) + "\n").encode())
+
+    def recall(self, saved: Saved | None) -> None:
+        """Take `attempt` and `back_to` from what was written down for this recipe, or from `saved` if that is later."""
+        self.attempt, self.back_to = (0 if saved is None else saved.attempt), None
+        try:
+            content = json.loads((self.folder / RETRY).read_text(encoding="utf-8"))
+            attempt, back_to, of = int(content["attempt"]), content["back_to"], content["recipe"]
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            self._say(f"{self.folder / RETRY}: damaged ({error}); going on without it")
+            return
+        if of == json.loads(json.dumps(self._recipe)) and attempt >= self.attempt:
+            self.attempt, self.back_to = attempt, back_to
 
     def due_within(self) -> bool:
         """Whether it is time to save within an epoch."""
