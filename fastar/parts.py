@@ -1,38 +1,50 @@
-"""Names for the parts of training (load, interpolate, forward, backward, update, ...), and the time each takes."""
+"""Names for the parts of training (load, augment, interpolate, forward, backward, update, ...), and each one's time."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 
 _NOTHING = nullcontext()
-_clock: PartClock | None = None
+_clocks: tuple[PartClock, ...] = ()
 
 
 def part(name: str) -> AbstractContextManager[object]:
-    """Work inside belongs to `name`: a `PartClock` that is running counts its time. Else it costs nothing."""
-    return _NOTHING if _clock is None else _clock.measure(name)
+    """Work inside belongs to `name`, and to no part around it: every `PartClock` that is running counts its time.
+
+    Where none is it costs nothing.
+    """
+    return _by(_clocks, name) if _clocks else _NOTHING
+
+
+@contextmanager
+def _by(clocks: tuple[PartClock, ...], name: str) -> Iterator[None]:
+    with ExitStack() as stack:
+        for clock in clocks:
+            stack.enter_context(clock.measure(name))
+        yield
 
 
 @contextmanager
 def no_parts() -> Iterator[None]:
     """Inside, no clock counts: what is captured into a CUDA graph must not hold a clock's events."""
-    global _clock
-    before, _clock = _clock, None
+    global _clocks
+    before, _clocks = _clocks, ()
     try:
         yield
     finally:
-        _clock = before
+        _clocks = before
 
 
 class PartClock:
     """While it is entered, adds up the time of every part; a torch profiler shows their names.
 
-    On a GPU a part lasts from when the stream reaches its beginning to when it reaches its end, by events: the work of
-    autograd's own thread counts, and so does waiting for the host. Elsewhere it is the clock's time.
+    A part within another counts for itself, and not for the outer one. On a GPU a part lasts from when the stream
+    reaches its beginning to when it reaches its end, by events: the work of autograd's own thread counts, and so does
+    waiting for the host. Elsewhere it is the clock's time.
 
     Args:
         device: where the work runs.
@@ -42,46 +54,59 @@ class PartClock:
     def __init__(self, device: torch.device, *, names: bool = True):
         self._device = device
         self._names = names
-        self._spans: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+        self._open: list[str] = []
+        self._spans: list[tuple[str, str | None, torch.cuda.Event, torch.cuda.Event]] = []
         self._seconds: dict[str, float] = {}
 
     def __enter__(self) -> PartClock:
-        global _clock
-        assert _clock is None, "one clock at a time"
-        _clock = self
+        global _clocks
+        assert self not in _clocks, "a clock runs once at a time"
+        _clocks = (*_clocks, self)
         return self
 
     def __exit__(self, *error: object) -> None:
-        global _clock
-        _clock = None
+        global _clocks
+        _clocks = tuple(clock for clock in _clocks if clock is not self)
 
     @contextmanager
     def measure(self, name: str) -> Iterator[None]:
         """Work inside belongs to `name`, whether or not this clock is entered."""
-        with torch.profiler.record_function(name) if self._names else _NOTHING:
-            if self._device.type == "cuda":
-                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                start.record()
-                yield
-                end.record()
-                self._spans.append((name, start, end))
-            else:
-                begin = time.perf_counter()
-                yield
-                self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - begin
+        outer = self._open[-1] if self._open else None
+        self._seconds.setdefault(name, 0.0)  # in the order of their beginnings
+        self._open.append(name)
+        try:
+            with torch.profiler.record_function(name) if self._names else _NOTHING:
+                if self._device.type == "cuda":
+                    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                    start.record()
+                    yield
+                    end.record()
+                    self._spans.append((name, outer, start, end))
+                else:
+                    begin = time.perf_counter()
+                    yield
+                    self._add(name, outer, time.perf_counter() - begin)
+        finally:
+            self._open.pop()
 
     def seconds(self) -> dict[str, float]:
         """Each part's seconds so far; waits for the GPU."""
         if self._spans:
             torch.cuda.synchronize(self._device)
-        for name, start, end in self._spans:
-            self._seconds[name] = self._seconds.get(name, 0.0) + start.elapsed_time(end) / 1e3
+        for name, outer, start, end in self._spans:
+            self._add(name, outer, start.elapsed_time(end) / 1e3)
         self._spans.clear()
-        return dict(self._seconds)
+        # What is left of a part that is all inner parts may round to less than nothing.
+        return {name: max(took, 0.0) for name, took in self._seconds.items()}
+
+    def _add(self, name: str, outer: str | None, seconds: float) -> None:
+        self._seconds[name] += seconds
+        if outer is not None:
+            self._seconds[outer] -= seconds
 
 
 class EpochClock:
-    """The parts of an epoch's steps at next to no cost: every wait for a batch, and the inside of a few steps.
+    """The parts of an epoch's steps at next to no cost: all that happens between steps, and the inside of a few steps.
 
     On a GPU the wait is the time in which the stream had nothing to do before a step, not the host's.
 
@@ -91,35 +116,35 @@ class EpochClock:
     """
 
     def __init__(self, device: torch.device, steps: int, samples: int = 8):
-        self._clock = PartClock(device, names=False)
+        self._between = PartClock(device, names=False)
+        self._inside = PartClock(device, names=False)
         every = max(1, steps // samples)
         # The first step of an epoch starts things up; it is taken only where there is no other.
         self._sampled = range(min(every // 2 + 1, steps - 1), steps, every)
-        self._counted = 0
 
     @contextmanager
     def load(self) -> Iterator[None]:
-        """Around the wait for one batch."""
-        with part("load"), self._clock.measure("load"):
+        """Around getting one batch: `load` is the wait alone, without the parts inside (`augment`)."""
+        with self._between, part("load"):
             yield
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
         """Around step number `number`. Where another clock is running already, only that one counts."""
-        if _clock is not None or number not in self._sampled:
+        if _clocks or number not in self._sampled:
             yield
             return
-        self._counted += 1
-        with self._clock.measure("step"), self._clock:
+        with self._inside, part("other"):
             yield
 
     def seconds(self, whole: float) -> dict[str, float]:
-        """Each part's share of `whole`, the seconds of all steps with their waits: `load` as measured, the others as
-        in the sampled steps; `other` is the rest. Waits for the GPU."""
-        found = self._clock.seconds()
-        load, sampled = found.pop("load", 0.0), found.pop("step", 0.0)
-        scale = max(whole - load, 0.0) / sampled if sampled > 0 else 0.0
-        parts = {"load": load, **{name: took * scale for name, took in found.items()}}
+        """Each part's share of `whole`, the seconds of all steps with their waits: `load` and the parts within it as
+        measured, the others as in the sampled steps; `other` is the rest. Waits for the GPU."""
+        between, inside = {"load": 0.0, **self._between.seconds()}, self._inside.seconds()
+        sampled = sum(inside.values())
+        inside.pop("other", None)
+        scale = max(whole - sum(between.values()), 0.0) / sampled if sampled > 0 else 0.0
+        parts = {**between, **{name: took * scale for name, took in inside.items()}}
         return {**parts, "other": max(whole - sum(parts.values()), 0.0)}
 
 

@@ -114,13 +114,14 @@ def test_work_is_all_epochs_and_all_models(tmp_path: Path) -> None:
     plan = plan_of(
         tmp_path, *more, "star.epochs=5", "evaluation.points=3", "star.match_every_epochs=0", images_per_second=1000
     )
-    regular, star, evaluated = plan.work
+    regular, star, own, evaluated = plan.work
     assert (regular.times, regular.seconds) == (60, 50.0)
     assert (star.times, star.seconds) == (5, 50.0)
+    assert (own.times, own.seconds) == (7, 60.0)
     # Paths: 4 + 2 from the star, 10 pairs twice; one inner point each; ends: the star, 6 matched, the pairs' own.
     assert evaluated.times == 26 + 1 + 6 + 16
     assert evaluated.seconds == 110.0  # 50,000 for statistics, 50,000 and 10,000 for losses
-    assert plan.seconds() == 60 * 50 + 5 * 50 + evaluated.times * 110
+    assert plan.seconds() == 60 * 50 + 5 * 50 + 7 * 60 + evaluated.times * 110
     slow = plan_of(
         tmp_path,
         *more,
@@ -131,8 +132,29 @@ def test_work_is_all_epochs_and_all_models(tmp_path: Path) -> None:
         loader_images_per_second=500,
     )
     assert slow.work[0].seconds == 100.0
-    assert slow.work[2].seconds == pytest.approx((1000 + 10_000 + 10 * 128) / 500)
+    assert slow.work[3].seconds == pytest.approx((1000 + 10_000 + 10 * 128) / 500)
     assert plan_of(tmp_path, *more).seconds() is None
+
+
+def test_images_that_grow_are_counted_as_large_as_they_get(tmp_path: Path) -> None:
+    """Epochs at 32, 48 (rounded to 64) and 64 of images that are measured at 96."""
+
+    def planned(*overrides: str) -> Plan:
+        own = ["device=cpu", f"dataset.directory={tmp_path}", "gpu_memory=2GB", "model.width=0.125", *overrides]
+        settings = load_settings(dataset="imagenet", arch="imagenet-resnet18", overrides=[*own, "train.batch_size=16"])
+        context = Context(settings, RunFolder(tmp_path / "run"))
+        context.__dict__["symmetry"] = symmetry(WIDTH)
+        return make_plan(context, measure=None)
+
+    grow = ("train.epochs=3", "train.resolutions=[[0, 32], [2, 64]]", "train.schedule=cosine", "train.milestones=[]")
+    growing, at_64, at_96 = (
+        planned("dataset.resolution=96", *grow),
+        planned("dataset.resolution=64", "train.epochs=3", *grow[2:]),
+        planned("dataset.resolution=96", "train.epochs=3", *grow[2:]),
+    )
+    assert growing.during("gpu", "training") == at_64.during("gpu", "training")
+    assert growing.during("gpu", "evaluation") == at_96.during("gpu", "evaluation")
+    assert at_64.peak("gpu") < at_96.peak("gpu")
 
 
 @pytest.mark.parametrize(
@@ -178,7 +200,14 @@ def test_plan_on_the_command_line(tmp_path: Path) -> None:
     place = f"dataset.directory={tmp_path}"
     shown = fastar("plan", "--dataset", "digits", place, "device=cpu")
     assert shown.code == 0, shown.err
-    for said in ("images/s of training", "epoch of a regular model", "in all", "host: data set", "disk: 36 models"):
+    for said in (
+        "images/s of training",
+        "epoch of a regular model",
+        "point of a path",
+        "in all",
+        "host: data set",
+        "disk: 36 models",
+    ):
         assert said in shown.out, said
     assert list(tmp_path.iterdir()) == []  # nothing is written
     many = fastar("plan", "--dataset", "digits", place, "--gpu-memory", "1KB", "--json")

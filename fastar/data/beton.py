@@ -69,8 +69,8 @@ class Layout(Protocol):
         """The kind of images, for messages."""
         ...
 
-    def complaint(self, image: np.ndarray) -> str | None:
-        """What is wrong with a raw image that was to be written, or None."""
+    def complaint(self, image: np.ndarray) -> tuple[str, str] | None:
+        """What is wrong with a raw image that was to be written, and what to do; or None."""
         ...
 
     def pointers(self, image: np.ndarray) -> np.ndarray:

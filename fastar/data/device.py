@@ -6,7 +6,7 @@ from contextlib import closing
 import numpy as np
 import torch
 
-from fastar.data.augment import Normalisation, augmented, draw_augmentation
+from fastar.data.augment import Draws, Normalisation, augmented, draw_augmentation
 from fastar.data.dataset import Batch, chosen_batches
 from fastar.data.files import DatasetFiles
 from fastar.data.reading import read_batches
@@ -14,6 +14,7 @@ from fastar.data.registry import Augmentation
 from fastar.data.sampling import balanced_subset, epoch_order
 from fastar.data.verify import ContentDigest
 from fastar.errors import FastarError
+from fastar.parts import part
 from fastar.progress import SILENT, Progress
 from fastar.seeds import derive_seed
 
@@ -83,11 +84,11 @@ class DeviceDataset:
 
         Batches are views of larger tensors: read them, do not write into them.
         """
-        part = chosen_batches(len(self), batch_size, drop_last, begin)
+        chosen = chosen_batches(len(self), batch_size, drop_last, begin)
         if size is not None and (size, size) != self.input_shape[1:]:
             _, height, width = self.input_shape
             raise FastarError(f"images of {size}x{size} asked for, the data set's are {height}x{width} and stay so")
-        order = epoch_order(len(self), seed, epoch, self.device)[part]
+        order = epoch_order(len(self), seed, epoch, self.device)[chosen]
         return self._blocks(order, batch_size, self._key(augment, seed, epoch))
 
     def sequential(self, batch_size: int, *, augment: bool = False, seed: int = 0, epoch: int = 0) -> Iterator[Batch]:
@@ -109,20 +110,27 @@ class DeviceDataset:
     def _blocks(self, order: torch.Tensor, batch_size: int, key: int | None) -> Iterator[Batch]:
         sample_bytes = 4 * self.images[0].numel()
         block = max(1, BLOCK_BYTES[self.device.type] // (sample_bytes * batch_size)) * batch_size
-        draws = None if key is None else draw_augmentation(self.augmentation, key, self.index[order])
+        draws = None
+        if key is not None:
+            with part("augment"):
+                draws = draw_augmentation(self.augmentation, key, self.index[order])
         for start in range(0, len(order), block):
-            part = slice(start, start + block)
-            chosen = order[part]
-            labels = self.labels.index_select(0, chosen)
-            if draws is not None:
-                down, right, mirrored = draws
-                pixels = augmented(self.images, chosen, (down[part], right[part], mirrored[part]), self._normalise)
-            elif self._normalised is not None:
-                pixels = self._normalised.index_select(0, chosen)
-            else:
-                pixels = self._normalise(self.images.index_select(0, chosen))
-            images = pixels.permute(0, 3, 1, 2)
+            with part("augment"):
+                images, labels = self._block(order, slice(start, start + block), draws)
             yield from zip(images.split(batch_size), labels.split(batch_size), strict=True)
+
+    def _block(self, order: torch.Tensor, of_order: slice, draws: Draws | None) -> Batch:
+        """The samples `order[of_order]`: images fp32 [b, C, H, W], labels [b]."""
+        chosen = order[of_order]
+        if draws is not None:
+            down, right, mirrored = draws
+            moves = down[of_order], right[of_order], mirrored[of_order]
+            pixels = augmented(self.images, chosen, moves, self._normalise)
+        elif self._normalised is not None:
+            pixels = self._normalised.index_select(0, chosen)
+        else:
+            pixels = self._normalise(self.images.index_select(0, chosen))
+        return pixels.permute(0, 3, 1, 2), self.labels.index_select(0, chosen)
 
 
 def load(

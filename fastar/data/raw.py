@@ -8,20 +8,20 @@ from pathlib import Path
 from typing import BinaryIO, Protocol
 
 import numpy as np
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from fastar.errors import FastarError
 
 
 class UnusableImage(FastarError):
-    """One image that cannot be used: `where` it is, and the `reason`."""
+    """One image that cannot be used: `where` it is, the `reason` alone, and what to do."""
 
-    def __init__(self, where: str, reason: str):
-        super().__init__(f"{where}: {reason}")
-        self.where, self.reason = where, reason
+    def __init__(self, where: str, reason: str, advice: str):
+        super().__init__(f"{where}: {reason}; {advice}")
+        self.where, self.reason, self.advice = where, reason, advice
 
-    def __reduce__(self) -> tuple[type["UnusableImage"], tuple[str, str]]:
-        return type(self), (self.where, self.reason)  # it is sent between processes
+    def __reduce__(self) -> tuple[type["UnusableImage"], tuple[str, str, str]]:
+        return type(self), (self.where, self.reason, self.advice)  # it is sent between processes
 
 
 def decode_rgb(file: Path | BinaryIO, where: str) -> np.ndarray:
@@ -33,14 +33,22 @@ def decode_rgb(file: Path | BinaryIO, where: str) -> np.ndarray:
     try:
         with Image.open(file) as image:
             if image.mode.startswith(("I", "F")):
-                raise UnusableImage(where, f"{image.mode} pixels are not 8-bit; convert the image")
+                raise UnusableImage(where, f"{image.mode} pixels are not 8-bit", "convert the image")
             return np.array(image if image.mode == "RGB" else image.convert("RGB"))
     except UnusableImage:
         raise
     # Pillow's decoders raise more than OSError on damaged files: SyntaxError (PNG), ValueError, struct.error.
     except Exception as error:
-        reason = " ".join(str(error).split())
-        raise UnusableImage(where, f"cannot be read as an image ({reason}); replace or remove it") from error
+        raise UnusableImage(where, f"cannot be read as an image ({_cause(error)})", "replace or remove it") from error
+
+
+def _cause(error: Exception) -> str:
+    """Without the path, or the address of an object in memory, that Pillow and the system put into their messages."""
+    if isinstance(error, UnidentifiedImageError):
+        return "cannot identify image file"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return " ".join(str(error).split())
 
 
 def class_digest(classes: tuple[str, ...], entries: Iterable[tuple[str, int, int]]) -> str:

@@ -16,6 +16,7 @@ from fastar.data.images import ImageFiles
 from fastar.data.reading import ImageReader
 from fastar.data.sampling import balanced_subset, draw, epoch_order, paged_order
 from fastar.errors import FastarError
+from fastar.parts import part
 from fastar.seeds import derive_seed
 
 Order = Literal["random", "pages"]
@@ -115,17 +116,17 @@ class StreamingDataset:
 
         The pixels do not depend on the number of threads. Decoding runs in them, up to three batches ahead.
         """
-        part = chosen_batches(len(self), batch_size, drop_last, begin)
+        chosen = chosen_batches(len(self), batch_size, drop_last, begin)
         if self._order == "pages":
             order = paged_order(self._reader.pages[self._index], WINDOW, seed, epoch)
         else:
             order = epoch_order(len(self), seed, epoch, torch.device("cpu")).numpy()
-        return self._epoch(self._index[order[part]], batch_size, self._key(augment, seed, epoch), size)
+        return self._epoch(self._index[order[chosen]], batch_size, self._key(augment, seed, epoch), size)
 
     def sequential(self, batch_size: int, *, augment: bool = False, seed: int = 0, epoch: int = 0) -> Batches:
         """As `batches`, in file order, every sample exactly once; the last batch may be short."""
-        part = chosen_batches(len(self), batch_size, False, 0)
-        return self._epoch(self._index[part], batch_size, self._key(augment, seed, epoch), None)
+        chosen = chosen_batches(len(self), batch_size, False, 0)
+        return self._epoch(self._index[chosen], batch_size, self._key(augment, seed, epoch), None)
 
     def _key(self, augment: bool, seed: int, epoch: int) -> int | None:
         return derive_seed(seed, "augmentation", epoch) if augment else None
@@ -147,12 +148,18 @@ class StreamingDataset:
                 start += len(pixels)
                 labels, mirrored = self._reader.labels[index], None
                 if key is not None:
-                    mirrored = self._moved(torch.from_numpy(draw(key, index, _MIRROR) >> 31 == 1))
-                images = mirrored_and_normalised(self._moved(pixels), mirrored, normalise)
-                yield images.permute(0, 3, 1, 2), self._moved(torch.from_numpy(labels))
+                    mirrored = torch.from_numpy(draw(key, index, _MIRROR) >> 31 == 1)
+                with part("augment"):
+                    if mirrored is not None:
+                        mirrored = self._moved(mirrored)
+                    images = mirrored_and_normalised(self._moved(pixels), mirrored, normalise)
+                    moved = self._moved(torch.from_numpy(labels))
+                yield images.permute(0, 3, 1, 2), moved
 
     def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
         """On the device; the host does not wait for a GPU (pinned memory is reused only after the copy)."""
+        if self.device.type == "cuda" and not tensor.is_pinned():
+            tensor = tensor.pin_memory()  # a copy from pageable memory would wait for the stream
         return tensor.to(self.device, non_blocking=True)
 
     def _normalisation(self, size: int) -> Normalisation:

@@ -40,6 +40,12 @@ class Encoding:
         if not 1 <= self.jpeg_quality <= 100:
             raise FastarError(f"jpeg-quality={self.jpeg_quality} must be within 1..100")
 
+    def __str__(self) -> str:
+        """In words, for messages: the preset's name, if it is one, and the three values."""
+        name = next((name for name, preset in PRESETS.items() if preset == self), "no preset's")
+        side = f"at most {self.max_resolution} pixels" if self.max_resolution is not None else "as large as they are"
+        return f"{name} ({side}, {self.compress_probability:.0%} as JPEG of quality {self.jpeg_quality})"
+
 
 # What FFCV publishes: the training sets of its ImageNet repository for ResNet-50 and ResNet-18, and the JPEG file of
 # its benchmarks, which is the smallest and the slowest to load.
@@ -99,7 +105,7 @@ class VariedLayout:
                 image = raw[int(index)][0]
                 complaint = self.complaint(image)
                 if complaint is not None:
-                    raise UnusableImage(raw.where(int(index)), complaint)
+                    raise UnusableImage(raw.where(int(index)), *complaint)
                 sizes.append(len(self.encoded(image, int(index))[1]))
             except UnusableImage:
                 if not skip:
@@ -109,16 +115,16 @@ class VariedLayout:
     def describe(self) -> str:
         return "RGB images of any size"
 
-    def complaint(self, image: np.ndarray) -> str | None:
+    def complaint(self, image: np.ndarray) -> tuple[str, str] | None:
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
-            return f"image is {image.dtype} {list(image.shape)}, must be uint8 [H, W, 3]"
+            return f"image is {image.dtype} {list(image.shape)}, not uint8 [H, W, 3]", "convert it"
         height, width, _ = image.shape
         limit = self.encoding.max_resolution
         shrink = min(1.0, limit / max(height, width)) if limit is not None else 1.0
         if max(height, width) * shrink > _LARGEST or height * width * 3 * shrink**2 > self.page_size:
-            return f"{height}x{width} pixels are too many for one page of the file; set a smaller max-resolution"
+            return f"{height}x{width} pixels are too many for one page of the file", "set a smaller max-resolution"
         if int(min(height, width) * shrink) < 1:
-            return f"{height}x{width} pixels leave nothing at max-resolution={limit}; remove the image"
+            return f"{height}x{width} pixels leave nothing at max-resolution={limit}", "remove the image"
         return None
 
     def pointers(self, image: np.ndarray) -> np.ndarray:

@@ -35,6 +35,7 @@ from fastar.data.ffcv_names import (
 from fastar.data.raw import RawSplit, UnusableImage
 from fastar.errors import FastarError
 from fastar.progress import SILENT, Progress
+from fastar.stopping import SCHEDULERS
 
 CHUNK = 128  # samples that a worker takes at a time, or fewer where there are few
 TELL_SECONDS = 300.0
@@ -171,7 +172,7 @@ class _Job:
         image, label = self.raw[index]
         complaint = self.layout.complaint(image)
         if complaint is not None:
-            raise UnusableImage(self.raw.where(index), complaint)
+            raise UnusableImage(self.raw.where(index), *complaint)
         fields = self.layout.encoders(index)
         handle_sample((image, label), position, self.names, self.metadata, self.allocator, fields)
 
@@ -190,8 +191,9 @@ def _run_workers(job: _Job, workers: int, progress: Progress, description: str) 
         for _ in range(workers):
             receive, send = context.Pipe(duplex=False)
             process = context.Process(target=_work, args=(job, next_chunk, send, os.getpid()), daemon=True)
-            # Ctrl-C reaches the whole process group; the workers inherit the mask and leave it to the parent.
-            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            # Ctrl-C, and often a scheduler, reach the whole process group; the workers inherit the mask and leave it
+            # to the parent, which ends them.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, *SCHEDULERS})
             try:
                 process.start()
             finally:

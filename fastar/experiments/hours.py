@@ -9,6 +9,7 @@ import torch
 
 from fastar.experiments.context import Context
 from fastar.matching import match_weights
+from fastar.training import resolution
 from fastar.training.footprint import Footprint, seconds_per_image
 
 # A step is timed with a whole batch, or what takes this much memory of it.
@@ -47,6 +48,13 @@ def evaluated_models(context: Context) -> int:
     return paths * (settings.evaluation.points - 2) + 1 + stars + min(2 * pairs * 2, regular + pairs)
 
 
+def training_sides(context: Context) -> list[int]:
+    """The side of the images of each epoch of training."""
+    train, star = context.settings.train, context.settings.star
+    epochs = max(train.epochs, star.epochs or 0)
+    return [resolution(train, epoch) or max(context.image[1:]) for epoch in range(epochs)]
+
+
 @dataclass(frozen=True)
 class Rates:
     """Seconds per image of training and of evaluation, and per source of matching; what they are from."""
@@ -76,7 +84,11 @@ def measured_rates(
         parts.append(f"{stated:,.0f} images/s stated, for evaluation too")
     elif measure:
         timed = min(batch, max(2, int(TIMED_BYTES // activations.per_image)))
-        training, evaluation = seconds_per_image(build, context.image, dtype, device, timed)
+        sides = training_sides(context)
+        shape = (context.image[0], max(sides), max(sides))
+        training, _ = seconds_per_image(build, shape, dtype, device, timed)
+        training *= sum(side**2 for side in sides) / len(sides) / max(sides) ** 2  # smaller ones take less by as much
+        _, evaluation = seconds_per_image(build, context.image, dtype, device, timed)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this machine's CPU"
         parts.append(
             f"{1 / training:,.0f} images/s of training and {1 / evaluation:,.0f} of evaluation measured on {name}"
@@ -114,8 +126,11 @@ def work_of(context: Context, facts: DataFacts, rates: Rates, evaluated: int) ->
         statistics = facts.train if evaluation.bn_batches is None else evaluation.bn_batches * train.batch_size
         seen += min(facts.train, statistics)
     measuring = None if rates.evaluation is None else seen * rates.evaluation
+    once = min(facts.train, evaluation.limit or facts.train) + facts.test
+    own = None if rates.evaluation is None else once * rates.evaluation
     return [
         Work("epoch of a regular model", regular * train.epochs, epoch),
         Work("epoch of the star, matching included", settings.star.epochs or train.epochs, star),
-        Work("model evaluated", evaluated, measuring),
+        Work("model measured when it is trained", regular + 1, own),
+        Work("point of a path measured", evaluated, measuring),
     ]

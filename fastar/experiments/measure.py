@@ -278,7 +278,7 @@ def _star_epochs(log: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 def speed(log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Of regular models and of the star: images per second of training, and the share of its time that each part took
-    (matching, load, interpolate, forward, backward, update, other). Null where the log does not know."""
+    (matching, load, augment, interpolate, forward, backward, update, other). Null where the log does not know."""
     found: dict[str, Any] = {}
     regular = [entry for entry in log if entry.get("kind") in ("source", "heldout")]
     for kind, epochs in (("regular", regular), ("star", _star_epochs(log))):

@@ -22,7 +22,7 @@ from fastar.config import Settings, parse_bytes
 from fastar.data.device import NORMALISED_BYTES
 from fastar.errors import FastarError
 from fastar.experiments.context import Context, Shape
-from fastar.experiments.hours import DataFacts, Work, evaluated_models, measured_rates, work_of
+from fastar.experiments.hours import DataFacts, Work, evaluated_models, measured_rates, training_sides, work_of
 from fastar.matching import working_bytes
 from fastar.memory import free_bytes, gpu_bytes, resident_limit
 from fastar.progress import size_text
@@ -186,15 +186,17 @@ def make_plan(
     moments = row * (1 if settings.train.optimizer == "sgd" else 2)
     sources, heldouts = settings.sources.number, settings.sources.heldout
     batch = settings.train.batch_size
+    sides = training_sides(context)
+    shape = (context.image[0], max(sides), max(sides))  # of training, whose images may grow
     # Images as bytes and normalised, the batch in use and the next.
-    images = 2 * 5 * batch * math.prod(context.image)
+    images, measured_images = (2 * 5 * batch * math.prod(one) for one in (shape, context.image))
 
     limits = _limits(context, gpu_memory, on_gpu)
     free = limits[place]
     wanted = settings.sources.store
     stored = _placement(sources * row, limits, place) if wanted == "auto" else str(wanted)
     resident = sources if stored == "device" else SLOTS
-    activations = training_footprint(build, context.image, dtype)
+    activations = training_footprint(build, shape, dtype)
     items = [
         Item(place, "data set", facts.resident),
         Item(place, "star: theta, working weights, gradients", row + 2 * low, "training"),
@@ -221,7 +223,7 @@ def make_plan(
     largest = max(settings.evaluation.batch_size, batch)
     items.append(Item(place, f"{rows} of {evaluated} models at a time", rows * (row + buffers), "evaluation"))
     items.append(Item(place, f"activations, batch of {largest}", forward.of(largest), "evaluation"))
-    items.append(Item(place, "batches", images * largest // batch, "evaluation"))
+    items.append(Item(place, "batches", measured_images * largest // batch, "evaluation"))
     if stored == "host" and on_gpu:
         items.append(Item("host", "sources, pinned", 1 << (sources * row - 1).bit_length(), "training"))
     if stored == "file":
@@ -230,6 +232,9 @@ def make_plan(
     models = heldouts + 1 + (sources if settings.sources.folder is None else 0)
     items.append(Item("disk", f"{models} models", models * (row + buffers)))
     items.append(Item("disk", "checkpoints of a training", KEPT_FILES * (row + moments + buffers)))
+    if settings.sources.folder is not None:
+        given = [path for path in settings.sources.folder.expanduser().glob("*") if path.suffix in (".pt", ".pth")]
+        items.append(Item("host", "sources given as .pt files", min(len(given), sources) * row))
     if facts.disk is not None and not facts.written:
         items.append(Item("disk", "data set (.beton files)", facts.disk))
 

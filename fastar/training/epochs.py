@@ -38,7 +38,8 @@ class Epoch:
     begin_seconds: float
     """Of `Step.begin_epoch`: matching."""
     parts: dict[str, float] = field(default_factory=dict)
-    """What `seconds` went into: load, interpolate, forward, backward, update, other."""
+    """What `seconds` went into: load (waiting for images), augment (what the device does to them: upload, augmentation,
+    normalisation), interpolate, forward, backward, update, other."""
     peak_bytes: int = 0
     """The most memory taken until then: of a GPU by tensors, or by this process on a host."""
     figures: dict[str, float] = field(default_factory=dict)
