@@ -222,7 +222,8 @@ def train_star_command(
     folder = out or default_run_folder(settings)
     results = train_star(settings, folder, _progress(quiet or as_json), profile=profile)
     picture = RunFolder(folder).picture
-    barrier_picture(results, picture)
+    if not is_drawn(RunFolder(folder)):
+        barrier_picture(results, picture)
     if as_json:
         print(json.dumps(results))
         return

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import tarfile
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from fastar.data import Encoding, ImageFiles, StreamingDataset, open_images, prepare_images, streaming
+from fastar.data import PRESETS, Encoding, ImageFiles, StreamingDataset, open_images, prepare_images, streaming
 from fastar.data.beton import JPEG_MODE, RAW_MODE
 from fastar.data.crops import centre
 from fastar.data.registry import IMAGENET_MEAN, IMAGENET_STD
@@ -244,9 +246,11 @@ def test_finished_files_are_reused_or_the_difference_is_named(root: Path) -> Non
     before = files.path("train").stat().st_mtime_ns
     assert prepared(root, JPEG).digest == prepared(root, None).digest == files.digest
     assert files.path("train").stat().st_mtime_ns == before
-    with pytest.raises(FastarError, match=r"written with encoding=Encoding\(max_resolution=40"):
+    with pytest.raises(FastarError, match="written with encoding=no preset's \\(at most 40 pixels, 100% as JPEG of"):
         prepared(root, RAW)
     (root / "train" / "n0" / "00.JPEG").unlink()
+    with pytest.raises(FastarError, match=r"asked for encoding=rn18 \(at most 400 pixels, 10% as JPEG of quality 90\);"):
+        prepared(root, PRESETS["rn18"])
     with pytest.raises(FastarError, match="written from other images"):
         prepared(root, JPEG)
 
@@ -281,6 +285,72 @@ def test_a_jpeg_that_rots_in_the_file_is_told(root: Path) -> None:
         everything(data)
     # Those of decoding stay with the data set, the loader's does not.
     assert threading.active_count() <= running + 2
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("emptied", [False, True])
+def test_a_file_cut_short_in_mid_epoch_is_one_error(root: Path, threads: int, emptied: bool) -> None:
+    files = prepared(root, JPEG)
+    data = StreamingDataset(files, "train", "cpu", size=24, threads=threads)
+    path = files.path("train")
+    running = threading.active_count()
+    epoch = data.sequential(1)
+    next(epoch)
+    # Some batches are decoded ahead; all others lie behind the cut.
+    os.truncate(path, 0 if emptied else image_table(path, files.layout("train"))[1]["data_ptr"][1])
+    with pytest.raises(FastarError, match=r"train\.beton: sample \d+ cannot be read whole: the file was cut") as caught:
+        list(epoch)
+    assert "\n" not in str(caught.value)
+    with pytest.raises(FastarError, match="cannot be read whole"):
+        everything(data)
+    # Those of decoding stay with the data set, the loader's does not.
+    assert threading.active_count() <= running + threads
+
+
+def test_a_file_replaced_in_mid_epoch_does_not_reach_the_epoch(root: Path) -> None:
+    """The one that was checked stays open: its images go on coming, and the next opening tells."""
+    files = prepared(root, JPEG)
+    data = StreamingDataset(files, "train", "cpu", size=24, threads=2)
+    want, _ = everything(data, 1)
+    epoch = data.sequential(1)
+    found = [next(epoch)[0].clone()]
+    other = root / "other"
+    other.write_bytes(bytes(files.path("train").stat().st_size))
+    other.replace(files.path("train"))
+    assert torch.equal(torch.cat(found + [images.clone() for images, _ in epoch]), want)
+    with pytest.raises(FastarError, match=r"train\.beton: "):
+        open_images(files.folder)
+
+
+def test_all_that_goes_to_a_gpu_is_pinned(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without one: what is moved, and from what memory, is recorded instead of done."""
+    data = StreamingDataset(prepared(root, RAW), "train", "cpu", size=24, threads=1)
+    whole, pinned, moved = torch.empty, set(), []
+
+    def empty(*shape: object, pin_memory: bool = False, **more: Any) -> torch.Tensor:
+        made = whole(*shape, **more)
+        if pin_memory:
+            pinned.add(made.data_ptr())
+        return made
+
+    def pin(tensor: torch.Tensor) -> torch.Tensor:
+        pinned.add(tensor.data_ptr())
+        return tensor
+
+    def to(tensor: torch.Tensor, device: object, non_blocking: bool = False) -> torch.Tensor:
+        moved.append((tensor.dtype, tensor.data_ptr() in pinned, non_blocking))
+        return tensor
+
+    normalisation = data._normalisation(24)
+    monkeypatch.setattr(data, "device", torch.device("cuda"))
+    monkeypatch.setattr(torch, "empty", empty)
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda tensor: tensor.data_ptr() in pinned)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin)
+    monkeypatch.setattr(torch.Tensor, "to", to)
+    monkeypatch.setattr(streaming, "mirrored_and_normalised", lambda images, mirrored, normalise: images)
+    assert len(list(data.batches(16, seed=0, epoch=0))) == 1
+    assert data._normalisation(24) is normalisation
+    assert moved == [(dtype, True, True) for dtype in (torch.bool, torch.uint8, torch.int64)]
 
 
 @pytest.mark.data

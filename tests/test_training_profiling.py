@@ -52,7 +52,7 @@ def test_training_is_all_parts() -> None:
     step = StarStep(model, settings, StarSettings(), z, seed=0, match=lambda theta, sources, epoch: None)
     with PartClock(CPU) as clock:
         fit(step, dataset(channels=3, size=2, pad=0), settings, name="x", seed=0, epochs=1)
-    assert set(clock.seconds()) == {"matching", "load", "interpolate", "forward", "backward", "update"}
+    assert set(clock.seconds()) == {"matching", "load", "augment", "interpolate", "forward", "backward", "update"}
 
 
 def test_an_epochs_clock_counts_every_wait_and_samples_steps() -> None:
@@ -64,7 +64,7 @@ def test_an_epochs_clock_counts_every_wait_and_samples_steps() -> None:
         with clock.step(number):
             with part("forward"):
                 time.sleep(0.002)
-            looked.append(parts._clock is not None)
+            looked.append(bool(parts._clocks))
     assert [number for number, seen in enumerate(looked) if seen] == [6, 16, 26, 36]
     found = clock.seconds(1.0)
     assert set(found) == {"load", "forward", "other"}
@@ -88,6 +88,21 @@ def test_an_epochs_clock_leaves_the_counting_to_one_that_runs() -> None:
         time.sleep(0.001)
     assert clock.seconds()["forward"] >= 0.001
     assert epoch.seconds(1.0) == {"load": 0.0, "other": 1.0}
+
+
+def test_a_part_within_another_counts_for_itself() -> None:
+    with PartClock(CPU) as clock, PartClock(CPU) as second:
+        with part("outer"):
+            time.sleep(0.002)
+            with part("inner"):
+                time.sleep(0.03)
+        with part("inner"):
+            pass
+    for seconds in (clock.seconds(), second.seconds()):
+        assert list(seconds) == ["outer", "inner"]
+        assert seconds["inner"] >= 0.03  # sleep never returns early
+        assert 0.002 <= seconds["outer"]
+    assert clock.seconds()["outer"] + clock.seconds()["inner"] <= took_by(clock)
 
 
 def test_no_clock_counts_what_is_captured() -> None:
@@ -134,7 +149,7 @@ def test_steps_in_the_middle_of_a_training_are_looked_at(tmp_path: Path) -> None
     found = looking.result
     assert found is not None
     # The first look is at the second epoch: the clock's own of that epoch saw the waits alone.
-    assert [set(epoch.parts) - {"load", "other"} == set() for epoch in history] == [False, True, True]
+    assert [set(epoch.parts) - {"load", "augment", "other"} == set() for epoch in history] == [False, True, True]
     assert {"load", "forward", "backward", "update"} <= set(found.parts)
     names = [event.get("name") for event in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]]
     assert names.count("forward") == steps
@@ -257,7 +272,7 @@ def test_benchmarks_print_a_line_per_case(
         (
             "profile_epoch.py",
             ["--images", "40"],
-            ["matching", "load", "interpolate", "forward", "backward", "update", "evaluation"],
+            ["matching", "load", "augment", "interpolate", "forward", "backward", "update", "evaluation"],
         ),
     ],
 )

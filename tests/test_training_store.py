@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
+import weakref
 from pathlib import Path
 
 import pytest
@@ -197,3 +199,16 @@ def test_places_on_a_gpu(place: str, tmp_path: Path) -> None:
         found.append(step.theta.cpu())
     # The same kernels on the same numbers; sums in backward may be taken in another order.
     torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("place", ["device", "file"])
+def test_memory_is_given_back(place: str, tmp_path: Path) -> None:
+    z = make_store(place, folder=tmp_path)
+    never = StarSettings(match_every_epochs=0)
+    step = StarStep(network(PlainConvNet, 0), SETTINGS, never, z, seed=0, match=lambda *_: None)
+    step.begin_epoch(0, 3)
+    held = [weakref.ref(tensor) for tensor in (z.rows, step.theta, step.optimizer.state()[0])]
+    step.release()
+    gc.collect()
+    assert [reference() for reference in held] == [None] * 3
+    assert len(z) == 0

@@ -3,8 +3,59 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
+from typing import Any
+
+ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+LEFT_NOTHING = "nothing unfinished was left behind"
+
+
+class Ended(KeyboardInterrupt):
+    """Ctrl-C, SIGTERM or SIGHUP; `code` is the process's exit code."""
+
+    def __init__(self, number: int):
+        super().__init__("interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}")
+        self.code = 128 + number
+
+
+def leave(number: int, frame: FrameType | None) -> None:
+    """While nothing is being written: end here and now, inside an import too."""
+    ended = Ended(number)
+    os.write(2, f"{ended}; {LEFT_NOTHING}\n".encode())
+    os._exit(ended.code)
+
+
+def handle(handler: Any) -> dict[int, Any]:
+    """Set for all signals that are not ignored (`nohup`); those that were set before."""
+    numbers = [number for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN]
+    return {number: signal.signal(number, handler) for number in numbers}
+
+
+@contextmanager
+def signals_end() -> Iterator[None]:
+    """Inside, the first of the signals raises `Ended`; further ones do not disturb the removal of what is unfinished."""
+
+    def end(number: int, frame: FrameType | None) -> None:
+        for other in before:
+            signal.signal(other, signal.SIG_IGN)
+        raise Ended(number)
+
+    before = handle(end)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+if __name__ == "__main__":
+    handle(leave)  # importing takes seconds
 
 from fastar.config import OF_ANY_SIZE
 from fastar.data import DATASETS, PRESETS, Encoding, Files, ImageFiles, prepare, prepare_images
@@ -122,13 +173,14 @@ def convert(options: argparse.Namespace, progress: Progress) -> Files:
 def main(arguments: list[str] | None = None) -> int:
     options = parser().parse_args(arguments)
     try:
-        files = convert(options, TerminalProgress())
+        with signals_end():
+            files = convert(options, TerminalProgress())
     except FastarError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:
-        print("interrupted; nothing unfinished was left behind", file=sys.stderr)
-        return 130
+    except Ended as ended:
+        print(f"{ended}; {LEFT_NOTHING}", file=sys.stderr)
+        return ended.code
     counts = ", ".join(f"{split} {count}" for split, count in files.metadata["counts"].items())
     size = size_text(sum(entry["bytes"] for entry in files.metadata["files"].values()))
     print(f"{files.folder}: {counts}; digest {files.digest[:12]}; {size}")

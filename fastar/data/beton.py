@@ -122,11 +122,11 @@ class BetonLayout:
     def describe(self) -> str:
         return f"{self.height}x{self.width}x{self.channels} images"
 
-    def complaint(self, image: np.ndarray) -> str | None:
+    def complaint(self, image: np.ndarray) -> tuple[str, str] | None:
         shape = (self.height, self.width, self.channels)
         if image.shape == shape and image.dtype == np.uint8:
             return None
-        return f"image is {image.dtype} {list(image.shape)}, must be uint8 {list(shape)}"
+        return f"image is {image.dtype} {list(image.shape)}, not uint8 {list(shape)}", "convert it"
 
     def pointers(self, image: np.ndarray) -> np.ndarray:
         return image["data_ptr"] if self.channels == 3 else image

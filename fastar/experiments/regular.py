@@ -117,11 +117,11 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def given_sources(context: Context, folder: Path, count: int) -> list[Checkpoint]:
-    """The first `count` checkpoints of `folder`, in the order of their names, checked against the run.
+def given_paths(folder: Path, count: int) -> list[Path]:
+    """The first `count` checkpoints of `folder`, in the order of their names.
 
     Raises:
-        FastarError: too few of them, or one of another architecture, other data, or not finite.
+        FastarError: no such folder, or too few of them.
     """
     if not folder.is_dir():
         raise FastarError(f"sources.folder={folder}: no such folder")
@@ -130,9 +130,18 @@ def given_sources(context: Context, folder: Path, count: int) -> list[Checkpoint
         raise FastarError(
             f"{folder}: holds {len(paths)} checkpoints, sources.number={count} asks for more; add some or lower it"
         )
+    return paths[:count]
+
+
+def given_sources(context: Context, folder: Path, count: int) -> list[Checkpoint]:
+    """The checkpoints that `given_paths` finds, checked against the run.
+
+    Raises:
+        FastarError: too few of them, or one of another architecture, other data, or not finite.
+    """
     model = context.build(seed=0)
     found = []
-    for path in paths[:count]:
+    for path in given_paths(folder, count):
         checkpoint = load_checkpoint(path, resident=False)  # of .safetensors; others stay in the host's memory
         check_fits(context, checkpoint)
         load_into(model, checkpoint)
