@@ -222,7 +222,7 @@ def train_star_command(
     folder = out or default_run_folder(settings)
     results = train_star(settings, folder, _progress(quiet or as_json), profile=profile)
     picture = RunFolder(folder).picture
-    if not is_drawn(RunFolder(folder)):
+    if not RunFolder(folder).is_drawn():
         barrier_picture(results, picture)
     if as_json:
         print(json.dumps(results))

@@ -67,6 +67,13 @@ class RunFolder:
     def picture(self) -> Path:
         return self.path / "barrier.png"
 
+    def is_drawn(self) -> bool:
+        """Whether the picture is there, and no older than the results it shows."""
+        try:
+            return self.picture.stat().st_mtime_ns >= self.results.stat().st_mtime_ns
+        except OSError:
+            return False
+
     @property
     def log_file(self) -> Path:
         return self.path / "log.jsonl"

@@ -13,6 +13,10 @@ import pytest
 from cli_cases import contents, fastar, refused, tiny
 from safetensors import safe_open
 
+from fastar import checkpoints, report
+from fastar.errors import FastarError
+from fastar.experiments import star_domain
+
 SPREAD = {"mean", "std", "min", "max", "n"}
 SHORT = {"mean", "std", "n"}
 SPLIT = {"regular_loss", "star_loss", "regular_regular", "star_heldout", "star_source", "regular_regular_unmatched"}
@@ -212,6 +216,55 @@ def test_a_finished_run_says_so_and_shows_its_results(copied: Path, data: Path) 
     assert {name for name in before if after.get(name) != before[name]} <= {"config.yaml"}
     assert after.keys() == before.keys()
     assert "finished already" not in fastar("train-star", *arguments, "--out", copied, "evaluation.match=false").err
+
+
+def test_a_finished_run_needs_neither_data_nor_memory_nor_tensors(
+    copied: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing but digests is read, and the picture stays as it is."""
+
+    def refuse(*arguments: Any, **more: Any) -> Any:
+        raise FastarError("looked at")
+
+    before = contents(copied)
+    for what in ("prepare_context", "check_fits", "regular_models", "star_model", "measure"):
+        monkeypatch.setattr(star_domain, what, refuse)
+    for what in ("load_checkpoint", "tensors_digest", "StoredState"):
+        monkeypatch.setattr(checkpoints, what, refuse)
+    monkeypatch.setattr(report, "check_picture", refuse)
+    options = [*tiny(data), f"dataset.directory={tmp_path / 'gone'}", f"dataset.root={tmp_path / 'gone'}"]
+    outcome = fastar("train-star", *options, "--out", copied)
+    assert outcome.code == 0, outcome
+    assert "barrier, star to heldouts" in outcome.out
+    assert contents(copied) == before
+    (copied / "barrier.png").unlink()
+    assert "looked at" in refused("train-star", *options, "--out", copied)
+
+
+@pytest.mark.parametrize("gone", ["results.json", "permutations.safetensors", "heldout/seed-0000.safetensors"])
+def test_a_run_that_lacks_something_is_not_finished(
+    copied: Path, data: Path, monkeypatch: pytest.MonkeyPatch, gone: str
+) -> None:
+    def begun(*arguments: Any, **more: Any) -> Any:
+        raise FastarError("begun")
+
+    monkeypatch.setattr(star_domain, "prepare_context", begun)
+    (copied / gone).unlink()
+    assert refused("train-star", *tiny(data), "--out", copied) == "begun"
+
+
+def test_a_finished_run_of_given_sources(run: Path, data: Path, tmp_path: Path) -> None:
+    given = Path(shutil.copytree(run / "sources", tmp_path / "given"))
+    options = [*[option for option in tiny(data) if option != "--quiet"], f"sources.folder={given}"]
+    out = tmp_path / "run"
+    assert "finished already" not in fastar("train-star", *options, "--out", out).err
+    before = results_of(out)
+    again = fastar("train-star", *options, f"dataset.directory={tmp_path / 'gone'}", "--out", out)
+    assert (again.code, "finished already" in again.err) == (0, True)
+    assert results_of(out) == before
+    first, second = sorted(given.iterdir())
+    shutil.copy(second, first)  # other sources than the star's
+    assert "sources: 1 of 2 differ, the first is number 0" in refused("train-star", "--quiet", *options, "--out", out)
 
 
 def test_heldouts_can_be_added(copied: Path, data: Path) -> None:
