@@ -275,6 +275,53 @@ def test_retry_goes_further_back_and_gives_up(data: Path, tmp_path: Path, monkey
     ]
 
 
+@pytest.mark.parametrize("first_bad", [5, 11])  # in the second epoch, and in the fourth
+def test_a_kill_after_a_retry_goes_on_with_its_draws(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first_bad: int
+) -> None:
+    """Before the retry has saved anything: as if there had been no kill."""
+    settings = small(data, "checkpoint.minutes=0", "train.on_nonfinite=retry")
+    with monkeypatch.context() as patch:
+        poison(patch, StarStep, lambda call: call in (first_bad, first_bad + 3))
+        train_star(settings, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        poison(patch, StarStep, lambda call: call == first_bad)
+        at_call(patch, StarStep, first_bad + 2, kill)  # epochs are looked at when they are whole
+        with pytest.raises(Killed):
+            train_star(settings, tmp_path / "run")
+    run = RunFolder(tmp_path / "run")
+    assert (run.in_training("star", 0) / "retry.json").is_file()
+    with monkeypatch.context() as patch:  # its second step is bad again: the checkpoint it went back to is dropped
+        poison(patch, StarStep, lambda call: call == 2)
+        train_star(settings, run.path)
+    assert load_checkpoint(run.star).metadata["retries"] == 2
+    assert_same_models(run.path, tmp_path / "whole")
+    retries = [
+        [(e["attempt"], e["back_to"]) for e in RunFolder(folder).read_log() if e["kind"] == "retry"]
+        for folder in (run.path, tmp_path / "whole")
+    ]
+    assert retries[0] == retries[1]
+    assert not (run.path / "in-training").exists()
+
+
+def test_a_star_without_its_permutations_is_trained_again_and_may_be_stopped(
+    data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    (run / "permutations.safetensors").unlink()
+    heard = Heard()
+    for _ in range(2):  # killed in its sixth step, and in the sixth after that
+        with monkeypatch.context() as patch:
+            at_call(patch, StarStep, 6, kill)
+            with pytest.raises(Killed):
+                train_star(small(data), run, heard)
+    calls = poison(monkeypatch, StarStep, lambda call: False)
+    train_star(small(data), run, heard)
+    assert len(calls) == 21 - 5 - 5  # saved after every step: none was done again
+    assert len([line for line in heard.lines if "permutations.safetensors: missing, and the star" in line]) == 3
+    assert_same_models(run, whole)
+
+
 def test_stop_is_the_default_and_keeps_the_checkpoints(
     options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
