@@ -253,6 +253,13 @@ def test_a_run_that_lacks_something_is_not_finished(
     assert refused("train-star", *tiny(data), "--out", copied) == "begun"
 
 
+def test_damaged_results_are_measured_again(copied: Path, data: Path) -> None:
+    before = results_of(copied)
+    (copied / "results.json").write_text("{")
+    assert fastar("train-star", *tiny(data), "--out", copied).code == 0
+    assert results_of(copied)["paths"] == before["paths"]
+
+
 def test_a_finished_run_of_given_sources(run: Path, data: Path, tmp_path: Path) -> None:
     given = Path(shutil.copytree(run / "sources", tmp_path / "given"))
     options = [*[option for option in tiny(data) if option != "--quiet"], f"sources.folder={given}"]

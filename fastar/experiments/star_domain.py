@@ -126,9 +126,10 @@ def finished_results(settings: Settings, run: RunFolder) -> dict[str, Any] | Non
 
 def _kept_results(run: RunFolder, measured: str) -> dict[str, Any] | None:
     """What `results.json` holds, if it is of what has the digest `measured`."""
-    if not run.results.is_file():
+    try:
+        results = run.read_results()
+    except FastarError:  # none, or damaged: they are measured again, and written anew
         return None
-    results = run.read_results()
     return results if results.get("measured") == measured else None
 
 
