@@ -1,7 +1,10 @@
 """tools/write_ffcv.py: parses, calls, prints; errors are one line and exit code 2."""
 
 import importlib.util
+import os
 import re
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -63,6 +66,77 @@ def test_help_has_examples(tool, capsys):
         tool.main(["--help"])
     assert caught.value.code == 0
     assert "--dataset cifar10 --source" in capsys.readouterr().out
+
+
+SLOW = """
+import os, runpy, sys
+import fastar.data.writing as writing
+true = writing.handle_sample
+def slow(*arguments):
+    os.write(2, b"writing a sample")
+    import time
+    time.sleep(0.05)
+    true(*arguments)
+writing.handle_sample = slow
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize(
+    ("number", "group"),
+    [
+        (signal.SIGTERM, False),
+        *(
+            pytest.param(number, group, marks=pytest.mark.slow)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+            for group in (False, True)
+            if group or number != signal.SIGTERM
+        ),
+    ],
+)
+def test_a_signal_leaves_nothing_and_says_so(folders, tmp_path, number, group):
+    """While workers write, and not all need have begun: to the process alone, and to its workers too."""
+    path = folders / "val" / "c1" / "1.JPEG"
+    path.write_bytes((folders / "val" / "c0" / "0.JPEG").read_bytes())
+    for copy in range(200):  # 5 s of writing with two workers
+        (folders / "train" / "c0" / f"copy{copy}.JPEG").write_bytes(path.read_bytes())
+    out = tmp_path / "deep" / "out"
+    arguments = ["--dataset", "imagefolder", "--name", "mine", "--source", str(folders), "--out", str(out)]
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, str(TOOL), *arguments], stderr=subprocess.PIPE, start_new_session=True
+    )
+    assert process.stderr is not None
+    said = b""
+    while b"writing a sample" not in said:
+        more = process.stderr.read1()
+        assert more, said
+        said += more
+    assert list(out.rglob("*.partial"))
+    os.killpg(process.pid, number) if group else process.send_signal(number)
+    said += process.communicate(timeout=300)[1]
+    assert process.returncode == 128 + number, said
+    how = "interrupted" if number == signal.SIGINT else f"stopped by {number.name}"
+    assert said.decode().endswith(f"{how}; nothing unfinished was left behind\n"), said
+    assert b"Traceback" not in said
+    assert not (tmp_path / "deep").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+def test_a_signal_while_it_is_imported(tmp_path, number):
+    (tmp_path / "numba.py").write_text("print('importing', flush=True)\nimport time\ntime.sleep(300)\n")
+    process = subprocess.Popen(
+        [sys.executable, str(TOOL), "--dataset", "digits", "--out", str(tmp_path / "out")],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"importing\n"
+    process.send_signal(number)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 128 + number
+    assert re.fullmatch(rb"(interrupted|stopped by SIGTERM); nothing unfinished was left behind\n", said), said
 
 
 @pytest.fixture

@@ -8,6 +8,8 @@ import re
 import runpy
 import sys
 import time
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,11 +20,13 @@ from training_cases import CPU, PlainMlp, dataset, network, store
 
 from fastar import benchmarks, parts
 from fastar.config import StarSettings, TrainSettings
+from fastar.data import device as device_data
 from fastar.errors import FastarError
 from fastar.flat import FlatLayout
 from fastar.parts import EpochClock, PartClock, part
 from fastar.progress import SilentProgress
 from fastar.training import Epoch, Recording, RegularStep, StarStep, StepsProfile, fit, profiling
+from fastar.training.loop import timed_batches
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
 TINY = ["--arch", "mlp", "--width", "4", "--size", "4", "--batch", "8", "--device", "cpu", "--sources", "2"]
@@ -90,19 +94,82 @@ def test_an_epochs_clock_leaves_the_counting_to_one_that_runs() -> None:
     assert epoch.seconds(1.0) == {"load": 0.0, "other": 1.0}
 
 
-def test_a_part_within_another_counts_for_itself() -> None:
-    with PartClock(CPU) as clock, PartClock(CPU) as second:
+class Hours:
+    """A clock that only moves when it is told to, for the host and for a GPU's stream."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch):
+        hours = self
+        self.now = 0.0
+
+        class Event:
+            def __init__(self, enable_timing: bool):
+                assert enable_timing
+
+            def record(self) -> None:
+                self.at = hours.now
+
+            def elapsed_time(self, end: Event) -> float:
+                return (end.at - self.at) * 1e3
+
+        monkeypatch.setattr(torch.cuda, "Event", Event)
+        monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+        monkeypatch.setattr(parts.time, "perf_counter", lambda: self.now)
+
+    def pass_by(self, seconds: float) -> None:
+        self.now += seconds
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_part_within_another_counts_for_itself(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    hours = Hours(monkeypatch)
+    with PartClock(torch.device(device)) as first, PartClock(torch.device(device)) as second:
         with part("outer"):
-            time.sleep(0.002)
+            hours.pass_by(2)
             with part("inner"):
-                time.sleep(0.03)
+                hours.pass_by(3)
+            hours.pass_by(4)
         with part("inner"):
-            pass
-    for seconds in (clock.seconds(), second.seconds()):
-        assert list(seconds) == ["outer", "inner"]
-        assert seconds["inner"] >= 0.03  # sleep never returns early
-        assert 0.002 <= seconds["outer"]
-    assert clock.seconds()["outer"] + clock.seconds()["inner"] <= took_by(clock)
+            hours.pass_by(5)
+        with pytest.raises(KeyError), part("outer"), part("inner"):
+            raise KeyError
+        with part("after"):
+            hours.pass_by(1)
+    for clock in (first, second):
+        assert clock.seconds() == clock.seconds() == {"outer": 6, "inner": 8, "after": 1}
+    assert list(first.seconds()) == ["outer", "inner", "after"]
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("profiled", [False, True])
+def test_what_is_done_to_images_is_no_waiting_for_them(
+    device: str, profiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches come after 1 s of waiting; a block of them (here all) is augmented in 5 s."""
+    hours = Hours(monkeypatch)
+    true = device_data.augmented
+
+    def slow(*arguments: Any) -> torch.Tensor:
+        hours.pass_by(5)
+        return true(*arguments)
+
+    def waiting(batches: Iterable[Any]) -> Iterator[Any]:
+        for batch in batches:
+            hours.pass_by(1)
+            yield batch
+
+    monkeypatch.setattr(device_data, "augmented", slow)
+    images = dataset(channels=3, size=4, pad=1)
+    steps = images.batch_count(16)
+    clock = EpochClock(torch.device(device), steps)
+    with PartClock(torch.device(device)) if profiled else nullcontext() as other:
+        for number, _ in enumerate(timed_batches(waiting(images.batches(16, seed=0, epoch=0)), clock)):
+            with clock.step(number), part("forward"):
+                hours.pass_by(2)
+    assert clock.seconds(hours.now) == {"load": steps, "augment": 5, "other": 0} | (
+        {"other": 2 * steps} if profiled else {"forward": pytest.approx(2 * steps)}
+    )
+    if other is not None:
+        assert other.seconds() == {"load": steps, "augment": 5, "forward": 2 * steps}
 
 
 def test_no_clock_counts_what_is_captured() -> None:

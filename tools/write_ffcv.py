@@ -39,7 +39,7 @@ def handle(handler: Any) -> dict[int, Any]:
 
 @contextmanager
 def signals_end() -> Iterator[None]:
-    """Inside, the first of the signals raises `Ended`; further ones do not disturb the removal of what is unfinished."""
+    """Inside, the first of the signals raises `Ended`; further ones do not disturb removing what is unfinished."""
 
     def end(number: int, frame: FrameType | None) -> None:
         for other in before:
@@ -57,11 +57,11 @@ def signals_end() -> Iterator[None]:
 if __name__ == "__main__":
     handle(leave)  # importing takes seconds
 
-from fastar.config import OF_ANY_SIZE
-from fastar.data import DATASETS, PRESETS, Encoding, Files, ImageFiles, prepare, prepare_images
-from fastar.data.images import size_text
-from fastar.errors import FastarError
-from fastar.progress import Progress, TerminalProgress
+from fastar.config import OF_ANY_SIZE  # noqa: E402
+from fastar.data import DATASETS, PRESETS, Encoding, Files, ImageFiles, prepare, prepare_images  # noqa: E402
+from fastar.data.images import size_text  # noqa: E402
+from fastar.errors import FastarError  # noqa: E402
+from fastar.progress import Progress, TerminalProgress  # noqa: E402
 
 EXAMPLES = """examples:
   python tools/write_ffcv.py --dataset digits --out betons

@@ -192,15 +192,15 @@ def _run_workers(job: _Job, workers: int, progress: Progress, description: str) 
             receive, send = context.Pipe(duplex=False)
             process = context.Process(target=_work, args=(job, next_chunk, send, os.getpid()), daemon=True)
             # Ctrl-C, and often a scheduler, reach the whole process group; the workers inherit the mask and leave it
-            # to the parent, which ends them.
-            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, *SCHEDULERS})
+            # to the parent, which ends them; it learns of a signal when it knows of the process.
+            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP, *SCHEDULERS})
             try:
                 process.start()
+                processes.append(process)
+                pipes[process.sentinel] = (process, receive)
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, mask)
             send.close()
-            processes.append(process)
-            pipes[process.sentinel] = (process, receive)
         done, begun = 0, time.monotonic()
         told = begun
         with progress.task(description, len(job.indices), "images") as advance:
