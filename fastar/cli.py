@@ -214,26 +214,28 @@ def train_star_command(
         gpu_memory=gpu_memory,
     )
 
-    from fastar.experiments.context import default_run_folder
-    from fastar.experiments.star_domain import train_star
+    from fastar.experiments.finished import finished_results
     from fastar.report import barrier_picture, results_table, speed_lines, statistics_lines
-    from fastar.runs import RunFolder
+    from fastar.runs import RunFolder, default_run_folder
 
-    folder = out or default_run_folder(settings)
-    results = train_star(settings, folder, _progress(quiet or as_json), profile=profile)
-    picture = RunFolder(folder).picture
-    if not RunFolder(folder).is_drawn():
-        barrier_picture(results, picture)
+    run, progress = RunFolder(out or default_run_folder(settings)), _progress(quiet or as_json)
+    results = finished_results(settings, run, progress) if profile is None else None
+    if results is None:  # only now what takes seconds to import
+        from fastar.experiments.star_domain import train_star
+
+        results = train_star(settings, run.path, progress, profile=profile)
+    if not run.is_drawn():
+        barrier_picture(results, run.picture)
     if as_json:
         print(json.dumps(results))
         return
     _print_table(results_table(results))
     _print_lines([*speed_lines(results), *statistics_lines(results)])
-    print(f"results: {RunFolder(folder).results}")
-    print(f"picture: {picture}")
+    print(f"results: {run.results}")
+    print(f"picture: {run.picture}")
     if profile is not None:
-        print(RunFolder(folder).profile("parts.txt").read_text(), end="")
-        print(f"profile: {RunFolder(folder).profile('')}")
+        print(run.profile("parts.txt").read_text(), end="")
+        print(f"profile: {run.profile('')}")
 
 
 @app.command("plan")
@@ -283,9 +285,9 @@ def plan_command(
         gpu_memory=gpu_memory,
     )
 
-    from fastar.experiments.context import default_run_folder
     from fastar.experiments.plan import plan_run
     from fastar.report import plan_lines, plan_table
+    from fastar.runs import default_run_folder
 
     plan = plan_run(settings, out or default_run_folder(settings), rate, loader).as_dict()
     if as_json:
@@ -329,8 +331,8 @@ def train_sources_command(
         on_nonfinite=on_nonfinite,
     )
 
-    from fastar.experiments.context import default_run_folder
     from fastar.experiments.star_domain import train_sources
+    from fastar.runs import default_run_folder
 
     folder = out or default_run_folder(settings)
     for path in train_sources(settings, folder, _progress(quiet)):

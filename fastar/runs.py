@@ -279,6 +279,11 @@ class RunFolder:
         return content
 
 
+def default_run_folder(settings: Settings) -> Path:
+    """`runs/<dataset>-<arch>-seed<seed>`."""
+    return Path("runs") / f"{settings.dataset.label}-{settings.model.arch}-seed{settings.seed}"
+
+
 def remove_folder(folder: Path) -> None:
     """Delete a folder of files, and the one it is in where that is then empty."""
     for path in folder.glob("*"):

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -241,8 +240,3 @@ def _leaving_no_single(count: int, batch_size: int) -> int:
     while batch_size > 2 and count % batch_size == 1:
         batch_size -= 1
     return batch_size
-
-
-def default_run_folder(settings: Settings) -> Path:
-    """`runs/<dataset>-<arch>-seed<seed>`."""
-    return Path("runs") / f"{settings.dataset.label}-{settings.model.arch}-seed{settings.seed}"

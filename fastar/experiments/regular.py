@@ -10,13 +10,14 @@ import torch
 from torch import Tensor
 
 from fastar import __version__
-from fastar.checkpoints import SUFFIXES, Checkpoint, load_checkpoint, load_into, read_metadata, save_checkpoint
+from fastar.checkpoints import Checkpoint, load_checkpoint, load_into, read_metadata, save_checkpoint
 from fastar.config import completed, differences
 from fastar.errors import FastarError
 from fastar.evaluation import Measured, evaluate_rows
 from fastar.evaluation.batch_norm import own_statistics
 from fastar.experiments.attempts import Prepared, Subject, Trained, difference, trained
 from fastar.experiments.context import MEASURE_WITH_LESS, Context, within_memory
+from fastar.experiments.finished import given_paths
 from fastar.runs import commit, versions
 from fastar.seeds import derive_seed
 from fastar.training import RegularStep, resolve_precision
@@ -115,22 +116,6 @@ def save_model(
 def device_name(device: torch.device) -> str:
     """The GPU's name, or cpu."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-
-
-def given_paths(folder: Path, count: int) -> list[Path]:
-    """The first `count` checkpoints of `folder`, in the order of their names.
-
-    Raises:
-        FastarError: no such folder, or too few of them.
-    """
-    if not folder.is_dir():
-        raise FastarError(f"sources.folder={folder}: no such folder")
-    paths = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
-    if len(paths) < count:
-        raise FastarError(
-            f"{folder}: holds {len(paths)} checkpoints, sources.number={count} asks for more; add some or lower it"
-        )
-    return paths[:count]
 
 
 def given_sources(context: Context, folder: Path, count: int) -> list[Checkpoint]:

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastar.checkpoints import read_metadata, stored_digest
 from fastar.config import Settings, parse_bytes
 from fastar.errors import FastarError
 from fastar.experiments.context import MEASURE_WITH_LESS, Context, within_memory
+from fastar.experiments.finished import finished_results, kept_results, measured_digest
 from fastar.experiments.measure import measure
 from fastar.experiments.plan import check_fits
-from fastar.experiments.regular import given_paths, given_sources, regular_models
+from fastar.experiments.regular import given_sources, regular_models
 from fastar.experiments.star import star_model, steps_profile
 from fastar.figures import LiveFigures, import_wandb
 from fastar.memory import cap_gpu, peak_bytes
@@ -79,9 +77,7 @@ def train_star(
         raise FastarError("a barrier between regular models needs two of them: raise sources.number or .heldout")
     run = RunFolder(out)
     run.check(settings)
-    # Before data, memory and disk are looked at: what is finished needs none of them.
-    if profile is None and (results := finished_results(settings, run)) is not None:
-        progress.line(f"{out}: finished already; these are its results")
+    if profile is None and (results := finished_results(settings, run, progress)) is not None:
         return results
     context = prepare_context(settings, out, progress)
     _ = context.files
@@ -97,60 +93,16 @@ def train_star(
         heldouts = regular_models(context, "heldout", settings.sources.heldout)
         star, permutations = star_model(context, sources, profile=looking)
         measured = measured_digest(settings, run, str(context.files.digest))
-        kept = _kept_results(run, measured)  # what was missing of the models may have become the same bits again
+        kept = kept_results(
+            run, measured, progress
+        )  # what was missing of the models may have become the same bits again
         if kept is not None:
-            progress.line(f"{out}: finished already; these are its results")
             return kept
         with within_memory("measuring barriers", MEASURE_WITH_LESS):
             found = measure(context, star, sources, heldouts, permutations)
         results = {**found, "measured": measured, "planned_bytes": planned}
         run.write_results(results)
     return results
-
-
-def finished_results(settings: Settings, run: RunFolder) -> dict[str, Any] | None:
-    """The results of a run whose models are all there and have been measured as `settings` say; else None.
-
-    The models' own digests are compared, not their tensors, and the data's is what the star was trained on.
-
-    Raises:
-        FastarError: a model that is there is truncated, or says of itself what was not saved.
-    """
-    models = [("source", i) for i in range(settings.sources.number if settings.sources.folder is None else 0)]
-    models += [("heldout", i) for i in range(settings.sources.heldout)]
-    if not run.results.is_file() or not all(run.finished(*model) for model in [("star", 0), *models]):
-        return None
-    trained_on = read_metadata(run.star).get("dataset_digest")
-    return _kept_results(run, measured_digest(settings, run, str(trained_on)))
-
-
-def _kept_results(run: RunFolder, measured: str) -> dict[str, Any] | None:
-    """What `results.json` holds, if it is of what has the digest `measured`."""
-    try:
-        results = run.read_results()
-    except FastarError:  # none, or damaged: they are measured again, and written anew
-        return None
-    return results if results.get("measured") == measured else None
-
-
-def measured_digest(settings: Settings, run: RunFolder, data: str) -> str:
-    """A digest of all that results depend on: the models, the data (by their digest), and how they are measured."""
-    number, folder = settings.sources.number, settings.sources.folder
-    if folder is not None:
-        sources = given_paths(folder.expanduser(), number)
-    else:
-        sources = [run.model("source", i) for i in range(number)]
-    heldouts = [run.model("heldout", i) for i in range(settings.sources.heldout)]
-    parts = {
-        "models": [stored_digest(path) for path in (run.star, *sources, *heldouts)],
-        "data": data,
-        "permutations": stored_digest(run.permutations),
-        "evaluation": settings.evaluation.model_dump(mode="json", exclude={"graph"}),
-        "matching": settings.matching.model_dump(mode="json"),
-        "limit": settings.dataset.limit,
-        "seed": settings.seed,
-    }
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 @contextmanager

@@ -1,0 +1,80 @@
+"""Whether a run is finished: from its files' digests, without data, memory, or anything that is slow to import."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from fastar.checkpoints import SUFFIXES, read_metadata, stored_digest
+from fastar.config import Settings
+from fastar.errors import FastarError
+from fastar.progress import SILENT, Progress
+from fastar.runs import RunFolder
+
+
+def finished_results(settings: Settings, run: RunFolder, progress: Progress = SILENT) -> dict[str, Any] | None:
+    """The results of a run whose models are all there and have been measured as `settings` say; else None.
+
+    The models' own digests are compared, not their tensors, and the data's is what the star was trained on.
+
+    Raises:
+        FastarError: the folder belongs to another run, or a model that is there is truncated or says of itself
+            what was not saved.
+    """
+    run.check(settings)
+    models = [("source", i) for i in range(settings.sources.number if settings.sources.folder is None else 0)]
+    models += [("heldout", i) for i in range(settings.sources.heldout)]
+    if not run.results.is_file() or not all(run.finished(*model) for model in [("star", 0), *models]):
+        return None
+    trained_on = read_metadata(run.star).get("dataset_digest")
+    return kept_results(run, measured_digest(settings, run, str(trained_on)), progress)
+
+
+def kept_results(run: RunFolder, measured: str, progress: Progress = SILENT) -> dict[str, Any] | None:
+    """What `results.json` holds, if it is of what has the digest `measured`; `progress` is told."""
+    try:
+        results = run.read_results()
+    except FastarError:  # none, or damaged: they are measured again, and written anew
+        return None
+    if results.get("measured") != measured:
+        return None
+    progress.line(f"{run.path}: finished already; these are its results")
+    return results
+
+
+def measured_digest(settings: Settings, run: RunFolder, data: str) -> str:
+    """A digest of all that results depend on: the models, the data (by their digest), and how they are measured."""
+    number, folder = settings.sources.number, settings.sources.folder
+    if folder is not None:
+        sources = given_paths(folder.expanduser(), number)
+    else:
+        sources = [run.model("source", i) for i in range(number)]
+    heldouts = [run.model("heldout", i) for i in range(settings.sources.heldout)]
+    parts = {
+        "models": [stored_digest(path) for path in (run.star, *sources, *heldouts)],
+        "data": data,
+        "permutations": stored_digest(run.permutations),
+        "evaluation": settings.evaluation.model_dump(mode="json", exclude={"graph"}),
+        "matching": settings.matching.model_dump(mode="json"),
+        "limit": settings.dataset.limit,
+        "seed": settings.seed,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def given_paths(folder: Path, count: int) -> list[Path]:
+    """The first `count` checkpoints of `folder`, in the order of their names.
+
+    Raises:
+        FastarError: no such folder, or too few of them.
+    """
+    if not folder.is_dir():
+        raise FastarError(f"sources.folder={folder}: no such folder")
+    paths = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
+    if len(paths) < count:
+        raise FastarError(
+            f"{folder}: holds {len(paths)} checkpoints, sources.number={count} asks for more; add some or lower it"
+        )
+    return paths[:count]
