@@ -93,9 +93,8 @@ def train_star(
         heldouts = regular_models(context, "heldout", settings.sources.heldout)
         star, permutations = star_model(context, sources, profile=looking)
         measured = measured_digest(settings, run, str(context.files.digest))
-        kept = kept_results(
-            run, measured, progress
-        )  # what was missing of the models may have become the same bits again
+        # What was missing of the models may have become the same bits again.
+        kept = kept_results(run, measured, progress)
         if kept is not None:
             return kept
         with within_memory("measuring barriers", MEASURE_WITH_LESS):
