@@ -59,6 +59,21 @@ class Dataset(Protocol):
         ...
 
 
+def count_batches(count: int, batch_size: int, drop_last: bool) -> int:
+    """Batches in an epoch of `count` samples."""
+    return count // batch_size if drop_last else -(-count // batch_size)
+
+
+def check_limit(limit: int | None, *, count: int, classes: int, split: str, name: str) -> None:
+    """Raise FastarError unless `limit` images can be kept, classes balanced, of the `count` of a split."""
+    if limit is None:
+        return
+    if limit > count:
+        raise FastarError(f"limit={limit} is more than the {count} {split} images of {name}; lower it")
+    if limit < classes:
+        raise FastarError(f"limit={limit} is below one image per class; {name} needs at least {classes}")
+
+
 def chosen_batches(count: int, batch_size: int, drop_last: bool, begin: int) -> slice:
     """Which part of an epoch's order of `count` samples makes its batches from number `begin` on.
 
@@ -69,7 +84,7 @@ def chosen_batches(count: int, batch_size: int, drop_last: bool, begin: int) -> 
         raise FastarError(f"batch size {batch_size} must be at least 1")
     if drop_last and batch_size > count:
         raise FastarError(f"batch size {batch_size} exceeds the {count} samples of the split; lower it")
-    whole = count // batch_size if drop_last else -(-count // batch_size)
+    whole = count_batches(count, batch_size, drop_last)
     if not 0 <= begin <= whole:
         raise FastarError(
             f"batch {begin} is outside the epoch's {whole} batches of {batch_size}; begin within 0..{whole}"

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from fastar.data.augment import Draws, Normalisation, augmented, draw_augmentation
-from fastar.data.dataset import Batch, chosen_batches
+from fastar.data.dataset import Batch, check_limit, chosen_batches, count_batches
 from fastar.data.files import DatasetFiles
 from fastar.data.reading import read_batches
 from fastar.data.registry import Augmentation
@@ -67,7 +67,7 @@ class DeviceDataset:
 
     def batch_count(self, batch_size: int, drop_last: bool = True) -> int:
         """Batches per epoch."""
-        return len(self) // batch_size if drop_last else -(-len(self) // batch_size)
+        return count_batches(len(self), batch_size, drop_last)
 
     def batches(
         self,
@@ -93,16 +93,12 @@ class DeviceDataset:
 
     def sequential(self, batch_size: int, *, augment: bool = False, seed: int = 0, epoch: int = 0) -> Iterator[Batch]:
         """As `batches`, in file order, every sample exactly once; the last batch may be short."""
-        self._check(batch_size)
+        chosen_batches(len(self), batch_size, False, 0)
         key = self._key(augment, seed, epoch)
         if key is None and self._normalised is not None:
             images = self._normalised.permute(0, 3, 1, 2)
             return zip(images.split(batch_size), self.labels.split(batch_size), strict=True)
         return self._blocks(torch.arange(len(self), device=self.device), batch_size, key)
-
-    def _check(self, batch_size: int) -> None:
-        if batch_size < 1:
-            raise FastarError(f"batch size {batch_size} must be at least 1")
 
     def _key(self, augment: bool, seed: int, epoch: int) -> int | None:
         return derive_seed(seed, "augmentation", epoch) if augment and self.augmentation else None
@@ -148,10 +144,7 @@ def load(
     The pixels are compared with the digest taken when they were written.
     """
     path, layout = files.path(split), files.layout(split)
-    if limit is not None and limit > layout.count:
-        raise FastarError(f"limit={limit} is more than the {layout.count} {split} images of {files.name}; lower it")
-    if limit is not None and limit < layout.classes:
-        raise FastarError(f"limit={limit} is below one image per class; {files.name} needs at least {layout.classes}")
+    check_limit(limit, count=layout.count, classes=layout.classes, split=split, name=files.name)
     images = np.empty((layout.count, layout.height, layout.width, layout.channels), np.uint8)
     labels = np.empty(layout.count, np.int64)
     digest, start = ContentDigest(), 0

@@ -10,7 +10,7 @@ import torch
 
 from fastar.data.augment import Normalisation, mirrored_and_normalised
 from fastar.data.crops import KEPT, Crop, centre, random_boxes
-from fastar.data.dataset import Batch, chosen_batches
+from fastar.data.dataset import Batch, check_limit, chosen_batches, count_batches
 from fastar.data.decoding import Plan
 from fastar.data.images import ImageFiles
 from fastar.data.reading import ImageReader
@@ -78,15 +78,8 @@ class StreamingDataset:
             files.path(split), files.layout(split), threads=threads or len(os.sched_getaffinity(0))
         )
         self._index = np.arange(files.count(split))
+        check_limit(limit, count=len(self._index), classes=self.classes, split=split, name=files.name)
         if limit is not None:
-            if limit < self.classes:
-                raise FastarError(
-                    f"limit={limit} is below one image per class; {files.name} needs at least {self.classes}"
-                )
-            if limit > len(self._index):
-                raise FastarError(
-                    f"limit={limit} is more than the {len(self._index)} {split} images of {files.name}; lower it"
-                )
             self._index = balanced_subset(self._reader.labels, limit, files.name, split)
 
     def __len__(self) -> int:
@@ -99,7 +92,7 @@ class StreamingDataset:
 
     def batch_count(self, batch_size: int, drop_last: bool = True) -> int:
         """Batches per epoch."""
-        return len(self) // batch_size if drop_last else -(-len(self) // batch_size)
+        return count_batches(len(self), batch_size, drop_last)
 
     def batches(
         self,

@@ -121,12 +121,11 @@ def work_of(context: Context, facts: DataFacts, rates: Rates, evaluated: int) ->
     if epoch is not None and rates.matching is not None:
         every = settings.star.match_every_epochs
         star = epoch + (settings.sources.number * rates.matching / every if every else 0.0)
-    seen = min(facts.train, evaluation.limit or facts.train) + facts.test
+    once = seen = min(facts.train, evaluation.limit or facts.train) + facts.test
     if context.has_batch_norm:
         statistics = facts.train if evaluation.bn_batches is None else evaluation.bn_batches * train.batch_size
         seen += min(facts.train, statistics)
     measuring = None if rates.evaluation is None else seen * rates.evaluation
-    once = min(facts.train, evaluation.limit or facts.train) + facts.test
     own = None if rates.evaluation is None else once * rates.evaluation
     return [
         Work("epoch of a regular model", regular * train.epochs, epoch),

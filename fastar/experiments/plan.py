@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import math
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from fastar.runs import RunFolder
 from fastar.training import PART_ROWS, resolve_precision
 from fastar.training.feed import SLOTS
 from fastar.training.footprint import Footprint, evaluation_footprint, training_footprint
-from fastar.training.placement import SHARE
+from fastar.training.placement import automatic, pinned_bytes
 
 # Published sizes (train, test) and classes, for sets that are not written yet.
 PUBLISHED = {
@@ -193,8 +193,9 @@ def make_plan(
 
     limits = _limits(context, gpu_memory, on_gpu)
     free = limits[place]
-    wanted = settings.sources.store
-    stored = _placement(sources * row, limits, place) if wanted == "auto" else str(wanted)
+    stored: str = settings.sources.store
+    if stored == "auto":
+        stored = automatic(sources * row, free, limits["host"] if on_gpu else None)
     resident = sources if stored == "device" else SLOTS
     activations = training_footprint(build, shape, dtype)
     items = [
@@ -209,7 +210,8 @@ def make_plan(
     if settings.train.graph:
         items.append(Item(place, "graph: what capturing puts back", 2 * row + low + moments, "training"))
     # While sources are matched, all of the star's training stays but activations and batches.
-    items += [Item(i.place, i.what, i.bytes, "matching") for i in items[1:4] + items[6:7]]
+    over = ("activations", "batches", "graph")
+    items += [replace(i, phase="matching") for i in items if i.phase == "training" and not i.what.startswith(over)]
     part = sources if stored == "device" else max(1, min(sources, PART_ROWS, free // 8 // row))  # as `store.parts`
     part_rows = 0 if stored == "device" else part * row
     left = max(free - sum(i.bytes for i in items if i.phase == "matching") - part_rows, 0)
@@ -225,7 +227,7 @@ def make_plan(
     items.append(Item(place, f"activations, batch of {largest}", forward.of(largest), "evaluation"))
     items.append(Item(place, "batches", measured_images * largest // batch, "evaluation"))
     if stored == "host" and on_gpu:
-        items.append(Item("host", "sources, pinned", 1 << (sources * row - 1).bit_length(), "training"))
+        items.append(Item("host", "sources, pinned", pinned_bytes(sources * row), "training"))
     if stored == "file":
         items.append(Item("disk", "sources in a file", sources * row))
     items.append(Item("host", "checkpoints while they are written", 2 * (row + moments + buffers), "training"))
@@ -268,15 +270,6 @@ def _limits(context: Context, gpu_memory: int | None, on_gpu: bool) -> dict[str,
         here = gpu_bytes(context.device) if context.device.type == "cuda" else None
         limits["gpu"] = min(size for size in (gpu_memory, here) if size is not None)
     return {**limits, "host": free_bytes(torch.device("cpu")), "disk": shutil.disk_usage(there).free + own}
-
-
-def _placement(needed: int, limits: Mapping[str, int], place: str) -> str:
-    """What `sources.store=auto` will choose."""
-    if needed <= SHARE * limits[place]:
-        return "device"
-    if place == "gpu" and 1 << (needed - 1).bit_length() <= SHARE * limits["host"]:
-        return "host"
-    return "file"
 
 
 def _notes(facts: DataFacts, stored: str, on_gpu: bool) -> list[str]:

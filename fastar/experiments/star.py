@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastar.checkpoints import Checkpoint, load_checkpoint, load_into, read_metadata, save_checkpoint
+from fastar.checkpoints import Checkpoint, load_checkpoint, load_into, read_metadata, save_checkpoint, tensors_digest
 from fastar.config import MatchingSettings
 from fastar.errors import FastarError
 from fastar.evaluation import evaluate_rows, re_estimate
@@ -37,13 +36,8 @@ def star_recipe(context: Context, sources: Sequence[Checkpoint]) -> dict[str, An
 
 def state_digest(checkpoint: Checkpoint) -> str:
     """A digest of a model's tensors, whatever file they came from."""
-    digest = hashlib.sha256()
-    for name in sorted(checkpoint.state):
-        value = checkpoint.state[name].detach().cpu().contiguous()
-        if not name.endswith("num_batches_tracked"):
-            digest.update(f"{name}{tuple(value.shape)}{value.dtype}".encode())
-            digest.update(value.view(torch.uint8).numpy().tobytes() if value.numel() else b"")
-    return digest.hexdigest()[:16]
+    counted = {name: value for name, value in checkpoint.state.items() if not name.endswith("num_batches_tracked")}
+    return tensors_digest(counted)[:16]
 
 
 def match_store(

@@ -23,18 +23,13 @@ def choose_placement(setting: str, needed: int, device: torch.device, *, sources
         FastarError: a place was forced, and the rows do not fit there.
     """
     host = torch.device("cpu")
-    pinned = _power_of_two(needed)  # what torch's pinned allocator takes
     if setting == "auto":
-        if needed <= SHARE * free_bytes(device):
-            return "device"
-        if device.type == "cuda" and pinned <= SHARE * free_bytes(host):
-            return "host"
-        return "file"
+        return automatic(needed, free_bytes(device), free_bytes(host) if device.type == "cuda" else None)
     if setting == "device":
         _require(needed, device, sources, "device", "use sources.store=auto, host or file, or fewer sources")
         return "device"
     if setting == "host":
-        bytes_there = pinned if device.type == "cuda" else needed
+        bytes_there = pinned_bytes(needed) if device.type == "cuda" else needed
         _require(bytes_there, host, sources, "host", "use sources.store=auto or file, or fewer sources")
         return "host"
     return "file"
@@ -54,5 +49,15 @@ def does_not_fit(needed: int, device: torch.device, sources: int, setting: str, 
     )
 
 
-def _power_of_two(count: int) -> int:
+def automatic(needed: int, free: int, free_on_host: int | None) -> Placement:
+    """What auto chooses for `free` bytes on the device, and `free_on_host` beside a GPU (None: there is no GPU)."""
+    if needed <= SHARE * free:
+        return "device"
+    if free_on_host is not None and pinned_bytes(needed) <= SHARE * free_on_host:
+        return "host"
+    return "file"
+
+
+def pinned_bytes(count: int) -> int:
+    """What torch's pinned allocator takes for `count` bytes: the next power of two."""
     return 1 << max(count - 1, 0).bit_length()
