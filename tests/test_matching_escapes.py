@@ -290,7 +290,7 @@ def test_bad_modules_are_named() -> None:
     with pytest.raises(FastarError, match="no sources"):
         match_modules(a, [], example)
     narrow = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
-    with pytest.raises(FastarError, match=r"'0\.weight' of source 1 has shape \[3, 4\]"):
+    with pytest.raises(FastarError, match=r"source 1 has '0\.weight' of shape \[3, 4\]"):
         match_modules(a, [a, narrow], example)
     alone = nn.Linear(4, 2)
     states, result = match_modules(alone, [nn.Linear(4, 2)], example)  # no groups: as it is

@@ -79,7 +79,9 @@ class Permutations(Mapping[str, Tensor]):
         return all(bool((i == torch.arange(i.shape[-1], device=i.device)).all()) for i in self.values())
 
     def select(self, network: int) -> Permutations:
-        """Those of one of the N networks."""
+        """Those of one of the N networks; of no groups, none."""
+        if not self._indices:
+            return self
         if self.count is None:
             raise FastarError("these permutations are of a single network: nothing to select")
         return Permutations({name: index[network] for name, index in self.items()})

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from fastar.errors import FastarError
 from fastar.matching.permutations import Permutations
+from fastar.matching.states import check_state
 from fastar.seeds import derive_seed
 
 
@@ -41,11 +43,25 @@ class Member:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Hidden units that are permuted together, named after the first module that produces them."""
+    """Hidden units that are permuted together, named after the first module that produces them.
+
+    A group whose `parent` has a units is made of a blocks of b units: unit g * b + d is the d-th of block g. Whole
+    blocks move as the parent's units do, and the units of a block among themselves: index[g * b + d] = sigma(g) * b +
+    tau_g(d), where sigma is the parent's permutation and tau_g any of b. So attention heads are a parent, and the units
+    inside them a child for queries and keys and another for values; the groups of a group-norm are a parent, their
+    channels a child.
+
+    Args:
+        name: unique in a symmetry.
+        size: units; of a child, a multiple of its parent's.
+        members: where the units lie. A parent may have none of its own.
+        parent: the name of the group that moves whole blocks of this one. A parent has no parent itself.
+    """
 
     name: str
     size: int
     members: tuple[Member, ...]
+    parent: str | None = None
 
 
 @dataclass(frozen=True)
@@ -53,16 +69,47 @@ class Symmetry:
     """All groups of one architecture.
 
     Args:
-        groups: in the order in which a forward pass reaches them.
+        groups: in the order in which a forward pass reaches them; parents come before their children.
         parameters: name -> shape of every parameter, including those that no group moves.
         buffers: name -> shape of every buffer of the state dict.
         tied: parameter name -> the other name of the same tensor; such a name is permuted, but counted once.
+        frozen: what was left in place because its symmetry could not be proven, a line of text each.
+
+    Raises:
+        FastarError: two groups of one name, a parent that does not come before its child, has a parent itself, or does
+            not divide the child's units.
     """
 
     groups: tuple[Group, ...]
     parameters: Mapping[str, tuple[int, ...]]
     buffers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     tied: Mapping[str, str] = field(default_factory=dict)
+    frozen: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        before: dict[str, Group] = {}
+        for group in self.groups:
+            if group.name in before:
+                raise FastarError(f"two groups are called {group.name!r}: give each a name of its own")
+            if group.parent is not None:
+                parent = before.get(group.parent)
+                if parent is None or parent.parent is not None:
+                    why = "does not come before it" if parent is None else "has a parent itself"
+                    raise FastarError(f"group {group.name!r}: its parent {group.parent!r} {why}")
+                if parent.size == 0 or group.size % parent.size:
+                    raise FastarError(
+                        f"group {group.name!r} has {group.size} units: its parent {parent.name!r} must divide them "
+                        f"into {parent.size} blocks"
+                    )
+            before[group.name] = group
+
+    @cached_property
+    def families(self) -> tuple[tuple[int, ...], ...]:
+        """Positions in `groups` of those that are permuted together: a parent and its children, or a group alone."""
+        found: dict[str, list[int]] = {}
+        for position, group in enumerate(self.groups):
+            found.setdefault(group.parent or group.name, []).append(position)
+        return tuple(tuple(positions) for positions in found.values())
 
     def group(self, name: str) -> Group:
         """The group called `name`."""
@@ -77,16 +124,26 @@ class Symmetry:
         return Permutations({g.name: torch.arange(g.size).expand(*shape, g.size).contiguous() for g in self.groups})
 
     def random(self, seed: int, count: int | None = None) -> Permutations:
-        """Uniformly random permutations, a function of `seed` alone."""
-        out = {}
+        """Uniformly random permutations, a function of `seed` alone; blocks move with their parent's units."""
+        out: dict[str, Tensor] = {}
         for group in self.groups:
             generator = torch.Generator().manual_seed(derive_seed(seed, "permutation", group.name))
-            rows = [torch.randperm(group.size, generator=generator) for _ in range(1 if count is None else count)]
-            out[group.name] = rows[0] if count is None else torch.stack(rows)
+            blocks = 1 if group.parent is None else self.group(group.parent).size
+            inside = torch.stack(
+                [
+                    torch.randperm(group.size // blocks, generator=generator)
+                    for _ in range((1 if count is None else count) * blocks)
+                ]
+            ).unflatten(0, (-1, blocks))
+            sigma = torch.zeros(len(inside), 1, dtype=torch.int64)
+            if group.parent is not None:
+                sigma = out[group.parent].reshape(len(inside), blocks)
+            index = (sigma[:, :, None] * inside.shape[-1] + inside).flatten(1)
+            out[group.name] = index[0] if count is None else index
         return Permutations(out)
 
     def check(self, permutations: Permutations) -> None:
-        """Raise FastarError unless `permutations` are of these groups."""
+        """Raise FastarError unless `permutations` are of these groups, and move whole blocks as their parents say."""
         sizes = {group.name: group.size for group in self.groups}
         given = {name: index.shape[-1] for name, index in permutations.items()}
         if sizes != given:
@@ -95,6 +152,16 @@ class Symmetry:
                 f"permutations do not fit this architecture (group {wrong[0]!r} of {wrong[1]} units): "
                 "derive the symmetry and the permutations from one model"
             )
+        for group in self.groups:
+            if group.parent is None:
+                continue
+            sigma = permutations[group.parent]
+            index = permutations[group.name].unflatten(-1, (sigma.shape[-1], -1))
+            if bool((index // index.shape[-1] != sigma[..., None]).any()):
+                raise FastarError(
+                    f"permutation of group {group.name!r} does not move its blocks of {index.shape[-1]} units as "
+                    f"its parent {group.parent!r} moves them: take both from one matching"
+                )
 
     def apply(self, permutations: Permutations, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The state dict of one network with its units permuted: new tensors of the same memory format.
@@ -137,18 +204,6 @@ class Symmetry:
                     row.narrow(member.axis, member.offset, length).copy_(row.index_select(member.axis, at))
 
     def check_state(self, state: Mapping[str, Tensor], where: str, *, leading: int = 0) -> None:
-        """Raise FastarError unless `state` has every parameter in its shape; `leading` counts batch axes to ignore."""
-        for name, shape in self.parameters.items():
-            tensor = state.get(name)
-            if tensor is None:
-                if name in self.tied and self.tied[name] in state:
-                    continue
-                raise FastarError(f"{where} lacks parameter {name!r}: it is of another architecture than the model")
-            if tuple(tensor.shape[leading:]) != shape:
-                raise FastarError(
-                    f"{name!r} of {where} has shape {list(tensor.shape[leading:])}, the model's is {list(shape)}: "
-                    "it is of another architecture"
-                )
-        for name in state:
-            if name not in self.parameters and name not in self.buffers:
-                raise FastarError(f"{where} has a tensor {name!r} that the model lacks: it is of another architecture")
+        """Raise FastarError, naming the first differences, unless `state` has every parameter in its shape, and buffers
+        at most besides; `leading` counts batch axes to ignore."""
+        check_state(self.parameters, self.buffers, self.tied, state, where, leading)
