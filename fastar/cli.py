@@ -73,6 +73,10 @@ Out = Annotated[
     Path | None, typer.Option("--out", help="Run folder. Default: runs/DATASET-ARCH-seedSEED.", show_default=False)
 ]
 Config = Annotated[Path | None, typer.Option("--config", help="YAML file of settings, or the name of a shipped one.")]
+ScaleOption = Annotated[
+    str,
+    typer.Option("--scale", metavar="smoke|small|full", help="Run a smaller version: seconds, or minutes on a CPU."),
+]
 DataRoot = Annotated[Path | None, typer.Option("--data-root", help="Folder of the raw data (dataset.root).")]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change.", show_default=False)
@@ -122,8 +126,12 @@ def _settings(
     on_nonfinite: str | None = None,
     bn_batches: int | None = None,
     gpu_memory: str | None = None,
+    scale: str = "full",
 ) -> Settings:
     from fastar.config import DEFAULT_ARCH, as_override, load_settings
+    from fastar.scales import require_scale
+
+    require_scale(scale)
 
     if dataset is not None and dataset not in DEFAULT_ARCH:  # known ones need no slow import to be told a typo
         from fastar.data.registry import dataset_spec
@@ -139,7 +147,20 @@ def _settings(
         "gpu_memory": gpu_memory,
     }
     options = [as_override(key, value) for key, value in named.items() if value is not None]
-    return load_settings(dataset=dataset, arch=arch, file=config, overrides=[*options, *(overrides or [])])
+    return load_settings(dataset=dataset, arch=arch, file=config, scale=scale, overrides=[*options, *(overrides or [])])
+
+
+def _run_folder(
+    out: Path | None, settings: Settings, dataset: str | None, arch: str | None, config: Path | None, scale: str
+) -> Path:
+    """Where a run goes: what was named on the command line names it."""
+    from fastar.runs import default_run_folder
+
+    if out is not None:
+        return out
+    named = [None if dataset is None else settings.dataset.label, arch]
+    parts = [] if config is None else [config.stem, *(part for part in named if part)]
+    return default_run_folder(settings, recipe="-".join(parts) or None, scale=scale)
 
 
 def _named(name: str | None) -> list[str]:
@@ -175,6 +196,7 @@ def train_star_command(
     heldout: Heldout = None,
     out: Out = None,
     config: Config = None,
+    scale: ScaleOption = "full",
     data_root: DataRoot = None,
     on_nonfinite: OnNonfinite = None,
     bn_batches: BnBatches = None,
@@ -212,13 +234,14 @@ def train_star_command(
         on_nonfinite=on_nonfinite,
         bn_batches=bn_batches,
         gpu_memory=gpu_memory,
+        scale=scale,
     )
 
     from fastar.experiments.finished import finished_results
     from fastar.report import barrier_picture, results_table, speed_lines, statistics_lines
-    from fastar.runs import RunFolder, default_run_folder
+    from fastar.runs import RunFolder
 
-    run, progress = RunFolder(out or default_run_folder(settings)), _progress(quiet or as_json)
+    run, progress = RunFolder(_run_folder(out, settings, dataset, arch, config, scale)), _progress(quiet or as_json)
     results = finished_results(settings, run, progress) if profile is None else None
     if results is None:  # only now what takes seconds to import
         from fastar.experiments.star_domain import train_star
@@ -248,6 +271,7 @@ def plan_command(
     heldout: Heldout = None,
     out: Out = None,
     config: Config = None,
+    scale: ScaleOption = "full",
     bn_batches: BnBatches = None,
     gpu_memory: GpuMemory = None,
     rate: Annotated[
@@ -283,13 +307,13 @@ def plan_command(
         name=name,
         bn_batches=bn_batches,
         gpu_memory=gpu_memory,
+        scale=scale,
     )
 
     from fastar.experiments.plan import plan_run
     from fastar.report import plan_lines, plan_table
-    from fastar.runs import default_run_folder
 
-    plan = plan_run(settings, out or default_run_folder(settings), rate, loader).as_dict()
+    plan = plan_run(settings, _run_folder(out, settings, dataset, arch, config, scale), rate, loader).as_dict()
     if as_json:
         print(json.dumps(plan))
     else:
@@ -309,6 +333,7 @@ def train_sources_command(
     heldout: Heldout = None,
     out: Out = None,
     config: Config = None,
+    scale: ScaleOption = "full",
     data_root: DataRoot = None,
     on_nonfinite: OnNonfinite = None,
     quiet: Quiet = False,
@@ -329,12 +354,12 @@ def train_sources_command(
         data_root=data_root,
         name=name,
         on_nonfinite=on_nonfinite,
+        scale=scale,
     )
 
     from fastar.experiments.star_domain import train_sources
-    from fastar.runs import default_run_folder
 
-    folder = out or default_run_folder(settings)
+    folder = _run_folder(out, settings, dataset, arch, config, scale)
     for path in train_sources(settings, folder, _progress(quiet)):
         print(path)
 
@@ -481,6 +506,43 @@ def runs_command(
         _print_table(overview_table(found, folder))
     else:
         print(f"no run folders in {folder}")
+
+
+@app.command("configs")
+def configs_command(
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="Print the settings of this one.", show_default=False)
+    ] = None,
+    scale: ScaleOption = "full",
+    as_json: Json = False,
+) -> None:
+    """List the configurations that ship, with the paper's figures; or print one's settings as YAML.
+
+    Each runs by its name: `fastar train-star --config NAME`, with `--scale smoke` or `--scale small` a smaller version.
+
+    Examples:
+
+        fastar configs
+
+        fastar configs cifar10-vgg11 --scale small
+    """
+    if name is not None:
+        settings = _settings(None, None, Path(name), None, scale=scale)
+        print(json.dumps(settings.model_dump(mode="json")) if as_json else settings.to_yaml().rstrip())
+        return
+
+    from fastar.catalogue import catalogue, catalogue_table
+    from fastar.scales import require_scale
+
+    require_scale(scale)
+    entries = catalogue(scale)
+    if as_json:
+        _print_lines(json.dumps(entry.as_dict()) for entry in entries)
+        return
+    _print_table(catalogue_table(entries))
+    print(
+        "Z sources, H heldouts. Barriers: the paper's, train set, mean ± standard deviation; empty where it has none."
+    )
 
 
 @app.command("doctor")

@@ -12,10 +12,8 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fastar.errors import FastarError
-
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
-if not CONFIGS.is_dir():  # installed, not a checkout: setup.py maps the folder into the package
-    CONFIGS = Path(__file__).resolve().parent / "configs"
+from fastar.recipes import config_path, merge, read_recipe, recipe_path
+from fastar.scales import scaled
 
 DEFAULT_ARCH = {
     "digits": "mlp",
@@ -249,6 +247,8 @@ class EvaluationSettings(_Section):
     """Measure the paths from the star to so many sources, drawn at random; None: to all."""
     limit: Positive | None = None
     """Measure train losses on so many training images (class-balanced); None: on all that were trained on."""
+    test_limit: Positive | None = None
+    """Measure test losses on so many test images (class-balanced); None: on all."""
     bn_batches: Positive | None = None
     """Re-estimate batch-norm statistics from so many training batches; None: from all. What that changes in a loss is
     measured at one point, against eight times as many batches, and said."""
@@ -366,34 +366,6 @@ def completed(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _read_yaml(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    if path in seen:
-        raise FastarError(f"{path}: its base refers back to itself; remove the circle")
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise FastarError(f"{path}: cannot read the configuration ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise FastarError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(content, dict):
-        found = "nothing" if content is None else type(content).__name__
-        raise FastarError(f"{path}: expected a mapping of settings, such as `train: {{epochs: 5}}`, found {found}")
-    base = content.pop("base", None)
-    if base is None:
-        return content
-    if not isinstance(base, str):
-        raise FastarError(f"{path}: base={base!r}: give the file name of another configuration")
-    return _merge(_read_yaml(path.parent / base, (*seen, path)), content)
-
-
-def _merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(under)
-    for key, value in over.items():
-        old = merged.get(key)
-        merged[key] = _merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
-    return merged
-
-
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
     """`["train.lr=0.1", "seed=3"]` as nested settings; values are YAML.
 
@@ -430,35 +402,32 @@ def as_override(key: str, value: object) -> str:
     return f"{key}={text.removesuffix('...').strip()}"
 
 
-def config_path(dataset: str, arch: str) -> Path | None:
-    """The configuration that ships for this dataset and architecture, or None."""
-    name = arch if arch.startswith(f"{dataset}-") else f"{dataset}-{arch}"
-    path = CONFIGS / f"{name}.yaml"
-    return path if path.is_file() else None
-
-
 def load_settings(
     *,
     dataset: str | None = None,
     arch: str | None = None,
     file: Path | None = None,
+    scale: str = "full",
     overrides: Iterable[str] = (),
 ) -> Settings:
-    """Resolve settings: a file (given, or the one shipped for dataset and architecture), then the overrides.
+    """Resolve settings: a file (given, or the one shipped for dataset and architecture), its scale, then the overrides.
+
+    Args:
+        file: of settings, or the name of a shipped configuration.
+        scale: `smoke`, `small` or `full` (`fastar.scales`); overrides are taken as they are.
 
     Raises:
         FastarError: unreadable file, unknown key (the nearest valid one is named), or value out of range.
     """
     changes = parse_overrides(overrides)
     if file is not None:
-        named_so = CONFIGS / f"{file}.yaml"
-        content = _read_yaml(named_so if named_so.is_file() and not file.exists() else file)
+        content = read_recipe(recipe_path(file))
     else:
         if dataset is None:
             raise FastarError("no dataset: give --dataset NAME or --config FILE")
         arch = arch or DEFAULT_ARCH.get(dataset, "resnet18")
-        shipped = config_path(dataset, arch)
-        content = _read_yaml(shipped) if shipped else {}
+        path = config_path(dataset, arch)
+        content = read_recipe(path) if path else {}
     named: dict[str, Any] = {}
     if dataset is not None:
         named["dataset"] = {"name": dataset}
@@ -467,7 +436,19 @@ def load_settings(
         model = content.get("model")
         if isinstance(model, Mapping) and model.get("arch", arch) != arch:  # its width would not fit
             content = {**content, "model": {}}
-    return validate(_merge(_merge(content, named), changes), source=str(file or "settings"))
+    content = merge(content, named)
+    if scale != "full":
+        validate(
+            merge(content, changes), source=str(file or "settings")
+        )  # what is wrong is said of the file, not of the scale
+        content = scaled(content, scale, defaults=_defaults(), of_any_size=OF_ANY_SIZE)
+    return validate(merge(content, changes), source=str(file or "settings"))
+
+
+def _defaults() -> dict[str, dict[str, Any]]:
+    """Of each section that has them all."""
+    fields = {name: field.get_default(call_default_factory=True) for name, field in Settings.model_fields.items()}
+    return {name: value.model_dump(mode="json") for name, value in fields.items() if isinstance(value, BaseModel)}
 
 
 def validate(content: Mapping[str, Any], source: str = "settings") -> Settings:

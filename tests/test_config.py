@@ -10,11 +10,9 @@ import pytest
 import yaml
 
 from fastar.config import (
-    CONFIGS,
     Settings,
     as_override,
     completed,
-    config_path,
     differences,
     flatten,
     load_settings,
@@ -23,6 +21,7 @@ from fastar.config import (
 )
 from fastar.errors import FastarError
 from fastar.models import build_model
+from fastar.recipes import CONFIGS, config_path
 
 
 def digits(*overrides: str) -> Settings:

@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 ORDER = (
     ("kernels",),
     ("errors", "seeds", "progress", "stopping"),
+    ("recipes", "scales"),
     ("config",),
     ("atomic",),
     ("checkpoints", "figures", "lock"),
@@ -26,7 +27,7 @@ ORDER = (
     ("evaluation",),
     ("training",),
     ("experiments",),
-    ("report", "doctor", "benchmarks", "overview"),
+    ("report", "doctor", "benchmarks", "overview", "catalogue"),
     ("cli",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}

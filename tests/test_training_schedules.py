@@ -9,10 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastar.config import CONFIGS, TrainSettings, load_settings
+from fastar.config import TrainSettings, load_settings
 from fastar.errors import FastarError
 from fastar.graphs import CallGraph
 from fastar.models import build_model
+from fastar.recipes import CONFIGS
 from fastar.training import RegularStep, fit, learning_rate, resolution, steps
 
 

@@ -139,12 +139,18 @@ class Context:
         limit = self.settings.evaluation.limit
         return self.train if limit is None or limit >= len(self.train) else self._load("train", limit)
 
+    @cached_property
+    def measured_test(self) -> data.Dataset:
+        """The test images that test losses are measured on."""
+        limit = self.settings.evaluation.test_limit
+        return self.test if limit is None or limit >= len(self.test) else self._load("test", limit)
+
     def splits(self) -> dict[str, Any]:
         """Train and test as evaluation reads them: in order, whole, not augmented."""
         size = self.settings.evaluation.batch_size
         return {
             "train": lambda: whole_batches(self.measured_train, size),
-            "test": lambda: whole_batches(self.test, size),
+            "test": lambda: whole_batches(self.measured_test, size),
         }
 
     def statistics_batches(self, times: int = 1) -> Iterator[tuple[Tensor, Tensor]]:

@@ -121,7 +121,9 @@ def work_of(context: Context, facts: DataFacts, rates: Rates, evaluated: int) ->
     if epoch is not None and rates.matching is not None:
         every = settings.star.match_every_epochs
         star = epoch + (settings.sources.number * rates.matching / every if every else 0.0)
-    once = seen = min(facts.train, evaluation.limit or facts.train) + facts.test
+    once = seen = min(facts.train, evaluation.limit or facts.train) + min(
+        facts.test, evaluation.test_limit or facts.test
+    )
     if context.has_batch_norm:
         statistics = facts.train if evaluation.bn_batches is None else evaluation.bn_batches * train.batch_size
         seen += min(facts.train, statistics)

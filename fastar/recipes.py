@@ -1,0 +1,134 @@
+"""Files of settings: what they hold, what they build on, and what the paper found with them. Imports no torch."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from fastar.errors import FastarError
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+if not CONFIGS.is_dir():  # installed, not a checkout: setup.py maps the folder into the package
+    CONFIGS = Path(__file__).resolve().parent / "configs"
+
+FIGURES = ("regular_loss", "star_loss", "regular_regular", "star_regular")
+Figure = tuple[float, float | None]
+"""A mean and, where the paper has one, a standard deviation."""
+
+
+@dataclass(frozen=True)
+class Paper:
+    """What the paper has of a recipe: `where`, and train losses and barriers (eq. 10) as far as it prints them."""
+
+    where: str
+    regular_loss: Figure | None = None
+    star_loss: Figure | None = None
+    regular_regular: Figure | None = None
+    star_regular: Figure | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        return vars(self)
+
+
+def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested settings, those of `over` where both have a key."""
+    merged = dict(under)
+    for key, value in over.items():
+        old = merged.get(key)
+        merged[key] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def read_recipe(path: Path) -> dict[str, Any]:
+    """The settings of a YAML file over those of its `base`; what it says of the paper left out.
+
+    Raises:
+        FastarError: unreadable, not a mapping of settings, or a base that leads back to itself.
+    """
+    return _read(path, ())
+
+
+def read_paper(path: Path) -> Paper | None:
+    """What the file itself (not its base) says of the paper under `paper`, or None."""
+    found = _load(path).get("paper")
+    if found is None:
+        return None
+    valid = ("where", *FIGURES)
+    if not isinstance(found, dict) or not isinstance(found.get("where"), str) or not set(found) <= set(valid):
+        raise FastarError(f"{path}: paper must be a mapping of {', '.join(valid)}, where is needed")
+    return Paper(found["where"], **{key: _figure(path, key, found[key]) for key in FIGURES if key in found})
+
+
+def shipped(name: str | Path) -> Path | None:
+    """The file of the shipped configuration called `name`, with or without its suffix, or None."""
+    path = CONFIGS / f"{str(name).removesuffix('.yaml')}.yaml"
+    return path if Path(name).name == str(name) and path.is_file() else None
+
+
+def recipe_path(given: Path) -> Path:
+    """The file that `--config GIVEN` means: a file that is there, or the shipped configuration of this name.
+
+    Raises:
+        FastarError: neither is there; names the shipped configurations that are called similarly.
+    """
+    if given.is_file():
+        return given
+    found = shipped(given)
+    if found is not None:
+        return found
+    if given.exists():
+        raise FastarError(f"{given}: is not a file; give a YAML file, or the name of a shipped configuration")
+    near = difflib.get_close_matches(given.name.removesuffix(".yaml"), names(), n=3)
+    hint = f"did you mean {' or '.join(near)}? " if near else ""
+    raise FastarError(
+        f"{given}: no such file, nor a shipped configuration of this name: {hint}`fastar configs` lists them"
+    )
+
+
+def names() -> list[str]:
+    """The shipped configurations' names."""
+    return sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+
+
+def config_path(dataset: str, arch: str) -> Path | None:
+    """The configuration that ships for this dataset and architecture, or None."""
+    return shipped(arch if arch.startswith(f"{dataset}-") else f"{dataset}-{arch}")
+
+
+def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
+    if path in seen:
+        raise FastarError(f"{path}: its base refers back to itself; remove the circle")
+    content = _load(path)
+    content.pop("paper", None)
+    base = content.pop("base", None)
+    if base is None:
+        return content
+    if not isinstance(base, str):
+        raise FastarError(f"{path}: base={base!r}: give the file name of another configuration")
+    return merge(_read(path.parent / base, (*seen, path)), content)
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise FastarError(f"{path}: cannot read the configuration ({error.strerror})") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise FastarError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(content, dict):
+        found = "nothing" if content is None else type(content).__name__
+        raise FastarError(f"{path}: expected a mapping of settings, such as `train: {{epochs: 5}}`, found {found}")
+    return content
+
+
+def _figure(path: Path, key: str, value: object) -> Figure:
+    numbers = value if isinstance(value, list) else [value, None]
+    mean, deviation = numbers if len(numbers) == 2 else (None, None)
+    if not isinstance(mean, int | float) or not isinstance(deviation, int | float | None):
+        raise FastarError(f"{path}: paper.{key}={value!r}: give a mean, or [mean, standard deviation]")
+    return float(mean), None if deviation is None else float(deviation)
