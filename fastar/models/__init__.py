@@ -7,23 +7,38 @@ import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Literal, get_args, get_origin
 
 import torch
 from torch import nn
 
 from fastar.errors import FastarError
-from fastar.models.imagenet import imagenet_resnet18, imagenet_resnet50
+from fastar.models.densenet import densenet40, densenet40_bc, densenet100_bc
+from fastar.models.imagenet import imagenet_resnet18, imagenet_resnet34, imagenet_resnet50
 from fastar.models.mlp import Mlp
-from fastar.models.resnet import resnet8, resnet18, resnet20
+from fastar.models.resnet import resnet8, resnet18, resnet20, resnet34, resnet50
+from fastar.models.vgg import DEPTHS, normalised, plain
+from fastar.models.vit import VisionTransformer
+from fastar.models.wrn import wide_resnet
 from fastar.seeds import derive_seed
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
+    "densenet40": densenet40,
+    "densenet40_bc": densenet40_bc,
+    "densenet100_bc": densenet100_bc,
     "imagenet-resnet18": imagenet_resnet18,
+    "imagenet-resnet34": imagenet_resnet34,
     "imagenet-resnet50": imagenet_resnet50,
     "mlp": Mlp,
     "resnet8": resnet8,
     "resnet18": resnet18,
     "resnet20": resnet20,
+    "resnet34": resnet34,
+    "resnet50": resnet50,
+    **{f"vgg{depth}": plain(depth) for depth in DEPTHS},
+    **{f"vgg{depth}_bn": normalised(depth) for depth in DEPTHS},
+    "vit": VisionTransformer,
+    **{f"wrn{depth}": wide_resnet(depth) for depth in (16, 22, 28, 34, 40)},
 }
 
 
@@ -63,13 +78,36 @@ def build_model(
             near = difflib.get_close_matches(name, valid, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise FastarError(f"model.{name} is not a setting of {arch}: {hint}it takes {', '.join(valid) or 'none'}")
-        value, whole = options[name], isinstance(valid[name], int)
-        kinds = int if whole else int | float
-        if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
-            raise FastarError(f"model.{name}={value!r} of {arch} must be a {'whole ' if whole else ''}number")
+        _check_value(arch, name, options[name], valid[name])
     with _seeded(seed):
         model = MODELS[arch](input_shape=input_shape, classes=classes, **options)
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+
+def option_choices(arch: str) -> dict[str, tuple[str, ...]]:
+    """The values that those options of `arch` take which are words, such as `activation`."""
+    require_arch(arch)
+    parameters = inspect.signature(MODELS[arch], eval_str=True).parameters
+    return {name: get_args(p.annotation) for name, p in parameters.items() if get_origin(p.annotation) is Literal}
+
+
+def _check_value(arch: str, name: str, value: object, default: object) -> None:
+    """A FastarError unless `value` is of the kind of the option's default, and one of its choices where it has some."""
+    if isinstance(default, bool):
+        if not isinstance(value, bool):
+            raise FastarError(f"model.{name}={value!r} of {arch} must be true or false")
+        return
+    if isinstance(default, str):
+        choices = option_choices(arch)[name]
+        if value not in choices:
+            near = difflib.get_close_matches(str(value).lower(), choices, n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise FastarError(f"model.{name}={value!r} of {arch}: {hint}choose one of {', '.join(choices)}")
+        return
+    whole = isinstance(default, int)
+    kinds = int if whole else int | float
+    if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
+        raise FastarError(f"model.{name}={value!r} of {arch} must be a {'whole ' if whole else ''}number")
 
 
 @contextmanager

@@ -8,23 +8,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fastar.models.resnet import NARROW, scaled
-
-
-class Projection(nn.Sequential):
-    """1x1 convolution and batch-norm for a shortcut whose shape changes: `downsample.0`, `downsample.1`."""
-
-    def __init__(self, channels_in: int, channels: int, stride: int):
-        self.subsample = 1
-        if channels_in < NARROW:  # see `resnet.NARROW`; reading every stride-th position gives the same numbers
-            self.subsample, stride = stride, 1
-        super().__init__(nn.Conv2d(channels_in, channels, 1, stride=stride, bias=False), nn.BatchNorm2d(channels))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.subsample > 1:
-            x = x[:, :, :: self.subsample, :: self.subsample]
-        out: torch.Tensor = super().forward(x)
-        return out
+from fastar.models.layers import Activation, Norm, Parts, scaled
+from fastar.models.resnet import Projection
 
 
 class BasicBlock(nn.Module):
@@ -32,20 +17,22 @@ class BasicBlock(nn.Module):
 
     expansion = 1
 
-    def __init__(self, channels_in: int, channels: int, stride: int):
+    def __init__(self, channels_in: int, channels: int, stride: int, parts: Parts):
         super().__init__()
         self.conv1 = nn.Conv2d(channels_in, channels, 3, stride=stride, padding=1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
+        self.bn1 = parts.norm(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
+        self.bn2 = parts.norm(channels)
         self.downsample: nn.Module | None = None
         if stride != 1 or channels_in != channels:
-            self.downsample = Projection(channels_in, channels, stride)
+            self.downsample = Projection(channels_in, channels, stride, parts.norm(channels))
+        self.activate = parts.activation()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
+        out = self.activate(self.bn1(self.conv1(x)))
         out = self.bn2(self.conv2(out))
-        return F.relu(out + (x if self.downsample is None else self.downsample(x)))
+        activated: torch.Tensor = self.activate(out + (x if self.downsample is None else self.downsample(x)))
+        return activated
 
 
 class Bottleneck(nn.Module):
@@ -53,24 +40,26 @@ class Bottleneck(nn.Module):
 
     expansion = 4
 
-    def __init__(self, channels_in: int, channels: int, stride: int):
+    def __init__(self, channels_in: int, channels: int, stride: int, parts: Parts):
         super().__init__()
         wide = channels * self.expansion
         self.conv1 = nn.Conv2d(channels_in, channels, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels)
+        self.bn1 = parts.norm(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, stride=stride, padding=1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels)
+        self.bn2 = parts.norm(channels)
         self.conv3 = nn.Conv2d(channels, wide, 1, bias=False)
-        self.bn3 = nn.BatchNorm2d(wide)
+        self.bn3 = parts.norm(wide)
         self.downsample: nn.Module | None = None
         if stride != 1 or channels_in != wide:
-            self.downsample = Projection(channels_in, wide, stride)
+            self.downsample = Projection(channels_in, wide, stride, parts.norm(wide))
+        self.activate = parts.activation()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = F.relu(self.bn1(self.conv1(x)))
-        out = F.relu(self.bn2(self.conv2(out)))
+        out = self.activate(self.bn1(self.conv1(x)))
+        out = self.activate(self.bn2(self.conv2(out)))
         out = self.bn3(self.conv3(out))
-        return F.relu(out + (x if self.downsample is None else self.downsample(x)))
+        activated: torch.Tensor = self.activate(out + (x if self.downsample is None else self.downsample(x)))
+        return activated
 
 
 class ImageNetResNet(nn.Module):
@@ -84,6 +73,7 @@ class ImageNetResNet(nn.Module):
         block: kind of block.
         blocks: blocks in each stage.
         channels: channels inside the blocks of each stage.
+        parts: activation and normalisation.
     """
 
     def __init__(
@@ -93,39 +83,65 @@ class ImageNetResNet(nn.Module):
         block: type[BasicBlock] | type[Bottleneck],
         blocks: Sequence[int],
         channels: Sequence[int],
+        parts: Parts,
     ):
         super().__init__()
         self.conv1 = nn.Conv2d(input_shape[0], channels[0], 7, stride=2, padding=3, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels[0])
+        self.bn1 = parts.norm(channels[0])
         channels_in, stages = channels[0], []
         for stage, (count, wide) in enumerate(zip(blocks, channels, strict=True)):
             layers: list[nn.Module] = []
             for index in range(count):
-                layers.append(block(channels_in, wide, stride=2 if stage > 0 and index == 0 else 1))
+                layers.append(block(channels_in, wide, 2 if stage > 0 and index == 0 else 1, parts))
                 channels_in = wide * block.expansion
             stages.append(nn.Sequential(*layers))
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.fc = nn.Linear(channels_in, classes)
+        self.activate = parts.activation()
         for module in self.modules():
             if isinstance(module, nn.Conv2d):  # as torchvision begins
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Logits [batch, classes] of images [batch, channels, height, width]."""
-        out = F.max_pool2d(F.relu(self.bn1(self.conv1(images))), 3, stride=2, padding=1)
+        out = F.max_pool2d(self.activate(self.bn1(self.conv1(images))), 3, stride=2, padding=1)
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             out = stage(out)
         logits: torch.Tensor = self.fc(out.mean(dim=(2, 3)))
         return logits
 
 
-def imagenet_resnet18(input_shape: tuple[int, int, int], classes: int, width: float = 1.0) -> nn.Module:
+def imagenet_resnet18(
+    input_shape: tuple[int, int, int],
+    classes: int,
+    width: float = 1.0,
+    activation: Activation = "relu",
+    norm: Norm = "batch",
+) -> nn.Module:
     """torchvision's ResNet-18: 64, 128, 256, 512 channels times `width` (11,689,512 parameters at 1000 classes)."""
     channels = scaled([64, 128, 256, 512], width, "imagenet-resnet18")
-    return ImageNetResNet(input_shape, classes, BasicBlock, [2, 2, 2, 2], channels)
+    return ImageNetResNet(input_shape, classes, BasicBlock, [2, 2, 2, 2], channels, Parts(activation, norm))
 
 
-def imagenet_resnet50(input_shape: tuple[int, int, int], classes: int, width: float = 1.0) -> nn.Module:
+def imagenet_resnet34(
+    input_shape: tuple[int, int, int],
+    classes: int,
+    width: float = 1.0,
+    activation: Activation = "relu",
+    norm: Norm = "batch",
+) -> nn.Module:
+    """torchvision's ResNet-34: 64, 128, 256, 512 channels times `width` (21,797,672 parameters at 1000 classes)."""
+    channels = scaled([64, 128, 256, 512], width, "imagenet-resnet34")
+    return ImageNetResNet(input_shape, classes, BasicBlock, [3, 4, 6, 3], channels, Parts(activation, norm))
+
+
+def imagenet_resnet50(
+    input_shape: tuple[int, int, int],
+    classes: int,
+    width: float = 1.0,
+    activation: Activation = "relu",
+    norm: Norm = "batch",
+) -> nn.Module:
     """torchvision's ResNet-50: 64, 128, 256, 512 channels times `width` (25,557,032 parameters at 1000 classes)."""
     channels = scaled([64, 128, 256, 512], width, "imagenet-resnet50")
-    return ImageNetResNet(input_shape, classes, Bottleneck, [3, 4, 6, 3], channels)
+    return ImageNetResNet(input_shape, classes, Bottleneck, [3, 4, 6, 3], channels, Parts(activation, norm))

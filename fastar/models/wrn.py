@@ -1,0 +1,102 @@
+"""Wide residual networks (Zagoruyko and Komodakis 2016): activation before convolution."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from fastar.models.layers import Activation, Norm, Parts, dropout_share, initialise_convolutions, scaled
+from fastar.models.resnet import Projection
+
+STEM = 16
+CHANNELS = (16, 32, 64)
+
+
+class WideBlock(nn.Module):
+    """norm, activation, 3x3 convolution, norm, activation, dropout, 3x3 convolution, and a residual.
+
+    Where the shape changes the residual is a 1x1 convolution of the activated input, else the input itself.
+    """
+
+    def __init__(self, channels_in: int, channels: int, stride: int, dropout: float, parts: Parts):
+        super().__init__()
+        self.bn1 = parts.norm(channels_in)
+        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride=stride, padding=1, bias=False)
+        self.bn2 = parts.norm(channels)
+        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
+        self.shortcut: nn.Module | None = None
+        if stride != 1 or channels_in != channels:
+            self.shortcut = Projection(channels_in, channels, stride)
+        self.activate = parts.activation()
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        activated = self.activate(self.bn1(x))
+        out = self.dropout(self.activate(self.bn2(self.conv1(activated))))
+        residual: torch.Tensor = x if self.shortcut is None else self.shortcut(activated)
+        return residual + self.conv2(out)
+
+
+class WideResNet(nn.Module):
+    """3x3 stem of 16 channels, three stages at strides 1, 2, 2, norm, global average pooling, a linear classifier.
+
+    Args:
+        input_shape: (channels, height, width) of one image; only the channels determine parameters.
+        classes: number of logits.
+        blocks: in each stage.
+        channels: of each stage.
+        dropout: share that is dropped between a block's convolutions.
+        parts: activation and normalisation.
+    """
+
+    def __init__(
+        self,
+        input_shape: tuple[int, int, int],
+        classes: int,
+        blocks: int,
+        channels: list[int],
+        dropout: float,
+        parts: Parts,
+    ):
+        super().__init__()
+        self.conv1 = nn.Conv2d(input_shape[0], STEM, 3, padding=1, bias=False)
+        stages, channels_in = [], STEM
+        for stage, wide in enumerate(channels):
+            layers = []
+            for index in range(blocks):
+                stride = 2 if stage > 0 and index == 0 else 1
+                layers.append(WideBlock(channels_in, wide, stride, dropout, parts))
+                channels_in = wide
+            stages.append(nn.Sequential(*layers))
+        self.stages = nn.Sequential(*stages)
+        self.bn1 = parts.norm(channels_in)
+        self.activate = parts.activation()
+        self.classifier = nn.Linear(channels_in, classes)
+        initialise_convolutions(self)
+        nn.init.zeros_(self.classifier.bias)
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits [batch, classes] of images [batch, channels, height, width]."""
+        out = self.activate(self.bn1(self.stages(self.conv1(images))))
+        logits: torch.Tensor = self.classifier(out.mean(dim=(2, 3)))
+        return logits
+
+
+def wide_resnet(depth: int) -> Callable[..., nn.Module]:
+    """WRN-`depth`: (depth - 4) / 6 blocks in each of three stages of 16, 32, 64 channels times `width`."""
+    arch = f"wrn{depth}"
+
+    def build(
+        input_shape: tuple[int, int, int],
+        classes: int,
+        width: float = 1.0,
+        dropout: float = 0.0,
+        activation: Activation = "relu",
+        norm: Norm = "batch",
+    ) -> nn.Module:
+        channels, share = scaled(CHANNELS, width, arch), dropout_share(dropout, arch)
+        return WideResNet(input_shape, classes, (depth - 4) // 6, channels, share, Parts(activation, norm))
+
+    return build
