@@ -22,7 +22,8 @@ from fastar.matching import (
     match_modules,
     match_weights,
 )
-from fastar.matching.descent import Descent, Problem
+from fastar.matching.descent import Descent
+from fastar.matching.problem import Problem
 from fastar.matching.weights import _starts
 
 
@@ -104,9 +105,10 @@ def test_going_back_restores_the_very_numbers(name: str, count: int, symmetries:
     before = {n: t.clone() for n, t in descent.data.items()}
     mark, value = descent.mark(), descent.objective(0)
     random = symmetry.random(5)
-    for g, group in enumerate(symmetry.groups):
-        descent.score(g)
-        descent.force(g, 0, random[group.name].numpy())
+    for f, family in enumerate(symmetry.families):
+        for g in family:
+            descent.score(g)
+        descent.force(f, 0, tuple(random[symmetry.groups[g].name].numpy() for g in family))
     assert descent.objective(0)[0] < value[0]
     descent.go_back(mark, 0)
     assert descent.objective(0) == value

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fastar.errors import FastarError
 from fastar.matching import MatchResult, Permutations, Symmetry, derive_symmetry, match, match_weights
-from fastar.matching.descent import Descent, Problem
+from fastar.matching.descent import Descent
+from fastar.matching.problem import Problem
 
 State = dict[str, Tensor]
 
@@ -91,16 +92,16 @@ def test_every_step_raises_the_objective(
     symmetry = symmetries[name]
     theta, states = problem_of(name)
     history: dict[int, list[float]] = {n: [] for n in range(len(states))}
-    taken = Descent._taken
+    taken = Descent.taken
 
-    def record(self: Descent, g: int, n: int, answer: Any) -> None:
-        taken(self, g, n, answer)
+    def record(self: Descent, f: int, n: int, answers: Any) -> None:
+        taken(self, f, n, answers)
         index = {
             group.name: torch.from_numpy(p[n]) for group, p in zip(symmetry.groups, self.permutations, strict=True)
         }
         history[n].append(objective(symmetry, theta, symmetry.apply(Permutations(index), states[n])))
 
-    monkeypatch.setattr(Descent, "_taken", record)
+    monkeypatch.setattr(Descent, "taken", record)
     sources = stacked(symmetry, states)
     result = match_weights(symmetry, theta, sources, chunk=len(states), start=symmetry.identity())
     for n, state in enumerate(states):
@@ -283,7 +284,7 @@ def test_bad_input_is_named(symmetries: dict[str, Symmetry], monkeypatch: pytest
     def no_solve(*args: object, **kwargs: object) -> None:
         raise AssertionError("solved before the check")
 
-    monkeypatch.setattr("fastar.matching.descent.solve_assignment", no_solve)
+    monkeypatch.setattr("fastar.matching.families.solve_assignment", no_solve)
     for value in (float("nan"), float("inf"), float("-inf")):
         with pytest.raises(FastarError, match=r"theta has NaN or infinite values in 'linear\.weight'"):
             match_weights(symmetry, broken(theta, "linear.weight", value), sources)

@@ -12,9 +12,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastar.matching.assignment import Solver
-from fastar.matching.descent import Descent, OrderOfSweep, Problem
+from fastar.matching.descent import Descent, OrderOfSweep
 from fastar.matching.guess import align_backward
 from fastar.matching.polish import polish
+from fastar.matching.problem import Problem
 from fastar.seeds import derive_seed
 
 
@@ -23,7 +24,7 @@ class Attempts:
     """What to try: every order from every start, then kicks out of the best end.
 
     Args:
-        orders: how many orders of groups; the first sweeps backwards and forwards in turn, the others are random.
+        orders: how many orders of families; the first sweeps backwards and forwards in turn, the others are random.
         kicks: of the best end (`polish`).
         max_sweeps: of each descent.
         seed: of orders and kicks.
@@ -77,7 +78,7 @@ def best_ends(
         first = [one.first for one in best] or [descent.objective(n)[0] for n in range(descent.count)]
         if start.guess:
             align_backward(descent)
-        descent.run(_order(len(problem.groups), attempts.seed, order), attempts.max_sweeps)
+        descent.run(_order(len(problem.families), attempts.seed, order), attempts.max_sweeps)
         ends = [_outcome(descent, n, first[n]) for n in range(descent.count)]
         best = [old if old.objective >= new.objective else new for old, new in zip(best or ends, ends, strict=True)]
         solves += descent.solves
@@ -105,13 +106,13 @@ def _outcome(descent: Descent, n: int, first: float, sweeps: int | None = None, 
     )
 
 
-def _order(groups: int, seed: int, attempt: int) -> OrderOfSweep:
+def _order(families: int, seed: int, attempt: int) -> OrderOfSweep:
     """Attempt 0 goes from the output to the input and back again; the others in a random order, anew for each sweep."""
     if attempt == 0:
-        return lambda sweep: range(groups) if sweep % 2 else range(groups - 1, -1, -1)
+        return lambda sweep: range(families) if sweep % 2 else range(families - 1, -1, -1)
 
     def shuffled(sweep: int) -> list[int]:
         random = np.random.default_rng(derive_seed(seed, "matching order", attempt, sweep))
-        return [int(g) for g in random.permutation(groups)]
+        return [int(f) for f in random.permutation(families)]
 
     return shuffled

@@ -2,7 +2,8 @@
 
 The objective of source n is <theta, pi(theta_n)> over all parameters. With every group but g held, it is linear in g's
 permutation: sum_i S_g[i, perm[i]], where S_g[i, j] is the inner product of what unit i of theta and unit j of the
-permuted source own.
+permuted source own. Groups that are permuted together (a parent and its children) are one step; a group without a
+parent is a family by itself.
 
 What makes it fast: the source is kept permuted; S_g stays in memory and, when a neighbouring group moves k of its n
 units, is corrected by a product over those k units only; a group whose S_g did not change since it was solved is not
@@ -21,9 +22,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastar.matching.assignment import Solver, solve_assignment
-from fastar.matching.layout import add_products, dot, in_memory_order, memory_order
-from fastar.matching.symmetry import Member, Symmetry
+from fastar.matching.assignment import Solver
+from fastar.matching.families import Answers, solve_family
+from fastar.matching.layout import add_products, dot
+from fastar.matching.problem import Problem
 
 # Gains read off S_g are trusted when this far above float32 rounding of its sums, relative to the sizes of the terms;
 # smaller ones are computed again from the parameters themselves.
@@ -34,50 +36,6 @@ _ROUNDING = 4 * 2.0**-23
 _MOST = 0.6
 
 OrderOfSweep = Callable[[int], Sequence[int]]
-
-
-@dataclass(frozen=True)
-class Place:
-    """A member of a group, with its axis in memory order."""
-
-    group: int
-    member: Member
-    axis: int
-
-
-class Problem:
-    """What all chunks share: theta in memory order, and which group touches which parameter where. Read-only."""
-
-    def __init__(self, symmetry: Symmetry, theta: Mapping[str, Tensor], sources: Mapping[str, Tensor]):
-        self.groups = symmetry.groups
-        # Of a tied tensor's names only the first one given counts.
-        self.names = [
-            n
-            for n in symmetry.parameters
-            if n in theta and n in sources and not (n in symmetry.tied and symmetry.tied[n] in theta)
-        ]
-        self.orders = {name: memory_order(sources[name][0]) for name in self.names}
-        self.theta = {name: in_memory_order(theta[name], self.orders[name]).float() for name in self.names}
-        self.places: dict[str, list[Place]] = {name: [] for name in self.names}
-        for g, group in enumerate(self.groups):
-            for member in group.members:
-                if member.tensor in self.places:
-                    axis = self.orders[member.tensor].index(member.axis)
-                    self.places[member.tensor].append(Place(g, member, axis))
-        self.tensors = [sorted({m.tensor for m in group.members if m.tensor in self.places}) for group in self.groups]
-        # On a tensor that a group permutes along two axes at once the objective is quadratic, and S_g only its slope.
-        self.quadratic = [
-            any(len({p.axis for p in self.places[name] if p.group == g}) > 1 for name in self.tensors[g])
-            for g in range(len(self.groups))
-        ]
-
-    def source(self, name: str, sources: Mapping[str, Tensor], begin: int, end: int) -> Tensor:
-        """sources[name][begin:end] in memory order, [n, ...]; a view where nothing has to be converted."""
-        order = [0, *(axis + 1 for axis in self.orders[name])]
-        rows = sources[name][begin:end].detach().permute(order)
-        # Rows may lie far apart (one row of a store per source), but each must be contiguous for the products.
-        contiguous = rows[0].is_contiguous()
-        return (rows if contiguous else rows.contiguous()).float()
 
 
 class Descent:
@@ -107,15 +65,15 @@ class Descent:
             self._apply_start(n)
 
     def run(self, order_of_sweep: OrderOfSweep, max_sweeps: int) -> None:
-        """Sweep over the groups until no group's best assignment improves any source, at most `max_sweeps` times."""
+        """Sweep over the families until none's best assignment improves any source, at most `max_sweeps` times."""
         for sweep in range(max_sweeps):
             pending = [n for n in range(self.count) if any(flags[n] for flags in self.unsolved)]
             if not pending:
                 return
             for n in pending:
                 self.sweeps[n] += 1
-            for g in order_of_sweep(sweep):
-                self._visit(g)
+            for f in order_of_sweep(sweep):
+                self._visit(f)
 
     def add(self, score: Tensor, name: str, g: int) -> None:
         """Add what one parameter contributes to S_g."""
@@ -137,31 +95,34 @@ class Descent:
         return math.fsum(total), math.fsum(weights)
 
     def _apply_start(self, n: int) -> None:
-        for g, group in enumerate(self.problem.groups):
-            index = self.permutations[g][n]
-            if not np.array_equal(index, np.arange(group.size)):
-                for name, row in self.permuted(g, n, index).items():
+        for f, family in enumerate(self.problem.families):
+            answers = tuple(self.permutations[g][n] for g in family)
+            if any((index != np.arange(len(index))).any() for index in answers):
+                for name, row in self.permuted(f, n, answers).items():
                     self.replace(name, n, row)
 
-    def _visit(self, g: int) -> None:
-        """Solve group g for the sources whose S_g changed, and take the steps that improve."""
-        todo = [n for n in range(self.count) if self.unsolved[g][n]]
+    def _visit(self, f: int) -> None:
+        """Solve family f for the sources whose S_g changed, and take the steps that improve."""
+        family = self.problem.families[f]
+        todo = [n for n in range(self.count) if any(self.unsolved[g][n] for g in family)]
         if not todo:
             return
-        score = self.score(g)
-        tables = score.cpu().numpy()
-        for n, answer in zip(todo, self.solve(score, todo), strict=True):
-            self.unsolved[g][n] = False
-            if (answer != np.arange(len(answer))).any():
-                self._step(g, n, answer, tables[n])
+        scores = [self.score(g) for g in family]
+        tables = [score.cpu().numpy() for score in scores]
+        for n, answers in zip(todo, self.solve(scores, todo), strict=True):
+            for g in family:
+                self.unsolved[g][n] = False
+            if any((answer != np.arange(len(answer))).any() for answer in answers):
+                self._step(f, n, answers, [table[n] for table in tables])
 
-    def solve(self, score: Tensor, todo: Sequence[int]) -> list[NDArray[np.int64]]:
-        """The best assignment of each source in `todo`; side by side where there is a pool."""
-        tables = score.cpu().numpy()
+    def solve(self, scores: Sequence[Tensor], todo: Sequence[int]) -> list[Answers]:
+        """The best assignments of a family, given the S_g of its groups, for each source in `todo`; side by side where
+        there is a pool."""
+        tables = [score.cpu().numpy() for score in scores]
         self.solves += len(todo)
 
-        def solve(n: int) -> NDArray[np.int64]:
-            return solve_assignment(tables[n], solver=self.solver)
+        def solve(n: int) -> Answers:
+            return solve_family([table[n] for table in tables], solver=self.solver)
 
         return list(self.pool.map(solve, todo) if self.pool is not None and len(todo) > 1 else map(solve, todo))
 
@@ -175,34 +136,35 @@ class Descent:
     def device(self) -> torch.device:
         return next(iter(self.problem.theta.values())).device
 
-    def _step(self, g: int, n: int, answer: NDArray[np.int64], table: NDArray[np.float32]) -> None:
-        """Permute group g of source n by `answer` if that raises the objective."""
-        if self.problem.quadratic[g]:
-            self._quadratic_step(g, n, answer)
+    def _step(self, f: int, n: int, answers: Answers, tables: Sequence[NDArray[np.float32]]) -> None:
+        """Permute family f of source n by `answers` if that raises the objective."""
+        if self.problem.quadratic[f]:
+            self._quadratic_step(f, n, answers)
             return
-        size = len(answer)
-        moved = np.flatnonzero(answer != np.arange(size))
-        now, then = table[moved, moved].astype(np.float64), table[moved, answer[moved]].astype(np.float64)
-        gain, scale = float((then - now).sum()), float(np.abs(then).sum() + np.abs(now).sum())
+        gain, scale = 0.0, 0.0
+        for answer, table in zip(answers, tables, strict=True):
+            moved = np.flatnonzero(answer != np.arange(len(answer)))
+            now, then = table[moved, moved].astype(np.float64), table[moved, answer[moved]].astype(np.float64)
+            gain, scale = gain + float((then - now).sum()), scale + float(np.abs(then).sum() + np.abs(now).sum())
         if gain <= -_TRUSTED * scale:
             return
-        changes, everything = self._changes(g, n, answer, moved)
-        if gain < _TRUSTED * scale and not _improves([(c.theta, c.difference) for c in changes.values()]):
+        moves = self._moves(f, n, answers)
+        pairs = [(c.theta, c.difference) for move in moves for c in move.changes.values()]
+        if gain < _TRUSTED * scale and not _improves(pairs):
             return
-        self._take(g, n, answer, changes, everything)
+        self._take(f, n, answers, moves)
 
-    def force(self, g: int, n: int, answer: NDArray[np.int64]) -> None:
-        """Permute group g of source n by `answer` whatever that does to the objective; it is to be solved again.
+    def force(self, f: int, n: int, answers: Answers) -> None:
+        """Permute family f of source n by `answers` whatever that does to the objective; it is to be solved again.
 
-        S_g must be up to date (`score`).
+        Its S_g must be up to date (`score`).
         """
-        if self.problem.quadratic[g]:
-            self._take_quadratic(g, n, answer, self.permuted(g, n, answer))
-        else:
-            moved = np.flatnonzero(answer != np.arange(len(answer)))
-            if len(moved):
-                self._take(g, n, answer, *self._changes(g, n, answer, moved))
-        self.unsolved[g][n] = True
+        if self.problem.quadratic[f]:
+            self._take_quadratic(f, n, answers, self.permuted(f, n, answers))
+        elif moves := self._moves(f, n, answers):
+            self._take(f, n, answers, moves)
+        for g in self.problem.families[f]:
+            self.unsolved[g][n] = True
 
     def score(self, g: int) -> Tensor:
         """S_g of every source, [n, size, size]: computed where it is not known."""
@@ -221,12 +183,13 @@ class Descent:
 
     def go_back(self, mark: Mark, n: int) -> None:
         """Source n as it was at `mark`: the very same numbers, since permuting back only moves them."""
-        for g, index in enumerate(mark.permutations):
-            back = np.argsort(self.permutations[g][n])[index[n]]
-            if (back != np.arange(len(back))).any():
-                for name, row in self.permuted(g, n, back).items():
+        for f, family in enumerate(self.problem.families):
+            back = tuple(np.argsort(self.permutations[g][n])[mark.permutations[g][n]] for g in family)
+            if any((index != np.arange(len(index))).any() for index in back):
+                for name, row in self.permuted(f, n, back).items():
                     self.replace(name, n, row)
-                self.permutations[g][n] = index[n]
+        for g, index in enumerate(mark.permutations):
+            self.permutations[g][n] = index[n]
             before, now = mark.scores[g], self.scores[g]
             if before is None or now is None:
                 self.scores[g] = None
@@ -234,34 +197,41 @@ class Descent:
                 now[n] = before[n]
             self.unsolved[g][n] = mark.unsolved[g][n]
 
-    def _changes(
-        self, g: int, n: int, answer: NDArray[np.int64], moved: NDArray[np.int64]
-    ) -> tuple[dict[str, _Change], bool]:
-        """How permuting group g by `answer` changes its parameters, and whether that counts as all of its units."""
-        everything = len(moved) > _MOST * len(answer)
-        units = torch.from_numpy(np.arange(len(answer)) if everything else moved).to(self.device())
-        index = torch.from_numpy(answer).to(self.device())
-        return {
-            name: self._change(g, n, name, units, index, everything) for name in self.problem.tensors[g]
-        }, everything
+    def _moves(self, f: int, n: int, answers: Answers) -> list[_Move]:
+        """How permuting family f by `answers` changes the parameters of each of its groups that moves.
 
-    def _take(
-        self, g: int, n: int, answer: NDArray[np.int64], changes: Mapping[str, _Change], everything: bool
-    ) -> None:
-        """Permute group g of source n by `answer`."""
-        for name, change in changes.items():
-            self._correct_scores(g, n, name, change)
-            self._own(name)
-            self.products.pop((name, n), None)
-            row = self.data[name][n]
-            if everything and change.whole:
-                row.copy_(change.new)
-            else:
-                row.index_copy_(change.axis, change.positions, change.new)
-        self._taken(g, n, answer)
-        score = self.scores[g]
-        assert score is not None
-        score[n] = score[n].index_select(1, torch.from_numpy(answer).to(score.device))
+        No two of these overlap: groups of a family that is not quadratic share an axis of a parameter, or none.
+        """
+        moves = []
+        for g, answer in zip(self.problem.families[f], answers, strict=True):
+            moved = np.flatnonzero(answer != np.arange(len(answer)))
+            if len(moved):
+                everything = len(moved) > _MOST * len(answer)
+                units = torch.from_numpy(np.arange(len(answer)) if everything else moved).to(self.device())
+                index = torch.from_numpy(answer).to(self.device())
+                names = self.problem.tensors[g]
+                changes = {name: self._change(g, n, name, units, index, everything) for name in names}
+                moves.append(_Move(g, changes, everything))
+        return moves
+
+    def _take(self, f: int, n: int, answers: Answers, moves: Sequence[_Move]) -> None:
+        """Permute family f of source n by `answers`."""
+        for move in moves:
+            for name, change in move.changes.items():
+                self._correct_scores(move.group, n, name, change)
+                self._own(name)
+                self.products.pop((name, n), None)
+                row = self.data[name][n]
+                if move.everything and change.whole:
+                    row.copy_(change.new)
+                else:
+                    row.index_copy_(change.axis, change.positions, change.new)
+        self.taken(f, n, answers)
+        for move in moves:
+            score = self.scores[move.group]
+            assert score is not None
+            answer = answers[self.problem.families[f].index(move.group)]
+            score[n] = score[n].index_select(1, torch.from_numpy(answer).to(score.device))
 
     def _change(self, g: int, n: int, name: str, units: Tensor, index: Tensor, everything: bool) -> _Change:
         """How moving `units` of group g changes a parameter of source n."""
@@ -291,37 +261,41 @@ class Descent:
                 size = self.problem.groups[place.group].size
                 add_products(score[n : n + 1], change.theta, change.difference[None], place.member, place.axis, size)
 
-    def _quadratic_step(self, g: int, n: int, answer: NDArray[np.int64]) -> None:
-        """The same for a group that lies on two axes of one tensor: compare whole tensors, then start S_g anew."""
-        rows = self.permuted(g, n, answer)
+    def _quadratic_step(self, f: int, n: int, answers: Answers) -> None:
+        """The same for a family that lies on two axes of one tensor: compare whole tensors, then start its S_g anew."""
+        rows = self.permuted(f, n, answers)
         if _improves([(self.problem.theta[name], row - self.data[name][n]) for name, row in rows.items()]):
-            self._take_quadratic(g, n, answer, rows)
+            self._take_quadratic(f, n, answers, rows)
 
-    def _take_quadratic(self, g: int, n: int, answer: NDArray[np.int64], rows: Mapping[str, Tensor]) -> None:
+    def _take_quadratic(self, f: int, n: int, answers: Answers, rows: Mapping[str, Tensor]) -> None:
+        family = self.problem.families[f]
         for name, row in rows.items():
             theta, difference = self.problem.theta[name], row - self.data[name][n]
             self.replace(name, n, row)
             for place in self.problem.places[name]:
                 self.unsolved[place.group][n] = True
                 score = self.scores[place.group]
-                if score is not None and place.group != g:
+                if score is not None and place.group not in family:
                     size = self.problem.groups[place.group].size
                     add_products(score[n : n + 1], theta, difference[None], place.member, place.axis, size)
-        self.scores[g] = None
-        self.unsolved[g][n] = True
-        self._taken(g, n, answer)
+        for g in family:
+            self.scores[g] = None
+            self.unsolved[g][n] = True
+        self.taken(f, n, answers)
 
-    def permuted(self, g: int, n: int, index: NDArray[np.int64]) -> dict[str, Tensor]:
-        """New tensors: the parameters of source n that group g touches, with its units permuted."""
-        size, units = self.problem.groups[g].size, torch.from_numpy(index).to(self.device())
+    def permuted(self, f: int, n: int, answers: Answers) -> dict[str, Tensor]:
+        """New tensors: the parameters of source n that family f touches, with its units permuted."""
+        family = self.problem.families[f]
+        units = {g: torch.from_numpy(index).to(self.device()) for g, index in zip(family, answers, strict=True)}
         out = {}
-        for name in self.problem.tensors[g]:
+        for name in self.problem.touched[f]:
             row = self.data[name][n]
-            places = [p for p in self.problem.places[name] if p.group == g]
+            places = self.problem.of_family(f, name)
             for axis in sorted({p.axis for p in places}):
                 at = torch.arange(row.shape[axis], device=row.device)
-                for member in (p.member for p in places if p.axis == axis):
-                    positions = member.positions(units, size)
+                for place in (p for p in places if p.axis == axis):
+                    member = place.member
+                    positions = member.positions(units[place.group], self.problem.groups[place.group].size)
                     at[member.offset : member.offset + len(positions)] = positions
                 row = row.index_select(axis, at)
             out[name] = row
@@ -340,8 +314,10 @@ class Descent:
         if not self.owned[name]:
             self.data[name], self.owned[name] = self.data[name].clone(), True
 
-    def _taken(self, g: int, n: int, answer: NDArray[np.int64]) -> None:
-        self.permutations[g][n] = self.permutations[g][n][answer]
+    def taken(self, f: int, n: int, answers: Answers) -> None:
+        """Note that family f of source n has been permuted by `answers`."""
+        for g, answer in zip(self.problem.families[f], answers, strict=True):
+            self.permutations[g][n] = self.permutations[g][n][answer]
         self.steps[n] += 1
 
 
@@ -364,6 +340,15 @@ class _Change:
     new: Tensor
     difference: Tensor
     whole: bool
+
+
+@dataclass(frozen=True)
+class _Move:
+    """One group's part of a step; `everything`: counted as all of its units."""
+
+    group: int
+    changes: dict[str, _Change]
+    everything: bool
 
 
 def _improves(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:

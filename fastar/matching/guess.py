@@ -8,7 +8,7 @@ from fastar.matching.descent import Descent
 
 
 def align_backward(descent: Descent) -> None:
-    """Match group after group from the output to the input, as a place to start from.
+    """Match family after family from the output to the input, as a place to start from.
 
     Each S_g counts only parameters whose other groups are matched already, since the others would add noise. Every
     product of a parameter is computed once; afterwards all S_g are complete. A source for which this ends below the
@@ -19,24 +19,28 @@ def align_backward(descent: Descent) -> None:
     given = dict(descent.data), [index.copy() for index in descent.permutations]
     owned = dict(descent.owned)
     done: set[int] = set()
-    for g, group in reversed(list(enumerate(problem.groups))):
-        score = torch.zeros(count, group.size, group.size, device=descent.device())
-        for name in problem.tensors[g]:
-            if {p.group for p in problem.places[name]} - done <= {g} and not _twice(descent, g, name):
-                descent.add(score, name, g)
-        done.add(g)
-        answers = descent.solve(score, list(range(count)))
-        for n, answer in enumerate(answers):
-            for name, row in descent.permuted(g, n, answer).items():
+    for f, family in reversed(list(enumerate(problem.families))):
+        scores = []
+        for g in family:
+            score = torch.zeros(count, problem.groups[g].size, problem.groups[g].size, device=descent.device())
+            for name in problem.tensors[g]:
+                if {p.group for p in problem.places[name]} - done <= set(family) and not problem.twice(f, name):
+                    descent.add(score, name, g)
+            scores.append(score)
+        done |= set(family)
+        for n, answers in enumerate(descent.solve(scores, list(range(count)))):
+            for name, row in descent.permuted(f, n, answers).items():
                 descent.replace(name, n, row)
-            descent.permutations[g][n] = descent.permutations[g][n][answer]
-            score[n] = score[n].index_select(1, torch.from_numpy(answer).to(score.device))
-        descent.scores[g] = score
-        for name in problem.tensors[g]:
+            for g, score, answer in zip(family, scores, answers, strict=True):
+                descent.permutations[g][n] = descent.permutations[g][n][answer]
+                score[n] = score[n].index_select(1, torch.from_numpy(answer).to(score.device))
+        for g, score in zip(family, scores, strict=True):
+            descent.scores[g] = score
+        for name in problem.touched[f]:
             others = {p.group for p in problem.places[name]}
             if others <= done:
-                late = others if _twice(descent, g, name) else others - {g}
-                for h in late:
+                late = others if problem.twice(f, name) else others - set(family)
+                for h in sorted(late):
                     known = descent.scores[h]
                     assert known is not None
                     descent.add(known, name, h)
@@ -54,8 +58,3 @@ def align_backward(descent: Descent) -> None:
             descent.replace(name, n, tensor[n])
         for g, index in enumerate(permutations):
             descent.permutations[g][n] = index[n]
-
-
-def _twice(descent: Descent, g: int, name: str) -> bool:
-    """Whether group g lies on two axes of this parameter."""
-    return len({p.axis for p in descent.problem.places[name] if p.group == g}) > 1

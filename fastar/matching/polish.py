@@ -21,24 +21,26 @@ LEVELS = (0.3, 0.25, 0.2, 0.15, 0.1)
 def polish(descent: Descent, kicks: int, seed: int, max_sweeps: int) -> list[int]:
     """Kick every source of a descent that has ended `kicks` times; how many kicks of each source were kept.
 
-    A kick solves all groups once, in a random order, with noise on S_g, takes these assignments whatever they do to the
-    objective, and descends to the next local optimum. A source keeps the better of it and where it stood, so that no
-    objective is lowered. What is drawn depends on the seed and the number of the kick alone, so that a source's result
-    does not depend on the others'.
+    A kick solves all families once, in a random order, with noise on S_g, takes these assignments whatever they do to
+    the objective, and descends to the next local optimum. A source keeps the better of it and where it stood, so that
+    no objective is lowered. What is drawn depends on the seed and the number of the kick alone, so that a source's
+    result does not depend on the others'.
     """
-    groups = descent.problem.groups
+    groups, families = descent.problem.groups, descent.problem.families
     kept = [0] * descent.count
     for kick in range(kicks):
         random = np.random.default_rng(derive_seed(seed, "matching kick", kick))
         mark, before = descent.mark(), [descent.objective(n)[0] for n in range(descent.count)]
-        for g in random.permutation(len(groups)):
-            size, score = groups[g].size, descent.score(g)
-            noise = torch.from_numpy(random.standard_normal((size, size), dtype=np.float32)).to(score.device)
-            spread = score.flatten(1).std(dim=1, correction=0) * LEVELS[kick % len(LEVELS)]
-            noisy = score + noise * spread[:, None, None]
-            for n, answer in enumerate(descent.solve(noisy, range(descent.count))):
-                descent.force(g, n, answer)
-        order = [int(g) for g in random.permutation(len(groups))]
+        for f in random.permutation(len(families)):
+            noisy = []
+            for g in families[f]:
+                size, score = groups[g].size, descent.score(g)
+                noise = torch.from_numpy(random.standard_normal((size, size), dtype=np.float32)).to(score.device)
+                spread = score.flatten(1).std(dim=1, correction=0) * LEVELS[kick % len(LEVELS)]
+                noisy.append(score + noise * spread[:, None, None])
+            for n, answers in enumerate(descent.solve(noisy, range(descent.count))):
+                descent.force(int(f), n, answers)
+        order = [int(f) for f in random.permutation(len(families))]
 
         def there_and_back(sweep: int, order: list[int] = order) -> list[int]:
             return order[::-1] if sweep % 2 else order

@@ -14,8 +14,8 @@ from torch import Tensor
 from fastar.errors import FastarError
 from fastar.matching.assignment import Solver, solver_name
 from fastar.matching.attempts import Attempts, Outcome, Start, best_ends
-from fastar.matching.descent import Problem
 from fastar.matching.permutations import Permutations
+from fastar.matching.problem import Problem
 from fastar.matching.symmetry import Symmetry
 from fastar.memory import free_bytes
 from fastar.progress import SILENT, Progress
