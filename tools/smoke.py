@@ -1,0 +1,148 @@
+"""Run shipped configurations from end to end at the smallest scale, on made images: `make smoke`.
+
+    python tools/smoke.py [CONFIG ...] [--today N] [--folder DIR]
+
+Each is `fastar train-star --config CONFIG --scale smoke`: data conversion, sources, heldouts, star model, barriers,
+report. Prints one line for each, with its seconds; exit code 1 where one failed. The images are noise with a mark that
+tells the class: nothing is needed that does not ship. Of the figures only that they are there is looked at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import gzip
+import io
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from fastar.cli import main as fastar
+from fastar.config import load_settings
+from fastar.data.registry import DATASETS
+from fastar.errors import FastarError
+from fastar.recipes import names, recipe_path
+
+TRAIN, TEST = 400, 200
+MOST_SECONDS = 60.0
+
+
+def marked(labels: np.ndarray, classes: int, shape: tuple[int, int, int], seed: int) -> np.ndarray:
+    """Noise uint8 [N, H, W, C], brighter in a square whose place says the class."""
+    height, width, channels = shape
+    images = np.random.default_rng(seed).integers(0, 150, (len(labels), height, width, channels), dtype=np.uint8)
+    side = int(np.ceil(np.sqrt(classes)))
+    for image, label in zip(images, labels, strict=True):
+        row, column = divmod(int(label), side)
+        image[
+            row * height // side : (row + 1) * height // side, column * width // side : (column + 1) * width // side
+        ] += 100
+    return images
+
+
+def make_folders(root: Path, classes: int, shape: tuple[int, int, int], test: str, suffix: str) -> None:
+    """Class folders 0, 1, ... of image files in `root`/train and `root`/`test`."""
+    for seed, (split, count) in enumerate((("train", TRAIN), (test, TEST))):
+        labels = np.arange(max(count, classes)) % classes
+        for number, (image, label) in enumerate(zip(marked(labels, classes, shape, seed), labels, strict=True)):
+            path = root / split / str(label) / f"{number}.{suffix}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(path)
+
+
+def make_idx(root: Path, classes: int, shape: tuple[int, int, int]) -> None:
+    """The four files of MNIST's format."""
+    root.mkdir(parents=True)
+    for seed, (stem, count) in enumerate((("train", TRAIN), ("t10k", TEST))):
+        labels = (np.arange(count) % classes).astype(np.uint8)
+        for part, array in (("images-idx3", marked(labels, classes, shape, seed)[..., 0]), ("labels-idx1", labels)):
+            header = bytes((0, 0, 8, array.ndim)) + np.array(array.shape, ">u4").tobytes()
+            (root / f"{stem}-{part}-ubyte.gz").write_bytes(gzip.compress(header + array.tobytes()))
+
+
+def made_data(dataset: str, folder: Path) -> list[str]:
+    """Options that make a run of `dataset` find made images, which are made if they are not in `folder` yet."""
+    if dataset == "digits":  # scikit-learn carries it
+        return []
+    root = folder / "raw" / dataset
+    if not root.is_dir():
+        partial = root.with_name(f"{dataset}.partial")
+        if dataset in DATASETS:
+            spec = DATASETS[dataset]
+            shape = (spec.height, spec.width, spec.channels)
+            if spec.reader == "idx":
+                make_idx(partial, len(spec.classes), shape)
+            else:
+                make_folders(partial, len(spec.classes), shape, "test", "png")
+        else:
+            make_folders(partial, 10, (90, 110, 3), "val", "JPEG")
+        partial.rename(root)
+    return ["--data-root", str(root)]
+
+
+def smoke(name: str, folder: Path) -> str:
+    """Run one configuration; what went wrong, or nothing."""
+    settings = load_settings(file=recipe_path(Path(name)), scale="smoke")
+    out, err = io.StringIO(), io.StringIO()
+    arguments = ["train-star", "--config", name, "--scale", "smoke", "--json", "--out", str(folder / "runs" / name)]
+    arguments += [*made_data(settings.dataset.name, folder), f"dataset.directory={folder / 'data'}"]
+    code: object = 0
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        try:
+            fastar(arguments)
+        except SystemExit as stop:
+            code = stop.code
+    if code:
+        return f"exit code {code}: {err.getvalue().strip()}"
+    results = json.loads(out.getvalue())
+    if results["sources"] != settings.sources.number or results["heldout"] != settings.sources.heldout:
+        return f"{results['sources']} sources and {results['heldout']} heldouts, {settings.sources} were asked for"
+    kinds = ("star_source", "star_heldout", "regular_regular")
+    for split in ("train", "test"):
+        barriers = {kind: results[split].get(kind, {}).get("mean", np.nan) for kind in kinds}
+        if not np.isfinite(list(barriers.values())).all():
+            return f"{split} barriers that are missing or not finite: {barriers}"
+    return ""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("configs", nargs="*", metavar="CONFIG", help="default: all")
+    parser.add_argument("--today", type=int, metavar="N", help="only N of them, others every day")
+    parser.add_argument("--folder", type=Path, help="keep data and runs here; default: a folder that is removed")
+    options = parser.parse_args()
+    chosen = [recipe_path(Path(name)).stem for name in options.configs] or names()
+    if options.today is not None:
+        if options.today < 1:
+            raise FastarError(f"--today {options.today}: must be at least 1")
+        start = datetime.date.today().toordinal() * options.today % len(chosen)
+        chosen = [chosen[(start + n) % len(chosen)] for n in range(min(options.today, len(chosen)))]
+    failed = 0
+    with tempfile.TemporaryDirectory(prefix="fastar-smoke-") as temporary:
+        folder = options.folder or Path(temporary)
+        for name in chosen:
+            begin = time.perf_counter()
+            wrong = smoke(name, folder)
+            seconds = time.perf_counter() - begin
+            failed += bool(wrong)
+            slow = f" (more than {MOST_SECONDS:.0f})" if seconds > MOST_SECONDS else ""
+            print(
+                f"{'FAIL' if wrong else 'ok  '} {name}: {seconds:.1f} s{slow}{' ' + wrong if wrong else ''}", flush=True
+            )
+    print(f"{len(chosen) - failed} of {len(chosen)} configurations ran")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    try:
+        sys.exit(main())
+    except FastarError as error:
+        sys.exit(f"smoke: {error}")
