@@ -1,26 +1,35 @@
-"""Where to start the matching, from what the units of two networks do: correlations of their activations."""
+"""Matching by what the units of two networks do: correlations of their activations (git re-basin's section 3.1)."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from fastar.errors import FastarError
-from fastar.matching.assignment import Solver, solve_assignment
+from fastar.matching.assignment import Solver
+from fastar.matching.families import solve_family
+from fastar.matching.observing import Kind, Observer
 from fastar.matching.permutations import Permutations
-from fastar.matching.symmetry import Member, Symmetry
+from fastar.matching.symmetry import Group, Member, Symmetry
 from fastar.progress import SILENT, Progress
 from fastar.seeds import derive_seed
 
-# Positions of an image at which a convolution's outputs are looked at: neighbours say nearly the same.
+Batch = Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]
+"""What a model's forward takes: one tensor, several, or tensors by name."""
+
+# Positions of an image or sequence at which units are looked at: neighbours say nearly the same.
 POSITIONS = 16
+
+# Which places of a group are looked at: the first kind that it has any of.
+_PREFERRED: tuple[Kind, ...] = ("made", "read", "other")
+
+_Key = tuple[str, int]
 
 
 def match_activations(
@@ -28,119 +37,153 @@ def match_activations(
     symmetry: Symmetry,
     theta: Mapping[str, Tensor],
     sources: Mapping[str, Tensor],
-    batches: Sequence[Tensor],
+    batches: Sequence[Batch],
     *,
     solver: Solver = "auto",
     progress: Progress = SILENT,
 ) -> Permutations:
-    """Permutations [N, size] that pair units whose activations correlate most (git re-basin's section 3.1).
+    """Permutations [N, size] to start `match_weights` from: those of `correlate_units`, but a source for which they
+    lower <theta, pi(theta_n)> stays as it is.
 
-    A start for `match_weights`, which needs no agreement of neighbouring layers: all groups in one pass. It needs a few
-    batches of images; each source costs a forward pass of them. A group's activations are the outputs of every linear
-    or convolution that makes its units; a group that none makes stays as it is. Batch-norm normalises with the batch,
-    so no statistics are needed. A source for which the result lowers <theta, pi(theta_n)> stays as it is too.
+    Arguments and errors as of `correlate_units`.
+    """
+    found, _ = correlate_units(model, symmetry, theta, sources, batches, solver=solver, progress=progress)
+    names = [name for name in symmetry.parameters if name in theta and name in sources]
+    out = []
+    for n in range(_count(symmetry, sources)):
+        state = {name: sources[name][n] for name in names}
+        one = found.select(n)
+        worse = _objective(theta, symmetry.apply(one, state), names) < _objective(theta, state, names)
+        out.append(symmetry.identity() if worse else one)
+    return Permutations.stack(out)
+
+
+def correlate_units(
+    model: nn.Module,
+    symmetry: Symmetry,
+    theta: Mapping[str, Tensor],
+    sources: Mapping[str, Tensor],
+    batches: Sequence[Batch],
+    *,
+    solver: Solver = "auto",
+    progress: Progress = SILENT,
+) -> tuple[Permutations, tuple[str, ...]]:
+    """Permutations [N, size] that pair units whose activations correlate most, all groups in one pass; and the groups
+    that could not be observed, whose units stay (inside their blocks, if these move).
+
+    A group's activations are the outputs of every linear map and convolution that makes its units; where there are
+    none, the inputs of those that read them; where there are none of these, what norms, scales and shifts with a
+    parameter for each unit give out. Each source costs a forward pass of the batches. Batch-norm normalises with the
+    batch, so no statistics are needed. A family's assignment is exact: blocks pair by their parent's own activations
+    and the best pairing of the units inside. The weights are not looked at: <theta, pi(theta_n)> may fall.
 
     Args:
         model: of the architecture, with any weights; copied, not touched.
         theta: parameter name -> tensor; buffers may be among them and do not count.
         sources: parameter name -> [N, *shape], on theta's device.
-        batches: images [batch, ...] as the model takes them, on theta's device.
+        batches: inputs [batch, ...] as the model takes them, on theta's device.
 
     Raises:
-        FastarError: no batches, or activations that are not finite.
+        FastarError: no batches, activations that are not finite, or not as many for a source as for theta.
     """
     if not batches:
         raise FastarError("matching by activations needs at least one batch of images; give some")
-    first = theta[next(name for name in symmetry.parameters if name in theta)]
-    count = next(tensor.shape[0] for name, tensor in sources.items() if name in symmetry.parameters)
-    twin = copy.deepcopy(model).to(first.device).eval()
+    count = _count(symmetry, sources)
+    # Of a tied tensor's names one is given: the model ties the other to it.
+    names = [
+        name
+        for name in symmetry.parameters
+        if name in theta and name in sources and not (name in symmetry.tied and symmetry.tied[name] in theta)
+    ]
+    twin = copy.deepcopy(model).to(theta[names[0]].device).eval()
     for module in twin.modules():
         if isinstance(module, _BatchNorm):
             module.train()
             module.track_running_stats = False
-    makers = _makers(twin, symmetry)
-    names = [name for name in symmetry.parameters if name in theta and name in sources]
+    everywhere = {(member.tensor, member.axis) for group in symmetry.groups for member in group.members}
     found = []
-    with torch.no_grad(), _recording(twin, makers) as record, progress.task("activations", count, "sources") as advance:
-        wanted = record({name: theta[name] for name in names}, batches, "theta")
+    with torch.no_grad(), progress.task("activations", count, "sources") as advance:
+        wanted, kinds = _activations(twin, {name: theta[name] for name in names}, batches, everywhere, "theta")
+        seen = {group.name: _chosen(group, kinds) for group in symmetry.groups}
+        keys = {(member.tensor, member.axis) for members in seen.values() for member in members}
+        wanted = {key: rows for key, rows in wanted.items() if key in keys}
         for n in range(count):
-            state = {name: sources[name][n] for name in names}
-            own = record(state, batches, f"source {n}")
-            one = {g.name: torch.arange(g.size) for g in symmetry.groups}
-            for group in symmetry.groups:
-                tables = [
-                    _correlation(
-                        _per_unit(wanted[module], member, group.size), _per_unit(own[module], member, group.size)
+            own, _ = _activations(twin, {name: sources[name][n] for name in names}, batches, keys, f"source {n}")
+            for name, axis in keys:
+                if (name, axis) not in own or own[name, axis].shape != wanted[name, axis].shape:
+                    raise FastarError(
+                        f"source {n} shows other numbers of activations at {name!r} than theta: the model's forward "
+                        "depends on values; match by weights"
                     )
-                    for module, member in makers.get(group.name, [])
-                ]
-                if tables:
-                    one[group.name] = torch.from_numpy(solve_assignment(torch.stack(tables).sum(0), solver=solver))
-            permutations = Permutations(one)
-            if _objective(theta, symmetry.apply(permutations, state), names) < _objective(theta, state, names):
-                permutations = symmetry.identity()
-            found.append(permutations)
+            one = {}
+            for family in symmetry.families:
+                groups = [symmetry.groups[g] for g in family]
+                tables = [_table(group, seen[group.name], wanted, own) for group in groups]
+                for group, index in zip(groups, solve_family(tables, solver=solver), strict=True):
+                    one[group.name] = torch.from_numpy(index)
+            found.append(Permutations(one))
             advance()
-    return Permutations.stack(found)
+    children = {group.parent for group in symmetry.groups}
+    unseen = tuple(g.name for g in symmetry.groups if not seen[g.name] and not (g.name in children and not g.members))
+    return Permutations.stack(found), unseen
 
 
-def _makers(model: nn.Module, symmetry: Symmetry) -> dict[str, list[tuple[str, Member]]]:
-    """Group -> the modules whose outputs are its units, and where they lie among the outputs."""
-    modules = dict(model.named_modules())
-    out: dict[str, list[tuple[str, Member]]] = {}
-    for group in symmetry.groups:
-        for member in group.members:
-            name, _, leaf = member.tensor.rpartition(".")
-            module = modules.get(name)
-            makes = isinstance(module, nn.Linear | _ConvNd) and not isinstance(module, _ConvTransposeNd)
-            if makes and leaf == "weight" and member.axis == 0:
-                out.setdefault(group.name, []).append((name, member))
-    return out
+def _count(symmetry: Symmetry, sources: Mapping[str, Tensor]) -> int:
+    return next(tensor.shape[0] for name, tensor in sources.items() if name in symmetry.parameters)
 
 
-@contextmanager
-def _recording(model: nn.Module, makers: Mapping[str, Sequence[tuple[str, Member]]]) -> Iterator[_Recorder]:
-    recorder = _Recorder(model, sorted({name for made in makers.values() for name, _ in made}))
-    try:
-        yield recorder
-    finally:
-        recorder.close()
+def _chosen(group: Group, kinds: Mapping[_Key, Kind]) -> list[Member]:
+    """The members at which a group is looked at."""
+    for kind in _PREFERRED:
+        members = [member for member in group.members if kinds.get((member.tensor, member.axis)) == kind]
+        if members:
+            return members
+    return []
 
 
-class _Recorder:
-    """Outputs of some modules during forward passes, as [samples, channels]."""
+def _activations(
+    model: nn.Module, state: Mapping[str, Tensor], batches: Sequence[Batch], keys: Iterable[_Key], where: str
+) -> tuple[dict[_Key, Tensor], dict[_Key, Kind]]:
+    """Values [samples, positions] that run along axes of parameters, for as many of `keys` as are seen; their kinds."""
+    wanted = set(keys)
+    seen: dict[_Key, list[Tensor]] = {}
+    kinds: dict[_Key, Kind] = {}
 
-    def __init__(self, model: nn.Module, names: Sequence[str]):
-        self._model = model
-        self._seen: dict[str, list[Tensor]] = {}
-        self._hooks = [model.get_submodule(name).register_forward_hook(self._hook(name)) for name in names]
+    def keep(name: str, axis: int, kind: Kind, values: Tensor) -> None:
+        if (name, axis) not in wanted:
+            return
+        rows, kept = values.flatten(0, -2), seen.setdefault((name, axis), [])
+        if len(rows) > (most := len(values) * POSITIONS):
+            # The same for every network; drawn, since even steps would always meet the same columns of an image.
+            generator = torch.Generator().manual_seed(derive_seed(0, "activations", name, axis, len(kept)))
+            rows = rows[torch.randint(len(rows), (most,), generator=generator).to(rows.device)]
+        kept.append(rows.float())
+        kinds[name, axis] = kind
 
-    def _hook(self, name: str) -> Callable[[nn.Module, tuple[Tensor, ...], Tensor], None]:
-        def keep(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-            values = output if isinstance(module, nn.Linear) else output.movedim(1, -1)
-            rows = values.flatten(0, -2)
-            seen = self._seen.setdefault(name, [])
-            if len(rows) > (most := len(output) * POSITIONS):
-                # The same for every network; drawn, since even steps would always meet the same columns of an image.
-                generator = torch.Generator().manual_seed(derive_seed(0, "activations", name, len(seen)))
-                rows = rows[torch.randint(len(rows), (most,), generator=generator).to(rows.device)]
-            seen.append(rows.float())
+    with Observer({id(tensor): name for name, tensor in state.items()}, keep):
+        for batch in batches:
+            arguments = batch if isinstance(batch, tuple) else () if isinstance(batch, Mapping) else (batch,)
+            named = dict(batch) if isinstance(batch, Mapping) else {}
+            torch.func.functional_call(model, dict(state), arguments, named)
+    out = {key: torch.cat(rows) for key, rows in seen.items()}
+    for (name, _), rows in out.items():
+        if not bool(torch.isfinite(rows).all()):
+            raise FastarError(f"{where}: activations at {name!r} are not finite; retrain or remove it")
+    return out, kinds
 
-        return keep
 
-    def __call__(self, state: Mapping[str, Tensor], batches: Sequence[Tensor], where: str) -> dict[str, Tensor]:
-        self._seen.clear()
-        for images in batches:
-            torch.func.functional_call(self._model, dict(state), (images,))
-        out = {name: torch.cat(seen) for name, seen in self._seen.items()}
-        for name, rows in out.items():
-            if not bool(torch.isfinite(rows).all()):
-                raise FastarError(f"{where}: activations of {name!r} are not finite; retrain or remove it")
-        return out
-
-    def close(self) -> None:
-        for hook in self._hooks:
-            hook.remove()
+def _table(
+    group: Group, members: Sequence[Member], first: Mapping[_Key, Tensor], second: Mapping[_Key, Tensor]
+) -> NDArray[np.float32]:
+    """Correlations [size, size] of a group's units, summed over `members`; 0 if there are none."""
+    if not members:
+        return np.zeros((group.size, group.size), dtype=np.float32)
+    rows = [
+        [_per_unit(one[member.tensor, member.axis], member, group.size) for one in (first, second)]
+        for member in members
+    ]
+    table: NDArray[np.float32] = torch.stack([_correlation(a, b) for a, b in rows]).sum(0).cpu().numpy()
+    return table
 
 
 def _per_unit(rows: Tensor, member: Member, size: int) -> Tensor:
@@ -158,4 +201,4 @@ def _correlation(first: Tensor, second: Tensor) -> Tensor:
 
 
 def _objective(theta: Mapping[str, Tensor], state: Mapping[str, Tensor], names: Sequence[str]) -> float:
-    return float(np.sum([float((theta[name].double() * state[name].double()).sum()) for name in names]))
+    return sum(float((theta[name].double() * state[name].double()).sum()) for name in names)
