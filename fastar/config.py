@@ -146,10 +146,19 @@ class TrainSettings(_Section):
     weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5e-4
     decay_1d: bool = True
     """Whether biases and batch-norm's scales and shifts decay too, as in the paper."""
+    gradient_clip: PositiveFloat | None = None
+    """The largest L2 norm of the gradient over all parameters; a longer one is scaled down to it before the optimizer
+    takes it (and before weight decay). Of a star: the gradient with respect to the star. None: as it is."""
     label_smoothing: BelowOne = 0.0
     """Of the loss that is trained on; losses that are measured are not smoothed."""
-    schedule: Literal["cosine", "linear", "step", "constant"] = "cosine"
-    """After the warm-up: half a cosine to 0, a straight line to 0, times `gamma` at `milestones`, or as it is."""
+    schedule: Literal["cosine", "linear", "step", "constant", "onecycle"] = "cosine"
+    """After the warm-up: half a cosine to 0, a straight line to 0, times `gamma` at `milestones`, or as it is. onecycle
+    has no warm-up: half a cosine up to `lr` and one down, as torch's OneCycleLR (momentum stays)."""
+    pct_start: Fraction = 0.3
+    """Of onecycle: the share of all steps in which the learning rate rises."""
+    div_factor: PositiveFloat = 25.0
+    """Of onecycle: it begins at `lr` / `div_factor` and ends at that / `final_div_factor`."""
+    final_div_factor: PositiveFloat = 1e4
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
     milestones: tuple[Positive, ...] = ()
     """Epochs after which the step schedule multiplies the learning rate by `gamma`."""
@@ -176,6 +185,11 @@ class TrainSettings(_Section):
             raise ValueError("schedule=step needs milestones, such as milestones=[100, 150]")
         if self.schedule != "step" and self.milestones:
             raise ValueError("milestones belong to schedule=step: set schedule=step or leave milestones out")
+        if self.schedule == "onecycle" and self.warmup_epochs:
+            raise ValueError("schedule=onecycle rises by itself (pct_start): leave warmup_epochs out")
+        for key in ("pct_start", "div_factor", "final_div_factor"):
+            if self.schedule != "onecycle" and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(f"{key} belongs to schedule=onecycle: set that or leave {key} out")
         if self.warmup_epochs >= self.epochs:
             raise ValueError("warmup_epochs must be below epochs")
         if self.optimizer == "sgd" and self.nesterov and self.momentum == 0:
@@ -215,13 +229,34 @@ class StarSettings(_Section):
     lr: PositiveFloat | None = None
 
 
-class MatchingSettings(_Section):
-    """Weight matching."""
+class SinkhornSettings(_Section):
+    """Matching by gradient on doubly stochastic matrices (appendix D.3), for `matching.method=sinkhorn`."""
 
+    objective: Literal["l2", "mid", "random"] = "l2"
+    """l2: the distance of the weights. mid, random: the loss on training batches half way between the two networks, or
+    at a random point of the path."""
+    steps: Positive = 100
+    """Steps of Adam for each source."""
+    lr: PositiveFloat = 1.0
+    iterations: Positive = 20
+    """Of the Sinkhorn operator: rows and columns normalised so often."""
+    temperature: PositiveFloat = 1.0
+    """The logits are divided by it: the lower, the harder the matrices."""
+    noise: NotNegative = 0.01
+    """Of the logits that the search starts from."""
+
+
+class MatchingSettings(_Section):
+    """How sources are matched to the star, and models to each other."""
+
+    method: Literal["weight", "activation", "sinkhorn", "none"] = "weight"
+    """weight: coordinate descent on the weights. activation: correlations of activations on a few training batches.
+    sinkhorn: gradients. none: models stay as they are, and no symmetry is derived: for networks without one."""
+    sinkhorn: SinkhornSettings = SinkhornSettings()
     solver: Literal["auto", "lapjv", "scipy"] = "auto"
     start: Literal["auto", "identity", "guess", "activations"] = "auto"
-    """Where the descent begins. auto: last epoch's permutations; where there are none, a guess from the output
-    backwards. identity: the same, but where there are none, the units as they are. guess, activations: these
+    """Where the descent of method weight begins. auto: last epoch's permutations; where there are none, a guess from
+    the output backwards. identity: the same, but where there are none, the units as they are. guess, activations: these
     (activations: correlations on a few training batches) each time, last epoch's beside them, the better end kept."""
     orders: Positive = 1
     """Random group orders to try; the best objective is kept."""

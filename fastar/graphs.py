@@ -34,7 +34,8 @@ def record_cuda_graph(warm_up: Callable[[], None], run: Callable[[], None]) -> C
 class CallGraph:
     """Runs `body(*inputs) -> result` as a graph, for tensors of the first ones' shapes.
 
-    Capturing changes nothing: everything in `moved` is put back after the warm-up, batch-norm's running statistics too.
+    Capturing changes nothing: everything in `moved` is put back after the warm-up, batch-norm's running statistics too,
+    and torch's generators (dropout) stand where they stood; a replay draws as a call without the graph does.
 
     Args:
         body: a step, or the evaluation of a batch; never waits for the device, and what else it reads stays in place.
@@ -60,6 +61,7 @@ class CallGraph:
             raise FastarError(f"{setting}=true: CUDA graphs need a GPU, this run is on {device}; set it to false")
         self._body = body
         self._moved = list(moved)
+        self._device = device
         self._setting = setting
         self._record = record or record_cuda_graph
         self._inputs: tuple[Tensor, ...] | None = None
@@ -106,7 +108,7 @@ class CallGraph:
             self._result = self._body(*inputs)
 
         try:
-            with no_parts():
+            with no_parts(), torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
                 return self._record(warm_up, run)
         except RuntimeError as error:
             reason = " ".join(str(error).split())

@@ -20,6 +20,7 @@ from fastar.parts import EpochClock
 from fastar.progress import SILENT, Progress
 from fastar.stopping import deferred, requested
 from fastar.training.checkpoints import Saved, TrainingCheckpoints
+from fastar.training.draws import StepDraws
 from fastar.training.epochs import Epoch, NonFiniteLoss, SoFar
 from fastar.training.profiling import StepsProfile
 from fastar.training.schedule import learning_rate, resolution
@@ -103,7 +104,7 @@ def fit(
         data: training images.
         settings: batch size, schedule and so on.
         name: of the model, for progress and errors.
-        seed: of order and augmentation.
+        seed: of order, augmentation and dropout; torch's generators are left as they were.
         epochs: None for `settings.epochs`.
         lr: None for `settings.lr`.
         on_epoch: told each epoch's figures.
@@ -123,15 +124,14 @@ def fit(
         profile.check(training.epochs, steps)
     base = lr or settings.lr
     device = data.device
-    begin = 0
-    if saved is not None:
-        begin = training.go_on(saved)
     lr_now = torch.zeros((), device=device)
     with (
+        StepDraws(seed, device) as draws,
         progress.task(f"training {name}", total=training.epochs, unit="epochs") as advance,
         closing(profile) if profile is not None else nullcontext(),
         deferred() if checkpoints is not None else nullcontext(),
     ):
+        begin = 0 if saved is None else training.go_on(saved)
         if training.history:
             advance(len(training.history))
         for epoch in range(len(training.history), training.epochs):
@@ -161,7 +161,9 @@ def fit(
             for i, (images, labels) in enumerate(timed_batches(batches, training.clock), start=begin):
                 with training.clock.step(i - begin):
                     lr_now.copy_(rates[i])
+                    draws.begin(epoch, i)
                     training.losses[i] = step(images, labels, lr_now)
+                    draws.end()
                 training.so_far.images += len(labels)
                 if profile is not None:
                     profile.step_done()

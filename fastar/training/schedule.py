@@ -15,15 +15,18 @@ def learning_rate(settings: TrainSettings, step: int, steps_per_epoch: int, epoc
     """The learning rate of step number `step` (from 0).
 
     Linear warm-up over `warmup_epochs`; then `base` times: a half cosine or a straight line that reaches 0 after the
-    last step, or `gamma` to the power of the milestones passed, or 1. Milestones are in epochs.
+    last step, or `gamma` to the power of the milestones passed, or 1. Milestones are in epochs. onecycle is
+    torch.optim.lr_scheduler.OneCycleLR with cosine annealing (Smith and Topin 2018).
 
     Args:
-        settings: schedule, warmup_epochs, milestones, gamma.
+        settings: schedule, warmup_epochs, milestones, gamma, pct_start, div_factor, final_div_factor.
         step: number of the step, from 0.
         steps_per_epoch: steps in an epoch.
         epochs: length of the whole training.
         base: learning rate before the schedule.
     """
+    if settings.schedule == "onecycle":
+        return base * _one_cycle(settings, step, steps_per_epoch * epochs)
     epoch = step / steps_per_epoch
     warmup = settings.warmup_epochs
     if epoch < warmup:
@@ -34,6 +37,19 @@ def learning_rate(settings: TrainSettings, step: int, steps_per_epoch: int, epoc
     if settings.schedule == "step":
         return base * settings.gamma ** sum(epoch >= milestone for milestone in settings.milestones)
     return base
+
+
+def _one_cycle(settings: TrainSettings, step: int, steps: int) -> float:
+    """The share of the highest learning rate: from 1 / div_factor up to 1 at step `peak`, then down until the last."""
+    low, last = 1 / settings.div_factor, steps - 1
+    peak = settings.pct_start * steps - 1
+    if step <= peak:
+        return _half_cosine(low, 1.0, step / peak if peak > 0 else 1.0)
+    return _half_cosine(1.0, low / settings.final_div_factor, (step - peak) / (last - peak))
+
+
+def _half_cosine(begin: float, end: float, done: float) -> float:
+    return end + (begin - end) / 2 * (math.cos(math.pi * min(done, 1.0)) + 1)
 
 
 def resolution(settings: TrainSettings, epoch: int) -> int | None:

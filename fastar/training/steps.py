@@ -18,6 +18,7 @@ from fastar.kernels import NextPoint
 from fastar.parts import part
 from fastar.seeds import derive_seed
 from fastar.training.checkpoints import copy_into
+from fastar.training.clipping import shortening
 from fastar.training.compiled import CompiledNetwork
 from fastar.training.feed import ResidentRows, RowFeed
 from fastar.training.optimizer import flat_optimizer
@@ -114,6 +115,8 @@ class _FlatStep:
         with part("update"):
             gradients = (self._flat.collect_gradient(),) if self._working is None else self._working.collect_gradient()
             self.loss_scale.check(gradients)
+            if self.settings.gradient_clip is not None:
+                scale = scale * shortening(gradients, scale * self.loss_scale.inverse, self.settings.gradient_clip)
             self.optimizer.update(gradients, lr=lr, scale=scale, loss_scale=self.loss_scale, next_points=next_points)
             self.loss_scale.update()
 
