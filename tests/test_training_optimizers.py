@@ -7,12 +7,13 @@ from typing import Literal
 import pytest
 import torch
 from torch.nn import functional as F
-from training_cases import CPU, PlainConvNet, batches, network, store
+from training_cases import CPU, PlainConvNet, batches, clipped, network, store
 
 from fastar.config import StarSettings, TrainSettings, load_settings
 from fastar.errors import FastarError
 from fastar.flat import FlatLayout
 from fastar.training import RegularStep, StarStep
+from fastar.training.clipping import shortening
 from fastar.training.optimizer import FlatAdam
 from fastar.training.precision import LossScale
 
@@ -156,3 +157,62 @@ def test_label_smoothing_is_torchs() -> None:
     logs = logits.log_softmax(1)
     expected = -(0.8 * logs.gather(1, labels[:, None]).mean() + 0.2 * logs.mean())
     assert float(loss) == pytest.approx(float(expected.detach()), abs=1e-5)
+
+
+# Clipping
+
+
+@pytest.mark.parametrize("dtypes", [(torch.float32,), (torch.bfloat16, torch.float32)])
+def test_shortening_is_torchs_clipping(dtypes: tuple[torch.dtype, ...]) -> None:
+    """Of scale times the parts together, whatever their dtypes."""
+    generator = torch.Generator().manual_seed(0)
+    parts = [torch.randn(size, generator=generator).to(dtype) for size, dtype in zip((1001, 77), dtypes, strict=False)]
+    before = [part.clone() for part in parts]
+    for scale, longest in ((0.5, 1.0), (0.5, 1e3), (1 / 1024, 1e-3), (0.0, 1.0)):
+        plain = [scale * part.double() for part in parts]
+        wanted = clipped(plain, longest)
+        found = shortening(parts, torch.tensor(scale), longest)
+        assert (found.ndim, found.dtype) == (0, torch.float32)
+        for one, other in zip(plain, wanted, strict=True):
+            # Sums of a thousand squares in fp32.
+            torch.testing.assert_close(found.double() * one, other, rtol=1e-5, atol=0)
+    assert all(torch.equal(part, was) for part, was in zip(parts, before, strict=True))
+    assert float(shortening([torch.ones(4)], torch.tensor(1.0), 2.5)) == 1
+    assert float(shortening([torch.ones(4)], torch.tensor(1.0), 0.5)) == pytest.approx(0.25, rel=1e-5)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_clipping_equals_torchs(optimizer: Literal["sgd", "adam", "adamw"]) -> None:
+    settings = SETTINGS.model_copy(update={"optimizer": optimizer, "gradient_clip": 0.7})
+    step, plain = RegularStep(network(PlainConvNet, 0), settings), network(PlainConvNet, 0).double()
+    kinds = {"adam": torch.optim.Adam, "adamw": torch.optim.AdamW}
+    if optimizer == "sgd":
+        theirs = torch.optim.SGD(plain.parameters(), lr=0.01, momentum=0.9, nesterov=True, weight_decay=0.02)
+    else:
+        theirs = kinds[optimizer](plain.parameters(), lr=0.01, betas=(0.8, 0.95), eps=1e-3, weight_decay=0.02)
+    norms = []
+    for images, labels in batches(25, 0, SHAPE):
+        theirs.zero_grad()
+        F.cross_entropy(plain(images.double()), labels).backward()
+        norms.append(float(torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.7)))
+        theirs.step()
+        step(images, labels, torch.tensor(0.01))
+    assert min(norms) < 0.7 < max(norms)
+    for name, value in plain.named_parameters():
+        # 25 steps in fp32, whose roundings Adam's division by small roots makes larger.
+        torch.testing.assert_close(step.state()[name].double(), value.detach(), rtol=1e-4, atol=2e-5)
+
+
+def test_clipping_is_after_the_loss_scale_is_removed() -> None:
+    settings = SETTINGS.model_copy(update={"gradient_clip": 0.2})
+    plain, scaled = (RegularStep(network(PlainConvNet, 0), settings) for _ in range(2))
+    scaled.loss_scale = LossScale(CPU, enabled=True, initial=1024.0)
+    for images, labels in batches(8, 0, SHAPE):
+        for step in (plain, scaled):
+            step(images, labels, torch.tensor(0.05))
+    # A power of two: scaling rounds nothing.
+    torch.testing.assert_close(scaled.theta, plain.theta, rtol=0, atol=1e-7)
+    before = scaled.theta.clone()
+    scaled.loss_scale.scale.fill_(float("inf"))
+    scaled(images, labels, torch.tensor(0.05))
+    assert torch.equal(scaled.theta, before)  # a step that overflowed is skipped, clipped or not

@@ -39,6 +39,41 @@ def test_linear_schedule_falls_to_zero_after_the_warm_up() -> None:
     assert found[60] == 0
 
 
+@pytest.mark.parametrize(
+    ("changes", "steps", "epochs"),
+    [
+        ({}, 10, 6),
+        ({"pct_start": 0.25, "div_factor": 7.0, "final_div_factor": 30.0}, 13, 3),
+        ({"pct_start": 0.0}, 5, 2),
+        ({"pct_start": 1.0}, 5, 2),
+        ({}, 1, 3),  # the peak lies before the first step: 0.3 * 3 - 1
+    ],
+)
+def test_one_cycle_is_torchs(changes: dict[str, float], steps: int, epochs: int) -> None:
+    settings = TrainSettings(schedule="onecycle", epochs=epochs, **changes)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.3, total_steps=steps * epochs, **changes)
+    for step in range(steps * epochs):
+        found = learning_rate(settings, step, steps, epochs, 0.3)
+        # The same formula in float64, the factors multiplied in another order.
+        assert found == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12, abs=0)
+        optimizer.step()
+        if step + 1 < steps * epochs:
+            theirs.step()
+
+
+def test_one_cycle_rises_and_falls() -> None:
+    settings = TrainSettings(schedule="onecycle", epochs=10)
+    rates = [learning_rate(settings, step, 10, 10, 0.5) for step in range(100)]
+    assert (rates[0], max(rates)) == (pytest.approx(0.5 / 25), 0.5)
+    assert rates.index(max(rates)) == 29
+    assert rates[99] == pytest.approx(0.5 / 25 / 1e4)
+    assert rates[:30] == sorted(rates[:30])
+    assert rates[29:] == sorted(rates[29:], reverse=True)
+    # One step of one epoch, at the peak at once: torch's own divides 0 by 0.
+    assert learning_rate(TrainSettings(schedule="onecycle", epochs=1, pct_start=1.0), 0, 1, 1, 0.5) == 0.5
+
+
 class _Images:
     """Says which side each epoch was asked for."""
 
@@ -139,6 +174,12 @@ def test_the_fast_imagenet_recipes(name: str, epochs: int, grown: int) -> None:
         (["train.resolutions=[[0, 0]]"], "train.resolutions.0.1"),
         (["train.label_smoothing=1"], "train.label_smoothing"),
         (["train.schedule=line"], "'linear'"),
+        (["train.schedule=onecycle", "train.milestones=[]", "train.warmup_epochs=2"], "leave warmup_epochs out"),
+        (["train.pct_start=0.5"], "pct_start belongs to schedule=onecycle"),
+        (["train.schedule=onecycle", "train.milestones=[]", "train.pct_start=1.5"], "train.pct_start=1.5"),
+        (["train.div_factor=0"], "train.div_factor=0"),
+        (["train.gradient_clip=0"], "train.gradient_clip=0"),
+        (["train.gradient_clip=.inf"], "train.gradient_clip=inf"),
     ],
 )
 def test_bad_recipes_are_named(overrides: list[str], part: str) -> None:

@@ -113,6 +113,33 @@ def test_equals_algorithm_1_with_adam(kind: type[nn.Module], optimizer: Literal[
     assert largest_difference(step.state(), theta) > 100 * TOLERANCE
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "adamw"])
+def test_wrong_variants_of_adam_are_told_apart(optimizer: Literal["adam", "adamw"]) -> None:
+    changes = {"optimizer": optimizer, "betas": (0.8, 0.95), "eps": 1e-2}
+    step, _, plain = run(PlainMlp, StarSettings(t="beta"), SETTINGS.model_copy(update=changes))
+    theta, _, _ = algorithm_1(**plain)
+    assert largest_difference(step.state(), theta) < 2 * TOLERANCE
+    for wrong in ({"decay_is_scaled": True}, {"gradient_is_scaled": False}):
+        theta, _, _ = algorithm_1(**plain, **wrong)
+        assert largest_difference(step.state(), theta) > 100 * TOLERANCE
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_clipping_is_of_the_gradient_with_respect_to_the_star(optimizer: Literal["sgd", "adam", "adamw"]) -> None:
+    """Some steps are clipped and some are not; clipping before the factor 1 - t would be told apart."""
+    changes = {"optimizer": optimizer, "betas": (0.8, 0.95), "eps": 1e-2, "gradient_clip": 0.3}
+    step, losses, plain = run(PlainConvNet, StarSettings(), SETTINGS.model_copy(update=changes))
+    theta, wanted, _ = algorithm_1(**plain)
+    assert losses == pytest.approx(wanted, abs=2 * TOLERANCE)
+    assert largest_difference(step.state(), theta) < 2 * TOLERANCE
+    for longest in (0.03, None):
+        other = plain["settings"].model_copy(update={"gradient_clip": longest})
+        theta, _, _ = algorithm_1(**{**plain, "settings": other})
+        assert largest_difference(step.state(), theta) > 100 * TOLERANCE
+    theta, _, _ = algorithm_1(**plain, clipped_at_the_point=True)
+    assert largest_difference(step.state(), theta) > 100 * TOLERANCE
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_writing_the_next_point_in_the_update_changes_no_bit(

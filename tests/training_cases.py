@@ -126,10 +126,11 @@ def algorithm_1(
     matching: bool = True,
     decay_is_scaled: bool = False,
     gradient_is_scaled: bool = True,
+    clipped_at_the_point: bool = False,
 ) -> tuple[State, list[float], list[State]]:
     """Starlight in float64, one parameter at a time: the star, each step's loss, the sources as last matched.
 
-    The two flags make wrong variants, to show that the tests can tell them apart.
+    The three last flags make wrong variants, to show that the tests can tell them apart.
     """
     kind = type(model)
     module = copy.deepcopy(model).double().train()
@@ -151,6 +152,10 @@ def algorithm_1(
             # Differentiated with respect to theta itself, so that the factor 1 - t is autograd's, not ours.
             gradients = torch.autograd.grad(loss, [star[name] for name in names])
             steps_done += 1
+            if settings.gradient_clip is not None:
+                # At the point: as if the network's own gradient were clipped, and 1 - t came after.
+                factor = 1 - t if clipped_at_the_point else 1.0
+                gradients = [factor * g for g in clipped([g / factor for g in gradients], settings.gradient_clip)]
             for name, gradient in zip(names, gradients, strict=True):
                 if not gradient_is_scaled and t < 1:
                     gradient = gradient / (1 - t)
@@ -170,6 +175,15 @@ def algorithm_1(
                 step = step + settings.momentum * velocity[name] if settings.nesterov else velocity[name]
                 theta[name] = theta[name] - lr * step
     return theta, losses, z
+
+
+def clipped(gradients: Sequence[Tensor], longest: float) -> list[Tensor]:
+    """By torch.nn.utils.clip_grad_norm_."""
+    holders = [nn.Parameter(torch.zeros_like(gradient)) for gradient in gradients]
+    for holder, gradient in zip(holders, gradients, strict=True):
+        holder.grad = gradient.clone()
+    torch.nn.utils.clip_grad_norm_(holders, longest)
+    return [holder.grad for holder in holders if holder.grad is not None]
 
 
 def largest_difference(found: State, wanted: State) -> float:
