@@ -29,6 +29,10 @@ def outputs(model: nn.Module, state: dict[str, Tensor], inputs: tuple[Tensor, ..
         return torch.func.functional_call(copy.deepcopy(model).eval(), double, x, tie_weights=False)
 
 
+def rolled(size: int) -> Tensor:
+    return torch.arange(size).roll(1)
+
+
 def test_resnet18_has_twelve_groups(symmetries: dict[str, Symmetry]) -> None:
     symmetry = symmetries["resnet"]
     assert [(g.name, g.size) for g in symmetry.groups] == [
@@ -76,8 +80,11 @@ def test_permuted_network_computes_the_same(name: str, symmetries: dict[str, Sym
         assert permuted[key].stride() == stride
         assert permuted[key].data_ptr() != state[key].data_ptr()
 
+    family_of = {symmetry.groups[i].name: family for family in symmetry.families for i in family}
     for group in symmetry.groups:
-        only = Permutations({**symmetry.identity(), group.name: torch.arange(group.size).roll(1)})
+        family = [symmetry.groups[i].name for i in family_of[group.name]]
+        moved = {one: permutations[one] for one in family} if family[1:] else {group.name: rolled(group.size)}
+        only = Permutations({**symmetry.identity(), **moved})
         for member in {m.tensor: m for m in group.members}.values():
             if member.tensor in symmetry.tied or member.tensor in symmetry.tied.values():
                 continue
@@ -92,16 +99,22 @@ def test_groups_of_other_layers(symmetries: dict[str, Symmetry]) -> None:
     assert [(g.name, g.size) for g in flatten.groups] == [("conv", 7), ("hidden", 9)]
     assert Member("hidden.weight", 1, inner=4) in flatten.group("conv").members
 
-    (blocks,) = symmetries["grouped"].groups  # 4 blocks: 2 channels of the stem, 4 of the depthwise, 3 of the grouped
-    assert blocks.size == 4
-    assert {(m.tensor, m.inner) for m in blocks.members if m.tensor.endswith("weight")} == {
-        ("stem.weight", 2),
-        ("depthwise.weight", 4),
-        ("grouped.weight", 3),
-        ("out.weight", 3),
+    # 4 blocks: 2 channels of the stem, 4 of the depthwise, 3 of the grouped, which alone move inside their block too.
+    blocks, inside = symmetries["grouped"].groups
+    assert (blocks.size, blocks.parent) == (4, None)
+    assert (inside.size, inside.parent) == (12, blocks.name)
+    assert {(m.tensor, m.axis, m.inner) for m in blocks.members if m.tensor.endswith("weight")} == {
+        ("stem.weight", 0, 2),
+        ("depthwise.weight", 0, 4),
     }
-    # 6 channels of 2 against 4 blocks of 3: nothing larger than a position is common to both, so nothing moves.
-    assert derive_symmetry(Grouped(6), IMAGES).groups == ()
+    assert {(m.tensor, m.axis) for m in inside.members} == {
+        ("grouped.weight", 0),
+        ("grouped.bias", 0),
+        ("out.weight", 1),
+    }
+    # 6 channels of 2 against 4 blocks of 3: nothing larger than a position is common to both, so they stay, but the
+    # channels that each block of the grouped convolution writes still move among themselves.
+    assert [(g.size, g.parent) for g in derive_symmetry(Grouped(6), IMAGES).groups] == [(3, None)] * 4
 
     padded = symmetries["zero_padded"]
     assert [(g.name, g.size) for g in padded.groups] == [("stem", 4), ("conv", 2), ("conv#1", 2)]
@@ -147,10 +160,10 @@ class Wrapped(nn.Module):
         (lambda h: h.flip(1), 8, "flip"),
         (lambda h: h.roll(1, 1), 8, "roll"),
         (lambda h: h.sort(1).values, 8, "sort"),
-        (lambda h: h.view(-1, 2, 4).amax(2), 2, "view"),
         (lambda h: h[:, ::2], 4, "slice"),
-        (lambda h: F.group_norm(h, 2), 8, "group_norm"),
-        (lambda h: h[:, 3:4].squeeze(1)[:, None].expand(-1, 8) + h.select(1, 0)[:, None], 8, "select"),
+        (lambda h: torch.cat([h[:1], h]).view(-1, 4, 3).amax(2).view(2, -1)[:, :2], 2, "view"),
+        (lambda h: h.argsort(1).float(), 8, "argsort"),
+        (lambda h: h.max(1, keepdim=True).indices * h, 8, "max"),
         (lambda h: torch.fft.rfft(h).real, 5, "fft"),
     ],
 )
@@ -176,6 +189,11 @@ def test_what_cannot_be_proven_is_refused_by_name(middle: Callable[[Tensor], Ten
         (lambda h: h.clone().mul_(2).add_(h), 1),
         (lambda h: torch.where(h > 0, h, 0.1 * h), 1),
         (lambda h: torch.stack([h, h], 0).sum(0), 1),
+        (lambda h: torch.stack([h, h], 1).flatten(1)[:, 4:12], 2),  # each half of the units in a place of its own
+        (lambda h: h.select(1, 0)[:, None] + h, 1),  # unit 0 stays
+        (lambda h: F.glu(torch.cat([h, h], 1), 1), 1),
+        (lambda h: F.rms_norm(h, (8,)), 1),
+        (lambda h: F.normalize(h, dim=1), 1),
     ],
 )
 def test_other_operations_are_followed(middle: Callable[[Tensor], Tensor], groups: int) -> None:

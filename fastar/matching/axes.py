@@ -5,8 +5,14 @@ An axis is a list of segments. A segment holds `outer * size * inner` positions,
 a segment with inner = H * W; concatenation gives several segments. The unknown `FIXED` stands for positions that may
 not move.
 
-Fixing an unknown, or splitting it into parts, only ever makes the set of permutations smaller, so it is always sound;
-that is what happens where two descriptions of an axis cannot be brought together exactly.
+An unknown may move in blocks: its unit g * b + d belongs to unit g of another unknown, its parent, and the permutation
+sends it to sigma(g) * b + tau_g(d), sigma being the parent's (heads of an attention and the units inside each head,
+groups of a group-norm and their channels). Fixing the parent leaves one independent unknown per block. There is one
+level of blocks: where a description would need two, the inner one is fixed.
+
+Fixing an unknown, splitting it into parts, or holding the inside of its blocks only ever makes the set of permutations
+smaller, so it is always sound; that is what happens where two descriptions of an axis cannot be brought together
+exactly.
 """
 
 from __future__ import annotations
@@ -54,6 +60,7 @@ class AxisSolver:
 
     def __init__(self) -> None:
         self._known: dict[int, Axis] = {}
+        self._inside: dict[int, tuple[Axis, int]] = {}  # unknown in blocks -> its parent's axis, units in a block
         self._count = 0
 
     def fresh(self, length: int) -> Axis:
@@ -63,10 +70,61 @@ class AxisSolver:
         self._count += 1
         return (Segment(self._count, length),)
 
+    def blocks(self, axis: Axis, inner: int) -> Axis:
+        """Require that `axis` moves in blocks of `inner` positions; the axis of its blocks."""
+        count = length_of(axis) // inner
+        if inner == 1:
+            return self.resolve(axis)
+        if count <= 1:
+            return fixed(count)
+        parent = self.fresh(count)
+        self.unify(axis, self.child(parent, inner))
+        return self.resolve(parent)
+
+    def child(self, parent: Axis, inner: int) -> Axis:
+        """An axis of blocks of `inner` units each, which move with `parent` and, inside each block, by themselves."""
+        if inner == 1:
+            return parent
+        (segment,) = self.fresh(length_of(parent) * inner)
+        self._inside[segment.var] = (parent, inner)
+        return self.resolve((segment,))
+
+    def parent_of(self, var: int) -> tuple[Segment, int] | None:
+        """For an unknown that moves in blocks: its parent, one segment, and the units in a block. After `resolve`."""
+        if var not in self._inside:
+            return None
+        parent, inner = self._inside[var]
+        (segment,) = self.resolve(parent)
+        return segment, inner
+
+    def _settle(self, var: int) -> None:
+        """Bring what is known of the parent of `var` into `var`, unless it still is one free unknown."""
+        parent, inner = self._inside[var]
+        parent = self.resolve(parent)
+        if len(parent) == 1 and parent[0].var != FIXED and parent[0].var not in self._inside:
+            (only,) = parent
+            if only.outer == only.inner == 1:
+                self._inside[var] = (parent, inner)
+                return
+        pieces: list[Segment] = []
+        for segment in parent:
+            if segment.var == FIXED:
+                for _ in range(segment.length):
+                    pieces += self.fresh(inner)
+            elif segment.inner > 1 or segment.var in self._inside:
+                pieces.append(replace(segment, inner=segment.inner * inner))  # two levels of blocks: one is held
+            else:
+                for _ in range(segment.outer):
+                    pieces += self.child((replace(segment, outer=1),), inner)
+        del self._inside[var]
+        self._known[var] = tuple(pieces)
+
     def resolve(self, axis: Axis) -> Axis:
         """`axis` in terms of unknowns that are still free; neighbouring fixed segments become one."""
         out: list[Segment] = []
         for segment in axis:
+            if segment.var in self._inside:
+                self._settle(segment.var)
             if segment.var == FIXED:
                 parts: Axis = fixed(segment.length)
             elif segment.var not in self._known:
@@ -88,8 +146,14 @@ class AxisSolver:
     def fix(self, axis: Axis) -> None:
         """From now on no position of `axis` may move."""
         for segment in self.resolve(axis):
-            if segment.var != FIXED:
-                self._known[segment.var] = fixed(segment.size)
+            if segment.var != FIXED and segment.var not in self._known:  # it may have gone with its parent just now
+                self._learn(segment.var, fixed(segment.size))
+                if segment.var in self._inside:
+                    self.fix(self._inside.pop(segment.var)[0])
+
+    def _learn(self, var: int, axis: Axis) -> None:
+        assert var not in self._known
+        self._known[var] = axis
 
     def unify(self, first: Axis, second: Axis) -> None:
         """Require that position i of `first` moves exactly as position i of `second`, for every i."""
@@ -177,14 +241,24 @@ class AxisSolver:
                     self._join(head, short)
                     return True
                 rest.append(tail)
-            elif long.outer == 1 and short.length % long.inner == 0:
-                head_units = short.length // long.inner
-                self._known[long.var] = self.fresh(head_units) + self.fresh(long.size - head_units)
+            elif short.length % long.inner == 0:
+                self._divide(long, short.length // long.inner % long.size)
                 return True
             else:
                 self.fix((long,))
                 return True
         return False
+
+    def _divide(self, segment: Segment, units: int) -> None:
+        """The first `units` units of a segment move among themselves, and so do the others."""
+        if segment.var not in self._inside:
+            self._learn(segment.var, self.fresh(units) + self.fresh(segment.size - units))
+            return
+        parent, inner = self._inside[segment.var]
+        whole, through = divmod(units, inner)
+        cut = fixed(1) if through else ()  # a block that is cut through stays where it is
+        rest = length_of(parent) - whole - len(cut)
+        self._learn(self.resolve(parent)[0].var, self.fresh(whole) + cut + self.fresh(rest))
 
     def _join(self, a: Segment, b: Segment) -> None:
         """Two different segments of equal length are the same positions."""
@@ -193,13 +267,49 @@ class AxisSolver:
             return
         outer_a, outer_b, inner_a, inner_b = a.outer, b.outer, a.inner, b.inner
         if (outer_a, inner_a) == (outer_b, inner_b):
-            self._known[max(a.var, b.var)] = (Segment(min(a.var, b.var), a.size),)
+            self._same(max(a.var, b.var), min(a.var, b.var), a.size)
         elif outer_b % outer_a == 0 and inner_b % inner_a == 0:
-            self._known[a.var] = (Segment(b.var, b.size, outer_b // outer_a, inner_b // inner_a),)
+            self._express(a.var, Segment(b.var, b.size, outer_b // outer_a, inner_b // inner_a))
         elif outer_a % outer_b == 0 and inner_a % inner_b == 0:
-            self._known[b.var] = (Segment(a.var, a.size, outer_a // outer_b, inner_a // inner_b),)
+            self._express(b.var, Segment(a.var, a.size, outer_a // outer_b, inner_a // inner_b))
         else:
             self.fix((a, b))
+
+    def _same(self, one: int, other: int, size: int) -> None:
+        """Two unknowns of `size` units are one."""
+        if one in self._inside and other not in self._inside:
+            one, other = other, one
+        if one in self._inside:
+            (parent, inner), (others, other_inner) = self._inside[one], self._inside[other]
+            if inner != other_inner:
+                finer = one if inner < other_inner else other
+                parent, inner = self._inside.pop(finer)
+                self._learn(finer, self._repeat(parent, 1, inner))
+                return  # the caller compares again
+            del self._inside[one]
+            self._learn(one, (Segment(other, size),))
+            self.unify(parent, others)
+            return
+        self._learn(one, (Segment(other, size),))
+
+    def _express(self, var: int, base: Segment) -> None:
+        """The units of `var` are the positions of `base`, whose units own several of them."""
+        if var not in self._inside:
+            self._learn(var, (base,))
+            return
+        parent, inner = self._inside.pop(var)
+        count = length_of(parent)
+        self._learn(var, (base,))
+        if base.inner % inner == 0:  # a block holds no more than one unit of base
+            self.unify(parent, (replace(base, inner=base.inner // inner),))
+        elif count % base.outer == 0 and inner % base.inner == 0:
+            outside = self.blocks((Segment(base.var, base.size),), inner // base.inner)
+            self.unify(parent, self._repeat(outside, base.outer, 1))
+        elif base.outer % count == 0:  # a block holds all units of base: blocks stay, what is inside them moves
+            self.fix(parent)
+        else:
+            self.fix(parent)
+            self.fix((base,))
 
 
 def _product(lengths: Sequence[int]) -> int:

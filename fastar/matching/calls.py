@@ -8,8 +8,10 @@ from typing import Any
 from torch import fx
 
 from fastar.matching.axes import Axis, AxisSolver, length_of
+from fastar.matching.views import Dims, plain
 
 Labels = tuple[Axis, ...]
+Result = Labels | Dims | list[Any] | None
 
 
 class Refused(Exception):
@@ -32,11 +34,17 @@ class Call:
         """The argument called `name` as it stands in the graph."""
         return self.arguments[name]
 
-    def labels(self, argument: Any) -> Labels:
-        """Labels of a tensor argument (a graph node, or its schema name)."""
+    def dims(self, argument: Any) -> Dims:
+        """Labels of a tensor argument (a graph node, or its schema name), in which axes may be seen in parts."""
         node = self.arguments[argument] if isinstance(argument, str) else argument
-        found: Labels = self._labels[node]
+        found = self._labels[node]
+        if not isinstance(found, Dims):
+            raise Refused(f"uses {node}, which is not one tensor")
         return found
+
+    def labels(self, argument: Any) -> Labels:
+        """Labels of a tensor argument with one axis per dimension: parts of views are made independent."""
+        return plain(self.solver, self.dims(argument))
 
     def tensors(self) -> list[fx.Node]:
         """The tensor arguments in order, lists included."""

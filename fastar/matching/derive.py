@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import os
+import traceback
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -13,52 +16,69 @@ from torch.export.graph_signature import InputKind, OutputKind
 from fastar.errors import FastarError
 from fastar.matching.axes import FIXED, Axis, AxisSolver, fixed
 from fastar.matching.calls import Refused
-from fastar.matching.rules import apply_rule
+from fastar.matching.rules import apply_rule, is_fill
 from fastar.matching.symmetry import Group, Member, Symmetry
-from fastar.matching.verify import verify_symmetry
+from fastar.matching.verify import ExampleInputs, verify_symmetry
+from fastar.matching.views import Dims
 
 
-def derive_symmetry(model: nn.Module, example_inputs: tuple[Tensor, ...], *, verify: bool = True) -> Symmetry:
+def derive_symmetry(
+    model: nn.Module, example_inputs: ExampleInputs, *, verify: bool = True, allow_partial: bool = False
+) -> Symmetry:
     """The groups of hidden units of `model` that can be permuted without changing what it computes.
 
     The model is copied and traced in evaluation mode; labels of axes are propagated from operation to operation, inputs
     and outputs held in place. `model` itself is not touched. Batch sizes in `example_inputs` do not matter.
 
     Args:
+        example_inputs: positional inputs as a tuple, or keyword inputs as a mapping; what is no tensor is a constant.
+            Every output is held in place: leave out what is not compared (`use_cache=False` for transformers).
         verify: also prove the result numerically (`verify_symmetry`).
+        allow_partial: where the symmetry of an operation cannot be proven, hold all axes of its inputs in place and go
+            on; `Symmetry.frozen` says where.
 
     Raises:
         FastarError: the model cannot be traced, or an operation's symmetry cannot be proven; names node and operation.
     """
     name = type(model).__name__
     program = _trace(model, example_inputs, name)
-    symmetry = _Derivation(model, program, name).symmetry()
+    symmetry = _Derivation(model, program, name, allow_partial).symmetry()
     if verify:
         verify_symmetry(model, symmetry, example_inputs)
     return symmetry
 
 
-def _trace(model: nn.Module, example_inputs: tuple[Tensor, ...], name: str) -> torch.export.ExportedProgram:
+def _trace(model: nn.Module, example_inputs: ExampleInputs, name: str) -> torch.export.ExportedProgram:
     """A functional graph of ATen operations, with linear, convolution and normalisation kept whole."""
+    keywords = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
     try:
         with warnings.catch_warnings(), torch.no_grad():
             warnings.simplefilter("ignore")
-            program = torch.export.export(copy.deepcopy(model).eval(), example_inputs)
+            twin = copy.deepcopy(model).eval()
+            program = torch.export.export(twin, () if keywords else tuple(example_inputs), keywords)
             return program.run_decompositions({})
     except Exception as error:
         # torch.export raises many kinds of errors, also from the model's own code; all of them mean the same here.
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".;:")
         raise FastarError(
-            f"cannot trace {name} with torch.export to find its permutation groups: {first_line}; "
-            "its forward must not branch on values"
+            f"cannot trace {name} with torch.export to find its permutation groups: {first_line}{_place(error)}; its "
+            "forward must not branch on values: change it, or write its groups down as a PermutationSpec"
         ) from error
+
+
+def _place(error: BaseException) -> str:
+    """Where in the user's code an error of tracing came from, as far as its traceback shows."""
+    inside = os.path.dirname(torch.__file__), os.path.dirname(__file__)
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*inside, "<"))]
+    return f" ({frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name})" if frames else ""
 
 
 class _Derivation:
     """One pass over a traced graph."""
 
-    def __init__(self, model: nn.Module, program: torch.export.ExportedProgram, name: str):
+    def __init__(self, model: nn.Module, program: torch.export.ExportedProgram, name: str, allow_partial: bool):
         self.name, self.program, self.solver = name, program, AxisSolver()
+        self.allow_partial = allow_partial
         persistent = model.state_dict(keep_vars=True)
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
         self.buffers = {n: t for n, t in persistent.items() if n not in self.parameters and isinstance(t, Tensor)}
@@ -66,6 +86,8 @@ class _Derivation:
         self.canonical = {n: first_name.setdefault(id(p), n) for n, p in self.parameters.items()}
         self.tensors: dict[str, tuple[Axis, ...]] = {}
         self.first_use: dict[str, int] = {}
+        self.moving: set[fx.Node] = set()  # nodes that depend on anything that might move
+        self.frozen: list[str] = []
 
     def symmetry(self) -> Symmetry:
         labels: dict[fx.Node, Any] = {}
@@ -78,10 +100,11 @@ class _Derivation:
                     target = self._target(used)
                     if target is not None:
                         self.first_use.setdefault(target, position)
-                try:
-                    labels[node] = apply_rule(node, labels, self.solver)
-                except Refused as why:
-                    raise self._refusal(node, str(why)) from why
+                if any(used in self.moving for used in node.all_input_nodes) and not is_fill(node):
+                    self.moving.add(node)
+                labels[node] = self._labels(node, labels)
+            elif node.op == "get_attr":
+                labels[node] = _held(node)
             elif node.op != "output":
                 raise self._refusal(node, "unknown kind of node")
         self._fix_outputs(labels)
@@ -90,7 +113,22 @@ class _Derivation:
             parameters={n: tuple(p.shape) for n, p in self.parameters.items()},
             buffers={n: tuple(b.shape) for n, b in self.buffers.items()},
             tied={n: first for n, first in self.canonical.items() if n != first},
+            frozen=tuple(self.frozen),
         )
+
+    def _labels(self, node: fx.Node, labels: dict[fx.Node, Any]) -> Any:
+        """Labels of an operation's result; one that is not understood has a fixed result if its inputs are fixed."""
+        try:
+            return apply_rule(node, labels, self.solver)
+        except Refused as why:
+            axes = [axis for used in node.all_input_nodes for axis in _axes(labels[used])]
+            if node in self.moving and not all(self.solver.is_fixed(axis) for axis in axes):
+                if not self.allow_partial:
+                    raise self._refusal(node, str(why)) from why
+                self.frozen.append(f"{self._where(node)}: {why}; the units of its inputs stay in place")
+            for axis in axes:
+                self.solver.fix(axis)
+            return _held(node)
 
     def _spec(self, node: fx.Node) -> Any:
         for spec in self.program.graph_signature.input_specs:
@@ -116,18 +154,16 @@ class _Derivation:
                         found.add(value.name)
         return found
 
-    def _placeholder(self, node: fx.Node, statistics: set[str]) -> tuple[Axis, ...]:
+    def _placeholder(self, node: fx.Node, statistics: set[str]) -> Any:
         value, spec = node.meta.get("val"), self._spec(node)
-        if not isinstance(value, Tensor):
-            return ()
-        shape = tuple(int(n) for n in value.shape)
         movable = spec.kind == InputKind.PARAMETER or (node.name in statistics and spec.target in self.buffers)
-        if not movable:
-            return tuple(fixed(n) for n in shape)
+        if not movable or not isinstance(value, Tensor):
+            return _held(node)
+        self.moving.add(node)
         target = self.canonical.get(spec.target, spec.target)
         if target not in self.tensors:
-            self.tensors[target] = tuple(self.solver.fresh(n) for n in shape)
-        return self.tensors[target]
+            self.tensors[target] = tuple(self.solver.fresh(int(n)) for n in value.shape)
+        return Dims.plain(self.tensors[target])
 
     def _fix_outputs(self, labels: dict[fx.Node, Any]) -> None:
         for spec in self.program.graph_signature.output_specs:
@@ -142,7 +178,7 @@ class _Derivation:
                 self.solver.fix(axis)
 
     def _groups(self) -> tuple[Group, ...]:
-        """Unknowns that stayed free, as groups in order of first use."""
+        """Unknowns that stayed free, as groups in order of first use; parents directly before their first child."""
         sizes: dict[int, int] = {}
         members: dict[int, list[Member]] = {}
         names: dict[str, list[str]] = {}
@@ -160,28 +196,62 @@ class _Derivation:
                             place = Member(name, axis, segment.inner, segment.outer, offset)
                             members.setdefault(segment.var, []).append(place)
                     offset += segment.length
-        groups: list[Group] = []
+        parents = {var: found[0] for var in members if (found := self.solver.parent_of(var)) is not None}
+        taken: dict[str, int] = {}
+        named: dict[int, str] = {}
         for var, places in members.items():
             producers = [m.tensor for m in places if m.axis == 0 and m.tensor in self.parameters]
             module, _, leaf = (producers or [places[0].tensor])[0].rpartition(".")
-            base = module or leaf
-            taken = sum(1 for g in groups if g.name == base or g.name.startswith(f"{base}#"))
-            groups.append(Group(f"{base}#{taken}" if taken else base, sizes[var], tuple(places)))
-        order = {id(g): min(self.first_use[self.canonical.get(m.tensor, m.tensor)] for m in g.members) for g in groups}
-        return tuple(sorted(groups, key=lambda g: order[id(g)]))
+            named[var] = _numbered(module or leaf, taken)
+        for var, parent in parents.items():
+            if parent.var not in named:
+                named[parent.var] = _numbered(f"{named[var].partition('#')[0]}:blocks", taken)
+                sizes[parent.var] = parent.size
+        first_use = {
+            var: min(self.first_use[self.canonical.get(m.tensor, m.tensor)] for m in places)
+            for var, places in members.items()
+        }
+        groups: dict[int, Group] = {}
+        for var in sorted(members, key=first_use.__getitem__):
+            above = parents.get(var)
+            for one in (above.var, var) if above is not None else (var,):
+                whose = named[parents[one].var] if one in parents else None
+                groups.setdefault(one, Group(named[one], sizes[one], tuple(members.get(one, ())), whose))
+        return tuple(groups.values())
 
     def _refusal(self, node: fx.Node, why: str) -> FastarError:
+        return FastarError(
+            f"cannot derive the permutation groups of {self.name}: {self._where(node)}: {why}; it is not matched "
+            "rather than matched wrongly: rewrite that part, hold it in place with allow_partial=True, write a "
+            "PermutationSpec, or run without matching"
+        )
+
+    def _where(self, node: fx.Node) -> str:
         stack = node.meta.get("nn_module_stack") or {}
         module = list(stack.values())[-1][0] if stack else ""
         where = f" in module {module!r}" if module else ""
-        return FastarError(
-            f"cannot derive the permutation groups of {self.name}: {node.target} (node {node.name}{where}): {why}; "
-            "it is not matched rather than matched wrongly: rewrite that part, or run without matching"
-        )
+        return f"{node.target} (node {node.name}{where})"
+
+
+def _numbered(base: str, taken: dict[str, int]) -> str:
+    """`base`, or where it is taken `base#1`, `base#2` ..."""
+    count = taken[base] = taken.get(base, -1) + 1
+    return f"{base}#{count}" if count else base
+
+
+def _held(node: fx.Node) -> Any:
+    """Labels of a value that does not move: of one tensor, of several, or of none."""
+
+    def held(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return Dims.plain([fixed(int(n)) for n in value.shape])
+        return [held(one) for one in value] if isinstance(value, tuple | list) else None
+
+    return held(node.meta.get("val"))
 
 
 def _axes(labels: Any) -> list[Axis]:
     """All axes in the labels of a node, whether of one tensor or of several."""
-    if labels and labels[0] and isinstance(labels[0][0], tuple):
-        return [axis for one in labels for axis in one]
-    return list(labels)
+    if isinstance(labels, list):
+        return [axis for one in labels for axis in _axes(one)]
+    return list(labels.axes()) if isinstance(labels, Dims) else []

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastar.errors import FastarError
+from fastar.matching.permutations import Permutations
 from fastar.matching.symmetry import Symmetry
 from fastar.seeds import derive_seed
 
@@ -16,8 +20,11 @@ from fastar.seeds import derive_seed
 # their own size. In between there is room for either to be unlucky.
 RELATIVE_TOLERANCE = 1e-8
 
+# What a model is called with: positional inputs, or keyword inputs. What is no tensor is a constant.
+ExampleInputs = tuple[Any, ...] | Mapping[str, Any]
 
-def verify_symmetry(model: nn.Module, symmetry: Symmetry, example_inputs: tuple[Tensor, ...], seed: int = 0) -> None:
+
+def verify_symmetry(model: nn.Module, symmetry: Symmetry, example_inputs: ExampleInputs, seed: int = 0) -> None:
     """Permute every group at random in float64 and compare the outputs with the unpermuted network's.
 
     All parameters and batch-norm statistics are drawn at random first, so that nothing is hidden by weights that are
@@ -30,7 +37,11 @@ def verify_symmetry(model: nn.Module, symmetry: Symmetry, example_inputs: tuple[
         return
     name = type(model).__name__
     twin = copy.deepcopy(model).cpu().double().eval()
-    inputs = tuple(_as_double(x) for x in example_inputs)
+    inputs: ExampleInputs
+    if isinstance(example_inputs, Mapping):
+        inputs = {key: _as_double(x) for key, x in example_inputs.items()}
+    else:
+        inputs = tuple(_as_double(x) for x in example_inputs)
     state = _random_state(twin, seed)
     permutations = symmetry.random(derive_seed(seed, "verify"))
     expected = _outputs(twin, state, inputs)
@@ -46,11 +57,12 @@ def verify_symmetry(model: nn.Module, symmetry: Symmetry, example_inputs: tuple[
 
     if differs(symmetry.apply(permutations, state)):
         identity = symmetry.identity()
-        wrong = [
-            group.name
-            for group in symmetry.groups
-            if differs(symmetry.apply(type(identity)({**identity, group.name: permutations[group.name]}), state))
-        ]
+        wrong = []
+        for family in symmetry.families:
+            names = [symmetry.groups[position].name for position in family]
+            moved = Permutations({**identity, **{name: permutations[name] for name in names}})
+            if differs(symmetry.apply(moved, state)):
+                wrong.append(" with ".join(names))
         raise FastarError(
             f"permuting the groups found in {name} changes its outputs (groups {', '.join(wrong) or 'together'}): it "
             "is not matched; its forward depends on the order of units in a way its graph does not show"
@@ -61,13 +73,26 @@ def _close(a: Tensor, b: Tensor, scale: float) -> bool:
     return bool(((a - b).abs() <= RELATIVE_TOLERANCE * scale).all())
 
 
-def _as_double(value: Tensor) -> Tensor:
+def _as_double(value: Any) -> Any:
+    if not isinstance(value, Tensor):
+        return value
     value = value.detach().cpu()
     if not value.is_floating_point():
         return value
     # Example inputs are often zeros; noise makes every input count.
     noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     return value.double() + noise
+
+
+class _InFloat64(TorchDispatchMode):
+    """Inside, what a forward pass casts to a shorter float (norms in float32) stays in float64."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = dict(kwargs or {})
+        to = kwargs.get("dtype")
+        if func is torch.ops.aten._to_copy.default and isinstance(to, torch.dtype) and to.is_floating_point:
+            kwargs["dtype"] = torch.float64
+        return func(*args, **kwargs)
 
 
 def _random_state(model: nn.Module, seed: int) -> dict[str, Tensor]:
@@ -94,8 +119,9 @@ def _random_state(model: nn.Module, seed: int) -> dict[str, Tensor]:
     return state
 
 
-def _outputs(model: nn.Module, state: dict[str, Tensor], inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    with torch.no_grad():
-        result = torch.func.functional_call(model, state, inputs, tie_weights=False)
+def _outputs(model: nn.Module, state: dict[str, Tensor], inputs: ExampleInputs) -> list[Tensor]:
+    keywords = dict(inputs) if isinstance(inputs, Mapping) else {}
+    with torch.no_grad(), _InFloat64():
+        result = torch.func.functional_call(model, state, () if keywords else inputs, keywords, tie_weights=False)
     flat, _ = torch.utils._pytree.tree_flatten(result)
     return [out for out in flat if isinstance(out, Tensor) and out.is_floating_point()]
