@@ -64,7 +64,7 @@ Name = Annotated[
 Arch = Annotated[
     str | None,
     typer.Option(
-        "--arch", help="Architecture: mlp, resnet8, resnet18, resnet20, imagenet-resnet18, imagenet-resnet50."
+        "--arch", help="Architecture, such as mlp, resnet18, vgg11_bn or wrn22 (a wrong name lists them all)."
     ),
 ]
 Sources = Annotated[int | None, typer.Option("--sources", help="Number of source models (sources.number).")]
