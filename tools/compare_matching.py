@@ -1,18 +1,20 @@
-"""What a better matching is worth: objective, seconds, barriers and star models, one matching beside the other.
+"""What a better matching is worth: barriers, objective and seconds, one way of matching beside the other.
 
     pip install fastar[bench]
     python tools/compare_matching.py --data-root cifar10
+    python tools/compare_matching.py --data-root cifar10 --arch resnet8 --star
 
-Trains small ResNet-8s with batch-norm on CIFAR-10 images (or takes them from --cache), and for each way of matching
-(none; fastar's; fastar's with kicks out of local optima; PyPI's rebasin 0.0.47) measures
-
-- on pairs of regular models: the objective <theta, pi(theta_n)>, seconds of matching per pair, the barrier;
-- a star model trained with this matching at the start of every epoch: seconds of matching in all, the barrier from it
-  to heldouts that it was never shown, matched to it in the same way.
+Trains small networks on CIFAR-10 images (or takes them from --cache): an MLP, a VGG without and with batch-norm, a
+residual network and a DenseNet, or those that --arch names. For each, and each way of matching (none; by weights; the
+same with kicks out of local optima; by activations; by Sinkhorn; PyPI's rebasin 0.0.47), it measures on pairs of
+regular models the objective <theta, pi(theta_n)>, seconds of matching per pair, and the barrier. With --star also a
+star model trained with this matching at the start of every epoch: seconds of matching in all, the barrier from it to
+heldouts that it was never shown, matched to it in the same way.
 
 Barriers (eq. 10) are on the train set, with re-estimated batch-norm statistics at every point, evaluated by fastar for
 all ways alike. All star models begin at the same theta and see the same batches, sources and t. Prints one JSON line
-per way, then a table of medians. What has been trained is kept in --cache and reused where its recipe is the same.
+per network and way, then a table of medians. What has been trained is kept in --cache and reused where its recipe is
+the same. Where rebasin cannot match a network, its line says why.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import util
 from pathlib import Path
@@ -68,15 +70,31 @@ class Way:
         return matched
 
 
+# Small networks of the kinds that the paper has, wide enough to be trained in a minute or so.
+NETWORKS: dict[str, dict[str, float]] = {
+    "mlp": {"width": 128, "depth": 3},
+    "vgg11": {"width": 0.25, "dropout": 0.0},
+    "vgg11_bn": {"width": 0.25, "dropout": 0.0},
+    "resnet8": {"width": 1.0},
+    "densenet40_bc": {"growth": 6},
+}
+
+
+class CannotMatch(Exception):
+    """A way of matching does not take this network; the text says why."""
+
+
 def ways(context: Context) -> list[Way]:
     """The ways that can be had here; a further one is one more entry."""
     kicks = context.settings.matching.kicks
     found = [
         Way("unmatched", lambda theta, sources, warm: sources),
-        Way("fastar", _fastar(context, MatchingSettings())),
+        Way("weight", _fastar(context, MatchingSettings())),
+        Way("activation", _fastar(context, MatchingSettings(method="activation"))),
+        Way("sinkhorn", _fastar(context, MatchingSettings(method="sinkhorn"))),
     ]
     if kicks:
-        found.append(Way(f"fastar, {kicks} kicks", _fastar(context, MatchingSettings(kicks=kicks))))
+        found.insert(2, Way(f"weight, {kicks} kicks", _fastar(context, MatchingSettings(kicks=kicks))))
     if util.find_spec("rebasin") is None:
         print("rebasin is left out: pip install fastar[bench]", file=sys.stderr)
     else:
@@ -112,7 +130,11 @@ def _rebasin(context: Context) -> Match:
             torch.manual_seed(
                 derive_seed(0, "rebasin", next(calls)) % 2**31
             )  # it draws orders from the global generator
-            PermutationCoordinateDescent(models[0], model, example, device_b=context.device).rebasin()
+            try:
+                PermutationCoordinateDescent(models[0], model, example, device_b=context.device).rebasin()
+            except Exception as error:
+                # It refuses by whatever its tracing of the network runs into.
+                raise CannotMatch(" ".join(f"{type(error).__name__}: {error}".split())[:160]) from error
         return [{name: value.clone() for name, value in model.state_dict().items()} for model in models[1:]]
 
     return match
@@ -166,7 +188,7 @@ def star(context: Context, way: Way, sources: Sequence[State]) -> tuple[State, l
     return step.state(), whole
 
 
-def compare(context: Context) -> list[dict[str, Any]]:
+def compare(context: Context, *, with_star: bool) -> Iterator[dict[str, Any]]:
     """One record for each way of matching."""
     settings, device = context.settings, context.device
     with context.run.open(settings), context.threads():
@@ -177,66 +199,81 @@ def compare(context: Context) -> list[dict[str, Any]]:
         everything = [{name: value.to(device) for name, value in one.state.items()} for one in models]
         sources, heldouts = everything[: settings.sources.number], everything[settings.sources.number :]
         chosen = choose_pairs(len(everything), settings.evaluation.regular_pairs, derive_seed(settings.seed, "pairs"))
-        records = []
         for way in ways(context):
-            pairs = [(everything[a], way(everything[a], [everything[b]], False)[0]) for a, b in chosen]
-            objectives = [objective(context, a, b) for a, b in pairs]
-            seconds = list(way.seconds)
             record: dict[str, Any] = {
                 "bench": "compare_matching",
                 "case": way.name,
                 "arch": settings.model.arch,
+                "options": settings.model.options,
+                "dataset": settings.dataset.name,
                 "images": settings.dataset.limit,
                 "epochs": settings.train.epochs,
-                "pairs": len(pairs),
+                "pairs": len(chosen),
                 "sources": len(sources),
                 "heldouts": len(heldouts),
+                "loss": [one.metadata["train_loss"] for one in models],
+            }
+            try:
+                pairs = [(everything[a], way(everything[a], [everything[b]], False)[0]) for a, b in chosen]
+            except CannotMatch as why:
+                yield {**record, "refused": str(why), **where(device)}
+                continue
+            objectives = [objective(context, a, b) for a, b in pairs]
+            record |= {
                 "objective": [total for total, _ in objectives],
                 "objective_weights": [weights for _, weights in objectives],
-                "seconds_per_pair": seconds,
+                "seconds_per_pair": list(way.seconds),
                 "barrier_regular": barriers(context, pairs),
             }
             way.seconds.clear()
-            centre, permuted = star(context, way, sources)
-            record["seconds_in_star"] = sum(way.seconds)
-            record["barrier_star_heldout"] = barriers(context, [(centre, way(centre, [h], False)[0]) for h in heldouts])
-            record["barrier_star_source"] = barriers(context, [(centre, s) for s in way(centre, permuted, True)])
-            record.update(where(device))
-            print(json.dumps(record), flush=True)
-            records.append(record)
-    return records
+            if with_star:
+                centre, permuted = star(context, way, sources)
+                record["seconds_in_star"] = sum(way.seconds)
+                ends = [(centre, way(centre, [h], False)[0]) for h in heldouts]
+                record["barrier_star_heldout"] = barriers(context, ends)
+                record["barrier_star_source"] = barriers(context, [(centre, s) for s in way(centre, permuted, True)])
+            yield {**record, **where(device)}
+
+
+COLUMNS = {
+    "objective": "objective",
+    "objective_weights": "without 1-D",
+    "seconds_per_pair": "s a pair",
+    "barrier_regular": "barrier, regular",
+    "seconds_in_star": "s in a star run",
+    "barrier_star_heldout": "star to heldout",
+    "barrier_star_source": "star to source",
+}
 
 
 def table(records: Sequence[dict[str, Any]]) -> Table:
     """Medians of every way."""
     first = records[0]
-    out = Table(
-        title=f"{first['arch']}, {first['images']} images, {first['epochs']} epochs; medians of "
-        f"{first['pairs']} pairs, {first['heldouts']} heldouts and {first['sources']} sources"
-    )
-    columns = {
-        "objective": "objective",
-        "objective_weights": "without 1-D",
-        "seconds_per_pair": "s a pair",
-        "barrier_regular": "barrier, regular",
-        "seconds_in_star": "s in a star run",
-        "barrier_star_heldout": "star to heldout",
-        "barrier_star_source": "star to source",
-    }
+    models = f"{first['pairs']} pairs of {first['sources'] + first['heldouts']} models"
+    out = Table(title=f"{first['dataset']}, {first['images']} images, {first['epochs']} epochs; medians of {models}")
+    columns = {key: title for key, title in COLUMNS.items() if any(key in record for record in records)}
+    out.add_column("network")
     out.add_column("matching")
     for title in columns.values():
         out.add_column(title, justify="right")
+    before = ""
     for record in records:
         cells = []
         for key in columns:
+            if key not in record:
+                cells.append("refused" if key == "barrier_regular" else "")
+                continue
             values = record[key] if isinstance(record[key], list) else [record[key]]
             nothing_done = key.startswith("seconds") and max(values) < 1e-3
             cells.append("-" if nothing_done else f"{statistics.median(values):.3g}")
-        out.add_row(record["case"], *cells)
+        if before and before != record["arch"]:
+            out.add_section()
+        out.add_row("" if record["arch"] == before else record["arch"], record["case"], *cells)
+        before = record["arch"]
     return out
 
 
-def settings_of(args: argparse.Namespace) -> Settings:
+def settings_of(args: argparse.Namespace, arch: str) -> Settings:
     """A run's settings from the options.
 
     Raises:
@@ -248,31 +285,34 @@ def settings_of(args: argparse.Namespace) -> Settings:
         "train.epochs": args.epochs,
         "train.batch_size": args.batch,
         "star.epochs": args.star_epochs,
-        "model.width": args.width,
         "sources.number": args.sources,
-        "sources.heldout": args.heldout,
+        "sources.heldout": args.heldout if args.star else 0,
         "evaluation.regular_pairs": args.pairs,
         "evaluation.points": args.points,
         "matching.kicks": args.kicks,
         "seed": args.seed,
         "device": args.device,
+        **{f"model.{key}": value for key, value in NETWORKS.get(arch, {}).items()},
+        **({} if args.width is None else {"model.width": args.width}),
     }
     overrides = [as_override(key, value) for key, value in given.items() if value is not None]
-    return load_settings(dataset="cifar10", arch=args.arch, overrides=overrides)
+    return load_settings(dataset=args.dataset, arch=arch, scale="small", overrides=overrides)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-root", type=Path, help="folder of the CIFAR-10 images or batches")
+    parser.add_argument("--dataset", default="cifar10")
+    parser.add_argument("--data-root", type=Path, help="folder of the images")
     parser.add_argument("--cache", type=Path, default=Path("runs/compare-matching"), help="folder of trained models")
-    parser.add_argument("--arch", default="resnet8")
-    parser.add_argument("--width", type=float, help="width setting of the architecture")
-    parser.add_argument("--images", type=int, default=10000)
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--arch", nargs="+", default=list(NETWORKS), help=f"default: {' '.join(NETWORKS)}")
+    parser.add_argument("--star", action="store_true", help="also train a star model with each way of matching")
+    parser.add_argument("--width", type=float, help="width setting of the architectures")
+    parser.add_argument("--images", type=int, default=5000)
+    parser.add_argument("--epochs", type=int, default=15)
     parser.add_argument("--star-epochs", type=int, help="default: as --epochs")
-    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--sources", type=int, default=4)
-    parser.add_argument("--heldout", type=int, default=3)
+    parser.add_argument("--heldout", type=int, default=3, help="with --star")
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--points", type=int, default=11)
     parser.add_argument("--kicks", type=int, default=5)
@@ -282,12 +322,20 @@ def main() -> None:
     args = parser.parse_args()
     progress: Progress = SILENT if args.quiet else TerminalProgress()
     try:
-        context = prepare_context(settings_of(args), args.cache, progress)
-        context.run.check(context.settings)
-        records = compare(context)
+        contexts = [prepare_context(settings_of(args, arch), args.cache / arch, progress) for arch in args.arch]
+        for context in contexts:
+            context.run.check(context.settings)
+        records = []
+        for context in contexts:
+            for record in compare(context, with_star=args.star):
+                print(json.dumps(record), flush=True)
+                records.append(record)
     except FastarError as error:
         raise SystemExit(f"compare_matching: {error}") from error
     Console(width=140).print(table(records))
+    for record in records:
+        if "refused" in record:
+            print(f"{record['arch']}, {record['case']}: {record['refused']}")
 
 
 if __name__ == "__main__":

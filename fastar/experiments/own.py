@@ -1,0 +1,89 @@
+"""Networks of the user's own, named as `module:function` on the command line."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastar.errors import FastarError
+
+Example = tuple[Tensor, ...] | Mapping[str, Tensor]
+"""What a network's forward takes: positional inputs, or inputs by keyword."""
+
+
+def own_model(reference: str, input_shape: str | None = None) -> tuple[nn.Module, Example]:
+    """The network that `reference` makes, in evaluation mode on the CPU, and example inputs for it.
+
+    Args:
+        reference: `module:function`, looked for in the current folder too. The function takes no arguments and returns
+            a network, or (network, example inputs): a tensor, a tuple of tensors, or a mapping of keywords to tensors.
+        input_shape: `2x3x32x32`: floating-point zeros of this shape as the example, in place of the function's.
+
+    Raises:
+        FastarError: nothing of this name, a function that raises or returns something else, or no example inputs.
+    """
+    function = _function(reference)
+    try:
+        made = function()
+    except Exception as error:
+        raise FastarError(
+            f"--model {reference}: calling it failed ({type(error).__name__}: {' '.join(str(error).split())}); it is "
+            "called without arguments and returns a network"
+        ) from error
+    model, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+    if not isinstance(model, nn.Module):
+        raise FastarError(
+            f"--model {reference}: returned {type(model).__name__}, not a torch.nn.Module; return a network, or "
+            "(network, example inputs)"
+        )
+    if input_shape is not None:
+        example = torch.zeros(_shape(input_shape))
+    if example is None:
+        raise FastarError(
+            f"--model {reference}: no example inputs to trace it with; give --input-shape, such as 2x3x32x32, or "
+            "return (network, example inputs)"
+        )
+    inputs = (example,) if isinstance(example, Tensor) else example
+    values = inputs.values() if isinstance(inputs, Mapping) else inputs
+    if not isinstance(inputs, tuple | list | Mapping) or not all(isinstance(value, Tensor) for value in values):
+        raise FastarError(
+            f"--model {reference}: example inputs must be a tensor, a tuple of tensors, or a mapping of keywords to "
+            "tensors"
+        )
+    return model.cpu().eval(), inputs if isinstance(inputs, Mapping) else tuple(inputs)
+
+
+def _function(reference: str) -> Any:
+    name, colon, attribute = reference.partition(":")
+    if not colon or not name or not attribute:
+        raise FastarError(f"--model {reference}: write module:function, such as mynets:build")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # the current folder, as `python -m` has it
+    try:
+        module = importlib.import_module(name)
+    except Exception as error:
+        raise FastarError(
+            f"--model {reference}: cannot import {name} ({type(error).__name__}: {' '.join(str(error).split())}); run "
+            "from the folder that holds it, or install it"
+        ) from error
+    found = getattr(module, attribute, None)
+    if found is None:
+        near = difflib.get_close_matches(attribute, dir(module), n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise FastarError(f"--model {reference}: {name} has no {attribute}; {hint}it is {module.__file__}")
+    if not callable(found):
+        raise FastarError(f"--model {reference}: {attribute} is {type(found).__name__}, not a function")
+    return found
+
+
+def _shape(text: str) -> tuple[int, ...]:
+    parts = text.replace(",", "x").split("x")
+    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
+        raise FastarError(f"--input-shape {text}: write lengths joined by x, such as 2x3x32x32")
+    return tuple(int(part) for part in parts)
