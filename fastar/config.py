@@ -237,7 +237,7 @@ class SinkhornSettings(_Section):
     at a random point of the path."""
     steps: Positive = 100
     """Steps of Adam for each source."""
-    lr: PositiveFloat = 1.0
+    lr: PositiveFloat = 0.1
     iterations: Positive = 20
     """Of the Sinkhorn operator: rows and columns normalised so often."""
     temperature: PositiveFloat = 1.0
@@ -275,7 +275,7 @@ class EvaluationSettings(_Section):
     same, at every point. reference: the paper's code, a moving average at inner points, the models' own statistics at
     the ends."""
     match: bool = True
-    """Match the ends of every path; false measures them as they are."""
+    """Match the ends of every path; false, and `matching.method=none`, measure them as they are."""
     regular_pairs: Positive = 10
     """Pairs of regular models to measure, drawn at random from Z and H; all of them where there are fewer."""
     star_sources: Positive | None = None
@@ -349,6 +349,16 @@ class Settings(_Section):
                 "have one: leave it out"
             )
         return self
+
+    @property
+    def star_matched_every(self) -> int:
+        """Epochs from one matching of the sources to the next; 0: they are never matched."""
+        return 0 if self.matching.method == "none" else self.star.match_every_epochs
+
+    @property
+    def ends_matched(self) -> bool:
+        """Whether evaluation matches the ends of paths."""
+        return self.evaluation.match and self.matching.method != "none"
 
     def to_yaml(self) -> str:
         """The settings as YAML that `load_settings` reads back to the same settings."""
