@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from fastar.config import MatchingSettings, load_settings
 from fastar.errors import FastarError
 from fastar.matching import (
+    Examples,
     Permutations,
     Symmetry,
     match_activations,
@@ -179,7 +180,7 @@ def test_bad_input_to_activations(symmetries: dict[str, Symmetry]) -> None:
         match_activations(model, symmetry, theta, sources, [])
     broken = {n: t.clone() for n, t in sources.items()}
     broken["layers.0.bias"][1, 0] = float("nan")
-    with pytest.raises(FastarError, match=r"source 1: activations at 'layers\.0\.weight' are not finite"):
+    with pytest.raises(FastarError, match=r"source 1: activations at 'layers\.1\.weight' are not finite"):
         match_activations(model, symmetry, theta, broken, images("mlp"))
 
 
@@ -198,12 +199,14 @@ def test_settings_say_where_the_descent_starts(
         seen.append(kwargs)
         return match_weights(*args, **kwargs)
 
-    monkeypatch.setattr("fastar.matching.settings.match_weights", spy)
+    monkeypatch.setattr("fastar.matching.methods.match_weights", spy)
     known, acts = symmetry.random(1), symmetry.random(2, count=len(states))
+    monkeypatch.setattr("fastar.matching.methods.match_activations", lambda *args, **kwargs: acts)
+    examples = Examples(CASES["mlp"][0], [])
 
     def starts(start: str, given: Permutations | None) -> list[Permutations | None]:
         settings = MatchingSettings(start=start, kicks=2, orders=3, max_sweeps=50, solver="scipy")  # type: ignore[arg-type]
-        match_by_settings(settings, symmetry, theta, sources, start=given, activations=lambda a, b: acts, seed=7)
+        match_by_settings(settings, symmetry, theta, sources, start=given, examples=lambda: examples, seed=7)
         passed = seen[-1]
         assert (passed["kicks"], passed["orders"], passed["max_sweeps"], passed["solver"]) == (2, 3, 50, "scipy")
         assert passed["seed"] == 7
@@ -249,7 +252,7 @@ def test_a_run_that_starts_from_activations_and_kicks(tmp_path: Path, monkeypatc
         assert kwargs["kicks"] == 1
         return match_weights(*args, **kwargs)
 
-    monkeypatch.setattr("fastar.matching.settings.match_weights", spy)
+    monkeypatch.setattr("fastar.matching.methods.match_weights", spy)
     outcome = fastar(
         "train-star", *tiny(tmp_path / "data"), "--out", tmp_path / "run", "matching.start=activations",
         "matching.kicks=1", "evaluation.regular_pairs=1",

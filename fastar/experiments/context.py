@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -19,7 +19,7 @@ from fastar.errors import FastarError
 from fastar.evaluation.batch_norm import batch_norm_layers
 from fastar.figures import LiveFigures
 from fastar.flat import FlatLayout
-from fastar.matching import Permutations, Symmetry, derive_symmetry, match_activations
+from fastar.matching import Examples, Symmetry, derive_symmetry, without_groups
 from fastar.models import build_model
 from fastar.progress import SILENT, Progress
 from fastar.runs import RunFolder
@@ -182,16 +182,16 @@ class Context:
 
     @cached_property
     def symmetry(self) -> Symmetry:
-        """The architecture's permutation groups, proven on a random network before they are used."""
+        """The architecture's permutation groups, proven on a random network before they are used; none are derived
+        for `matching.method=none`."""
         model = self.build(seed=0, device="cpu")
+        if self.settings.matching.method == "none":
+            return without_groups(model)
         return derive_symmetry(model, (torch.zeros(2, *self.shape.image),))
 
-    def match_activations(self, theta: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> Permutations:
-        """Where `matching.start=activations` begins: correlations on the first training batches."""
-        batches = [images for images, _ in islice(self.statistics_batches(), ACTIVATION_BATCHES)]
-        return match_activations(
-            self.build(seed=0), self.symmetry, theta, sources, batches, solver=self.settings.matching.solver
-        )
+    def examples(self) -> Examples:
+        """What methods of matching that look at data see: the first training batches."""
+        return Examples(self.build(seed=0), list(islice(self.statistics_batches(), ACTIVATION_BATCHES)))
 
     @contextmanager
     def threads(self) -> Iterator[None]:

@@ -44,7 +44,7 @@ def evaluated_models(context: Context) -> int:
     regular = sources + heldouts
     pairs = min(settings.evaluation.regular_pairs, regular * (regular - 1) // 2)
     stars = heldouts + (sources if wanted is None else min(sources, wanted))
-    paths = stars + pairs * (2 if settings.evaluation.match else 1)
+    paths = stars + pairs * (2 if settings.ends_matched else 1)
     return paths * (settings.evaluation.points - 2) + 1 + stars + min(2 * pairs * 2, regular + pairs)
 
 
@@ -96,7 +96,9 @@ def measured_rates(
     if loader is not None and training is not None and evaluation is not None:
         training, evaluation = max(training, 1 / loader), max(evaluation, 1 / loader)
         parts.append(f"loading gives {loader:,.0f} images/s")
-    if measure is not None and context.settings.star.match_every_epochs:
+    if not context.settings.star_matched_every:
+        matching = 0.0
+    elif measure is not None and context.settings.matching.method == "weight":
         theta = {name: value.to(device) for name, value in build().state_dict().items()}
         found = match_weights(
             context.symmetry,
@@ -107,8 +109,6 @@ def measured_rates(
         )
         matching = found.seconds
         parts.append(f"{matching:.2g} s a source to match again measured on {device}")
-    elif not context.settings.star.match_every_epochs:
-        matching = 0.0
     return Rates(training, evaluation, matching, "; ".join(parts) or "no rates: nothing was measured or stated")
 
 
@@ -119,7 +119,7 @@ def work_of(context: Context, facts: DataFacts, rates: Rates, evaluated: int) ->
     epoch = None if rates.training is None else facts.train * rates.training
     star = None
     if epoch is not None and rates.matching is not None:
-        every = settings.star.match_every_epochs
+        every = settings.star_matched_every
         star = epoch + (settings.sources.number * rates.matching / every if every else 0.0)
     once = seen = min(facts.train, evaluation.limit or facts.train) + min(
         facts.test, evaluation.test_limit or facts.test

@@ -77,7 +77,7 @@ def matched_endpoints(
                 theta,
                 layout.views(rows),
                 start=None if start is None else start.part(begin, begin + len(some)),
-                activations=context.match_activations,
+                examples=context.examples,
                 seed=derive_seed(settings.seed, "evaluation", "matching"),
                 threads=settings.workers,
             ).permutations.to("cpu")
@@ -115,7 +115,7 @@ def paths_of_run(
     centre = endpoint(context, "star", star)
     source_names = [f"source {i}" for i in range(len(sources))]
     heldout_names = [f"heldout {i}" for i in range(len(heldouts))]
-    matching = settings.evaluation.match
+    matching = settings.ends_matched
     paths: list[Path] = []
     measured = choose(len(sources), settings.evaluation.star_sources, derive_seed(settings.seed, "star sources"))
     chosen = [sources[i] for i in measured], [source_names[i] for i in measured]

@@ -124,7 +124,7 @@ def _match_file(
         symmetry,
         layout.views(row),
         layout.views(other[None]),
-        activations=context.match_activations,
+        examples=context.examples,
         seed=context.settings.seed,
         threads=context.settings.workers,
     )

@@ -17,7 +17,7 @@ from fastar.evaluation.losses import full_precision
 from fastar.experiments.attempts import Prepared, Subject, attempt_seed, trained
 from fastar.experiments.context import MEASURE_WITH_LESS, Context, within_memory
 from fastar.experiments.regular import check_recipe, recipe, save_model
-from fastar.matching import ByActivations, Permutations, Symmetry, match_by_settings
+from fastar.matching import GiveExamples, Permutations, Symmetry, match_by_settings
 from fastar.progress import SILENT, Progress
 from fastar.seeds import derive_seed
 from fastar.training import Recording, SourcesStore, StarStep, StepsProfile
@@ -49,7 +49,7 @@ def match_store(
     start: Permutations | None,
     seed: int,
     threads: int,
-    activations: ByActivations | None = None,
+    examples: GiveExamples | None = None,
     progress: Progress = SILENT,
 ) -> tuple[Permutations, Tensor]:
     """Algorithm 1, step 1: theta_n <- pi(theta_n) for all rows of the store, wherever they live.
@@ -65,7 +65,7 @@ def match_store(
             sources.layout.views(theta),
             views,
             start=start,
-            activations=activations,
+            examples=examples,
             seed=seed,
             threads=threads,
             progress=progress,
@@ -97,7 +97,7 @@ class Matcher:
             start=symmetry.identity() if self._matched else None,
             seed=derive_seed(settings.seed, "star", "matching", epoch),
             threads=settings.workers,
-            activations=self._context.match_activations,
+            examples=self._context.examples,
             progress=self._context.progress,
         )
         self.permutations = self.permutations.then(moves)
@@ -165,7 +165,7 @@ def _train(
 ) -> None:
     settings, run = context.settings, context.run
     seed = derive_seed(settings.seed, "star", 0)
-    matched = settings.star.match_every_epochs > 0
+    matched = settings.star_matched_every > 0
 
     def make(attempt: int) -> Prepared:
         store = SourcesStore(

@@ -1,29 +1,35 @@
-"""Matching: permutation groups derived from any model's graph, and weight matching over them."""
+"""Matching: permutation groups derived from any model's graph, and methods that match networks over them."""
 
-from fastar.matching.activations import match_activations
+from fastar.matching.activations import correlate_units, match_activations
 from fastar.matching.assignment import solve_assignment, solver_name
 from fastar.matching.derive import derive_symmetry
+from fastar.matching.methods import Examples, GiveExamples, match_by_settings
+from fastar.matching.modules import match_modules
 from fastar.matching.permutations import Permutations
-from fastar.matching.settings import ByActivations, match_by_settings, match_modules
-from fastar.matching.symmetry import Group, Member, Symmetry
+from fastar.matching.sinkhorn import match_sinkhorn
+from fastar.matching.symmetry import Group, Member, Symmetry, without_groups
 from fastar.matching.verify import verify_symmetry
 from fastar.matching.weights import MatchResult, match, match_weights, working_bytes
 
 __all__ = [
-    "ByActivations",
+    "Examples",
+    "GiveExamples",
     "Group",
     "MatchResult",
     "Member",
     "Permutations",
     "Symmetry",
+    "correlate_units",
     "derive_symmetry",
     "match",
     "match_activations",
     "match_by_settings",
     "match_modules",
+    "match_sinkhorn",
     "match_weights",
     "solve_assignment",
     "solver_name",
     "verify_symmetry",
+    "without_groups",
     "working_bytes",
 ]

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from fastar.errors import FastarError
 from fastar.matching.assignment import Solver
 from fastar.matching.families import solve_family
+from fastar.matching.forwards import Batch, forward, without_statistics
 from fastar.matching.observing import Kind, Observer
 from fastar.matching.permutations import Permutations
 from fastar.matching.symmetry import Group, Member, Symmetry
 from fastar.progress import SILENT, Progress
 from fastar.seeds import derive_seed
 
-Batch = Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]
-"""What a model's forward takes: one tensor, several, or tensors by name."""
-
 # Positions of an image or sequence at which units are looked at: neighbours say nearly the same.
 POSITIONS = 16
 
 # Which places of a group are looked at: the first kind that it has any of.
-_PREFERRED: tuple[Kind, ...] = ("made", "read", "other")
+_PREFERRED: tuple[Kind, ...] = ("read", "made", "other")
 
 _Key = tuple[str, int]
 
@@ -71,8 +67,8 @@ def correlate_units(
     """Permutations [N, size] that pair units whose activations correlate most, all groups in one pass; and the groups
     that could not be observed, whose units stay (inside their blocks, if these move).
 
-    A group's activations are the outputs of every linear map and convolution that makes its units; where there are
-    none, the inputs of those that read them; where there are none of these, what norms, scales and shifts with a
+    A group's activations are the inputs of every linear map and convolution that reads its units; where there are
+    none, the outputs of those that make them; where there are none of these, what norms, scales and shifts with a
     parameter for each unit give out. Each source costs a forward pass of the batches. Batch-norm normalises with the
     batch, so no statistics are needed. A family's assignment is exact: blocks pair by their parent's own activations
     and the best pairing of the units inside. The weights are not looked at: <theta, pi(theta_n)> may fall.
@@ -89,17 +85,8 @@ def correlate_units(
     if not batches:
         raise FastarError("matching by activations needs at least one batch of images; give some")
     count = _count(symmetry, sources)
-    # Of a tied tensor's names one is given: the model ties the other to it.
-    names = [
-        name
-        for name in symmetry.parameters
-        if name in theta and name in sources and not (name in symmetry.tied and symmetry.tied[name] in theta)
-    ]
-    twin = copy.deepcopy(model).to(theta[names[0]].device).eval()
-    for module in twin.modules():
-        if isinstance(module, _BatchNorm):
-            module.train()
-            module.track_running_stats = False
+    names = symmetry.counted(theta, sources)  # the model ties a tied tensor's other name to it
+    twin = without_statistics(model, theta[names[0]].device)
     everywhere = {(member.tensor, member.axis) for group in symmetry.groups for member in group.members}
     found = []
     with torch.no_grad(), progress.task("activations", count, "sources") as advance:
@@ -162,9 +149,7 @@ def _activations(
 
     with Observer({id(tensor): name for name, tensor in state.items()}, keep):
         for batch in batches:
-            arguments = batch if isinstance(batch, tuple) else () if isinstance(batch, Mapping) else (batch,)
-            named = dict(batch) if isinstance(batch, Mapping) else {}
-            torch.func.functional_call(model, dict(state), arguments, named)
+            forward(model, state, batch)
     out = {key: torch.cat(rows) for key, rows in seen.items()}
     for (name, _), rows in out.items():
         if not bool(torch.isfinite(rows).all()):

@@ -29,12 +29,7 @@ class Problem:
     def __init__(self, symmetry: Symmetry, theta: Mapping[str, Tensor], sources: Mapping[str, Tensor]):
         self.groups = symmetry.groups
         self.families = symmetry.families
-        # Of a tied tensor's names only the first one given counts.
-        self.names = [
-            n
-            for n in symmetry.parameters
-            if n in theta and n in sources and not (n in symmetry.tied and symmetry.tied[n] in theta)
-        ]
+        self.names = symmetry.counted(theta, sources)
         self.orders = {name: memory_order(sources[name][0]) for name in self.names}
         self.theta = {name: in_memory_order(theta[name], self.orders[name]).float() for name in self.names}
         self.places: dict[str, list[Place]] = {name: [] for name in self.names}

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastar.errors import FastarError
 from fastar.matching.permutations import Permutations
@@ -203,7 +203,29 @@ class Symmetry:
                     at = positions if positions.ndim == 1 else positions[n]
                     row.narrow(member.axis, member.offset, length).copy_(row.index_select(member.axis, at))
 
+    def counted(self, theta: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> list[str]:
+        """The parameters that both have; of a tied tensor's names only the first one given."""
+        return [
+            name
+            for name in self.parameters
+            if name in theta and name in sources and not (name in self.tied and self.tied[name] in theta)
+        ]
+
     def check_state(self, state: Mapping[str, Tensor], where: str, *, leading: int = 0) -> None:
         """Raise FastarError, naming the first differences, unless `state` has every parameter in its shape, and buffers
         at most besides; `leading` counts batch axes to ignore."""
         check_state(self.parameters, self.buffers, self.tied, state, where, leading)
+
+
+def without_groups(model: nn.Module) -> Symmetry:
+    """A symmetry of `model`'s architecture that permutes nothing, for networks that are not matched: not derived."""
+    first: dict[int, str] = {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    canonical = {name: first.setdefault(id(parameter), name) for name, parameter in parameters.items()}
+    state = model.state_dict()
+    return Symmetry(
+        groups=(),
+        parameters={name: tuple(parameter.shape) for name, parameter in parameters.items()},
+        buffers={name: tuple(tensor.shape) for name, tensor in state.items() if name not in parameters},
+        tied={name: owner for name, owner in canonical.items() if name != owner},
+    )

@@ -38,6 +38,7 @@ class MatchResult:
         solves: assignments solved, all sources and attempts together.
         solver: name and version of the assignment solver.
         seconds: wall time of the whole call.
+        left: groups whose units a method could not see, and left where they are.
     """
 
     permutations: Permutations
@@ -50,6 +51,7 @@ class MatchResult:
     solves: int
     solver: str
     seconds: float
+    left: tuple[str, ...] = ()
 
 
 def match_weights(

@@ -1,0 +1,187 @@
+"""The methods of matching behind one interface: from a run's settings to a `MatchResult`."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fastar.config import MatchingSettings
+from fastar.errors import FastarError
+from fastar.matching.activations import correlate_units, match_activations
+from fastar.matching.assignment import solver_name
+from fastar.matching.forwards import Batch, forward, without_statistics
+from fastar.matching.permutations import Permutations
+from fastar.matching.sinkhorn import Loss, match_sinkhorn
+from fastar.matching.symmetry import Symmetry
+from fastar.matching.weights import MatchResult, Starts, match_weights
+from fastar.progress import SILENT, Progress
+
+
+@dataclass(frozen=True)
+class Examples:
+    """What methods that look at data are given.
+
+    Args:
+        model: of the architecture, with any weights; not touched.
+        batches: inputs as the model takes them, and labels [batch] (None where there are none: `matching.sinkhorn`'s
+            losses need them), on theta's device.
+    """
+
+    model: nn.Module
+    batches: Sequence[tuple[Batch, Tensor | None]]
+
+
+GiveExamples = Callable[[], Examples]
+"""Makes `Examples` when a method needs them."""
+
+
+def match_by_settings(
+    settings: MatchingSettings,
+    symmetry: Symmetry,
+    theta: Mapping[str, Tensor],
+    sources: Mapping[str, Tensor],
+    *,
+    start: Permutations | None = None,
+    examples: GiveExamples | None = None,
+    seed: int = 0,
+    threads: int | None = None,
+    progress: Progress = SILENT,
+) -> MatchResult:
+    """Match the sources to theta by `settings.method`: weight, activation, sinkhorn or none.
+
+    activation and sinkhorn find the permutations anew, whatever `start` is; the objective that they report is weight
+    matching's and may be below that of the start. none leaves all sources as they are.
+
+    Args:
+        start: where the sources are known to match (last epoch's permutations; the identity if they are applied).
+        examples: needed by `matching.method=activation`, `matching.start=activations` and sinkhorn's losses alone.
+
+    Raises:
+        FastarError: as `match_weights`, `correlate_units` and `match_sinkhorn`; or data are needed and there are none.
+    """
+    if settings.method == "weight":
+        return match_weights(
+            symmetry,
+            theta,
+            sources,
+            start=_starts(settings, symmetry, theta, sources, start, examples),
+            seed=seed,
+            orders=settings.orders,
+            kicks=settings.kicks,
+            max_sweeps=settings.max_sweeps,
+            solver=settings.solver,
+            threads=threads,
+            progress=progress,
+        )
+    began = time.perf_counter()
+    left: tuple[str, ...] = ()
+    symmetry.check_state(theta, "theta")
+    symmetry.check_state(sources, "sources", leading=1)
+    count = next(sources[name].shape[0] for name in symmetry.parameters if name in sources)
+    found = symmetry.identity(count)
+    if settings.method != "none" and symmetry.groups:
+        if settings.method == "activation":
+            given = _needed(examples, "matching.method=activation")
+            batches = [inputs for inputs, _ in given.batches]
+            found, left = correlate_units(
+                given.model, symmetry, theta, sources, batches, solver=settings.solver, progress=progress
+            )
+        else:
+            wanted = settings.sinkhorn.objective
+            loss = None
+            if wanted != "l2":
+                loss = _loss(_needed(examples, f"matching.sinkhorn.objective={wanted}"), theta)
+            found = match_sinkhorn(
+                symmetry,
+                theta,
+                sources,
+                settings=settings.sinkhorn,
+                loss=loss,
+                seed=seed,
+                solver=settings.solver,
+                progress=progress,
+            )
+        if left:
+            progress.line(f"matching by activations: units of {', '.join(left)} cannot be observed and stay")
+    measured = _objectives(symmetry, theta, sources, found, count)
+    return MatchResult(
+        permutations=found,
+        objective=measured[0],
+        objective_weights=measured[1],
+        objective_start=_objectives(symmetry, theta, sources, start or symmetry.identity(), count)[0],
+        sweeps=torch.zeros(count, dtype=torch.int64),
+        converged=torch.ones(count, dtype=torch.bool),
+        kicks_kept=torch.zeros(count, dtype=torch.int64),
+        solves=0 if settings.method == "none" else count * len(symmetry.families),
+        solver=solver_name(settings.solver),
+        seconds=time.perf_counter() - began,
+        left=left,
+    )
+
+
+def _starts(
+    settings: MatchingSettings,
+    symmetry: Symmetry,
+    theta: Mapping[str, Tensor],
+    sources: Mapping[str, Tensor],
+    start: Permutations | None,
+    examples: GiveExamples | None,
+) -> Starts:
+    """Where `matching.start` lets the descent begin."""
+    if settings.start == "identity" and start is None:
+        return symmetry.identity()
+    if settings.start == "guess" and start is not None:
+        return [start, None]
+    if settings.start == "activations":
+        given = _needed(examples, "matching.start=activations")
+        batches = [inputs for inputs, _ in given.batches]
+        found = match_activations(given.model, symmetry, theta, sources, batches, solver=settings.solver)
+        return [found, *([] if start is None else [start])]
+    return start
+
+
+def _needed(examples: GiveExamples | None, setting: str) -> Examples:
+    if examples is None:
+        raise FastarError(f"{setting} needs data, and here are none; leave it out to match by weights")
+    return examples()
+
+
+def _loss(examples: Examples, theta: Mapping[str, Tensor]) -> Loss:
+    """Cross-entropy on the batches in turn; batch-norm normalises with the batch."""
+    model = without_statistics(examples.model, next(iter(theta.values())).device)
+
+    def loss(parameters: Mapping[str, Tensor], step: int) -> Tensor:
+        inputs, labels = examples.batches[step % len(examples.batches)]
+        if labels is None:
+            raise FastarError(
+                "matching.sinkhorn.objective=mid and random need labels, and these data have none; set l2"
+            )
+        return F.cross_entropy(forward(model, parameters, inputs), labels)
+
+    return loss
+
+
+def _objectives(
+    symmetry: Symmetry,
+    theta: Mapping[str, Tensor],
+    sources: Mapping[str, Tensor],
+    permutations: Permutations,
+    count: int,
+) -> tuple[Tensor, Tensor]:
+    """<theta, pi(theta_n)> [N] float64 over all parameters, and over those of at least two axes."""
+    names = symmetry.counted(theta, sources)
+    totals, weights = [], []
+    for n in range(count):
+        own = permutations if permutations.count is None else permutations.select(n)
+        rows = {name: sources[name][n : n + 1].detach().clone() for name in names}
+        symmetry.apply_rows(own, rows)
+        values = {name: float((theta[name].double() * row[0].double()).sum()) for name, row in rows.items()}
+        totals.append(math.fsum(values.values()))
+        weights.append(math.fsum(value for name, value in values.items() if theta[name].ndim > 1))
+    return torch.tensor(totals, dtype=torch.float64), torch.tensor(weights, dtype=torch.float64)

@@ -1,0 +1,180 @@
+"""Matching by gradient: doubly stochastic matrices from the Sinkhorn operator (Guerrero Pena et al., CVPR 2023)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from fastar.config import SinkhornSettings
+from fastar.errors import FastarError
+from fastar.matching.assignment import Solver
+from fastar.matching.families import solve_family
+from fastar.matching.permutations import Permutations
+from fastar.matching.symmetry import Member, Symmetry
+from fastar.progress import SILENT, Progress
+from fastar.seeds import derive_seed
+
+Loss = Callable[[Mapping[str, Tensor], int], Tensor]
+"""(parameters, step) -> mean loss of that network on a batch: what `objective` mid and random descend on."""
+
+
+def match_sinkhorn(
+    symmetry: Symmetry,
+    theta: Mapping[str, Tensor],
+    sources: Mapping[str, Tensor],
+    *,
+    settings: SinkhornSettings | None = None,
+    loss: Loss | None = None,
+    seed: int = 0,
+    solver: Solver = "auto",
+    progress: Progress = SILENT,
+) -> Permutations:
+    """Permutations [N, size] found by Adam on soft ones, of all groups at once, made hard by exact assignment.
+
+    Each group has a matrix of logits, [size, size]; the Sinkhorn operator makes it doubly stochastic: rows and columns
+    of logits / temperature are normalised in turn, in logarithms. A parent has such a matrix for its blocks and each
+    child one for every pair of blocks, [a, a, b, b]; their product is the child's. A source's parameters are multiplied
+    by these on every axis that a group permutes, which is a permutation once they are hard. Residual streams need
+    nothing more, since all of their layers share one group.
+
+    What is descended on (`settings.objective`):
+
+    - l2: |theta - pi(theta_n)|^2, for permutations |theta|^2 + |theta_n|^2 - 2 <theta, pi(theta_n)>. It is this inner
+      product that is followed: taken literally, the square rewards matrices that average units away.
+    - mid, random: the loss half way between theta and the soft pi(theta_n), or at a uniformly random t of each step.
+
+    Each call starts from the same small random logits, a function of `seed` alone, for every source: nothing is kept
+    from earlier matchings, so a star run matches anew each epoch. float32, on theta's device.
+
+    Args:
+        theta: parameter name -> tensor; buffers may be among them and do not count.
+        sources: parameter name -> [N, *shape], on theta's device.
+        loss: needed by mid and random alone.
+
+    Raises:
+        FastarError: mid or random without a loss, or a search that ended in numbers that are not finite.
+    """
+    settings = settings or SinkhornSettings()
+    if settings.objective != "l2" and loss is None:
+        raise FastarError(
+            f"matching.sinkhorn.objective={settings.objective} needs data, and here are none; set it to l2"
+        )
+    names = symmetry.counted(theta, sources)
+    centre = {name: theta[name].detach().float() for name in names}
+    count = sources[names[0]].shape[0]
+    found = []
+    with progress.task("sinkhorn", count * settings.steps, "steps") as advance:
+        for n in range(count):
+            source = {name: sources[name][n].detach().float() for name in names}
+            soft = SoftPermutations(symmetry, settings, centre[names[0]].device, derive_seed(seed, "sinkhorn"))
+            optimizer = torch.optim.Adam(soft.logits(), lr=settings.lr)
+            draw = torch.Generator().manual_seed(derive_seed(seed, "sinkhorn", "t"))
+            for step in range(settings.steps):
+                optimizer.zero_grad(set_to_none=True)
+                _value(settings, centre, soft.apply(source), loss, step, draw).backward()
+                optimizer.step()
+                advance()
+            found.append(soft.hard(solver))
+    return Permutations.stack(found)
+
+
+def _value(
+    settings: SinkhornSettings,
+    theta: Mapping[str, Tensor],
+    moved: Mapping[str, Tensor],
+    loss: Loss | None,
+    step: int,
+    draw: torch.Generator,
+) -> Tensor:
+    if loss is None or settings.objective == "l2":
+        return -torch.stack([(theta[name] * value).sum() for name, value in moved.items()]).sum()
+    t = 0.5 if settings.objective == "mid" else float(torch.rand((), generator=draw))
+    return loss({name: torch.lerp(value, moved[name], t) for name, value in theta.items()}, step)
+
+
+class SoftPermutations:
+    """Doubly stochastic matrices of all groups of a symmetry, differentiable in their logits."""
+
+    def __init__(self, symmetry: Symmetry, settings: SinkhornSettings, device: torch.device, seed: int):
+        self._symmetry, self._settings = symmetry, settings
+        self._logits: dict[str, Tensor] = {}
+        for group in symmetry.groups:
+            shape: tuple[int, ...] = (group.size, group.size)
+            if group.parent is not None:
+                blocks = symmetry.group(group.parent).size
+                shape = (blocks, blocks, group.size // blocks, group.size // blocks)
+            generator = torch.Generator().manual_seed(derive_seed(seed, group.name))
+            noise = settings.noise * torch.randn(shape, generator=generator)
+            self._logits[group.name] = noise.to(device).requires_grad_()
+
+    def logits(self) -> list[Tensor]:
+        """What is optimised: a tensor per group."""
+        return list(self._logits.values())
+
+    def matrices(self) -> dict[str, Tensor]:
+        """Group -> doubly stochastic [size, size]: row i says which of the source's units become unit i."""
+        out: dict[str, Tensor] = {}
+        for group in self._symmetry.groups:
+            own = sinkhorn(self._logits[group.name] / self._settings.temperature, self._settings.iterations)
+            if group.parent is None:
+                out[group.name] = own
+            else:
+                of_blocks = out[group.parent][:, :, None, None]
+                out[group.name] = (of_blocks * own).transpose(1, 2).reshape(group.size, group.size)
+        return out
+
+    def apply(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """A network's parameters, multiplied by the matrices along every axis that a group permutes."""
+        out, matrices = dict(state), self.matrices()
+        members: dict[tuple[str, int], list[tuple[Member, Tensor]]] = {}
+        for group in self._symmetry.groups:
+            for member in group.members:
+                if member.tensor in out:
+                    members.setdefault((member.tensor, member.axis), []).append((member, matrices[group.name]))
+        for (name, axis), places in members.items():
+            out[name] = _multiplied(out[name], axis, places)
+        return out
+
+    def hard(self, solver: Solver = "auto") -> Permutations:
+        """The permutations nearest to the matrices, each family's by one exact assignment."""
+        with torch.no_grad():
+            matrices = {name: matrix.cpu().numpy() for name, matrix in self.matrices().items()}
+        found: dict[str, Tensor] = {}
+        for family in self._symmetry.families:
+            groups = [self._symmetry.groups[g] for g in family]
+            for group in groups:
+                if not torch.isfinite(torch.from_numpy(matrices[group.name])).all():
+                    raise FastarError(
+                        f"matching by sinkhorn ended in numbers that are not finite in group {group.name!r}: lower "
+                        "matching.sinkhorn.lr or raise matching.sinkhorn.temperature"
+                    )
+            answers = solve_family([matrices[group.name] for group in groups], solver=solver)
+            found |= {group.name: torch.from_numpy(index) for group, index in zip(groups, answers, strict=True)}
+        return Permutations(found)
+
+
+def sinkhorn(logits: Tensor, iterations: int) -> Tensor:
+    """exp(logits), rows and columns normalised in turn: doubly stochastic in its last two axes, the columns exactly.
+
+    >>> sinkhorn(torch.tensor([[0.0, 0.0], [0.0, 0.0]]), 1).tolist()
+    [[0.5, 0.5], [0.5, 0.5]]
+    """
+    for _ in range(iterations):
+        logits = logits - logits.logsumexp(-1, keepdim=True)
+        logits = logits - logits.logsumexp(-2, keepdim=True)
+    return logits.exp()
+
+
+def _multiplied(tensor: Tensor, axis: int, places: Sequence[tuple[Member, Tensor]]) -> Tensor:
+    """`tensor` with each member's stretch of `axis` multiplied by its matrix."""
+    x = tensor.movedim(axis, 0)
+    parts, at = [], 0
+    for member, matrix in sorted(places, key=lambda place: place[0].offset):
+        size = len(matrix)
+        length = size * member.inner * member.outer
+        stretch = x[member.offset : member.offset + length].reshape(member.outer, size, -1)
+        parts += [x[at : member.offset], (matrix @ stretch).reshape(length, *x.shape[1:])]
+        at = member.offset + length
+    return torch.cat([*parts, x[at:]]).movedim(0, axis)
