@@ -51,18 +51,16 @@ def _place(entry: Entry) -> tuple[bool, str, int, str, int]:
 
 def catalogue_table(entries: Iterable[Entry]) -> Table:
     """One row each: what is trained, and the paper's train barriers and where it has them."""
-    table = Table(box=box.SIMPLE_HEAD)
-    for column in ("config", "optimizer", "epochs", "Z", "H", "in the paper", "regular-regular", "star-regular"):
-        table.add_column(column, justify="right" if column in ("epochs", "Z", "H") else "left", no_wrap=True)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
+    table.add_column("config", no_wrap=True)
+    table.add_column("Z + H", justify="right", no_wrap=True)
+    for column in ("paper", "regular", "star"):
+        table.add_column(column, no_wrap=True)
     for entry in entries:
-        train, sources = entry.settings.train, entry.settings.sources
-        paper = entry.paper or Paper("")
+        sources, paper = entry.settings.sources, entry.paper or Paper("")
         table.add_row(
             entry.name,
-            train.optimizer,
-            str(train.epochs),
-            str(sources.number),
-            str(sources.heldout),
+            f"{sources.number} + {sources.heldout}",
             paper.where,
             _shown(paper.regular_regular),
             _shown(paper.star_regular),
