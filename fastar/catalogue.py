@@ -72,4 +72,4 @@ def _shown(figure: Figure | None) -> str:
     if figure is None:
         return ""
     mean, deviation = figure
-    return f"{mean:.3f}" if deviation is None else f"{mean:.3f} ± {deviation:.3f}"
+    return f"{mean:.3f}" if deviation is None else f"{mean:.3f} ±{deviation:.3f}"
