@@ -102,7 +102,7 @@ def test_going_back_restores_the_very_numbers(name: str, count: int, symmetries:
     data = {n: problem.source(n, sources, 0, count) for n in problem.names}
     (start,) = _starts(symmetry, None, count)
     descent = Descent(problem, data, start.permutations, "auto", None)
-    descent.run(lambda sweep: range(len(symmetry.groups)), 100)
+    descent.run(lambda sweep: range(len(symmetry.families)), 100)
     before = {n: t.clone() for n, t in descent.data.items()}
     mark, value = descent.mark(), descent.objective(0)
     random = symmetry.random(5)
