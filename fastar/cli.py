@@ -364,6 +364,25 @@ def train_sources_command(
         print(path)
 
 
+Model = Annotated[
+    str | None,
+    typer.Option(
+        "--model",
+        metavar="MODULE:FUNCTION",
+        help="For checkpoints of a network of your own: a function without arguments that returns it, or "
+        "(network, example inputs).",
+        show_default=False,
+    ),
+]
+InputShape = Annotated[
+    str | None,
+    typer.Option("--input-shape", metavar="2x3x32x32", help="Of --model: what its forward takes.", show_default=False),
+]
+AllowPartial = Annotated[
+    bool, typer.Option("--allow-partial", help="Of --model: leave in place what cannot be proven to move, and say it.")
+]
+
+
 @app.command("match")
 def match_command(
     first: Annotated[Path, typer.Argument(metavar="A", help="Checkpoint to match to.")],
@@ -376,6 +395,9 @@ def match_command(
     dataset: Annotated[str | None, typer.Option("--dataset", help="For checkpoints that do not say it.")] = None,
     name: Name = None,
     arch: Annotated[str | None, typer.Option("--arch", help="For checkpoints that do not say it.")] = None,
+    model: Model = None,
+    input_shape: InputShape = None,
+    allow_partial: AllowPartial = False,
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -386,14 +408,15 @@ def match_command(
         fastar match runs/five/sources/seed-0000.safetensors runs/five/sources/seed-0001.safetensors --out b.safetensors
 
         fastar match a.pt b.pt c.pt --dataset cifar10 --arch resnet18 --out matched matching.kicks=5
-    """
-    from fastar.experiments.pairs import match_files
 
-    overrides = [other for other in others if SETTING.match(other) and not Path(other).exists()]
-    paths = [Path(other) for other in others if other not in overrides]
+        fastar match a.pt b.pt --model mynets:build --input-shape 2x3x224x224 --out b.safetensors
+    """
+    from fastar.experiments.files import Named, match_files
+
+    paths, overrides = _paths_and_settings(others)
+    named = Named(dataset, arch, model, input_shape, allow_partial, [*_named(name), *overrides])
     progress = _progress(quiet or as_json or len(paths) == 1)
-    overrides = [*_named(name), *overrides]
-    results = match_files(first, paths, out=out, dataset=dataset, arch=arch, overrides=overrides, progress=progress)
+    results = match_files(first, paths, out=out, named=named, progress=progress)
     for result in results:
         if as_json:
             print(json.dumps(result))
@@ -405,8 +428,16 @@ def match_command(
         print(f"  weights:  {result['objective_weights']:.6g} without 1-D parameters")
         print(f"distance:   {result['distance_start']:.6g} before, {result['distance']:.6g} matched (L2)")
         print(f"moved:      {result['moved']} of {result['units']} hidden units, {result['sweeps']} sweeps")
+        for line in result["left"]:
+            print(f"left:       {line}")
         if result["written"] is not None:
             print(f"written:    {result['written']}")
+
+
+def _paths_and_settings(words: list[str]) -> tuple[list[Path], list[str]]:
+    """Files, and `key=value` settings, which a file that is there is not."""
+    settings = [word for word in words if SETTING.match(word) and not Path(word).exists()]
+    return [Path(word) for word in words if word not in settings], settings
 
 
 @app.command("barrier")
@@ -437,11 +468,11 @@ def barrier_command(
 
     if picture is not None:  # before the work
         check_picture(picture)
-    overrides = [str(other) for other in others if SETTING.match(other) and not Path(other).exists()]
+    paths, overrides = _paths_and_settings(others)
     statistics = [] if bn_batches is None else [f"evaluation.bn_batches={bn_batches}"]
     result = barriers_of_files(
         first,
-        [Path(other) for other in others if other not in overrides],
+        paths,
         dataset=dataset,
         arch=arch,
         matching=matching,

@@ -1,4 +1,4 @@
-"""Matching and barriers of single checkpoints, whoever trained them."""
+"""Barriers of single checkpoints, whoever trained them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from fastar.checkpoints import Checkpoint, load_checkpoint, load_into, save_checkpoint
+from fastar.checkpoints import Checkpoint, load_checkpoint, load_into
 from fastar.config import OF_ANY_SIZE, as_override, load_settings
 from fastar.errors import FastarError
 from fastar.evaluation import Path as Segment
@@ -16,12 +14,11 @@ from fastar.evaluation import evaluate_paths
 from fastar.experiments.context import DATA_KEYS, MEASURE_WITH_LESS, Context, Shape, resolve_device, within_memory
 from fastar.experiments.measure import SPLITS, endpoint, matched_endpoints, statistics_error
 from fastar.experiments.regular import check_fits, device_name
-from fastar.matching import match_by_settings
 from fastar.progress import SILENT, Progress
 from fastar.runs import RunFolder, versions
 
 
-def _context(
+def context_of(
     first: Checkpoint,
     *,
     dataset: str | None,
@@ -53,98 +50,13 @@ def _context(
     return context
 
 
-def _load(context: Context, path: Path, checkpoint: Checkpoint | None = None, *, same_data: bool) -> Checkpoint:
+def load_whole(context: Context, path: Path, checkpoint: Checkpoint | None = None, *, same_data: bool) -> Checkpoint:
     """A checkpoint as a whole state of the context's architecture."""
     checkpoint = checkpoint or load_checkpoint(path)
     check_fits(context, checkpoint, same_data=same_data)
     model = context.build(seed=0).cpu()
     load_into(model, checkpoint)
     return Checkpoint(dict(model.state_dict()), checkpoint.metadata, path)
-
-
-def match_files(
-    first: Path,
-    others: Sequence[Path],
-    *,
-    out: Path | None,
-    dataset: str | None,
-    arch: str | None,
-    overrides: Sequence[str],
-    progress: Progress = SILENT,
-) -> list[dict[str, Any]]:
-    """Match each checkpoint of `others` to `first`; write them, permuted, to `out`: a file, or a folder for several.
-
-    Returns:
-        For each: its file, the one written, groups (name to size), objective before and after, with and without 1-D
-        parameters, L2 distance before and after, how many hidden units moved, sweeps, the permutations.
-    """
-    if not others:
-        raise FastarError("there is nothing to match: give a second checkpoint")
-    written = _written(others, out)
-    checkpoint = load_checkpoint(first)
-    context = _context(checkpoint, dataset=dataset, arch=arch, overrides=overrides, progress=progress)
-    theta = _load(context, first, checkpoint, same_data=False)
-    found = []
-    with progress.task("matching files", total=len(others), unit="files") as advance:
-        for path, target in zip(others, written, strict=True):
-            result, state, metadata = _match_file(context, theta, path)
-            if target is not None:
-                save_checkpoint(target, state, {**metadata, "matched_to": first.name})
-            found.append({"file": str(path), "written": None if target is None else str(target), **result})
-            advance()
-    return found
-
-
-def _written(others: Sequence[Path], out: Path | None) -> list[Path | None]:
-    """Where each permuted checkpoint goes; checked before any work."""
-    if out is None:
-        return [None] * len(others)
-    if len(others) == 1:
-        if out.suffix != ".safetensors":
-            raise FastarError(f"--out {out}: the permuted checkpoint is written as .safetensors; name it so")
-        return [out]
-    if out.suffix == ".safetensors" or out.is_file():
-        raise FastarError(f"--out {out}: {len(others)} checkpoints are written into a folder; name one")
-    targets = [out / f"{path.stem}.safetensors" for path in others]
-    twice = sorted({str(target) for target in targets if targets.count(target) > 1})
-    if twice:
-        raise FastarError(f"--out {out}: several checkpoints would be written to {twice[0]}; match them one by one")
-    return list(targets)
-
-
-def _match_file(
-    context: Context, theta: Checkpoint, path: Path
-) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, Any]]:
-    """What matching the checkpoint `path` to `theta` gave; its permuted state, and its metadata."""
-    source = _load(context, path, same_data=False)
-    symmetry, layout = context.symmetry, context.layout
-    row, other = context.row(theta), context.row(source)
-    result = match_by_settings(
-        context.settings.matching,
-        symmetry,
-        layout.views(row),
-        layout.views(other[None]),
-        examples=context.examples,
-        seed=context.settings.seed,
-        threads=context.settings.workers,
-    )
-    permutations = result.permutations.select(0).to("cpu")
-    state = symmetry.apply(permutations, source.state)
-    matched = layout.flatten(state).to(row.device)
-    moved = sum(int((index != torch.arange(len(index))).sum()) for index in permutations.values())
-    figures = {
-        "groups": {group.name: group.size for group in symmetry.groups},
-        "objective_start": float(result.objective_start[0]),
-        "objective": float(result.objective[0]),
-        "objective_weights": float(result.objective_weights[0]),
-        "distance_start": float((row - other).norm()),
-        "distance": float((row - matched).norm()),
-        "moved": moved,
-        "units": sum(group.size for group in symmetry.groups),
-        "sweeps": int(result.sweeps[0]),
-        "permutations": permutations.as_dict(),
-    }
-    return figures, state, dict(source.metadata)
 
 
 def barriers_of_files(
@@ -166,12 +78,12 @@ def barriers_of_files(
     if not others:
         raise FastarError("a barrier needs a second checkpoint")
     checkpoint = load_checkpoint(first)
-    context = _context(
+    context = context_of(
         checkpoint, dataset=dataset, arch=arch, overrides=overrides, data_root=data_root, progress=progress
     )
     with context.threads(), within_memory("measuring barriers", MEASURE_WITH_LESS):
-        start = _load(context, first, checkpoint, same_data=True)
-        ends = [_load(context, path, same_data=True) for path in others]
+        start = load_whole(context, first, checkpoint, same_data=True)
+        ends = [load_whole(context, path, same_data=True) for path in others]
         names = [str(path) for path in others]
         centre = endpoint(context, str(first), start)
         if matching:

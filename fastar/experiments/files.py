@@ -1,0 +1,195 @@
+"""Matching of checkpoints, whoever trained them: of fastar's architectures, or of a network of the user's own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastar.checkpoints import Checkpoint, load_checkpoint, load_into, save_checkpoint
+from fastar.config import MatchingSettings, Settings, load_settings
+from fastar.errors import FastarError
+from fastar.experiments.context import resolve_device
+from fastar.experiments.own import own_model
+from fastar.experiments.pairs import context_of, load_whole
+from fastar.experiments.regular import check_fits
+from fastar.flat import FlatLayout
+from fastar.matching import Examples, Symmetry, derive_symmetry, match_by_settings, without_groups
+from fastar.progress import SILENT, Progress
+
+
+@dataclass(frozen=True)
+class Network:
+    """What matching needs to know of the architecture of some checkpoints."""
+
+    symmetry: Symmetry
+    layout: FlatLayout
+    settings: Settings
+    device: torch.device
+    load: Callable[[Path], Checkpoint]
+    """A checkpoint as a whole state of the architecture, on the CPU."""
+    examples: Callable[[], Examples]
+
+    @property
+    def matching(self) -> MatchingSettings:
+        return self.settings.matching
+
+
+@dataclass(frozen=True)
+class Named:
+    """How the command line says what checkpoints are of, beyond what they say themselves."""
+
+    dataset: str | None = None
+    arch: str | None = None
+    model: str | None = None
+    """`module:function` (see `own_model`)."""
+    input_shape: str | None = None
+    allow_partial: bool = False
+    overrides: Sequence[str] = ()
+
+
+def network_of(first: Path, named: Named, progress: Progress = SILENT) -> Network:
+    """The network that the checkpoint `first` is of.
+
+    Raises:
+        FastarError: nothing says what it is, contradicting options, or a network that cannot be matched.
+    """
+    if named.model is None:
+        if named.input_shape is not None or named.allow_partial:
+            option = "--input-shape" if named.input_shape is not None else "--allow-partial"
+            raise FastarError(f"{option} belongs to --model; fastar's own architectures need none")
+        checkpoint = load_checkpoint(first)
+        context = context_of(
+            checkpoint, dataset=named.dataset, arch=named.arch, overrides=named.overrides, progress=progress
+        )
+        check_fits(context, checkpoint, same_data=False)  # before its symmetry is derived, which takes longer
+        return Network(
+            symmetry=context.symmetry,
+            layout=context.layout,
+            settings=context.settings,
+            device=context.device,
+            load=lambda path: load_whole(context, path, same_data=False),
+            examples=context.examples,
+        )
+    if named.dataset is not None or named.arch is not None:
+        raise FastarError("--model says what the checkpoints are of: leave out --dataset and --arch")
+    settings = _own_settings(named.overrides)
+    model, example = own_model(named.model, named.input_shape)
+    if settings.matching.method == "none":
+        symmetry = without_groups(model)
+    else:
+        symmetry = derive_symmetry(model, example, allow_partial=named.allow_partial)
+
+    def examples() -> Examples:
+        raise FastarError("with --model there are no data to look at: match by weights, or use fastar.match in Python")
+
+    return Network(
+        symmetry=symmetry,
+        layout=FlatLayout.from_module(model),
+        settings=settings,
+        device=resolve_device(settings.device),
+        load=lambda path: _load_own(model, path),
+        examples=examples,
+    )
+
+
+def _own_settings(overrides: Sequence[str]) -> Settings:
+    for override in overrides:
+        key = override.partition("=")[0]
+        if not key.startswith("matching.") and key not in ("seed", "workers", "device", "gpu_memory"):
+            raise FastarError(f"{override}: with --model, only matching.*, seed, workers and device mean anything")
+    return load_settings(dataset="digits", overrides=overrides)  # the dataset is not looked at
+
+
+def _load_own(model: nn.Module, path: Path) -> Checkpoint:
+    checkpoint = load_checkpoint(path)
+    load_into(model, checkpoint)
+    # The model is filled anew for the next one.
+    return Checkpoint({name: value.clone() for name, value in model.state_dict().items()}, checkpoint.metadata, path)
+
+
+def match_files(
+    first: Path,
+    others: Sequence[Path],
+    *,
+    out: Path | None,
+    named: Named,
+    progress: Progress = SILENT,
+) -> list[dict[str, Any]]:
+    """Match each checkpoint of `others` to `first`; write them, permuted, to `out`: a file, or a folder for several.
+
+    Returns:
+        For each: its file, the one written, groups (name to size), objective before and after, with and without 1-D
+        parameters, L2 distance before and after, how many hidden units moved, sweeps, the permutations.
+    """
+    if not others:
+        raise FastarError("there is nothing to match: give a second checkpoint")
+    written = _written(others, out)
+    network = network_of(first, named, progress)
+    theta = network.load(first)
+    found = []
+    with progress.task("matching files", total=len(others), unit="files") as advance:
+        for path, target in zip(others, written, strict=True):
+            result, state, metadata = _match_file(network, theta, path)
+            if target is not None:
+                save_checkpoint(target, state, {**metadata, "matched_to": first.name})
+            found.append({"file": str(path), "written": None if target is None else str(target), **result})
+            advance()
+    return found
+
+
+def _written(others: Sequence[Path], out: Path | None) -> list[Path | None]:
+    """Where each permuted checkpoint goes; checked before any work."""
+    if out is None:
+        return [None] * len(others)
+    if len(others) == 1:
+        if out.suffix != ".safetensors":
+            raise FastarError(f"--out {out}: the permuted checkpoint is written as .safetensors; name it so")
+        return [out]
+    if out.suffix == ".safetensors" or out.is_file():
+        raise FastarError(f"--out {out}: {len(others)} checkpoints are written into a folder; name one")
+    targets = [out / f"{path.stem}.safetensors" for path in others]
+    twice = sorted({str(target) for target in targets if targets.count(target) > 1})
+    if twice:
+        raise FastarError(f"--out {out}: several checkpoints would be written to {twice[0]}; match them one by one")
+    return list(targets)
+
+
+def _match_file(
+    network: Network, theta: Checkpoint, path: Path
+) -> tuple[dict[str, Any], dict[str, torch.Tensor], dict[str, Any]]:
+    """What matching the checkpoint `path` to `theta` gave; its permuted state, and its metadata."""
+    source = network.load(path)
+    symmetry, layout = network.symmetry, network.layout
+    row, other = (layout.flatten(one.state).to(network.device) for one in (theta, source))
+    result = match_by_settings(
+        network.matching,
+        symmetry,
+        layout.views(row),
+        layout.views(other[None]),
+        examples=network.examples,
+        seed=network.settings.seed,
+        threads=network.settings.workers,
+    )
+    permutations = result.permutations.select(0).to("cpu")
+    state = symmetry.apply(permutations, source.state)
+    matched = layout.flatten(state).to(row.device)
+    moved = sum(int((index != torch.arange(len(index))).sum()) for index in permutations.values())
+    figures = {
+        "groups": {group.name: group.size for group in symmetry.groups},
+        "objective_start": float(result.objective_start[0]),
+        "objective": float(result.objective[0]),
+        "objective_weights": float(result.objective_weights[0]),
+        "distance_start": float((row - other).norm()),
+        "distance": float((row - matched).norm()),
+        "moved": moved,
+        "units": sum(group.size for group in symmetry.groups),
+        "sweeps": int(result.sweeps[0]),
+        "left": [*symmetry.frozen, *(f"group {name}: not observed, stays" for name in result.left)],
+        "permutations": permutations.as_dict(),
+    }
+    return figures, state, dict(source.metadata)
