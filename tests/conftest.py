@@ -1,7 +1,13 @@
 """What every test can count on, however the suite was started."""
 
+import os
 import signal
+import tempfile
 
 # A shell without job control starts background commands with SIGINT ignored, and children inherit that: tests of Ctrl-C
 # would wait for ever. With Python's own handler set, children get the default again.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Symmetries that were proven are kept for the tests of one run and the commands that they start, not beyond.
+_cache = tempfile.TemporaryDirectory(prefix="fastar-tests-")
+os.environ["FASTAR_CACHE"] = _cache.name

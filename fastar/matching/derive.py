@@ -14,6 +14,7 @@ from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
 
 from fastar.errors import FastarError
+from fastar.matching import proofs
 from fastar.matching.axes import FIXED, Axis, AxisSolver, fixed
 from fastar.matching.calls import Refused
 from fastar.matching.rules import apply_rule, is_fill
@@ -23,7 +24,12 @@ from fastar.matching.views import Dims
 
 
 def derive_symmetry(
-    model: nn.Module, example_inputs: ExampleInputs, *, verify: bool = True, allow_partial: bool = False
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    *,
+    verify: bool = True,
+    allow_partial: bool = False,
+    cached: bool = True,
 ) -> Symmetry:
     """The groups of hidden units of `model` that can be permuted without changing what it computes.
 
@@ -36,15 +42,25 @@ def derive_symmetry(
         verify: also prove the result numerically (`verify_symmetry`).
         allow_partial: where the symmetry of an operation cannot be proven, hold all axes of its inputs in place and go
             on; `Symmetry.frozen` says where.
+        cached: take what was derived and proven before for the same model, code and inputs (`fastar.matching.proofs`
+            says how that is told), and keep what is proven now.
 
     Raises:
         FastarError: the model cannot be traced, or an operation's symmetry cannot be proven; names node and operation.
     """
     name = type(model).__name__
+    digest = proofs.digest_of(model, example_inputs, allow_partial=allow_partial) if cached and verify else None
+    found = proofs.find(digest) if digest is not None else None
+    if found is not None:
+        return found
     program = _trace(model, example_inputs, name)
     symmetry = _Derivation(model, program, name, allow_partial).symmetry()
     if verify:
-        verify_symmetry(model, symmetry, example_inputs)
+        files: set[str] = set()
+        with proofs.watching(files):
+            verify_symmetry(model, symmetry, example_inputs)
+        if digest is not None and symmetry.groups:
+            proofs.keep(digest, model, symmetry, files)
     return symmetry
 
 
