@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import pytest
 import torch
 from torch import nn
@@ -215,6 +217,16 @@ def test_words_name_the_nearest() -> None:
         FastarError, match=r"^model\.norm='Groups' of wrn16: did you mean 'group'\? choose one of batch"
     ):
         build("wrn16", norm="Groups")
+
+
+def test_words_that_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    def named(input_shape: tuple[int, int, int], classes: int, name: str = "layer") -> nn.Module:
+        return nn.Sequential(OrderedDict({name: nn.Linear(input_shape[0], classes)}))
+
+    monkeypatch.setitem(MODELS, "named", named)
+    assert hasattr(build("named", name="other"), "other")
+    with pytest.raises(FastarError, match=r"^model\.name=3 of named must be a word$"):
+        build("named", name=3)
 
 
 def test_options_that_are_true_or_false(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -98,8 +98,10 @@ def _check_value(arch: str, name: str, value: object, default: object) -> None:
             raise FastarError(f"model.{name}={value!r} of {arch} must be true or false")
         return
     if isinstance(default, str):
-        choices = option_choices(arch)[name]
-        if value not in choices:
+        choices = option_choices(arch).get(name)
+        if choices is None and not isinstance(value, str):
+            raise FastarError(f"model.{name}={value!r} of {arch} must be a word")
+        if choices is not None and value not in choices:
             near = difflib.get_close_matches(str(value).lower(), choices, n=1)
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise FastarError(f"model.{name}={value!r} of {arch}: {hint}choose one of {', '.join(choices)}")

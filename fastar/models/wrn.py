@@ -1,4 +1,8 @@
-"""Wide residual networks (Zagoruyko and Komodakis 2016): activation before convolution."""
+"""Wide residual networks (Zagoruyko and Komodakis 2016): activation before convolution.
+
+The star-domain paper's own code differs from the original in small things: its convolutions have biases, the second one
+of a block has the stride, and projections read the input before norm and activation.
+"""
 
 from __future__ import annotations
 
