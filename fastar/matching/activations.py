@@ -13,6 +13,7 @@ from fastar.errors import FastarError
 from fastar.matching.assignment import Solver
 from fastar.matching.families import solve_family
 from fastar.matching.forwards import Batch, forward, without_statistics
+from fastar.matching.networks import check_networks
 from fastar.matching.observing import Kind, Observer
 from fastar.matching.permutations import Permutations
 from fastar.matching.symmetry import Group, Member, Symmetry
@@ -44,9 +45,9 @@ def match_activations(
     Arguments and errors as of `correlate_units`.
     """
     found, _ = correlate_units(model, symmetry, theta, sources, batches, solver=solver, progress=progress)
-    names = [name for name in symmetry.parameters if name in theta and name in sources]
+    names = symmetry.counted(theta, sources)
     out = []
-    for n in range(_count(symmetry, sources)):
+    for n in range(len(sources[names[0]])):
         state = {name: sources[name][n] for name in names}
         one = found.select(n)
         worse = _objective(theta, symmetry.apply(one, state), names) < _objective(theta, state, names)
@@ -84,9 +85,9 @@ def correlate_units(
     """
     if not batches:
         raise FastarError("matching by activations needs at least one batch of images; give some")
-    count = _count(symmetry, sources)
+    count, device = check_networks(symmetry, theta, sources)
     names = symmetry.counted(theta, sources)  # the model ties a tied tensor's other name to it
-    twin = without_statistics(model, theta[names[0]].device)
+    twin = without_statistics(model, device)
     everywhere = {(member.tensor, member.axis) for group in symmetry.groups for member in group.members}
     found = []
     with torch.no_grad(), progress.task("activations", count, "sources") as advance:
@@ -110,13 +111,9 @@ def correlate_units(
                     one[group.name] = torch.from_numpy(index)
             found.append(Permutations(one))
             advance()
-    children = {group.parent for group in symmetry.groups}
-    unseen = tuple(g.name for g in symmetry.groups if not seen[g.name] and not (g.name in children and not g.members))
+    of_seen = {group.parent for group in symmetry.groups if seen[group.name]}  # blocks move as their units correlate
+    unseen = tuple(g.name for g in symmetry.groups if g.members and not seen[g.name] and g.name not in of_seen)
     return Permutations.stack(found), unseen
-
-
-def _count(symmetry: Symmetry, sources: Mapping[str, Tensor]) -> int:
-    return next(tensor.shape[0] for name, tensor in sources.items() if name in symmetry.parameters)
 
 
 def _chosen(group: Group, kinds: Mapping[_Key, Kind]) -> list[Member]:

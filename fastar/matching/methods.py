@@ -16,6 +16,7 @@ from fastar.errors import FastarError
 from fastar.matching.activations import correlate_units, match_activations
 from fastar.matching.assignment import solver_name
 from fastar.matching.forwards import Batch, forward, without_statistics
+from fastar.matching.networks import check_networks
 from fastar.matching.permutations import Permutations
 from fastar.matching.sinkhorn import Loss, match_sinkhorn
 from fastar.matching.symmetry import Symmetry
@@ -81,9 +82,7 @@ def match_by_settings(
         )
     began = time.perf_counter()
     left: tuple[str, ...] = ()
-    symmetry.check_state(theta, "theta")
-    symmetry.check_state(sources, "sources", leading=1)
-    count = next(sources[name].shape[0] for name in symmetry.parameters if name in sources)
+    count, _ = check_networks(symmetry, theta, sources)
     found = symmetry.identity(count)
     if settings.method != "none" and symmetry.groups:
         if settings.method == "activation":

@@ -11,6 +11,7 @@ from fastar.config import SinkhornSettings
 from fastar.errors import FastarError
 from fastar.matching.assignment import Solver
 from fastar.matching.families import solve_family
+from fastar.matching.networks import check_networks
 from fastar.matching.permutations import Permutations
 from fastar.matching.symmetry import Member, Symmetry
 from fastar.progress import SILENT, Progress
@@ -61,14 +62,14 @@ def match_sinkhorn(
         raise FastarError(
             f"matching.sinkhorn.objective={settings.objective} needs data, and here are none; set it to l2"
         )
+    count, device = check_networks(symmetry, theta, sources)
     names = symmetry.counted(theta, sources)
     centre = {name: theta[name].detach().float() for name in names}
-    count = sources[names[0]].shape[0]
     found = []
     with progress.task("sinkhorn", count * settings.steps, "steps") as advance:
         for n in range(count):
             source = {name: sources[name][n].detach().float() for name in names}
-            soft = SoftPermutations(symmetry, settings, centre[names[0]].device, derive_seed(seed, "sinkhorn"))
+            soft = SoftPermutations(symmetry, settings, device, derive_seed(seed, "sinkhorn"))
             optimizer = torch.optim.Adam(soft.logits(), lr=settings.lr)
             draw = torch.Generator().manual_seed(derive_seed(seed, "sinkhorn", "t"))
             for step in range(settings.steps):

@@ -14,6 +14,7 @@ from torch import Tensor
 from fastar.errors import FastarError
 from fastar.matching.assignment import Solver, solver_name
 from fastar.matching.attempts import Attempts, Outcome, Start, best_ends
+from fastar.matching.networks import check_networks
 from fastar.matching.permutations import Permutations
 from fastar.matching.problem import Problem
 from fastar.matching.symmetry import Symmetry
@@ -104,9 +105,7 @@ def match_weights(
     """
     began = time.perf_counter()
     _check_settings(orders, kicks, max_sweeps, chunk, threads)
-    symmetry.check_state(theta, "theta")
-    symmetry.check_state(sources, "sources", leading=1)
-    count, device = _count_and_device(symmetry, theta, sources)
+    count, device = check_networks(symmetry, theta, sources)
     problem = Problem(symmetry, theta, sources)
     starts = _starts(symmetry, start, count)
     solver_text = solver_name(solver)
@@ -124,7 +123,6 @@ def match_weights(
             outcomes[begin:end], done = best_ends(problem, data, own, attempts, pool)
             return done
 
-    _check_finite(problem, theta, sources, count)
     with progress.task("matching", total=count, unit="sources") as advance:
         for (begin, end), done in _run(run_chunk, bounds, device, workers):
             solves += done
@@ -225,30 +223,6 @@ def _check_settings(orders: int, kicks: int, max_sweeps: int, chunk: int | None,
             raise FastarError(f"matching: {name}={value} must be at least 1")
 
 
-def _count_and_device(
-    symmetry: Symmetry, theta: Mapping[str, Tensor], sources: Mapping[str, Tensor]
-) -> tuple[int, torch.device]:
-    """The number of sources, the same for every tensor, and the one device that everything is on."""
-    names = [name for name in symmetry.parameters if name in theta and name in sources]
-    if not names:
-        raise FastarError("theta and the sources share no parameters of the model: there is nothing to match")
-    first = names[0]
-    count, device = sources[first].shape[0], theta[first].device
-    for name in names:
-        if sources[name].shape[0] != count:
-            raise FastarError(
-                f"sources hold {count} of {first!r} but {sources[name].shape[0]} of {name!r}: give all of each"
-            )
-        for where, tensor in (("theta", theta[name]), ("sources", sources[name])):
-            if tensor.device != device:
-                raise FastarError(
-                    f"{name!r} of {where} is on {tensor.device}, {first!r} of theta on {device}: move one"
-                )
-    if count == 0:
-        raise FastarError("there are no sources to match: give at least one")
-    return count, device
-
-
 def _starts(symmetry: Symmetry, start: Starts, count: int) -> list[Start]:
     """Every start of all sources; None becomes a guess from the identity."""
     given = [start] if start is None or isinstance(start, Permutations) else list(start)
@@ -263,17 +237,6 @@ def _starts(symmetry: Symmetry, start: Starts, count: int) -> list[Start]:
         indices = [permutations[g.name].cpu().expand(count, g.size).contiguous().numpy() for g in symmetry.groups]
         out.append(Start(indices, guess=one is None))
     return out
-
-
-def _check_finite(problem: Problem, theta: Mapping[str, Tensor], sources: Mapping[str, Tensor], count: int) -> None:
-    """A sum is not finite if one of its terms is not; only then is the culprit looked for."""
-    for name in problem.names:
-        if not bool(torch.isfinite(problem.theta[name].sum())) and not bool(torch.isfinite(theta[name]).all()):
-            raise FastarError(f"theta has NaN or infinite values in {name!r}: it cannot be matched")
-        for n in range(count):
-            row = sources[name][n]
-            if not bool(torch.isfinite(row.sum())) and not bool(torch.isfinite(row).all()):
-                raise FastarError(f"source {n} has NaN or infinite values in {name!r}: retrain or remove it")
 
 
 def _chunk_size(problem: Problem, device: torch.device, count: int) -> int:
