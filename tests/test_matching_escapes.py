@@ -180,7 +180,10 @@ def test_bad_input_to_activations(symmetries: dict[str, Symmetry]) -> None:
         match_activations(model, symmetry, theta, sources, [])
     broken = {n: t.clone() for n, t in sources.items()}
     broken["layers.0.bias"][1, 0] = float("nan")
-    with pytest.raises(FastarError, match=r"source 1: activations at 'layers\.1\.weight' are not finite"):
+    with pytest.raises(FastarError, match=r"source 1 has NaN or infinite values in 'layers\.0\.bias'"):
+        match_activations(model, symmetry, theta, broken, images("mlp"))
+    broken["layers.0.bias"][1], broken["layers.1.weight"][1] = 1e30, 1e30
+    with pytest.raises(FastarError, match=r"source 1: activations at 'layers\.2\.weight' are not finite"):
         match_activations(model, symmetry, theta, broken, images("mlp"))
 
 
