@@ -17,6 +17,7 @@ from safetensors.torch import save as serialize
 
 from fastar.atomic import write_atomically
 from fastar.errors import FastarError
+from fastar.states import check_state_of
 
 SUFFIXES = (".safetensors", ".pt", ".pth")
 _DIGEST = "tensors_digest"
@@ -203,23 +204,10 @@ def _read_pickle(path: Path) -> dict[str, torch.Tensor]:
 def load_into(model: torch.nn.Module, checkpoint: Checkpoint) -> None:
     """Copy a checkpoint's state into `model`, in place.
 
+    Of a tensor with two names (tied weights) one name is enough.
+
     Raises:
-        FastarError: names or shapes differ; the first difference is named.
+        FastarError: names or shapes differ; the first differences are named.
     """
-    where = checkpoint.path or "checkpoint"
-    expected = model.state_dict()
-    for name, value in expected.items():
-        if name not in checkpoint.state:
-            if name.endswith("num_batches_tracked"):
-                continue
-            raise FastarError(f"{where}: {name} is missing; is it of another architecture?")
-        found = checkpoint.state[name]
-        if found.shape != value.shape:
-            raise FastarError(
-                f"{where}: {name} has shape {tuple(found.shape)}, the model {tuple(value.shape)}; "
-                "is it of another architecture or width?"
-            )
-    extra = [name for name in checkpoint.state if name not in expected]
-    if extra:
-        raise FastarError(f"{where}: {extra[0]} is not part of the model; is it of another architecture?")
-    model.load_state_dict(checkpoint.state, strict=False)  # all but num_batches_tracked was checked above
+    check_state_of(model, checkpoint.state, str(checkpoint.path or "the checkpoint"))
+    model.load_state_dict(checkpoint.state, strict=False)  # what may be missing was checked above

@@ -152,7 +152,7 @@ def truncated(folder: Path) -> None:
         (with_nan, ["seed-0001", "NaN"]),
         (of_other_data, ["seed-0001", "dataset_digest"]),
         (of_other_dataset, ["seed-0001", "dataset is 'mnist' there, 'digits' here"]),
-        (of_other_width, ["seed-0001", "has shape (3,)"]),
+        (of_other_width, ["seed-0001", "of shape [3] where the model's is [8]"]),
         (executing, ["seed-0001", "weights only"]),
         (truncated, ["seed-0001", "not a readable"]),
         (lambda folder: (folder / "seed-0001.safetensors").unlink(), ["holds 1 checkpoints", "sources.number=2"]),

@@ -15,7 +15,7 @@ ORDER = (
     ("errors", "seeds", "progress", "stopping"),
     ("recipes", "scales"),
     ("config",),
-    ("atomic",),
+    ("atomic", "states"),
     ("checkpoints", "figures", "lock"),
     ("runs",),
     ("memory", "parts"),

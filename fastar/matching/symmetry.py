@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from fastar.errors import FastarError
 from fastar.matching.permutations import Permutations
-from fastar.matching.states import check_state
 from fastar.seeds import derive_seed
+from fastar.states import check_state
 
 
 @dataclass(frozen=True, slots=True)
