@@ -3,6 +3,7 @@
 from fastar.matching.activations import correlate_units, match_activations
 from fastar.matching.assignment import solve_assignment, solver_name
 from fastar.matching.derive import derive_symmetry
+from fastar.matching.many import ManyResult, match_many
 from fastar.matching.methods import Examples, GiveExamples, match_by_settings
 from fastar.matching.modules import match_modules
 from fastar.matching.permutations import Permutations
@@ -15,6 +16,7 @@ __all__ = [
     "Examples",
     "GiveExamples",
     "Group",
+    "ManyResult",
     "MatchResult",
     "Member",
     "Permutations",
@@ -24,6 +26,7 @@ __all__ = [
     "match",
     "match_activations",
     "match_by_settings",
+    "match_many",
     "match_modules",
     "match_sinkhorn",
     "match_weights",

@@ -26,15 +26,18 @@ def check_networks(
     symmetry.check_state(theta, "theta")
     symmetry.check_state(sources, "sources", leading=1)
     count, device = _count_and_device(symmetry, theta, sources)
-    # A sum is not finite if one of its terms is not; only then is the culprit looked for.
     for name in symmetry.counted(theta, sources):
-        if not bool(torch.isfinite(theta[name].sum())) and not bool(torch.isfinite(theta[name]).all()):
-            raise FastarError(f"theta has NaN or infinite values in {name!r}: it cannot be matched")
+        check_finite(theta[name], name, "theta")
         for n in range(count):
-            row = sources[name][n]
-            if not bool(torch.isfinite(row.sum())) and not bool(torch.isfinite(row).all()):
-                raise FastarError(f"source {n} has NaN or infinite values in {name!r}: retrain or remove it")
+            check_finite(sources[name][n], name, f"source {n}")
     return count, device
+
+
+def check_finite(tensor: Tensor, name: str, where: str) -> None:
+    """Raise FastarError if a tensor called `name` of the network `where` has NaN or infinite values."""
+    # A sum is not finite if one of its terms is not; only then is each looked at.
+    if not bool(torch.isfinite(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
+        raise FastarError(f"{where} has NaN or infinite values in {name!r}: retrain or remove it")
 
 
 def _count_and_device(

@@ -1,0 +1,263 @@
+"""Matching a whole set of networks: to a star, to a mean that is re-estimated, or pairwise; and averaging them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastar.config import MatchingSettings
+from fastar.errors import FastarError
+from fastar.matching.methods import GiveExamples, match_by_settings
+from fastar.matching.networks import check_finite
+from fastar.matching.permutations import Permutations
+from fastar.matching.symmetry import Symmetry
+from fastar.progress import SILENT, Progress
+from fastar.seeds import derive_seed
+
+To = Literal["star", "mean", "pairwise"]
+State = Mapping[str, Tensor]
+
+# Networks that are matched to one theta in one call: memory is bounded to a copy of so many.
+PART = 8
+
+
+@dataclass(frozen=True)
+class ManyResult:
+    """How a set of networks was matched.
+
+    Args:
+        permutations: [N, size] per group, to be applied to the networks as they were given; of pairwise none, since
+            those of its pairs do not fit together.
+        pairs: of pairwise: (i, j), i < j -> the permutations that bring network j to network i; else empty.
+        objective: float64, of star and mean [N]: the inner product of each permuted network with the centre, or with
+            the mean of all; of pairwise: one for each of `pairs`, in their order.
+        mean: of star and mean: the average of the permuted networks, buffers too (whole numbers are the first's).
+            Batch-norm statistics so averaged are not the averaged network's own: re-estimate them.
+        history: of mean: the mean inner product of two permuted networks, at first and after each round.
+        rounds: of mean: passes over all networks.
+        converged: of mean: whether the last round changed nothing; else True.
+    """
+
+    permutations: Permutations | None
+    pairs: Mapping[tuple[int, int], Permutations]
+    objective: Tensor
+    mean: dict[str, Tensor] | None
+    history: tuple[float, ...]
+    rounds: int
+    converged: bool
+
+    def pair(self, i: int, j: int) -> Permutations:
+        """What brings network j to network i, both as they were given."""
+        if self.permutations is not None:
+            return self.permutations.select(j).then(self.permutations.select(i).inverse())
+        if i == j:
+            return Permutations({name: index.sort().values for name, index in next(iter(self.pairs.values())).items()})
+        return self.pairs[i, j] if i < j else self.pairs[j, i].inverse()
+
+
+def match_many(
+    symmetry: Symmetry,
+    states: Sequence[State],
+    *,
+    to: To = "mean",
+    centre: State | None = None,
+    settings: MatchingSettings | None = None,
+    examples: GiveExamples | None = None,
+    rounds: int = 20,
+    first: int = 0,
+    seed: int = 0,
+    threads: int | None = None,
+    progress: Progress = SILENT,
+) -> ManyResult:
+    """Match N networks of one architecture. None is changed; the result is a function of the arguments.
+
+    star: each to `centre`, such as a star model. pairwise: each to every one before it, a few at a time.
+
+    mean: to one another, through their mean (git re-basin's algorithm 3). All are matched to network `first`; then, in
+    rounds of a random order, each to the mean of the others, until a round changes nothing. What a step raises is the
+    mean inner product of all pairs of permuted networks, and a step that would lower it is not taken: `history` never
+    falls. Since there is one permutation for each network, they are cycle-consistent: network j comes to network i by
+    pi_ij = pi_i^-1 pi_j (`pair`), and pi_ij pi_jk = pi_ik. `first` ends where it was given.
+
+    Args:
+        states: names -> tensors of each network, on one device; buffers may be among them.
+        centre: of star alone.
+        settings: method and its settings; mean follows the weights, so its method is weight or sinkhorn with l2.
+        rounds: of mean, at most.
+        first: of mean: the network that the others are matched to at first.
+
+    Raises:
+        FastarError: too few networks, a centre that is missing or not needed, a method that mean does not take; as
+            `match_by_settings`.
+    """
+    settings = settings or MatchingSettings()
+    _check(states, to, centre, settings, rounds, first)
+    for n, state in enumerate(states):
+        symmetry.check_state(state, f"model {n}")
+        for name in symmetry.counted(state, state):
+            check_finite(state[name], name, f"model {n}")
+    networks = _Networks(symmetry, states, settings, examples, seed, threads)
+    if to == "pairwise":
+        return _pairwise(networks, progress)
+    if to == "star":
+        assert centre is not None
+        return _star(networks, centre, progress)
+    return _to_mean(networks, first, rounds, progress)
+
+
+def average(symmetry: Symmetry, states: Sequence[State], permutations: Permutations) -> dict[str, Tensor]:
+    """The mean of N permuted networks, in float64, as the first's dtypes; whole numbers are the first's."""
+    total: dict[str, Tensor] = {}
+    for n, state in enumerate(states):
+        for name, value in symmetry.apply(permutations.select(n), state).items():
+            if name not in total:
+                total[name] = value.double() if value.is_floating_point() else value
+            elif value.is_floating_point():
+                total[name] += value
+    return {
+        name: (value / len(states)).to(states[0][name].dtype) if value.is_floating_point() else value
+        for name, value in total.items()
+    }
+
+
+@dataclass(frozen=True)
+class _Networks:
+    """The networks, and how they are matched to whatever theta."""
+
+    symmetry: Symmetry
+    states: Sequence[State]
+    settings: MatchingSettings
+    examples: GiveExamples | None
+    seed: int
+    threads: int | None
+
+    def match(
+        self, theta: State, some: Sequence[int], start: Permutations | None = None
+    ) -> tuple[Permutations, Tensor]:
+        """Permutations [n, size] of the networks `some`, and their objectives [n]."""
+        names = [name for name in self.symmetry.parameters if name in theta]
+        result = match_by_settings(
+            self.settings,
+            self.symmetry,
+            {name: theta[name] for name in names},
+            {name: torch.stack([self.states[n][name] for n in some]) for name in names},
+            start=start,
+            examples=self.examples,
+            seed=self.seed,
+            threads=self.threads,
+        )
+        return result.permutations.to("cpu"), result.objective
+
+    def match_all(self, theta: State, some: Sequence[int]) -> Iterator[tuple[list[int], Permutations, Tensor]]:
+        """The same, a few at a time."""
+        for begin in range(0, len(some), PART):
+            part = list(some[begin : begin + PART])
+            yield part, *self.match(theta, part)
+
+    def permuted(self, n: int, permutations: Permutations) -> dict[str, Tensor]:
+        return self.symmetry.apply(permutations, self.states[n])
+
+
+def _star(networks: _Networks, centre: State, progress: Progress) -> ManyResult:
+    count = len(networks.states)
+    found: list[Permutations] = []
+    objectives: list[Tensor] = []
+    with progress.task("matching to the star", count, "models") as advance:
+        for part, permutations, objective in networks.match_all(centre, range(count)):
+            found += [permutations.select(k) for k in range(len(part))]
+            objectives.append(objective)
+            advance(len(part))
+    together = Permutations.stack(found)
+    mean = average(networks.symmetry, networks.states, together)
+    return ManyResult(together, {}, torch.cat(objectives), mean, (), 0, True)
+
+
+def _pairwise(networks: _Networks, progress: Progress) -> ManyResult:
+    count = len(networks.states)
+    pairs: dict[tuple[int, int], Permutations] = {}
+    objectives: list[Tensor] = []
+    with progress.task("matching pairs", count * (count - 1) // 2, "pairs") as advance:
+        for i in range(count - 1):
+            for part, permutations, objective in networks.match_all(networks.states[i], range(i + 1, count)):
+                pairs |= {(i, j): permutations.select(k) for k, j in enumerate(part)}
+                objectives.append(objective)
+                advance(len(part))
+    return ManyResult(None, pairs, torch.cat(objectives), None, (), 0, True)
+
+
+def _to_mean(networks: _Networks, first: int, rounds: int, progress: Progress) -> ManyResult:
+    """Coordinate ascent: of sum_{i<j} <pi_i theta_i, pi_j theta_j>, n's part is <sum of the others, pi_n theta_n>."""
+    symmetry, states = networks.symmetry, networks.states
+    count = len(states)
+    names = symmetry.counted(states[0], states[0])
+    others = [n for n in range(count) if n != first]
+    found = {first: symmetry.identity()}
+    for part, permutations, _ in networks.match_all(states[first], others):
+        found |= {n: permutations.select(k) for k, n in enumerate(part)}
+    # float64 sums of float32 numbers: what is added and taken away again leaves nothing behind.
+    total = {name: torch.zeros_like(states[0][name], dtype=torch.float64) for name in names}
+    squares = 0.0
+    for n in range(count):
+        one = networks.permuted(n, found[n])
+        for name in names:
+            total[name] += one[name]
+            squares += float(one[name].double().square().sum())
+
+    def between() -> float:
+        """The mean inner product of two permuted networks."""
+        return (sum(float(value.square().sum()) for value in total.values()) - squares) / (count * (count - 1))
+
+    history, done, changed = [between()], 0, count > 2  # of two networks, each is matched to the other already
+    with progress.task("matching to the mean", rounds, "rounds") as advance:
+        while changed and done < rounds:
+            changed = False
+            order = np.random.default_rng(derive_seed(networks.seed, "match many", done)).permutation(count)
+            for n in (int(n) for n in order):
+                now = networks.permuted(n, found[n])
+                rest = {name: total[name] - now[name] for name in names}
+                theta = {name: (value / (count - 1)).to(states[0][name].dtype) for name, value in rest.items()}
+                permutations, _ = networks.match(theta, [n], found[n])
+                then = networks.permuted(n, permutations.select(0))
+                gain = sum(float((rest[name] * (then[name].double() - now[name])).sum()) for name in names)
+                if gain > 0:
+                    found[n], changed = permutations.select(0), True
+                    total = {name: value + then[name] for name, value in rest.items()}
+            done += 1
+            history.append(between())
+            advance(note=f"{history[-1]:.4g}")
+    back = found[first].inverse()
+    together = Permutations.stack([found[n].then(back) for n in range(count)])
+    mean = average(symmetry, states, together)
+    objective = [
+        sum(float((mean[name].double() * one[name]).sum()) for name in names)
+        for one in (networks.permuted(n, together.select(n)) for n in range(count))
+    ]
+    return ManyResult(
+        together, {}, torch.tensor(objective, dtype=torch.float64), mean, tuple(history), done, not changed
+    )
+
+
+def _check(
+    states: Sequence[State], to: str, centre: State | None, settings: MatchingSettings, rounds: int, first: int
+) -> None:
+    if to not in ("star", "mean", "pairwise"):
+        raise FastarError(f"matching many: to={to!r} is none of star, mean, pairwise")
+    if (to == "star") != (centre is not None):
+        raise FastarError(f"matching many: to={to} {'needs' if to == 'star' else 'takes no'} centre")
+    if len(states) < (1 if to == "star" else 2):
+        raise FastarError(f"matching many: to={to} needs more than {len(states)} models")
+    by_data = settings.method == "activation" or (settings.method == "sinkhorn" and settings.sinkhorn.objective != "l2")
+    if to == "mean" and by_data:
+        raise FastarError(
+            "matching many: to=mean follows the weights, since the mean of networks that do not match yet computes "
+            "nothing of use; set matching.method=weight, or match to a star or pairwise"
+        )
+    if rounds < 1:
+        raise FastarError(f"matching many: rounds={rounds} must be at least 1")
+    if not 0 <= first < len(states):
+        raise FastarError(f"matching many: first={first} is none of the models 0 to {len(states) - 1}")
