@@ -66,7 +66,7 @@ def match_sinkhorn(
     names = symmetry.counted(theta, sources)
     centre = {name: theta[name].detach().float() for name in names}
     found = []
-    with progress.task("sinkhorn", count * settings.steps, "steps") as advance:
+    with torch.enable_grad(), progress.task("sinkhorn", count * settings.steps, "steps") as advance:
         for n in range(count):
             source = {name: sources[name][n].detach().float() for name in names}
             soft = SoftPermutations(symmetry, settings, device, derive_seed(seed, "sinkhorn"))
