@@ -8,6 +8,7 @@ from torch import fx
 
 from fastar.matching import views
 from fastar.matching.axes import fixed
+from fastar.matching.broadcasting import combine
 from fastar.matching.calls import Call, Refused
 from fastar.matching.views import Dim, Dims
 
@@ -27,7 +28,7 @@ def broadcast(call: Call, operands: Sequence[tuple[Dims, Sequence[int]]], shape:
         dims = [
             None if d < missing or lengths[d - missing] != n else labels.dims[d - missing] for d, n in enumerate(shape)
         ]
-        out = views.combine(call.solver, out, dims)
+        out = combine(call.solver, out, dims)
     return Dims(tuple((fixed(n),) if dim is None else dim for dim, n in zip(out, shape, strict=True)))
 
 
@@ -41,7 +42,7 @@ def contract(call: Call, operands: Sequence[tuple[Dims, Sequence[Letter]]], out:
     dims: list[Dim | None] = [None] * len(letters)
     for labels, names in operands:
         mine = dict(zip(names, labels.dims, strict=True))
-        dims = views.combine(call.solver, dims, [mine.get(name) for name in letters])
+        dims = combine(call.solver, dims, [mine.get(name) for name in letters])
     product = Dims(tuple((fixed(1),) if dim is None else dim for dim in dims))
     return views.reduce(call.solver, product, range(len(out), len(letters)))
 

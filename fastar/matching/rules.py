@@ -43,9 +43,9 @@ from fastar.matching.shapes import (
 from fastar.matching.views import Dims
 
 
-def constant_fill(call: Call) -> Labels:
+def constant_fill(call: Call) -> Dims:
     """A tensor filled with one value: any permutation leaves it as it is."""
-    return tuple(call.solver.fresh(n) for n in call.shape())
+    return Dims(tuple((views.Copies(n),) for n in call.shape()))
 
 
 def fixed_result(call: Call) -> Labels:

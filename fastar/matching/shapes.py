@@ -6,6 +6,7 @@ from typing import Any
 
 from fastar.matching import views
 from fastar.matching.axes import fixed
+from fastar.matching.broadcasting import combine
 from fastar.matching.calls import Call, Labels, Refused
 from fastar.matching.views import Dim, Dims
 
@@ -62,9 +63,7 @@ def expand(call: Call) -> Dims:
     x, old, new = call.dims(node).dims, call.shape(node), call.shape()
     added = len(new) - len(old)
     return Dims(
-        tuple(
-            x[d - added] if d >= added and old[d - added] == n else (call.solver.fresh(n),) for d, n in enumerate(new)
-        )
+        tuple(x[d - added] if d >= added and old[d - added] == n else (views.Copies(n),) for d, n in enumerate(new))
     )
 
 
@@ -96,7 +95,7 @@ def concatenate(call: Call) -> Dims:
     merged: list[Dim | None] = []
     for one in parts:
         dims: list[Dim | None] = [None if dim is None or d == at else tuple(dim) for d, dim in enumerate(one.dims)]
-        merged = views.combine(call.solver, merged, dims) if merged else dims
+        merged = combine(call.solver, merged, dims) if merged else dims
     return Dims(tuple((joined,) if d == at else dim or () for d, dim in enumerate(merged)))
 
 
@@ -104,7 +103,7 @@ def stack(call: Call) -> Dims:
     first, *others = (call.dims(node).dims for node in call.tensors())
     merged: list[Dim | None] = list(first)
     for other in others:
-        merged = views.combine(call.solver, merged, other)
+        merged = combine(call.solver, merged, other)
     out, dim = [dim or () for dim in merged], call.arguments.get("dim", 0) % (len(merged) + 1)
     out.insert(dim, (fixed(call.shape()[dim]),))
     return Dims(tuple(out))
@@ -142,7 +141,7 @@ def halves(call: Call) -> Dims:
     dim = call["dim"] % len(x.dims)
     half = call.shape(node)[dim] // 2
     first, second = (views.cut(call.solver, x, dim, start, start + half) for start in (0, half))
-    return Dims(tuple(dim or () for dim in views.combine(call.solver, first.dims, second.dims)))
+    return Dims(tuple(dim or () for dim in combine(call.solver, first.dims, second.dims)))
 
 
 def select(call: Call) -> Dims:

@@ -107,14 +107,16 @@ def _as_double(value: Any) -> Any:
 
 
 class _InFloat64(TorchDispatchMode):
-    """Inside, what a forward pass casts to a shorter float (norms in float32) stays in float64."""
+    """Inside, what a forward pass casts to a shorter float (norms in float32), or makes as one, is in float64."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
         to = kwargs.get("dtype")
         if func is torch.ops.aten._to_copy.default and isinstance(to, torch.dtype) and to.is_floating_point:
             kwargs["dtype"] = torch.float64
-        return func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        short = isinstance(out, Tensor) and out.is_floating_point() and out.dtype != torch.float64
+        return out.double() if short else out
 
 
 def _random_state(model: nn.Module, seed: int) -> dict[str, Tensor]:
@@ -140,7 +142,14 @@ def _random_state(model: nn.Module, seed: int) -> dict[str, Tensor]:
 
 def _outputs(model: nn.Module, state: dict[str, Tensor], inputs: ExampleInputs) -> list[Tensor]:
     keywords = dict(inputs) if isinstance(inputs, Mapping) else {}
-    with torch.no_grad(), _InFloat64():
-        result = torch.func.functional_call(model, state, () if keywords else inputs, keywords, tie_weights=False)
+    try:
+        with torch.no_grad(), _InFloat64():
+            result = torch.func.functional_call(model, state, () if keywords else inputs, keywords, tie_weights=False)
+    except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise FastarError(
+            f"cannot verify the permutation groups of {type(model).__name__}: it does not run on the example inputs in "
+            f"float64: {first_line}; give inputs that it runs on"
+        ) from error
     flat, _ = torch.utils._pytree.tree_flatten(result)
     return [out for out in flat if isinstance(out, Tensor) and out.is_floating_point()]

@@ -32,7 +32,14 @@ class Part:
     index: int
 
 
-Factor = Axis | Part
+@dataclass(frozen=True)
+class Copies:
+    """Positions that are all alike (an expanded axis, a tensor of one value), in whatever order."""
+
+    length: int
+
+
+Factor = Axis | Part | Copies
 Dim = tuple[Factor, ...]  # outermost first
 
 
@@ -51,11 +58,14 @@ class Dims:
         """Every axis that occurs, views' own included."""
         for dim in self.dims:
             for factor in dim:
-                yield factor.view.axis if isinstance(factor, Part) else factor
+                if not isinstance(factor, Copies):
+                    yield factor.view.axis if isinstance(factor, Part) else factor
 
 
 def factor_length(factor: Factor) -> int:
     """Positions of a factor."""
+    if isinstance(factor, Copies):
+        return factor.length
     return factor.view.lengths[factor.index] if isinstance(factor, Part) else length_of(factor)
 
 
@@ -104,10 +114,13 @@ class Parts:
         for view in self.views():
             if any(place == d for place, _ in self.places(view)):
                 self.separate(view)
-        moving = [axis for axis in self.dims[d] or () if not self.solver.is_fixed(axis)]  # type: ignore[arg-type]
-        for axis in moving[1:]:
-            self.solver.fix(axis)  # type: ignore[arg-type]
-        whole = self.solver.merge(self.dims[d] or [])  # type: ignore[arg-type]
+        axes: list[Axis] = []
+        for factor in self.dims[d] or ():
+            assert not isinstance(factor, Part)
+            axes.append(self.solver.fresh(factor.length) if isinstance(factor, Copies) else factor)
+        for axis in [axis for axis in axes if not self.solver.is_fixed(axis)][1:]:
+            self.solver.fix(axis)
+        whole = self.solver.merge(axes)
         self.dims[d] = [whole]
         return whole
 
@@ -123,6 +136,9 @@ class Parts:
             pieces = [[Part(finer, j + (j > i))] for j in range(len(view.lengths))]
             pieces[i].append(Part(finer, i + 1))
             self.substitute(view, pieces)
+            return
+        if isinstance(factor, Copies):
+            dim[at : at + 1] = [Copies(length) for length in lengths]
             return
         try:
             dim[at : at + 1] = self.solver.split(factor, lengths)
@@ -208,7 +224,7 @@ def reshape(solver: AxisSolver, labels: Dims, shape: Sequence[int]) -> Dims:
 def _merge_fixed(solver: AxisSolver, queue: list[Factor], n: int) -> None:
     """Put the first two factors together, which must not move: a dimension of `n` ends in the middle of one."""
     for factor in queue[:2]:
-        if isinstance(factor, Part) or not solver.is_fixed(factor):
+        if isinstance(factor, Part) or (isinstance(factor, tuple) and not solver.is_fixed(factor)):
             lengths = " x ".join(str(factor_length(f)) for f in queue[:2])
             raise CannotSplit(f"cuts axes of {lengths} units into {n}")
     queue[:2] = [fixed(prod(factor_length(factor) for factor in queue[:2]))]
@@ -258,6 +274,9 @@ def cut(solver: AxisSolver, labels: Dims, d: int, start: int, stop: int) -> Dims
     parts = Parts(solver, labels.dims)
     dim = labels.dims[d]
     (factor, *others) = dim
+    if not others and isinstance(factor, Copies):
+        parts.dims[d] = [Copies(stop - start)]
+        return Dims(tuple(tuple(one or ()) for one in parts.dims))
     if not others and isinstance(factor, Part) and factor.index == 0:
         lengths = factor.view.lengths
         rest = prod(lengths[1:])
@@ -276,99 +295,3 @@ def cut(solver: AxisSolver, labels: Dims, d: int, start: int, stop: int) -> Dims
         return parts.settled()
     parts.dims[d] = [solver.cut(parts.flatten(d), start, stop)]
     return parts.settled()
-
-
-def combine(solver: AxisSolver, first: Sequence[Dim | None], second: Sequence[Dim | None]) -> list[Dim | None]:
-    """Labels of a pointwise function of two tensors of as many dimensions, None where one is broadcast."""
-    a, b = Parts(solver, first), Parts(solver, second)
-    while not (_align(a, b) and _agree(a, b) and _agree(b, a)):
-        pass
-    out: list[list[Factor] | None] = []
-    for one, other in zip(a.dims, b.dims, strict=True):
-        if one is None or other is None:
-            out.append(other if one is None else one)
-            continue
-        for x, y in zip(one, other, strict=True):
-            if isinstance(x, tuple) and isinstance(y, tuple):
-                solver.unify(x, y)
-        out.append([y if isinstance(y, Part) and _longer(y, x) else x for x, y in zip(one, other, strict=True)])
-    for mine, theirs in ((a, b), (b, a)):
-        for view in mine.views():
-            _unify_view(view, mine, theirs)
-    result = Parts(solver, [None if dim is None else tuple(dim) for dim in out])
-    settled = result.settled().dims
-    return [None if dim is None else settled[d] for d, dim in enumerate(out)]
-
-
-def _longer(mine: Part, other: Factor) -> bool:
-    return not isinstance(other, Part) or len(mine.view.lengths) > len(other.view.lengths)
-
-
-def _align(a: Parts, b: Parts) -> bool:
-    """Give dimensions that both have the same factors; False when views were separated on the way."""
-    for d in range(len(a.dims)):
-        at = 0
-        while True:
-            one, other = a.dims[d], b.dims[d]
-            if one is None or other is None or at >= max(len(one), len(other)):
-                break
-            n, m = factor_length(one[at]), factor_length(other[at])
-            if n > m and n % m == 0:
-                a.split(d, at, m)
-            elif m > n and m % n == 0:
-                b.split(d, at, n)
-            elif n != m:
-                a.flatten(d)
-                b.flatten(d)
-                return False
-            at += 1
-    return True
-
-
-def _partners(view: View, mine: Parts, other: Parts) -> list[Factor | None]:
-    """What the other tensor has where the parts of `view` are."""
-    out: list[Factor | None] = []
-    for d, at in mine.places(view):
-        dim = other.dims[d]
-        out.append(None if dim is None else dim[at])
-    return out
-
-
-def _agree(mine: Parts, other: Parts) -> bool:
-    """Whether every view of `mine` can stay as it is beside the other tensor; else it is separated, and False."""
-    for view in mine.views():
-        partners = _partners(view, mine, other)
-        shared = [factor for factor in partners if factor is not None]
-        if not shared:
-            continue
-        leading = all(factor is not None for factor in partners[: len(shared)])
-        first = shared[0]
-        if isinstance(first, Part):
-            theirs = first.view
-            matching = all(
-                isinstance(factor, Part) and factor.view is theirs and factor.index == i
-                for i, factor in enumerate(shared)
-            )
-            # Equal views; or one of them is a view of the other's outer parts.
-            fits = matching and (len(theirs.lengths) == len(shared) or len(shared) == len(view.lengths))
-        else:
-            fits = len(shared) == 1
-        if not (leading and fits):
-            mine.separate(view)
-            for theirs in dict.fromkeys(factor.view for factor in shared if isinstance(factor, Part)):
-                other.separate(theirs)
-            return False
-    return True
-
-
-def _unify_view(view: View, mine: Parts, other: Parts) -> None:
-    """Require that `view` moves as what the other tensor has in its place."""
-    shared = [factor for factor in _partners(view, mine, other) if factor is not None]
-    if not shared:
-        return
-    (first, *_), count = shared, len(shared)
-    if isinstance(first, Part) and len(first.view.lengths) > count:
-        return  # seen from the other tensor, this view is the outer part of a longer one
-    axis = first.view.axis if isinstance(first, Part) else first
-    solver = mine.solver
-    solver.unify(solver.blocks(view.axis, prod(view.lengths[count:])), axis)
