@@ -434,6 +434,86 @@ def match_command(
             print(f"written:    {result['written']}")
 
 
+@app.command("match-many")
+def match_many_command(
+    files: Annotated[
+        list[str], typer.Argument(metavar="A B [...] [KEY=VALUE]...", help="Checkpoints of one architecture.")
+    ],
+    to: Annotated[
+        str | None,
+        typer.Option(
+            "--to",
+            metavar="mean|star|pairwise",
+            help="To each other through their mean (the default), to --centre, or each to each.",
+            show_default=False,
+        ),
+    ] = None,
+    centre: Annotated[
+        Path | None,
+        typer.Option("--centre", help="The checkpoint that all are matched to, such as a star.", show_default=False),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Write the permuted checkpoints into this folder.", show_default=False)
+    ] = None,
+    average: Annotated[
+        Path | None,
+        typer.Option(
+            "--average", help="Write the average of the permuted ones here (.safetensors).", show_default=False
+        ),
+    ] = None,
+    rounds: Annotated[int, typer.Option("--rounds", help="Of mean: passes over all, at most.")] = 20,
+    dataset: Annotated[str | None, typer.Option("--dataset", help="For checkpoints that do not say it.")] = None,
+    name: Name = None,
+    arch: Annotated[str | None, typer.Option("--arch", help="For checkpoints that do not say it.")] = None,
+    model: Model = None,
+    input_shape: InputShape = None,
+    allow_partial: AllowPartial = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Match a whole set of checkpoints and average them, for merging: functions do not change by matching.
+
+    To the mean, each is matched to the average of the others in turns until nothing changes; there is one permutation
+    for each checkpoint, so that all ways round agree. `fastar barrier` measures what the average is worth (it takes
+    batch-norm statistics anew).
+
+    Examples:
+
+        fastar match-many runs/five/sources/*.safetensors --out matched --average mean.safetensors
+
+        fastar match-many runs/five/heldout/*.safetensors --centre runs/five/star.safetensors --out matched
+
+        fastar match-many a.pt b.pt c.pt --to pairwise --model mynets:build --input-shape 2x3x32x32 --json
+    """
+    from fastar.experiments.files import Named, match_many_files
+
+    paths, overrides = _paths_and_settings(files)
+    named = Named(dataset, arch, model, input_shape, allow_partial, [*_named(name), *overrides])
+    result = match_many_files(
+        paths,
+        to=to or ("mean" if centre is None else "star"),
+        centre=centre,
+        out=out,
+        average=average,
+        rounds=rounds,
+        named=named,
+        progress=_progress(quiet or as_json),
+    )
+    if as_json:
+        print(json.dumps(result))
+        return
+
+    from fastar.report import many_table
+
+    _print_table(many_table(result))
+    _print_lines(f"left: {line}" for line in result["left"])
+    if result["to"] == "mean":
+        print(f"rounds:  {result['rounds']}{'' if result['converged'] else ', and the last still changed something'}")
+        print(f"inner product of two: {result['history'][0]:.6g} at first, {result['history'][-1]:.6g} in the end")
+    if result["average"] is not None:
+        print(f"average: {result['average']}")
+
+
 def _paths_and_settings(words: list[str]) -> tuple[list[Path], list[str]]:
     """Files, and `key=value` settings, which a file that is there is not."""
     settings = [word for word in words if SETTING.match(word) and not Path(word).exists()]

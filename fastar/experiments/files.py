@@ -13,12 +13,20 @@ from torch import nn
 from fastar.checkpoints import Checkpoint, load_checkpoint, load_into, save_checkpoint
 from fastar.config import MatchingSettings, Settings, load_settings
 from fastar.errors import FastarError
-from fastar.experiments.context import resolve_device
+from fastar.experiments.context import DATA_KEYS, resolve_device
 from fastar.experiments.own import own_model
 from fastar.experiments.pairs import context_of, load_whole
 from fastar.experiments.regular import check_fits
 from fastar.flat import FlatLayout
-from fastar.matching import Examples, Symmetry, derive_symmetry, match_by_settings, without_groups
+from fastar.matching import (
+    Examples,
+    ManyResult,
+    Symmetry,
+    derive_symmetry,
+    match_by_settings,
+    match_many,
+    without_groups,
+)
 from fastar.progress import SILENT, Progress
 
 
@@ -79,6 +87,7 @@ def network_of(first: Path, named: Named, progress: Progress = SILENT) -> Networ
         raise FastarError("--model says what the checkpoints are of: leave out --dataset and --arch")
     settings = _own_settings(named.overrides)
     model, example = own_model(named.model, named.input_shape)
+    _load_own(model, first)  # before its symmetry is derived, which takes longer
     if settings.matching.method == "none":
         symmetry = without_groups(model)
     else:
@@ -193,3 +202,119 @@ def _match_file(
         "permutations": permutations.as_dict(),
     }
     return figures, state, dict(source.metadata)
+
+
+# What an average of checkpoints is of, as they are.
+_SAME = ("arch", "model", "input_shape", "classes", "dataset", "dataset_digest", *DATA_KEYS)
+
+
+def match_many_files(
+    paths: Sequence[Path],
+    *,
+    to: str,
+    centre: Path | None,
+    out: Path | None,
+    average: Path | None,
+    rounds: int,
+    named: Named,
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """Match a set of checkpoints to `centre` (to="star"), through their mean, or pairwise; write them, average them.
+
+    Args:
+        out: folder for the permuted checkpoints; not of pairwise, where each pair has permutations of its own.
+        average: file for the average of the permuted ones; not of pairwise.
+        rounds: of mean, at most.
+
+    Returns:
+        groups (name to size); `files`: for each its file, the one written, objective with the centre or the mean, L2
+        distance from it before and after; of pairwise `pairs` instead: first, second, objective, distance before and
+        after, permutations; average, rounds, converged, history (`fastar.matching.ManyResult`).
+    """
+    if to == "pairwise" and (out is not None or average is not None):
+        raise FastarError(
+            f"{'--out' if out is not None else '--average'}: each pair is matched in its own way, there is no one set "
+            "to write; --json has the permutations"
+        )
+    written = _written_into(paths, out)
+    if average is not None and average.suffix != ".safetensors":
+        raise FastarError(f"--average {average}: the average is written as .safetensors; name it so")
+    network = network_of(paths[0] if centre is None else centre, named, progress)
+    loaded = [network.load(path) for path in paths]
+    states = [{name: value.to(network.device) for name, value in one.state.items()} for one in loaded]
+    middle = None if centre is None else network.load(centre).state
+    result = match_many(
+        network.symmetry,
+        states,
+        to=to,  # type: ignore[arg-type]  # match_many refuses others
+        centre=None if middle is None else {name: value.to(network.device) for name, value in middle.items()},
+        settings=network.matching,
+        examples=network.examples,
+        rounds=rounds,
+        seed=network.settings.seed,
+        threads=network.settings.workers,
+        progress=progress,
+    )
+    figures = {
+        "to": to,
+        "groups": {group.name: group.size for group in network.symmetry.groups},
+        "left": list(network.symmetry.frozen),
+        "average": None if average is None else str(average),
+        "rounds": result.rounds,
+        "converged": result.converged,
+        "history": list(result.history),
+    }
+    rows = [network.layout.flatten(state) for state in states]
+    if result.permutations is None:
+        return {**figures, "pairs": _pair_figures(network, paths, states, rows, result)}
+    assert result.mean is not None
+    middle_row = network.layout.flatten(result.mean if middle is None else middle).to(network.device)
+    files = []
+    for n, (path, target) in enumerate(zip(paths, written, strict=True)):
+        state = network.symmetry.apply(result.permutations.select(n).to("cpu"), loaded[n].state)
+        if target is not None:
+            save_checkpoint(target, state, {**loaded[n].metadata, "matched_to": to if centre is None else centre.name})
+        files.append(
+            {
+                "file": str(path),
+                "written": None if target is None else str(target),
+                "objective": float(result.objective[n]),
+                "distance_start": float((middle_row - rows[n]).norm()),
+                "distance": float((middle_row - network.layout.flatten(state).to(network.device)).norm()),
+            }
+        )
+    if average is not None:
+        known = loaded[0].metadata
+        metadata = {"kind": "average", "of": [path.name for path in paths]}
+        save_checkpoint(average, result.mean, {**{key: known[key] for key in _SAME if key in known}, **metadata})
+    return {**figures, "files": files}
+
+
+def _written_into(paths: Sequence[Path], out: Path | None) -> list[Path | None]:
+    """Where each of a set goes: always into a folder."""
+    if out is not None and out.suffix == ".safetensors":
+        raise FastarError(f"--out {out}: the permuted checkpoints are written into a folder; name one")
+    return _written(paths, out) if len(paths) != 1 else [None if out is None else out / f"{paths[0].stem}.safetensors"]
+
+
+def _pair_figures(
+    network: Network,
+    paths: Sequence[Path],
+    states: Sequence[dict[str, torch.Tensor]],
+    rows: Sequence[torch.Tensor],
+    result: ManyResult,
+) -> list[dict[str, Any]]:
+    found = []
+    for ((i, j), permutations), objective in zip(result.pairs.items(), result.objective.tolist(), strict=True):
+        matched = network.layout.flatten(network.symmetry.apply(permutations, states[j]))
+        found.append(
+            {
+                "first": str(paths[i]),
+                "second": str(paths[j]),
+                "objective": objective,
+                "distance_start": float((rows[i] - rows[j]).norm()),
+                "distance": float((rows[i] - matched).norm()),
+                "permutations": permutations.as_dict(),
+            }
+        )
+    return found
