@@ -78,7 +78,7 @@ def test_match_of_other_peoples_files(pair: tuple[Path, Path], tmp_path: Path) -
     assert found.pop("file") == str(theirs[1])
     assert expected.pop("file") == str(pair[1])
     assert found == expected
-    assert "has shape" in refused("match", *theirs, *options, "model.width=3")
+    assert "of shape" in refused("match", *theirs, *options, "model.width=3")
     assert "is missing" in refused("match", *theirs, "--dataset", "digits", "--arch", "resnet8", PLACE)
 
 
