@@ -8,18 +8,22 @@ from fastar.matching.methods import Examples, GiveExamples, match_by_settings
 from fastar.matching.modules import match_modules
 from fastar.matching.permutations import Permutations
 from fastar.matching.sinkhorn import match_sinkhorn
+from fastar.matching.spec import PermutationSpec, Span
 from fastar.matching.symmetry import Group, Member, Symmetry, without_groups
-from fastar.matching.verify import verify_symmetry
+from fastar.matching.verify import ExampleInputs, verify_symmetry
 from fastar.matching.weights import MatchResult, match, match_weights, working_bytes
 
 __all__ = [
+    "ExampleInputs",
     "Examples",
     "GiveExamples",
     "Group",
     "ManyResult",
     "MatchResult",
     "Member",
+    "PermutationSpec",
     "Permutations",
+    "Span",
     "Symmetry",
     "correlate_units",
     "derive_symmetry",

@@ -142,9 +142,10 @@ def _random_state(model: nn.Module, seed: int) -> dict[str, Tensor]:
 
 def _outputs(model: nn.Module, state: dict[str, Tensor], inputs: ExampleInputs) -> list[Tensor]:
     keywords = dict(inputs) if isinstance(inputs, Mapping) else {}
+    values = dict(state)  # functional_call writes into it where a module has two names
     try:
         with torch.no_grad(), _InFloat64():
-            result = torch.func.functional_call(model, state, () if keywords else inputs, keywords, tie_weights=False)
+            result = torch.func.functional_call(model, values, () if keywords else inputs, keywords, tie_weights=False)
     except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
         first_line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
         raise FastarError(
