@@ -113,7 +113,9 @@ def match_by_settings(
         permutations=found,
         objective=measured[0],
         objective_weights=measured[1],
-        objective_start=_objectives(symmetry, theta, sources, start or symmetry.identity(), count)[0],
+        objective_start=_objectives(symmetry, theta, sources, symmetry.identity() if start is None else start, count)[
+            0
+        ],
         sweeps=torch.zeros(count, dtype=torch.int64),
         converged=torch.ones(count, dtype=torch.bool),
         kicks_kept=torch.zeros(count, dtype=torch.int64),
