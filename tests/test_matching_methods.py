@@ -205,7 +205,7 @@ def test_bad_input_to_sinkhorn() -> None:
         match_by_settings(MatchingSettings(method="sinkhorn"), symmetry, theta, broken)
     with pytest.raises(FastarError, match="lacks parameter"):
         match_by_settings(MatchingSettings(method="sinkhorn"), symmetry, {}, sources)
-    wild = SinkhornSettings(lr=1e20, temperature=1e-20, steps=2)
+    wild = SinkhornSettings(lr=1e20, temperature=1e-20, noise=0.0, steps=2)
     with pytest.raises(FastarError, match=r"not finite in group 'layers\.0': lower matching\.sinkhorn\.lr"):
         match_sinkhorn(symmetry, theta, sources, settings=wild)
 

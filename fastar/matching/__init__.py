@@ -3,7 +3,7 @@
 from fastar.matching.activations import correlate_units, match_activations
 from fastar.matching.assignment import solve_assignment, solver_name
 from fastar.matching.derive import derive_symmetry
-from fastar.matching.many import ManyResult, match_many
+from fastar.matching.many import ManyResult, To, match_many
 from fastar.matching.methods import Examples, GiveExamples, match_by_settings
 from fastar.matching.modules import match_modules
 from fastar.matching.permutations import Permutations
@@ -25,6 +25,7 @@ __all__ = [
     "Permutations",
     "Span",
     "Symmetry",
+    "To",
     "correlate_units",
     "derive_symmetry",
     "match",
