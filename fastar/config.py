@@ -508,11 +508,23 @@ def validate(content: Mapping[str, Any], source: str = "settings") -> Settings:
         raise FastarError(f"{source}: {_explain(error)}") from error
 
 
-def _explain(error: ValidationError) -> str:
+def matching_settings(values: Mapping[str, Any]) -> MatchingSettings:
+    """The section `matching` alone, from its keys.
+
+    Raises:
+        FastarError: one line naming the first wrong key, as `validate`.
+    """
+    try:
+        return MatchingSettings.model_validate(values)
+    except ValidationError as error:
+        raise FastarError(_explain(error, "matching")) from error
+
+
+def _explain(error: ValidationError, *section: str) -> str:
     """The first error as one line; unknown keys come first, since a typo often also leaves a key missing."""
     errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     first = errors[0]
-    parts = [str(part) for part in first["loc"]]
+    parts = [*section, *(str(part) for part in first["loc"])]
     key = ".".join(parts)
     if first["type"] == "extra_forbidden":
         valid = _valid_keys(parts[:-1])

@@ -27,7 +27,7 @@ ORDER = (
     ("evaluation",),
     ("training",),
     ("experiments",),
-    ("report", "doctor", "benchmarks", "overview", "catalogue"),
+    ("api", "report", "doctor", "benchmarks", "overview", "catalogue"),
     ("cli",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}

@@ -11,8 +11,8 @@ regular models the objective <theta, pi(theta_n)>, seconds of matching per pair,
 star model trained with this matching at the start of every epoch: seconds of matching in all, the barrier from it to
 heldouts that it was never shown, matched to it in the same way.
 
-Barriers (eq. 10) are on the train set, with re-estimated batch-norm statistics at every point, evaluated by fastar for
-all ways alike. All star models begin at the same theta and see the same batches, sources and t. Prints one JSON line
+Barriers (eq. 10) are on training images, with re-estimated batch-norm statistics at every point, evaluated by fastar
+for all ways alike. All star models begin at the same theta and see the same batches, sources and t. Prints one JSON line
 per network and way, then a table of medians. What has been trained is kept in --cache and reused where its recipe is
 the same. Where rebasin cannot match a network, its line says why.
 """
@@ -109,7 +109,9 @@ def _fastar(context: Context, settings: MatchingSettings) -> Match:
         stacked = {name: torch.stack([source[name] for source in sources]) for name in symmetry.parameters}
         start = symmetry.identity() if warm else None
         threads = context.settings.workers
-        result = match_by_settings(settings, symmetry, theta, stacked, start=start, threads=threads)
+        result = match_by_settings(
+            settings, symmetry, theta, stacked, start=start, examples=context.examples, threads=threads
+        )
         return [symmetry.apply(result.permutations.select(n).to("cpu"), source) for n, source in enumerate(sources)]
 
     return match
@@ -289,6 +291,8 @@ def settings_of(args: argparse.Namespace, arch: str) -> Settings:
         "sources.heldout": args.heldout if args.star else 0,
         "evaluation.regular_pairs": args.pairs,
         "evaluation.points": args.points,
+        "evaluation.limit": min(args.measure, args.images),
+        "evaluation.bn_batches": max(1, args.measure // args.batch),
         "matching.kicks": args.kicks,
         "seed": args.seed,
         "device": args.device,
@@ -315,6 +319,7 @@ def main() -> None:
     parser.add_argument("--heldout", type=int, default=3, help="with --star")
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--points", type=int, default=11)
+    parser.add_argument("--measure", type=int, default=2000, help="images for losses, and for batch-norm statistics")
     parser.add_argument("--kicks", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")

@@ -1,0 +1,335 @@
+"""Matching and barriers of a user's own networks: `fastar.match`, `fastar.apply`, `fastar.barrier`."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from fastar.config import MatchingSettings, matching_settings
+from fastar.errors import FastarError
+from fastar.evaluation import Endpoint, Path, evaluate_paths
+from fastar.flat import FlatLayout
+from fastar.matching import (
+    ExampleInputs,
+    Examples,
+    ManyResult,
+    MatchResult,
+    Permutations,
+    PermutationSpec,
+    Symmetry,
+    To,
+    derive_symmetry,
+    match_by_settings,
+    without_groups,
+)
+from fastar.matching import match_many as match_states
+from fastar.progress import SILENT, Progress
+from fastar.states import check_state_of
+
+Data = Iterable[tuple[Tensor, Tensor]] | Callable[[], Iterable[tuple[Tensor, Tensor]]] | tuple[Tensor, Tensor]
+"""(inputs, labels) batches that can be gone through again and again (a DataLoader, a list, a function that begins a new
+pass), or all inputs and all labels as two tensors."""
+
+BATCH = 256  # of data given as two tensors
+
+
+EXAMPLE_BATCHES = 4
+"""Of `data` that methods of matching look at."""
+
+
+class Matched(Permutations):
+    """Group name -> index int64 [size]: how the units of one network are permuted to match another's.
+
+    Args:
+        indices: new[i] = old[index[i]].
+        symmetry: the groups, and where their units lie.
+        result: how the matching went.
+    """
+
+    def __init__(self, indices: Mapping[str, Tensor], symmetry: Symmetry, result: MatchResult):
+        super().__init__(indices)
+        self.symmetry = symmetry
+        self.result = result
+
+
+def match(
+    model_a: nn.Module,
+    model_b: nn.Module,
+    *,
+    example_inputs: Tensor | ExampleInputs,
+    method: str = "weight",
+    data: Data | None = None,
+    spec: PermutationSpec | None = None,
+    allow_partial: bool = False,
+    seed: int = 0,
+    progress: Progress = SILENT,
+    **options: object,
+) -> Matched:
+    """Permutations of the hidden units of `model_b` that bring it towards `model_a` (paper, section 3.1).
+
+    The groups of units are derived from the network's graph and proven on random weights. Neither model is changed;
+    `apply` does it.
+
+    Args:
+        model_a: the model to match to.
+        model_b: of the same architecture, on any device.
+        example_inputs: what the forward takes: a tensor, a tuple of tensors, or a mapping of keywords to tensors.
+        method: weight (coordinate descent on the weights), activation (correlations of activations), sinkhorn
+            (gradients) or none.
+        data: (inputs, labels) batches, of which the first few are looked at; needed by activation.
+        spec: the groups written out by hand, for networks whose graph cannot be traced.
+        allow_partial: hold in place what cannot be proven, and go on; `Matched.symmetry.frozen` says what.
+        seed: of random choices.
+        options: further settings of matching, such as `kicks=5`.
+
+    Raises:
+        FastarError: another architecture, groups that cannot be proven, or a method or option that does not exist.
+    """
+    settings = matching_settings({"method": method, **options})
+    source = model_b.state_dict()
+    check_state_of(model_a, source, "model_b")
+    symmetry = _symmetry(model_a, example_inputs, settings, spec, allow_partial)
+    device = next(model_a.parameters()).device
+    result = match_by_settings(
+        settings,
+        symmetry,
+        model_a.state_dict(),
+        {name: source[name][None].to(device) for name in symmetry.parameters},
+        examples=_examples(model_a, data, method),
+        seed=seed,
+        progress=progress,
+    )
+    return Matched(result.permutations.select(0) if symmetry.groups else {}, symmetry, result)
+
+
+@dataclass(frozen=True)
+class ManyMatched:
+    """How a set of networks was matched.
+
+    Args:
+        permutations: of each network; of pairwise none.
+        average: the mean of the permuted networks, a network itself; of pairwise none. Batch-norm statistics so
+            averaged are not its own: re-estimate them.
+        symmetry: the groups, and where their units lie.
+        result: objectives, rounds, pairs.
+    """
+
+    permutations: list[Permutations]
+    average: nn.Module | None
+    symmetry: Symmetry
+    result: ManyResult
+
+
+def match_many(
+    models: Sequence[nn.Module],
+    *,
+    example_inputs: Tensor | ExampleInputs,
+    to: To = "mean",
+    centre: nn.Module | None = None,
+    method: str = "weight",
+    data: Data | None = None,
+    spec: PermutationSpec | None = None,
+    allow_partial: bool = False,
+    rounds: int = 20,
+    seed: int = 0,
+    progress: Progress = SILENT,
+    **options: object,
+) -> ManyMatched:
+    """Match a set of networks to a `centre` (to="star"), to each other through their mean, or pairwise; average them.
+
+    None is changed: `apply(matched.permutations[n], models[n], symmetry=matched.symmetry)` gives the permuted ones.
+
+    Args:
+        models: of one architecture.
+        to: star, mean or pairwise (`fastar.matching.match_many` says what each does).
+        centre: of star: the network that all are matched to.
+        rounds: of mean, at most.
+        example_inputs, method, data, spec, allow_partial, seed, options: as of `match`.
+
+    Raises:
+        FastarError: as `match`; too few models, or a centre that is missing or not needed.
+    """
+    settings = matching_settings({"method": method, **options})
+    if not models:
+        raise FastarError("there are no models to match: give at least two")
+    first = models[0] if centre is None else centre
+    states = [model.state_dict() for model in models]
+    for n, state in enumerate(states):
+        check_state_of(first, state, f"models[{n}]")
+    symmetry = _symmetry(first, example_inputs, settings, spec, allow_partial)
+    device = next(first.parameters()).device
+    result = match_states(
+        symmetry,
+        [{name: value.to(device) for name, value in state.items()} for state in states],
+        to=to,
+        centre=None if centre is None else centre.state_dict(),
+        settings=settings,
+        examples=_examples(first, data, method),
+        rounds=rounds,
+        seed=seed,
+        progress=progress,
+    )
+    found = [] if result.permutations is None else [result.permutations.select(n) for n in range(len(models))]
+    average = None
+    if result.mean is not None:
+        average = copy.deepcopy(first)
+        average.load_state_dict(result.mean)
+    return ManyMatched(found, average, symmetry, result)
+
+
+def _symmetry(
+    model: nn.Module,
+    example_inputs: Tensor | ExampleInputs,
+    settings: MatchingSettings,
+    spec: PermutationSpec | None,
+    allow_partial: bool,
+) -> Symmetry:
+    """The groups of `model`, as the caller wants them found."""
+    twin = copy.deepcopy(model).cpu()
+    given = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
+    inputs = tree_map_only(Tensor, Tensor.cpu, given)
+    if settings.method == "none":
+        return without_groups(twin)
+    if spec is not None:
+        return spec.symmetry(twin, inputs)
+    return derive_symmetry(twin, inputs, allow_partial=allow_partial)
+
+
+def _examples(model: nn.Module, data: Data | None, method: str) -> Callable[[], Examples]:
+    """What methods that look at data see: the first batches."""
+
+    def examples() -> Examples:
+        if data is None:
+            raise FastarError(f"method={method!r} needs data: give (inputs, labels) batches as data")
+        device = next(model.parameters()).device
+        return Examples(model, list(islice(_batches(data, device, "data")(), EXAMPLE_BATCHES)))
+
+    return examples
+
+
+def apply(permutations: Permutations, model: nn.Module, *, symmetry: Symmetry | None = None) -> nn.Module:
+    """A copy of `model` with its hidden units permuted: it computes the same.
+
+    Args:
+        permutations: what `match` returned; of others (an inverse, say) `symmetry` is needed.
+        model: of the architecture that was matched.
+        symmetry: the groups of this architecture; None: those that `permutations` came with.
+
+    Raises:
+        FastarError: another architecture than the one that was matched, or no groups.
+    """
+    if symmetry is None:
+        if not isinstance(permutations, Matched):
+            raise FastarError("these permutations do not know their groups: give symmetry=matched.symmetry")
+        symmetry = permutations.symmetry
+    twin = copy.deepcopy(model)
+    twin.load_state_dict(symmetry.apply(permutations, twin.state_dict()))
+    return twin
+
+
+@dataclass(frozen=True)
+class Barrier:
+    """Loss and accuracy along the straight path between two models, and its barrier.
+
+    Args:
+        t: points of the path, 0 at the first model, 1 at the second.
+        loss: mean cross-entropy at each t.
+        accuracy: at each t.
+        value: the largest gap between the loss and the straight line between the ends' losses (paper, eq. 10).
+    """
+
+    t: list[float]
+    loss: list[float]
+    accuracy: list[float]
+    value: float
+
+    def __float__(self) -> float:
+        return self.value
+
+
+def barrier(
+    model_a: nn.Module,
+    model_b: nn.Module,
+    data: Data,
+    *,
+    points: int = 11,
+    statistics_data: Data | None = None,
+    progress: Progress = SILENT,
+) -> Barrier:
+    """The loss barrier between two models of one architecture, as they are (paper, eq. 10).
+
+    Models are evaluated in float32 on the device of `model_a`; neither is changed. Batch-norm statistics are
+    re-estimated at every point, ends included (paper, appendix B.3).
+
+    Args:
+        model_a: at t = 0; its forward takes a batch of inputs and returns logits [batch, classes].
+        model_b: at t = 1.
+        data: what losses are measured on.
+        points: equispaced values of t, ends included.
+        statistics_data: what batch-norm statistics are taken from, best the training data, shuffled; None: `data`.
+
+    Raises:
+        FastarError: another architecture, fewer than 2 points, no data or data of one pass only, a loss that is not
+            finite.
+    """
+    if points < 2:
+        raise FastarError(f"points={points}: a path needs its two ends, give at least 2")
+    states = [model.state_dict() for model in (model_a, model_b)]
+    check_state_of(model_a, states[1], "model_b")
+    model = copy.deepcopy(model_a)
+    device = next(model.parameters()).device
+    layout = FlatLayout.from_module(model)
+    batches = _batches(data, device, "data")
+    ends = [Endpoint(name, layout.flatten(state).to(device)) for name, state in zip("ab", states, strict=True)]
+    (measured,) = evaluate_paths(
+        model,
+        layout,
+        [Path("path", *ends)],
+        {"data": batches},
+        points=points,
+        statistics_batches=batches if statistics_data is None else _batches(statistics_data, device, "statistics_data"),
+        progress=progress,
+    )
+    return Barrier(measured.t, measured.loss["data"], measured.accuracy["data"], measured.barrier("data"))
+
+
+def _batches(data: Data, device: torch.device, name: str) -> Callable[[], Iterator[tuple[Tensor, Tensor]]]:
+    """A function that begins a pass over `data`, on `device`."""
+    again: Callable[[], Iterable[tuple[Tensor, Tensor]]]
+    if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor) and isinstance(data[1], Tensor):
+        inputs, labels = data
+        if len(inputs) != len(labels):
+            raise FastarError(f"{name}: {len(inputs)} inputs and {len(labels)} labels; give one label for each")
+        # A batch of one sample has no statistics for batch-norm to take.
+        size = BATCH - (len(inputs) % BATCH == 1)
+        whole = list(zip(inputs.split(size), labels.split(size), strict=True))
+        again = whole.copy
+    elif isinstance(data, Iterator):
+        raise FastarError(
+            f"{name} can be gone through once only; give a list, a DataLoader, or a function that begins a new pass"
+        )
+    else:
+        again = data if callable(data) else partial(iter, cast(Iterable[tuple[Tensor, Tensor]], data))
+
+    def one_pass() -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in again():
+            if not isinstance(batch, tuple | list) or len(batch) != 2 or not all(isinstance(x, Tensor) for x in batch):
+                raise FastarError(f"{name}: its batches must be (inputs, labels), two tensors; one is {_kind(batch)}")
+            inputs, labels = batch
+            yield inputs.to(device), labels.to(device)
+
+    return one_pass
+
+
+def _kind(value: object) -> str:
+    if isinstance(value, tuple | list):
+        return f"{type(value).__name__} of {', '.join(type(part).__name__ for part in value)}"
+    return type(value).__name__
