@@ -37,7 +37,7 @@ setup(
     ],
     extras_require={
         "figures": ["tensorboard>=2.16"],  # looks at what fastar writes by itself
-        "test": ["pytest>=8", "tensorboard>=2.16"],
+        "test": ["pytest>=8", "tensorboard>=2.16", "torchvision>=0.26"],
         "check": ["mypy>=1.11", "ruff>=0.9", "types-PyYAML"],
         "bench": ["rebasin==0.0.47"],
     },

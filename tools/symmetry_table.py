@@ -1,0 +1,172 @@
+"""Permutation groups of other libraries' networks: a table for docs/symmetries.md, one row per network.
+
+    python tools/symmetry_table.py                    all that are installed, as a table
+    python tools/symmetry_table.py resnet50 gpt2      some of them
+    python tools/symmetry_table.py --write            the table between the marks in docs/symmetries.md
+
+Networks are built without weights. Seconds are of this machine, tracing and proof apart; the table says which.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import platform
+import re
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fastar.errors import FastarError
+from fastar.matching import Symmetry, derive_symmetry, verify_symmetry
+
+DOCS = Path(__file__).resolve().parent.parent / "docs" / "symmetries.md"
+BEGIN, END = "<!-- table: python tools/symmetry_table.py --write -->", "<!-- end of table -->"
+
+Made = tuple[nn.Module, Any]
+
+
+@dataclass(frozen=True)
+class Network:
+    """Where a network comes from, and how to make it with its example inputs."""
+
+    package: str
+    make: Callable[[], Made]
+
+
+def _torchvision(name: str, size: int) -> Callable[[], Made]:
+    def make() -> Made:
+        import_torchvision()
+        import torchvision
+
+        return getattr(torchvision.models, name)(weights=None), (torch.zeros(2, 3, size, size),)
+
+    return make
+
+
+def _timm(name: str, size: int) -> Callable[[], Made]:
+    def make() -> Made:
+        import_torchvision()
+        import timm
+
+        return timm.create_model(name, pretrained=False), (torch.zeros(2, 3, size, size),)
+
+    return make
+
+
+def _language(kind: str, **config: Any) -> Callable[[], Made]:
+    def make() -> Made:
+        import_torchvision()
+        import transformers
+
+        config_class = getattr(transformers, f"{kind}Config")
+        head = {"GPT2": "GPT2LMHeadModel", "Llama": "LlamaForCausalLM"}[kind]
+        model = getattr(transformers, head)(config_class(vocab_size=50, bos_token_id=0, eos_token_id=0, **config))
+        # The cache of keys and values would be an output, whose heads may not move.
+        return model, {"input_ids": torch.zeros(2, 8, dtype=torch.long), "use_cache": False}
+
+    return make
+
+
+_LLAMA = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "num_attention_heads": 4}
+NETWORKS: dict[str, Network] = {
+    **{
+        name: Network("torchvision", _torchvision(name, 64))
+        for name in (
+            "resnet18",
+            "resnet50",
+            "vgg16_bn",
+            "densenet121",
+            "mobilenet_v3_small",
+            "convnext_tiny",
+            "resnext50_32x4d",
+            "regnet_y_400mf",
+            "efficientnet_b0",
+            "swin_t",
+        )
+    },
+    "vit_b_16": Network("torchvision", _torchvision("vit_b_16", 224)),
+    **{f"timm.{name}": Network("timm", _timm(name, 64)) for name in ("resnet50", "convnext_nano")},
+    **{f"timm.{name}": Network("timm", _timm(name, 224)) for name in ("vit_tiny_patch16_224", "mixer_s16_224")},
+    "gpt2": Network("transformers", _language("GPT2", n_embd=32, n_head=4, n_layer=2, n_positions=16)),
+    "llama": Network("transformers", _language("Llama", num_key_value_heads=4, **_LLAMA)),
+    "llama-grouped": Network("transformers", _language("Llama", num_key_value_heads=2, **_LLAMA)),
+}
+
+_declared: list[torch.library.Library] = []
+
+
+def import_torchvision() -> None:
+    """Import torchvision also where its compiled operations are of another build of torch (a CPU build beside a wheel
+    made for CUDA): no network here uses them, but its import asks for two to be declared."""
+    try:
+        import torchvision
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "DEF")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        _declared.append(library)  # what it declares goes with it
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
+        import torchvision  # noqa: F401
+
+
+def row(name: str) -> tuple[str, Symmetry | None]:
+    """One line of the table, and the symmetry, None where it is refused."""
+    network = NETWORKS[name]
+    model, inputs = network.make()
+    began = time.perf_counter()
+    try:
+        symmetry = derive_symmetry(model, inputs, verify=False)
+        traced = time.perf_counter()
+        verify_symmetry(model, symmetry, inputs)
+        proven = time.perf_counter()
+    except FastarError as why:
+        text = str(why).replace("|", "/")
+        return f"| {name} | {network.package} | refused: {text} | | | |", None
+    units = sum(g.size for g in symmetry.groups)
+    inside = sum(g.size for g in symmetry.groups if g.parent)
+    return (
+        f"| {name} | {network.package} | {len(symmetry.groups)} | {units:,} | {inside:,} | "
+        f"{traced - began:.1f} + {proven - traced:.1f} |",
+        symmetry,
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("names", nargs="*", choices=[[], *NETWORKS], help="networks (default: all that are installed)")
+    parser.add_argument("--write", action="store_true", help=f"put the table into {DOCS.name}")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    names = options.names or list(NETWORKS)
+    installed = {p: importlib.util.find_spec(p) is not None for p in {n.package for n in NETWORKS.values()}}
+    lines = [
+        "| network | of | groups | units | of these in blocks | seconds (graph + proof) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for name in names:
+        package = NETWORKS[name].package
+        lines.append(row(name)[0] if installed[package] else f"| {name} | {package} | not installed | | | |")
+        print(lines[-1], file=sys.stderr, flush=True)
+    where = f"torch {torch.__version__}, Python {platform.python_version()}, {torch.get_num_threads()} CPU thread(s)"
+    table = "\n".join([*lines, "", f"Seconds: {where}."])
+    if options.write:
+        pattern = re.escape(BEGIN) + ".*?" + re.escape(END)
+        text = DOCS.read_text()
+        if not re.search(pattern, text, re.DOTALL):
+            raise SystemExit(f"{DOCS}: the marks {BEGIN} and {END} are missing")
+        DOCS.write_text(re.sub(pattern, lambda _: f"{BEGIN}\n{table}\n{END}", text, flags=re.DOTALL))
+    else:
+        print(table)
+
+
+if __name__ == "__main__":
+    main()
