@@ -36,13 +36,13 @@ class Scale:
 SCALES = {
     "smoke": Scale(
         epochs=1,
-        images=256,
+        images=128,
         batch_size=32,
         sources=2,
         heldout=1,
         points=3,
         regular_pairs=1,
-        measured=128,
+        measured=100,
         bn_batches=2,
         resolution=64,
         narrower=8,
