@@ -9,6 +9,7 @@ from torch import nn
 
 from fastar.evaluation import evaluate_rows, losses, stacked
 from fastar.flat import FlatLayout
+from fastar.models import build_model
 
 CPU = torch.device("cpu")
 
@@ -35,6 +36,26 @@ def test_together_equals_one_at_a_time(monkeypatch: pytest.MonkeyPatch, at_once:
         assert float(together.accuracy[k]) == float(single.accuracy[0])
         assert float(together.loss[k]) == pytest.approx(alone(model, data())[0], rel=1e-5)
     assert len(set(together.loss.tolist())) == 7
+
+
+@pytest.mark.parametrize("activation", ["relu", "elu", "silu", "gelu"])
+def test_every_activation_is_stacked(monkeypatch: pytest.MonkeyPatch, activation: str) -> None:
+    kind = {"input_shape": (3, 8, 8), "classes": 4, "width": 6, "activation": activation}
+    models = [build_model("mlp", seed=seed, **kind) for seed in range(3)]
+    layout, rows = FlatLayout.from_module(models[0]), torch.stack([row(model) for model in models])
+    calls: list[int] = []
+
+    def count(model: nn.Module, parameters: dict[str, torch.Tensor], images: torch.Tensor) -> torch.Tensor:
+        calls.append(len(next(iter(parameters.values()))))
+        return stacked.stacked_logits(model, parameters, images)
+
+    monkeypatch.setattr(losses, "stacked_logits", count)
+    together = evaluate_rows(models[0], layout, rows, {"a": data()})["a"]
+    assert set(calls) == {3}
+    for k, model in enumerate(models):
+        # The same products summed in another order: fp32 rounding.
+        assert float(together.loss[k]) == pytest.approx(alone(model, data())[0], rel=1e-5)
+    assert len(set(together.loss.tolist())) == 3
 
 
 def test_equal_networks_get_equal_bits_wherever_they_stand() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 # What the batched form is known to be equal and faster for; every leaf of a network must be one of these.
-_LEAVES = (nn.Linear, nn.ReLU, nn.GELU, nn.Tanh, nn.Sigmoid, nn.Flatten, nn.Identity)
+_LEAVES = (nn.Linear, nn.ReLU, nn.GELU, nn.SiLU, nn.ELU, nn.Tanh, nn.Sigmoid, nn.Flatten, nn.Identity)
 # Activations of this many samples x networks are in the caches; beyond it batched products gain nothing on a CPU.
 _SAMPLES = {"cpu": 16_000, "cuda": 1 << 20}
 
