@@ -1,5 +1,8 @@
 """Batches on the device: every sample once, in an order augmented as nothing but their keys decides."""
 
+import gc
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -198,6 +201,18 @@ def test_load_with_a_limit_keeps_classes_balanced_and_draws(files):
         load(written, "train", "cpu", limit=201)
     with pytest.raises(FastarError, match="below one image per class"):
         load(written, "train", "cpu", limit=9)
+
+
+@pytest.mark.parametrize("limit", [None, 50])
+def test_a_file_that_was_read_is_no_longer_mapped(files, limit):
+    """Its pages would count as memory until Python's collector comes to FFCV's objects."""
+    _, written = files
+    gc.disable()
+    try:
+        load(written, "train", "cpu", limit=limit)
+        assert str(written.path("train")) not in Path("/proc/self/maps").read_text()
+    finally:
+        gc.enable()
 
 
 def test_own_statistics_normalise_the_training_split(tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from fastar import config
 from fastar.config import load_settings
 from fastar.errors import FastarError
 from fastar.experiments.context import Context
-from fastar.experiments.plan import PHASES, Plan, check_fits, make_plan
+from fastar.experiments.plan import Plan, check_fits, make_plan
 from fastar.matching import Symmetry, derive_symmetry, match_weights, working_bytes
 from fastar.models import build_model
 from fastar.runs import RunFolder
@@ -98,7 +98,7 @@ def plan_of(tmp_path: Path, *overrides: str, measure: bool | None = None, **more
 
 def test_gpu_memory_does_not_grow_with_the_sources(tmp_path: Path) -> None:
     plans = [plan_of(tmp_path, "gpu_memory=2GB", "sources.store=host", f"sources.number={n}") for n in (30, 500)]
-    for phase in PHASES[:2]:
+    for phase in ("training", "matching"):
         assert plans[0].during("gpu", phase) == plans[1].during("gpu", phase)
     assert plans[1].during("gpu", "evaluation") <= plans[1].limits["gpu"]  # more models at a time, but as fit
     rows = [next(i.bytes for i in plan.items if i.what == "sources, pinned") for plan in plans]
@@ -107,6 +107,25 @@ def test_gpu_memory_does_not_grow_with_the_sources(tmp_path: Path) -> None:
     row = 4 * 175_970  # fp32 parameters of ResNet-18 at an eighth of its width
     grown = held[1].during("gpu", "training") - held[0].during("gpu", "training")
     assert grown == pytest.approx(30 * row, rel=0.02)  # rows are padded
+
+
+def test_reading_is_the_most_that_is_held_and_mapped_at_once(tmp_path: Path) -> None:
+    """On a CPU a split lies where it is read into; each split's whole file is mapped meanwhile."""
+    image, train, test = 3 * 32 * 32, 50_000, 10_000
+    buffers = 5 * 1024 * image  # of FFCV's loader
+    few = plan_of(tmp_path, "dataset.limit=500")
+    small, normal = 500 * image * 5, test * image * 5  # bytes, and as floats
+    assert few.during("host", "reading") == max(small + train * image, small + normal + test * image) + buffers
+    for phase in ("training", "matching", "evaluation"):
+        assert sum(i.bytes for i in few.items if (i.what, i.phase) == ("data set", phase)) == small + normal
+    whole = plan_of(tmp_path)  # too many to be kept as floats
+    assert whole.during("host", "reading") == train * image + normal + test * image + buffers
+    again = plan_of(tmp_path, "dataset.limit=500", "evaluation.limit=400", "evaluation.test_limit=300")
+    held = small + normal + 400 * image * 5
+    assert again.during("host", "reading") == held + train * image + buffers
+    elsewhere = plan_of(tmp_path, "gpu_memory=2GB")  # where a split leaves the host once it is read
+    assert elsewhere.during("host", "reading") == 2 * train * image + buffers
+    assert elsewhere.during("gpu", "reading") == 0
 
 
 def test_work_is_all_epochs_and_all_models(tmp_path: Path) -> None:

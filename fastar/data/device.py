@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from fastar.data.augment import Draws, Normalisation, augmented, draw_augmentation
+from fastar.data.beton import check_beton
 from fastar.data.dataset import Batch, check_limit, chosen_batches, count_batches
 from fastar.data.files import DatasetFiles
 from fastar.data.reading import read_batches
@@ -145,8 +146,11 @@ def load(
     """
     path, layout = files.path(split), files.layout(split)
     check_limit(limit, count=layout.count, classes=layout.classes, split=split, name=files.name)
-    images = np.empty((layout.count, layout.height, layout.width, layout.channels), np.uint8)
-    labels = np.empty(layout.count, np.int64)
+    index = np.arange(layout.count)
+    if limit is not None and limit < layout.count:  # said before: what is left out takes no memory
+        index = balanced_subset(check_beton(path, layout), limit, files.name, split)
+    images = np.empty((len(index), layout.height, layout.width, layout.channels), np.uint8)
+    labels = np.empty(len(index), np.int64)
     digest, start = ContentDigest(), 0
     with (
         closing(read_batches(path, layout)) as batches,
@@ -154,7 +158,8 @@ def load(
     ):
         for some_images, some_labels in batches:
             stop = start + len(some_labels)
-            images[start:stop], labels[start:stop] = some_images, some_labels
+            these = slice(*np.searchsorted(index, (start, stop)))
+            images[these], labels[these] = some_images[index[these] - start], some_labels[index[these] - start]
             digest.update(some_images, some_labels)
             start = stop
             advance(len(some_labels))
@@ -163,10 +168,6 @@ def load(
             f"{path}: its pixels are not those that were written (damaged or replaced); "
             f"delete {path.parent} and write it again"
         )
-    index = np.arange(layout.count)
-    if limit is not None and limit < layout.count:
-        index = balanced_subset(labels, limit, files.name, split)
-        images, labels = images[index], labels[index]
     try:
         return DeviceDataset(
             torch.from_numpy(images).to(device),

@@ -26,6 +26,8 @@ from fastar.errors import FastarError
 Batches = Generator[tuple[np.ndarray, np.ndarray], None, None]
 
 BATCH = 1024
+# Batches that FFCV's loader has buffers for: three ahead (its default), the one in use and the one being filled.
+BUFFERS = 5
 # Compiling FFCV's loops takes 1 to 2 s a file; running them as plain Python costs 15 to 30 us a sample.
 COMPILE_FROM = 100_000
 
@@ -128,9 +130,13 @@ def read_batches(path: Path, layout: BetonLayout, batch_size: int = BATCH) -> Ba
                     drop_last=False,
                 )
                 batches = iter(loader)
-            with closing(batches):
-                for images, labels in batches:
-                    yield images.numpy(), labels.numpy().reshape(-1)
+            try:
+                with closing(batches):
+                    for images, labels in batches:
+                        yield images.numpy(), labels.numpy().reshape(-1)
+            finally:
+                # FFCV's objects refer to each other; until they are collected the whole file would count as memory.
+                loader.memory_manager.context.mmap = batches.storage_state = None
         # Whatever FFCV's thread or compiler ran into belongs to this file; the cause stays attached.
         except Exception as error:
             raise FastarError(f"{path}: FFCV's loader failed ({type(error).__name__}: {error})") from error

@@ -18,7 +18,8 @@ TIMED_BYTES = 256 << 20
 
 @dataclass(frozen=True)
 class DataFacts:
-    """Images of each split, classes, bytes of the files (None: not known until they are written) and on the device."""
+    """Images of each split, classes, bytes of the files (None: not known until they are written), on the device, and
+    on the host while a split is read."""
 
     train: int
     test: int
@@ -26,6 +27,7 @@ class DataFacts:
     disk: int | None
     written: bool
     resident: int
+    reading: int
 
 
 @dataclass(frozen=True)

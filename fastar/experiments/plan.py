@@ -20,6 +20,8 @@ import torch
 from fastar import data
 from fastar.config import Settings, parse_bytes
 from fastar.data.device import NORMALISED_BYTES
+from fastar.data.reading import BATCH as READ_AT_ONCE
+from fastar.data.reading import BUFFERS
 from fastar.errors import FastarError
 from fastar.experiments.context import Context, Shape
 from fastar.experiments.hours import DataFacts, Work, evaluated_models, measured_rates, training_sides, work_of
@@ -44,7 +46,7 @@ PUBLISHED = {
 # States of the model kept on the device to go back to, and files of a training kept at a time (two, the best, one new).
 KEPT_STATES, KEPT_FILES = 2, 4
 
-PHASES = ("training", "matching", "evaluation")
+PHASES = ("reading", "training", "matching", "evaluation")
 
 
 @dataclass(frozen=True)
@@ -141,15 +143,35 @@ def data_facts(context: Context) -> DataFacts:
     else:
         raise FastarError(f"{folder}: not written yet; `python tools/write_ffcv.py --dataset {chosen.name}` writes it")
     train = min(train, chosen.limit or train)
-    resident = 0
+    resident = reading = 0
     if not chosen.of_any_size:
         spec = data.dataset_spec(chosen.name)
         pixels = spec.channels * spec.height * spec.width
-        for count in (train, test):  # bytes, and beside them normalised floats where those are few
-            resident += count * pixels * (5 if count * pixels * 4 <= NORMALISED_BYTES else 1)
+        whole = {"train": PUBLISHED[chosen.name][0] * pixels, "test": PUBLISHED[chosen.name][1] * pixels}
         if files is None:
-            disk = (train + test) * pixels
-    return DataFacts(train, test, classes, disk, files is not None, resident)
+            disk = sum(whole.values())
+        else:
+            whole = {split: files.path(split).stat().st_size for split in whole}
+        on_host = 0
+        for split, count in _splits_held(context.settings, train, test):
+            # Bytes, and beside them normalised floats where those are few; the file they come from is mapped meanwhile.
+            held = count * pixels * (5 if count * pixels * 4 <= NORMALISED_BYTES else 1)
+            resident += held
+            on_host = held + (on_host if context.device.type == "cpu" and context.settings.gpu_memory is None else 0)
+            reading = max(reading, on_host + whole[split])
+        reading += BUFFERS * READ_AT_ONCE * pixels
+    return DataFacts(train, test, classes, disk, files is not None, resident, reading)
+
+
+def _splits_held(settings: Settings, train: int, test: int) -> Iterator[tuple[str, int]]:
+    """(split, images) of each data set that a run holds on the device, in the order in which they are read."""
+    evaluation = settings.evaluation
+    yield "train", train
+    yield "test", test
+    if evaluation.limit is not None and evaluation.limit < train:
+        yield "train", evaluation.limit
+    if evaluation.test_limit is not None and evaluation.test_limit < test:
+        yield "test", evaluation.test_limit
 
 
 def make_plan(
@@ -199,7 +221,8 @@ def make_plan(
     resident = sources if stored == "device" else SLOTS
     activations = training_footprint(build, shape, dtype)
     items = [
-        Item(place, "data set", facts.resident),
+        Item("host", "data set while it is read, and its file", facts.reading, "reading"),
+        *(Item(place, "data set", facts.resident, phase) for phase in ("training", "evaluation")),
         Item(place, "star: theta, working weights, gradients", row + 2 * low, "training"),
         Item(place, f"{settings.train.optimizer}: moments", moments, "training"),
         Item(place, "last good states", KEPT_STATES * (row + buffers), "training"),
@@ -306,6 +329,8 @@ def _problems(plan: Plan, place: str, stored: str, batch: int, activations: Foot
             remedies.append("sources.store=file")
         elif stored == "device" and needed - rows <= limit:
             remedies.append("sources.store=host" if place == "gpu" else "sources.store=file")
+        if phase == "reading":
+            remedies.append("a smaller dataset.limit")
         if where == place and phase == "training":
             rest = needed - activations.of(batch)
             smaller = next((b for b in _halves(batch) if rest + activations.of(b) <= limit), None)
