@@ -380,3 +380,9 @@ def test_a_forward_that_branches_on_values_says_where() -> None:
     with pytest.raises(FastarError, match=r"test_matching_blocks\.py:\d+, in forward.*PermutationSpec") as why:
         derive_symmetry(Branch(), (torch.zeros(2, 3),))
     assert "\n" not in str(why.value)
+
+
+@pytest.mark.parametrize("inputs", [torch.zeros(2, 6), (), {}])
+def test_example_inputs_are_a_tuple_or_a_mapping(inputs: object) -> None:
+    with pytest.raises(FastarError, match="example_inputs of Linear are a .*give a tuple"):
+        derive_symmetry(nn.Linear(6, 3), inputs)  # type: ignore[arg-type]

@@ -49,6 +49,11 @@ def derive_symmetry(
         FastarError: the model cannot be traced, or an operation's symmetry cannot be proven; names node and operation.
     """
     name = type(model).__name__
+    if not isinstance(example_inputs, tuple | list | Mapping) or not example_inputs:
+        raise FastarError(
+            f"example_inputs of {name} are a {type(example_inputs).__name__}: give a tuple of what its forward takes, "
+            "or a mapping of keywords"
+        )
     digest = proofs.digest_of(model, example_inputs, allow_partial=allow_partial) if cached and verify else None
     found = proofs.find(digest) if digest is not None else None
     if found is not None:

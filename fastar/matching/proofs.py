@@ -56,7 +56,7 @@ def digest_of(model: nn.Module, example_inputs: object, **options: object) -> st
         pickle.Pickler(file, protocol=4).dump(
             (skeleton(model).eval(), _shapes(example_inputs), sorted(options.items()))
         )
-    except (pickle.PicklingError, TypeError, AttributeError, NotImplementedError, RuntimeError) as why:
+    except (pickle.PicklingError, TypeError, ValueError, AttributeError, NotImplementedError, RuntimeError) as why:
         _log.debug("%s cannot be pickled, so that its symmetry is not kept: %s", type(model).__name__, why)
         return None
     seen = json.dumps([platform.python_version(), torch.__version__, _room(), [_code(c) for c in _classes(model)]])
