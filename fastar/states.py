@@ -51,7 +51,7 @@ def check_state_of(model: nn.Module, state: Mapping[str, Tensor], where: str) ->
     names_of: dict[int, list[str]] = {}
     for name, tensor in own.items():
         names_of.setdefault(id(tensor), []).append(name)
-    tied = {}
+    tied: dict[str, str] = {}
     for names in names_of.values():  # each with another that is there, if any is
         given = next((name for name in names if name in state), names[0])
         tied |= {name: given for name in names if name != given}

@@ -136,7 +136,7 @@ def read_batches(path: Path, layout: BetonLayout, batch_size: int = BATCH) -> Ba
                         yield images.numpy(), labels.numpy().reshape(-1)
             finally:
                 # FFCV's objects refer to each other; until they are collected the whole file would count as memory.
-                loader.memory_manager.context.mmap = batches.storage_state = None
+                loader.memory_manager.context.mmap, batches.storage_state = None, ()
         # Whatever FFCV's thread or compiler ran into belongs to this file; the cause stays attached.
         except Exception as error:
             raise FastarError(f"{path}: FFCV's loader failed ({type(error).__name__}: {error})") from error
