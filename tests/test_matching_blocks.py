@@ -384,5 +384,5 @@ def test_a_forward_that_branches_on_values_says_where() -> None:
 
 @pytest.mark.parametrize("inputs", [torch.zeros(2, 6), (), {}])
 def test_example_inputs_are_a_tuple_or_a_mapping(inputs: object) -> None:
-    with pytest.raises(FastarError, match="example_inputs of Linear are a .*give a tuple"):
+    with pytest.raises(FastarError, match=r"example_inputs of Linear are a .*give a tuple"):
         derive_symmetry(nn.Linear(6, 3), inputs)  # type: ignore[arg-type]

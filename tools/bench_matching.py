@@ -153,7 +153,7 @@ def bench(args: argparse.Namespace) -> None:
     theta_model, *models = (
         trained(args.arch, seed, args.steps, args.cache, options).to(device) for seed in range(args.sources + 1)
     )
-    tracing, symmetry = timed(lambda: derive_symmetry(theta_model, (EXAMPLE.to(device),)), device)
+    tracing, symmetry = timed(lambda: derive_symmetry(theta_model, (EXAMPLE.to(device),), cached=False), device)
     theta = {n: t.detach() for n, t in theta_model.state_dict().items()}
     sources = stacked(symmetry, models, device)
     base = {
