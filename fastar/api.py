@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import islice
-from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
+from fastar.batches import Data, batches_of, copy_of, in_float, labelled
 from fastar.config import MatchingSettings, matching_settings
 from fastar.errors import FastarError
 from fastar.evaluation import Endpoint, Path, evaluate_paths
@@ -33,13 +32,6 @@ from fastar.matching import (
 from fastar.matching import match_many as match_states
 from fastar.progress import SILENT, Progress
 from fastar.states import check_state_of
-
-Data = Iterable[tuple[Tensor, Tensor]] | Callable[[], Iterable[tuple[Tensor, Tensor]]] | tuple[Tensor, Tensor]
-"""(inputs, labels) batches that can be gone through again and again (a DataLoader, a list, a function that begins a new
-pass), or all inputs and all labels as two tensors."""
-
-BATCH = 256  # of data given as two tensors
-
 
 EXAMPLE_BATCHES = 4
 """Of `data` that methods of matching look at."""
@@ -94,10 +86,11 @@ def match(
         FastarError: another architecture, groups that cannot be proven, or a method or option that does not exist.
     """
     settings = matching_settings({"method": method, **options})
+    device = _device(model_a, "model_a")
+    _device(model_b, "model_b")
     source = model_b.state_dict()
     check_state_of(model_a, source, "model_b")
     symmetry = _symmetry(model_a, example_inputs, settings, spec, allow_partial)
-    device = next(model_a.parameters()).device
     result = match_by_settings(
         settings,
         symmetry,
@@ -161,11 +154,13 @@ def match_many(
     if not models:
         raise FastarError("there are no models to match: give at least two")
     first = models[0] if centre is None else centre
+    device = _device(first, "models[0]" if centre is None else "centre")
+    for n, model in enumerate(models):
+        _device(model, f"models[{n}]")
     states = [model.state_dict() for model in models]
     for n, state in enumerate(states):
         check_state_of(first, state, f"models[{n}]")
     symmetry = _symmetry(first, example_inputs, settings, spec, allow_partial)
-    device = next(first.parameters()).device
     result = match_states(
         symmetry,
         [{name: value.to(device) for name, value in state.items()} for state in states],
@@ -180,7 +175,7 @@ def match_many(
     found = [] if result.permutations is None else [result.permutations.select(n) for n in range(len(models))]
     average = None
     if result.mean is not None:
-        average = copy.deepcopy(first)
+        average = copy_of(first)
         average.load_state_dict(result.mean)
     return ManyMatched(found, average, symmetry, result)
 
@@ -193,7 +188,7 @@ def _symmetry(
     allow_partial: bool,
 ) -> Symmetry:
     """The groups of `model`, as the caller wants them found."""
-    twin = copy.deepcopy(model).cpu()
+    twin = copy_of(model).cpu()
     given = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
     inputs = tree_map_only(Tensor, Tensor.cpu, given)
     if settings.method == "none":
@@ -209,10 +204,24 @@ def _examples(model: nn.Module, data: Data | None, method: str) -> Callable[[], 
     def examples() -> Examples:
         if data is None:
             raise FastarError(f"method={method!r} needs data: give (inputs, labels) batches as data")
-        device = next(model.parameters()).device
-        return Examples(model, list(islice(_batches(data, device, "data")(), EXAMPLE_BATCHES)))
+        found = list(islice(batches_of(data, _device(model, "the model"), "data")(), EXAMPLE_BATCHES))
+        if not found:
+            raise FastarError(f"method={method!r} needs data, and there is no batch in what was given as data")
+        return Examples(model, found)
 
     return examples
+
+
+def _device(model: nn.Module, name: str) -> torch.device:
+    """Where the parameters of a network are."""
+    first = next(model.parameters(), None)
+    if first is None:
+        raise FastarError(
+            f"{name}, a {type(model).__name__}, has no parameters: there is nothing to match or to measure"
+        )
+    if first.is_meta:
+        raise FastarError(f"{name} has no weights yet (its parameters are on the meta device): load them first")
+    return first.device
 
 
 def apply(permutations: Permutations, model: nn.Module, *, symmetry: Symmetry | None = None) -> nn.Module:
@@ -230,7 +239,7 @@ def apply(permutations: Permutations, model: nn.Module, *, symmetry: Symmetry | 
         if not isinstance(permutations, Matched):
             raise FastarError("these permutations do not know their groups: give symmetry=matched.symmetry")
         symmetry = permutations.symmetry
-    twin = copy.deepcopy(model)
+    twin = copy_of(model)
     twin.load_state_dict(symmetry.apply(permutations, twin.state_dict()))
     return twin
 
@@ -266,28 +275,32 @@ def barrier(
 ) -> Barrier:
     """The loss barrier between two models of one architecture, as they are (paper, eq. 10).
 
-    Models are evaluated in float32 on the device of `model_a`; neither is changed. Batch-norm statistics are
-    re-estimated at every point, ends included (paper, appendix B.3).
+    Models are evaluated in float32 on the device of `model_a`, whatever their dtype and that of their inputs; neither
+    is changed. Batch-norm statistics are re-estimated at every point, ends included (paper, appendix B.3); all other
+    buffers have to be equal, since nothing says what they are between two models.
 
     Args:
-        model_a: at t = 0; its forward takes a batch of inputs and returns logits [batch, classes].
+        model_a: at t = 0; its forward takes a batch of inputs and returns logits [batch, classes]. Labels are whole
+            numbers [batch] from 0 to classes - 1.
         model_b: at t = 1.
         data: what losses are measured on.
         points: equispaced values of t, ends included.
         statistics_data: what batch-norm statistics are taken from, best the training data, shuffled; None: `data`.
 
     Raises:
-        FastarError: another architecture, fewer than 2 points, no data or data of one pass only, a loss that is not
-            finite.
+        FastarError: another architecture or other buffers, fewer than 2 points, no data or data of one pass only,
+            outputs that are not logits, labels that do not fit them, a loss that is not finite.
     """
     if points < 2:
         raise FastarError(f"points={points}: a path needs its two ends, give at least 2")
+    device = _device(model_a, "model_a")
+    _device(model_b, "model_b")
     states = [model.state_dict() for model in (model_a, model_b)]
     check_state_of(model_a, states[1], "model_b")
-    model = copy.deepcopy(model_a)
-    device = next(model.parameters()).device
+    _check_buffers(model_a, states)
+    model = copy_of(model_a).float()
     layout = FlatLayout.from_module(model)
-    batches = _batches(data, device, "data")
+    batches = labelled(model, batches_of(data, device, "data"), "data")
     ends = [Endpoint(name, layout.flatten(state).to(device)) for name, state in zip("ab", states, strict=True)]
     (measured,) = evaluate_paths(
         model,
@@ -295,41 +308,24 @@ def barrier(
         [Path("path", *ends)],
         {"data": batches},
         points=points,
-        statistics_batches=batches if statistics_data is None else _batches(statistics_data, device, "statistics_data"),
+        statistics_batches=batches
+        if statistics_data is None
+        else in_float(batches_of(statistics_data, device, "statistics_data")),
         progress=progress,
     )
     return Barrier(measured.t, measured.loss["data"], measured.accuracy["data"], measured.barrier("data"))
 
 
-def _batches(data: Data, device: torch.device, name: str) -> Callable[[], Iterator[tuple[Tensor, Tensor]]]:
-    """A function that begins a pass over `data`, on `device`."""
-    again: Callable[[], Iterable[tuple[Tensor, Tensor]]]
-    if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor) and isinstance(data[1], Tensor):
-        inputs, labels = data
-        if len(inputs) != len(labels):
-            raise FastarError(f"{name}: {len(inputs)} inputs and {len(labels)} labels; give one label for each")
-        # A batch of one sample has no statistics for batch-norm to take.
-        size = BATCH - (len(inputs) % BATCH == 1)
-        whole = list(zip(inputs.split(size), labels.split(size), strict=True))
-        again = whole.copy
-    elif isinstance(data, Iterator):
-        raise FastarError(
-            f"{name} can be gone through once only; give a list, a DataLoader, or a function that begins a new pass"
-        )
-    else:
-        again = data if callable(data) else partial(iter, cast(Iterable[tuple[Tensor, Tensor]], data))
-
-    def one_pass() -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in again():
-            if not isinstance(batch, tuple | list) or len(batch) != 2 or not all(isinstance(x, Tensor) for x in batch):
-                raise FastarError(f"{name}: its batches must be (inputs, labels), two tensors; one is {_kind(batch)}")
-            inputs, labels = batch
-            yield inputs.to(device), labels.to(device)
-
-    return one_pass
-
-
-def _kind(value: object) -> str:
-    if isinstance(value, tuple | list):
-        return f"{type(value).__name__} of {', '.join(type(part).__name__ for part in value)}"
-    return type(value).__name__
+def _check_buffers(model: nn.Module, states: Sequence[Mapping[str, Tensor]]) -> None:
+    """A FastarError where the two networks differ in a buffer that is not a statistic of a batch-norm."""
+    norms = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
+    for name, value in states[0].items():
+        module, _, leaf = name.rpartition(".")
+        if leaf == "num_batches_tracked" or (leaf in ("running_mean", "running_var") and module in norms):
+            continue
+        buffer = isinstance(value, Tensor) and name not in dict(model.named_parameters(remove_duplicate=False))
+        if buffer and not torch.equal(value.cpu(), states[1][name].cpu()):
+            raise FastarError(
+                f"model_a and model_b differ in buffer {name!r}, which is neither a parameter to interpolate nor a "
+                "batch-norm's statistic to re-estimate: make it equal in both, or a parameter"
+            )

@@ -27,6 +27,7 @@ ORDER = (
     ("evaluation",),
     ("training",),
     ("experiments",),
+    ("batches",),
     ("api", "report", "doctor", "benchmarks", "overview", "catalogue"),
     ("cli",),
 )
