@@ -35,9 +35,8 @@ def batches(dtype: torch.dtype = torch.float32) -> list[Batch]:
 def test_a_barrier_is_measured_in_float32_whatever_the_models_are(dtype: torch.dtype) -> None:
     """Also where labels are int32. The models' own rounding to `dtype` is part of them: both sides have it."""
     a, b = (network(seed).to(dtype) for seed in range(2))
-    expected = fastar.barrier(
-        *(network(s).to(dtype).float() for s in range(2)), [(x.float(), y) for x, y in batches(dtype)]
-    )
+    first, second = (network(seed).to(dtype).float() for seed in range(2))
+    expected = fastar.barrier(first, second, [(x.float(), y) for x, y in batches(dtype)])
     found = fastar.barrier(a, b, [(x, y.int()) for x, y in batches(dtype)])
     assert found.loss == expected.loss
     assert next(a.parameters()).dtype == dtype

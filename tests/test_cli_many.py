@@ -175,3 +175,20 @@ def test_what_is_wrong_is_said_in_one_line(arguments: list[str], says: str, own:
     assert [path for path in sorted(a.parent.iterdir()) if path.name != "__pycache__"] == [
         path for path in before if path.name != "__pycache__"
     ]
+
+
+def test_nothing_that_is_read_is_written_over(trained: list[Path], tmp_path: Path) -> None:
+    folder = trained[0].parent
+    before = contents(folder)
+    out = tmp_path / "matched"
+    for arguments, says in (
+        (["match-many", *trained, "--out", folder], "would be written over"),
+        (["match-many", *trained, "--average", folder / ".." / folder.name / trained[1].name], "would be written over"),
+        (["match-many", *trained[1:], "--centre", trained[0], "--average", trained[0]], "would be written over"),
+        (["match-many", *trained, "--out", out, "--average", out / trained[0].name], "would be written twice"),
+        (["match", *trained[:2], "--out", trained[0]], "would be written over"),
+        (["match", *trained, "--out", folder], "would be written over"),
+    ):
+        assert says in refused(*arguments, PLACE)
+    assert contents(folder) == before
+    assert not out.exists()

@@ -138,6 +138,7 @@ def match_files(
     if not others:
         raise FastarError("there is nothing to match: give a second checkpoint")
     written = _written(others, out)
+    _keep_inputs([first, *others], written)
     network = network_of(first, named, progress)
     theta = network.load(first)
     found = []
@@ -166,6 +167,23 @@ def _written(others: Sequence[Path], out: Path | None) -> list[Path | None]:
     if twice:
         raise FastarError(f"--out {out}: several checkpoints would be written to {twice[0]}; match them one by one")
     return list(targets)
+
+
+def _keep_inputs(read: Sequence[Path], written: Sequence[Path | None]) -> None:
+    """A FastarError where a file would be written over one that is read, or two to one place."""
+    inputs = {path.resolve(): path for path in read}
+    seen = set()
+    for target in written:
+        if target is None:
+            continue
+        place = target.resolve()
+        if place in inputs:
+            raise FastarError(f"{target} would be written over {inputs[place]}, which is read: name another place")
+        if place in seen:
+            raise FastarError(
+                f"{target} would be written twice, as permuted checkpoint and as average: name another place"
+            )
+        seen.add(place)
 
 
 def _match_file(
@@ -239,6 +257,7 @@ def match_many_files(
     written = _written_into(paths, out)
     if average is not None and average.suffix != ".safetensors":
         raise FastarError(f"--average {average}: the average is written as .safetensors; name it so")
+    _keep_inputs([*paths, *([] if centre is None else [centre])], [*written, average])
     network = network_of(paths[0] if centre is None else centre, named, progress)
     loaded = [network.load(path) for path in paths]
     states = [{name: value.to(network.device) for name, value in one.state.items()} for one in loaded]
