@@ -26,6 +26,8 @@ DEFAULT_ARCH = {
 }
 # Sets whose images are of any size: decoded, cut out and resized as they are read.
 OF_ANY_SIZE = ("imagenet", "imagefolder")
+# Architectures whose parameters depend on the side of the images.
+OF_ONE_SIDE = ("mlp", "vit")
 
 Positive = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
@@ -347,6 +349,11 @@ class Settings(_Section):
             raise ValueError(
                 f"train.resolutions needs images of any size ({', '.join(OF_ANY_SIZE)}), those of {self.dataset.name} "
                 "have one: leave it out"
+            )
+        if self.train.resolutions and self.model.arch in OF_ONE_SIDE:
+            raise ValueError(
+                f"train.resolutions changes the side of the images, and {self.model.arch} has parameters for one side "
+                "alone: leave it out"
             )
         return self
 

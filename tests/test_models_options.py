@@ -10,6 +10,8 @@ from test_models import small
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastar.config import OF_ONE_SIDE, load_settings
+from fastar.errors import FastarError
 from fastar.models import MODELS, build_model, model_options, option_choices
 from fastar.models.layers import group_count
 
@@ -168,3 +170,20 @@ def test_convolutions_begin_with_variance_2_over_fan_out(arch: str) -> None:
             room = 4.5 / (2 * module.weight.numel()) ** 0.5
             assert float(module.weight.detach().std()) == pytest.approx((2 / fan_out) ** 0.5, rel=room), name
             assert module.bias is None or not module.bias.any()
+
+
+@pytest.mark.parametrize("arch", sorted(MODELS))
+def test_which_architectures_take_images_of_growing_size(arch: str) -> None:
+    """`train.resolutions` is refused where the parameters depend on the side, and only there."""
+    with torch.device("meta"):
+        counts = {
+            sum(parameter.numel() for parameter in MODELS[arch](input_shape=(3, side, side), classes=2).parameters())
+            for side in (32, 64)
+        }
+    assert (len(counts) > 1) == (arch in OF_ONE_SIDE)
+    overrides = ["dataset.resolution=64", "train.resolutions=[[0, 32], [1, 64]]"]
+    if arch in OF_ONE_SIDE:
+        with pytest.raises(FastarError, match=f"train.resolutions changes the side of the images, and {arch}"):
+            load_settings(dataset="imagenet", arch=arch, overrides=overrides)
+    else:
+        assert load_settings(dataset="imagenet", arch=arch, overrides=overrides).train.resolutions == ((0, 32), (1, 64))
