@@ -67,6 +67,10 @@ SMALL_SETS = {"digits": 1437}
 """Training images of sets that have fewer than a scale leaves."""
 
 
+CLASSES = {"cifar100": 100, "imagenet": 1000}
+"""Of sets that have many: there is at least one image of each."""
+
+
 @dataclass(frozen=True)
 class Width:
     """The setting of an architecture that says how wide its layers are, its default, and what a scale leaves of it."""
@@ -134,14 +138,15 @@ def scaled(
     if batch > scale.batch_size and known("train", "optimizer") == "sgd":
         out["train"]["lr"] = known("train", "lr") * scale.batch_size / batch
     at_most("train", "batch_size", scale.batch_size)
-    if known("dataset", "name") not in SMALL_SETS or scale.images < SMALL_SETS[known("dataset", "name")]:
-        at_most("dataset", "limit", scale.images)
+    dataset = str(known("dataset", "name"))
+    if dataset not in SMALL_SETS or scale.images < SMALL_SETS[dataset]:
+        at_most("dataset", "limit", max(scale.images, CLASSES.get(dataset, 1)))
     at_most("sources", "number", scale.sources)
     at_most("sources", "heldout", scale.heldout)
     for key in ("points", "regular_pairs"):
         at_most("evaluation", key, getattr(scale, key))
     for key in ("limit", "test_limit"):
-        at_most("evaluation", key, scale.measured)
+        at_most("evaluation", key, max(scale.measured, CLASSES.get(dataset, 1)))
     at_most("evaluation", "bn_batches", scale.bn_batches)
     model = dict(out.get("model", {}))
     arch = str(model.pop("arch", ""))

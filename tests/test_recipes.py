@@ -167,6 +167,14 @@ def test_widths_are_those_of_the_architectures() -> None:
     assert load_settings(dataset="digits", scale="small").model.options["width"] == 8  # already narrower
 
 
+def test_a_limit_leaves_an_image_of_each_class() -> None:
+    for name, classes in (("imagenet-resnet18", 1000), ("cifar100-resnet18", 100)):
+        for scale in SCALES:
+            settings = load_settings(file=Path(name), scale=scale)
+            limits = (settings.dataset.limit, settings.evaluation.limit, settings.evaluation.test_limit)
+            assert min(limit or 0 for limit in limits) >= classes
+
+
 def test_overrides_are_taken_as_they_are() -> None:
     settings = load_settings(file=Path("cifar10-vgg11"), scale="smoke", overrides=["train.epochs=3", "model.width=1"])
     assert (settings.train.epochs, settings.model.options["width"]) == (3, 1)
