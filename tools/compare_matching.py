@@ -12,9 +12,9 @@ star model trained with this matching at the start of every epoch: seconds of ma
 heldouts that it was never shown, matched to it in the same way.
 
 Barriers (eq. 10) are on training images, with re-estimated batch-norm statistics at every point, evaluated by fastar
-for all ways alike. All star models begin at the same theta and see the same batches, sources and t. Prints one JSON line
-per network and way, then a table of medians. What has been trained is kept in --cache and reused where its recipe is
-the same. Where rebasin cannot match a network, its line says why.
+for all ways alike. All star models begin at the same theta and see the same batches, sources and t. Prints one JSON
+line per network and way, then a table of medians. What has been trained is kept in --cache and reused where its recipe
+is the same. Where rebasin cannot match a network, its line says why.
 """
 
 from __future__ import annotations
