@@ -9,6 +9,7 @@ from itertools import islice
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import UninitializedParameter
 from torch.utils._pytree import tree_map_only
 
 from fastar.batches import Data, batches_of, copy_of, in_float, labelled
@@ -91,6 +92,7 @@ def match(
     source = model_b.state_dict()
     check_state_of(model_a, source, "model_b")
     symmetry = _symmetry(model_a, example_inputs, settings, spec, allow_partial)
+    _check_ties(symmetry, model_b, "model_b")
     result = match_by_settings(
         settings,
         symmetry,
@@ -161,6 +163,8 @@ def match_many(
     for n, state in enumerate(states):
         check_state_of(first, state, f"models[{n}]")
     symmetry = _symmetry(first, example_inputs, settings, spec, allow_partial)
+    for n, model in enumerate(models):
+        _check_ties(symmetry, model, f"models[{n}]")
     result = match_states(
         symmetry,
         [{name: value.to(device) for name, value in state.items()} for state in states],
@@ -215,6 +219,8 @@ def _examples(model: nn.Module, data: Data | None, method: str) -> Callable[[], 
 def _device(model: nn.Module, name: str) -> torch.device:
     """Where the parameters of a network are."""
     first = next(model.parameters(), None)
+    if any(isinstance(parameter, UninitializedParameter) for parameter in model.parameters()):
+        raise FastarError(f"{name} has parameters without a shape yet: run one batch through its lazy modules first")
     if first is None:
         raise FastarError(
             f"{name}, a {type(model).__name__}, has no parameters: there is nothing to match or to measure"
@@ -224,8 +230,22 @@ def _device(model: nn.Module, name: str) -> torch.device:
     return first.device
 
 
+def _check_ties(symmetry: Symmetry, model: nn.Module, name: str) -> None:
+    """A FastarError where `model` ties parameters that the symmetry moves apart: one tensor cannot move in two ways."""
+    first: dict[int, str] = {}
+    for own, parameter in model.named_parameters(remove_duplicate=False):
+        owner = first.setdefault(id(parameter), own)
+        if symmetry.tied.get(own, own) != symmetry.tied.get(owner, owner):
+            raise FastarError(
+                f"{name}: {own!r} and {owner!r} are one tensor, but two in the model that the groups were derived "
+                "from: tie them in both or in neither"
+            )
+
+
 def apply(permutations: Permutations, model: nn.Module, *, symmetry: Symmetry | None = None) -> nn.Module:
-    """A copy of `model` with its hidden units permuted: it computes the same.
+    """A copy of `model` with its hidden units permuted: it computes the same in evaluation mode.
+
+    What a forward pass uses in training alone (an auxiliary classifier) was not seen, and stays as it is.
 
     Args:
         permutations: what `match` returned; of others (an inverse, say) `symmetry` is needed.
@@ -239,6 +259,7 @@ def apply(permutations: Permutations, model: nn.Module, *, symmetry: Symmetry | 
         if not isinstance(permutations, Matched):
             raise FastarError("these permutations do not know their groups: give symmetry=matched.symmetry")
         symmetry = permutations.symmetry
+    _check_ties(symmetry, model, "model")
     twin = copy_of(model)
     twin.load_state_dict(symmetry.apply(permutations, twin.state_dict()))
     return twin

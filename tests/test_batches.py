@@ -113,6 +113,7 @@ def test_networks_that_cannot_be_matched_are_refused_in_one_line() -> None:
         ((nn.ReLU(), nn.ReLU()), "model_a, a ReLU, has no parameters"),
         ((network(0).to("meta"), whole), "model_a has no weights yet"),
         ((whole, network(0).to("meta")), "model_b has no weights yet"),
+        ((nn.LazyLinear(3), whole), "model_a has parameters without a shape"),
     ):
         for call in (
             lambda a, b: fastar.match(a, b, example_inputs=EXAMPLE),
@@ -142,3 +143,35 @@ def test_a_permuted_copy_has_no_gradients_of_units_in_the_old_order() -> None:
     nearer = fastar.apply(fastar.match(a, b, example_inputs=EXAMPLE), b)
     assert all(parameter.grad is None for parameter in nearer.parameters())
     assert all(parameter.grad is not None for parameter in b.parameters())
+
+
+class Words(nn.Module):
+    """A table of words that may also be what reads them out."""
+
+    def __init__(self, *, tied: bool):
+        super().__init__()
+        self.table, self.hidden = nn.Embedding(12, 8), nn.Linear(8, 8)
+        self.out = nn.Linear(8, 12, bias=False)
+        if tied:
+            self.out.weight = self.table.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        logits: Tensor = self.out(torch.tanh(self.hidden(self.table(x).mean(1))))
+        return logits
+
+
+def test_ties_that_one_of_the_models_lacks() -> None:
+    """Applied to one tensor, the permutations of two used to change what the network computes."""
+    example = torch.zeros(1, 4, dtype=torch.long)
+    tied, untied = Words(tied=True), Words(tied=False)
+    with pytest.raises(FastarError, match=r"model_b: 'out\.weight' and 'table\.weight' are one tensor"):
+        fastar.match(untied, tied, example_inputs=example)
+    with pytest.raises(FastarError, match=r"models\[1\]: 'out.weight'"):
+        fastar.match_many([untied, tied], example_inputs=example)
+    matched = fastar.match(untied, Words(tied=False), example_inputs=example)
+    with pytest.raises(FastarError, match=r"model: 'out\.weight'"):
+        fastar.apply(matched, tied)
+    words = torch.arange(12).view(3, 4)
+    for first, second in ((tied, untied), (tied, Words(tied=True)), (untied, Words(tied=False))):
+        nearer = fastar.apply(fastar.match(first, second, example_inputs=example), second)
+        torch.testing.assert_close(nearer(words), second(words), rtol=1e-4, atol=1e-5)  # sums of fp32 in another order
