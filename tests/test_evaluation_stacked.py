@@ -75,3 +75,33 @@ def test_only_dense_networks_are_stacked() -> None:
 def test_large_batches_are_not_stacked() -> None:
     assert stacked.networks_at_once(250, CPU) == 64
     assert stacked.networks_at_once(1000, CPU) == 1
+
+
+class Branching(nn.Module):
+    """Dense layers in a forward that vmap cannot take: it branches on values."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = torch.relu(self.first(x))
+        if hidden.mean() > 0.3:
+            hidden = hidden * 2
+        logits: torch.Tensor = self.last(hidden)
+        return logits
+
+
+def test_networks_that_branch_on_values_are_evaluated_one_at_a_time() -> None:
+    model = Branching()
+    layout = FlatLayout.from_module(model)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(4, layout.numel, generator=generator)
+    x, y = torch.randn(10, 6, generator=generator), torch.randint(3, (10,), generator=generator)
+    assert stacked.stackable(model)
+    found = evaluate_rows(model, layout, rows, {"data": lambda: [(x, y)]})["data"].loss
+    expected = []
+    for own in rows:
+        model.load_state_dict(layout.unflatten(own))
+        expected.append(float(nn.functional.cross_entropy(model(x), y)))
+    torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-6)  # fp32 sums

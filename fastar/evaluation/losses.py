@@ -20,7 +20,7 @@ from fastar.evaluation.batch_norm import (
     own_statistics,
     set_statistics,
 )
-from fastar.evaluation.stacked import networks_at_once, stackable, stacked_logits
+from fastar.evaluation.stacked import networks_at_once, stackable, stacked_logits, stacks
 from fastar.flat import FlatLayout
 from fastar.graphs import CallGraph
 
@@ -212,8 +212,13 @@ def _measure(
 ) -> Measured:
     losses = torch.zeros(len(singles), dtype=torch.float64, device=device)
     correct = torch.zeros(len(singles), dtype=torch.int64, device=device)
+    tried = False
 
     def add(images: Tensor, labels: Tensor) -> Tensor:
+        nonlocal stacked, tried
+        if stacked is not None and not tried and not stacks(model, stacked, images):
+            stacked = None
+        tried = True
         at_once = networks_at_once(len(labels), images.device) if stacked is not None else 1
         if stacked is not None and at_once > 1:
             for start in range(0, len(singles), at_once):

@@ -24,6 +24,15 @@ def stackable(model: nn.Module) -> bool:
     return all(isinstance(leaf, _LEAVES) and not list(leaf.buffers()) for leaf in leaves)
 
 
+def stacks(model: nn.Module, parameters: Mapping[str, Tensor], images: Tensor) -> bool:
+    """Whether the forward of a network of such layers can be batched: it may branch on values, or draw numbers."""
+    try:
+        stacked_logits(model, {name: value[:1] for name, value in parameters.items()}, images[:1])
+    except RuntimeError:
+        return False
+    return True
+
+
 def networks_at_once(batch: int, device: torch.device) -> int:
     """How many networks to stack for batches of so many samples; 1 where that would gain nothing."""
     count = _SAMPLES[device.type] // max(batch, 1)

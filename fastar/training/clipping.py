@@ -16,8 +16,8 @@ def shortening(gradients: Sequence[Tensor], scale: Tensor, longest: float) -> Te
 
     The gradient is `scale` (0-d, not negative) times `gradients`, the parts [P_i] of one flat gradient, which are left
     as they are: norms are summed in fp32 whatever their dtype. As torch.nn.utils.clip_grad_norm_, which multiplies with
-    longest / (norm + 1e-6). Not finite where the gradient is not: such a step spoils the parameters with clipping as
-    without it, unless loss scaling skips it.
+    longest / (norm + 1e-6). NaN where the gradient has a NaN, and 0 where it has an infinity, of which 0 times it makes
+    a NaN: such a step spoils the parameters with clipping as without it, unless loss scaling skips it.
     """
     norms = [torch.linalg.vector_norm(part, dtype=torch.float32) for part in gradients]
     norm = scale * torch.linalg.vector_norm(torch.stack(norms))
