@@ -103,5 +103,5 @@ def test_networks_that_branch_on_values_are_evaluated_one_at_a_time() -> None:
     expected = []
     for own in rows:
         model.load_state_dict(layout.unflatten(own))
-        expected.append(float(nn.functional.cross_entropy(model(x), y)))
+        expected.append(nn.functional.cross_entropy(model(x), y).item())
     torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float64), rtol=1e-6, atol=1e-6)  # fp32 sums
