@@ -80,6 +80,9 @@ NETWORKS: dict[str, dict[str, float]] = {
 }
 
 
+WAYS = ("unmatched", "weight", "activation", "sinkhorn", "rebasin")  # weight: with kicks too
+
+
 class CannotMatch(Exception):
     """A way of matching does not take this network; the text says why."""
 
@@ -190,8 +193,8 @@ def star(context: Context, way: Way, sources: Sequence[State]) -> tuple[State, l
     return step.state(), whole
 
 
-def compare(context: Context, *, with_star: bool) -> Iterator[dict[str, Any]]:
-    """One record for each way of matching."""
+def compare(context: Context, chosen_ways: Sequence[str] | None, *, with_star: bool) -> Iterator[dict[str, Any]]:
+    """One record for each way of matching, or for each of those chosen."""
     settings, device = context.settings, context.device
     with context.run.open(settings), context.threads():
         models = [
@@ -202,6 +205,8 @@ def compare(context: Context, *, with_star: bool) -> Iterator[dict[str, Any]]:
         sources, heldouts = everything[: settings.sources.number], everything[settings.sources.number :]
         chosen = choose_pairs(len(everything), settings.evaluation.regular_pairs, derive_seed(settings.seed, "pairs"))
         for way in ways(context):
+            if chosen_ways is not None and way.name.partition(",")[0] not in chosen_ways:
+                continue
             record: dict[str, Any] = {
                 "bench": "compare_matching",
                 "case": way.name,
@@ -309,6 +314,7 @@ def main() -> None:
     parser.add_argument("--data-root", type=Path, help="folder of the images")
     parser.add_argument("--cache", type=Path, default=Path("runs/compare-matching"), help="folder of trained models")
     parser.add_argument("--arch", nargs="+", default=list(NETWORKS), help=f"default: {' '.join(NETWORKS)}")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, help="default: all that can be had here")
     parser.add_argument("--star", action="store_true", help="also train a star model with each way of matching")
     parser.add_argument("--width", type=float, help="width setting of the architectures")
     parser.add_argument("--images", type=int, default=4000)
@@ -332,7 +338,7 @@ def main() -> None:
             context.run.check(context.settings)
         records = []
         for context in contexts:
-            for record in compare(context, with_star=args.star):
+            for record in compare(context, args.ways, with_star=args.star):
                 print(json.dumps(record), flush=True)
                 records.append(record)
     except FastarError as error:
