@@ -26,6 +26,8 @@ def check_state(
 ) -> None:
     """Raise FastarError, with the first differences, unless `state` has every parameter, and nothing else but buffers.
 
+    What is no tensor (a module's `get_extra_state`) is not looked at.
+
     Args:
         parameters: name -> shape.
         buffers: name -> shape; they may be missing.
@@ -34,7 +36,8 @@ def check_state(
         leading: batch axes in front of each shape.
         needed: buffers that may not be missing.
     """
-    found = list(_differences(parameters, buffers, tied, state, leading, needed))
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    found = list(_differences(parameters, buffers, tied, tensors, leading, needed))
     if found:
         more = f"; and {len(found) - NAMED} more differences" if len(found) > NAMED else ""
         raise FastarError(
@@ -47,7 +50,7 @@ def check_state_of(model: nn.Module, state: Mapping[str, Tensor], where: str) ->
 
     Only the counts of batches that batch-norms keep may be missing: they say nothing of the function.
     """
-    own = model.state_dict(keep_vars=True)
+    own = {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
     names_of: dict[int, list[str]] = {}
     for name, tensor in own.items():
         names_of.setdefault(id(tensor), []).append(name)

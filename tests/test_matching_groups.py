@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastar.errors import FastarError
-from fastar.matching import Group, Member, Permutations, Symmetry, derive_symmetry, verify_symmetry
+from fastar.matching import Group, Member, Permutations, PermutationSpec, Symmetry, derive_symmetry, verify_symmetry
+from fastar.states import check_state_of
 
 
 @pytest.fixture(scope="module")
@@ -304,3 +305,43 @@ def test_permutations_compose_invert_and_survive_saving(symmetries: dict[str, Sy
         Permutations({"conv": torch.tensor([0, 0, 1])})
     with pytest.raises(FastarError, match="int64"):
         Permutations({"conv": torch.tensor([0.0, 1.0])})
+
+
+class Stateful(nn.Module):
+    """Its state dict holds a mapping beside its tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.readout = nn.Linear(6, 8), nn.Linear(8, 3)
+        self.extra: object = {"version": 1}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.readout(self.hidden(x).relu())
+
+    def get_extra_state(self) -> object:
+        return self.extra
+
+    def set_extra_state(self, state: object) -> None:
+        self.extra = state
+
+
+def test_what_a_state_dict_holds_beside_tensors_is_handed_on() -> None:
+    model, inputs = Stateful(), (torch.randn(2, 6),)
+    symmetry = derive_symmetry(model, inputs, cached=False)
+    assert [g.size for g in symmetry.groups] == [8]
+    assert symmetry.buffers == {}
+    verify_symmetry(model, symmetry, inputs)
+    axes = {"hidden.weight": ("h", None), "hidden.bias": ("h",), "readout.weight": (None, "h"), "readout.bias": (None,)}
+    assert [g.size for g in PermutationSpec(axes).symmetry(model, inputs).groups] == [8]
+    other = Stateful()
+    other.extra = {"version": 2}
+    check_state_of(model, other.state_dict(), "other")
+    del other.readout.bias
+    with pytest.raises(FastarError, match=r"^other lacks parameter 'readout\.bias'"):
+        check_state_of(model, other.state_dict(), "other")
+    moved = symmetry.apply(symmetry.random(0), model.state_dict())
+    assert moved["_extra_state"] == {"version": 1}
+    assert not torch.equal(moved["hidden.weight"], model.hidden.weight)
+    twin = Stateful()
+    twin.load_state_dict(moved)
+    torch.testing.assert_close(twin(*inputs), model(*inputs))

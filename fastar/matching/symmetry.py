@@ -166,7 +166,8 @@ class Symmetry:
     def apply(self, permutations: Permutations, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The state dict of one network with its units permuted: new tensors of the same memory format.
 
-        Tensors that no group moves are copied too; names that this architecture does not have are an error.
+        Tensors that no group moves are copied too; names that this architecture does not have are an error. What is no
+        tensor (a module's `get_extra_state`) is handed on.
 
         Raises:
             FastarError: batched permutations, other groups, a missing tensor or one of another shape.
@@ -175,8 +176,11 @@ class Symmetry:
             raise FastarError("apply takes one network's permutations; select(n) one, or use apply_rows")
         self.check(permutations)
         self.check_state(state, "state")
-        out = {name: tensor.detach().clone(memory_format=torch.preserve_format) for name, tensor in state.items()}
-        self.apply_rows(permutations, {name: tensor[None] for name, tensor in out.items()})
+        out = dict(state)
+        for name, tensor in state.items():
+            if isinstance(tensor, Tensor):
+                out[name] = tensor.detach().clone(memory_format=torch.preserve_format)
+        self.apply_rows(permutations, {n: tensor[None] for n, tensor in out.items() if isinstance(tensor, Tensor)})
         return out
 
     def apply_rows(self, permutations: Permutations, sources: Mapping[str, Tensor]) -> None:
@@ -226,6 +230,6 @@ def without_groups(model: nn.Module) -> Symmetry:
     return Symmetry(
         groups=(),
         parameters={name: tuple(parameter.shape) for name, parameter in parameters.items()},
-        buffers={name: tuple(tensor.shape) for name, tensor in state.items() if name not in parameters},
+        buffers={n: tuple(t.shape) for n, t in state.items() if n not in parameters and isinstance(t, Tensor)},
         tied={name: owner for name, owner in canonical.items() if name != owner},
     )

@@ -131,6 +131,8 @@ def _random_state(model: nn.Module, seed: int) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     seen: dict[int, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Tensor):
+            continue  # a module's get_extra_state
         if id(tensor) in seen:
             state[name] = state[seen[id(tensor)]].clone()  # each name is permuted by itself
             continue
