@@ -63,7 +63,7 @@ def derive_symmetry(
     if verify:
         files: set[str] = set()
         with proofs.watching(files):
-            verify_symmetry(model, symmetry, example_inputs)
+            verify_symmetry(model, symmetry, example_inputs, controls=False)
         if digest is not None and symmetry.groups:
             proofs.keep(digest, model, symmetry, files)
     return symmetry
