@@ -226,7 +226,8 @@ class Problem:
         layout = FlatLayout.from_module(models[0])
         names = [str(n) for n in range(self.sources)]
         store = SourcesStore(layout, states[1:], names, self.device, store=self.store)
-        symmetry = derive_symmetry(self.network(0).cpu(), (torch.zeros(2, *self.shape),))
+        name = [self.arch, {"width": self.width}, list(self.shape), self.classes]
+        symmetry = derive_symmetry(self.network(0).cpu(), (torch.zeros(2, *self.shape),), name=name)
         calls = iter(range(1_000_000))
 
         def match(theta: Tensor, sources: SourcesStore, epoch: int) -> None:

@@ -71,10 +71,10 @@ def one_symmetry() -> Any:
     def derived(names: tuple[tuple[str, torch.Size], ...]) -> list[Symmetry]:
         return []
 
-    def once(model: torch.nn.Module, example: tuple[torch.Tensor, ...]) -> Symmetry:
+    def once(model: torch.nn.Module, example: tuple[torch.Tensor, ...], name: object = None) -> Symmetry:
         kept = derived(tuple((name, p.shape) for name, p in model.named_parameters()))
         if not kept:
-            kept.append(derive(model, example))
+            kept.append(derive(model, example, name=name))
         return kept[0]
 
     with pytest.MonkeyPatch.context() as patch:

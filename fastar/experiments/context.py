@@ -187,7 +187,9 @@ class Context:
         model = self.build(seed=0, device="cpu")
         if self.settings.matching.method == "none":
             return without_groups(model)
-        return derive_symmetry(model, (torch.zeros(2, *self.shape.image),))
+        chosen = self.settings.model
+        name = [chosen.arch, chosen.options, list(self.shape.image), self.shape.classes]
+        return derive_symmetry(model, (torch.zeros(2, *self.shape.image),), name=name)
 
     def examples(self) -> Examples:
         """What methods of matching that look at data see: the first training batches."""

@@ -30,6 +30,7 @@ def derive_symmetry(
     verify: bool = True,
     allow_partial: bool = False,
     cached: bool = True,
+    name: object = None,
 ) -> Symmetry:
     """The groups of hidden units of `model` that can be permuted without changing what it computes.
 
@@ -42,31 +43,37 @@ def derive_symmetry(
         verify: also prove the result numerically (`verify_symmetry`).
         allow_partial: where the symmetry of an operation cannot be proven, hold all axes of its inputs in place and go
             on; `Symmetry.frozen` says where.
-        cached: take what was derived and proven before for the same model, code and inputs (`fastar.matching.proofs`
-            says how that is told), and keep what is proven now.
+        cached: take what was derived and proven before for the same graph (`fastar.matching.proofs`), and keep what is
+            proven now.
+        name: of fastar's own architectures: what builds them (name, options, shape; JSON), so that what is kept is
+            found without tracing. Not for other models: their code may change under the same name.
 
     Raises:
         FastarError: the model cannot be traced, or an operation's symmetry cannot be proven; names node and operation.
     """
-    name = type(model).__name__
+    kind = type(model).__name__
     if not isinstance(example_inputs, tuple | list | Mapping) or not example_inputs:
         raise FastarError(
-            f"example_inputs of {name} are a {type(example_inputs).__name__}: give a tuple of what its forward takes, "
+            f"example_inputs of {kind} are a {type(example_inputs).__name__}: give a tuple of what its forward takes, "
             "or a mapping of keywords"
         )
-    digest = proofs.digest_of(model, example_inputs, allow_partial=allow_partial) if cached and verify else None
-    found = proofs.find(digest) if digest is not None else None
+    by_name = by_graph = found = None
+    if cached and verify and name is not None:
+        by_name = proofs.digest_of_name(name, model, example_inputs, allow_partial=allow_partial)
+        found = proofs.find(by_name)
     if found is not None:
         return found
-    program = _trace(model, example_inputs, name)
-    symmetry = _Derivation(model, program, name, allow_partial).symmetry()
-    if verify:
-        files: set[str] = set()
-        with proofs.watching(files):
-            verify_symmetry(model, symmetry, example_inputs, controls=False)
-        if digest is not None and symmetry.groups:
-            proofs.keep(digest, model, symmetry, files)
-    return symmetry
+    program = _trace(model, example_inputs, kind)
+    if cached and verify:
+        by_graph = proofs.digest_of_graph(program, model, allow_partial=allow_partial)
+        found = proofs.find(by_graph)
+    if found is None:
+        found = _Derivation(model, program, kind, allow_partial).symmetry()
+        if verify:
+            verify_symmetry(model, found, example_inputs, controls=False)
+            proofs.keep(by_graph, found)
+    proofs.keep(by_name, found)
+    return found
 
 
 def _trace(model: nn.Module, example_inputs: ExampleInputs, name: str) -> torch.export.ExportedProgram:
