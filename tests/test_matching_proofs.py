@@ -67,7 +67,7 @@ def forget(monkeypatch: pytest.MonkeyPatch) -> None:
 def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What was done: traced, proven."""
     seen: list[str] = []
-    trace, verify = derive._trace, derive.verify_symmetry
+    trace, verify = derive.trace, derive.verify_symmetry
 
     def tracing(*arguments: Any) -> Any:
         seen.append("traced")
@@ -77,7 +77,7 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.append("proven")
         verify(*arguments, **options)
 
-    monkeypatch.setattr(derive, "_trace", tracing)
+    monkeypatch.setattr(derive, "trace", tracing)
     monkeypatch.setattr(derive, "verify_symmetry", proving)
     return seen
 
@@ -309,7 +309,7 @@ def test_another_process_finds_the_record(tmp_path: Path) -> None:
         "def fail(*a, **k): raise SystemExit('proven again')\n"
         "derive.verify_symmetry = fail\n"
         "graph = derive_symmetry(model, (torch.zeros(2, 1, 4, 4),))\n"
-        "derive._trace = fail\n"
+        "derive.trace = fail\n"
         "name = derive_symmetry(model, (torch.zeros(2, 1, 4, 4),), name=('mlp', {}))\n"
         "assert graph == name\nprint(len(name.groups))"
     )
@@ -341,7 +341,7 @@ def test_graphs_inside_a_graph_count() -> None:
 
     def digest(factor: float) -> str | None:
         model = Chooses(factor)
-        return proofs.digest_of_graph(derive._trace(model, INPUTS, "Chooses"), model)
+        return proofs.digest_of_graph(derive.trace(model, INPUTS, "Chooses"), model)
 
     assert digest(2.0) is not None
     assert digest(2.0) == digest(2.0)

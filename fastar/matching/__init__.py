@@ -10,7 +10,8 @@ from fastar.matching.permutations import Permutations
 from fastar.matching.sinkhorn import match_sinkhorn
 from fastar.matching.spec import PermutationSpec, Span
 from fastar.matching.symmetry import Group, Member, Symmetry, without_groups
-from fastar.matching.verify import ExampleInputs, verify_symmetry
+from fastar.matching.trials import ExampleInputs
+from fastar.matching.verify import verify_symmetry
 from fastar.matching.weights import MatchResult, match, match_weights, working_bytes
 
 __all__ = [

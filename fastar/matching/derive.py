@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import os
-import traceback
-import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,7 +15,9 @@ from fastar.matching.axes import FIXED, Axis, AxisSolver, fixed
 from fastar.matching.calls import Refused
 from fastar.matching.rules import apply_rule, is_fill
 from fastar.matching.symmetry import Group, Member, Symmetry
-from fastar.matching.verify import ExampleInputs, verify_symmetry
+from fastar.matching.tracing import trace
+from fastar.matching.trials import ExampleInputs
+from fastar.matching.verify import verify_symmetry
 from fastar.matching.views import Dims
 
 
@@ -63,7 +61,7 @@ def derive_symmetry(
         found = proofs.find(by_name)
     if found is not None:
         return found
-    program = _trace(model, example_inputs, kind)
+    program = trace(model, example_inputs, kind)
     if cached and verify:
         by_graph = proofs.digest_of_graph(program, model, allow_partial=allow_partial)
         found = proofs.find(by_graph)
@@ -74,31 +72,6 @@ def derive_symmetry(
             proofs.keep(by_graph, found)
     proofs.keep(by_name, found)
     return found
-
-
-def _trace(model: nn.Module, example_inputs: ExampleInputs, name: str) -> torch.export.ExportedProgram:
-    """A functional graph of ATen operations, with linear, convolution and normalisation kept whole."""
-    keywords = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")
-            twin = copy.deepcopy(model).eval()
-            program = torch.export.export(twin, () if keywords else tuple(example_inputs), keywords)
-            return program.run_decompositions({})
-    except Exception as error:
-        # torch.export raises many kinds of errors, also from the model's own code; all of them mean the same here.
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".;:")
-        raise FastarError(
-            f"cannot trace {name} with torch.export to find its permutation groups: {first_line}{_place(error)}; its "
-            "forward must not branch on values: change it, or write its groups down as a PermutationSpec"
-        ) from error
-
-
-def _place(error: BaseException) -> str:
-    """Where in the user's code an error of tracing came from, as far as its traceback shows."""
-    inside = os.path.dirname(torch.__file__), os.path.dirname(__file__)
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if not f.filename.startswith((*inside, "<"))]
-    return f" ({frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name})" if frames else ""
 
 
 class _Derivation:
@@ -248,10 +221,14 @@ class _Derivation:
         return tuple(groups.values())
 
     def _refusal(self, node: fx.Node, why: str) -> FastarError:
+        where = self._where(node)
+        remedy = "rewrite that part"
+        if "parametrizations." in where:
+            remedy = "remove the parametrisation first (torch.nn.utils.parametrize.remove_parametrizations)"
         return FastarError(
-            f"cannot derive the permutation groups of {self.name}: {self._where(node)}: {why}; it is not matched "
-            "rather than matched wrongly: rewrite that part, hold it in place with allow_partial=True, write a "
-            "PermutationSpec, or run without matching"
+            f"cannot derive the permutation groups of {self.name}: {where}: {why}; it is not matched rather than "
+            f"matched wrongly: {remedy}, hold it in place (allow_partial=True, on the command line --allow-partial), "
+            "write a PermutationSpec (in Python), or run without matching (method none)"
         )
 
     def _where(self, node: fx.Node) -> str:

@@ -10,7 +10,8 @@ from torch import nn
 
 from fastar.errors import FastarError
 from fastar.matching.symmetry import Group, Member, Symmetry, without_groups
-from fastar.matching.verify import ExampleInputs, verify_symmetry
+from fastar.matching.trials import ExampleInputs
+from fastar.matching.verify import verify_symmetry
 
 
 @dataclass(frozen=True)
