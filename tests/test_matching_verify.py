@@ -176,6 +176,7 @@ def test_parameters_of_training_alone_stay_in_place() -> None:
     axes = dense(("stem", "h", None), ("out", None, "h"))
     message = "cannot be proven.*'h' in axis 1 of 'extra.weight'.*None for the axes"
     refused(message, Auxiliary(), axes | dense(("extra", None, "h")))
+    assert len(prove(Auxiliary(), axes | dense(("extra", None, None))).groups) == 1  # as it is told to
     derived = derive_symmetry(Auxiliary(), X, cached=False)
     assert "extra.weight" not in {m.tensor for g in derived.groups for m in g.members}
 
@@ -204,6 +205,7 @@ def test_a_forward_that_draws_random_numbers_is_refused_and_draws_none_of_ours(p
     with pytest.raises(FastarError, match=r"random|dropout|rand") as why:
         call()
     assert "\n" not in str(why.value)
+    assert "self.training" in str(why.value)
     if prover == "spec":
         assert "draws random numbers in evaluation mode" in str(why.value)
         assert torch.equal(before, torch.get_rng_state())

@@ -225,6 +225,8 @@ class _Derivation:
         remedy = "rewrite that part"
         if "parametrizations." in where:
             remedy = "remove the parametrisation first (torch.nn.utils.parametrize.remove_parametrizations)"
+        elif "dropout" in str(node.target):
+            remedy = "leave dropout out of evaluation mode (F.dropout(x, p, self.training))"
         return FastarError(
             f"cannot derive the permutation groups of {self.name}: {where}: {why}; it is not matched rather than "
             f"matched wrongly: {remedy}, hold it in place (allow_partial=True, on the command line --allow-partial), "

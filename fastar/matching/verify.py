@@ -39,10 +39,10 @@ def verify_symmetry(
 
     Args:
         controls: also require that the comparison could have failed. Permuting any one place of a group in a parameter
-            of two axes or more, by itself, has to change the outputs, and so has another draw of such a parameter in
-            which no group is, and one place of each group at least. (Vectors by themselves may do nothing, as the bias
-            of keys in attention.) False for symmetries that are derived: where a unit has no effect the derivation
-            is the proof.
+            of two axes or more, by itself, has to change the outputs; so has another draw of such a parameter in which
+            no group is, if the outputs are computed from it; and so has one place of each group at least. (Vectors by
+            themselves may do nothing, as the bias of keys in attention.) False for symmetries that are derived: where
+            a unit has no effect the derivation is the proof.
 
     Raises:
         FastarError: the outputs differ (names the groups), are not finite, do not depend on what is permuted, or are
@@ -186,14 +186,27 @@ class _Proof:
         gain, positive = DRAWS[self.draw]
         other = self.trial.state(gain, positive=positive, buffers=False, number=-1) if held else {}
         for name in held:
-            if name not in self.seen and self.differs(self._with(name, other[name]), SEEN):
+            if name in self.seen:
+                continue
+            if self.differs(self._with(name, other[name]), SEEN) or not self._reads(name):
                 self.seen.add(name)
         self.left = list(self._left(held))
         return self.left
 
+    def _reads(self, name: str) -> bool:
+        """Whether the outputs are computed from a parameter at all, a factor of 0 included: NaN passes it."""
+        try:
+            return self.differs(self._with(name, torch.full_like(self.state[name], math.nan)))
+        except FastarError:
+            return True  # the model noticed
+
     def _matrices(self) -> list[str]:
         """Parameters of two axes or more, by one name each."""
-        return [name for name, shape in self.symmetry.parameters.items() if len(shape) > 1 and name in self.names]
+        return [
+            name
+            for name, shape in self.symmetry.parameters.items()
+            if len(shape) > 1 and 0 not in shape and name in self.names
+        ]
 
     def _with(self, name: str, tensor: Tensor) -> State:
         """The state with another tensor under all its names."""
