@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -167,7 +168,7 @@ def match_many(
         _check_ties(symmetry, model, f"models[{n}]")
     result = match_states(
         symmetry,
-        [{name: value.to(device) for name, value in state.items()} for state in states],
+        [_tensors(state, device) for state in states],
         to=to,
         centre=None if centre is None else centre.state_dict(),
         settings=settings,
@@ -180,8 +181,13 @@ def match_many(
     average = None
     if result.mean is not None:
         average = copy_of(first)
-        average.load_state_dict(result.mean)
+        average.load_state_dict({**average.state_dict(), **result.mean})
     return ManyMatched(found, average, symmetry, result)
+
+
+def _tensors(state: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
+    """What of a state dict can be matched: it may hold more than tensors (`get_extra_state`)."""
+    return {name: value.to(device) for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def _symmetry(

@@ -228,3 +228,25 @@ def test_permutations_of_a_matching_are_permutations(trained: Any) -> None:
     matched = fastar.match(a, b, example_inputs=IMAGES)
     assert isinstance(matched, Permutations)
     assert Permutations.from_dict(matched.as_dict()) == matched
+
+
+def test_a_set_of_networks_that_keep_more_than_tensors() -> None:
+    class Counting(Net):
+        def get_extra_state(self) -> dict[str, int]:
+            return {"version": 1}
+
+        def set_extra_state(self, state: dict[str, int]) -> None:
+            assert state == {"version": 1}
+
+    models = [Counting().eval() for _ in range(3)]
+    matched = fastar.match_many(models, example_inputs=IMAGES)
+    x = torch.randn(5, 1, 4, 4)
+    for model, permutations in zip(models, matched.permutations, strict=True):
+        nearer = fastar.apply(permutations, model, symmetry=matched.symmetry)
+        torch.testing.assert_close(nearer(x), model(x), rtol=1e-4, atol=1e-5)
+    assert isinstance(matched.average, Counting)
+    permuted = [
+        fastar.apply(permutations, model, symmetry=matched.symmetry).state_dict()["out.weight"]
+        for model, permutations in zip(models, matched.permutations, strict=True)
+    ]
+    torch.testing.assert_close(matched.average.state_dict()["out.weight"], torch.stack(permuted).mean(0))
