@@ -31,12 +31,11 @@ from fastar.experiments.context import resolve_device
 # What each run is called with; all at `--scale small`, the deeper ones on half of its images, for the time they take.
 CASES: dict[str, list[str]] = {
     "MLP": ["--dataset", "fashion-mnist", "--arch", "mlp"],
-    "VGG-11": ["--config", "cifar10-vgg11", "model.dropout=0"],
     "VGG-11, batch-norm": ["--dataset", "cifar10", "--arch", "vgg11_bn", "model.dropout=0"],
     "ResNet-8": ["--dataset", "cifar10", "--arch", "resnet8", "model.width=1"],
     "WideResNet-22": ["--config", "cifar10-wrn22", "dataset.limit=2500"],
-    "ViT, unmatched": ["--config", "mnist-vit", "--dataset", "fashion-mnist", "dataset.limit=2500"],
     "ResNet-18": ["--config", "cifar10-resnet18", "dataset.limit=2500"],
+    "ViT, unmatched": ["--config", "mnist-vit", "--dataset", "fashion-mnist", "dataset.limit=2500"],
     "DenseNet-40-BC": ["--dataset", "cifar10", "--arch", "densenet40_bc", "dataset.limit=2500"],
 }
 ORDER = ("star_source", "star_heldout", "regular_regular")  # the last unmatched where nothing is matched
