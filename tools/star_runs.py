@@ -34,7 +34,7 @@ CASES: dict[str, list[str]] = {
     "VGG-11, batch-norm": ["--dataset", "cifar10", "--arch", "vgg11_bn", "model.dropout=0"],
     "ResNet-8": ["--dataset", "cifar10", "--arch", "resnet8", "model.width=1"],
     "WideResNet-22": ["--config", "cifar10-wrn22", "dataset.limit=2500"],
-    "ResNet-18": ["--config", "cifar10-resnet18", "dataset.limit=2500"],
+    "ResNet-18": ["--config", "cifar10-resnet18", "dataset.limit=2500", "evaluation.limit=500", "evaluation.points=5"],
     "ViT, unmatched": ["--config", "mnist-vit", "--dataset", "fashion-mnist", "dataset.limit=2500"],
     "DenseNet-40-BC": ["--dataset", "cifar10", "--arch", "densenet40_bc", "dataset.limit=2500"],
 }
