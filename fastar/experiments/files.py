@@ -16,7 +16,6 @@ from fastar.errors import FastarError
 from fastar.experiments.context import DATA_KEYS, resolve_device
 from fastar.experiments.own import own_model
 from fastar.experiments.pairs import context_of, load_whole
-from fastar.experiments.regular import check_fits
 from fastar.flat import FlatLayout
 from fastar.matching import (
     Examples,
@@ -38,8 +37,10 @@ class Network:
     layout: FlatLayout
     settings: Settings
     device: torch.device
+    first: Checkpoint
+    """The checkpoint that it was found from, as a whole state of the architecture, on the CPU."""
     load: Callable[[Path], Checkpoint]
-    """A checkpoint as a whole state of the architecture, on the CPU."""
+    """Another one, likewise."""
     examples: Callable[[], Examples]
 
     @property
@@ -74,8 +75,9 @@ def network_of(first: Path, named: Named, progress: Progress = SILENT) -> Networ
         context = context_of(
             checkpoint, dataset=named.dataset, arch=named.arch, overrides=named.overrides, progress=progress
         )
-        check_fits(context, checkpoint, same_data=False)  # before its symmetry is derived, which takes longer
+        whole = load_whole(context, first, checkpoint, same_data=False)  # before its symmetry is derived, which is slow
         return Network(
+            first=whole,
             symmetry=context.symmetry,
             layout=context.layout,
             settings=context.settings,
@@ -87,7 +89,7 @@ def network_of(first: Path, named: Named, progress: Progress = SILENT) -> Networ
         raise FastarError("--model says what the checkpoints are of: leave out --dataset and --arch")
     settings = _own_settings(named.overrides)
     model, example = own_model(named.model, named.input_shape)
-    _load_own(model, first)  # before its symmetry is derived, which takes longer
+    whole = _load_own(model, first)  # before its symmetry is derived, which is slow
     if settings.matching.method == "none":
         symmetry = without_groups(model)
     else:
@@ -97,6 +99,7 @@ def network_of(first: Path, named: Named, progress: Progress = SILENT) -> Networ
         raise FastarError("with --model there are no data to look at: match by weights, or use fastar.match in Python")
 
     return Network(
+        first=whole,
         symmetry=symmetry,
         layout=FlatLayout.from_module(model),
         settings=settings,
@@ -140,7 +143,7 @@ def match_files(
     written = _written(others, out)
     _keep_inputs([first, *others], written)
     network = network_of(first, named, progress)
-    theta = network.load(first)
+    theta = network.first
     found = []
     with progress.task("matching files", total=len(others), unit="files") as advance:
         for path, target in zip(others, written, strict=True):
@@ -259,9 +262,10 @@ def match_many_files(
         raise FastarError(f"--average {average}: the average is written as .safetensors; name it so")
     _keep_inputs([*paths, *([] if centre is None else [centre])], [*written, average])
     network = network_of(paths[0] if centre is None else centre, named, progress)
-    loaded = [network.load(path) for path in paths]
+    rest = paths[1:] if centre is None else paths
+    loaded = [*([network.first] if centre is None else []), *(network.load(path) for path in rest)]
     states = [{name: value.to(network.device) for name, value in one.state.items()} for one in loaded]
-    middle = None if centre is None else network.load(centre).state
+    middle = None if centre is None else network.first.state
     result = match_many(
         network.symmetry,
         states,
