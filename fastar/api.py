@@ -27,9 +27,8 @@ from fastar.matching import (
     PermutationSpec,
     Symmetry,
     To,
-    derive_symmetry,
     match_by_settings,
-    without_groups,
+    symmetry_by_settings,
 )
 from fastar.matching import match_many as match_states
 from fastar.progress import SILENT, Progress
@@ -201,11 +200,9 @@ def _symmetry(
     twin = copy_of(model).cpu()
     given = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
     inputs = tree_map_only(Tensor, Tensor.cpu, given)
-    if settings.method == "none":
-        return without_groups(twin)
-    if spec is not None:
+    if spec is not None and settings.method != "none":
         return spec.symmetry(twin, inputs)
-    return derive_symmetry(twin, inputs, allow_partial=allow_partial)
+    return symmetry_by_settings(settings, twin, inputs, allow_partial=allow_partial)
 
 
 def _examples(model: nn.Module, data: Data | None, method: str) -> Callable[[], Examples]:

@@ -400,7 +400,7 @@ def completed(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     >>> completed({"train": {"lr": 0.5}}, {"train": {"lr": 0.1, "label_smoothing": 0.1}})
     {'train': {'label_smoothing': 0.0, 'lr': 0.5}}
     """
-    defaults = {name: field.get_default(call_default_factory=True) for name, field in Settings.model_fields.items()}
+    defaults = _defaults()
     found = dict(old)
     for name, section in new.items():
         default = defaults.get(name)
@@ -493,14 +493,16 @@ def load_settings(
         validate(
             merge(content, changes), source=str(file or "settings")
         )  # what is wrong is said of the file, not of the scale
-        content = scaled(content, scale, defaults=_defaults(), of_any_size=OF_ANY_SIZE)
+        sections = {
+            name: one.model_dump(mode="json") for name, one in _defaults().items() if isinstance(one, BaseModel)
+        }
+        content = scaled(content, scale, defaults=sections, of_any_size=OF_ANY_SIZE)
     return validate(merge(content, changes), source=str(file or "settings"))
 
 
-def _defaults() -> dict[str, dict[str, Any]]:
-    """Of each section that has them all."""
-    fields = {name: field.get_default(call_default_factory=True) for name, field in Settings.model_fields.items()}
-    return {name: value.model_dump(mode="json") for name, value in fields.items() if isinstance(value, BaseModel)}
+def _defaults() -> dict[str, Any]:
+    """Of every section and setting at the top; undefined where one is required."""
+    return {name: field.get_default(call_default_factory=True) for name, field in Settings.model_fields.items()}
 
 
 def validate(content: Mapping[str, Any], source: str = "settings") -> Settings:

@@ -12,8 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from fastar.config import Settings, load_settings
-from fastar.experiments import context
-from fastar.matching import Symmetry
+from fastar.matching import Symmetry, modules
 from fastar.runs import RunFolder
 
 SMALL = [
@@ -65,18 +64,18 @@ def small(data: Path, *overrides: str) -> Settings:
 @pytest.fixture(autouse=True, scope="module")
 def one_symmetry() -> Any:
     """Half a second in every run, and always the same: derived once for all runs of these modules."""
-    derive: Callable[..., Symmetry] = context.derive_symmetry
+    derive: Callable[..., Symmetry] = modules.derive_symmetry
 
     @lru_cache(maxsize=1)
     def derived(names: tuple[tuple[str, torch.Size], ...]) -> list[Symmetry]:
         return []
 
-    def once(model: torch.nn.Module, example: tuple[torch.Tensor, ...], name: object = None) -> Symmetry:
+    def once(model: torch.nn.Module, example: tuple[torch.Tensor, ...], **options: Any) -> Symmetry:
         kept = derived(tuple((name, p.shape) for name, p in model.named_parameters()))
         if not kept:
-            kept.append(derive(model, example, name=name))
+            kept.append(derive(model, example, **options))
         return kept[0]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(context, "derive_symmetry", once)
+        patch.setattr(modules, "derive_symmetry", once)
         yield

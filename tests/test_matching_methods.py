@@ -420,7 +420,7 @@ def test_keys_of_methods() -> None:
 def test_a_run_by_each_method(method: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if method == ("none",):
         # The context is what derives a run's symmetry.
-        monkeypatch.setattr("fastar.experiments.context.derive_symmetry", None)
+        monkeypatch.setattr("fastar.matching.modules.derive_symmetry", None)
     name, *more = method
     outcome = fastar(
         "train-star", *tiny(tmp_path / "data"), "--out", tmp_path / "run", f"matching.method={name}",

@@ -19,7 +19,7 @@ from fastar.errors import FastarError
 from fastar.evaluation.batch_norm import batch_norm_layers
 from fastar.figures import LiveFigures
 from fastar.flat import FlatLayout
-from fastar.matching import Examples, Symmetry, derive_symmetry, without_groups
+from fastar.matching import Examples, Symmetry, symmetry_by_settings
 from fastar.models import build_model
 from fastar.progress import SILENT, Progress
 from fastar.runs import RunFolder
@@ -185,11 +185,10 @@ class Context:
         """The architecture's permutation groups, proven on a random network before they are used; none are derived
         for `matching.method=none`."""
         model = self.build(seed=0, device="cpu")
-        if self.settings.matching.method == "none":
-            return without_groups(model)
         chosen = self.settings.model
         name = [chosen.arch, chosen.options, list(self.shape.image), self.shape.classes]
-        return derive_symmetry(model, (torch.zeros(2, *self.shape.image),), name=name)
+        example = (torch.zeros(2, *self.shape.image),)
+        return symmetry_by_settings(self.settings.matching, model, example, name=name)
 
     def examples(self) -> Examples:
         """What methods of matching that look at data see: the first training batches."""

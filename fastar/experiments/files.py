@@ -21,10 +21,9 @@ from fastar.matching import (
     Examples,
     ManyResult,
     Symmetry,
-    derive_symmetry,
     match_by_settings,
     match_many,
-    without_groups,
+    symmetry_by_settings,
 )
 from fastar.progress import SILENT, Progress
 
@@ -90,10 +89,7 @@ def network_of(first: Path, named: Named, progress: Progress = SILENT) -> Networ
     settings = _own_settings(named.overrides)
     model, example = own_model(named.model, named.input_shape)
     whole = _load_own(model, first)  # before its symmetry is derived, which is slow
-    if settings.matching.method == "none":
-        symmetry = without_groups(model)
-    else:
-        symmetry = derive_symmetry(model, example, allow_partial=named.allow_partial)
+    symmetry = symmetry_by_settings(settings.matching, model, example, allow_partial=named.allow_partial)
 
     def examples() -> Examples:
         raise FastarError("with --model there are no data to look at: match by weights, or use fastar.match in Python")

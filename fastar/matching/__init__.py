@@ -5,7 +5,7 @@ from fastar.matching.assignment import solve_assignment, solver_name
 from fastar.matching.derive import derive_symmetry
 from fastar.matching.many import ManyResult, To, match_many
 from fastar.matching.methods import Examples, GiveExamples, match_by_settings
-from fastar.matching.modules import match_modules
+from fastar.matching.modules import match_modules, symmetry_by_settings
 from fastar.matching.permutations import Permutations
 from fastar.matching.sinkhorn import match_sinkhorn
 from fastar.matching.spec import PermutationSpec, Span
@@ -38,6 +38,7 @@ __all__ = [
     "match_weights",
     "solve_assignment",
     "solver_name",
+    "symmetry_by_settings",
     "verify_symmetry",
     "without_groups",
     "working_bytes",

@@ -1,4 +1,4 @@
-"""Matching of whole modules."""
+"""Matching of whole modules, and their groups as far as a method needs them."""
 
 from __future__ import annotations
 
@@ -11,9 +11,28 @@ from fastar.config import MatchingSettings
 from fastar.errors import FastarError
 from fastar.matching.derive import derive_symmetry
 from fastar.matching.methods import GiveExamples, match_by_settings
-from fastar.matching.symmetry import without_groups
+from fastar.matching.symmetry import Symmetry, without_groups
+from fastar.matching.verify import ExampleInputs
 from fastar.matching.weights import MatchResult
 from fastar.progress import SILENT, Progress
+
+
+def symmetry_by_settings(
+    settings: MatchingSettings,
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    *,
+    allow_partial: bool = False,
+    name: object = None,
+) -> Symmetry:
+    """`derive_symmetry`, but no groups for `matching.method=none`, which needs none; nothing is traced then.
+
+    Raises:
+        FastarError: as `derive_symmetry`.
+    """
+    if settings.method == "none":
+        return without_groups(model)
+    return derive_symmetry(model, example_inputs, allow_partial=allow_partial, name=name)
 
 
 def match_modules(
@@ -37,7 +56,7 @@ def match_modules(
     if not sources:
         raise FastarError("there are no sources to match: give at least one")
     settings = settings or MatchingSettings()
-    symmetry = without_groups(theta) if settings.method == "none" else derive_symmetry(theta, example_inputs)
+    symmetry = symmetry_by_settings(settings, theta, example_inputs)
     states = [source.state_dict() for source in sources]
     for n, state in enumerate(states):
         symmetry.check_state(state, f"source {n}")
