@@ -364,6 +364,8 @@ def train_sources_command(
         print(path)
 
 
+UnsaidDataset = Annotated[str | None, typer.Option("--dataset", help="For checkpoints that do not say it.")]
+UnsaidArch = Annotated[str | None, typer.Option("--arch", help="For checkpoints that do not say it.")]
 Model = Annotated[
     str | None,
     typer.Option(
@@ -392,9 +394,9 @@ def match_command(
     out: Annotated[
         Path | None, typer.Option("--out", help="Write permuted B here (.safetensors); several B: into this folder.")
     ] = None,
-    dataset: Annotated[str | None, typer.Option("--dataset", help="For checkpoints that do not say it.")] = None,
+    dataset: UnsaidDataset = None,
     name: Name = None,
-    arch: Annotated[str | None, typer.Option("--arch", help="For checkpoints that do not say it.")] = None,
+    arch: UnsaidArch = None,
     model: Model = None,
     input_shape: InputShape = None,
     allow_partial: AllowPartial = False,
@@ -462,9 +464,9 @@ def match_many_command(
         ),
     ] = None,
     rounds: Annotated[int, typer.Option("--rounds", help="Of mean: passes over all, at most.")] = 20,
-    dataset: Annotated[str | None, typer.Option("--dataset", help="For checkpoints that do not say it.")] = None,
+    dataset: UnsaidDataset = None,
     name: Name = None,
-    arch: Annotated[str | None, typer.Option("--arch", help="For checkpoints that do not say it.")] = None,
+    arch: UnsaidArch = None,
     model: Model = None,
     input_shape: InputShape = None,
     allow_partial: AllowPartial = False,
@@ -526,7 +528,7 @@ def barrier_command(
     others: Annotated[list[str], typer.Argument(metavar="B [...] [KEY=VALUE]...", help="Checkpoints at t = 1.")],
     dataset: Annotated[str | None, typer.Option("--dataset", help="Default: the one A was trained on.")] = None,
     name: Name = None,
-    arch: Annotated[str | None, typer.Option("--arch", help="For checkpoints that do not say it.")] = None,
+    arch: UnsaidArch = None,
     matching: Annotated[bool, typer.Option("--match/--no-match", help="Permute each B to match A first.")] = True,
     points: Annotated[int, typer.Option("--points", help="Equispaced values of t, ends included.")] = 11,
     data_root: DataRoot = None,

@@ -158,6 +158,7 @@ def test_what_cannot_be_proven_is_refused_or_left(own: tuple[str, Path, Path], t
         (["match", "A", "B", "--model", "{}:example", "matching.method=activation"], "no data"),
         (["match", "A", "B", "--model", "{}:Sorting", "--input-shape", "2x6"], "a.pt"),
         (["match-many", "A", "--model", "{}:example"], "needs more than 1"),
+        (["match-many", "seed=1", "--model", "{}:example"], "give checkpoints"),
         (["match-many", "A", "B", "--to", "stars", "--model", "{}:example"], "none of star, mean, pairwise"),
         (["match-many", "A", "B", "--to", "star", "--model", "{}:example"], "needs centre"),
         (["match-many", "A", "B", "--to", "pairwise", "--out", "x", "--model", "{}:example"], "no one set"),

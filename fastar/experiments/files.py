@@ -248,6 +248,8 @@ def match_many_files(
         distance from it before and after; of pairwise `pairs` instead: first, second, objective, distance before and
         after, permutations; average, rounds, converged, history (`fastar.matching.ManyResult`).
     """
+    if not paths:
+        raise FastarError("there is nothing to match: give checkpoints")
     if to == "pairwise" and (out is not None or average is not None):
         raise FastarError(
             f"{'--out' if out is not None else '--average'}: each pair is matched in its own way, there is no one set "
