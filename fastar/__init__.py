@@ -6,6 +6,7 @@ From Python, for any two networks of one architecture: `fastar.match`, `fastar.a
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,6 +14,11 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["Barrier", "Matched", "__version__", "apply", "barrier", "match", "match_many"]
+
+# In a checkout that nobody has installed, `fastar.kernels` is the folder `kernels/` beside this one (setup.py maps it).
+_HERE = Path(__file__).resolve().parent
+if not (_HERE / "kernels").exists() and (_HERE.parent / "kernels" / "dispatch.py").is_file():
+    __path__.append(str(_HERE.parent))
 
 
 def __getattr__(name: str) -> Any:

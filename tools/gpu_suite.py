@@ -4,8 +4,10 @@
 
 Each part runs in a process of its own within what is left of the budget. After each, the results so far are written to
 `OUT/<device>-<date>.json` with device, driver, versions, commit and date; a part that fails or runs out of time is
-recorded as that. Needs no network. On a machine without a GPU the same parts run on the CPU with `--cpu` (small
-problems, to try the suite itself); nothing of that is to be published as a GPU's figure.
+recorded as that. Needs no network, and fastar need not be installed: what it imports may be wheels on PYTHONPATH
+(tools/pack_wheels.sh); in a copy without .git, FASTAR_COMMIT names the commit. On a machine without a GPU the same
+parts run on the CPU with `--cpu` (small problems, to try the suite itself); nothing of that is to be published as a
+GPU's figure.
 """
 
 from __future__ import annotations
@@ -23,6 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+# This checkout's fastar, installed or not: an offline machine has the checkout and wheels (tools/pack_wheels.sh).
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from fastar.benchmarks import where
 from fastar.checkpoints import write_atomically
@@ -98,8 +103,10 @@ def run_part(part: Part, arguments: tuple[str, ...], limit: float) -> dict[str, 
     """Run one part; its JSON lines, how it ended, and the end of what it printed if it did not end well."""
     start = time.perf_counter()
     command = [sys.executable, *arguments]
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=limit, env=environment)
         outcome: dict[str, Any] = {"exit_code": done.returncode}
         printed, errors = done.stdout, done.stderr
     except subprocess.TimeoutExpired as error:
