@@ -415,7 +415,8 @@ void fallback(const c10::OperatorHandle& op, Stack* stack) {
   }
   execute(op, stack);
   const auto results = op.schema().returns().size();
-  Stack outputs(stack->end() - results, stack->end());
+  Stack outputs;  // as they are: autograd is about to tie the tensors themselves to its graph
+  for (auto value = stack->end() - results; value != stack->end(); ++value) outputs.push_back(frozen(*value));
   for (const auto& value : outputs) {
     std::vector<at::Tensor> found;
     tensors_of(value, found);
