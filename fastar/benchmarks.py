@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import gc
 import itertools
 import json
@@ -10,7 +11,8 @@ import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -31,6 +33,7 @@ from fastar.models import build_model, parameter_count
 from fastar.progress import SILENT, Progress
 from fastar.runs import versions
 from fastar.training import RegularStep, SourcesStore, StarStep, fit, resolve_precision
+from fastar.training.profiling import union
 
 # Steps of a benchmark's epoch: a star step draws anew after so many.
 EPOCH = 1000
@@ -182,6 +185,35 @@ def where(device: torch.device) -> dict[str, Any]:
     else:
         name = f"cpu, {torch.get_num_threads()} threads, {torch.backends.cpu.get_cpu_capability()}"
     return {"device": name, "kernels": backend(device), "versions": {**versions(), "cuda": torch.version.cuda}}
+
+
+@contextmanager
+def failing_alone(bench: str, case: str, device: torch.device, **facts: Any) -> Iterator[None]:
+    """Whatever goes wrong inside is told as the case's line, and ends nothing else."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - an error of any kind is the case's result
+        print(failure(bench, case, error, device, **facts), flush=True)
+
+
+def gpu_work(run: Callable[[], object], device: torch.device) -> dict[str, float]:
+    """What a call has a GPU do: kernels, copies and waits of the host, and milliseconds in which the GPU was busy."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as found:
+        run()
+        _wait(device)
+    names = collections.Counter(event.name for event in found.events())
+    spans = [e.time_range for e in found.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+
+    def total(*words: str) -> int:
+        return sum(number for name, number in names.items() if any(word in name for word in words))
+
+    return {
+        "launches": total("LaunchKernel"),
+        "copies": total("cudaMemcpy"),
+        "waits": total("StreamSynchronize", "DeviceSynchronize", "EventSynchronize"),
+        "gpu_busy_ms": union((span.start, span.end) for span in spans) / 1e3,
+    }
 
 
 def matching_threads(device: torch.device) -> int:
