@@ -60,9 +60,10 @@ STEPS = 5
 
 def compute(problem: Problem, rounds: int, repeats: int) -> Iterator[str]:
     """Regular and star steps in turns."""
+    makes: dict[str, Callable[..., RegularStep | StarStep]]
     makes = {"regular": problem.regular_step, "star": problem.star_step}
 
-    def case(name: str, make: Callable[[], RegularStep | StarStep]) -> Case:
+    def case(name: str, make: Callable[..., RegularStep | StarStep]) -> Case:
         run = built_when_run(lambda: problem.endless(make()))
         return Case(f"compute: {name} step", run, problem.facts())
 
