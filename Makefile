@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PINS := requirements.txt setup.py tools/install.sh tools/build_ffcv.sh
 
-.PHONY: star install test test-all smoke check format bench clean
+.PHONY: star install test test-all rehearse smoke check format bench clean
 
 star: $(VENV)/.installed
 	$(BIN)/fastar train-star --dataset digits
@@ -16,6 +16,10 @@ test: $(VENV)/.dev
 
 test-all: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'slow or not slow'
+
+# The tests marked gpu, on a simulated one where there is none (tools/rehearse.py).
+rehearse: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python tools/rehearse.py
 
 # Every shipped configuration from end to end at the smallest scale, on made images.
 smoke: $(VENV)/.installed

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import gc
+import itertools
 import json
+import os
 import statistics
+import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -20,33 +26,69 @@ from fastar.errors import FastarError
 from fastar.experiments.context import resolve_device
 from fastar.experiments.star import match_store
 from fastar.flat import FlatLayout
+from fastar.graphs import record_cuda_graph
 from fastar.kernels import backend
 from fastar.matching import derive_symmetry
 from fastar.models import build_model, parameter_count
 from fastar.progress import SILENT, Progress
 from fastar.runs import versions
 from fastar.training import RegularStep, SourcesStore, StarStep, fit, resolve_precision
+from fastar.training.profiling import union
+
+# Steps of a benchmark's epoch: a star step draws anew after so many.
+EPOCH = 1000
 
 
 @dataclass(frozen=True)
 class Case:
-    """Something to time: `run` does it once; `facts` are added to its line."""
+    """Something to time: `run` does it once (`calls` times, where it cannot do less); `facts` are added to its line."""
 
     name: str
     run: Callable[[], object]
     facts: Mapping[str, Any] = field(default_factory=dict)
+    calls: int = 1
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Seconds per call of one case, one figure per round."""
+    """Seconds per call of one case, one figure per round; `first`: of the very first run, with all that it builds,
+    compiles and captures."""
 
     case: Case
     seconds: list[float]
+    first: float = 0.0
 
     @property
     def median(self) -> float:
         return statistics.median(self.seconds)
+
+
+OnFailure = Callable[[Case, Exception], None]
+
+
+def built_when_run(make: Callable[[], Callable[[], object]]) -> Callable[[], object]:
+    """What `make` makes, made when it is run for the first time: what cannot be built fails as its own case."""
+    made: list[Callable[[], object]] = []
+
+    def run() -> object:
+        if not made:
+            made.append(make())
+        return made[0]()
+
+    return run
+
+
+def in_one_graph(run: Callable[[], object], times: int, device: torch.device) -> Callable[[], object]:
+    """`run` so many times as one CUDA graph, so that the device's own time is seen and not that of its launches.
+
+    Elsewhere than on a GPU: a plain loop.
+    """
+
+    def repeated() -> None:
+        for _ in range(times):
+            run()
+
+    return record_cuda_graph(repeated, repeated) if device.type == "cuda" else repeated
 
 
 def time_in_turns(
@@ -56,26 +98,51 @@ def time_in_turns(
     rounds: int,
     repeats: int = 1,
     warm_up: int = 3,
+    on_failure: OnFailure | None = None,
     progress: Progress = SILENT,
 ) -> list[Timing]:
     """Time every case once a round, so that ratios within a round hold while the machine's speed drifts.
 
     Seconds are of `repeats` calls, divided: by CUDA events on a GPU (so that launches overlap), else by the clock.
     Every second round goes through the cases backwards, so that none always follows the same one.
+
+    Args:
+        on_failure: told of a case that fails, which is left out then; None: its error ends everything.
     """
-    for case in cases:
-        for _ in range(warm_up):
-            case.run()
-    taken: dict[str, list[float]] = {case.name: [] for case in cases}
-    if len(taken) != len(cases):
+    if len({case.name for case in cases}) != len(cases):
         raise ValueError(f"cases need names of their own: {[case.name for case in cases]}")
+    first: dict[str, float] = {}
+    taken: dict[str, list[float]] = {}
+
+    def attempt(case: Case, work: Callable[[], object]) -> None:
+        try:
+            work()
+        except Exception as error:
+            if on_failure is None:
+                raise
+            taken.pop(case.name, None)
+            on_failure(case, error)
+
+    def warm(case: Case) -> None:
+        first[case.name] = _clocked(case.run, device)
+        for _ in range(warm_up - 1):
+            case.run()
+        _wait(device)  # what a kernel did wrong shows here, and not in the next case
+        taken[case.name] = []
+
+    def measure(case: Case) -> None:
+        taken[case.name].append(_seconds(case, device, max(1, repeats // case.calls)))
+
+    for case in cases:
+        attempt(case, lambda case=case: warm(case))  # type: ignore[misc]
     gc.collect()
     with progress.task("measuring", total=rounds, unit="rounds") as advance:
-        for round_number in range(rounds):
-            for case in cases if round_number % 2 == 0 else reversed(cases):
-                taken[case.name].append(_seconds(case, device, repeats))
+        for number in range(rounds):
+            for case in cases if number % 2 == 0 else reversed(cases):
+                if case.name in taken:
+                    attempt(case, lambda case=case: measure(case))  # type: ignore[misc]
             advance(1)
-    return [Timing(case, taken[case.name]) for case in cases]
+    return [Timing(case, taken[case.name], first[case.name]) for case in cases if case.name in taken]
 
 
 def ratio(first: Timing, second: Timing) -> dict[str, float]:
@@ -98,9 +165,17 @@ def line(bench: str, timing: Timing, device: torch.device, **facts: Any) -> str:
         **facts,
         "ms": {name: value * 1e3 for name, value in quantiles(timing.seconds).items()},
         "n": len(timing.seconds),
+        **({"first_s": timing.first} if timing.first else {}),
         **where(device),
     }
     return json.dumps(record)
+
+
+def failure(bench: str, case: str, error: Exception, device: torch.device, **facts: Any) -> str:
+    """The JSON line of a case that failed: its name and facts, and what was wrong. Told on stderr in full as well."""
+    print(f"{bench}, {case}: {type(error).__name__}: {error}", file=sys.stderr, flush=True)
+    said = f"{type(error).__name__}: {' '.join(str(error).split())}"[:600]
+    return json.dumps({"bench": bench, "case": case, "error": said, **facts, **where(device)})
 
 
 def where(device: torch.device) -> dict[str, Any]:
@@ -112,7 +187,55 @@ def where(device: torch.device) -> dict[str, Any]:
     return {"device": name, "kernels": backend(device), "versions": {**versions(), "cuda": torch.version.cuda}}
 
 
+@contextmanager
+def failing_alone(bench: str, case: str, device: torch.device, **facts: Any) -> Iterator[None]:
+    """Whatever goes wrong inside is told as the case's line, and ends nothing else."""
+    try:
+        yield
+    except Exception as error:  # noqa: BLE001 - an error of any kind is the case's result
+        print(failure(bench, case, error, device, **facts), flush=True)
+
+
+def gpu_work(run: Callable[[], object], device: torch.device) -> dict[str, float]:
+    """What a call has a GPU do: kernels, copies and waits of the host, and milliseconds in which the GPU was busy."""
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as found:
+        run()
+        _wait(device)
+    names = collections.Counter(event.name for event in found.events())
+    spans = [e.time_range for e in found.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+
+    def total(*words: str) -> int:
+        return sum(number for name, number in names.items() if any(word in name for word in words))
+
+    return {
+        "launches": total("LaunchKernel"),
+        "copies": total("cudaMemcpy"),
+        "waits": total("StreamSynchronize", "DeviceSynchronize", "EventSynchronize"),
+        "gpu_busy_ms": union((span.start, span.end) for span in spans) / 1e3,
+    }
+
+
+def matching_threads(device: torch.device) -> int:
+    """CPU threads to match with: for a GPU's assignments all that this process may use, on a CPU as many as torch."""
+    return len(os.sched_getaffinity(0)) if device.type == "cuda" else torch.get_num_threads()
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _clocked(run: Callable[[], object], device: torch.device) -> float:
+    _wait(device)
+    begin = time.perf_counter()
+    run()
+    _wait(device)
+    return time.perf_counter() - begin
+
+
 def _seconds(case: Case, device: torch.device, repeats: int) -> float:
+    calls = repeats * case.calls
     if device.type == "cuda":
         with torch.cuda.device(device):
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
@@ -121,11 +244,11 @@ def _seconds(case: Case, device: torch.device, repeats: int) -> float:
                 case.run()
             end.record()
             end.synchronize()
-        return start.elapsed_time(end) / 1e3 / repeats
+        return start.elapsed_time(end) / 1e3 / calls
     begin = time.perf_counter()
     for _ in range(repeats):
         case.run()
-    return (time.perf_counter() - begin) / repeats
+    return (time.perf_counter() - begin) / calls
 
 
 def add_problem_arguments(parser: argparse.ArgumentParser) -> None:
@@ -138,6 +261,7 @@ def add_problem_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--optimizer", default="sgd", choices=["sgd", "adam", "adamw"])
     parser.add_argument("--sources", type=int, default=3)
     parser.add_argument("--store", default="auto", choices=["auto", "device", "host", "file"])
+    parser.add_argument("--cudnn-benchmark", action="store_true", help="let cuDNN time its algorithms, in every case")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -151,6 +275,7 @@ def problem_of(arguments: argparse.Namespace) -> Problem:
         raise FastarError("--batch must be at least 2, --sources and --size at least 1")
     device = resolve_device(arguments.device)
     resolve_precision(arguments.precision, device)
+    torch.backends.cudnn.benchmark = arguments.cudnn_benchmark
     settings = TrainSettings(
         lr=1e-3,
         batch_size=arguments.batch,
@@ -210,6 +335,20 @@ class Problem:
             augmentation=Augmentation(pad=4, flip=True),
         )
 
+    def endless(self, step: RegularStep | StarStep) -> Callable[[], object]:
+        """`step` again and again on one batch, epochs begun as needed."""
+        images, labels = self.batch()
+        lr = torch.tensor(self.settings.lr, device=self.device)
+        numbers = itertools.count()
+
+        def run() -> object:
+            number = next(numbers)
+            if number % EPOCH == 0:
+                step.begin_epoch(number // EPOCH, EPOCH)
+            return step(images, labels, lr)
+
+        return run
+
     def regular_step(self, **changes: Any) -> RegularStep:
         """A regular step on a fresh network; `changes` of `settings`."""
         return RegularStep(self.network(0), self.settings.model_copy(update=changes))
@@ -232,7 +371,7 @@ class Problem:
 
         def match(theta: Tensor, sources: SourcesStore, epoch: int) -> None:
             start = symmetry.identity() if next(calls) else None
-            threads = torch.get_num_threads()
+            threads = matching_threads(self.device)
             match_store(symmetry, theta, sources, MatchingSettings(), start=start, seed=epoch, threads=threads)
 
         model = self.network(0)
@@ -241,13 +380,19 @@ class Problem:
         settings = self.settings.model_copy(update=changes)
         return StarStep(model, settings, star, store, seed=0, match=match, fuse=fuse)
 
+    @cached_property
+    def parameters(self) -> int:
+        """How many the network has."""
+        return parameter_count(self.network(0))
+
     def facts(self) -> dict[str, Any]:
         """What a line says of the problem."""
         return {
             "arch": self.arch,
-            "parameters": parameter_count(self.network(0)),
+            "parameters": self.parameters,
             "batch": self.settings.batch_size,
             "size": self.size,
             "precision": str(resolve_precision(self.settings.precision, self.device)).removeprefix("torch."),
             "sources": self.sources,
+            "cudnn_benchmark": torch.backends.cudnn.benchmark,
         }

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
+from types import MethodType
+from weakref import WeakMethod
 
 import torch
 from torch import Tensor
@@ -17,16 +20,26 @@ Body = Callable[..., Tensor]
 Record = Callable[[Callable[[], None], Callable[[], None]], Callable[[], None]]
 
 
+@functools.cache
+def _capture_stream(device: int) -> torch.cuda.Stream:
+    """The one stream on which everything is captured.
+
+    Of high priority, since torch hands out a few streams in turn: of its priority there is no other, and work that is
+    queued elsewhere cannot come into a capture.
+    """
+    return torch.cuda.Stream(device, priority=-1)
+
+
 def record_cuda_graph(warm_up: Callable[[], None], run: Callable[[], None]) -> Callable[[], None]:
-    """Capture what `run` launches, after `warm_up` on a side stream; what replays it."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
+    """Capture what `run` launches, after `warm_up` on the same stream; what replays it."""
+    stream = _capture_stream(torch.cuda.current_device())
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
         warm_up()
-    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     # The thread that reads sources ahead may call CUDA meanwhile; only this thread's calls must be capturable.
-    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         run()
     return graph.replay
 
@@ -39,6 +52,7 @@ class CallGraph:
 
     Args:
         body: a step, or the evaluation of a batch; never waits for the device, and what else it reads stays in place.
+            A method's object is not kept alive.
         moved: every tensor that `body` changes.
         device: a GPU.
         setting: what asked for a graph, for errors.
@@ -59,7 +73,8 @@ class CallGraph:
     ) -> None:
         if device.type != "cuda" and record is None:
             raise FastarError(f"{setting}=true: CUDA graphs need a GPU, this run is on {device}; set it to false")
-        self._body = body
+        # A step holds its graph: held in turn, its memory would wait for the garbage collector.
+        self._body: Callable[[], Body | None] = WeakMethod(body) if isinstance(body, MethodType) else lambda: body
         self._moved = list(moved)
         self._device = device
         self._setting = setting
@@ -95,17 +110,19 @@ class CallGraph:
         return self._result.clone()  # the graph writes the next one over it
 
     def _capture(self, inputs: tuple[Tensor, ...]) -> Callable[[], None]:
+        body = self._body()
+        assert body is not None
         before = [tensor.detach().clone() for tensor in self._moved]
 
         def warm_up() -> None:
             for _ in range(WARM_UP):
-                self._body(*inputs)
+                body(*inputs)
             with torch.no_grad():
                 for tensor, saved in zip(self._moved, before, strict=True):
                     tensor.copy_(saved)
 
         def run() -> None:
-            self._result = self._body(*inputs)
+            self._result = body(*inputs)
 
         try:
             with no_parts(), torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):

@@ -16,13 +16,20 @@ LIMIT = 4 << 30
 def free_bytes(device: torch.device) -> int:
     """Bytes that can be had on `device` now: free memory of a GPU; of the host, what can be had without swapping.
 
-    A container's limit counts. What torch holds in its cache on a GPU but does not use counts as free.
+    A container's limit counts. What torch holds in its cache on a GPU but does not use counts as free, the memory of
+    CUDA graphs does not.
     """
     if device.type == "cuda":
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        free = torch.cuda.mem_get_info(device)[0] + cached
-        cap = _caps.get(device.index or 0)
-        return free if cap is None else max(0, min(free, cap - torch.cuda.memory_allocated(device)))
+        # What graphs hold in pools of their own is no cache: nothing else can have it.
+        in_graphs = sum(
+            segment["total_size"] - segment["allocated_size"]
+            for segment in torch.cuda.memory_snapshot()
+            if segment["device"] == _index(device) and tuple(segment["segment_pool_id"]) != (0, 0)
+        )
+        held = torch.cuda.memory_allocated(device) + in_graphs
+        free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - held
+        cap = _caps.get(_index(device))
+        return free if cap is None else max(0, min(free, cap - held))
     free, container = _available_on_host(), _left_in_container()
     return free if container is None else min(free, container)
 
@@ -30,17 +37,21 @@ def free_bytes(device: torch.device) -> int:
 _caps: dict[int, int] = {}
 
 
+def _index(device: torch.device) -> int:
+    return torch.cuda.current_device() if device.index is None else device.index
+
+
 def cap_gpu(device: torch.device, size: int) -> None:
     """Let this process take at most `size` bytes of a GPU, as if it were a smaller one: more is out of memory."""
     _, total = torch.cuda.mem_get_info(device)
-    torch.cuda.set_per_process_memory_fraction(min(1.0, size / total), device)
-    _caps[device.index or 0] = size
+    torch.cuda.set_per_process_memory_fraction(min(1.0, size / total), _index(device))
+    _caps[_index(device)] = size
 
 
 def gpu_bytes(device: torch.device) -> int:
     """Bytes of a GPU's memory that this process may take: all of it, or the cap."""
     total = torch.cuda.mem_get_info(device)[1]
-    return min(total, _caps.get(device.index or 0, total))
+    return min(total, _caps.get(_index(device), total))
 
 
 def peak_bytes(device: torch.device) -> int:

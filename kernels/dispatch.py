@@ -65,13 +65,15 @@ def _logged(choice: Backend, device_type: str, reason: str) -> Backend:
 def _triton_problem(device_type: str) -> str | None:
     """Why Triton cannot be used here, or None. A launch of one element shows a missing compiler or driver."""
     try:
+        from triton.errors import TritonError
+
         from .interpolation import launch
     except ImportError as error:
         return f"Triton cannot be imported ({_one_line(error)})"
     value = torch.ones(1, device=device_type)
     try:
         launch(value, value, value[0], torch.empty_like(value), None)
-    except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+    except (RuntimeError, OSError, AssertionError, subprocess.SubprocessError, TritonError) as error:
         return f"a trial Triton launch failed ({_one_line(error)})"
     return None
 

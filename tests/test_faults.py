@@ -261,11 +261,64 @@ def test_retry_goes_back_to_the_last_checkpoint_with_other_draws(
     assert not (run.path / "last-good").exists()
 
 
+def spoil(monkeypatch: pytest.MonkeyPatch, kind: type, when: int) -> list[int]:
+    """An update, number `when`, that leaves theta infinite though its loss was finite."""
+    call, calls = kind.__call__, []  # type: ignore[operator]
+
+    def spoiled(self: Any, images: torch.Tensor, labels: torch.Tensor, lr: torch.Tensor) -> Any:
+        calls.append(1)
+        loss = call(self, images, labels, lr)
+        if len(calls) == when:
+            self.theta.mul_(float("inf"))
+        return loss
+
+    monkeypatch.setattr(kind, "__call__", spoiled)
+    return calls
+
+
+@pytest.mark.parametrize("when", [6, 21], ids=["an epoch", "the training"])
+def test_theta_spoiled_by_the_last_step_of(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: int
+) -> None:
+    """No loss tells of it, and it is not for the next epoch's matching, or for measuring, to say."""
+    epoch = when // 3
+    run = RunFolder(tmp_path / "run")
+    with monkeypatch.context() as patch:
+        spoil(patch, StarStep, when)
+        with pytest.raises(FastarError) as caught:
+            train_star(small(data, "checkpoint.minutes=0"), run.path)
+    message = str(caught.value)
+    assert message.startswith(f"training star: theta not finite at epoch {epoch}, step 3 (source seed-000")
+    assert ", t=0." in message
+    assert "; lower star.lr (it is " in message
+    assert message.endswith(f"(the model after epoch {epoch - 1} is in {run.last_good('star', 0)})")
+    assert load_checkpoint(run.last_good("star", 0)).metadata["epochs"] == epoch - 1
+    with monkeypatch.context() as patch:
+        calls = spoil(patch, StarStep, 3)  # the next epoch's last step again
+        train_star(small(data, "checkpoint.minutes=0", "train.on_nonfinite=retry"), run.path)
+    assert len(calls) == 21 - 3 * (epoch - 1) + 3  # one epoch was done twice
+    assert load_checkpoint(run.star).metadata["retries"] == 1
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_failure_in_the_first_epoch_says_what_there_is(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: bool
+) -> None:
+    poison(monkeypatch, RegularStep, lambda call: call == 2)
+    with pytest.raises(FastarError) as caught:  # saved: after every step
+        train_star(small(data, *([] if saved else ["checkpoint.minutes=0"])), tmp_path / "run")
+    if saved:
+        where = tmp_path / "run" / "in-training" / "source-0000" / "epoch-00000-step-00000001.safetensors"
+        assert str(caught.value).endswith(f"(its last checkpoint is {where})")
+    else:
+        assert str(caught.value).endswith("(no epoch of it was whole, so nothing of it is saved)")
+
+
 def test_retry_goes_further_back_and_gives_up(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     heard = Heard()
     poison(monkeypatch, RegularStep, lambda call: call >= 5)
     settings = small(data, "checkpoint.minutes=0", "train.epochs=4", "train.on_nonfinite=retry")
-    with pytest.raises(FastarError, match="training source 0: loss not finite"):
+    with pytest.raises(FastarError, match=r"training source 0: loss not finite.* after going back 3 times\)$"):
         train_star(settings, tmp_path / "run", heard)
     back = [line.rpartition("; ")[2] for line in heard.lines]
     assert back == [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -16,7 +18,7 @@ from fastar.config import StarSettings, TrainSettings
 from fastar.errors import FastarError
 from fastar.evaluation import Measured, evaluate_rows
 from fastar.flat import FlatLayout
-from fastar.graphs import CallGraph
+from fastar.graphs import WARM_UP, CallGraph
 from fastar.models import build_model
 from fastar.training import RegularStep, SourcesStore, StarStep, steps
 
@@ -168,6 +170,69 @@ def test_graphs_equal_eager_steps_on_a_gpu(
     assert losses == pytest.approx(wanted, abs=tolerance)
     torch.testing.assert_close(graph.theta, eager.theta, rtol=0, atol=tolerance)
     assert int(graph.state()["bn1.num_batches_tracked"]) == 50
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [regular, star])
+def test_a_step_gives_its_graph_s_memory_back_at_once(kind: Callable[..., Any]) -> None:
+    """Thirty sources are trained one after another: none may wait for the garbage collector."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    step = kind(GRAPH, torch.device("cuda"))
+    run(step)
+    gone = weakref.ref(step)
+    gc.disable()
+    try:
+        del step
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("kind", "more"), [(regular, {}), (star, {}), (star, {"place": "host"})], ids=lambda v: getattr(v, "__name__", "")
+)
+@pytest.mark.parametrize("settings", [EAGER, GRAPH], ids=["eager", "graph"])
+@pytest.mark.parametrize("change", [{}, {"optimizer": "adamw"}, {"precision": "fp16"}, {"gradient_clip": 1.0}], ids=str)
+def test_no_step_waits_for_the_device(
+    kind: Callable[..., Any], more: dict[str, Any], settings: TrainSettings, change: dict[str, Any]
+) -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    device = torch.device("cuda")
+    step = kind(settings.model_copy(update=change), device, **more)
+    given = [(images.to(device), labels.to(device) % 4) for images, labels in batches(8, 0, SHAPE)]
+    lr = torch.tensor(0.05, device=device)
+    step.begin_epoch(0, len(given))
+    for images, labels in given[:2]:  # compiles kernels, captures
+        step(images, labels, lr)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        losses = [step(images, labels, lr) for images, labels in given[2:]]
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert torch.stack(losses).isfinite().all()
+
+
+@pytest.mark.gpu
+def test_warm_up_and_captures_share_a_stream_of_their_own() -> None:
+    """Torch hands out its streams in turn: another graph, or a copy of sources, may not get the one that captures."""
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    seen = []
+
+    def body(images: Tensor) -> Tensor:
+        seen.append(torch.cuda.current_stream())
+        return images + 1
+
+    one = torch.ones(1, device="cuda")
+    for _ in range(2):
+        assert float(CallGraph(body, [], one.device)(one)) == 2
+    others = [torch.cuda.current_stream(), *(torch.cuda.Stream() for _ in range(40))]
+    assert len(seen) == 2 * (WARM_UP + 1)
+    assert len(set(seen)) == 1
+    assert seen[0] not in others
 
 
 # Evaluation

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 from fastar.kernels import backend, dispatch, interpolate
+from triton.errors import TritonError
 
 
 @pytest.fixture(autouse=True)
@@ -76,10 +77,31 @@ def test_cuda_without_triton_falls_back_with_one_warning(
         backend("cuda")
 
 
+class Driverless(TritonError):
+    pass
+
+
+@pytest.mark.parametrize("error", [RuntimeError, AssertionError, OSError, Driverless])  # all seen of Triton
+def test_a_launch_that_fails_falls_back_with_one_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: type[Exception]
+) -> None:
+    def launch(*_: object) -> None:
+        raise error("libcuda.so cannot found!\nrun ldconfig")
+
+    monkeypatch.setattr("fastar.kernels.interpolation.launch", launch)
+    monkeypatch.setattr(torch, "ones", lambda size, device: torch.zeros(size))  # no GPU here to make it on
+    with caplog.at_level(logging.INFO, logger="fastar.kernels"):
+        assert backend("cuda") == "reference"
+    (record,) = caplog.records
+    assert "a trial Triton launch failed (libcuda.so cannot found! run ldconfig)" in record.getMessage()
+
+
 @pytest.mark.gpu
 def test_cuda_takes_triton() -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
+    if torch.version.cuda == "simulated":
+        pytest.skip("no Triton kernel can be compiled for a simulated GPU")
     assert backend("cuda") == "triton"
 
 

@@ -163,7 +163,12 @@ def test_on_a_gpu_it_goes_on_to_the_same_masks(tmp_path: Path, monkeypatch: pyte
         pytest.skip("needs a CUDA device")
     device, here = torch.device("cuda"), dataset()
     images = DeviceDataset(
-        here.images.to(device), here.labels.to(device), classes=here.classes, mean=(0.4,) * 3, std=(0.3,) * 3
+        here.images.to(device),
+        here.labels.to(device),
+        classes=here.classes,
+        mean=(0.4,) * 3,
+        std=(0.3,) * 3,
+        augmentation=here.augmentation,
     )
     settings = SETTINGS.model_copy(update={"graph": graph})
 

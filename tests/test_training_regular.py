@@ -51,6 +51,10 @@ class Recorded:
         state: dict[str, Tensor] = self.step.state()
         return state
 
+    def save(self) -> dict[str, Tensor]:
+        saved: dict[str, Tensor] = self.step.save()
+        return saved
+
 
 def plain_training(model: nn.Module, data: Any, settings: TrainSettings, seed: int) -> list[float]:
     """torch.optim.SGD as anyone would write it; every step's loss."""

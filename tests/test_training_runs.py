@@ -93,6 +93,56 @@ def test_the_error_carries_the_state_after_the_last_good_epoch(when: int, epochs
     assert torch.equal(step.layout.flatten(caught.value.state), step.theta_before[epochs])
 
 
+class Spoiled(Poisoned):
+    """A step whose update number `when` leaves `what` infinite, though its loss was finite."""
+
+    def __init__(self, step: Any, when: int, what: str):
+        super().__init__(step, when)
+        self.what = what
+
+    def __call__(self, images: torch.Tensor, labels: torch.Tensor, lr: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        loss: torch.Tensor = self.step(images, labels, lr)
+        if self.calls == self.when:
+            self.step.save()[self.what].view(-1)[-1] = float("inf")
+        return loss
+
+
+@pytest.mark.parametrize(
+    ("when", "epochs", "what", "said"),
+    [
+        (6, 0, "theta", "theta"),
+        (12, 1, "theta", "theta"),
+        (24, 3, "theta", "theta"),
+        (12, 1, "optimizer.0", "the optimizer's moments"),
+        (24, 3, "buffer.bn1.running_var", "bn1.running_var"),
+    ],
+    ids=["first epoch", "second", "the last of all", "moments", "statistics"],
+)
+def test_what_an_epochs_last_update_spoils_is_told_at_its_end(when: int, epochs: int, what: str, said: str) -> None:
+    """No loss of that epoch tells of it."""
+    recipe = TrainSettings(epochs=4, batch_size=16, precision="fp32")
+    model = build_model("resnet8", input_shape=(3, 8, 8), classes=4, seed=0, width=0.25)
+    step = Spoiled(RegularStep(model, recipe), when, what)
+    wanted = rf"^training x: {said} not finite at epoch {epochs + 1}, step 6; lower train\.lr \(it is 0\.1\)$"
+    with pytest.raises(NonFiniteLoss, match=wanted) as caught:
+        fit(step, dataset(), recipe, name="x", seed=0)
+    assert caught.value.epochs == epochs
+    assert (caught.value.state is None) == (epochs == 0)
+    if caught.value.state is not None:
+        assert torch.equal(step.layout.flatten(caught.value.state), step.theta_before[epochs])
+
+
+@pytest.mark.parametrize(("precision", "rate"), [("bf16", "star.lr"), ("fp32", "train.lr")])
+def test_the_advice_is_of_the_precision_and_the_rate_in_use(precision: Any, rate: str) -> None:
+    recipe = TrainSettings(epochs=1, batch_size=16, precision=precision)
+    model = build_model("resnet8", input_shape=(3, 8, 8), classes=4, seed=0, width=0.25)
+    with pytest.raises(NonFiniteLoss) as caught:
+        fit(Poisoned(RegularStep(model, recipe), 1), dataset(), recipe, name="x", seed=0, lr=0.05, rate=rate)
+    also = " or use train.precision=fp32" if precision == "bf16" else ""
+    assert str(caught.value).endswith(f"; lower {rate} (it is 0.05){also}")
+
+
 def test_a_star_that_becomes_nan_leaves_its_last_good_state(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

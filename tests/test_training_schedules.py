@@ -111,6 +111,9 @@ class _Still:
     def state(self) -> dict[str, Tensor]:
         return {"weight": torch.zeros(1)}
 
+    def save(self) -> dict[str, Tensor]:
+        return self.state()
+
 
 @pytest.mark.parametrize(("resolutions", "wanted"), [((), [None] * 4), (((1, 32), (3, 96)), [32, 32, 64, 96])])
 def test_training_asks_for_the_side_of_the_epoch(resolutions: Any, wanted: list[int | None]) -> None:

@@ -1,12 +1,13 @@
 """One path's 11 points: all models sharing each batch, against one model at a time, on JPEGs decoded by FFCV.
 
-    python tools/bench_barrier.py [--data-root DIR] [--images 1000] [--size 32] [--rounds 2]
+    python tools/bench_barrier.py [--data-root DIR] [--images 1000] [--size 32] [--rounds 2] [--device cuda|cpu]
 
 DIR is train/<class>/*.JPEG, or the class folders themselves; files are repeated up to --images. Without it random
 JPEGs are made, and the lines say so. One at a time: for each point a pass for the batch-norm statistics and a pass for
-the losses. Both ways take turns inside each round; `passes` counts how often the data was read, `speed_up` is the
-quotient of a round's two times, `difference` the largest between the losses of the two ways. Only loading is saved: the
-larger the network and --size, the smaller the gain.
+the losses. On a GPU the models sharing each batch are also measured by CUDA graphs (`evaluation.graph`). The ways take
+turns inside each round; `passes` counts how often the data was read, `speed_up` is one at a time's seconds over the
+way's own, within a round, `difference` the largest between the losses of the way and of `together`. Only loading is
+saved: the larger the network and --size, the smaller the gain.
 """
 
 from __future__ import annotations
@@ -17,19 +18,21 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
 from fastar.kernels import interpolate
 from torch import Tensor, nn
 
-from fastar.benchmarks import quantiles, where
+from fastar.benchmarks import failing_alone, quantiles, where
 from fastar.data import Encoding, StreamingDataset, prepare_images
 from fastar.data.stand_in import link_images, make_images
 from fastar.errors import FastarError
 from fastar.evaluation import Endpoint, PathLosses, evaluate_paths, evaluate_rows
 from fastar.evaluation import Path as Segment
+from fastar.experiments.context import resolve_device
 from fastar.flat import FlatLayout
 from fastar.models import build_model
 
@@ -47,11 +50,11 @@ class CountedData:
         return self.data.sequential(self.batch)
 
 
-def together(model: nn.Module, path: Segment, data: CountedData) -> list[float]:
+def together(model: nn.Module, path: Segment, data: CountedData, *, graph: bool = False) -> list[float]:
     """fastar's way."""
     layout = FlatLayout.from_module(model)
     found: list[PathLosses] = evaluate_paths(
-        model, layout, [path], {"train": data}, points=POINTS, statistics_batches=data
+        model, layout, [path], {"train": data}, points=POINTS, statistics_batches=data, graph=graph
     )
     return found[0].loss["train"]
 
@@ -59,9 +62,11 @@ def together(model: nn.Module, path: Segment, data: CountedData) -> list[float]:
 def one_at_a_time(model: nn.Module, path: Segment, data: CountedData) -> list[float]:
     """Each point by itself: statistics, then losses."""
     layout = FlatLayout.from_module(model)
-    losses, point = [], torch.empty(1, layout.numel)
+    device = data.data.device
+    losses, point = [], torch.empty(1, layout.numel, device=device)
+    first, second = path.first.row_on(device), path.second.row_on(device)
     for k in range(POINTS):
-        interpolate(path.first.row, path.second.row, torch.tensor(k / (POINTS - 1)), point[0])
+        interpolate(first, second, torch.tensor(k / (POINTS - 1), device=device), point[0])
         found = evaluate_rows(model, layout, point, {"train": data}, statistics_batches=data)
         losses.append(float(found["train"].loss[0]))
     return losses
@@ -77,7 +82,9 @@ def main() -> None:
     parser.add_argument("--width", type=float, default=0.25)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)), help="decoding threads")
     parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     arguments = parser.parse_args()
+    device = resolve_device(arguments.device)
     if arguments.rounds < 2 or arguments.images < 2:
         raise FastarError("--rounds and --images must be at least 2")
     with tempfile.TemporaryDirectory() as folder:
@@ -87,11 +94,13 @@ def main() -> None:
         else:
             link_images(arguments.data_root, raw, arguments.images)
         files = prepare_images("bench", data_root=raw, directory=Path(folder), encoding=Encoding(500, 1.0, 90))
-        source = StreamingDataset(files, "train", "cpu", size=arguments.size, threads=arguments.workers)
+        source = StreamingDataset(files, "train", device, size=arguments.size, threads=arguments.workers)
         shape, classes = source.input_shape, source.classes
 
         def network(seed: int) -> nn.Module:
-            return build_model(arguments.arch, input_shape=shape, classes=classes, seed=seed, width=arguments.width)
+            return build_model(arguments.arch, input_shape=shape, classes=classes, seed=seed, width=arguments.width).to(
+                device
+            )
 
         model = network(0)
         layout = FlatLayout.from_module(model)
@@ -99,25 +108,32 @@ def main() -> None:
         path = Segment("bench", ends[0], ends[1])
         for _ in source.sequential(arguments.batch):  # the file's pages are in memory for both
             pass
-        ways = {"together": together, "one at a time": one_at_a_time}
+        ways: dict[str, Callable[..., list[float]]] = {"together": together, "one at a time": one_at_a_time}
+        if device.type == "cuda":
+            ways["together, graph"] = partial(together, graph=True)
         seconds: dict[str, list[float]] = {name: [] for name in ways}
-        losses, passes = {}, {}
-        for number in range(arguments.rounds):
-            for name in sorted(ways, reverse=number % 2 == 1):
+        losses: dict[str, list[float]] = {}
+        passes: dict[str, int] = {}
+        for number in range(1 + arguments.rounds):  # the first warms up: kernels and algorithms are chosen, graphs made
+            for name in sorted(set(seconds), reverse=number % 2 == 1):
                 data = CountedData(source, arguments.batch)
-                begin = time.perf_counter()
-                losses[name] = ways[name](model, path, data)
-                seconds[name].append(time.perf_counter() - begin)
-                passes[name] = data.passes
-        speed_up = [b / a for a, b in zip(seconds["together"], seconds["one at a time"], strict=True)]
-        for name in ways:
+                taken = seconds.pop(name)  # a way that fails is measured no more
+                with failing_alone("barrier", name, device, arch=arguments.arch):
+                    begin = time.perf_counter()
+                    losses[name] = ways[name](model, path, data)  # on the host: nothing is left to wait for
+                    seconds[name] = [*taken, time.perf_counter() - begin] if number else []
+                    passes[name] = data.passes
+        slow = seconds.get("one at a time", [])
+        for name in sorted(seconds, key=list(ways).index):
             record = {
                 "bench": "barrier",
                 "case": name,
                 "passes": passes[name],
                 "s": quantiles(seconds[name]),
-                "speed_up": quantiles(speed_up),
-                "difference": max(abs(a - b) for a, b in zip(*losses.values(), strict=True)),
+                **({"speed_up": quantiles([b / a for a, b in zip(seconds[name], slow, strict=True)])} if slow else {}),
+                "difference": max(
+                    abs(a - b) for a, b in zip(losses[name], losses.get("together", losses[name]), strict=True)
+                ),
                 "n": arguments.rounds,
                 "images": len(source),
                 "data": "random JPEGs" if arguments.data_root is None else "JPEGs of --data-root, repeated",
@@ -127,7 +143,7 @@ def main() -> None:
                 "batch": arguments.batch,
                 "decoding_threads": arguments.workers,
                 "load": os.getloadavg()[0],
-                **where(torch.device("cpu")),
+                **where(device),
             }
             print(json.dumps(record), flush=True)
 

@@ -11,15 +11,19 @@ time over a regular epoch's (median and quartiles of per-round ratios).
 from __future__ import annotations
 
 import argparse
+import json
+import time
+from typing import Any
 
 import torch
 
-from fastar.benchmarks import Case, Problem, Timing, add_problem_arguments, line, problem_of, ratio
+from fastar.benchmarks import Case, Problem, Timing, add_problem_arguments, line, problem_of, ratio, where
+from fastar.data import Dataset
 from fastar.errors import FastarError
 from fastar.training import Epoch, Step, fit
 
 
-def epoch_of(step: Step, problem: Problem, data: object, number: int) -> Epoch:
+def epoch_of(step: Step, problem: Problem, data: Dataset, number: int) -> Epoch:
     (epoch,) = fit(step, data, problem.settings, name="benchmark", seed=number, epochs=1)
     return epoch
 
@@ -30,11 +34,13 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=50_000, help="images in an epoch")
     parser.add_argument("--warm-images", type=int, default=5_000, help="images that star and sources see beforehand")
     parser.add_argument("--rounds", type=int, default=5, help="epochs of each kind")
+    parser.add_argument("--seconds", type=float, help="begin no further round after so many, but for two")
     parser.add_argument("--compile", action="store_true", help="with torch.compile")
     parser.add_argument("--graph", action="store_true", help="with CUDA graphs")
     arguments = parser.parse_args()
     if arguments.rounds < 2:
         parser.error("--rounds must be at least 2")
+    begin = time.perf_counter()
     try:
         problem = problem_of(arguments)
         changes = {"compile": arguments.compile, "graph": arguments.graph}
@@ -44,8 +50,14 @@ def main() -> None:
         star = problem.star_step(matching=True, trained=warm, **changes)
         epoch_of(regular, problem, warm, 0)
         cold = epoch_of(star, problem, warm, 0).begin_seconds
+        found = {"cold_seconds": cold, "setup_seconds": time.perf_counter() - begin}
+        told = {"bench": "epoch", "case": "first matching", **problem.facts(), **found}
+        print(json.dumps({**told, **where(problem.device)}), flush=True)
+        begin = time.perf_counter()
         taken: dict[str, list[float]] = {"regular": [], "star": [], "matching": [], "steps": []}
         for number in range(1, 1 + arguments.rounds):
+            if number > 2 and arguments.seconds is not None and time.perf_counter() - begin > arguments.seconds:
+                break
             mine = epoch_of(regular, problem, data, number)
             its = epoch_of(star, problem, data, number)
             taken["regular"].append(mine.seconds)
@@ -57,7 +69,7 @@ def main() -> None:
     facts = {**problem.facts(), **changes, "images": arguments.images, "threads": torch.get_num_threads()}
     timings = {name: Timing(Case(name, lambda: None, facts), seconds) for name, seconds in taken.items()}
     for name, timing in timings.items():
-        more = {"of_regular": ratio(timing, timings["regular"])}
+        more: dict[str, Any] = {"of_regular": ratio(timing, timings["regular"])}
         if name == "matching":
             more["ms_per_source"] = timing.median * 1e3 / problem.sources
             more["cold_ms_per_source"] = cold * 1e3 / problem.sources

@@ -5,27 +5,44 @@
 
 compute: regular and star steps take turns on one batch that lies on the device. loader: epochs of regular training over
 a generated set (`tools/make_images.py`, written at the default preset into a temporary folder), with the share of time
-that steps waited. memory: for each number of sources, kept in host memory, a star's matching and some steps under the
-cap; on a GPU the most that tensors took, beside what `fastar plan` says (on a CPU the plan alone). Prints JSON lines.
+that steps waited. memory: for each number of sources, kept in host memory, a star's matching (of the first parts of the
+store: the rest takes no more) and some steps under the cap, with two batches on the device as a run has them; on a GPU
+the most that tensors took, beside what `fastar plan` says (on a CPU the plan alone). Prints JSON lines, each when it is
+known; what fails has a line that says so.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import itertools
 import json
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastar.benchmarks import Case, Problem, add_problem_arguments, line, problem_of, ratio, time_in_turns, where
-from fastar.config import StarSettings, load_settings, parse_bytes
+from fastar.benchmarks import (
+    Case,
+    Problem,
+    add_problem_arguments,
+    built_when_run,
+    failing_alone,
+    failure,
+    line,
+    matching_threads,
+    problem_of,
+    ratio,
+    time_in_turns,
+    where,
+)
+from fastar.config import Settings, StarSettings, load_settings, parse_bytes
 from fastar.data import StreamingDataset, prepare_images
 from fastar.errors import FastarError
 from fastar.experiments.context import Context
@@ -35,31 +52,29 @@ from fastar.flat import FlatLayout
 from fastar.matching import derive_symmetry
 from fastar.memory import cap_gpu
 from fastar.runs import RunFolder
-from fastar.training import SourcesStore, StarStep, fit
+from fastar.training import RegularStep, SourcesStore, StarStep, fit
 
 TOOLS = Path(__file__).resolve().parent
 STEPS = 5
 
 
-def compute(problem: Problem, rounds: int) -> Iterator[str]:
+def compute(problem: Problem, rounds: int, repeats: int) -> Iterator[str]:
     """Regular and star steps in turns."""
-    images, labels = problem.batch()
-    lr = torch.tensor(problem.settings.lr, device=problem.device)
-    steps = {"regular": problem.regular_step(), "star": problem.star_step()}
-    cases = []
-    for name, step in steps.items():
+    makes: dict[str, Callable[..., RegularStep | StarStep]]
+    makes = {"regular": problem.regular_step, "star": problem.star_step}
 
-        def run(step: Any = step) -> None:
-            step.begin_epoch(0, STEPS)
-            for _ in range(STEPS):
-                step(images, labels, lr)
+    def case(name: str, make: Callable[..., RegularStep | StarStep]) -> Case:
+        run = built_when_run(lambda: problem.endless(make()))
+        return Case(f"compute: {name} step", run, problem.facts())
 
-        cases.append(Case(f"compute: {name} step", run, problem.facts()))
-    timings = time_in_turns(cases, problem.device, rounds=rounds, warm_up=2)
+    def failed(case: Case, error: Exception) -> None:
+        print(failure("imagenet", case.name, error, problem.device, **problem.facts()), flush=True)
+
+    cases = [case(name, make) for name, make in makes.items()]
+    timings = time_in_turns(cases, problem.device, rounds=rounds, repeats=repeats, on_failure=failed)
     for timing in timings:
-        each = replace(timing, seconds=[seconds / STEPS for seconds in timing.seconds])
-        more = {"images_per_second": problem.settings.batch_size / each.median, "of_regular": ratio(timing, timings[0])}
-        yield line("imagenet", each, problem.device, **more)
+        more = {"images_per_second": problem.settings.batch_size / timing.median}
+        yield line("imagenet", timing, problem.device, **more, of_regular=ratio(timing, timings[0]))
 
 
 def with_loader(problem: Problem, images: int, threads: int | None, rounds: int) -> Iterator[str]:
@@ -102,12 +117,26 @@ def memory(problem: Problem, count: int, cap: str) -> str:
     planned = {phase: plan.during("gpu", phase) for phase in ("training", "matching")}
     found: dict[str, Any] = {"bench": "imagenet", "case": "memory", **problem.facts(), "sources": count, "cap": cap}
     if device.type == "cuda":
-        found |= {"peak_bytes": _peak(replace(problem, classes=1000), count, cap)}
+        peaks = _peaks(replace(problem, classes=1000), count, cap, settings)
+        found |= {"peak_bytes": max(peaks["training"], peaks["matching"]), "peaks": peaks}
         found["of_plan"] = found["peak_bytes"] / max(planned.values())
-    return json.dumps({**found, "planned_bytes": planned, **where(device)})
+        found["of_plan_each"] = {phase: peaks[phase] / planned[phase] for phase in planned}
+    items = {f"{item.phase}: {item.what}": item.bytes for item in plan.items if item.place == "gpu"}
+    return json.dumps({**found, "planned_bytes": planned, "planned_items": items, **where(device)})
 
 
-def _peak(problem: Problem, count: int, cap: str) -> int:
+class FirstParts:
+    """The first parts of a store alone: a matching of all takes no more memory at a time, only time."""
+
+    def __init__(self, store: SourcesStore, parts: int):
+        self.store, self.layout, self.number = store, store.layout, parts
+
+    def parts(self) -> Iterator[dict[str, torch.Tensor]]:
+        return itertools.islice(self.store.parts(), self.number)
+
+
+def _peaks(problem: Problem, count: int, cap: str, settings: Settings) -> dict[str, float]:
+    """Bytes at the fullest moment of a first matching and of the steps; seconds to make the store, to match a part."""
     device = problem.device
     gc.collect()
     torch.cuda.empty_cache()
@@ -117,31 +146,36 @@ def _peak(problem: Problem, count: int, cap: str) -> int:
     layout = FlatLayout.from_module(model)
     symmetry = derive_symmetry(problem.network(0).cpu(), (torch.zeros(2, *problem.shape),))
     names = [str(n) for n in range(count)]
+    begin = time.perf_counter()
     store = SourcesStore(layout, [few[n % 3] for n in range(count)], names, device, store="host")
+    found = {"store_seconds": time.perf_counter() - begin}
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
 
     def match(theta: torch.Tensor, sources: SourcesStore, epoch: int) -> None:
-        match_store(
-            symmetry,
-            theta,
-            sources,
-            load_settings(dataset="imagenet").matching,
-            start=symmetry.identity(),
-            seed=0,
-            threads=8,
-        )
+        begin = time.perf_counter()
+        first: Any = FirstParts(sources, 2)
+        threads = matching_threads(device)
+        # As the first of a run, which starts from a guess: it does the most.
+        match_store(symmetry, theta, first, settings.matching, start=None, seed=0, threads=threads)
+        found["matching"] = float(torch.cuda.max_memory_allocated(device))
+        found["matching_seconds"] = time.perf_counter() - begin
+        torch.cuda.reset_peak_memory_stats(device)
 
     step = StarStep(model, problem.settings, StarSettings(), store, seed=0, match=match)
-    images, labels = problem.batch()
-    lr = torch.tensor(problem.settings.lr, device=device)
-    step.begin_epoch(0, STEPS)
     kept = [step.state(), step.state()]  # as training keeps the last good ones
-    for _ in range(STEPS):
+    step.begin_epoch(0, STEPS)
+    # A run has two batches on the device, as bytes and normalised: the one in use and the next.
+    batches = [(images, (images * 10).to(torch.uint8), labels) for images, labels in (problem.batch(), problem.batch())]
+    lr = torch.tensor(problem.settings.lr, device=device)
+    torch.cuda.reset_peak_memory_stats(device)
+    for number in range(STEPS):
+        images, _, labels = batches[number % len(batches)]
         step(images, labels, lr)
     torch.cuda.synchronize(device)
+    found["training"] = float(torch.cuda.max_memory_allocated(device))
     assert len(kept) == 2
-    return torch.cuda.max_memory_allocated(device)
+    return found
 
 
 def main() -> None:
@@ -153,20 +187,25 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=4000, help="of the loader's set; 0 leaves it out")
     parser.add_argument("--threads", type=int, help="decoding threads; default: one per CPU")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--repeats", type=int, help="steps in one measurement (20 on a GPU, 2 elsewhere)")
     arguments = parser.parse_args()
     if arguments.rounds < 2:
         parser.error("--rounds must be at least 2")
     try:
         problem = problem_of(arguments)
-        for text in compute(problem, arguments.rounds):
-            print(text, flush=True)
-        for count in arguments.counts:
-            print(memory(problem, count, arguments.gpu_memory), flush=True)
-        if arguments.images:
-            for text in with_loader(problem, arguments.images, arguments.threads, min(arguments.rounds, 3)):
-                print(text, flush=True)
     except FastarError as error:
         parser.error(str(error))
+    device, facts = problem.device, problem.facts()
+    with failing_alone("imagenet", "compute", device, **facts):
+        for text in compute(problem, arguments.rounds, arguments.repeats or (20 if device.type == "cuda" else 2)):
+            print(text, flush=True)
+    if arguments.images:
+        with failing_alone("imagenet", "loader: regular epoch", device, **facts):
+            for text in with_loader(problem, arguments.images, arguments.threads, min(arguments.rounds, 3)):
+                print(text, flush=True)
+    for count in arguments.counts:
+        with failing_alone("imagenet", "memory", device, **{**facts, "sources": count}):
+            print(memory(problem, count, arguments.gpu_memory), flush=True)
 
 
 if __name__ == "__main__":

@@ -1,82 +1,143 @@
 """Interpolation and updates against the copy bandwidth of the same device, one JSON line per case.
 
-    python tools/bench_kernels.py [--device cuda|cpu] [--millions 11 100] [--rounds 30]
+    python tools/bench_kernels.py [--device cuda|cpu] [--millions 11 100] [--rounds 30] [--sweep]
 
 The cases of one size take turns inside each round, so that their ratios hold while the machine's speed drifts.
 `of_copy` is the case's bandwidth over that of `copy` (median of per-round ratios); bytes are those that the operation
-must move at least. The torch cases do the same work by plain torch calls: what the kernels replace.
+must move at least. The torch cases do the same work by plain torch calls: what the kernels replace. On a GPU the calls
+of a measurement are one CUDA graph, so that kernels are timed and not their launches, and go through several sets of
+buffers, so that none is found in the cache. --sweep times the kernels at other block sizes and warps too.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import statistics
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from importlib import import_module
+from typing import Any
 
 import torch
-from fastar.kernels import NextPoint, adam_update, find_nonfinite, interpolate, sgd_update
+from fastar.kernels import NextPoint, adam_update, backend, find_nonfinite, interpolate, sgd_update
 
-from fastar.benchmarks import Case, Timing, line, time_in_turns
+from fastar.benchmarks import Case, Timing, built_when_run, failure, in_one_graph, line, time_in_turns
 
 SGD = {"weight_decay": 5e-4, "momentum": 0.9, "nesterov": True}
 ADAM = {"weight_decay": 5e-4, "betas": (0.9, 0.999), "eps": 1e-8, "decoupled": True}
+BLOCKS, WARPS = (1024, 2048, 4096), (4, 8)
+# What --sweep varies: the module that holds a kernel and its block size, and the kernel.
+KERNELS = {
+    "interpolate bf16 indexed": ("interpolation", "_interpolate_kernel"),
+    "sgd_update bf16, next point": ("star_update", "_sgd_update_kernel"),
+    "adam_update bf16, next point": ("adam_update", "_adam_update_kernel"),
+}
 
 
-def make_cases(numel: int, device: torch.device) -> list[Case]:
-    generator = torch.Generator(device).manual_seed(0)
-    theta, source, out, buffer = (torch.randn(numel, device=device, generator=generator) for _ in range(4))
-    square = buffer.abs()
-    store = torch.stack([source, theta])
-    index = torch.tensor(1, device=device)
-    half = torch.empty(numel, dtype=torch.bfloat16, device=device)
-    gradient = out * 1e-3
-    half_gradient = gradient.bfloat16()
-    # So small a step that thousands of them leave the numbers as they are.
-    t, lr, scale, one = (torch.tensor(value, device=device) for value in (0.3, 1e-9, 0.7, 1.0))
-    found = torch.zeros((), device=device)
-    next_point = NextPoint(store, t, half, index)
+class Buffers:
+    """A network's flat buffers, and each operation on them."""
 
-    def sgd(given: torch.Tensor, scaled_by: torch.Tensor, point: NextPoint | None = None) -> None:
-        sgd_update(theta, given, buffer, lr=lr, scale=scaled_by, inverse_loss_scale=one, **SGD, next_point=point)
+    def __init__(self, numel: int, device: torch.device):
+        generator = torch.Generator(device).manual_seed(0)
+        theta, source, out, buffer = (torch.randn(numel, device=device, generator=generator) for _ in range(4))
+        square = buffer.abs()
+        store = torch.stack([source, theta])
+        index = torch.tensor(1, device=device)
+        half = torch.empty(numel, dtype=torch.bfloat16, device=device)
+        gradient = out * 1e-3
+        half_gradient = gradient.bfloat16()
+        # So small a step that thousands of them leave the numbers as they are.
+        t, lr, scale, one = (torch.tensor(value, device=device) for value in (0.3, 1e-9, 0.7, 1.0))
+        found = torch.zeros((), device=device)
+        next_point = NextPoint(store, t, half, index)
 
-    def sgd_then_interpolate() -> None:
-        sgd(half_gradient, scale)
-        interpolate(theta, store, t, half, index=index)
+        def sgd(given: torch.Tensor, scaled_by: torch.Tensor, point: NextPoint | None = None) -> None:
+            sgd_update(theta, given, buffer, lr=lr, scale=scaled_by, inverse_loss_scale=one, **SGD, next_point=point)
 
-    def adam(point: NextPoint | None = None) -> None:
-        scalars = {"lr": lr, "scale": scale, "inverse_loss_scale": one, "steps_done": one}
-        adam_update(theta, half_gradient, buffer, square, **scalars, **ADAM, next_point=point)
+        def sgd_then_interpolate() -> None:
+            sgd(half_gradient, scale)
+            interpolate(theta, store, t, half, index=index)
 
-    def plain_interpolate() -> torch.Tensor:
-        return ((1 - t) * theta + t * source).to(torch.bfloat16)
+        def adam(point: NextPoint | None = None) -> None:
+            scalars = {"lr": lr, "scale": scale, "inverse_loss_scale": one, "steps_done": one}
+            adam_update(theta, half_gradient, buffer, square, **scalars, **ADAM, next_point=point)
 
-    parameter = torch.nn.Parameter(theta.clone())
-    parameter.grad = torch.zeros_like(theta)
-    optimizer = torch.optim.SGD([parameter], 1e-9, momentum=0.9, nesterov=True, weight_decay=5e-4)
+        parameter = torch.nn.Parameter(theta.clone())
+        parameter.grad = torch.zeros_like(theta)
+        optimizer = torch.optim.SGD([parameter], 1e-9, momentum=0.9, nesterov=True, weight_decay=5e-4)
 
-    def plain_update() -> None:
-        torch.mul(gradient, scale, out=parameter.grad)
-        optimizer.step()
+        def plain_update() -> None:
+            torch.mul(gradient, scale, out=parameter.grad)
+            optimizer.step()
 
-    def case(name: str, bytes_each: int, run: object) -> Case:
-        assert callable(run)
-        return Case(name, run, {"bytes": bytes_each * numel})
+        # Name to bytes per parameter, and the operation.
+        self.operations: dict[str, tuple[int, Callable[[], object]]] = {
+            "copy": (8, lambda: out.copy_(source)),
+            "interpolate fp32": (12, lambda: interpolate(theta, source, t, out)),
+            "interpolate bf16": (10, lambda: interpolate(theta, source, t, half)),
+            "interpolate bf16 indexed": (10, lambda: interpolate(theta, store, t, half, index=index)),
+            "interpolate bf16, torch": (10, lambda: ((1 - t) * theta + t * source).to(torch.bfloat16)),
+            "sgd_update fp32": (20, lambda: sgd(gradient, scale)),
+            "sgd_update fp32, scale 1": (20, lambda: sgd(gradient, one)),
+            "sgd_update bf16 gradient": (18, lambda: sgd(half_gradient, scale)),
+            "sgd_update bf16, next point": (24, lambda: sgd(half_gradient, scale, next_point)),
+            "sgd_update bf16, then interpolate": (28, sgd_then_interpolate),
+            "sgd_update fp32, torch": (20, plain_update),
+            "adam_update bf16 gradient": (26, adam),
+            "adam_update bf16, next point": (32, lambda: adam(next_point)),
+            "find_nonfinite bf16": (2, lambda: find_nonfinite(half_gradient, found)),
+        }
 
-    return [
-        case("copy", 8, lambda: out.copy_(source)),
-        case("interpolate fp32", 12, lambda: interpolate(theta, source, t, out)),
-        case("interpolate bf16", 10, lambda: interpolate(theta, source, t, half)),
-        case("interpolate bf16 indexed", 10, lambda: interpolate(theta, store, t, half, index=index)),
-        case("interpolate bf16, torch", 10, plain_interpolate),
-        case("sgd_update fp32", 20, lambda: sgd(gradient, scale)),
-        case("sgd_update fp32, scale 1", 20, lambda: sgd(gradient, one)),
-        case("sgd_update bf16 gradient", 18, lambda: sgd(half_gradient, scale)),
-        case("sgd_update bf16, next point", 24, lambda: sgd(half_gradient, scale, next_point)),
-        case("sgd_update bf16, then interpolate", 28, sgd_then_interpolate),
-        case("sgd_update fp32, torch", 20, plain_update),
-        case("adam_update bf16 gradient", 26, adam),
-        case("adam_update bf16, next point", 32, lambda: adam(next_point)),
-        case("find_nonfinite bf16", 2, lambda: find_nonfinite(half_gradient, found)),
-    ]
+
+def buffer_sets(numel: int, device: torch.device) -> list[Buffers]:
+    """As many sets of buffers as make even a copy touch several times what the GPU's cache holds; 8 at most."""
+    if device.type != "cuda":
+        return [Buffers(numel, device)]
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return [Buffers(numel, device) for _ in range(min(8, -(-4 * cache // (8 * numel))))]
+
+
+def case(name: str, sets: list[Buffers], numel: int, repeats: int, device: torch.device, label: str = "") -> Case:
+    """The operation on each set of buffers in turn: `repeats` calls, in one graph on a GPU."""
+    bytes_each = sets[0].operations[name][0]
+    runs = itertools.cycle([buffers.operations[name][1] for buffers in sets])
+    whole = built_when_run(lambda: in_one_graph(lambda: next(runs)(), repeats, device))
+    return Case(label or name, whole, {"bytes": bytes_each * numel, "buffer_sets": len(sets)}, calls=repeats)
+
+
+@contextmanager
+def launched_with(module: str, kernel: str, block: int, warps: int) -> Iterator[None]:
+    """Inside, the launcher uses this block size and number of warps."""
+
+    class Launched:
+        def __getitem__(self, grid: Any) -> Any:
+            return partial(true[grid], num_warps=warps)
+
+    found: Any = import_module(f"fastar.kernels.{module}")
+    true, before = getattr(found, kernel), found.BLOCK
+    setattr(found, kernel, Launched())
+    found.BLOCK = block
+    try:
+        yield
+    finally:
+        setattr(found, kernel, true)
+        found.BLOCK = before
+
+
+def swept(sets: list[Buffers], numel: int, repeats: int, device: torch.device) -> list[Case]:
+    """The kernels at other block sizes and warps; captured, or run, as they were then."""
+    cases = [case("copy", sets, numel, repeats, device)]
+    for (name, kernel), block, warps in itertools.product(KERNELS.items(), BLOCKS, WARPS):
+        one = case(name, sets, numel, repeats, device, f"{name} (block {block}, {warps} warps)")
+
+        def run(one: Case = one, kernel: tuple[str, str] = kernel, block: int = block, warps: int = warps) -> None:
+            with launched_with(*kernel, block, warps):
+                one.run()
+
+        cases.append(Case(one.name, run, {**one.facts, "block": block, "warps": warps}, calls=repeats))
+    return cases
 
 
 def of_copy(timing: Timing, copy: Timing) -> float:
@@ -90,21 +151,34 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--millions", type=int, nargs="+", default=[11, 100], help="parameters, in millions")
     parser.add_argument("--rounds", type=int, default=30, help="measurements of each case")
+    parser.add_argument("--sweep", action="store_true", help="the kernels' block sizes and warps instead (Triton)")
     arguments = parser.parse_args()
     if arguments.rounds < 2 or min(arguments.millions) < 1:
         parser.error("--rounds must be at least 2 and --millions at least 1")
     device = torch.device(arguments.device)
+    if arguments.sweep and backend(device) != "triton":
+        parser.error("--sweep is of the Triton kernels, which do not run here (`fastar doctor` says why)")
     for millions in arguments.millions:
         numel = millions * 1_000_000 // 16 * 16
-        repeats = 10 if device.type == "cuda" else 1
-        timings = time_in_turns(make_cases(numel, device), device, rounds=arguments.rounds, repeats=repeats)
+        repeats = 30 if device.type == "cuda" else 1
+        sets = buffer_sets(numel, device)
+        if arguments.sweep:
+            cases = swept(sets, numel, repeats, device)
+        else:
+            cases = [case(name, sets, numel, repeats, device) for name in sets[0].operations]
+
+        def failed(case: Case, error: Exception, numel: int = numel) -> None:
+            print(failure("kernels", case.name, error, device, parameters=numel), flush=True)
+
+        timings = time_in_turns(cases, device, rounds=arguments.rounds, repeats=repeats, on_failure=failed)
         for timing in timings:
             facts = {
                 "parameters": numel,
                 "gb_per_s": timing.case.facts["bytes"] / timing.median / 1e9,
-                "of_copy": of_copy(timing, timings[0]),
+                **({"of_copy": of_copy(timing, timings[0])} if timings[0].case.name == "copy" else {}),
             }
             print(line("kernels", timing, device, **facts), flush=True)
+        del sets, cases, timings
 
 
 if __name__ == "__main__":

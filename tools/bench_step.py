@@ -1,34 +1,72 @@
 """One training step: regular and star, fastar's and plain PyTorch's, one JSON line per case.
 
-    python tools/bench_step.py --arch resnet18 --batch 128 [--precision bf16] [--compile] [--graph]
+    python tools/bench_step.py --arch resnet18 --batch 128 [--precision bf16] [--modes eager graph kernels compiled ...]
 
-Cases take turns inside each round of one process. `of_regular` is a case's time over that of `regular`, fastar's
-regular step (median and quartiles of per-round ratios); steps are on one random batch, so `loading` is not in them.
+Modes are measured one after another, and the lines of each printed when it is done; within one, cases take turns in
+each round of one process. A case that fails has a line that says so. Modes: eager; graph and compiled (`train.graph`,
+`train.compile`), compiled-graph (both); kernels runs tools/bench_kernels.py. The default is all of them on a GPU, eager
+elsewhere.
 
     regular, star                fastar's steps (star without matching: that is bench_epoch.py)
+    star, graph, host store      sources in pinned host memory, fetched while steps run
     loading                      a batch of a data set on the device: shuffled, cropped, mirrored, normalised
     plain regular                the network, autocast, torch.optim
     plain star                   the same; parameters concatenated, interpolated, gradients copied back
-    ..., compiled / graph        with torch.compile, and as a CUDA graph (`train.compile`, `train.graph`)
+
+Ratios are the median and quartiles of per-round ratios of times: `of_regular` over fastar's regular step, `of_like`
+over the regular step of the same kind (what a star step costs more), `of_plain`, `of_plain_star` and
+`of_plain_compiled` over plain PyTorch's. Steps are on one random batch, so `loading` is not in them. `first_s`: seconds
+of the first step, with all that is built, compiled and captured.
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import subprocess
+import sys
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastar.benchmarks import Case, Problem, add_problem_arguments, line, problem_of, ratio, time_in_turns
+from fastar.benchmarks import (
+    EPOCH,
+    Case,
+    Problem,
+    Timing,
+    add_problem_arguments,
+    built_when_run,
+    failure,
+    line,
+    problem_of,
+    ratio,
+    time_in_turns,
+)
 from fastar.config import StarSettings, TrainSettings
 from fastar.errors import FastarError
-from fastar.training import RegularStep, StarStep, draw, resolve_precision
+from fastar.training import draw, resolve_precision
 
-EPOCH = 1000  # steps after which a star step draws anew
+BATCHES = 100  # of an epoch of `loading`
+# What is measured in each mode, in turns; a case that is in several is told of once.
+MODES = {
+    "eager": ("regular", "star", "star, interpolation apart", "loading", "plain regular", "plain star"),
+    "graph": ("regular", "regular, graph", "star, graph", "star, graph, host store", "plain regular", "plain star"),
+    "compiled": (
+        *("regular", "plain regular", "plain regular, compiled", "regular, compiled", "star, compiled"),
+        "plain star, compiled",
+    ),
+    "compiled-graph": (
+        *("regular", "plain regular", "plain regular, compiled", "regular, compiled, graph"),
+        "star, compiled, graph",
+    ),
+}
+BASES = ("regular", "plain regular", "plain star", "plain regular, compiled")
 
 
 class PlainStep:
@@ -43,7 +81,7 @@ class PlainStep:
     @staticmethod
     def make_optimizer(parameters: list[nn.Parameter], settings: TrainSettings) -> torch.optim.Optimizer:
         if settings.optimizer == "sgd":
-            more = {"momentum": settings.momentum, "nesterov": settings.nesterov}
+            more: dict[str, Any] = {"momentum": settings.momentum, "nesterov": settings.nesterov}
             return torch.optim.SGD(parameters, settings.lr, weight_decay=settings.weight_decay, **more)
         kind = torch.optim.Adam if settings.optimizer == "adam" else torch.optim.AdamW
         return kind(parameters, settings.lr, settings.betas, settings.eps, settings.weight_decay)
@@ -90,67 +128,74 @@ class PlainStarStep(PlainStep):
         self.scaler.update()
 
 
-def endless(step: RegularStep | StarStep, images: Tensor, labels: Tensor, lr: Tensor) -> Callable[[], object]:
-    """`step` again and again, epochs begun as needed."""
-    count = itertools.count()
+def loading(problem: Problem) -> Callable[[], object]:
+    """A whole epoch of BATCHES batches, since they are made many at a time; another one at each call."""
+    data = problem.dataset(BATCHES * problem.settings.batch_size)
+    epochs = itertools.count()
 
-    def run() -> object:
-        number = next(count)
-        if number % EPOCH == 0:
-            step.begin_epoch(number // EPOCH, EPOCH)
-        return step(images, labels, lr)
+    def run() -> None:
+        for _ in data.batches(problem.settings.batch_size, seed=0, epoch=next(epochs)):
+            pass
 
     return run
 
 
-def loading(problem: Problem) -> Callable[[], object]:
-    """The next batch, again and again; a data set of 100 batches."""
-    data = problem.dataset(100 * problem.settings.batch_size)
-    epochs = (data.batches(problem.settings.batch_size, seed=0, epoch=epoch) for epoch in itertools.count())
-    batches = itertools.chain.from_iterable(epochs)
-    return lambda: next(batches)
+def make_cases(problem: Problem) -> dict[str, Case]:
+    """Every case by its name; none is built before it is run."""
+    kinds: dict[str, dict[str, Any]] = {
+        "": {},
+        ", graph": {"graph": True},
+        ", compiled": {"compile": True},
+        ", compiled, graph": {"compile": True, "graph": True},
+    }
 
+    def regular(problem: Problem, changes: dict[str, Any]) -> Callable[[], object]:
+        return problem.endless(problem.regular_step(**changes))
 
-def make_cases(problem: Problem, *, compiled: bool, graph: bool) -> list[Case]:
-    images, labels = problem.batch()
-    lr = torch.tensor(problem.settings.lr, device=problem.device)
-    sources = [problem.network(1 + n) for n in range(problem.sources)]
-
-    def regular(**changes: Any) -> Callable[[], object]:
-        return endless(problem.regular_step(**changes), images, labels, lr)
-
-    def star(**changes: Any) -> Callable[[], object]:
-        return endless(problem.star_step(**changes), images, labels, lr)
+    def star(problem: Problem, changes: dict[str, Any]) -> Callable[[], object]:
+        return problem.endless(problem.star_step(**changes))
 
     def plain(star: bool, compiled: bool) -> Callable[[], object]:
+        images, labels = problem.batch()
         model = problem.network(0)
         run: Any = torch.compile(model, dynamic=False) if compiled else model
+        sources = [problem.network(1 + n) for n in range(problem.sources)]
         step = PlainStarStep(model, problem, run, sources) if star else PlainStep(model, problem, run)
         return lambda: step(images, labels)
 
-    cases = {
-        "regular": regular(),
-        "star": star(),
-        "star, interpolation apart": star(fuse=False),
-        "loading": loading(problem),
-        "plain regular": plain(False, False),
-        "plain star": plain(True, False),
+    on_host = replace(problem, store="host")
+    makes: dict[str, Callable[[], Callable[[], object]]] = {
+        **{f"regular{kind}": partial(regular, problem, changes) for kind, changes in kinds.items()},
+        **{f"star{kind}": partial(star, problem, changes) for kind, changes in kinds.items()},
+        "star, interpolation apart": partial(star, problem, {"fuse": False}),
+        "star, graph, host store": partial(star, on_host, {"graph": True}),
+        "plain regular": partial(plain, False, False),
+        "plain star": partial(plain, True, False),
+        "plain regular, compiled": partial(plain, False, True),
+        "plain star, compiled": partial(plain, True, True),
     }
-    if compiled:
-        cases |= {
-            "regular, compiled": regular(compile=True),
-            "star, compiled": star(compile=True),
-            "plain regular, compiled": plain(False, True),
-            "plain star, compiled": plain(True, True),
-        }
-    if graph:
-        cases |= {"regular, graph": regular(graph=True), "star, graph": star(graph=True)}
-    if compiled and graph:
-        cases |= {
-            "regular, compiled, graph": regular(compile=True, graph=True),
-            "star, compiled, graph": star(compile=True, graph=True),
-        }
-    return [Case(name, run, problem.facts()) for name, run in cases.items()]
+    cases = {name: Case(name, built_when_run(make), problem.facts()) for name, make in makes.items()}
+    cases["loading"] = Case("loading", built_when_run(lambda: loading(problem)), problem.facts(), calls=BATCHES)
+    return cases
+
+
+def like(name: str) -> str:
+    """The regular step of the same kind as this case."""
+    plain = "plain " if name.startswith("plain") else ""
+    return f"{plain}regular" + "".join(kind for kind in (", compiled", ", graph") if kind in name)
+
+
+def ratios(timing: Timing, timings: dict[str, Timing]) -> dict[str, dict[str, float]]:
+    """Its time over those of the cases it is to be compared with, where they took turns with it."""
+    name = timing.case.name
+    wanted = {
+        "of_regular": "regular",
+        "of_like": like(name) if "star" in name else None,
+        "of_plain": "plain regular",
+        "of_plain_compiled": "plain regular, compiled",
+        "of_plain_star": "plain star" if "star" in name else None,
+    }
+    return {key: ratio(timing, timings[base]) for key, base in wanted.items() if base is not None and base in timings}
 
 
 def main() -> None:
@@ -158,28 +203,45 @@ def main() -> None:
     add_problem_arguments(parser)
     parser.add_argument("--rounds", type=int, default=15, help="measurements of each case")
     parser.add_argument("--repeats", type=int, help="steps in one measurement (20 on a GPU, 1 elsewhere)")
-    parser.add_argument("--compile", action="store_true", help="the compiled cases too")
-    parser.add_argument("--graph", action="store_true", help="the CUDA graph cases too (GPU)")
+    parser.add_argument("--modes", nargs="+", choices=[*MODES, "kernels"], help="what to measure, in this order")
     parser.add_argument("--only", nargs="+", help="cases to measure; `regular` is always among them")
     arguments = parser.parse_args()
     if arguments.rounds < 2:
         parser.error("--rounds must be at least 2")
     try:
         problem = problem_of(arguments)
-        cases = make_cases(problem, compiled=arguments.compile, graph=arguments.graph)
+        cases = make_cases(problem)
     except FastarError as error:
         parser.error(str(error))
-    if arguments.only:
-        unknown = set(arguments.only) - {case.name for case in cases}
-        if unknown:
-            parser.error(f"--only: no case {sorted(unknown)[0]!r}; there are {[case.name for case in cases]}")
-        cases = [case for case in cases if case.name in ("regular", *arguments.only)]
     device = problem.device
+    modes = arguments.modes or (["eager", "graph", "kernels", *list(MODES)[2:]] if device.type == "cuda" else ["eager"])
+    if arguments.only:
+        unknown = set(arguments.only) - set(cases)
+        if unknown:
+            parser.error(f"--only: no case {sorted(unknown)[0]!r}; there are {list(cases)}")
     repeats = arguments.repeats or (20 if device.type == "cuda" else 1)
-    timings = time_in_turns(cases, device, rounds=arguments.rounds, repeats=repeats)
-    for timing in timings:
-        images = arguments.batch / timing.median
-        print(line("step", timing, device, images_per_s=images, of_regular=ratio(timing, timings[0])), flush=True)
+    told: set[str] = set()
+
+    def failed(case: Case, error: Exception) -> None:
+        told.add(case.name)
+        print(failure("step", case.name, error, device, **problem.facts()), flush=True)
+
+    for mode in modes:
+        if mode == "kernels":
+            sys.stdout.flush()
+            script = str(Path(__file__).resolve().parent / "bench_kernels.py")
+            subprocess.run([sys.executable, script, "--device", str(device), "--rounds", str(arguments.rounds)])
+            continue
+        names = [name for name in MODES[mode] if not arguments.only or name in ("regular", *arguments.only)]
+        group = [cases[name] for name in names if name not in told or name in BASES]
+        timings = time_in_turns(group, device, rounds=arguments.rounds, repeats=repeats, on_failure=failed)
+        found = {timing.case.name: timing for timing in timings}
+        for timing in timings:
+            if timing.case.name in told:
+                continue
+            told.add(timing.case.name)
+            images = arguments.batch / timing.median
+            print(line("step", timing, device, images_per_s=images, **ratios(timing, found)), flush=True)
 
 
 if __name__ == "__main__":

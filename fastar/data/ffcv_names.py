@@ -25,6 +25,7 @@ def torch_threads_kept() -> Iterator[None]:
 with torch_threads_kept():
     try:
         import cv2
+        import ffcv.loader.epoch_iterator
         from ffcv.fields import IntField, NDArrayField, RGBImageField
         from ffcv.fields.base import Field
         from ffcv.fields.rgb_image import SimpleRGBImageDecoder
@@ -46,6 +47,10 @@ with torch_threads_kept():
         raise FastarError(f"FFCV cannot be imported ({error}); run `make install` or see `fastar doctor`") from error
 
 FFCV_VERSION = version("ffcv")
+
+# Batches go to the GPU by our own hands. FFCV's streams, a new set every epoch, would come from the few that torch
+# hands out in turn, and so be the same as those of fastar: a copy would wait for foreign work.
+ffcv.loader.epoch_iterator.IS_CUDA = False
 
 __all__ = [
     "ALLOC_TABLE_TYPE",

@@ -234,8 +234,8 @@ def _measure(
             if own is not None:
                 set_statistics(model, own)
             logits = model(images).float()
-            losses[k] += F.cross_entropy(logits, labels, reduction="sum")
-            correct[k] += (logits.argmax(1) == labels).sum()
+            losses[k].add_(F.cross_entropy(logits, labels, reduction="sum"))
+            correct[k].add_((logits.argmax(1) == labels).sum())
         return losses
 
     work = graphed(add, [losses, correct], device)

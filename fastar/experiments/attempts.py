@@ -112,7 +112,7 @@ def trained(
             break
         except NonFiniteLoss as error:
             if context.settings.train.on_nonfinite == "stop" or checkpoints.attempt >= RETRIES:
-                raise _what_is_left(context, subject, error) from error
+                raise _what_is_left(context, subject, error, checkpoints) from error
             checkpoints.attempt += 1
             checkpoints.remember()  # first: a kill from here on must not bring the same draws again
             saved = checkpoints.newest()
@@ -178,6 +178,7 @@ def _attempt(
                 seed=attempt_seed(seed, attempt),
                 epochs=epochs,
                 lr=lr,
+                rate="star.lr" if subject.kind == "star" else "train.lr",
                 on_epoch=on_epoch,
                 figures=prepared.figures,
                 checkpoints=checkpoints,
@@ -221,13 +222,18 @@ def difference(changed: Mapping[str, tuple[Any, Any]]) -> str:
     return f"{key} was {was!r}, now {now!r}"
 
 
-def _what_is_left(context: Context, subject: Subject, error: NonFiniteLoss) -> FastarError:
+def _what_is_left(
+    context: Context, subject: Subject, error: NonFiniteLoss, checkpoints: TrainingCheckpoints
+) -> FastarError:
     """Save the model after its last good epoch: the file is never taken for a finished model."""
+    again = f", after going back {checkpoints.attempt} times" if checkpoints.attempt else ""
     if error.state is None:
-        return error
+        found = checkpoints.paths()
+        kept = f"its last checkpoint is {found[-1]}" if found else "no epoch of it was whole, so nothing of it is saved"
+        return FastarError(f"{error} ({kept}{again})")
     path = context.run.last_good(subject.kind, subject.index)
     save_checkpoint(path, error.state, {**subject.recipe, "epochs": error.epochs})
-    return FastarError(f"{error} (the model after epoch {error.epochs} is in {path})")
+    return FastarError(f"{error} (the model after epoch {error.epochs} is in {path}{again})")
 
 
 def live_figures(epoch: Epoch) -> dict[str, float]:

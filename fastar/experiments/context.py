@@ -38,7 +38,7 @@ def resolve_device(name: str) -> torch.device:
         FastarError: unknown name, or a GPU that is not there.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
     except RuntimeError as error:
@@ -47,6 +47,14 @@ def resolve_device(name: str) -> torch.device:
         raise FastarError(f"device={name!r}: fastar runs on cpu or cuda")
     if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
         raise FastarError(f"device={name!r}: no such GPU here; use device=cpu or see `fastar doctor`")
+    if device.type == "cuda":
+        # Streams, events and graphs are made on the current device. The first one is that, and is not touched yet: the
+        # writers of data sets are forked first.
+        index = torch.cuda.current_device() if torch.cuda.is_initialized() else 0
+        if device.index not in (None, index):
+            torch.cuda.set_device(device)
+            index = device.index
+        device = torch.device("cuda", index)
     return device
 
 

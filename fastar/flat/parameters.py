@@ -83,8 +83,10 @@ class _BoundModule:
                 continue
             destinations.append(view)
             gradients.append(gradient)
-        if destinations:
-            torch._foreach_copy_(destinations, gradients)
+        # One launch for many tensors, if they are of one dtype.
+        for dtype in {view.dtype for view in destinations}:
+            alike = [(view, one) for view, one in zip(destinations, gradients, strict=True) if view.dtype == dtype]
+            torch._foreach_copy_([view for view, _ in alike], [one for _, one in alike])
         if self.gradient_mode == "views":
             self._bind_gradients()
         else:

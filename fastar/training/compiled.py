@@ -11,7 +11,9 @@ from fastar.errors import FastarError
 
 
 class CompiledNetwork:
-    """`model` compiled for the first batch's shape; batches of another shape (a short last one) go to it uncompiled.
+    """`model` compiled for the first batch's shape; shorter batches (an epoch's last) go to it uncompiled.
+
+    Images of another side, as progressive resizing has them, are compiled for anew.
 
     Raises:
         FastarError: the first call could not be compiled.
@@ -23,7 +25,7 @@ class CompiledNetwork:
         self._shape: torch.Size | None = None
 
     def __call__(self, images: Tensor) -> Tensor:
-        if self._shape is None:
+        if self._shape is None or images.shape[1:] != self._shape[1:]:
             self._shape = images.shape
             return self._compile(images)
         logits: Tensor = (self._compiled if images.shape == self._shape else self._model)(images)

@@ -16,7 +16,7 @@ LOADER_LIMITED = 0.1
 class NonFiniteLoss(FastarError):
     """Training became NaN or infinite.
 
-    `state` is the model's state dict (on the CPU) after `epochs` epochs, the last that left it finite; None: none did.
+    `state` is the model's state dict (on the CPU) after `epochs` epochs, the last whole ones; None: none was whole.
     """
 
     def __init__(self, message: str, state: dict[str, Tensor] | None, epochs: int):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import asdict
@@ -22,6 +21,7 @@ from fastar.stopping import deferred, requested
 from fastar.training.checkpoints import Saved, TrainingCheckpoints
 from fastar.training.draws import StepDraws
 from fastar.training.epochs import Epoch, NonFiniteLoss, SoFar
+from fastar.training.precision import resolve_precision
 from fastar.training.profiling import StepsProfile
 from fastar.training.schedule import learning_rate, resolution
 
@@ -88,6 +88,7 @@ def fit(
     seed: int,
     epochs: int | None = None,
     lr: float | None = None,
+    rate: str = "train.lr",
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
     figures: Callable[[], dict[str, float]] = dict,
     checkpoints: TrainingCheckpoints | None = None,
@@ -107,6 +108,7 @@ def fit(
         seed: of order, augmentation and dropout; torch's generators are left as they were.
         epochs: None for `settings.epochs`.
         lr: None for `settings.lr`.
+        rate: the setting that says the learning rate of this training, for errors.
         on_epoch: told each epoch's figures.
         figures: asked what an epoch began with.
         checkpoints: where to save the training; a request to stop then waits for the end of a step.
@@ -115,14 +117,17 @@ def fit(
 
     Raises:
         FastarError: too few images for one batch, too few steps to be profiled, or a disk that is full.
-        NonFiniteLoss: a loss that is not finite (model, epoch and step are named).
+        NonFiniteLoss: a loss, or what the last step of an epoch left, is not finite (model, epoch and step are named).
         Stopped: on request, after everything was saved.
     """
-    training = _Training(step, data, settings, name, checkpoints, epochs or settings.epochs)
+    base = lr or settings.lr
+    advice = f"lower {rate} (it is {base:g})"
+    if resolve_precision(settings.precision, data.device) != torch.float32:
+        advice += " or use train.precision=fp32"
+    training = _Training(step, data, settings, name, checkpoints, epochs or settings.epochs, advice)
     steps = training.steps
     if profile is not None:
         profile.check(training.epochs, steps)
-    base = lr or settings.lr
     device = data.device
     lr_now = torch.zeros((), device=device)
     with (
@@ -181,7 +186,7 @@ def fit(
 
 
 class _Training:
-    """What `fit` knows of the training it does: the losses of the epoch, the epochs before, the last good states."""
+    """What `fit` knows of the training it does: the losses of the epoch, the epochs before, the last good state."""
 
     def __init__(
         self,
@@ -191,6 +196,7 @@ class _Training:
         name: str,
         checkpoints: TrainingCheckpoints | None,
         epochs: int,
+        advice: str,
     ):
         self.steps = data.batch_count(settings.batch_size, settings.drop_last)
         if self.steps == 0:
@@ -206,8 +212,9 @@ class _Training:
         self._name = name
         self._device = data.device
         self._checkpoints = checkpoints
-        # With the epochs they were after. Two: an epoch's last step may be the one that spoils theta.
-        self._good: deque[tuple[dict[str, Tensor], int]] = deque(maxlen=2)
+        self._advice = advice
+        # The model after the last whole epoch, and how many there were then.
+        self._good: tuple[dict[str, Tensor] | None, int] = (None, 0)
 
     def go_on(self, saved: Saved) -> int:
         """Become what was saved; the step of the epoch to begin with."""
@@ -246,7 +253,11 @@ class _Training:
 
     def end_epoch(self, lr: float) -> Epoch:
         """All steps of the epoch are done; what is known of it."""
-        losses = self._check(self.steps)  # the epoch's one synchronisation
+        moved, finite = self._finite()  # queued before the epoch's one wait, which is for the losses
+        losses = self._check(self.steps)
+        spoiled = [name for name, good in zip(moved, finite.tolist(), strict=True) if not good]
+        if spoiled:  # the loss is of before the update: nothing else would tell of the last step's
+            raise self._not_finite(_in_words(spoiled[0]), self.steps - 1)
         so_far = self._until(time.perf_counter())
         done = Epoch(
             len(self.history),
@@ -284,24 +295,29 @@ class _Training:
         return self.so_far.then(seconds, self.clock.seconds(seconds))
 
     def _keep(self) -> None:
-        self._good.append((self._step.state(), len(self.history)))
+        self._good = (None, 0)  # never two at a time
+        self._good = (self._step.state(), len(self.history))
+
+    def _finite(self) -> tuple[list[str], Tensor]:
+        """The names of all that steps move, and whether each is finite: bool, on the device."""
+        moved = {name: value for name, value in self._step.save().items() if value.is_floating_point()}
+        return list(moved), torch.stack([torch.isfinite(value).all() for value in moved.values()])
 
     def _check(self, steps: int) -> Tensor:
         """The first `steps` losses, on the host: waits for the device. NonFiniteLoss where one is not finite."""
         losses = self.losses[:steps].cpu()
         finite = torch.isfinite(losses)
-        if bool(finite.all()):
-            return losses
-        bad = int((~finite).nonzero()[0])
-        state, epochs = None, 0
-        for kept, after in self._good:
-            found = {name: value.cpu() for name, value in kept.items()}
-            if all(bool(torch.isfinite(value).all()) for value in found.values()):
-                state, epochs = found, after
-        raise NonFiniteLoss(
-            f"training {self._name}: loss not finite at epoch {len(self.history) + 1}, step {bad + 1}"
-            f"{self._step.describe(bad)}; lower train.lr or use train.precision=fp32",
-            state,
+        if not bool(finite.all()):
+            raise self._not_finite("loss", int((~finite).nonzero()[0]))
+        return losses
+
+    def _not_finite(self, what: str, step: int) -> NonFiniteLoss:
+        """The error that step number `step` of the epoch left `what` not finite, with the last good state."""
+        state, epochs = self._good
+        return NonFiniteLoss(
+            f"training {self._name}: {what} not finite at epoch {len(self.history) + 1}, step {step + 1}"
+            f"{self._step.describe(step)}; {self._advice}",
+            None if state is None else {name: value.cpu() for name, value in state.items()},
             epochs,
         )
 
@@ -310,3 +326,9 @@ class _Training:
         if request is not None:
             request.saved = saved
             raise request
+
+
+def _in_words(name: str) -> str:
+    """What `Step.save` calls `name`, for users."""
+    kind, _, rest = name.partition(".")
+    return {"optimizer": "the optimizer's moments", "loss_scale": "the loss scale", "buffer": rest}.get(kind, name)

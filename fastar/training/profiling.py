@@ -110,8 +110,12 @@ class Recording:
             if self._memory is not None:
                 torch.cuda.memory._record_memory_history(enabled=None)
         if self._cuda:
-            kernels = [e.time_range for e in found.events() if e.device_type == torch.autograd.DeviceType.CUDA]
-            spans = [(span.start, span.end) for span in kernels]
+            # A part's annotation reaches from its first kernel to its last: not time in which the GPU was busy.
+            spans = [
+                (event.time_range.start, event.time_range.end)
+                for event in found.events()
+                if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
+            ]
             first, last = min((a for a, _ in spans), default=0), max((b for _, b in spans), default=0)
             self._idle = self._seconds * (1 - union(spans) / (last - first)) if spans else self._seconds
         key = "self_device_time_total" if self._cuda else "self_cpu_time_total"

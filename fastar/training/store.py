@@ -95,9 +95,10 @@ class SourcesStore:
             yield self.views()
             return
         size = max(1, min(size, int(free_bytes(self.device) // 8 // (4 * self.layout.numel))))
+        whole = torch.empty(size, self.layout.numel, device=self.device)  # once: two would be twice the memory
         for begin in range(0, len(self), size):
             here = self.rows[begin : begin + size]
-            there = here.to(self.device, copy=True)
+            there = whole[: len(here)].copy_(here)
             yield self.layout.views(there)
             here.copy_(there)
 
