@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
@@ -61,10 +62,30 @@ def test_a_part_out_of_time_keeps_its_lines(suite: ModuleType) -> None:
 
 def test_the_kernels_of_a_bare_checkout_are_found() -> None:
     """Without site-packages (-S), so that no installed fastar can help; the room itself would import torch."""
-    code = "from importlib.util import find_spec; print(find_spec('fastar.kernels').origin)"
+    code = (
+        "from importlib.util import find_spec as find; import fastar, json, pkgutil;"
+        "inside = [one.name for one in pkgutil.iter_modules(fastar.__path__)];"
+        "print(json.dumps([find('fastar.kernels').origin, find('fastar.setup'), 'setup' in inside]))"
+    )
     done = subprocess.run([sys.executable, "-S", "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert done.stdout == f"{ROOT / 'kernels' / '__init__.py'}\n"
+    assert json.loads(done.stdout) == [str(ROOT / "kernels" / "__init__.py"), None, False]
+
+
+def test_kernels_of_another_fastar_are_not_taken(tmp_path: Path) -> None:
+    """An editable install of another checkout finds its own kernels for whoever asks."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import sys\nfrom importlib.util import spec_from_file_location\n"
+        "class Other:\n"
+        "    @staticmethod\n"
+        "    def find_spec(name, path=None, target=None):\n"
+        "        return spec_from_file_location(name, '/elsewhere.py') if name == 'fastar.kernels' else None\n"
+        "sys.meta_path.append(Other)\n"
+    )
+    code = "from importlib.util import find_spec; import fastar; print(find_spec('fastar.kernels').origin)"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout == f"{ROOT / 'kernels' / '__init__.py'}\n", done.stderr
 
 
 def test_python_m_fastar_is_the_command() -> None:
