@@ -94,6 +94,27 @@ def test_missing_raw_data_says_where_it_looked_and_how_to_get_it(tmp_path: Path,
     assert [p.name for p in tmp_path.iterdir()] == ["raw"]
 
 
+KERNELS = [
+    ("foo", "FASTAR_KERNELS=foo: no such kernel path; use auto, reference or triton"),
+    ("triton", "FASTAR_KERNELS=triton on cpu: Triton compiles for CUDA only; set TRITON_INTERPRET=1"),
+]
+
+
+@pytest.mark.parametrize(("setting", "said"), KERNELS)
+def test_kernels_that_cannot_run_are_refused(
+    data: Path, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, setting: str, said: str
+) -> None:
+    """Before data are written, and where a barrier first needs them."""
+    monkeypatch.setenv("FASTAR_KERNELS", setting)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for command in ("train-star", "train-sources"):
+        options = [*tiny(tmp_path / "data"), "--out", tmp_path / "run"]
+        assert refused(command, *options).startswith(said)
+    assert not list(tmp_path.iterdir())
+    models = sorted(trained.iterdir())
+    assert refused("barrier", *models, "--quiet", f"dataset.directory={data}", "device=cpu").startswith(said)
+
+
 def test_data_root_keeps_its_characters(tmp_path: Path) -> None:
     root = tmp_path / "a #b: [c] = ü"
     message = refused(

@@ -144,7 +144,8 @@ class Fastar:
     """Matching of all sources, in each of the ways that are timed."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
-        options = {} if args.width is None else {"width": args.width}
+        whole = args.width is not None and args.width == int(args.width)  # an mlp's width is a number of units
+        options = {} if args.width is None else {"width": int(args.width) if whole else args.width}
         self.args, self.device = args, device
         self.theta_model, *self.models = (
             trained(args.arch, seed, args.steps, args.cache, options, device) for seed in range(args.sources + 1)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastar.evaluation.batch_norm import Statistics
 from fastar.evaluation.losses import Batches, evaluate_rows
-from fastar.flat import FlatLayout
+from fastar.flat import FlatLayout, check_kernels
 from fastar.kernels import interpolate
 from fastar.memory import resident_models
 from fastar.progress import SILENT, Progress
@@ -121,6 +121,9 @@ def evaluate_paths(
         method: "population", or "reference": moving average at inner points, `Endpoint.statistics` at the ends.
         resident: models held at once; None chooses from free memory.
         graph: replay the work of each batch as a CUDA graph.
+
+    Raises:
+        FastarError: kernels are asked for that cannot run (FASTAR_KERNELS).
     """
     if points < 2:
         raise ValueError(f"points={points}: a path needs its two ends")
@@ -144,6 +147,7 @@ def evaluate_paths(
     if not todo:
         return []
     device = next(model.parameters()).device
+    check_kernels(device)
     row_of = _Rows(device)
     chunk = resident or resident_models(layout.numel, device, len(todo))
     measured: dict[tuple[int, int, float], dict[str, tuple[float, float]]] = {}

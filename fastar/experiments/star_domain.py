@@ -16,6 +16,7 @@ from fastar.experiments.plan import check_fits
 from fastar.experiments.regular import given_sources, regular_models
 from fastar.experiments.star import star_model, steps_profile
 from fastar.figures import LiveFigures, import_wandb
+from fastar.flat import check_kernels
 from fastar.memory import cap_gpu, peak_bytes
 from fastar.progress import SILENT, Progress
 from fastar.runs import RunFolder
@@ -23,7 +24,7 @@ from fastar.training import resolve_precision
 
 
 def prepare_context(settings: Settings, out: Path, progress: Progress = SILENT) -> Context:
-    """A context whose cheap checks have passed: device, precision, dataset, architecture and its settings.
+    """A context whose cheap checks have passed: device, kernels, precision, dataset, architecture and its settings.
 
     Raises:
         FastarError: one of them is unknown or not to be had; nothing has been written.
@@ -31,6 +32,7 @@ def prepare_context(settings: Settings, out: Path, progress: Progress = SILENT) 
     context = Context(settings, RunFolder(out), progress)
     if settings.figures.wandb:
         import_wandb(settings.figures.wandb)
+    check_kernels(context.device)
     resolve_precision(settings.train.precision, context.device)
     if settings.gpu_memory is not None and context.device.type == "cuda":
         cap_gpu(context.device, parse_bytes(settings.gpu_memory))

@@ -17,6 +17,7 @@ from fastar.graphs import CallGraph
 from fastar.kernels import NextPoint
 from fastar.parts import part
 from fastar.seeds import derive_seed
+from fastar.training.batch_counts import BatchCounts
 from fastar.training.checkpoints import copy_into
 from fastar.training.clipping import shortening
 from fastar.training.compiled import CompiledNetwork
@@ -49,6 +50,7 @@ class _FlatStep:
             self._flat = FlatParameters(model)
             self.layout, self.theta = self._flat.layout, self._flat.buffer
             self.optimizer = flat_optimizer(settings, self.theta, lambda buffer: (buffer,), self.layout.matrices)
+        self._batch_counts = BatchCounts(model)
         self._network: Callable[[Tensor], Tensor] = CompiledNetwork(model) if settings.compile else model
         model.train()
 
@@ -103,7 +105,7 @@ class _FlatStep:
         return torch.autocast(self.device.type, self.dtype, cache_enabled=False)
 
     def _backward(self, images: Tensor, labels: Tensor) -> Tensor:
-        with part("forward"), self._autocast():
+        with part("forward"), self._batch_counts.counting(), self._autocast():
             logits = self._network(images).float()
             loss = F.cross_entropy(logits, labels, label_smoothing=self.settings.label_smoothing)
         with part("backward"):

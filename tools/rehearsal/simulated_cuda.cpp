@@ -182,7 +182,6 @@ struct Capture {
 };
 std::shared_ptr<Capture> capturing;
 int64_t capture_stream = -1;
-int64_t syncs = 0;
 int64_t sync_errors = 0;  // torch.cuda.set_sync_debug_mode("error")
 std::map<std::string, int64_t> sync_names;
 std::map<std::string, int64_t> launches;
@@ -193,7 +192,6 @@ void waits_for_device(const std::string& what) {
   std::lock_guard<std::recursive_mutex> guard(work_lock);
   TORCH_CHECK(!in_capture(), "CUDA error (simulated): operation not permitted when stream is capturing: ", what);
   TORCH_CHECK(!sync_errors, "called a synchronizing CUDA operation: ", what);
-  ++syncs;
   ++sync_names[what];
   if (current_stream != 0) run_until(current_stream, tickets);
 }
@@ -559,6 +557,14 @@ TORCH_LIBRARY_IMPL(aten, CUDA, m) {
 }
 
 namespace {
+// Lines "name=count".
+const char* listed(const std::map<std::string, int64_t>& counts) {
+  static thread_local std::string text;
+  text.clear();
+  for (const auto& one : counts) text += one.first + "=" + std::to_string(one.second) + "\n";
+  return text.c_str();
+}
+
 struct Install {
   Install() { c10::SetAllocator(c10::DeviceType::CUDA, &device_allocator, 255); }
 } install;
@@ -582,32 +588,17 @@ int64_t sim_queued(int64_t stream) {
   std::lock_guard<std::recursive_mutex> guard(work_lock);
   return static_cast<int64_t>(queued[stream].size());
 }
-int64_t sim_syncs() { return syncs; }
-const char* sim_sync_names() {
-  static std::string text;
-  text.clear();
-  for (auto& one : sync_names) text += one.first + "=" + std::to_string(one.second) + "\n";
-  return text.c_str();
-}
-void sim_clear_syncs() {
-  syncs = 0;
-  sync_names.clear();
-}
+const char* sim_sync_names() { return listed(sync_names); }
 void sim_sync_errors(int64_t on) { sync_errors = on; }
 // 0, or why this may not wait: 1 a capture, 2 the debug mode.
 int sim_wait(const char* what) {
   std::lock_guard<std::recursive_mutex> guard(work_lock);
   if (in_capture()) return 1;
   if (sync_errors) return 2;
-  ++syncs;
   ++sync_names[what];
   return 0;
 }
-int64_t sim_launches() {
-  int64_t all = 0;
-  for (auto& one : launches) all += one.second;
-  return all;
-}
+const char* sim_launches() { return listed(launches); }
 void sim_begin_capture(int64_t stream) {
   std::lock_guard<std::recursive_mutex> guard(work_lock);
   capturing = std::make_shared<Capture>();

@@ -28,9 +28,8 @@ for _name, _result, _arguments in (
     ("sim_queued", _INT, (_INT,)),
     ("sim_wait", ctypes.c_int, (_TEXT,)),
     ("sim_sync_errors", None, (_INT,)),
-    ("sim_syncs", _INT, ()),
     ("sim_sync_names", _TEXT, ()),
-    ("sim_launches", _INT, ()),
+    ("sim_launches", _TEXT, ()),
     ("sim_begin_capture", None, (_INT,)),
     ("sim_end_capture", _INT, ()),
     ("sim_replay", None, (_INT,)),
@@ -49,15 +48,18 @@ TOTAL_BYTES = 80 << 30
 DEVICE = torch.device("cuda", 0)
 
 
-def launches() -> int:
-    """Operations run on the device so far."""
-    return int(_device.sim_launches())
+def launches() -> dict[str, int]:
+    """Operations run on the device so far, and how often; a kernel or more each."""
+    return _counts(_device.sim_launches())
 
 
 def waits() -> dict[str, int]:
     """What waited for the device so far, and how often."""
-    lines = _device.sim_sync_names().decode().splitlines()
-    return {name: int(count) for name, _, count in (line.rpartition("=") for line in lines)}
+    return _counts(_device.sim_sync_names())
+
+
+def _counts(text: bytes) -> dict[str, int]:
+    return {name: int(count) for name, _, count in (line.rpartition("=") for line in text.decode().splitlines())}
 
 
 def _wait(what: str) -> None:
@@ -304,7 +306,7 @@ _install()
 
 def _report() -> None:
     waited = ", ".join(f"{name} {count}" for name, count in sorted(waits().items(), key=lambda pair: -pair[1]))
-    print(f"simulated GPU: {launches():,} launches; waits: {waited or 'none'}", file=sys.stderr)
+    print(f"simulated GPU: {sum(launches().values()):,} launches; waits: {waited or 'none'}", file=sys.stderr)
 
 
 if os.environ.get("FASTAR_REHEARSAL_COUNTS") == "1":

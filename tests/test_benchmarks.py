@@ -1,0 +1,230 @@
+"""What the benchmarks share: cases that take turns, fail alone, and are told of in one line."""
+
+from __future__ import annotations
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastar import benchmarks
+from fastar.benchmarks import Case, Timing, built_when_run, failing_alone, in_one_graph, line, time_in_turns
+from fastar.config import TrainSettings
+
+CPU = torch.device("cpu")
+TOOLS = Path(__file__).resolve().parent.parent / "tools"
+
+
+def run_tool(name: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    runpy.run_path(str(TOOLS / name), run_name="__main__")
+
+
+def broken() -> None:
+    raise RuntimeError("no\nluck")
+
+
+class Counted:
+    """Counts its calls, and fails at call number `fails`."""
+
+    def __init__(self, fails: int | None = None):
+        self.calls, self.fails = 0, fails
+
+    def __call__(self) -> None:
+        self.calls += 1
+        if self.calls == self.fails:
+            raise ValueError(f"call {self.calls}")
+
+
+@pytest.mark.parametrize("fails", [1, 3, 4, 6])
+def test_a_case_that_fails_ends_no_other(fails: int) -> None:
+    """In a warm-up of 3 calls, or in any of 4 rounds."""
+    good, bad, last = Counted(), Counted(fails), Counted()
+    told: list[tuple[str, str]] = []
+    timings = time_in_turns(
+        [Case("good", good), Case("bad", bad), Case("last", last)],
+        CPU,
+        rounds=4,
+        on_failure=lambda case, error: told.append((case.name, str(error))),
+    )
+    assert [(t.case.name, len(t.seconds)) for t in timings] == [("good", 4), ("last", 4)]
+    assert told == [("bad", f"call {fails}")]
+    assert (good.calls, bad.calls, last.calls) == (7, fails, 7)
+    with pytest.raises(ValueError, match=f"call {fails}"):
+        time_in_turns([Case("bad", Counted(fails))], CPU, rounds=4)
+
+
+def test_what_cannot_be_built_fails_as_its_own_case() -> None:
+    made = []
+
+    def make() -> Counted:
+        made.append(Counted())
+        return made[-1]
+
+    run = built_when_run(make)
+    assert made == []
+    told: list[str] = []
+    timings = time_in_turns(
+        [Case("broken", built_when_run(lambda: broken)), Case("whole", run)],
+        CPU,
+        rounds=2,
+        warm_up=1,
+        on_failure=lambda case, error: told.append(case.name),
+    )
+    assert [t.case.name for t in timings] == ["whole"]
+    assert told == ["broken"]
+    assert [one.calls for one in made] == [3]  # built once, called by warm-up and rounds
+    assert timings[0].first > 0
+
+
+def test_seconds_are_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(benchmarks.time, "perf_counter", lambda: now[0])
+
+    def ten() -> None:
+        now[0] += 10
+
+    one, batch = (Case("one", ten), Case("ten calls", ten, calls=10))
+    timings = time_in_turns([one, batch], CPU, rounds=2, repeats=20)
+    assert [t.median for t in timings] == [10, 1]
+    assert timings[0].first == 10
+
+
+def test_a_loop_where_there_are_no_graphs() -> None:
+    counted = Counted()
+    in_one_graph(counted, 7, CPU)()
+    assert counted.calls == 7
+
+
+def test_a_failure_is_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    with failing_alone("step", "broken", CPU, arch="mlp"):
+        broken()
+    with failing_alone("step", "whole", CPU):
+        pass
+    captured = capsys.readouterr()
+    (printed,) = map(json.loads, captured.out.splitlines())
+    assert (printed["bench"], printed["case"], printed["arch"]) == ("step", "broken", "mlp")
+    assert printed["error"] == "RuntimeError: no luck"
+    assert printed["device"].startswith("cpu")
+    assert "RuntimeError: no\nluck" in captured.err
+
+
+def test_a_line_says_how_long_the_first_run_took() -> None:
+    timing = Timing(Case("x", broken), [0.002, 0.004], first=1.5)
+    found = json.loads(line("step", timing, CPU))
+    assert found["first_s"] == 1.5
+    assert found["ms"]["median"] == 3
+    assert "first_s" not in json.loads(line("step", Timing(timing.case, timing.seconds), CPU))
+
+
+def test_steps_go_on_over_many_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A star step draws for as many steps as its epoch has; more of them begin another."""
+    monkeypatch.setattr(benchmarks, "EPOCH", 3)
+    problem = benchmarks.Problem("mlp", CPU, TrainSettings(batch_size=4, precision="fp32"), 2, size=4, width=4)
+    step = problem.star_step()
+    run = problem.endless(step)
+    begun: list[int] = []
+    begin = step.begin_epoch
+    monkeypatch.setattr(step, "begin_epoch", lambda epoch, steps: (begun.append(epoch), begin(epoch, steps)))
+    for _ in range(7):
+        run()
+    assert begun == [0, 1, 2]
+
+
+def test_modes_name_cases_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = runpy.run_path(str(TOOLS / "bench_step.py"))
+    problem = benchmarks.Problem("mlp", CPU, TrainSettings(batch_size=4, precision="fp32"), 2, size=4, width=4)
+    cases = tool["make_cases"](problem)
+    assert {name for names in tool["MODES"].values() for name in names} == set(cases)
+    assert set(tool["BASES"]) <= set(cases)
+    for names in tool["MODES"].values():
+        for name in names:  # what a star is compared with takes turns with it
+            assert "star" not in name or tool["like"](name) in names, name
+
+
+@pytest.mark.parametrize(
+    ("name", "wanted"),
+    [
+        ("star", "regular"),
+        ("star, interpolation apart", "regular"),
+        ("star, graph, host store", "regular, graph"),
+        ("star, compiled, graph", "regular, compiled, graph"),
+        ("plain star, compiled", "plain regular, compiled"),
+    ],
+)
+def test_a_star_step_is_compared_with_a_regular_one_of_its_kind(name: str, wanted: str) -> None:
+    assert runpy.run_path(str(TOOLS / "bench_step.py"))["like"](name) == wanted
+
+
+def test_graphs_without_a_gpu_are_lines_of_errors(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["--arch", "mlp", "--width", "4", "--size", "4", "--batch", "8", "--device", "cpu", "--sources", "2"]
+    run_tool("bench_step.py", [*small, "--rounds", "2", "--modes", "graph"], monkeypatch)
+    lines = [json.loads(text) for text in capsys.readouterr().out.splitlines()]
+    wrong = {found["case"] for found in lines if "error" in found}
+    assert wrong == {"regular, graph", "star, graph", "star, graph, host store"}
+    assert [found["case"] for found in lines if "ms" in found] == ["regular", "plain regular", "plain star"]
+    assert all("CUDA graphs need a GPU" in found["error"] for found in lines if "error" in found)
+
+
+def test_kernels_and_copies_are_told_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run_tool("bench_kernels.py", ["--device", "cpu", "--millions", "1", "--rounds", "2"], monkeypatch)
+    lines: list[dict[str, Any]] = [json.loads(text) for text in capsys.readouterr().out.splitlines()]
+    assert lines[0]["case"] == "copy"
+    assert lines[0]["of_copy"] == 1
+    by_case = {found["case"]: found for found in lines}
+    assert by_case["sgd_update bf16, next point"]["bytes"] == 24_000_000
+    assert all(found["of_copy"] > 0 and found["buffer_sets"] == 1 for found in lines)
+
+
+def test_sweeping_needs_triton(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        run_tool("bench_kernels.py", ["--device", "cpu", "--sweep"], monkeypatch)
+    assert "--sweep is of the Triton kernels" in capsys.readouterr().err
+
+
+def test_a_launcher_takes_other_blocks_and_warps_for_a_while() -> None:
+    pytest.importorskip("triton")
+    from fastar.kernels import interpolation
+
+    tool = runpy.run_path(str(TOOLS / "bench_kernels.py"))
+    for module, kernel in tool["KERNELS"].values():
+        found = __import__(f"fastar.kernels.{module}", fromlist=[kernel])
+        assert callable(getattr(found, kernel).fn)
+        assert isinstance(found.BLOCK, int)
+    kernel, block = interpolation._interpolate_kernel, interpolation.BLOCK
+    with tool["launched_with"]("interpolation", "_interpolate_kernel", 4096, 8):
+        assert interpolation.BLOCK == 4096
+        launch = interpolation._interpolate_kernel[(3,)]
+        assert launch.keywords == {"num_warps": 8}
+    assert (interpolation._interpolate_kernel, interpolation.BLOCK) == (kernel, block)
+
+
+def test_matching_is_told_of_case_by_case(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--arch", "mlp", "--width", "6", "--sources", "2", "--steps", "5", "--repeats", "2", "--device", "cpu"]
+    run_tool("bench_matching.py", small, monkeypatch)
+    lines = {found["case"]: found for found in map(json.loads, capsys.readouterr().out.splitlines())}
+    assert list(lines)[1:] == [
+        *("fastar cold, first call", "fastar cold", "fastar warm", "fastar warm, theta moved", "objective")
+    ]
+    assert lines["fastar warm"]["solves"] <= lines["fastar cold"]["solves"]
+    assert lines["fastar warm, theta moved"]["moved_by"] > 0
+    assert lines["fastar cold"]["seconds_per_source"]["median"] > 0
+    for pair in lines["objective"]["pairs"]:
+        assert pair["fastar"] >= pair["unmatched"]
+
+
+def test_matching_does_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+    tool = runpy.run_path(str(TOOLS / "bench_matching.py"))
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)  # an import of it fails
+    images, labels, what = tool["digits"]()
+    assert what == "ten noisy patterns"
+    assert images.shape == (1797, 3, 8, 8)
+    assert sorted(set(labels.tolist())) == list(range(10))
+    assert abs(float(images.mean())) < 1e-5
+    assert float(images.std()) == pytest.approx(1, abs=1e-3)
