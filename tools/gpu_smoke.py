@@ -106,6 +106,8 @@ def steps(kind: str, **changes: Any) -> Callable[[Problem], Facts]:
     """Some steps, which lose about what the same steps do eagerly."""
 
     def item(problem: Problem) -> Facts:
+        if changes.get("compile") and problem.device.type == "cuda" and torch.cuda.get_device_name() == "simulated":
+            raise CannotRun("nothing is compiled for the simulated GPU")
         losses = run_steps(problem, kind, **changes)
         eager = {key: value for key, value in changes.items() if key not in ("graph", "compile")}
         alike(losses, run_steps(problem, kind, **eager), "of eager steps")
