@@ -196,6 +196,11 @@ def failing_alone(bench: str, case: str, device: torch.device, **facts: Any) -> 
         print(failure(bench, case, error, device, **facts), flush=True)
 
 
+def profiler_sees_gpu() -> bool:
+    """Whether torch's profiler can record what a GPU does (not in a CPU build, nor where CUPTI is missing)."""
+    return torch.profiler.ProfilerActivity.CUDA in torch.profiler.supported_activities()
+
+
 def gpu_work(run: Callable[[], object], device: torch.device) -> dict[str, float]:
     """What a call has a GPU do: kernels, copies and waits of the host, and milliseconds in which the GPU was busy."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]

@@ -78,6 +78,16 @@ ScaleOption = Annotated[
     typer.Option("--scale", metavar="smoke|small|full", help="Run a smaller version: seconds, or minutes on a CPU."),
 ]
 DataRoot = Annotated[Path | None, typer.Option("--data-root", help="Folder of the raw data (dataset.root).")]
+ValShare = Annotated[
+    float | None,
+    typer.Option(
+        "--val-share",
+        metavar="SHARE",
+        help="Of --dataset imagefolder: DATA_ROOT holds class folders alone, of which this share is for testing, such "
+        "as 0.1 (dataset.val_share).",
+        show_default=False,
+    ),
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change.", show_default=False)
 ]
@@ -123,6 +133,7 @@ def _settings(
     heldout: int | None = None,
     data_root: Path | None = None,
     name: str | None = None,
+    val_share: float | None = None,
     on_nonfinite: str | None = None,
     bn_batches: int | None = None,
     gpu_memory: str | None = None,
@@ -143,6 +154,7 @@ def _settings(
         "dataset.root": data_root,
         "train.on_nonfinite": on_nonfinite,
         "dataset.called": name,
+        "dataset.val_share": val_share,
         "evaluation.bn_batches": bn_batches,
         "gpu_memory": gpu_memory,
     }
@@ -198,6 +210,7 @@ def train_star_command(
     config: Config = None,
     scale: ScaleOption = "full",
     data_root: DataRoot = None,
+    val_share: ValShare = None,
     on_nonfinite: OnNonfinite = None,
     bn_batches: BnBatches = None,
     gpu_memory: GpuMemory = None,
@@ -231,6 +244,7 @@ def train_star_command(
         heldout=heldout,
         data_root=data_root,
         name=name,
+        val_share=val_share,
         on_nonfinite=on_nonfinite,
         bn_batches=bn_batches,
         gpu_memory=gpu_memory,
@@ -335,6 +349,7 @@ def train_sources_command(
     config: Config = None,
     scale: ScaleOption = "full",
     data_root: DataRoot = None,
+    val_share: ValShare = None,
     on_nonfinite: OnNonfinite = None,
     quiet: Quiet = False,
 ) -> None:
@@ -353,6 +368,7 @@ def train_sources_command(
         heldout=heldout,
         data_root=data_root,
         name=name,
+        val_share=val_share,
         on_nonfinite=on_nonfinite,
         scale=scale,
     )

@@ -76,6 +76,9 @@ class DatasetSettings(_Section):
     """Train on this many images (class-balanced) instead of all."""
     called: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
     """Of imagefolder: what your set is called; its files lie in a folder of that name."""
+    val_share: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Of imagefolder, where `root` is one folder of class folders: this share of each class is for testing, chosen by a
+    hash of CLASS/FILE, whatever the seed. None: the images lie in train/ and val/, or the files are written already."""
     resolution: Positive | None = None
     """Of imagenet and imagefolder, as all below: side of the images in training and evaluation; None is 224."""
     crop: Literal["random-resized", "resize256-crop224"] = "random-resized"
@@ -114,6 +117,8 @@ class DatasetSettings(_Section):
             )
         if self.called in DEFAULT_ARCH:
             raise ValueError(f"called={self.called!r} is another dataset's name; choose one of your own")
+        if self.val_share is not None and self.name != "imagefolder":
+            raise ValueError(f"val_share belongs to imagefolder; {self.name} has test images of its own: leave it out")
         for key in ("resolution", "crop", "order", "encoding", "threads"):
             if not self.of_any_size and getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"{key} belongs to {' and '.join(OF_ANY_SIZE)}; {self.name} has images of one size")

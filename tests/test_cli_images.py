@@ -66,6 +66,20 @@ def test_a_run_barriers_and_matching(root: Path, tmp_path: Path) -> None:
     assert trained["dataset_digest"] == metadata["dataset_digest"]
 
 
+def test_sources_of_class_folders_alone(root: Path, tmp_path: Path) -> None:
+    given = options(root)
+    given[given.index("two")] = "one"
+    arguments = [*given, "--data-root", root / "train", "--out", tmp_path / "run", "--sources", 1, "--heldout", 0]
+    assert "--val-share 0.1" in refused("train-sources", *arguments)
+    done = fastar("train-sources", *arguments, "--val-share", "0.25")
+    assert done.code == 0, done.err
+    counts = json.loads((root.parent / "betons" / "one" / "metadata.json").read_text())["counts"]
+    assert counts == {"train": 12, "test": 4}
+    assert fastar("train-sources", *arguments, "--val-share", "0.25").code == 0
+    other = refused("train-sources", *arguments[:-4], "--out", tmp_path / "other", "--val-share", "0.5")
+    assert "written with val-share=0.25, asked for val-share=0.5" in other
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -79,6 +93,8 @@ def test_a_run_barriers_and_matching(root: Path, tmp_path: Path) -> None:
         (["--dataset", "imagenet", "--data-root", "nowhere"], "nowhere: no such folder"),
         (["--dataset", "imagenet"], "holds no finished dataset; give the images with --data-root"),
         (["--dataset", "imagenet", "--data-root", ".", "model.widht=2"], "did you mean 'width'?"),
+        (["--dataset", "imagenet", "--val-share", "0.1"], "val_share belongs to imagefolder; imagenet has test images"),
+        (["--dataset", "imagefolder", "--name", "x", "--val-share", "1"], "dataset.val_share=1"),
         (["--dataset", "image-net"], "did you mean 'imagenet'?"),
     ],
 )

@@ -5,6 +5,8 @@ import json
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -69,6 +71,17 @@ def test_round_trip(tmp_path, monkeypatch, name, compiled):
     assert np.array_equal(np.concatenate(images), raw.images)
     assert np.array_equal(np.concatenate(labels), raw.labels)
     assert torch.get_num_threads() == threads
+
+
+def test_importing_ffcv_compiles_no_dictionary_and_changes_none():
+    """4 s in every process; `ffcv_names.plain_dict` has the reason why FFCV needs none."""
+    look = """
+import fastar.data, numba.typed
+from ffcv.fields.rgb_image import IMAGE_MODES
+print(type(IMAGE_MODES).__module__, dict(IMAGE_MODES), numba.typed.Dict.__module__)
+"""
+    done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True)
+    assert done.stdout == "builtins {'jpg': 0, 'raw': 1} numba.typed.typeddict\n"
 
 
 def test_torch_keeps_its_threads_through_a_read(tmp_path):

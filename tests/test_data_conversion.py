@@ -20,7 +20,7 @@ from PIL import Image
 
 from fastar.data import PRESETS, Encoding, StreamingDataset, images, open_images, prepare_images, streaming, writing
 from fastar.data.crops import random_boxes
-from fastar.data.imagefolder import ImageFolderSplit, class_names
+from fastar.data.imagefolder import ImageFolderSplit, class_names, count_images, find_images, split_class
 from fastar.data.registry import IMAGENET_MEAN, IMAGENET_STD
 from fastar.data.sampling import draw, file_order, paged_order
 from fastar.errors import FastarError
@@ -214,6 +214,68 @@ def test_predictions_come_near(root: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert 0.85 * written < predicted < 1.15 * written + 40, (predicted, written)
 
 
+@pytest.fixture
+def classes(tmp_path: Path) -> Path:
+    """Class folders and nothing else: 10 and 5 images, each of its own grey."""
+    for name, count in (("a", 10), ("b", 5)):
+        for number in range(count):
+            path = tmp_path / "classes" / name / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (20 + number, 20), (25 * number, 7, 30 if name == "a" else 60)).save(path)
+    return tmp_path / "classes"
+
+
+def test_class_folders_alone_are_split_by_a_share_of_each_class(classes: Path, tmp_path: Path) -> None:
+    splits = find_images(classes, val_share=0.2)
+    train, test = ({split.where(n) for n in range(len(split))} for split in (splits["train"], splits["test"]))
+    assert not train & test
+    assert train | test == {str(path) for path in classes.rglob("*.png")}
+    assert np.bincount(splits["test"].labels).tolist() == [2, 1]
+    assert np.bincount(splits["train"].labels).tolist() == [8, 4]
+    assert {split.classes for split in splits.values()} == {("a", "b")}
+    assert count_images(classes, val_share=0.2) == (12, 3, 2)
+    digests = {name: split.digest for name, split in splits.items()}
+    # A hash of the names alone: elsewhere, and below train/, it is the same split; and not the first files.
+    moved = tmp_path / "elsewhere" / "train"
+    moved.parent.mkdir()
+    classes.rename(moved)
+    again = find_images(moved.parent, val_share=0.2)
+    assert {name: split.digest for name, split in again.items()} == digests
+    assert test != {str(classes / name) for name in ("a/0.png", "a/1.png", "b/0.png")}
+    paths = [Path(f"c/{n}") for n in range(100)]
+    chosen = split_class(paths, 0.3)
+    assert chosen == [path for path in paths if path in set(split_class(paths[::-1], 0.3))]
+    assert set(split_class(paths, 0.1)) < set(chosen)
+
+
+def test_an_other_share_is_not_reused_in_silence(classes: Path) -> None:
+    files = prepared(classes, val_share=0.2)
+    assert (files.count("train"), files.count("test"), files.val_share) == (12, 3, 0.2)
+    assert json.loads((files.folder / "metadata.json").read_text())["settings"]["val_share"] == 0.2
+    assert prepared(classes, val_share=0.2).digest == files.digest
+    for root in (classes, None):  # as it was written, where nothing is asked for
+        assert prepare_images("set", data_root=root, directory=classes.parent / "out").digest == files.digest
+        with pytest.raises(FastarError, match=r"set: written with val-share=0\.2, asked for val-share=0\.4; delete"):
+            prepare_images("set", data_root=root, directory=classes.parent / "out", val_share=0.4)
+
+
+def test_a_share_where_there_is_none_to_take_is_refused(classes: Path, root: Path) -> None:
+    with pytest.raises(FastarError, match=r"classes: has no train/ folder; .*--val-share 0\.1$"):
+        prepared(classes)
+    with pytest.raises(FastarError, match=r"val: holds test images already; leave out --val-share"):
+        prepared(root, val_share=0.1)
+    (root / "val").rename(root.parent / "val")
+    with pytest.raises(FastarError, match=r"has neither val/ nor test/ .*--val-share 0\.1$"):
+        prepared(root)
+    assert prepared(root, val_share=0.01).count("test") == 3  # one of each class at least
+    (root / "train" / "c9").mkdir()
+    Image.new("RGB", (9, 9)).save(root / "train" / "c9" / "one.png")
+    with pytest.raises(FastarError, match=r"c9: holds one image, and needs one for training and one for testing"):
+        prepared(root, "other", val_share=0.5)
+    with pytest.raises(FastarError, match=r"val-share=1 must be above 0 and below 1"):
+        prepared(root, "other", val_share=1)
+
+
 def convert_slowly(root: Path) -> None:
     original = ImageFolderSplit.__getitem__
 
@@ -267,5 +329,5 @@ def test_presets_and_metadata(root: Path) -> None:
     with pytest.raises(FastarError, match="written with shuffled=True, asked for shuffled=False"):
         prepared(root, encoding=None, shuffled=False)
     metadata = json.loads((files.folder / "metadata.json").read_text())
-    assert metadata["settings"] == {"limit": None, "on_error": "stop"}
+    assert metadata["settings"] == {"limit": None, "on_error": "stop", "val_share": None}
     assert metadata["skipped"] == {"train": [], "test": []}

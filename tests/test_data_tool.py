@@ -154,7 +154,11 @@ def folders(tmp_path):
 def test_images_of_any_size(tool, folders, tmp_path, capsys):
     arguments = ["--dataset", "imagefolder", "--name", "mine", "--source", str(folders), "--out", str(tmp_path / "out")]
     assert tool.main(arguments) == 2
-    assert "val/c1/1.JPEG: cannot be read as an image" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "val/c1/1.JPEG: cannot be read as an image" in said
+    assert said.endswith(
+        "; replace or remove it, or leave such images out: python tools/write_ffcv.py --on-error skip\n"
+    )
     asked = ["--preset", "rn18", "--jpeg-quality", "80", "--max-resolution", "0", "--order", "sorted"]
     assert tool.main([*arguments, *asked, "--on-error", "skip"]) == 0
     captured = capsys.readouterr()
@@ -168,6 +172,18 @@ def test_images_of_any_size(tool, folders, tmp_path, capsys):
     assert not files.shuffled
     assert tool.main(arguments) == 0  # what is there will do where nothing else is asked for
     assert tool.main([*arguments, "--preset", "rn18"]) == 2
+
+
+def test_class_folders_alone(tool, folders, tmp_path, capsys):
+    out = tmp_path / "out"
+    source = folders / "train"
+    arguments = ["--dataset", "imagefolder", "--name", "mine", "--source", str(source), "--out", str(out)]
+    assert tool.main(arguments) == 2
+    assert "--val-share 0.1" in capsys.readouterr().err
+    assert tool.main([*arguments, "--val-share", "0.4"]) == 0
+    assert "out/mine: train 4, test 2; digest " in capsys.readouterr().out
+    assert tool.main([*arguments, "--val-share", "0.1"]) == 2
+    assert "written with val-share=0.4, asked for val-share=0.1" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -185,6 +201,9 @@ def test_images_of_any_size(tool, folders, tmp_path, capsys):
         (["--dataset", "imagenet", "--compress-probability", "2"], "compress-probability=2.0 must be"),
         (["--dataset", "imagenet", "--max-resolution", "-3"], "max-resolution=-3 must be"),
         (["--dataset", "imagenet", "--limit", "0"], "limit=0 must be"),
+        (["--dataset", "imagenet", "--val-share", "0.1"], "--val-share belongs to imagefolder"),
+        (["--dataset", "digits", "--val-share", "0.1"], "--val-share belongs to"),
+        (["--dataset", "imagefolder", "--name", "x", "--val-share", "1"], "val-share=1.0 must be above 0 and below 1"),
     ],
 )
 def test_errors_about_images_are_one_line(tool, tmp_path, capsys, arguments, message):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cli_cases import fastar, tiny
@@ -103,22 +104,22 @@ def test_going_back_restores_the_very_numbers(name: str, count: int, symmetries:
     (start,) = _starts(symmetry, None, count)
     descent = Descent(problem, data, start.permutations, "auto", None)
     descent.run(lambda sweep: range(len(symmetry.families)), 100)
-    before = {n: t.clone() for n, t in descent.data.items()}
-    mark, value = descent.mark(), descent.objective(0)
-    random = symmetry.random(5)
+    before = {n: t.clone() for n, t in descent.sources.data.items()}
+    mark, (values, _) = descent.mark(), descent.sources.objectives()
+    random = symmetry.random(5, count=count)
     for f, family in enumerate(symmetry.families):
         for g in family:
             descent.score(g)
-        descent.force(f, 0, tuple(random[symmetry.groups[g].name].numpy() for g in family))
-    assert descent.objective(0)[0] < value[0]
-    descent.go_back(mark, 0)
-    assert descent.objective(0) == value
-    assert all(torch.equal(descent.data[n], t) for n, t in before.items())
+        descent.force(f, tuple(random[symmetry.groups[g].name].numpy() for g in family))
+    assert (descent.sources.objectives()[0] < values).all()
+    descent.go_back(mark, np.arange(count))
+    assert descent.sources.objectives()[0].tolist() == values.tolist()
+    assert all(torch.equal(descent.sources.data[n], t) for n, t in before.items())
     for g in range(len(symmetry.groups)):
         # Restored, not computed again: to the rounding of the corrections before the mark.
         fresh = descent._full_score(g)
         torch.testing.assert_close(descent.score(g), fresh, rtol=1e-4, atol=1e-5 * float(fresh.abs().max()))
-        assert not descent.unsolved[g][0]
+        assert not descent.unsolved[g].any()
 
 
 # Activations

@@ -185,10 +185,11 @@ def test_every_step_raises_the_objective(name: str, monkeypatch: pytest.MonkeyPa
     history: list[list[float]] = [[objective(symmetry, theta, state)] for state in states]
     taken = Descent.taken
 
-    def record(self: Descent, f: int, n: int, answers: tuple[np.ndarray, ...]) -> None:
-        taken(self, f, n, answers)
-        index = {g.name: torch.from_numpy(p[n]) for g, p in zip(symmetry.groups, self.permutations, strict=True)}
-        history[n].append(objective(symmetry, theta, symmetry.apply(Permutations(index), states[n])))
+    def record(self: Descent, f: int, numbers: np.ndarray, answers: tuple[np.ndarray, ...]) -> None:
+        taken(self, f, numbers, answers)
+        for n in numbers:
+            index = {g.name: torch.from_numpy(p[n]) for g, p in zip(symmetry.groups, self.permutations, strict=True)}
+            history[n].append(objective(symmetry, theta, symmetry.apply(Permutations(index), states[n])))
 
     monkeypatch.setattr(Descent, "taken", record)
     result = match_weights(symmetry, theta, stacked(symmetry, states), chunk=3, start=symmetry.identity())
@@ -216,19 +217,26 @@ def test_scores_kept_up_to_date_equal_fresh_ones_and_going_back_restores(name: s
             torch.testing.assert_close(descent.score(g), fresh, rtol=1e-4, atol=1e-5 * float(fresh.abs().max()) + 1e-9)
 
     check_scores()
-    before, mark = {n: t.clone() for n, t in descent.data.items()}, descent.mark()
-    random = symmetry.random(5)
+    before, mark = {n: t.clone() for n, t in descent.sources.data.items()}, descent.mark()
+    random = symmetry.random(5, count=2)
     for f, family in enumerate(symmetry.families):
         for g in family:
             descent.score(g)
-        descent.force(f, 0, tuple(random[symmetry.groups[g].name].numpy() for g in family))
+        descent.force(f, tuple(random[symmetry.groups[g].name].numpy() for g in family))
     check_scores()
     symmetry.check(
         Permutations({g.name: torch.from_numpy(p) for g, p in zip(symmetry.groups, descent.permutations, strict=True)})
     )
-    assert any(not torch.equal(descent.data[n], t) for n, t in before.items())
-    descent.go_back(mark, 0)
-    assert all(torch.equal(descent.data[n], t) for n, t in before.items())
+    now = {n: t.clone() for n, t in descent.sources.data.items()}
+    assert all(any(not torch.equal(now[n][k], t[k]) for n, t in before.items()) for k in range(2))
+    descent.go_back(mark, np.array([1]))
+    assert all(
+        torch.equal(t[0], now[n][0]) and torch.equal(t[1], before[n][1]) for n, t in descent.sources.data.items()
+    )
+    check_scores()
+    descent.go_back(mark, np.array([0]))
+    assert all(torch.equal(descent.sources.data[n], t) for n, t in before.items())
+    check_scores()
 
 
 class Tiny(nn.Module):

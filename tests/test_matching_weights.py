@@ -94,12 +94,13 @@ def test_every_step_raises_the_objective(
     history: dict[int, list[float]] = {n: [] for n in range(len(states))}
     taken = Descent.taken
 
-    def record(self: Descent, f: int, n: int, answers: Any) -> None:
-        taken(self, f, n, answers)
-        index = {
-            group.name: torch.from_numpy(p[n]) for group, p in zip(symmetry.groups, self.permutations, strict=True)
-        }
-        history[n].append(objective(symmetry, theta, symmetry.apply(Permutations(index), states[n])))
+    def record(self: Descent, f: int, numbers: Any, answers: Any) -> None:
+        taken(self, f, numbers, answers)
+        for n in numbers:
+            index = {
+                group.name: torch.from_numpy(p[n]) for group, p in zip(symmetry.groups, self.permutations, strict=True)
+            }
+            history[n].append(objective(symmetry, theta, symmetry.apply(Permutations(index), states[n])))
 
     monkeypatch.setattr(Descent, "taken", record)
     sources = stacked(symmetry, states)

@@ -20,7 +20,7 @@ from fastar.config import load_settings
 from fastar.errors import FastarError
 from fastar.experiments.context import Context
 from fastar.experiments.plan import Plan, check_fits, make_plan
-from fastar.matching import Symmetry, derive_symmetry, match_weights, working_bytes
+from fastar.matching import Group, Member, Symmetry, derive_symmetry, match_weights, working_bytes
 from fastar.models import build_model
 from fastar.runs import RunFolder
 from fastar.training.footprint import Footprint, LiveBytes, evaluation_footprint, training_footprint
@@ -241,12 +241,14 @@ def test_plan_on_the_command_line(tmp_path: Path) -> None:
 
 
 def test_memory_of_matching() -> None:
-    one = 400 + 8 * (10**2 + 5**2)  # the parameters as permuted so far; two tables of each group in float32
-    assert working_bytes(400, [10, 5], 50, 10**9, gpu=True, threads=2) == 2 * 400 + 50 * one
-    assert working_bytes(400, [10, 5], 1, 10**9, gpu=True, threads=2) == 400 + one
-    free = 4 * (400 + 3 * one)
-    assert working_bytes(400, [10, 5], 50, free, gpu=True, threads=2) == free // 2  # two chunks of three
-    assert working_bytes(400, [10, 5], 50, 0, gpu=False, threads=2) == 2 * (400 + one)
+    members = (Member("a", 0), Member("b", 1))
+    groups = Symmetry((Group("hidden", 10, members),), {"a": (10, 3), "b": (4, 10), "c": (4, 10)}, tied={"c": "b"})
+    one = 4 * (30 + 40) + 2 * 4 * 40 + 8 * 10**2  # as permuted so far; what a step holds; two tables in float32
+    assert working_bytes(groups, 50, 10**9, gpu=True, threads=2) == 50 * one
+    assert working_bytes(groups, 1, 10**9, gpu=True, threads=2) == one
+    assert working_bytes(groups, 50, 4 * 3 * one, gpu=True, threads=2) == 2 * 3 * one  # two chunks of three: half
+    assert working_bytes(groups, 50, 0, gpu=True, threads=2) == 2 * one
+    assert working_bytes(groups, 50, 0, gpu=False, threads=3) == 3 * one
 
 
 @pytest.mark.parametrize("count", [1, 4])
@@ -257,14 +259,10 @@ def test_memory_of_matching_is_what_is_taken(count: int) -> None:
     groups, theta = symmetry(WIDTH), {name: value.detach() for name, value in state(0).items()}
     rows = [state(1 + n) for n in range(count)]
     sources = {name: torch.stack([row[name] for row in rows]) for name in groups.parameters}
-    bytes_of_one = 4 * sum(value[0].numel() for value in sources.values())
     with LiveBytes() as live:
         match_weights(groups, theta, sources, chunk=count, threads=1)
     # As one chunk: what a GPU's lane takes with so many.
-    taken = bytes_of_one + count * working_bytes(
-        bytes_of_one, [g.size for g in groups.groups], 1, 0, gpu=False, threads=1
-    )
-    planned = taken - count * bytes_of_one
+    planned = count * working_bytes(groups, 1, 0, gpu=False, threads=1)
     assert live.peak == pytest.approx(planned, rel=0.2)  # which parts a step moves differs from source to source
 
 

@@ -151,6 +151,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--millions", type=int, nargs="+", default=[11, 100], help="parameters, in millions")
     parser.add_argument("--rounds", type=int, default=30, help="measurements of each case")
+    parser.add_argument("--repeats", type=int, help="calls in one measurement (30 on a GPU, 1 elsewhere)")
     parser.add_argument("--sweep", action="store_true", help="the kernels' block sizes and warps instead (Triton)")
     arguments = parser.parse_args()
     if arguments.rounds < 2 or min(arguments.millions) < 1:
@@ -160,7 +161,7 @@ def main() -> None:
         parser.error("--sweep is of the Triton kernels, which do not run here (`fastar doctor` says why)")
     for millions in arguments.millions:
         numel = millions * 1_000_000 // 16 * 16
-        repeats = 30 if device.type == "cuda" else 1
+        repeats = arguments.repeats or (30 if device.type == "cuda" else 1)
         sets = buffer_sets(numel, device)
         if arguments.sweep:
             cases = swept(sets, numel, repeats, device)

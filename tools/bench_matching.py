@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastar.benchmarks import failing_alone, gpu_work, matching_threads, where
+from fastar.benchmarks import failing_alone, gpu_work, matching_threads, profiler_sees_gpu, where
 from fastar.errors import FastarError
 from fastar.experiments.context import resolve_device
 from fastar.flat import FlatLayout
@@ -226,7 +226,7 @@ def bench(args: argparse.Namespace) -> None:
         more: dict[str, Any] = {"moved_by": fastar.moved_by} if name.endswith("moved") else {}
         more |= {"sweeps_mean": float(last.sweeps.double().mean()), "solves": last.solves}
         report(case=f"fastar {name}", **summary(seconds[name]), **more)
-    if device.type == "cuda":
+    if device.type == "cuda" and profiler_sees_gpu():
         for name, way in fastar.ways.items():
             with failing_alone("matching", f"work {name}", device):
                 report(case=f"work {name}", **gpu_work(way, device))

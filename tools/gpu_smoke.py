@@ -26,7 +26,7 @@ from fastar.kernels import NextPoint, adam_update, backend, find_nonfinite, inte
 from torch import Tensor
 
 import fastar
-from fastar.benchmarks import Problem, failing_alone, matching_threads, where
+from fastar.benchmarks import Problem, failing_alone, matching_threads, profiler_sees_gpu, where
 from fastar.config import TrainSettings, parse_bytes
 from fastar.data import Encoding, StreamingDataset, prepare_images
 from fastar.data.stand_in import make_images
@@ -106,6 +106,8 @@ def steps(kind: str, **changes: Any) -> Callable[[Problem], Facts]:
     """Some steps, which lose about what the same steps do eagerly."""
 
     def item(problem: Problem) -> Facts:
+        if changes.get("compile") and problem.device.type == "cuda" and torch.cuda.get_device_name() == "simulated":
+            raise CannotRun("nothing is compiled for the simulated GPU")
         losses = run_steps(problem, kind, **changes)
         eager = {key: value for key, value in changes.items() if key not in ("graph", "compile")}
         alike(losses, run_steps(problem, kind, **eager), "of eager steps")
@@ -192,18 +194,23 @@ def memory_cap(problem: Problem) -> Facts:
     whole, cap = torch.cuda.mem_get_info(device)[1], parse_bytes("2GB")
     torch.cuda.empty_cache()
     cap_gpu(device, cap)
+    held = []
     try:
-        torch.empty(cap, dtype=torch.uint8, device=device)
-        torch.empty(cap // 2, dtype=torch.uint8, device=device)
+        for _ in range(3):
+            held.append(torch.empty(cap // 2, dtype=torch.uint8, device=device))
     except torch.OutOfMemoryError:
-        return {"peak_bytes": peak_bytes(device)}
+        return {"peak_bytes": peak_bytes(device), "allocated": len(held)}
     finally:
+        held.clear()
+        torch.cuda.empty_cache()
         cap_gpu(device, whole)
     raise FastarError("3 GB could be allocated under a cap of 2 GB")
 
 
 def profiles(problem: Problem) -> Facts:
     """Steps under torch's profiler, with a trace (and on a GPU a memory snapshot)."""
+    if problem.device.type == "cuda" and not profiler_sees_gpu():
+        raise CannotRun("torch's profiler sees no GPU here")
     run = problem.endless(problem.star_step())
     run()
     with tempfile.TemporaryDirectory() as folder:

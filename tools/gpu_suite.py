@@ -72,7 +72,7 @@ SMALL_STEP = f"{SMALL} --rounds 2 --repeats 2"
 PARTS = (
     _tool("gpu_smoke", 110, "", "--small"),
     _tool("bench_step", 70, f"{STEP} --modes eager graph", f"{SMALL_STEP} --modes eager graph"),
-    _tool("bench_kernels", 45, "--millions 11 100", "--millions 1 --rounds 2"),
+    _tool("bench_kernels", 45, "--millions 11 100", "--millions 1 --rounds 2 --repeats 2"),
     _tool(
         "bench_matching",
         120,
@@ -100,7 +100,9 @@ PARTS = (
         label="bench_step_compiled",
     ),
     _tool("bench_barrier", 60, "--images 600", "--images 20 --size 16 --batch 8 --workers 2"),
-    _tool("bench_kernels", 50, "--sweep --rounds 10", "--millions 1 --rounds 2", label="bench_kernels_sweep"),
+    _tool(
+        "bench_kernels", 50, "--sweep --rounds 10", "--millions 1 --rounds 2 --repeats 2", label="bench_kernels_sweep"
+    ),
     _tool(
         "bench_step",
         45,

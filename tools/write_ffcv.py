@@ -69,11 +69,12 @@ EXAMPLES = """examples:
   python tools/write_ffcv.py --dataset cifar10 --source FOLDER --out betons --workers 4 --limit 10000
   python tools/write_ffcv.py --dataset imagenet --source ARCHIVES --out betons --workers 16 --preset rn18
   python tools/write_ffcv.py --dataset imagefolder --name flowers --source FOLDER --out betons --on-error skip
+  python tools/write_ffcv.py --dataset imagefolder --name flowers --source CLASSES --out betons --val-share 0.1
 
 FOLDER may hold CIFAR python pickles, CIFAR binary files or their archives, IDX files (plain or gzipped), or
 train/CLASS/*.jpg and test/CLASS/*.jpg. For imagenet and imagefolder it holds train/CLASS/*.JPEG and val/CLASS/*.JPEG;
 ARCHIVES holds ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, which are read where
-they lie. What is already written and matches is kept; what differs is refused.
+they lie. CLASSES holds CLASS/*.jpg alone. What is already written and matches is kept; what differs is refused.
 """
 
 MEANINGS = {
@@ -114,6 +115,13 @@ def parser() -> argparse.ArgumentParser:
         help="an image that cannot be used: stop with its path (default), or leave it out and list it in the metadata",
     )
     images.add_argument(
+        "--val-share",
+        type=float,
+        metavar="SHARE",
+        help="of imagefolder, where DIR holds class folders and no train/ and val/: this share of each class is for "
+        "testing, chosen by a hash of CLASS/FILE, such as 0.1",
+    )
+    images.add_argument(
         "--order",
         choices=("shuffled", "sorted"),
         help="of the images in the file: shuffled (default; needed by dataset.order=pages), or sorted by class, which "
@@ -146,6 +154,8 @@ def convert(options: argparse.Namespace, progress: Progress) -> Files:
             raise FastarError(
                 f"--name {options.name}: is another dataset's, or not a plain name; choose one of your own"
             )
+        if options.val_share is not None and options.dataset != "imagefolder":
+            raise FastarError("--val-share belongs to imagefolder; leave it out")
         return prepare_images(
             options.name or options.dataset,
             data_root=options.source,
@@ -155,9 +165,19 @@ def convert(options: argparse.Namespace, progress: Progress) -> Files:
             limit=options.limit,
             shuffled=None if options.order is None else options.order == "shuffled",
             on_error=options.on_error or "stop",
+            val_share=options.val_share,
             progress=progress,
         )
-    for key in ("name", "preset", "max_resolution", "compress_probability", "jpeg_quality", "on_error", "order"):
+    for key in (
+        "name",
+        "preset",
+        "max_resolution",
+        "compress_probability",
+        "jpeg_quality",
+        "on_error",
+        "order",
+        "val_share",
+    ):
         if getattr(options, key) is not None:
             raise FastarError(f"--{key.replace('_', '-')} belongs to {' and '.join(OF_ANY_SIZE)}; leave it out")
     return prepare(

@@ -3,7 +3,8 @@
 from fastar.data.dataset import Batch, Dataset
 from fastar.data.device import DeviceDataset, load
 from fastar.data.files import DatasetFiles, open_files, prepare
-from fastar.data.finished import Files
+from fastar.data.finished import Files, is_finished
+from fastar.data.imagefolder import count_images
 from fastar.data.images import ImageFiles, open_images, prepare_images
 from fastar.data.registry import DATASETS, Augmentation, DatasetSpec, dataset_spec
 from fastar.data.streaming import StreamingDataset
@@ -22,7 +23,9 @@ __all__ = [
     "Files",
     "ImageFiles",
     "StreamingDataset",
+    "count_images",
     "dataset_spec",
+    "is_finished",
     "load",
     "open_files",
     "open_images",

@@ -22,8 +22,25 @@ def torch_threads_kept() -> Iterator[None]:
         torch.set_num_threads(threads)
 
 
-with torch_threads_kept():
+@contextmanager
+def plain_dict() -> Iterator[None]:
+    """Inside, numba's typed dictionary is Python's own.
+
+    FFCV makes one when it is imported (`IMAGE_MODES`, the numbers of "jpg" and "raw"), and making one compiles for 4 s
+    in every process. Only plain Python looks anything up in it: the loops that FFCV compiles are given the numbers.
+    """
+    import numba.typed
+
+    typed = numba.typed.Dict
+    numba.typed.Dict = dict
     try:
+        yield
+    finally:
+        numba.typed.Dict = typed
+
+
+try:
+    with torch_threads_kept(), plain_dict():
         import cv2
         import ffcv.loader.epoch_iterator
         from ffcv.fields import IntField, NDArrayField, RGBImageField
@@ -43,8 +60,8 @@ with torch_threads_kept():
             get_metadata_type,
         )
         from ffcv.writer import handle_sample
-    except ImportError as error:
-        raise FastarError(f"FFCV cannot be imported ({error}); run `make install` or see `fastar doctor`") from error
+except ImportError as error:
+    raise FastarError(f"FFCV cannot be imported ({error}); run `make install` or see `fastar doctor`") from error
 
 FFCV_VERSION = version("ffcv")
 

@@ -19,7 +19,7 @@ from fastar.data.finished import (
     refuse_foreign,
 )
 from fastar.data.imagefolder import find_images
-from fastar.data.raw import RawSplit
+from fastar.data.raw import RawSplit, UnusableImage
 from fastar.data.registry import IMAGENET_MEAN, IMAGENET_STD
 from fastar.data.sampling import balanced_subset, file_order
 from fastar.data.varied import Encoding, VariedLayout, verify_varied
@@ -60,6 +60,11 @@ class ImageFiles(Files):
         """The images of each split that could not be used: path and reason."""
         return self.metadata["skipped"]
 
+    @property
+    def val_share(self) -> float | None:
+        """The share of each class that was taken for testing from one folder; None: the raw data had both splits."""
+        return self.metadata["settings"].get("val_share")
+
     def layout(self, split: str) -> VariedLayout:
         return VariedLayout(self.count(split), len(self.classes), self.encoding)
 
@@ -74,12 +79,13 @@ def prepare_images(
     limit: int | None = None,
     shuffled: bool | None = None,
     on_error: OnError = "stop",
+    val_share: float | None = None,
     progress: Progress = SILENT,
 ) -> ImageFiles:
     """The files `directory`/`name`/{train,test}.beton, written from `data_root` if they are not there yet.
 
-    What is there is reused where it is whole and was written with the same encoding and order (None: whatever it has,
-    or the default) and limit and, where `data_root` is given, from files of the same names and sizes; otherwise
+    What is there is reused where it is whole and was written with the same encoding, order and share (None: whatever it
+    has, or the default) and limit and, where `data_root` is given, from files of the same names and sizes; otherwise
     FastarError names the difference. Two processes may call this at once: the second waits. Nothing unfinished is left
     behind.
 
@@ -94,25 +100,36 @@ def prepare_images(
             keeps the raw order, by class, which slow disks read faster.
         on_error: what to do with an image that cannot be used: stop with its path, or skip it and list it in the
             metadata.
+        val_share: of each class, for testing, where `data_root` is one folder of class folders (see `split_class`).
         progress: told of everything that takes long.
     """
     if workers < 1:
         raise FastarError(f"workers={workers} must be at least 1")
     if limit is not None and limit < 1:
         raise FastarError(f"limit={limit} must be at least 1")
+    if val_share is not None and not 0 < val_share < 1:
+        raise FastarError(f"val-share={val_share} must be above 0 and below 1, such as 0.1")
     folder = Path(directory) / name
-    splits = find_images(Path(data_root), progress) if data_root is not None else None
+    if data_root is not None and val_share is None and is_finished(folder):  # split as it was
+        val_share = open_images(folder).val_share
+    splits = find_images(Path(data_root), progress, val_share=val_share) if data_root is not None else None
     if is_finished(folder):
-        return _reuse(folder, splits, encoding, limit, shuffled)
+        return _reuse(folder, splits, encoding, limit, shuffled, val_share)
     if splits is None:
         raise FastarError(f"{folder}: holds no finished dataset; give the images with --data-root")
     with locked_folder(folder):
         if is_finished(folder):
-            return _reuse(folder, splits, encoding, limit, shuffled)
+            return _reuse(folder, splits, encoding, limit, shuffled, val_share)
         refuse_foreign(folder)
-        return _write(
-            folder, name, splits, encoding or Encoding(), workers, limit, shuffled is not False, on_error, progress
-        )
+        settings = {"limit": limit, "on_error": on_error, "val_share": val_share}
+        try:
+            return _write(
+                folder, name, splits, encoding or Encoding(), workers, shuffled is not False, settings, progress
+            )
+        except UnusableImage as error:
+            raise FastarError(
+                f"{error}, or leave such images out: python tools/write_ffcv.py --on-error skip"
+            ) from error
 
 
 def open_images(folder: Path) -> ImageFiles:
@@ -126,6 +143,7 @@ def _reuse(
     encoding: Encoding | None,
     limit: int | None,
     shuffled: bool | None,
+    val_share: float | None,
 ) -> ImageFiles:
     files = open_images(folder)
     advice = "delete the folder or use another directory"
@@ -133,6 +151,7 @@ def _reuse(
         ("encoding", files.encoding, encoding),
         ("limit", files.metadata["settings"]["limit"], limit),
         ("shuffled", files.shuffled, shuffled),
+        ("val-share", files.val_share, val_share),
     ):
         if have != asked and (asked is not None or what == "limit"):
             raise FastarError(f"{folder}: written with {what}={have}, asked for {what}={asked}; {advice}")
@@ -147,20 +166,18 @@ def _write(
     splits: dict[str, RawSplit],
     encoding: Encoding,
     workers: int,
-    limit: int | None,
     shuffled: bool,
-    on_error: OnError,
+    settings: dict[str, Any],
     progress: Progress,
 ) -> ImageFiles:
     # Imported here: reading finished files needs none of it.
     from fastar.data.writing import predicted_bytes, write_beton
 
-    chosen = {split: _chosen(split, raw, limit, shuffled) for split, raw in splits.items()}
+    skip = settings["on_error"] == "skip"
+    chosen = {split: _chosen(split, raw, settings["limit"], shuffled) for split, raw in splits.items()}
     layouts = {s: VariedLayout(len(chosen[s]), len(raw.classes), encoding) for s, raw in splits.items()}
     # Both splits before the first is begun: hours lie between their beginnings.
-    predicted = sum(
-        predicted_bytes(layouts[s], raw, chosen[s], workers, skip=on_error == "skip") for s, raw in splits.items()
-    )
+    predicted = sum(predicted_bytes(layouts[s], raw, chosen[s], workers, skip=skip) for s, raw in splits.items())
     free = shutil.disk_usage(folder).free
     needs = f"{sum(map(len, chosen.values())):,} images need about {size_text(predicted)}"
     if predicted > free:
@@ -177,7 +194,7 @@ def _write(
             chosen[split],
             layouts[split],
             workers=workers,
-            skip=on_error == "skip",
+            skip=skip,
             description=f"writing {name} {split}",
             **more,
         )
@@ -199,7 +216,7 @@ def _write(
         "encoding": asdict(encoding),
         "shuffled": shuffled,
         "skipped": skipped,
-        "settings": {"limit": limit, "on_error": on_error},
+        "settings": settings,
         "source": {split: raw.digest for split, raw in splits.items()},
         "content": content,
         "versions": {"fastar": __version__, **{p: version(p) for p in ("ffcv", "numpy", "pillow")}},

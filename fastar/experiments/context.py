@@ -96,7 +96,8 @@ class Context:
         if self.known is None:  # a conversion takes hours: what is wrong with the network is said before
             build_model(self.settings.model.arch, input_shape=self.image, classes=2, **self.settings.model.options)
         encoding = data.PRESETS[chosen.encoding] if chosen.encoding is not None else None
-        return data.prepare_images(chosen.label, data_root=root, directory=directory, encoding=encoding, **more)
+        more |= {"encoding": encoding, "val_share": chosen.val_share}
+        return data.prepare_images(chosen.label, data_root=root, directory=directory, **more)
 
     @property
     def image(self) -> tuple[int, int, int]:

@@ -239,8 +239,7 @@ def make_plan(
     part_rows = 0 if stored == "device" else part * row
     left = max(free - sum(i.bytes for i in items if i.phase == "matching") - part_rows, 0)
     items.append(Item(place, f"matching: {part} sources at a time", part_rows, "matching"))
-    groups = [group.size for group in context.symmetry.groups]
-    working = working_bytes(row, groups, part, left, gpu=on_gpu, threads=settings.workers)
+    working = working_bytes(context.symmetry, part, left, gpu=on_gpu, threads=settings.workers)
     items.append(Item(place, "matching: copies and scores", working, "matching"))
     evaluated = evaluated_models(context)
     rows = min(evaluated, max(1, resident_limit(free) // row))

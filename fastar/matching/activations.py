@@ -170,7 +170,7 @@ def _table(
 
 def _per_unit(rows: Tensor, member: Member, size: int) -> Tensor:
     """[samples, channels] as [samples, size]; channels of one unit become samples of it."""
-    positions = member.positions(torch.arange(size, device=rows.device), size)
+    positions = torch.from_numpy(member.positions(np.arange(size), size)).to(rows.device)
     picked = rows[:, positions].unflatten(1, (member.outer, size, member.inner))
     return picked.movedim(2, -1).flatten(0, 2)
 

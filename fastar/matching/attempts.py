@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,11 +75,11 @@ def best_ends(
     solves = 0
     for order, start in itertools.product(range(attempts.orders), starts):
         descent = Descent(problem, data, start.permutations, attempts.solver, pool)
-        first = [one.first for one in best] or [descent.objective(n)[0] for n in range(descent.count)]
+        first = [one.first for one in best] or descent.sources.objectives()[0].tolist()
         if start.guess:
             align_backward(descent)
         descent.run(_order(len(problem.families), attempts.seed, order), attempts.max_sweeps)
-        ends = [_outcome(descent, n, first[n]) for n in range(descent.count)]
+        ends = _outcomes(descent, first)
         best = [old if old.objective >= new.objective else new for old, new in zip(best or ends, ends, strict=True)]
         solves += descent.solves
     if attempts.kicks:
@@ -88,22 +88,29 @@ def best_ends(
             descent = Descent(problem, data, indices, attempts.solver, pool)
         before = descent.solves
         kept = polish(descent, attempts.kicks, attempts.seed, attempts.max_sweeps)
-        best = [_outcome(descent, n, one.first, one.sweeps, kept[n]) for n, one in enumerate(best)]
+        ends = _outcomes(descent, [one.first for one in best])
+        best = [
+            replace(end, sweeps=one.sweeps, kicks_kept=kicks) for one, end, kicks in zip(best, ends, kept, strict=True)
+        ]
         solves += descent.solves - before
     return best, solves
 
 
-def _outcome(descent: Descent, n: int, first: float, sweeps: int | None = None, kept: int = 0) -> Outcome:
-    total, weights = descent.objective(n)
-    return Outcome(
-        permutations=[index[n].copy() for index in descent.permutations],
-        objective=total,
-        objective_weights=weights,
-        first=first,
-        sweeps=descent.sweeps[n] if sweeps is None else sweeps,
-        converged=not any(flags[n] for flags in descent.unsolved),
-        kicks_kept=kept,
-    )
+def _outcomes(descent: Descent, first: Sequence[float]) -> list[Outcome]:
+    """Where each source has ended; `first`: the objectives that they began with."""
+    totals, weights = descent.sources.objectives()
+    return [
+        Outcome(
+            permutations=[index[n].copy() for index in descent.permutations],
+            objective=float(totals[n]),
+            objective_weights=float(weights[n]),
+            first=first[n],
+            sweeps=int(descent.sweeps[n]),
+            converged=not descent.unsolved[:, n].any(),
+            kicks_kept=0,
+        )
+        for n in range(descent.count)
+    ]
 
 
 def _order(families: int, seed: int, attempt: int) -> OrderOfSweep:

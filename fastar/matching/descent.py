@@ -5,15 +5,16 @@ permutation: sum_i S_g[i, perm[i]], where S_g[i, j] is the inner product of what
 permuted source own. Groups that are permuted together (a parent and its children) are one step; a group without a
 parent is a family by itself.
 
-What makes it fast: the source is kept permuted; S_g stays in memory and, when a neighbouring group moves k of its n
+What makes it fast: the sources are kept permuted; S_g stays in memory and, when a neighbouring group moves k of its n
 units, is corrected by a product over those k units only; a group whose S_g did not change since it was solved is not
-solved again.
+solved again. All sources of a chunk that a visit to a family moves are moved together, so that a GPU is given as many
+operations for all of them as for one; decisions are the host's, from one or two small copies a visit.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -23,23 +24,28 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastar.matching.assignment import Solver
-from fastar.matching.families import Answers, solve_family
-from fastar.matching.layout import add_products, dot
+from fastar.matching.families import Answers
+from fastar.matching.layout import add_products
+from fastar.matching.permuted import Change, PermutedSources, gains
 from fastar.matching.problem import Problem
+from fastar.matching.rows import Rows, along, chosen, download
+from fastar.matching.solving import Solved, solve_rows
 
 # Gains read off S_g are trusted when this far above float32 rounding of its sums, relative to the sizes of the terms;
 # smaller ones are computed again from the parameters themselves.
 _TRUSTED = 1e-4
 # Rounding of a difference computed from the parameters, relative to the root of the sum of squares of its terms.
 _ROUNDING = 4 * 2.0**-23
-# From this share of moved units on, gathering them apart costs more than taking them all.
-_MOST = 0.6
 
 OrderOfSweep = Callable[[int], Sequence[int]]
+Numbers = NDArray[np.int64]
 
 
 class Descent:
-    """One chunk of sources: parameters as permuted so far, S_g of each group, and what is still to be solved."""
+    """One chunk of sources: parameters as permuted so far, S_g of each group, and what is still to be solved.
+
+    `answers` of several sources are an [m, size] index for each group of a family.
+    """
 
     def __init__(
         self,
@@ -51,120 +57,45 @@ class Descent:
     ):
         """`sources`: name -> [n, ...] in memory order, not written to. `start`: an [n, size] index per group."""
         self.problem, self.solver, self.pool = problem, solver, pool
-        self.data = dict(sources)
-        self.owned = dict.fromkeys(sources, False)
-        self.count = next(iter(sources.values())).shape[0] if sources else 0
-        self.products: dict[tuple[str, int], float] = {}  # <theta, source n> of each parameter, until it changes
+        self.sources = PermutedSources(problem, sources)
+        self.count = self.sources.count
         self.permutations = [np.array(index) for index in start]
         self.scores: list[Tensor | None] = [None] * len(problem.groups)
-        self.unsolved = [[True] * self.count for _ in problem.groups]
+        self.unsolved = np.ones((len(problem.groups), self.count), dtype=bool)
         self.solves = 0
-        self.steps = [0] * self.count
-        self.sweeps = [0] * self.count
-        for n in range(self.count):
-            self._apply_start(n)
+        self.sweeps = np.zeros(self.count, dtype=np.int64)
+        for f, family in enumerate(problem.families):
+            self.sources.permute(f, self.everyone, tuple(self.permutations[g] for g in family))
+
+    @property
+    def everyone(self) -> Numbers:
+        """The numbers of all sources."""
+        return np.arange(self.count)
 
     def run(self, order_of_sweep: OrderOfSweep, max_sweeps: int) -> None:
         """Sweep over the families until none's best assignment improves any source, at most `max_sweeps` times."""
         for sweep in range(max_sweeps):
-            pending = [n for n in range(self.count) if any(flags[n] for flags in self.unsolved)]
-            if not pending:
+            pending = self.unsolved.any(0)
+            if not pending.any():
                 return
-            for n in pending:
-                self.sweeps[n] += 1
+            self.sweeps += pending
             for f in order_of_sweep(sweep):
                 self._visit(f)
 
     def add(self, score: Tensor, name: str, g: int) -> None:
-        """Add what one parameter contributes to S_g."""
+        """Add what one parameter contributes to S_g of every source."""
+        everyone, size = Rows.every(self.count), self.problem.groups[g].size
         for place in self.problem.places[name]:
             if place.group == g:
-                size = self.problem.groups[g].size
-                add_products(score, self.problem.theta[name], self.data[name], place.member, place.axis, size)
+                theta, own = self.problem.theta[name][None], self.sources.data[name]
+                add_products(score, theta, own, place.member, place.axis, size, everyone)
 
-    def objective(self, n: int) -> tuple[float, float]:
-        """<theta, permuted source n> over all parameters, and over those of at least two axes."""
-        total, weights = [], []
-        for name, rows in self.data.items():
-            value = self.products.get((name, n))
-            if value is None:
-                value = self.products[name, n] = dot(self.problem.theta[name], rows[n])
-            total.append(value)
-            if rows.ndim > 2:
-                weights.append(value)
-        return math.fsum(total), math.fsum(weights)
-
-    def _apply_start(self, n: int) -> None:
-        for f, family in enumerate(self.problem.families):
-            answers = tuple(self.permutations[g][n] for g in family)
-            if any((index != np.arange(len(index))).any() for index in answers):
-                for name, row in self.permuted(f, n, answers).items():
-                    self.replace(name, n, row)
-
-    def _visit(self, f: int) -> None:
-        """Solve family f for the sources whose S_g changed, and take the steps that improve."""
-        family = self.problem.families[f]
-        todo = [n for n in range(self.count) if any(self.unsolved[g][n] for g in family)]
-        if not todo:
-            return
-        scores = [self.score(g) for g in family]
-        tables = [score.cpu().numpy() for score in scores]
-        for n, answers in zip(todo, self.solve(scores, todo), strict=True):
-            for g in family:
-                self.unsolved[g][n] = False
-            if any((answer != np.arange(len(answer))).any() for answer in answers):
-                self._step(f, n, answers, [table[n] for table in tables])
-
-    def solve(self, scores: Sequence[Tensor], todo: Sequence[int]) -> list[Answers]:
-        """The best assignments of a family, given the S_g of its groups, for each source in `todo`; side by side where
-        there is a pool."""
-        tables = [score.cpu().numpy() for score in scores]
-        self.solves += len(todo)
-
-        def solve(n: int) -> Answers:
-            return solve_family([table[n] for table in tables], solver=self.solver)
-
-        return list(self.pool.map(solve, todo) if self.pool is not None and len(todo) > 1 else map(solve, todo))
-
-    def _full_score(self, g: int) -> Tensor:
-        size = self.problem.groups[g].size
-        score = torch.zeros(self.count, size, size, device=self.device())
-        for name in self.problem.tensors[g]:
-            self.add(score, name, g)
-        return score
-
-    def device(self) -> torch.device:
-        return next(iter(self.problem.theta.values())).device
-
-    def _step(self, f: int, n: int, answers: Answers, tables: Sequence[NDArray[np.float32]]) -> None:
-        """Permute family f of source n by `answers` if that raises the objective."""
-        if self.problem.quadratic[f]:
-            self._quadratic_step(f, n, answers)
-            return
-        gain, scale = 0.0, 0.0
-        for answer, table in zip(answers, tables, strict=True):
-            moved = np.flatnonzero(answer != np.arange(len(answer)))
-            now, then = table[moved, moved].astype(np.float64), table[moved, answer[moved]].astype(np.float64)
-            gain, scale = gain + float((then - now).sum()), scale + float(np.abs(then).sum() + np.abs(now).sum())
-        if gain <= -_TRUSTED * scale:
-            return
-        moves = self._moves(f, n, answers)
-        pairs = [(c.theta, c.difference) for move in moves for c in move.changes.values()]
-        if gain < _TRUSTED * scale and not _improves(pairs):
-            return
-        self._take(f, n, answers, moves)
-
-    def force(self, f: int, n: int, answers: Answers) -> None:
-        """Permute family f of source n by `answers` whatever that does to the objective; it is to be solved again.
-
-        Its S_g must be up to date (`score`).
-        """
-        if self.problem.quadratic[f]:
-            self._take_quadratic(f, n, answers, self.permuted(f, n, answers))
-        elif moves := self._moves(f, n, answers):
-            self._take(f, n, answers, moves)
-        for g in self.problem.families[f]:
-            self.unsolved[g][n] = True
+    def solve(self, f: int, scores: Sequence[Tensor], numbers: Numbers) -> list[Solved]:
+        """The best assignments of family f, given the S_g of its groups, for each of the sources `numbers`."""
+        self.solves += len(numbers)
+        (rows,) = chosen(numbers, self.count, device=self.sources.device)
+        blank = [not self.problem.tensors[g] for g in self.problem.families[f]]
+        return solve_rows(scores, blank, rows, self.solver, self.pool)
 
     def score(self, g: int) -> Tensor:
         """S_g of every source, [n, size, size]: computed where it is not known."""
@@ -173,152 +104,166 @@ class Descent:
             known = self.scores[g] = self._full_score(g)
         return known
 
+    def force(self, f: int, answers: Answers) -> None:
+        """Permute family f of every source by `answers` whatever that does to the objective; it is to be solved again.
+
+        Its S_g must be up to date (`score`).
+        """
+        self._take(f, self.everyone, answers)
+        self.unsolved[list(self.problem.families[f])] = True
+
     def mark(self) -> Mark:
         """Where the descent stands, to `go_back` to."""
         return Mark(
             [index.copy() for index in self.permutations],
             [None if score is None else score.clone() for score in self.scores],
-            [list(flags) for flags in self.unsolved],
+            self.unsolved.copy(),
         )
 
-    def go_back(self, mark: Mark, n: int) -> None:
-        """Source n as it was at `mark`: the very same numbers, since permuting back only moves them."""
+    def go_back(self, mark: Mark, numbers: Numbers) -> None:
+        """The sources `numbers` as they were at `mark`: the very same numbers, since permuting back only moves them."""
+        if not len(numbers):
+            return
         for f, family in enumerate(self.problem.families):
-            back = tuple(np.argsort(self.permutations[g][n])[mark.permutations[g][n]] for g in family)
-            if any((index != np.arange(len(index))).any() for index in back):
-                for name, row in self.permuted(f, n, back).items():
-                    self.replace(name, n, row)
+            back = tuple(
+                np.take_along_axis(np.argsort(self.permutations[g][numbers], 1), mark.permutations[g][numbers], 1)
+                for g in family
+            )
+            self.sources.permute(f, numbers, back)
+        (rows,) = chosen(numbers, self.count, device=self.sources.device)
         for g, index in enumerate(mark.permutations):
-            self.permutations[g][n] = index[n]
+            self.permutations[g][numbers] = index[numbers]
             before, now = mark.scores[g], self.scores[g]
             if before is None or now is None:
                 self.scores[g] = None
             else:
-                now[n] = before[n]
-            self.unsolved[g][n] = mark.unsolved[g][n]
+                rows.put(now, rows.of(before))
+        self.unsolved[:, numbers] = mark.unsolved[:, numbers]
 
-    def _moves(self, f: int, n: int, answers: Answers) -> list[_Move]:
-        """How permuting family f by `answers` changes the parameters of each of its groups that moves.
-
-        No two of these overlap: groups of a family that is not quadratic share an axis of a parameter, or none.
-        """
-        moves = []
+    def taken(self, f: int, numbers: Numbers, answers: Answers) -> None:
+        """Note that family f of the sources `numbers` has been permuted by `answers`."""
         for g, answer in zip(self.problem.families[f], answers, strict=True):
-            moved = np.flatnonzero(answer != np.arange(len(answer)))
-            if len(moved):
-                everything = len(moved) > _MOST * len(answer)
-                units = torch.from_numpy(np.arange(len(answer)) if everything else moved).to(self.device())
-                index = torch.from_numpy(answer).to(self.device())
-                names = self.problem.tensors[g]
-                changes = {name: self._change(g, n, name, units, index, everything) for name in names}
-                moves.append(_Move(g, changes, everything))
-        return moves
+            self.permutations[g][numbers] = np.take_along_axis(self.permutations[g][numbers], answer, 1)
 
-    def _take(self, f: int, n: int, answers: Answers, moves: Sequence[_Move]) -> None:
-        """Permute family f of source n by `answers`."""
-        for move in moves:
-            for name, change in move.changes.items():
-                self._correct_scores(move.group, n, name, change)
-                self._own(name)
-                self.products.pop((name, n), None)
-                row = self.data[name][n]
-                if move.everything and change.whole:
-                    row.copy_(change.new)
-                else:
-                    row.index_copy_(change.axis, change.positions, change.new)
-        self.taken(f, n, answers)
-        for move in moves:
-            score = self.scores[move.group]
+    def _full_score(self, g: int) -> Tensor:
+        size = self.problem.groups[g].size
+        score = torch.zeros(self.count, size, size, device=self.sources.device)
+        for name in self.problem.tensors[g]:
+            self.add(score, name, g)
+        return score
+
+    def _visit(self, f: int) -> None:
+        """Solve family f for the sources whose S_g changed, and take the steps that improve."""
+        family = list(self.problem.families[f])
+        todo = np.flatnonzero(self.unsolved[family].any(0))
+        if not len(todo):
+            return
+        solved = self.solve(f, [self.score(g) for g in family], todo)
+        for g in family:
+            self.unsolved[g, todo] = False
+        quadratic = self.problem.quadratic[f]  # S_g is its slope only, which says nothing sure
+        accepted = [one.moves and not quadratic and one.gain >= _TRUSTED * one.scale for one in solved]
+        doubted = [
+            k
+            for k, one in enumerate(solved)
+            if one.moves and not accepted[k] and (quadratic or one.gain > -_TRUSTED * one.scale)
+        ]
+        if doubted:
+            for k, improves in zip(doubted, self._improve(f, todo[doubted], _answers(solved, doubted)), strict=True):
+                accepted[k] = improves
+        steps = [k for k, one in enumerate(accepted) if one]
+        if steps:
+            self._take(f, todo[steps], _answers(solved, steps))
+
+    def _improve(self, f: int, numbers: Numbers, answers: Answers) -> list[bool]:
+        """Whether permuting family f of the sources `numbers` by `answers` raises <theta, permuted source> by more than
+        rounding, computed from the parameters."""
+        parts: list[tuple[Numbers, Tensor]] = []  # positions in `numbers`; [2, m]
+        if self.problem.quadratic[f]:
+            parts.append((np.arange(len(numbers)), gains(self._differences(f, numbers, answers))))
+        else:
+            for g, moving, answer in self._moving(f, answers):
+                step = self.sources.step(g, numbers[moving], answer)
+                pairs = ((c.theta, c.difference) for c in step.changes(lambda name: True))
+                parts.append((moving, gains((a, b) for a, b in pairs if a is not None and b is not None)))
+        totals, begin = np.zeros((2, len(numbers))), 0
+        found = download(torch.cat([part for _, part in parts], 1))
+        for positions, part in parts:
+            totals[:, positions] += found[:, begin : begin + part.shape[1]]
+            begin += part.shape[1]
+        return [gain > _ROUNDING * math.sqrt(squares) for gain, squares in totals.T.tolist()]
+
+    def _take(self, f: int, numbers: Numbers, answers: Answers) -> None:
+        """Permute family f of the sources `numbers` by `answers`."""
+        if self.problem.quadratic[f]:
+            self._take_quadratic(f, numbers, answers)
+            return
+        for g, moving, answer in self._moving(f, answers):
+            step = self.sources.step(g, numbers[moving], answer)
+            for change in step.changes(lambda name, g=g: self._is_known(g, name)):  # type: ignore[misc]
+                self._correct_scores(g, change)
+                self.sources.write(change)
+                del change  # before the next is made
+            score = self.scores[g]
             assert score is not None
-            answer = answers[self.problem.families[f].index(move.group)]
-            score[n] = score[n].index_select(1, torch.from_numpy(answer).to(score.device))
+            columns = along(step.rows.of(score), 1, step.answer)
+            if step.rows.everything:
+                self.scores[g] = columns
+            else:
+                step.rows.put(score, columns)
+        self.taken(f, numbers, answers)
 
-    def _change(self, g: int, n: int, name: str, units: Tensor, index: Tensor, everything: bool) -> _Change:
-        """How moving `units` of group g changes a parameter of source n."""
-        theta, row = self.problem.theta[name], self.data[name][n]
-        # Moved units change places among themselves, so what they become is found among what they were.
-        places = [p for p in self.problem.places[name] if p.group == g]
-        axis, size = places[0].axis, self.problem.groups[g].size
-        to = torch.cat([p.member.positions(units, size) for p in places])
-        origin = torch.cat([p.member.positions(index[units], size) for p in places])
-        if everything and len(places) == 1 and places[0].member.outer == 1 and len(to) == row.shape[axis]:
-            new = row.index_select(axis, origin)
-            return _Change(axis, to, theta, new, new - row, True)
-        old = row.index_select(axis, to)
-        where = torch.empty(row.shape[axis], dtype=torch.int64, device=row.device)
-        where[to] = torch.arange(len(to), device=row.device)
-        new = old.index_select(axis, where[origin])
-        return _Change(axis, to, theta.index_select(axis, to), new, new - old, False)
+    def _moving(self, f: int, answers: Answers) -> Iterator[tuple[int, Numbers, NDArray[np.int64]]]:
+        """Each group of family f that some sources move: the group, positions of these sources, their answers.
 
-    def _correct_scores(self, g: int, n: int, name: str, change: _Change) -> None:
+        No two of them overlap: groups of a family that is not quadratic share an axis of a parameter, or none.
+        """
+        for g, answer in zip(self.problem.families[f], answers, strict=True):
+            moving = np.flatnonzero((answer != np.arange(answer.shape[1])).any(1))
+            if len(moving):
+                yield g, moving, answer[moving]
+
+    def _is_known(self, g: int, name: str) -> bool:
+        """Whether permuting group g corrects an S_h that is known, of a group on another axis of this parameter."""
+        own = {place.axis for place in self.problem.places[name] if place.group == g}
+        return any(p.axis not in own and self.scores[p.group] is not None for p in self.problem.places[name])
+
+    def _correct_scores(self, g: int, change: Change) -> None:
         """Bring the S_h of the other groups on this parameter up to date, and have them solved again."""
-        for place in self.problem.places[name]:
+        for place in self.problem.places[change.name]:
             if place.group == g or place.axis == change.axis:
                 continue
-            self.unsolved[place.group][n] = True
+            self.unsolved[place.group, change.rows.numbers] = True
             score = self.scores[place.group]
             if score is not None:
+                assert change.theta is not None
+                assert change.difference is not None
                 size = self.problem.groups[place.group].size
-                add_products(score[n : n + 1], change.theta, change.difference[None], place.member, place.axis, size)
+                add_products(score, change.theta, change.difference, place.member, place.axis, size, change.rows)
 
-    def _quadratic_step(self, f: int, n: int, answers: Answers) -> None:
-        """The same for a family that lies on two axes of one tensor: compare whole tensors, then start its S_g anew."""
-        rows = self.permuted(f, n, answers)
-        if _improves([(self.problem.theta[name], row - self.data[name][n]) for name, row in rows.items()]):
-            self._take_quadratic(f, n, answers, rows)
+    def _differences(self, f: int, numbers: Numbers, answers: Answers) -> Iterator[tuple[Tensor, Tensor]]:
+        """theta [1, ...] and what permuting family f adds [m, ...], of whole parameters."""
+        rows, parameters = self.sources.permuted(f, numbers, answers)
+        for name, row in parameters:
+            yield self.problem.theta[name][None], row - rows.of(self.sources.data[name])
 
-    def _take_quadratic(self, f: int, n: int, answers: Answers, rows: Mapping[str, Tensor]) -> None:
+    def _take_quadratic(self, f: int, numbers: Numbers, answers: Answers) -> None:
+        """The same for a family that lies on two axes of one tensor: whole tensors, and its S_g anew."""
         family = self.problem.families[f]
-        for name, row in rows.items():
-            theta, difference = self.problem.theta[name], row - self.data[name][n]
-            self.replace(name, n, row)
+        rows, parameters = self.sources.permuted(f, numbers, answers)
+        for name, row in parameters:
+            theta, difference = self.problem.theta[name][None], row - rows.of(self.sources.data[name])
+            self.sources.put(name, rows, row)
             for place in self.problem.places[name]:
-                self.unsolved[place.group][n] = True
+                self.unsolved[place.group, numbers] = True
                 score = self.scores[place.group]
                 if score is not None and place.group not in family:
                     size = self.problem.groups[place.group].size
-                    add_products(score[n : n + 1], theta, difference[None], place.member, place.axis, size)
+                    add_products(score, theta, difference, place.member, place.axis, size, rows)
         for g in family:
             self.scores[g] = None
-            self.unsolved[g][n] = True
-        self.taken(f, n, answers)
-
-    def permuted(self, f: int, n: int, answers: Answers) -> dict[str, Tensor]:
-        """New tensors: the parameters of source n that family f touches, with its units permuted."""
-        family = self.problem.families[f]
-        units = {g: torch.from_numpy(index).to(self.device()) for g, index in zip(family, answers, strict=True)}
-        out = {}
-        for name in self.problem.touched[f]:
-            row = self.data[name][n]
-            places = self.problem.of_family(f, name)
-            for axis in sorted({p.axis for p in places}):
-                at = torch.arange(row.shape[axis], device=row.device)
-                for place in (p for p in places if p.axis == axis):
-                    member = place.member
-                    positions = member.positions(units[place.group], self.problem.groups[place.group].size)
-                    at[member.offset : member.offset + len(positions)] = positions
-                row = row.index_select(axis, at)
-            out[name] = row
-        return out
-
-    def replace(self, name: str, n: int, row: Tensor) -> None:
-        self.products.pop((name, n), None)
-        if self.count == 1:
-            self.data[name], self.owned[name] = row[None], True
-            return
-        self._own(name)
-        self.data[name][n].copy_(row)
-
-    def _own(self, name: str) -> None:
-        """The caller's memory is never written: the first change of a parameter copies it."""
-        if not self.owned[name]:
-            self.data[name], self.owned[name] = self.data[name].clone(), True
-
-    def taken(self, f: int, n: int, answers: Answers) -> None:
-        """Note that family f of source n has been permuted by `answers`."""
-        for g, answer in zip(self.problem.families[f], answers, strict=True):
-            self.permutations[g][n] = self.permutations[g][n][answer]
-        self.steps[n] += 1
+            self.unsolved[g, numbers] = True
+        self.taken(f, numbers, answers)
 
 
 @dataclass(frozen=True)
@@ -327,36 +272,14 @@ class Mark:
 
     permutations: list[NDArray[np.int64]]
     scores: list[Tensor | None]
-    unsolved: list[list[bool]]
+    unsolved: NDArray[np.bool_]
 
 
-@dataclass(frozen=True)
-class _Change:
-    """Some positions of one parameter before and after a step; `theta`, `new` and `difference` hold only those."""
-
-    axis: int
-    positions: Tensor
-    theta: Tensor
-    new: Tensor
-    difference: Tensor
-    whole: bool
+def _answers(solved: Sequence[Solved], some: Sequence[int]) -> Answers:
+    """Those of some sources, [m, size] of each group."""
+    return stacked([solved[k] for k in some])
 
 
-@dataclass(frozen=True)
-class _Move:
-    """One group's part of a step; `everything`: counted as all of its units."""
-
-    group: int
-    changes: dict[str, _Change]
-    everything: bool
-
-
-def _improves(pairs: Sequence[tuple[Tensor, Tensor]]) -> bool:
-    """Whether sum <theta, difference> is above zero by more than its own rounding."""
-    gain, squares = 0.0, 0.0
-    for theta, difference in pairs:
-        terms = theta.double() * difference.double()
-        gain += float(terms.sum())
-        # Each difference of two float32 numbers may be off by half a unit in the last place.
-        squares += float(terms.square().sum())
-    return gain > _ROUNDING * math.sqrt(squares)
+def stacked(solved: Sequence[Solved]) -> Answers:
+    """[m, size] of each group."""
+    return tuple(np.stack(index) for index in zip(*(one.answers for one in solved), strict=True))

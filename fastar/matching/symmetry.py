@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastar.errors import FastarError
+from fastar.matching.layout import memory_order
 from fastar.matching.permutations import Permutations
+from fastar.matching.rows import Rows, along, chosen
 from fastar.seeds import derive_seed
 from fastar.states import check_state
 
@@ -33,12 +37,13 @@ class Member:
     outer: int = 1
     offset: int = 0
 
-    def positions(self, units: Tensor, size: int) -> Tensor:
-        """Positions on the axis, int64 [..., outer * len * inner], of `units` [..., len] of a group of `size` units."""
-        outer = torch.arange(self.outer, device=units.device) * (size * self.inner)
-        inner = torch.arange(self.inner, device=units.device)
-        index = outer[:, None, None] + (units * self.inner)[..., None, :, None] + inner
-        return index.flatten(-3) + self.offset
+    def positions(self, units: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+        """Positions on the axis, [..., outer * len * inner], of `units` [..., len] of a group of `size` units."""
+        if self.inner == self.outer == 1:
+            return units + self.offset if self.offset else units
+        outer, inner = np.arange(self.outer) * (size * self.inner), np.arange(self.inner)
+        index: NDArray[np.int64] = outer[:, None, None] + (units * self.inner)[..., None, :, None] + inner
+        return index.reshape(*units.shape[:-1], -1) + self.offset
 
 
 @dataclass(frozen=True, slots=True)
@@ -191,8 +196,10 @@ class Symmetry:
             sources: name -> [N, *shape], usually views of one [N, P] store. Names may be missing.
         """
         self.check(permutations)
+        one = sum(rows[0].numel() for rows in sources.values() if len(rows))
         for group in self.groups:
-            index = permutations[group.name]
+            index = permutations[group.name].cpu().numpy()
+            of_axes: dict[tuple[torch.device, int, Member], list[Member]] = {}  # those whose positions are the same
             for member in group.members:
                 rows = sources.get(member.tensor)
                 if rows is None:
@@ -201,11 +208,16 @@ class Symmetry:
                     raise FastarError(
                         f"{index.shape[0]} permutations for {rows.shape[0]} sources of {member.tensor!r}: give one each"
                     )
-                positions = member.positions(index, group.size).to(rows.device)
-                length = positions.shape[-1]
-                for n, row in enumerate(rows.unbind()):
-                    at = positions if positions.ndim == 1 else positions[n]
-                    row.narrow(member.axis, member.offset, length).copy_(row.index_select(member.axis, at))
+                alike = replace(member, tensor="", axis=0, offset=0)
+                of_axes.setdefault((rows.device, len(rows), alike), []).append(member)
+            for (device, count, alike), members in of_axes.items():
+                each = np.broadcast_to(index, (count, group.size))
+                moving = np.flatnonzero((each != np.arange(group.size)).any(1))
+                if not len(moving):
+                    continue
+                some, at = chosen(moving, count, alike.positions(each[moving], group.size), device=device)
+                for member in members:
+                    _permute(sources[member.tensor], some, at, member, one)
 
     def counted(self, theta: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> list[str]:
         """The parameters that both have; of a tied tensor's names only the first one given."""
@@ -219,6 +231,20 @@ class Symmetry:
         """Raise FastarError, naming the first differences, unless `state` has every parameter in its shape, and buffers
         at most besides; `leading` counts batch axes to ignore."""
         check_state(self.parameters, self.buffers, self.tied, state, where, leading)
+
+
+def _permute(sources: Tensor, rows: Rows, positions: Tensor, member: Member, one: int) -> None:
+    """`rows` of sources [N, *shape] with `positions` [m, length] of the member's stretch of its axis after each other.
+
+    As many rows at a time as make a copy of at most `one` number's worth of a network; one on a CPU.
+    """
+    order = memory_order(sources[0])
+    x = sources.permute(0, *(axis + 1 for axis in order))
+    axis = order.index(member.axis)
+    x = x.narrow(axis + 1, member.offset, positions.shape[1])
+    most = 1 if x.device.type == "cpu" else max(1, one // x[0].numel())
+    for at, part in rows.split(most):
+        part.put(x, along(part.of(x), axis, positions[at]))
 
 
 def without_groups(model: nn.Module) -> Symmetry:

@@ -215,7 +215,7 @@ class _Proof:
     def _apart(self, group: Group, member: Member) -> State:
         """The state with one place of a group permuted by itself."""
         tensor = self.state[member.tensor].clone()
-        positions = member.positions(self.permutations[group.name], group.size)
+        positions = torch.from_numpy(member.positions(self.permutations[group.name].numpy(), group.size))
         row = tensor.narrow(member.axis, member.offset, len(positions))
         row.copy_(self.state[member.tensor].index_select(member.axis, positions))
         return self._with(member.tensor, tensor)

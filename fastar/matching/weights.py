@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -16,6 +18,7 @@ from fastar.matching.assignment import Solver, solver_name
 from fastar.matching.attempts import Attempts, Outcome, Start, best_ends
 from fastar.matching.networks import check_networks
 from fastar.matching.permutations import Permutations
+from fastar.matching.permuted import LARGEST_HELD
 from fastar.matching.problem import Problem
 from fastar.matching.symmetry import Symmetry
 from fastar.memory import free_bytes
@@ -96,9 +99,9 @@ def match_weights(
             best end is kept.
         kicks: times that the best end is kicked out of its optimum, descends again and keeps what is better (`polish`).
         solver: "auto" (lapjv where installed), "lapjv" or "scipy".
-        chunk: sources handled as one batch; bounds memory to a copy of as many sources per thread, and one more. None:
-            1 on a CPU, what fits half of the free memory on a GPU.
-        threads: CPU threads. None: as many as torch uses.
+        chunk: sources that are moved together; bounds memory to a copy of as many (and of two of their largest
+            parameter each) per thread. None: 1 on a CPU; on a GPU half of them, or what fits half of the free memory.
+        threads: CPU threads. None: as many as torch uses; for a GPU's assignments all that this process may use.
 
     Raises:
         FastarError: another architecture, devices that differ, NaN or infinite values (named), a setting out of range.
@@ -109,8 +112,8 @@ def match_weights(
     problem = Problem(symmetry, theta, sources)
     starts = _starts(symmetry, start, count)
     solver_text = solver_name(solver)
-    workers = threads or torch.get_num_threads()
-    size = chunk or _chunk_size(problem, device, count)
+    workers = threads or (torch.get_num_threads() if device.type == "cpu" else usable_cpus())
+    size = chunk or _chunk_size(symmetry, device, count)
     bounds = [(begin, min(begin + size, count)) for begin in range(0, count, size)]
     attempts = Attempts(orders, kicks, max_sweeps, seed, solver)
     outcomes: list[Outcome | None] = [None] * count
@@ -215,6 +218,11 @@ def _run(
             torch.set_num_threads(before)
 
 
+def usable_cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def _check_settings(orders: int, kicks: int, max_sweeps: int, chunk: int | None, threads: int | None) -> None:
     if kicks < 0:
         raise FastarError(f"matching: kicks={kicks} must be at least 0")
@@ -239,34 +247,31 @@ def _starts(symmetry: Symmetry, start: Starts, count: int) -> list[Start]:
     return out
 
 
-def _chunk_size(problem: Problem, device: torch.device, count: int) -> int:
+def _chunk_size(symmetry: Symmetry, device: torch.device, count: int) -> int:
     """CPU: one source per chunk, chunks side by side on the threads. GPU: what fits half of the free memory."""
-    if device.type != "cuda":
-        return 1
-    size = sum(t.numel() for t in problem.theta.values()) * 4
-    return _chunk_on_gpu(size, [g.size for g in problem.groups], count, free_bytes(device))
+    return _chunk_on_gpu(bytes_of_one(symmetry), count, free_bytes(device)) if device.type == "cuda" else 1
 
 
-def _bytes_of_one(parameters: int, groups: Sequence[int]) -> int:
-    return parameters + sum(size**2 for size in groups) * 8  # as permuted so far; S_g, and a copy of it
+def bytes_of_one(symmetry: Symmetry) -> int:
+    """Bytes that a source takes while it is matched, beside itself."""
+    sizes = [4 * math.prod(shape) for name, shape in symmetry.parameters.items() if name not in symmetry.tied]
+    scores = sum(group.size**2 for group in symmetry.groups) * 8  # S_g, and a copy of it
+    return sum(sizes) + LARGEST_HELD * max(sizes, default=0) + scores  # as permuted so far; what a step holds
 
 
-def _chunk_on_gpu(parameters: int, groups: Sequence[int], count: int, free: int) -> int:
+def _chunk_on_gpu(one: int, count: int, free: int) -> int:
     # Two chunks are in flight: the assignments of one are solved while the other's products are computed. Each may have
-    # a quarter of what is free, and holds the parts that a step moves (at most one network's) beside its sources.
-    return max(1, min(-(-count // 2), (free // 4 - parameters) // _bytes_of_one(parameters, groups)))
+    # a quarter of what is free.
+    return max(1, min(-(-count // 2), free // 4 // one))
 
 
-def working_bytes(parameters: int, groups: Sequence[int], count: int, free: int, *, gpu: bool, threads: int) -> int:
+def working_bytes(symmetry: Symmetry, count: int, free: int, *, gpu: bool, threads: int) -> int:
     """Bytes that matching `count` sources takes beside theta and the sources themselves, where `free` bytes are free.
 
     Args:
-        parameters: bytes of one network's parameters.
-        groups: sizes of the permutation groups.
         gpu: whether the sources are on a GPU.
         threads: CPU threads.
     """
-    lanes = 2 if gpu else threads
-    chunk = _chunk_on_gpu(parameters, groups, count, free) if gpu else 1
-    chunks = min(lanes, -(-count // chunk))
-    return chunks * parameters + min(count, chunks * chunk) * _bytes_of_one(parameters, groups)
+    one = bytes_of_one(symmetry)
+    chunk, lanes = (_chunk_on_gpu(one, count, free), 2) if gpu else (1, threads)
+    return min(count, lanes * chunk) * one
