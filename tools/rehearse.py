@@ -4,9 +4,9 @@
 
 The device (rehearsal/simulated_cuda.cpp) is the host's memory under another name: it shows whether GPU code is right
 (devices, streams, graphs, waits, memory), and nothing of its speed. All processes that COMMAND starts have it. The
-plain-torch kernels are used unless FASTAR_KERNELS says otherwise; FASTAR_KERNELS=auto interprets the Triton ones, outside
-of graphs. FASTAR_REHEARSAL_COUNTS=1 prints launches and waits. Needs a C++ compiler and a CPU build of torch; the device
-is built once (half a minute).
+plain-torch kernels are used unless FASTAR_KERNELS says otherwise; FASTAR_KERNELS=auto interprets the Triton ones,
+outside of graphs. FASTAR_REHEARSAL_COUNTS=1 prints launches and waits. Needs a C++ compiler and a CPU build of torch;
+the device is built once (half a minute).
 """
 
 from __future__ import annotations
