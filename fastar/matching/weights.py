@@ -265,13 +265,16 @@ def _chunk_on_gpu(one: int, count: int, free: int) -> int:
     return max(1, min(-(-count // 2), free // 4 // one))
 
 
-def working_bytes(symmetry: Symmetry, count: int, free: int, *, gpu: bool, threads: int) -> int:
+def working_bytes(
+    symmetry: Symmetry, count: int, free: int, *, gpu: bool, threads: int, chunk: int | None = None
+) -> int:
     """Bytes that matching `count` sources takes beside theta and the sources themselves, where `free` bytes are free.
 
     Args:
         gpu: whether the sources are on a GPU.
         threads: CPU threads.
+        chunk: as of `match_weights`.
     """
-    one = bytes_of_one(symmetry)
-    chunk, lanes = (_chunk_on_gpu(one, count, free), 2) if gpu else (1, threads)
-    return min(count, lanes * chunk) * one
+    one, lanes = bytes_of_one(symmetry), 2 if gpu else threads
+    size = chunk or (_chunk_on_gpu(one, count, free) if gpu else 1)
+    return min(count, lanes * size) * one
