@@ -23,6 +23,7 @@ from fastar.matching import (
     Symmetry,
     match_by_settings,
     match_many,
+    matching_threads,
     symmetry_by_settings,
 )
 from fastar.progress import SILENT, Progress
@@ -199,7 +200,7 @@ def _match_file(
         layout.views(other[None]),
         examples=network.examples,
         seed=network.settings.seed,
-        threads=network.settings.workers,
+        threads=matching_threads(network.device, network.settings.workers),
     )
     permutations = result.permutations.select(0).to("cpu")
     state = symmetry.apply(permutations, source.state)
@@ -273,7 +274,7 @@ def match_many_files(
         examples=network.examples,
         rounds=rounds,
         seed=network.settings.seed,
-        threads=network.settings.workers,
+        threads=matching_threads(network.device, network.settings.workers),
         progress=progress,
     )
     figures = {

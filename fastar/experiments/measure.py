@@ -19,7 +19,7 @@ from fastar.evaluation.batch_norm import batch_norm_layers
 from fastar.experiments.context import Context
 from fastar.experiments.regular import device_name
 from fastar.kernels import interpolate
-from fastar.matching import Permutations, match_by_settings
+from fastar.matching import Permutations, match_by_settings, matching_threads
 from fastar.memory import peak_bytes, resident_models
 from fastar.parts import shares
 from fastar.progress import SILENT, Progress
@@ -79,7 +79,7 @@ def matched_endpoints(
                 start=None if start is None else start.part(begin, begin + len(some)),
                 examples=context.examples,
                 seed=derive_seed(settings.seed, "evaluation", "matching"),
-                threads=settings.workers,
+                threads=matching_threads(context.device, settings.workers),
             ).permutations.to("cpu")
             for k, other in enumerate(some):
                 ends.append(endpoint(context, names[begin + k], other, found.select(k)))

@@ -17,7 +17,7 @@ from fastar.evaluation.losses import full_precision
 from fastar.experiments.attempts import Prepared, Subject, attempt_seed, trained
 from fastar.experiments.context import MEASURE_WITH_LESS, Context, within_memory
 from fastar.experiments.regular import check_recipe, recipe, save_model
-from fastar.matching import GiveExamples, Permutations, Symmetry, match_by_settings
+from fastar.matching import GiveExamples, Permutations, Symmetry, match_by_settings, matching_threads
 from fastar.progress import SILENT, Progress
 from fastar.seeds import derive_seed
 from fastar.training import Recording, SourcesStore, StarStep, StepsProfile
@@ -29,7 +29,7 @@ def star_recipe(context: Context, sources: Sequence[Checkpoint]) -> dict[str, An
     return {
         **recipe(context, "star", 0),
         "star": settings.star.model_dump(mode="json"),
-        "matching": settings.matching.model_dump(mode="json"),
+        "matching": settings.matching.model_dump(mode="json", exclude={"chunk"}),
         "sources": [state_digest(source) for source in sources],
     }
 
@@ -96,7 +96,7 @@ class Matcher:
             # The rows are kept as permuted last: what matched then is where to start now.
             start=symmetry.identity() if self._matched else None,
             seed=derive_seed(settings.seed, "star", "matching", epoch),
-            threads=settings.workers,
+            threads=matching_threads(self._context.device, settings.workers),
             examples=self._context.examples,
             progress=self._context.progress,
         )

@@ -112,7 +112,7 @@ def match_weights(
     problem = Problem(symmetry, theta, sources)
     starts = _starts(symmetry, start, count)
     solver_text = solver_name(solver)
-    workers = threads or (torch.get_num_threads() if device.type == "cpu" else usable_cpus())
+    workers = threads or matching_threads(device, torch.get_num_threads())
     size = chunk or _chunk_size(symmetry, device, count)
     bounds = [(begin, min(begin + size, count)) for begin in range(0, count, size)]
     attempts = Attempts(orders, kicks, max_sweeps, seed, solver)
@@ -218,8 +218,11 @@ def _run(
             torch.set_num_threads(before)
 
 
-def usable_cpus() -> int:
-    """CPUs that this process may use."""
+def matching_threads(device: torch.device, workers: int) -> int:
+    """CPU threads to match with: `workers` on a CPU; for a GPU's assignments all that this process may use, since
+    nothing else is done meanwhile and memory does not grow with them."""
+    if device.type == "cpu":
+        return workers
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
