@@ -270,6 +270,8 @@ class MatchingSettings(_Section):
     kicks: Count = 0
     """A last polish: times that the end is kicked out of its local optimum; what is better is kept."""
     max_sweeps: Positive = 100
+    chunk: Positive | None = None
+    """Sources that are matched together: fewer take less memory. None: one a thread on a CPU; what fits on a GPU."""
 
 
 class EvaluationSettings(_Section):
