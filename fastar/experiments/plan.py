@@ -124,7 +124,7 @@ def check_fits(context: Context) -> Plan:
 
 
 def data_facts(context: Context) -> DataFacts:
-    """What is known of the data: from their files, or of what is published.
+    """What is known of the data: from their files, from the names of raw images, or of what is published.
 
     Raises:
         FastarError: a set of the user's own whose files are not written yet.
@@ -132,13 +132,16 @@ def data_facts(context: Context) -> DataFacts:
     chosen = context.settings.dataset
     folder = chosen.directory.expanduser() / chosen.label
     files: data.Files | None = None
-    if (folder / "metadata.json").is_file():
+    listed = None
+    if data.is_finished(folder):
         files = data.open_images(folder) if chosen.of_any_size else data.open_files(folder)
+    elif chosen.of_any_size and chosen.root is not None:
+        listed = data.count_images(chosen.root.expanduser(), val_share=chosen.val_share)
     if files is not None:
         train, test, classes = files.count("train"), files.count("test"), len(files.classes)
         disk = sum(files.path(split).stat().st_size for split in ("train", "test"))
-    elif chosen.name in PUBLISHED:
-        train, test, classes = PUBLISHED[chosen.name]
+    elif listed is not None or chosen.name in PUBLISHED:
+        train, test, classes = listed or PUBLISHED[chosen.name]
         disk = None
     else:
         raise FastarError(f"{folder}: not written yet; `python tools/write_ffcv.py --dataset {chosen.name}` writes it")
