@@ -17,6 +17,7 @@ from fastar.checkpoints import Checkpoint
 from fastar.evaluation import Endpoint, Path, PathLosses, evaluate_paths, evaluate_rows
 from fastar.evaluation.batch_norm import batch_norm_layers
 from fastar.experiments.context import Context
+from fastar.experiments.facts import shown
 from fastar.experiments.regular import device_name
 from fastar.kernels import interpolate
 from fastar.matching import Permutations, match_by_settings, matching_threads
@@ -63,7 +64,7 @@ def matched_endpoints(
         return []
     settings, symmetry, layout = context.settings, context.symmetry, context.layout
     theta = layout.views(context.row(first))
-    size = min(PART_ROWS, resident_models(layout.numel, context.device, len(others)))
+    size = min(PART_ROWS, resident_models(4 * layout.numel, context.device, len(others)))
     ends = []
     with progress.task("matching", total=len(others), unit="sources") as advance:
         for begin in range(0, len(others), size):
@@ -174,6 +175,7 @@ def measure(
         points=settings.evaluation.points,
         statistics_batches=context.statistics_batches,
         method=settings.evaluation.batch_norm,
+        shown=shown(context),
         graph=settings.evaluation.graph,
         progress=context.progress,
     )
