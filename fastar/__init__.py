@@ -6,6 +6,10 @@ From Python, for any two networks of one architecture: `fastar.match`, `fastar.a
 
 from __future__ import annotations
 
+import sys
+from importlib.machinery import ModuleSpec
+from importlib.util import spec_from_file_location
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -13,6 +17,24 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["Barrier", "Matched", "__version__", "apply", "barrier", "match", "match_many"]
+
+
+class _Kernels:
+    """Finds `fastar.kernels` in a checkout that nobody has installed: the folder `kernels/` beside this one, which
+    setup.py maps. First in line, so that kernels of another, installed fastar are not taken."""
+
+    folder = Path(__file__).resolve().parent.parent / "kernels"
+
+    @classmethod
+    def find_spec(cls, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if name != "fastar.kernels":
+            return None
+        file = cls.folder / "__init__.py"
+        return spec_from_file_location(name, file, submodule_search_locations=[str(cls.folder)])
+
+
+if not (Path(__file__).parent / "kernels").is_dir() and _Kernels.folder.is_dir():
+    sys.meta_path.insert(0, _Kernels)
 
 
 def __getattr__(name: str) -> Any:

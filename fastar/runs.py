@@ -309,7 +309,8 @@ def versions() -> dict[str, str]:
 
 @lru_cache(maxsize=1)
 def commit() -> str:
-    """The checkout's commit, with `+changes` if it is not clean; `unknown` outside a checkout."""
+    """The checkout's commit, with `+changes` if it is not clean; outside a checkout FASTAR_COMMIT or `unknown`."""
+    elsewhere = os.environ.get("FASTAR_COMMIT") or "unknown"  # of a copy that travelled without its .git
     here = Path(__file__).resolve().parent
     git = ["git", "-C", str(here)]
     try:
@@ -317,7 +318,7 @@ def commit() -> str:
         tracked = subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=10)
         status = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
-        return "unknown"
+        return elsewhere
     if head.returncode != 0 or tracked.returncode != 0:  # a checkout of something else around an installed fastar
-        return "unknown"
+        return elsewhere
     return head.stdout.strip() + ("+changes" if status.stdout.strip() else "")

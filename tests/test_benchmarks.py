@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import runpy
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -188,9 +191,26 @@ def test_sweeping_needs_triton(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
     assert "--sweep is of the Triton kernels" in capsys.readouterr().err
 
 
-def test_a_launcher_takes_other_blocks_and_warps_for_a_while() -> None:
+@pytest.fixture
+def compiled_kernels() -> Iterator[None]:
+    """Kernels defined inside are for a GPU, whoever imports them first; other tests define theirs to be interpreted."""
+
+    def taken() -> dict[str, ModuleType]:
+        """The modules that define kernels; they are imported anew by whoever needs them next."""
+        names = [name for name in sys.modules if name.startswith("fastar.kernels.")]
+        return {name: sys.modules.pop(name) for name in names if "triton" in vars(sys.modules[name])}
+
+    before = taken()
+    yield
+    taken()
+    for name, module in before.items():
+        sys.modules[name] = module
+        setattr(sys.modules["fastar.kernels"], name.rpartition(".")[2], module)
+
+
+def test_a_launcher_takes_other_blocks_and_warps_for_a_while(compiled_kernels: None) -> None:
     pytest.importorskip("triton")
-    from fastar.kernels import interpolation
+    interpolation = importlib.import_module("fastar.kernels.interpolation")
 
     tool = runpy.run_path(str(TOOLS / "bench_kernels.py"))
     for module, kernel in tool["KERNELS"].values():

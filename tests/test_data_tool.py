@@ -129,7 +129,7 @@ def test_a_signal_while_it_is_imported(tmp_path, number):
         [sys.executable, str(TOOL), "--dataset", "digits", "--out", str(tmp_path / "out")],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])},
     )
     assert process.stdout is not None
     assert process.stdout.readline() == b"importing\n"

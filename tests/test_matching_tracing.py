@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as hooks
 
 from fastar.errors import FastarError
 from fastar.matching import derive_symmetry
@@ -103,6 +104,28 @@ def test_a_refusal_is_one_line_that_says_what_torch_or_the_model_said(
         assert "branch on values" not in str(why.value)
     assert capsys.readouterr().err == ""
     assert torch.equal(before, torch.get_rng_state())
+
+
+def test_a_failed_trace_leaves_no_hook(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As torch 2.11's export does; hooks that were there before stay."""
+    mine = hooks.register_module_buffer_registration_hook(lambda module, name, buffer: None)
+    try:
+        before = dict(hooks._global_buffer_registration_hooks)
+
+        def export(*arguments: Any, **options: Any) -> None:
+            hooks.register_module_buffer_registration_hook(lambda module, name, buffer: None)
+            raise RuntimeError("no graph")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.export, "export", export)
+            with pytest.raises(FastarError, match="no graph"):
+                trace(Net(), X, "Net")
+        assert hooks._global_buffer_registration_hooks == before
+        with pytest.raises(FastarError):
+            trace(Branches(), X, "Branches")
+        assert hooks._global_buffer_registration_hooks == before
+    finally:
+        mine.remove()
 
 
 def test_after_the_parametrisation_is_removed_the_groups_are_found() -> None:

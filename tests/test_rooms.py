@@ -30,6 +30,7 @@ ORDER = (
     ("batches",),
     ("api", "report", "doctor", "benchmarks", "overview", "catalogue"),
     ("cli",),
+    ("__main__",),
 )
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 FORBIDDEN = {("data", "models"), ("report", "experiments"), ("report", "evaluation"), ("runs", "models")}

@@ -321,6 +321,16 @@ def test_commit_is_the_checkout_s() -> None:
     here = Path(__file__).resolve().parent
     head = subprocess.run(["git", "-C", here, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
     if head.returncode:
-        assert commit() == "unknown"
+        assert commit() == (os.environ.get("FASTAR_COMMIT") or "unknown")
     else:
         assert commit().removesuffix("+changes") == head.stdout.strip()
+
+
+@pytest.mark.parametrize(("told", "wanted"), [("0123456789ab", "0123456789ab"), ("", "unknown"), (None, "unknown")])
+def test_a_copy_without_git_is_told_its_commit(monkeypatch: pytest.MonkeyPatch, told: str | None, wanted: str) -> None:
+    monkeypatch.setenv("PATH", "")  # no git to be found
+    if told is None:
+        monkeypatch.delenv("FASTAR_COMMIT", raising=False)
+    else:
+        monkeypatch.setenv("FASTAR_COMMIT", told)
+    assert commit.__wrapped__() == wanted

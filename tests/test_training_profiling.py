@@ -331,7 +331,7 @@ def test_benchmarks_print_a_line_per_case(
         assert line["n"] == 2
         assert line["ms"]["min"] <= line["ms"]["q25"] <= line["ms"]["median"] <= line["ms"]["q75"]
         assert line["device"].startswith("cpu")
-        assert line["versions"]["torch"] == torch.__version__
+        assert line["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
         assert "commit" in line["versions"]
     assert lines[0]["of_regular"]["median"] == 1
 

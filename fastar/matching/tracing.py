@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as hooks
 
 from fastar.errors import FastarError
 from fastar.matching.trials import ExampleInputs
@@ -39,7 +40,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs, name: str) -> torch.e
             "(remove_weight_norm)"
         ) from error
     try:
-        with _quiet(), torch.no_grad():
+        with _quiet(), _hooks_kept(), torch.no_grad():
             program = torch.export.export(twin, arguments, keywords).run_decompositions({})
     except Exception as error:
         # torch.export raises many kinds of errors, also from the model's own code; what tells them apart is whether
@@ -95,6 +96,19 @@ def _place(error: BaseException) -> str:
         and ("site-packages" in frame.filename or not frame.filename.startswith(library))
     ]
     return f" ({frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name})" if frames else ""
+
+
+@contextlib.contextmanager
+def _hooks_kept() -> Iterator[None]:
+    """Take away what is left of a failed export: torch 2.11 forgets a hook that then sees every buffer that any
+    module of the process registers, and with which no architecture is known by its name (`proofs.digest_of_name`)."""
+    registered = hooks._global_buffer_registration_hooks
+    before = set(registered)
+    try:
+        yield
+    finally:
+        for key in set(registered) - before:
+            del registered[key]
 
 
 @contextlib.contextmanager
