@@ -51,13 +51,14 @@ def match_store(
     threads: int,
     examples: GiveExamples | None = None,
     progress: Progress = SILENT,
-) -> tuple[Permutations, Tensor]:
+) -> tuple[Permutations, Tensor, Tensor]:
     """Algorithm 1, step 1: theta_n <- pi(theta_n) for all rows of the store, wherever they live.
 
     Returns:
-        The permutations, and the objective [N] float64 that they reach.
+        The permutations, and the objective [N] float64 that they reach: of all parameters, and without 1-D ones, which
+        hardly depend on them.
     """
-    found, objectives = [], []
+    found, objectives, weights = [], [], []
     for views in sources.parts():
         result = match_by_settings(
             settings,
@@ -73,7 +74,9 @@ def match_store(
         symmetry.apply_rows(result.permutations, views)
         found.append(result.permutations.to("cpu"))
         objectives.append(result.objective.cpu())
-    return Permutations({name: torch.cat([part[name] for part in found]) for name in found[0]}), torch.cat(objectives)
+        weights.append(result.objective_weights.cpu())
+    permutations = Permutations({name: torch.cat([part[name] for part in found]) for name in found[0]})
+    return permutations, torch.cat(objectives), torch.cat(weights)
 
 
 class Matcher:
@@ -88,7 +91,7 @@ class Matcher:
 
     def __call__(self, theta: Tensor, sources: SourcesStore, epoch: int) -> None:
         settings, symmetry = self._context.settings, self._context.symmetry
-        moves, objective = match_store(
+        moves, objective, weights = match_store(
             symmetry,
             theta,
             sources,
@@ -102,11 +105,15 @@ class Matcher:
         )
         self.permutations = self.permutations.then(moves)
         self._matched = True
-        self._found = {"matching_objective": float(objective.mean()), "matching_changed": share_changed(moves)}
+        self._found = {
+            "matching_objective": float(objective.mean()),
+            "matching_objective_weights": float(weights.mean()),
+            "matching_changed": share_changed(moves),
+        }
 
     def figures(self) -> dict[str, float]:
-        """Of the epoch that has begun, if it began with a matching: the mean objective, and the share of the sources'
-        hidden units that moved."""
+        """Of the epoch that has begun, if it began with a matching: the mean objective (of all parameters, and without
+        1-D ones), and the share of the sources' hidden units that moved."""
         found, self._found = self._found, {}
         return found
 
