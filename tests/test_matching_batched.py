@@ -251,6 +251,26 @@ def test_what_is_uploaded_comes_back() -> None:
         assert upload([], device) == []
 
 
+def test_products_are_exact_whatever_training_allows(monkeypatch: pytest.MonkeyPatch) -> None:
+    symmetry, theta, sources = problem("mlp", 2)
+    seen: list[str] = []
+    visit = Descent._visit
+
+    def record(self: Descent, f: int) -> None:
+        seen.append(torch.get_float32_matmul_precision())
+        visit(self, f)
+
+    monkeypatch.setattr(Descent, "_visit", record)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("high")
+        match_weights(symmetry, theta, sources, threads=1)
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert set(seen) == {"highest"}
+
+
 # On a GPU
 
 
