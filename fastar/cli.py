@@ -299,6 +299,7 @@ def plan_command(
         typer.Option("--loader-images-per-second", help="Speed of loading, where it may limit.", show_default=False),
     ] = None,
     as_json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Say what a run will take before anything runs: memory of the GPU and the host, disk, and hours.
 
@@ -327,7 +328,8 @@ def plan_command(
     from fastar.experiments.plan import plan_run
     from fastar.report import plan_lines, plan_table
 
-    plan = plan_run(settings, _run_folder(out, settings, dataset, arch, config, scale), rate, loader).as_dict()
+    folder = _run_folder(out, settings, dataset, arch, config, scale)
+    plan = plan_run(settings, folder, rate, loader, _progress(quiet or as_json)).as_dict()
     if as_json:
         print(json.dumps(plan))
     else:

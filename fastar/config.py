@@ -174,7 +174,9 @@ class TrainSettings(_Section):
     """Progressive resizing: [epoch, side] pairs between which the side of the training images grows in a line, rounded
     to multiples of 32: [[11, 160], [13, 192]]. Empty: `dataset.resolution` throughout."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """auto: bf16 on a GPU that has it, else fp32. fp16 (with loss scaling) needs a GPU."""
+    """auto: bf16 on a GPU that has it, else fp32. fp16 (with loss scaling) needs a GPU. bf16 on a CPU that computes in
+    it (avx512_bf16, AMX, ARM's; `fastar doctor` says so) can halve a convolutional step, weights and images being
+    channels-last; elsewhere it is emulated, and slower than fp32."""
     drop_last: bool = True
     """Leave out the short last batch of an epoch (the order is drawn anew each epoch)."""
     compile: bool = False
@@ -270,6 +272,8 @@ class MatchingSettings(_Section):
     kicks: Count = 0
     """A last polish: times that the end is kicked out of its local optimum; what is better is kept."""
     max_sweeps: Positive = 100
+    chunk: Positive | None = None
+    """Sources that are matched together: fewer take less memory. None: one a thread on a CPU; what fits on a GPU."""
 
 
 class EvaluationSettings(_Section):

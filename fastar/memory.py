@@ -10,7 +10,10 @@ import torch
 
 MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
+# Of models that are held at once on a host.
 LIMIT = 4 << 30
+# One part of so many of a GPU's free memory is left to its libraries and to what the allocator rounds up.
+FOR_LIBRARIES = 8
 
 
 def free_bytes(device: torch.device) -> int:
@@ -61,18 +64,25 @@ def peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def resident_models(numel: int, device: torch.device, wanted: int) -> int:
-    """How many of `wanted` fp32 rows of `numel` to hold at once: what fits in half of the free memory, at least 1.
+def resident_models(each: int, device: torch.device, wanted: int, beside: int | None = None) -> int:
+    """How many of `wanted` models of `each` bytes to hold at once on `device`: as `models_that_fit` in what is free."""
+    return models_that_fit(each, free_bytes(device), wanted, beside, gpu=device.type == "cuda")
 
-    At most 4 GiB of them: past some dozens of models a batch's cost is shared well enough, and a GPU needs the rest for
-    activations.
+
+def models_that_fit(each: int, free: int, wanted: int, beside: int | None = None, *, gpu: bool) -> int:
+    """How many of `wanted` models of `each` bytes to hold at once where `free` bytes are free, `beside` of which are
+    needed for something else (None: not known; half is left for it); at least 1.
+
+    The more models share a batch, the fewer times the data are read: on a GPU as many as fit, but for what its
+    libraries take. On a host they take at most half and 4 GiB: its memory also holds the data's file, and others' work.
     """
-    return max(1, min(wanted, resident_limit(free_bytes(device)) // (4 * numel)))
-
-
-def resident_limit(free: int) -> int:
-    """Bytes that models may take which are held at once, where `free` bytes are free."""
-    return min(free // 2, LIMIT)
+    if not gpu:
+        room = min(free // 2, LIMIT)
+    elif beside is None:
+        room = free // 2
+    else:
+        room = free - free // FOR_LIBRARIES - beside
+    return max(1, min(wanted, room // each))
 
 
 def _available_on_host() -> int:

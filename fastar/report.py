@@ -162,7 +162,7 @@ def barriers_table(paths: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def many_table(result: Mapping[str, Any]) -> Table:
-    """One row per checkpoint, or per pair: objective and L2 distance, before and after."""
+    """One row per checkpoint, or per pair: objective (also without 1-D parameters); L2 distance, before and after."""
     rows = result.get("files") or result["pairs"]
     names = [Path(row[key]) for row in rows for key in ("file", "first", "second") if key in row]
     folders = {path.parent for path in names}
@@ -170,11 +170,11 @@ def many_table(result: Mapping[str, Any]) -> Table:
     to = {"mean": "to their mean", "star": "to the centre", "pairwise": "to each other"}[result["to"]]
     table = Table(title=f"Checkpoints{where}, matched {to}", title_justify="left")
     table.add_column("", overflow="fold")
-    for column in ("objective", "distance before", "matched (L2)"):
+    for column in ("objective", "without 1-D", "distance before", "matched (L2)"):
         table.add_column(column, justify="right")
     for row in rows:
         shown_names = [Path(row[key]).stem if where else row[key] for key in ("file", "first", "second") if key in row]
-        numbers = [f"{row[key]:.6g}" for key in ("objective", "distance_start", "distance")]
+        numbers = [f"{row[key]:.6g}" for key in ("objective", "objective_weights", "distance_start", "distance")]
         table.add_row(" ← ".join(shown_names), *numbers)
     return table
 

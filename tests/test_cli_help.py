@@ -122,12 +122,12 @@ def test_doctor_tries_every_part(capfd: pytest.CaptureFixture[str]) -> None:
     assert outcome.code == 0, outcome
     lines = outcome.out.splitlines()
     assert [line.split()[1].rstrip(":") for line in lines] == [
-        *("python", "torch", "gpu", "kernels", "assignment", "lapjv", "ffcv", "memory")
+        *("python", "torch", "gpu", "bf16", "kernels", "assignment", "lapjv", "ffcv", "memory")
     ]
     assert all(re.match(r"(ok  |note) \w+: .{5,}", line) for line in lines)
     assert "wrote and read 1797 images" in outcome.out
     found = json.loads(fastar("doctor", "--json").out)
-    assert [set(entry) for entry in found] == [{"name", "ok", "text", "needed"}] * 8
+    assert [set(entry) for entry in found] == [{"name", "ok", "text", "needed"}] * 9
 
 
 def test_doctor_reports_what_is_broken_and_exits_with_1(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,6 +139,29 @@ def test_doctor_reports_what_is_broken_and_exits_with_1(monkeypatch: pytest.Monk
     assert outcome.code == 1
     assert "FAIL ffcv: libfoo.so: cannot open" in outcome.out.splitlines()
     assert "ok   torch" in outcome.out  # the rest is still said
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "found"),
+    [
+        ("processor\t: 0\nflags\t\t: fpu avx512f avx512_bf16 amx_bf16 amx_tile\n", ["avx512_bf16", "amx_bf16"]),
+        ("processor\t: 0\nflags\t\t: fpu avx avx2 avx512_bf16x\n", []),
+        ("processor\t: 0\nFeatures\t: fp asimd bf16 i8mm\n", ["bf16"]),
+        ("", []),
+        (None, []),
+    ],
+)
+def test_doctor_knows_cpus_that_compute_in_bf16(
+    cpuinfo: str | None, found: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "cpuinfo"
+    if cpuinfo is not None:
+        path.write_text(cpuinfo)
+    assert doctor.bf16_instructions(path) == found
+    monkeypatch.setattr(doctor, "bf16_instructions", lambda: found)
+    said = doctor._bf16()
+    assert ("can halve" in said, "emulated" in said) == (bool(found), not found)
+    assert all(name in said for name in found)
 
 
 def test_doctor_takes_what_is_only_slower_as_a_note(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -82,6 +82,7 @@ def test_to_the_mean_writes_the_set_and_its_average(trained: list[Path], tmp_pat
     shown = fastar("match-many", *trained, "--quiet", PLACE).out
     assert "matched to their mean" in shown
     assert "seed-0002" in shown
+    assert "without 1-D" in shown
 
 
 def test_to_a_centre_each_is_matched_as_by_match(trained: list[Path], tmp_path: Path) -> None:
@@ -90,7 +91,9 @@ def test_to_a_centre_each_is_matched_as_by_match(trained: list[Path], tmp_path: 
     assert result["to"] == "star"
     for file, path in zip(result["files"], others, strict=True):
         alone = json.loads(fastar("match", centre, path, "--json", PLACE).out)
-        assert file["distance"] == pytest.approx(alone["distance"], rel=1e-6)
+        for figure in ("distance", "objective", "objective_weights"):
+            assert file[figure] == pytest.approx(alone[figure], rel=1e-6)
+        assert file["objective_weights"] != file["objective"]
         assert load_checkpoint(tmp_path / path.name).metadata["matched_to"] == centre.name
 
 
@@ -104,6 +107,7 @@ def test_pairwise_gives_each_pairs_permutations(trained: list[Path]) -> None:
     for pair in result["pairs"]:
         alone = json.loads(fastar("match", pair["first"], pair["second"], "--json", PLACE).out)
         assert Permutations.from_dict(pair["permutations"]) == Permutations.from_dict(alone["permutations"])
+        assert pair["objective_weights"] == pytest.approx(alone["objective_weights"], rel=1e-6)
 
 
 def test_nothing_is_matched_by_method_none(trained: list[Path], tmp_path: Path) -> None:

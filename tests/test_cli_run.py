@@ -227,7 +227,7 @@ def test_a_finished_run_needs_neither_data_nor_memory_nor_tensors(
         raise FastarError("looked at")
 
     before = contents(copied)
-    for what in ("prepare_context", "check_fits", "regular_models", "star_model", "measure"):
+    for what in ("prepare_context", "prepare_data", "regular_models", "star_model", "measure"):
         monkeypatch.setattr(star_domain, what, refuse)
     for what in ("load_checkpoint", "tensors_digest", "StoredState"):
         monkeypatch.setattr(checkpoints, what, refuse)

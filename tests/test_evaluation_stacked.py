@@ -9,6 +9,7 @@ from torch import nn
 
 from fastar.evaluation import evaluate_rows, losses, stacked
 from fastar.flat import FlatLayout
+from fastar.footprint import LiveBytes
 from fastar.models import build_model
 
 CPU = torch.device("cpu")
@@ -25,7 +26,7 @@ def test_together_equals_one_at_a_time(monkeypatch: pytest.MonkeyPatch, at_once:
         return stacked.stacked_logits(model, parameters, images)
 
     monkeypatch.setattr(losses, "stacked_logits", count)
-    monkeypatch.setattr(losses, "networks_at_once", lambda batch, device: at_once)
+    monkeypatch.setattr(losses, "networks_at_once", lambda model, batch, device: at_once)
     together = evaluate_rows(mlp(9), layout, rows, {"a": data()})["a"]
     assert sum(calls) == 7 * 4  # every network on each of the four batches
     assert max(calls) == min(at_once, 7)
@@ -60,7 +61,7 @@ def test_every_activation_is_stacked(monkeypatch: pytest.MonkeyPatch, activation
 
 def test_equal_networks_get_equal_bits_wherever_they_stand() -> None:
     """What barriers of exactly 0 on level paths rest on, also in a last group that is smaller than the others."""
-    rows = row(mlp(1)).repeat(1 + stacked.networks_at_once(16, CPU), 1)
+    rows = row(mlp(1)).repeat(1 + stacked.networks_at_once(mlp(1), 16, CPU), 1)
     found = evaluate_rows(mlp(9), FlatLayout.from_module(mlp(1)), rows, {"a": data(count=32)})["a"]
     assert len(set(found.loss.tolist())) == 1
 
@@ -73,8 +74,36 @@ def test_only_dense_networks_are_stacked() -> None:
 
 
 def test_large_batches_are_not_stacked() -> None:
-    assert stacked.networks_at_once(250, CPU) == 64
-    assert stacked.networks_at_once(1000, CPU) == 1
+    assert stacked.networks_at_once(mlp(0), 250, CPU) == 64
+    assert stacked.networks_at_once(mlp(0), 1000, CPU) == 1
+
+
+def test_what_is_stacked_is_bounded_by_its_bytes() -> None:
+    """On a GPU too, whose samples are not: of wide networks fewer, and none where that would be a handful."""
+    gpu = torch.device("cuda")
+
+    def at_once(width: int, batch: int) -> int:
+        model = build_model("mlp", input_shape=(1, 4, 4), classes=10, seed=0, width=width)
+        found = stacked.networks_at_once(model, batch, gpu)
+        assert found == 1 or found * stacked.stacked_bytes(model, batch) <= stacked.STACKED_BYTES
+        return found
+
+    assert at_once(16, 250) > at_once(256, 250) > at_once(1024, 250) > 16
+    assert at_once(8192, 250) == 1
+
+
+@pytest.mark.parametrize(("width", "batch", "count"), [(32, 250, 20), (300, 40, 18)])
+def test_bytes_of_a_stacked_network_are_those_that_are_taken(
+    monkeypatch: pytest.MonkeyPatch, width: int, batch: int, count: int
+) -> None:
+    model = build_model("mlp", input_shape=(1, 20, 20), classes=10, seed=0, width=width)
+    layout, one = FlatLayout.from_module(model), row(model)
+    monkeypatch.setattr(losses, "networks_at_once", lambda model, batch, device: count)
+    rows, given = one.repeat(2 * count, 1), [(torch.zeros(batch, 1, 20, 20), torch.zeros(batch).long())]
+    with LiveBytes() as live:
+        evaluate_rows(model, layout, rows, {"a": lambda: given})
+    # Beside it small tensors of one number per network; labels and losses are not at the fullest moment.
+    assert count * stacked.stacked_bytes(model, batch) == pytest.approx(live.peak, rel=0.1)
 
 
 class Branching(nn.Module):

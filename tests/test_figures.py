@@ -101,7 +101,7 @@ def test_a_run_shows_every_epoch_of_every_model(tmp_path: Path) -> None:
         assert tags["loss"] == losses
         assert {"lr", "images_per_second", "load_share", "peak_megabytes"} <= tags.keys()
     matched = [1, 4]  # star.match_every_epochs=3
-    for tag in ("matching_seconds", "matching_objective", "matching_changed"):
+    for tag in ("matching_seconds", "matching_objective", "matching_objective_weights", "matching_changed"):
         assert [step for step, _ in shown["star-0000"][tag]] == matched
         assert tag not in shown["source-0000"]
     changed = [value for _, value in shown["star-0000"]["matching_changed"]]
@@ -109,6 +109,8 @@ def test_a_run_shows_every_epoch_of_every_model(tmp_path: Path) -> None:
     objective = [value for _, value in shown["star-0000"]["matching_objective"]]
     logged = [entry["figures"]["matching_objective"] for entry in log if entry.get("figures")]
     assert objective == pytest.approx(logged, rel=1e-6)
+    weights = [value for _, value in shown["star-0000"]["matching_objective_weights"]]
+    assert all(one != whole for one, whole in zip(weights, objective, strict=True))  # biases count in one alone
 
 
 def test_tensorboard_can_be_left_out(tmp_path: Path) -> None:

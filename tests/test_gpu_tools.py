@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import runpy
 import signal
 import subprocess
@@ -82,27 +83,43 @@ def test_nothing_that_a_part_started_outlives_it(suite: dict[str, Any], ends: bo
 
 
 def test_what_failed_is_kept(suite: dict[str, Any]) -> None:
-    result = run_code(
-        suite, 'print(\'{"case": 1, "error": "x"}\'); print(\'FAILED tests/a.py::b - E\\n1 failed in 2s\')', 60
-    )
-    assert result["failed"] == ["FAILED tests/a.py::b - E"]
+    """Named at the end, or, where the part is stopped before, as each test ended."""
+    told = [
+        "tests/a.py::a PASSED [ 50%]",
+        "[gw1] [100%] FAILED tests/a.py::b",
+        "FAILED tests/a.py::b - E",
+        "1 failed in 2s",
+    ]
+    result = run_code(suite, f'print(\'{{"case": 1, "error": "x"}}\'); print({chr(10).join(told)!r})', 60)
+    assert result["failed"] == told[1:3]
     assert result["summary"] == "1 failed in 2s"
     assert "FAILED tests/a.py::b" in result["end_of_output"]  # kept for a line of an error too
     assert suite["state_of"](result) == f"ok, {result['seconds']} s, 1 lines, 1 of errors. 1 failed in 2s"
     assert suite["state_of"]({"skipped": "no time left in the budget"}) == "no time left in the budget"
 
 
+@pytest.mark.slow
 def test_every_test_of_a_gpu_is_in_the_suite(suite: dict[str, Any]) -> None:
     given = suite["gpu_tests"](8)
     named = {argument for argument in given if argument.startswith("tests")}
-    marked = {
-        f"tests/{path.name}"
-        for path in (ROOT / "tests").glob("*.py")
-        if any(line.lstrip().startswith("@pytest.mark.gpu") for line in path.read_text(encoding="utf-8").splitlines())
-    }
+    collected = subprocess.run(
+        [sys.executable, "-m", "pytest", "-m", "gpu", "--collect-only", "-q", "-p", "no:cacheprovider", "tests"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    ).stdout
+    marked = set(re.findall(r"^(tests/\w+\.py)", collected, re.MULTILINE))
     assert marked
-    assert marked <= named
+    assert marked == named
     assert given[:4] == ("-m", "pytest", "-m", "gpu")
+
+
+def test_files_with_marks_of_any_form_are_found(suite: dict[str, Any]) -> None:
+    named = suite["gpu_tests"](1)
+    assert "tests/test_graphs.py" in named  # decorated tests
+    assert "tests/test_kernels_operations.py" in named  # a parameter's mark
+    assert "tests/test_gpu_tools.py" not in named  # it only speaks of them: "@pytest.mark.gpu"
+    assert "-n" not in named
 
 
 def test_parts_have_arguments_that_their_tools_take(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
 import weakref
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from fastar import memory
 from fastar.evaluation import Endpoint, Path, evaluate_paths
+from fastar.evaluation.forward import statistics_bytes
 from fastar.flat import FlatLayout
 
 CPU = torch.device("cpu")
@@ -57,9 +59,19 @@ def test_free_memory_of_this_machine() -> None:
 
 def test_resident_models(machine: File) -> None:
     limit(machine, "8000", 0)
-    assert memory.resident_models(100, CPU, 50) == 10  # half of 8,000 bytes in rows of 400
-    assert memory.resident_models(100, CPU, 7) == 7
-    assert memory.resident_models(10_000, CPU, 7) == 1
+    assert memory.resident_models(400, CPU, 50) == 10  # half of 8,000 bytes
+    assert memory.resident_models(400, CPU, 7) == 7
+    assert memory.resident_models(400, CPU, 50, beside=6000) == 10  # on a host always half
+    assert memory.resident_models(40_000, CPU, 7) == 1
+
+
+def test_a_gpu_holds_as_many_models_as_what_else_is_needed_leaves() -> None:
+    models, gigabyte = functools.partial(memory.models_that_fit, 50 << 20, wanted=500), 1 << 30
+    assert models(free=32 * gigabyte, beside=8 * gigabyte, gpu=True) == (32 - 4 - 8) * 1024 // 50
+    assert models(free=80 * gigabyte, beside=8 * gigabyte, gpu=True) == 500
+    assert models(free=32 * gigabyte, gpu=True) == 16 * 1024 // 50  # nothing is known: half
+    assert models(free=80 * gigabyte, beside=8 * gigabyte, gpu=False) == memory.LIMIT // (50 << 20)
+    assert models(free=8 * gigabyte, beside=9 * gigabyte, gpu=True) == 1
 
 
 @pytest.mark.parametrize(("fit", "passes"), [(100, 2), (31, 2), (30, 4), (8, 8)])
@@ -67,7 +79,7 @@ def test_passes_over_the_data(machine: File, fit: int, passes: int) -> None:
     """Three paths with an end in common have 4 + 3 x 9 models: 2 passes, where one at a time took 66 with all ends."""
     model = resnet(0)
     layout = FlatLayout.from_module(model)
-    limit(machine, str(2 * fit * 4 * layout.numel), 0)
+    limit(machine, str(2 * fit * (4 * layout.numel + statistics_bytes(model))), 0)
     read: list[str] = []
 
     def counted(name: str) -> Batches:

@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 from training_cases import CPU, PlainConvNet, batches, network
 
-from fastar.config import StarSettings, TrainSettings
+from fastar.config import MatchingSettings, StarSettings, TrainSettings
 from fastar.errors import FastarError
+from fastar.experiments.star import match_store
 from fastar.flat import FlatLayout
+from fastar.matching import derive_symmetry
 from fastar.training import SourcesStore, StarStep, placement
 from fastar.training.feed import FetchedRows, Slots
 
@@ -54,6 +56,25 @@ def test_no_number_depends_on_the_place(place: str, tmp_path: Path) -> None:
     found, same = train(make_store(place, folder=tmp_path))
     assert found == wanted
     assert torch.equal(same, theta)
+
+
+def test_what_matching_reaches_is_told_with_and_without_vectors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Part by part: inner products of theta with the rows as they then are, each in its place."""
+    monkeypatch.setattr(SourcesStore, "_usable_in_place", False)  # as on a GPU: parts are copied there and back
+    monkeypatch.setattr("fastar.training.store.free_bytes", lambda device: 8 * 4 * 3 * LAYOUT.numel)  # three rows each
+    model = network(PlainConvNet, 0)
+    symmetry = derive_symmetry(model, (torch.zeros(2, *SHAPE),))
+    sources, theta = make_store("file", folder=tmp_path), LAYOUT.flatten(model.state_dict())
+    _, whole, weights = match_store(symmetry, theta, sources, MatchingSettings(), start=None, seed=0, threads=1)
+    one = {name: value.double() for name, value in LAYOUT.views(theta).items()}
+    for n in range(len(sources)):
+        products = {name: float((one[name] * view[n].double()).sum()) for name, view in sources.views().items()}
+        vectors = sum(value for name, value in products.items() if one[name].ndim == 1)
+        assert abs(vectors) > 0.01  # else the two were one
+        assert float(whole[n]) == pytest.approx(sum(products.values()), rel=1e-6)  # sums of float32 products
+        assert float(weights[n]) == pytest.approx(sum(products.values()) - vectors, rel=1e-6, abs=1e-6)
 
 
 @pytest.mark.parametrize("count", [1, 3, 40])

@@ -60,10 +60,12 @@ def _tool(name: str, limit: float, arguments: str, small: str, label: str | None
 
 def gpu_tests(workers: int) -> tuple[str, ...]:
     """The tests marked `gpu`, of the files that have some, by so many processes where pytest-xdist is there."""
-    files = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in path.read_text("utf-8")]
+    marked = re.compile(r"(?<![\"'`])(?<![\"'`]@)pytest\.mark\.gpu\b")  # the mark itself, not a text about it
+    files = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if marked.search(path.read_text("utf-8"))]
     shared = ("-n", str(workers)) if workers > 1 and util.find_spec("xdist") is not None else ()
-    options = ("-p", "no:cacheprovider", "--continue-on-collection-errors", "-rfE", "--durations=5", *shared)
-    return ("-m", "pytest", "-m", "gpu", *options, *(str(path.relative_to(ROOT)) for path in files))
+    # -vv: a line for each test as it ends (the project asks for -q), so that a part out of time still says what failed.
+    options = ("-vv", "--tb=short", "-p", "no:cacheprovider", "--continue-on-collection-errors", "-rfE", *shared)
+    return ("-m", "pytest", "-m", "gpu", *options, "--durations=5", *(str(path.relative_to(ROOT)) for path in files))
 
 
 STEP = "--arch resnet18 --batch 128 --precision bf16"
@@ -191,9 +193,9 @@ def run_part(
     summary = re.findall(r"^\d+ (?:passed|failed|skipped|error).*$", out, re.MULTILINE)
     if summary:
         result["summary"] = summary[-1]
-    failed = re.findall(r"^(?:FAILED|ERROR) .*$", out, re.MULTILINE)
+    failed = re.findall(r"^(?:.* )?(?:FAILED|ERROR)(?: .*)?$", out, re.MULTILINE)
     if failed:
-        result["failed"] = failed
+        result["failed"] = [text[:300] for text in failed if "tests/" in text]
     if outcome["exit_code"] != 0 or any("error" in line for line in lines):
         result["end_of_output"] = (out + errors).strip().replace(str(ROOT) + os.sep, "")[-6000:]
     return result

@@ -219,7 +219,7 @@ def _measure(
         if stacked is not None and not tried and not stacks(model, stacked, images):
             stacked = None
         tried = True
-        at_once = networks_at_once(len(labels), images.device) if stacked is not None else 1
+        at_once = networks_at_once(model, len(labels), images.device) if stacked is not None else 1
         if stacked is not None and at_once > 1:
             for start in range(0, len(singles), at_once):
                 part = slice(start, start + at_once)
@@ -227,6 +227,7 @@ def _measure(
                 each = F.cross_entropy(together.flatten(0, 1), labels.repeat(len(together)), reduction="none")
                 losses[part] += each.view(len(together), -1).sum(1)
                 correct[part] += (together.argmax(2) == labels).sum(1)
+                del together, each  # before the next ones are made
             return losses
         for k, parameters in enumerate(singles):
             bind(parameters)

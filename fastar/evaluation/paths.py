@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastar.evaluation.batch_norm import Statistics
+from fastar.evaluation.forward import ENDS, Shown, beside_models, forward_bytes, statistics_bytes
 from fastar.evaluation.losses import Batches, evaluate_rows
 from fastar.flat import FlatLayout, check_kernels
 from fastar.kernels import interpolate
@@ -37,7 +38,7 @@ class Endpoint:
 class _Rows:
     """The rows of the ends that were asked for last, on the device."""
 
-    def __init__(self, device: torch.device, kept: int = 4):
+    def __init__(self, device: torch.device, kept: int = ENDS):
         self._device, self._kept = device, kept
         self._rows: dict[int, Tensor] = {}
 
@@ -103,6 +104,7 @@ def evaluate_paths(
     statistics_batches: Batches | None = None,
     method: str = "population",
     resident: int | None = None,
+    shown: Shown | None = None,
     graph: bool = False,
     progress: Progress = SILENT,
 ) -> list[PathLosses]:
@@ -119,7 +121,8 @@ def evaluate_paths(
         points: number of t, at least 2.
         statistics_batches: data for batch-norm statistics.
         method: "population", or "reference": moving average at inner points, `Endpoint.statistics` at the ends.
-        resident: models held at once; None chooses from free memory.
+        resident: models held at once; None: as many as free memory holds (`resident_models`).
+        shown: the batches, for which a GPU's memory is left then; None: half is left.
         graph: replay the work of each batch as a CUDA graph.
 
     Raises:
@@ -149,7 +152,7 @@ def evaluate_paths(
     device = next(model.parameters()).device
     check_kernels(device)
     row_of = _Rows(device)
-    chunk = resident or resident_models(layout.numel, device, len(todo))
+    chunk = resident or _models_at_once(model, layout, len(todo), shown, device)
     measured: dict[tuple[int, int, float], dict[str, tuple[float, float]]] = {}
     rows = torch.empty(min(chunk, len(todo)), layout.numel, device=device)
     with progress.task("evaluating", total=len(todo), unit="models") as advance:
@@ -182,6 +185,16 @@ def evaluate_paths(
         )
         for path, path_keys in zip(paths, keys, strict=True)
     ]
+
+
+def _models_at_once(
+    model: nn.Module, layout: FlatLayout, wanted: int, shown: Shown | None, device: torch.device
+) -> int:
+    """How many models to hold at once, as `fastar plan` says it."""
+    row, beside = 4 * layout.numel, None
+    if shown is not None and device.type == "cuda":  # counting takes seconds, which a CPU has other use for
+        beside = beside_models(forward_bytes(model, shown.image, shown.batch), row, wanted, shown, device)
+    return resident_models(row + statistics_bytes(model), device, wanted, beside)
 
 
 def _own_statistics(path: Path, t: float, method: str) -> Statistics | None:

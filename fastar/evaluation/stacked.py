@@ -15,7 +15,9 @@ from torch.func import functional_call, vmap
 # What the batched form is known to be equal and faster for; every leaf of a network must be one of these.
 _LEAVES = (nn.Linear, nn.ReLU, nn.GELU, nn.SiLU, nn.ELU, nn.Tanh, nn.Sigmoid, nn.Flatten, nn.Identity)
 # Activations of this many samples x networks are in the caches; beyond it batched products gain nothing on a CPU.
-_SAMPLES = {"cpu": 16_000, "cuda": 1 << 20}
+_SAMPLES_ON_CPU = 16_000
+# What the activations of networks that are evaluated together may take: a GPU is busy with fewer.
+STACKED_BYTES = 256 << 20
 
 
 def stackable(model: nn.Module) -> bool:
@@ -33,10 +35,19 @@ def stacks(model: nn.Module, parameters: Mapping[str, Tensor], images: Tensor) -
     return True
 
 
-def networks_at_once(batch: int, device: torch.device) -> int:
+def networks_at_once(model: nn.Module, batch: int, device: torch.device) -> int:
     """How many networks to stack for batches of so many samples; 1 where that would gain nothing."""
-    count = _SAMPLES[device.type] // max(batch, 1)
+    count = STACKED_BYTES // max(stacked_bytes(model, batch), 1)
+    if device.type == "cpu":
+        count = min(count, _SAMPLES_ON_CPU // max(batch, 1))
     return count if count > 16 else 1
+
+
+def stacked_bytes(model: nn.Module, batch: int) -> int:
+    """What each of several networks that are stacked takes on so many samples: of its widest layer the input, the
+    products and their sums with the bias; and of each sample its label, its loss and its answer."""
+    widest = max((layer.out_features for layer in model.modules() if isinstance(layer, nn.Linear)), default=0)
+    return batch * (3 * 4 * widest + 24)
 
 
 @torch.no_grad()

@@ -206,7 +206,9 @@ class Context:
     @contextmanager
     def threads(self) -> Iterator[None]:
         """Inside, CPU work uses as many threads as a training batch of this network is worth."""
-        if self.settings.dataset.of_any_size:  # such a network is worth all there are, and counting is worth seconds
+        # On a GPU there is nothing to choose, and its memory is not held by what would be counted. A network for images
+        # of any size is worth all there are, and counting is worth seconds.
+        if self.device.type == "cuda" or self.settings.dataset.of_any_size:
             yield
             return
         images = torch.zeros(self.settings.train.batch_size, *self.shape.image, device=self.device)

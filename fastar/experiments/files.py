@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from fastar.matching import (
     Symmetry,
     match_by_settings,
     match_many,
+    matching_threads,
     symmetry_by_settings,
 )
 from fastar.progress import SILENT, Progress
@@ -199,7 +201,7 @@ def _match_file(
         layout.views(other[None]),
         examples=network.examples,
         seed=network.settings.seed,
-        threads=network.settings.workers,
+        threads=matching_threads(network.device, network.settings.workers),
     )
     permutations = result.permutations.select(0).to("cpu")
     state = symmetry.apply(permutations, source.state)
@@ -244,9 +246,10 @@ def match_many_files(
         rounds: of mean, at most.
 
     Returns:
-        groups (name to size); `files`: for each its file, the one written, objective with the centre or the mean, L2
-        distance from it before and after; of pairwise `pairs` instead: first, second, objective, distance before and
-        after, permutations; average, rounds, converged, history (`fastar.matching.ManyResult`).
+        groups (name to size); `files`: for each its file, the one written, objective with the centre or the mean (and
+        without 1-D parameters), L2 distance from it before and after; of pairwise `pairs` instead: first, second,
+        objective (both), distance before and after, permutations; average, rounds, converged, history
+        (`fastar.matching.ManyResult`).
     """
     if not paths:
         raise FastarError("there is nothing to match: give checkpoints")
@@ -273,7 +276,7 @@ def match_many_files(
         examples=network.examples,
         rounds=rounds,
         seed=network.settings.seed,
-        threads=network.settings.workers,
+        threads=matching_threads(network.device, network.settings.workers),
         progress=progress,
     )
     figures = {
@@ -289,7 +292,8 @@ def match_many_files(
     if result.permutations is None:
         return {**figures, "pairs": _pair_figures(network, paths, states, rows, result)}
     assert result.mean is not None
-    middle_row = network.layout.flatten(result.mean if middle is None else middle).to(network.device)
+    around = result.mean if middle is None else middle
+    middle_row = network.layout.flatten(around).to(network.device)
     files = []
     for n, (path, target) in enumerate(zip(paths, written, strict=True)):
         state = network.symmetry.apply(result.permutations.select(n).to("cpu"), loaded[n].state)
@@ -300,6 +304,7 @@ def match_many_files(
                 "file": str(path),
                 "written": None if target is None else str(target),
                 "objective": float(result.objective[n]),
+                "objective_weights": _weights_product(network, around, state),
                 "distance_start": float((middle_row - rows[n]).norm()),
                 "distance": float((middle_row - network.layout.flatten(state).to(network.device)).norm()),
             }
@@ -318,6 +323,12 @@ def _written_into(paths: Sequence[Path], out: Path | None) -> list[Path | None]:
     return _written(paths, out) if len(paths) != 1 else [None if out is None else out / f"{paths[0].stem}.safetensors"]
 
 
+def _weights_product(network: Network, one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> float:
+    """The inner product of two states over the parameters that matching counts, without 1-D ones."""
+    names = [name for name in network.symmetry.counted(one, other) if one[name].ndim > 1]
+    return math.fsum(float((one[name].cpu().double() * other[name].cpu().double()).sum()) for name in names)
+
+
 def _pair_figures(
     network: Network,
     paths: Sequence[Path],
@@ -327,12 +338,14 @@ def _pair_figures(
 ) -> list[dict[str, Any]]:
     found = []
     for ((i, j), permutations), objective in zip(result.pairs.items(), result.objective.tolist(), strict=True):
-        matched = network.layout.flatten(network.symmetry.apply(permutations, states[j]))
+        state = network.symmetry.apply(permutations, states[j])
+        matched = network.layout.flatten(state)
         found.append(
             {
                 "first": str(paths[i]),
                 "second": str(paths[j]),
                 "objective": objective,
+                "objective_weights": _weights_product(network, states[i], state),
                 "distance_start": float((rows[i] - rows[j]).norm()),
                 "distance": float((rows[i] - matched).norm()),
                 "permutations": permutations.as_dict(),

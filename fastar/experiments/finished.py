@@ -24,9 +24,13 @@ def finished_results(settings: Settings, run: RunFolder, progress: Progress = SI
             what was not saved.
     """
     run.check(settings)
-    models = [("source", i) for i in range(settings.sources.number if settings.sources.folder is None else 0)]
-    models += [("heldout", i) for i in range(settings.sources.heldout)]
-    if not run.results.is_file() or not all(run.finished(*model) for model in [("star", 0), *models]):
+    numbers = {"heldout": settings.sources.heldout}
+    if settings.sources.folder is None:
+        numbers["source"] = settings.sources.number
+    # One after the other: the first that is missing is the answer, whatever number was asked for.
+    if not run.results.is_file() or not run.finished("star", 0):
+        return None
+    if not all(run.finished(kind, index) for kind, number in numbers.items() for index in range(number)):
         return None
     trained_on = read_metadata(run.star).get("dataset_digest")
     return kept_results(run, measured_digest(settings, run, str(trained_on)), progress)
@@ -57,7 +61,7 @@ def measured_digest(settings: Settings, run: RunFolder, data: str) -> str:
         "data": data,
         "permutations": stored_digest(run.permutations),
         "evaluation": settings.evaluation.model_dump(mode="json", exclude={"graph"}),
-        "matching": settings.matching.model_dump(mode="json"),
+        "matching": settings.matching.model_dump(mode="json", exclude={"chunk"}),
         "limit": settings.dataset.limit,
         "seed": settings.seed,
     }

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from contextlib import closing
 from dataclasses import dataclass
 
 import torch
 
+from fastar import data
 from fastar.experiments.context import Context
-from fastar.matching import match_weights
-from fastar.training import resolution
-from fastar.training.footprint import Footprint, seconds_per_image
+from fastar.experiments.facts import DataFacts, evaluated_models, training_sides
+from fastar.matching import Permutations, match_weights, matching_threads
+from fastar.seeds import derive_seed
+from fastar.training.footprint import seconds_per_image
 
 # A step is timed with a whole batch, or what takes this much memory of it.
-TIMED_BYTES = 256 << 20
-
-
-@dataclass(frozen=True)
-class DataFacts:
-    """Images of each split, classes, bytes of the files (None: not known until they are written), on the device, and
-    on the host while a split is read."""
-
-    train: int
-    test: int
-    classes: int
-    disk: int | None
-    written: bool
-    resident: int
-    reading: int
+TIMED_BYTES = {"cpu": 64 << 20, "cuda": 4 << 30}
+# Loading is timed for so long, after the first batches, which were read ahead while nothing was timed.
+LOADED_SECONDS, LOADED_BEFORE = 3.0, 4
+# Sources are matched to a theta from which this share of hidden units has to move: the mean over the epochs of the
+# runs of docs/star-models.md, whose first epochs move a third and whose last ones a hundredth.
+MOVED = 0.1
+# Sources timed at once on a GPU, which matches them together.
+MATCHED = 8
 
 
 @dataclass(frozen=True)
@@ -39,22 +35,14 @@ class Work:
     seconds: float | None
 
 
-def evaluated_models(context: Context) -> int:
-    """Models that evaluation looks at: the inner points of all paths, and the ends."""
-    settings = context.settings
-    sources, heldouts, wanted = settings.sources.number, settings.sources.heldout, settings.evaluation.star_sources
-    regular = sources + heldouts
-    pairs = min(settings.evaluation.regular_pairs, regular * (regular - 1) // 2)
-    stars = heldouts + (sources if wanted is None else min(sources, wanted))
-    paths = stars + pairs * (2 if settings.ends_matched else 1)
-    return paths * (settings.evaluation.points - 2) + 1 + stars + min(2 * pairs * 2, regular + pairs)
+@dataclass(frozen=True)
+class Asked:
+    """Images per second of training and of loading that are stated (None: not), and what may be measured: all (true),
+    what any machine can tell something of (false), nothing (None)."""
 
-
-def training_sides(context: Context) -> list[int]:
-    """The side of the images of each epoch of training."""
-    train, star = context.settings.train, context.settings.star
-    epochs = max(train.epochs, star.epochs or 0)
-    return [resolution(train, epoch) or max(context.image[1:]) for epoch in range(epochs)]
+    training: float | None
+    loading: float | None
+    measure: bool | None
 
 
 @dataclass(frozen=True)
@@ -67,54 +55,130 @@ class Rates:
     text: str
 
 
-def measured_rates(
-    context: Context,
-    build: Callable[[], torch.nn.Module],
-    dtype: torch.dtype,
-    stated: float | None,
-    loader: float | None,
-    measure: bool | None,
-    batch: int,
-    activations: Footprint,
-) -> Rates:
-    """Stated rates, and where `measure` says so (see `plan.make_plan`) what steps and matching take on the device."""
-    device = context.device
+def measured_rates(context: Context, facts: DataFacts, dtype: torch.dtype, asked: Asked, *, per_image: float) -> Rates:
+    """Stated rates, and what steps, loading and matching take here, where `asked.measure` allows it.
+
+    Args:
+        dtype: that is trained in.
+        per_image: bytes that a step takes for each image.
+    """
+    device, settings = context.device, context.settings
     training = evaluation = matching = None
-    parts = []
-    if stated is not None:
-        training = evaluation = 1 / stated
-        parts.append(f"{stated:,.0f} images/s stated, for evaluation too")
+    parts, measure = [], asked.measure
+    if asked.training is not None:
+        training = evaluation = 1 / asked.training
+        parts.append(f"{asked.training:,.0f} images/s stated, for evaluation too")
     elif measure:
-        timed = min(batch, max(2, int(TIMED_BYTES // activations.per_image)))
-        sides = training_sides(context)
-        shape = (context.image[0], max(sides), max(sides))
-        training, _ = seconds_per_image(build, shape, dtype, device, timed)
-        training *= sum(side**2 for side in sides) / len(sides) / max(sides) ** 2  # smaller ones take less by as much
-        _, evaluation = seconds_per_image(build, context.image, dtype, device, timed)
+        context.progress.line("planning: timing some steps")
+        training, evaluation = _steps(context, dtype, per_image)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "this machine's CPU"
         parts.append(
             f"{1 / training:,.0f} images/s of training and {1 / evaluation:,.0f} of evaluation measured on {name}"
         )
-    if loader is not None and training is not None and evaluation is not None:
-        training, evaluation = max(training, 1 / loader), max(evaluation, 1 / loader)
-        parts.append(f"loading gives {loader:,.0f} images/s")
-    if not context.settings.star_matched_every:
+    elif measure is not None:
+        parts.append("give --images-per-second: the GPU's speed cannot be measured here")
+    loading, said = asked.loading, "stated"
+    if loading is None and measure is not None and facts.streams and facts.written:
+        context.progress.line("planning: timing the loading of some batches")
+        loading, said = loaded_per_second(context), "measured here"
+    if loading is not None:
+        parts.append(f"loading {loading:,.0f} images/s {said}")
+        if training is not None and evaluation is not None:
+            training, evaluation = max(training, 1 / loading), max(evaluation, 1 / loading)
+    if not settings.star_matched_every:
         matching = 0.0
-    elif measure is not None and context.settings.matching.method == "weight":
-        theta = {name: value.to(device) for name, value in build().state_dict().items()}
-        found = match_weights(
-            context.symmetry,
-            theta,
-            {name: value[None].clone() for name, value in theta.items()},
-            start=context.symmetry.identity(),
-            threads=context.settings.workers,
-        )
-        matching = found.seconds
+    elif measure is not None and settings.matching.method == "weight":
+        context.progress.line("planning: timing a matching")
+        matching = matching_seconds(context)
         parts.append(f"{matching:.2g} s a source to match again measured on {device}")
     return Rates(training, evaluation, matching, "; ".join(parts) or "no rates: nothing was measured or stated")
 
 
-def work_of(context: Context, facts: DataFacts, rates: Rates, evaluated: int) -> list[Work]:
+def _steps(context: Context, dtype: torch.dtype, per_image: float) -> tuple[float, float]:
+    """Seconds per image of training, over all epochs, and of evaluation."""
+    device, sides = context.device, training_sides(context)
+    timed = min(context.settings.train.batch_size, max(2, int(TIMED_BYTES[device.type] // per_image)))
+
+    def build() -> torch.nn.Module:
+        return context.build(seed=0, device="cpu")
+
+    largest = (context.image[0], max(sides), max(sides)) if context.settings.dataset.of_any_size else context.image
+    training, evaluation = seconds_per_image(build, largest, dtype, device, timed)
+    if largest != context.image:
+        _, evaluation = seconds_per_image(build, context.image, dtype, device, timed)
+    # Smaller images take less by as much.
+    return training * sum(side**2 for side in sides) / len(sides) / max(sides) ** 2, evaluation
+
+
+def loaded_per_second(context: Context) -> float:
+    """Images per second that the training set's files give at the largest side that is trained at, decoded, cut and on
+    the device."""
+    settings = context.settings
+    loaded = data.StreamingDataset(
+        context.files,  # type: ignore[arg-type]
+        "train",
+        context.device,
+        size=max(training_sides(context)),
+        crop=settings.dataset.crop,
+        order=settings.dataset.order,
+        threads=settings.dataset.threads,
+        limit=settings.dataset.limit,
+    )
+    size = min(settings.train.batch_size, max(2, len(loaded) // (2 * LOADED_BEFORE)))
+    images, begun = 0, 0.0
+    with closing(loaded.batches(size, seed=0, epoch=0)) as batches:
+        for number, (pixels, _) in enumerate(batches):
+            if number == LOADED_BEFORE - 1:
+                begun = time.perf_counter()
+            elif number >= LOADED_BEFORE:
+                images += len(pixels)
+                if time.perf_counter() - begun > LOADED_SECONDS:
+                    break
+    return images / (time.perf_counter() - begun)
+
+
+def matching_seconds(context: Context) -> float:
+    """Seconds a source takes to be matched again: sources that are theta with some noise, and of each group's hidden
+    units a share in other places."""
+    device, symmetry, settings = context.device, context.symmetry, context.settings
+    count = min(settings.sources.number, MATCHED) if device.type == "cuda" else 1
+    theta = {name: value.to(device) for name, value in context.build(seed=0, device="cpu").state_dict().items()}
+    generator = torch.Generator().manual_seed(derive_seed(0, "plan", "matching"))
+    sources = {}
+    for name in symmetry.parameters:
+        value = theta[name]
+        noise = torch.randn(count, *value.shape, generator=generator).to(device)
+        sources[name] = value + 0.5 * value.std(correction=0) * noise
+    symmetry.apply_rows(
+        Permutations(
+            {g.name: torch.stack([_some_moved(g.size, generator) for _ in range(count)]) for g in symmetry.groups}
+        ),
+        sources,
+    )
+    seconds = []
+    for _ in range(2 if device.type == "cuda" else 1):  # kernels are chosen, and memory is had, in the first
+        found = match_weights(
+            symmetry,
+            theta,
+            sources,
+            start=symmetry.identity(),
+            chunk=settings.matching.chunk,
+            threads=matching_threads(device, settings.workers),
+        )
+        seconds.append(found.seconds / count)
+    return seconds[-1]
+
+
+def _some_moved(size: int, generator: torch.Generator) -> torch.Tensor:
+    """A permutation [size] that moves a share of the units."""
+    index = torch.arange(size)
+    chosen = torch.randperm(size, generator=generator)[: max(2, round(MOVED * size))]
+    index[chosen] = chosen.roll(1)
+    return index
+
+
+def work_of(context: Context, facts: DataFacts, rates: Rates) -> list[Work]:
+    """All parts of the run, in order."""
     settings = context.settings
     train, evaluation = settings.train, settings.evaluation
     regular = settings.sources.heldout + (settings.sources.number if settings.sources.folder is None else 0)
@@ -135,5 +199,5 @@ def work_of(context: Context, facts: DataFacts, rates: Rates, evaluated: int) ->
         Work("epoch of a regular model", regular * train.epochs, epoch),
         Work("epoch of the star, matching included", settings.star.epochs or train.epochs, star),
         Work("model measured when it is trained", regular + 1, own),
-        Work("point of a path measured", evaluated, measuring),
+        Work("point of a path measured", evaluated_models(context), measuring),
     ]

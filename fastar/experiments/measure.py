@@ -17,9 +17,10 @@ from fastar.checkpoints import Checkpoint
 from fastar.evaluation import Endpoint, Path, PathLosses, evaluate_paths, evaluate_rows
 from fastar.evaluation.batch_norm import batch_norm_layers
 from fastar.experiments.context import Context
+from fastar.experiments.facts import shown
 from fastar.experiments.regular import device_name
 from fastar.kernels import interpolate
-from fastar.matching import Permutations, match_by_settings
+from fastar.matching import Permutations, match_by_settings, matching_threads
 from fastar.memory import peak_bytes, resident_models
 from fastar.parts import shares
 from fastar.progress import SILENT, Progress
@@ -63,7 +64,7 @@ def matched_endpoints(
         return []
     settings, symmetry, layout = context.settings, context.symmetry, context.layout
     theta = layout.views(context.row(first))
-    size = min(PART_ROWS, resident_models(layout.numel, context.device, len(others)))
+    size = min(PART_ROWS, resident_models(4 * layout.numel, context.device, len(others)))
     ends = []
     with progress.task("matching", total=len(others), unit="sources") as advance:
         for begin in range(0, len(others), size):
@@ -79,7 +80,7 @@ def matched_endpoints(
                 start=None if start is None else start.part(begin, begin + len(some)),
                 examples=context.examples,
                 seed=derive_seed(settings.seed, "evaluation", "matching"),
-                threads=settings.workers,
+                threads=matching_threads(context.device, settings.workers),
             ).permutations.to("cpu")
             for k, other in enumerate(some):
                 ends.append(endpoint(context, names[begin + k], other, found.select(k)))
@@ -174,6 +175,7 @@ def measure(
         points=settings.evaluation.points,
         statistics_batches=context.statistics_batches,
         method=settings.evaluation.batch_norm,
+        shown=shown(context),
         graph=settings.evaluation.graph,
         progress=context.progress,
     )

@@ -12,6 +12,7 @@ from fastar.errors import FastarError
 from fastar.evaluation import Path as Segment
 from fastar.evaluation import evaluate_paths
 from fastar.experiments.context import DATA_KEYS, MEASURE_WITH_LESS, Context, Shape, resolve_device, within_memory
+from fastar.experiments.facts import shown
 from fastar.experiments.measure import SPLITS, endpoint, matched_endpoints, statistics_error
 from fastar.experiments.regular import check_fits, device_name
 from fastar.progress import SILENT, Progress
@@ -99,6 +100,7 @@ def barriers_of_files(
             points=context.settings.evaluation.points,
             statistics_batches=context.statistics_batches,
             method=context.settings.evaluation.batch_norm,
+            shown=shown(context),
             graph=context.settings.evaluation.graph,
             progress=progress,
         )

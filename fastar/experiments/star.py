@@ -17,7 +17,7 @@ from fastar.evaluation.losses import full_precision
 from fastar.experiments.attempts import Prepared, Subject, attempt_seed, trained
 from fastar.experiments.context import MEASURE_WITH_LESS, Context, within_memory
 from fastar.experiments.regular import check_recipe, recipe, save_model
-from fastar.matching import GiveExamples, Permutations, Symmetry, match_by_settings
+from fastar.matching import GiveExamples, Permutations, Symmetry, match_by_settings, matching_threads
 from fastar.progress import SILENT, Progress
 from fastar.seeds import derive_seed
 from fastar.training import Recording, SourcesStore, StarStep, StepsProfile
@@ -29,7 +29,7 @@ def star_recipe(context: Context, sources: Sequence[Checkpoint]) -> dict[str, An
     return {
         **recipe(context, "star", 0),
         "star": settings.star.model_dump(mode="json"),
-        "matching": settings.matching.model_dump(mode="json"),
+        "matching": settings.matching.model_dump(mode="json", exclude={"chunk"}),
         "sources": [state_digest(source) for source in sources],
     }
 
@@ -51,13 +51,14 @@ def match_store(
     threads: int,
     examples: GiveExamples | None = None,
     progress: Progress = SILENT,
-) -> tuple[Permutations, Tensor]:
+) -> tuple[Permutations, Tensor, Tensor]:
     """Algorithm 1, step 1: theta_n <- pi(theta_n) for all rows of the store, wherever they live.
 
     Returns:
-        The permutations, and the objective [N] float64 that they reach.
+        The permutations, and the objective [N] float64 that they reach: of all parameters, and without 1-D ones, which
+        hardly depend on them.
     """
-    found, objectives = [], []
+    found, objectives, weights = [], [], []
     for views in sources.parts():
         result = match_by_settings(
             settings,
@@ -73,7 +74,9 @@ def match_store(
         symmetry.apply_rows(result.permutations, views)
         found.append(result.permutations.to("cpu"))
         objectives.append(result.objective.cpu())
-    return Permutations({name: torch.cat([part[name] for part in found]) for name in found[0]}), torch.cat(objectives)
+        weights.append(result.objective_weights.cpu())
+    permutations = Permutations({name: torch.cat([part[name] for part in found]) for name in found[0]})
+    return permutations, torch.cat(objectives), torch.cat(weights)
 
 
 class Matcher:
@@ -88,7 +91,7 @@ class Matcher:
 
     def __call__(self, theta: Tensor, sources: SourcesStore, epoch: int) -> None:
         settings, symmetry = self._context.settings, self._context.symmetry
-        moves, objective = match_store(
+        moves, objective, weights = match_store(
             symmetry,
             theta,
             sources,
@@ -96,17 +99,21 @@ class Matcher:
             # The rows are kept as permuted last: what matched then is where to start now.
             start=symmetry.identity() if self._matched else None,
             seed=derive_seed(settings.seed, "star", "matching", epoch),
-            threads=settings.workers,
+            threads=matching_threads(self._context.device, settings.workers),
             examples=self._context.examples,
             progress=self._context.progress,
         )
         self.permutations = self.permutations.then(moves)
         self._matched = True
-        self._found = {"matching_objective": float(objective.mean()), "matching_changed": share_changed(moves)}
+        self._found = {
+            "matching_objective": float(objective.mean()),
+            "matching_objective_weights": float(weights.mean()),
+            "matching_changed": share_changed(moves),
+        }
 
     def figures(self) -> dict[str, float]:
-        """Of the epoch that has begun, if it began with a matching: the mean objective, and the share of the sources'
-        hidden units that moved."""
+        """Of the epoch that has begun, if it began with a matching: the mean objective (of all parameters, and without
+        1-D ones), and the share of the sources' hidden units that moved."""
         found, self._found = self._found, {}
         return found
 

@@ -7,20 +7,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fastar.config import Settings, parse_bytes
+from fastar.config import Settings
 from fastar.errors import FastarError
+from fastar.experiments.beforehand import check_network, prepare_data, use_device_early
 from fastar.experiments.context import MEASURE_WITH_LESS, Context, within_memory
 from fastar.experiments.finished import finished_results, kept_results, measured_digest
 from fastar.experiments.measure import measure
-from fastar.experiments.plan import check_fits
 from fastar.experiments.regular import given_sources, regular_models
 from fastar.experiments.star import star_model, steps_profile
 from fastar.figures import LiveFigures, import_wandb
-from fastar.flat import check_kernels
-from fastar.memory import cap_gpu, peak_bytes
+from fastar.memory import peak_bytes
 from fastar.progress import SILENT, Progress
 from fastar.runs import RunFolder
-from fastar.training import resolve_precision
 
 
 def prepare_context(settings: Settings, out: Path, progress: Progress = SILENT) -> Context:
@@ -32,11 +30,8 @@ def prepare_context(settings: Settings, out: Path, progress: Progress = SILENT) 
     context = Context(settings, RunFolder(out), progress)
     if settings.figures.wandb:
         import_wandb(settings.figures.wandb)
-    check_kernels(context.device)
-    resolve_precision(settings.train.precision, context.device)
-    if settings.gpu_memory is not None and context.device.type == "cuda":
-        cap_gpu(context.device, parse_bytes(settings.gpu_memory))
-    context.build(seed=0, device="cpu")  # the GPU is not touched before the writers have forked
+    use_device_early(context)
+    check_network(context)
     return context
 
 
@@ -50,8 +45,7 @@ def train_sources(settings: Settings, out: Path, progress: Progress = SILENT) ->
         raise FastarError("sources.folder gives the sources, so none are to be trained; leave it out or use train-star")
     context = prepare_context(settings, out, progress)
     context.run.check(settings)
-    _ = context.files
-    check_fits(context)
+    prepare_data(context)
     with opened(context), context.threads():
         regular_models(context, "source", settings.sources.number)
         regular_models(context, "heldout", settings.sources.heldout)
@@ -82,8 +76,7 @@ def train_star(
     if profile is None and (results := finished_results(settings, run, progress)) is not None:
         return results
     context = prepare_context(settings, out, progress)
-    _ = context.files
-    plan = check_fits(context)
+    plan = prepare_data(context)
     planned = plan.peak("gpu") if "gpu" in plan.limits else plan.peak("host") + peak_bytes(context.device)
     with opened(context), context.threads():
         looking = None if profile is None else steps_profile(context, profile)

@@ -12,7 +12,7 @@ from fastar.matching.spec import PermutationSpec, Span
 from fastar.matching.symmetry import Group, Member, Symmetry, without_groups
 from fastar.matching.trials import ExampleInputs
 from fastar.matching.verify import verify_symmetry
-from fastar.matching.weights import MatchResult, match, match_weights, working_bytes
+from fastar.matching.weights import MatchResult, match, match_weights, matching_threads, working_bytes
 
 __all__ = [
     "ExampleInputs",
@@ -36,6 +36,7 @@ __all__ = [
     "match_modules",
     "match_sinkhorn",
     "match_weights",
+    "matching_threads",
     "solve_assignment",
     "solver_name",
     "symmetry_by_settings",

@@ -77,6 +77,7 @@ def match_by_settings(
             kicks=settings.kicks,
             max_sweeps=settings.max_sweeps,
             solver=settings.solver,
+            chunk=settings.chunk,
             threads=threads,
             progress=progress,
         )

@@ -236,15 +236,17 @@ class Symmetry:
 def _permute(sources: Tensor, rows: Rows, positions: Tensor, member: Member, one: int) -> None:
     """`rows` of sources [N, *shape] with `positions` [m, length] of the member's stretch of its axis after each other.
 
-    As many rows at a time as make a copy of at most `one` number's worth of a network; one on a CPU.
+    On a GPU as many rows at a time as make a copy of at most `one` numbers, a network's.
     """
+    x = sources.narrow(member.axis + 1, member.offset, positions.shape[1])
+    if x.device.type == "cpu":
+        for n, at in zip(rows.numbers.tolist(), positions, strict=True):
+            x[n].copy_(x[n].index_select(member.axis, at))
+        return
     order = memory_order(sources[0])
-    x = sources.permute(0, *(axis + 1 for axis in order))
-    axis = order.index(member.axis)
-    x = x.narrow(axis + 1, member.offset, positions.shape[1])
-    most = 1 if x.device.type == "cpu" else max(1, one // x[0].numel())
-    for at, part in rows.split(most):
-        part.put(x, along(part.of(x), axis, positions[at]))
+    x, axis = x.permute(0, *(axis + 1 for axis in order)), order.index(member.axis)
+    for some, part in rows.split(max(1, one // x[0].numel())):
+        part.put(x, along(part.of(x), axis, positions[some]))
 
 
 def without_groups(model: nn.Module) -> Symmetry:

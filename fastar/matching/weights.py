@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -112,7 +113,7 @@ def match_weights(
     problem = Problem(symmetry, theta, sources)
     starts = _starts(symmetry, start, count)
     solver_text = solver_name(solver)
-    workers = threads or (torch.get_num_threads() if device.type == "cpu" else usable_cpus())
+    workers = threads or matching_threads(device, torch.get_num_threads())
     size = chunk or _chunk_size(symmetry, device, count)
     bounds = [(begin, min(begin + size, count)) for begin in range(0, count, size)]
     attempts = Attempts(orders, kicks, max_sweeps, seed, solver)
@@ -126,7 +127,7 @@ def match_weights(
             outcomes[begin:end], done = best_ends(problem, data, own, attempts, pool)
             return done
 
-    with progress.task("matching", total=count, unit="sources") as advance:
+    with _exact_products(), progress.task("matching", total=count, unit="sources") as advance:
         for (begin, end), done in _run(run_chunk, bounds, device, workers):
             solves += done
             advance(end - begin)
@@ -183,6 +184,17 @@ def match(
     return symmetry.apply(permutations, source), permutations, result
 
 
+@contextmanager
+def _exact_products() -> Iterator[None]:
+    """No TF32 inside, whatever training allows: gains are far smaller than the inner products they are read off."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 def _run(
     run_chunk: Callable[[int, int, ThreadPoolExecutor | None], int],
     bounds: Sequence[tuple[int, int]],
@@ -218,8 +230,11 @@ def _run(
             torch.set_num_threads(before)
 
 
-def usable_cpus() -> int:
-    """CPUs that this process may use."""
+def matching_threads(device: torch.device, workers: int) -> int:
+    """CPU threads to match with: `workers` on a CPU; for a GPU's assignments all that this process may use, since
+    nothing else is done meanwhile and memory does not grow with them."""
+    if device.type == "cpu":
+        return workers
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -265,13 +280,16 @@ def _chunk_on_gpu(one: int, count: int, free: int) -> int:
     return max(1, min(-(-count // 2), free // 4 // one))
 
 
-def working_bytes(symmetry: Symmetry, count: int, free: int, *, gpu: bool, threads: int) -> int:
+def working_bytes(
+    symmetry: Symmetry, count: int, free: int, *, gpu: bool, threads: int, chunk: int | None = None
+) -> int:
     """Bytes that matching `count` sources takes beside theta and the sources themselves, where `free` bytes are free.
 
     Args:
         gpu: whether the sources are on a GPU.
         threads: CPU threads.
+        chunk: as of `match_weights`.
     """
-    one = bytes_of_one(symmetry)
-    chunk, lanes = (_chunk_on_gpu(one, count, free), 2) if gpu else (1, threads)
-    return min(count, lanes * chunk) * one
+    one, lanes = bytes_of_one(symmetry), 2 if gpu else threads
+    size = chunk or (_chunk_on_gpu(one, count, free) if gpu else 1)
+    return min(count, lanes * size) * one

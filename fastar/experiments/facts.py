@@ -1,0 +1,195 @@
+"""What is known of a run's data and work before anything runs: from files that are there, or from what is published."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from fastar import data
+from fastar.config import Settings
+from fastar.data.device import BLOCK_BYTES, NORMALISED_BYTES
+from fastar.data.reading import BATCH as READ_AT_ONCE
+from fastar.data.reading import BUFFERS
+from fastar.errors import FastarError
+from fastar.evaluation.forward import Shown
+from fastar.experiments.context import Context
+from fastar.training import resolution
+
+# Published sizes (train, test) and classes, for sets that are not written yet.
+PUBLISHED = {
+    "digits": (1_437, 360, 10),
+    "fashion-mnist": (60_000, 10_000, 10),
+    "mnist": (60_000, 10_000, 10),
+    "cifar10": (50_000, 10_000, 10),
+    "cifar100": (50_000, 10_000, 100),
+    "imagenet": (1_281_167, 50_000, 1000),
+}
+# Gigabytes of ImageNet's training set as FFCV files, all raw and all as JPEG of quality 90, by the longest side in
+# pixels: https://docs.ffcv.io/benchmarks.html, "Dataset sizes".
+FFCV_GIGABYTES = {256: (169.79, 22.01), 384: (371.20, 40.31), 512: (616.18, 65.47)}
+# Of an image in a set that is held: its label and place (int64), and in an epoch its place in the order and its draws.
+HELD_BESIDE, DRAWN_BESIDE = 16, 33
+# Of a number of the next images, while the last ones are still there: as bytes, cropped or mirrored bytes, and in fp32.
+COMING_STREAMED, COMING_HELD = 7, 5
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """What is known of a data set.
+
+    Args:
+        train: images of the split, as `test`.
+        disk: bytes of the files; None: not known until they are written.
+        written: whether the files are there.
+        resident: bytes on the device, of a set that is held there; 0: it streams.
+        reading: bytes on the host while a split is read.
+        normalised: whether the training images are held normalised too.
+    """
+
+    train: int
+    test: int
+    classes: int
+    disk: int | None
+    written: bool
+    resident: int
+    reading: int
+    normalised: bool
+
+    @property
+    def streams(self) -> bool:
+        return self.resident == 0
+
+
+def data_facts(context: Context) -> DataFacts:
+    """What is known of the data: from their files, from the names of raw images, or of what is published.
+
+    Raises:
+        FastarError: a set of the user's own whose files are not written yet.
+    """
+    chosen = context.settings.dataset
+    folder = chosen.directory.expanduser() / chosen.label
+    files: data.Files | None = None
+    listed = None
+    if data.is_finished(folder):
+        files = data.open_images(folder) if chosen.of_any_size else data.open_files(folder)
+    elif chosen.of_any_size and chosen.root is not None:
+        listed = data.count_images(chosen.root.expanduser(), val_share=chosen.val_share)
+    if files is not None:
+        train, test, classes = files.count("train"), files.count("test"), len(files.classes)
+        disk = sum(files.path(split).stat().st_size for split in ("train", "test"))
+    elif listed is not None or chosen.name in PUBLISHED:
+        train, test, classes = listed or PUBLISHED[chosen.name]
+        disk = None
+    else:
+        raise FastarError(
+            f"{folder}: not written yet; `python tools/write_ffcv.py --dataset {chosen.name} --name {chosen.label} "
+            f"--source FOLDER --out {chosen.directory}` writes it"
+        )
+    train = min(train, chosen.limit or train)
+    resident = reading = 0
+    normalised = False
+    if not chosen.of_any_size:
+        spec = data.dataset_spec(chosen.name)
+        pixels = spec.channels * spec.height * spec.width
+        whole = {"train": PUBLISHED[chosen.name][0] * pixels, "test": PUBLISHED[chosen.name][1] * pixels}
+        if files is None:
+            disk = sum(whole.values())
+        else:
+            whole = {split: files.path(split).stat().st_size for split in whole}
+        normalised = kept_normalised(train, pixels)
+        on_host = 0
+        for split, count in _splits_held(context.settings, train, test):
+            # Bytes, and beside them normalised floats where those are few; the file they come from is mapped meanwhile.
+            held = count * (pixels * (5 if kept_normalised(count, pixels) else 1) + HELD_BESIDE)
+            resident += held
+            on_host = held + (on_host if context.device.type == "cpu" and context.settings.gpu_memory is None else 0)
+            reading = max(reading, on_host + whole[split])
+        reading += BUFFERS * READ_AT_ONCE * pixels
+    return DataFacts(train, test, classes, disk, files is not None, resident, reading, normalised)
+
+
+def published_gigabytes(encoding: data.Encoding) -> float | None:
+    """Of ImageNet's training set as `encoding` writes it: on a straight line between the published sizes. None for
+    another quality or side.
+
+    >>> round(published_gigabytes(data.Encoding(512, 1.0, 90)), 2)
+    65.47
+    """
+    side = encoding.max_resolution
+    sides = sorted(FFCV_GIGABYTES)
+    if side is None or encoding.jpeg_quality != 90 or not sides[0] <= side <= sides[-1]:
+        return None
+    above = next(i for i, other in enumerate(sides) if other >= side) or 1
+    low, high = sides[above - 1], sides[above]
+    share = (side - low) / (high - low)
+    raw, jpeg = (a + share * (b - a) for a, b in zip(FFCV_GIGABYTES[low], FFCV_GIGABYTES[high], strict=True))
+    return raw + encoding.compress_probability * (jpeg - raw)
+
+
+def kept_normalised(count: int, pixels: int) -> bool:
+    """Whether so many images of so many numbers are held normalised, as `DeviceDataset` does."""
+    return 4 * count * pixels <= NORMALISED_BYTES
+
+
+def _splits_held(settings: Settings, train: int, test: int) -> Iterator[tuple[str, int]]:
+    """(split, images) of each data set that a run holds on the device, in the order in which they are read."""
+    evaluation = settings.evaluation
+    yield "train", train
+    yield "test", test
+    if evaluation.limit is not None and evaluation.limit < train:
+        yield "train", evaluation.limit
+    if evaluation.test_limit is not None and evaluation.test_limit < test:
+        yield "test", evaluation.test_limit
+
+
+def evaluated_models(context: Context) -> int:
+    """Models that evaluation looks at: the inner points of all paths, and the ends."""
+    settings = context.settings
+    sources, heldouts, wanted = settings.sources.number, settings.sources.heldout, settings.evaluation.star_sources
+    regular = sources + heldouts
+    pairs = min(settings.evaluation.regular_pairs, regular * (regular - 1) // 2)
+    stars = heldouts + (sources if wanted is None else min(sources, wanted))
+    paths = stars + pairs * (2 if settings.ends_matched else 1)
+    return paths * (settings.evaluation.points - 2) + 1 + stars + min(2 * pairs * 2, regular + pairs)
+
+
+def training_sides(context: Context) -> list[int]:
+    """The side of the images of each epoch of training."""
+    train, star = context.settings.train, context.settings.star
+    epochs = max(train.epochs, star.epochs or 0)
+    return [resolution(train, epoch) or max(context.image[1:]) for epoch in range(epochs)]
+
+
+def gathered(facts: DataFacts, pixels: int, batch: int, count: int, device: str) -> int:
+    """Images that are on the device in fp32 at a time: a batch, or of a set that is held there a block of batches, as
+    `DeviceDataset` makes them."""
+    if facts.streams:
+        return batch
+    return min(max(1, BLOCK_BYTES[device] // (4 * pixels * batch)) * batch, count)
+
+
+def shown_bytes(
+    facts: DataFacts, image: tuple[int, int, int], measured_batch: int, batch: int | None, device: str
+) -> Shown:
+    """What evaluation is shown of a data set, in batches of `measured_batch`, and for batch-norm statistics of `batch`
+    (None: there is no batch-norm)."""
+    pixels, largest = math.prod(image), max(measured_batch, batch or 0)
+    if facts.streams:
+        return Shown(largest, image, 4 * pixels * largest, COMING_STREAMED * pixels * largest)
+    blocks = [0 if facts.normalised else gathered(facts, pixels, measured_batch, facts.train, device)]
+    if batch is not None:
+        blocks.append(gathered(facts, pixels, batch, facts.train, device))
+    return Shown(largest, image, 4 * pixels * max(blocks), COMING_HELD * pixels * max(blocks))
+
+
+def shown(context: Context) -> Shown:
+    """What evaluation is shown in a run."""
+    settings = context.settings
+    batch = settings.train.batch_size if context.has_batch_norm else None
+    return shown_bytes(data_facts(context), context.image, settings.evaluation.batch_size, batch, context.device.type)
+
+
+def short_batch(count: int, batch: int) -> int:
+    """Images of the last batch of a pass, where that is a short one; else 0."""
+    return count % batch if count > batch else 0
