@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
 from collections.abc import Iterable
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from fastar.progress import Progress
 
 EXIT_BAD_INPUT = 2
+WIDE = 1000
 SETTING = re.compile(r"[a-z_]+(\.[a-z_]+)*=")
 
 app = typer.Typer(
@@ -190,7 +192,9 @@ def _progress(quiet: bool) -> Progress:
 def _print_table(table: object) -> None:
     from rich.console import Console
 
-    Console().print(table)
+    # A file or a pipe has no width: rich would take 80 columns, and fold and cut what is wider.
+    piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
+    Console(width=WIDE if piped else None).print(table)
 
 
 def _print_lines(lines: Iterable[str]) -> None:

@@ -185,8 +185,8 @@ class TrainSettings(_Section):
     """Replay each step as one CUDA graph. Not yet run on a GPU: compare a short run's losses with graph=false."""
 
     on_nonfinite: Literal["stop", "retry"] = "stop"
-    """What to do when a loss is not finite. retry: go back to the last checkpoint, or the beginning, with other random
-    draws; three times at most."""
+    """What to do when a loss, or theta after an epoch, is not finite. retry: go back to the last checkpoint, or the
+    beginning, with other random draws; three times at most."""
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainSettings:

@@ -159,17 +159,23 @@ def _barrier(results: Mapping[str, Any]) -> float | None:
 def overview_table(runs: Sequence[RunOverview], below: Path) -> Table:
     """One row per run, named from the folder `below` on; models are sources and heldouts."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("run", overflow="fold", min_width=14)
-    table.add_column("state", min_width=17)
-    for name in ("age", "models", "loss", "barrier", "accuracy"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for run in runs:
+    table.add_column("run", overflow="fold", min_width=8)
+    table.add_column("state", min_width=9)
+    shown = [_figures(run) for run in runs]
+    for n, name in enumerate(("age", "models", "loss", "barrier", "accuracy")):
+        # Names give way where there is no room: a figure that is cut looks like another one.
+        widest = max(len(text) for text in (name, *(row[n] for row in shown)))
+        table.add_column(name, justify="right", no_wrap=True, min_width=widest)
+    for run, figures in zip(runs, shown, strict=True):
         name = os.path.relpath(run.run, below)
         state = f"{run.state} {'in' if run.state == 'running' else 'at'} {run.where}" if run.where else run.state
-        numbers = ("-" if value is None else f"{value:.3f}" for value in (run.loss, run.barrier, run.star_accuracy))
-        models = f"{run.sources} + {run.heldout}"
-        table.add_row(run.run if name == "." else name, state, duration(run.age), models, *numbers)
+        table.add_row(run.run if name == "." else name, state, *figures)
     return table
+
+
+def _figures(run: RunOverview) -> list[str]:
+    numbers = ("-" if value is None else f"{value:.3f}" for value in (run.loss, run.barrier, run.star_accuracy))
+    return [duration(run.age), f"{run.sources} + {run.heldout}", *numbers]
 
 
 def duration(seconds: float) -> str:

@@ -88,7 +88,8 @@ def speed_lines(results: Mapping[str, Any]) -> list[str]:
         if found is not None:
             parts = sorted(found["shares"].items(), key=lambda item: -item[1])
             said = ", ".join(f"{name} {share:.0%}" for name, share in parts if share >= 0.005)
-            lines.append(f"{kind + ' training:':<18}{found['images_per_second']:,.0f} images/s ({said})")
+            limit = f", {found['limited']}" if "limited" in found else ""
+            lines.append(f"{kind + ' training:':<18}{found['images_per_second']:,.0f} images/s{limit} ({said})")
     if lines:
         planned = f", {size_text(results['planned_bytes'])} planned" if "planned_bytes" in results else ""
         lines.append(f"{'peak memory:':<18}{size_text(results['peak_bytes'])} ({results['device']}){planned}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from statistics import fmean, stdev
@@ -421,3 +422,12 @@ def test_report_without_results(tmp_path: Path, content: str | None) -> None:
     assert str(tmp_path / "results.json") in message
     assert "train-star" in message
     assert not (tmp_path / "barrier.png").exists()
+
+
+def test_training_sources_tells_speed_and_memory_beside_the_plan(data: Path, tmp_path: Path) -> None:
+    options = [option for option in tiny(data, sources=1, heldout=1) if option != "--quiet"]
+    outcome = fastar("train-sources", *options, "--out", tmp_path / "run")
+    assert [Path(line).parent.name for line in outcome.out.splitlines()] == ["sources", "heldout"]  # paths alone
+    said = outcome.err.splitlines()[-2:]
+    assert re.fullmatch(r"training: [\d,]+ images/s, (loader|compute)-limited", said[0])
+    assert re.fullmatch(r"peak memory: [\d.]+ [MG]B \(cpu\), [\d.]+ [MG]B planned for the whole run", said[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -11,12 +12,13 @@ from pathlib import Path
 
 import pytest
 from cli_cases import contents, fastar, refused
+from rich.console import Console
 from run_cases import one_symmetry, small  # noqa: F401 (a fixture)
 from test_stopping import at_call
 
 from fastar.experiments.star_domain import train_star
 from fastar.lock import hold
-from fastar.overview import overview, runs_below
+from fastar.overview import RunOverview, overview, overview_table, runs_below
 from fastar.runs import RunFolder
 from fastar.training import RegularStep, StarStep
 
@@ -48,6 +50,45 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "no run").mkdir()
     (folder / "no run" / "config.yaml").write_text("a: 1\n")
     return folder
+
+
+@pytest.mark.parametrize("width", [72, 80, 200])
+def test_names_give_way_and_figures_do_not(width: int) -> None:
+    found = [
+        RunOverview(
+            run="experiments/" + "long-" * 20 + str(n),
+            state="stopped",
+            where="heldout 4, epoch 3, step 1001 of 200",
+            age=59.0 + n,
+            sources="30/30",
+            heldout="5/5",
+            loss=12.3456,
+            barrier=0.8754,
+            star_accuracy=0.9375,
+        )
+        for n in range(2)
+    ]
+    console = Console(file=io.StringIO(), width=width)
+    console.print(overview_table(found, Path(".")))
+    text = str(console.file.getvalue())  # type: ignore[attr-defined]
+    for word in ("accuracy", "barrier"):
+        assert word in text.split()
+    for figure in ("12.346", "0.875", "0.938", "30/30 + 5/5"):
+        assert text.count(figure) == 2
+    assert "59 s" in text
+    assert "1 min" in text
+
+
+def test_a_pipe_is_as_wide_as_what_goes_into_it(runs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    deep = tmp_path / ("a" * 60)
+    deep.symlink_to(runs / "old")
+    (line,) = (line for line in fastar("runs", deep).out.splitlines() if "finished" in line)
+    run = overview(deep / "finished")
+    assert run.loss is not None
+    assert line.split()[-3] == f"{run.loss:.3f}"
+    path = str(deep.parent / ("a" * 60) / "finished")
+    assert fastar("runs", path).out.count(path) == 1  # on one line
 
 
 def test_every_state_is_told(runs: Path) -> None:

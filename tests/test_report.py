@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastar.errors import FastarError
+from fastar.experiments.measure import speed
 from fastar.report import (
     STYLES,
     barrier_picture,
@@ -281,3 +282,12 @@ def test_speed_is_told_largest_part_first() -> None:
         "regular training: 1,234 images/s (forward 80%, load 20%)",
         "peak memory:      2.5 GB (cpu)",
     ]
+    found["speed"]["regular"]["limited"] = "loader-limited"
+    assert speed_lines(found)[0] == "regular training: 1,234 images/s, loader-limited (forward 80%, load 20%)"
+
+
+def test_what_limits_the_steps_of_a_star_is_told_without_its_matching() -> None:
+    entry = {"kind": "star", "epoch": 0, "images": 100, "begin_seconds": 9.0, "parts": {"load": 0.2, "forward": 0.8}}
+    assert speed([entry])["star"]["limited"] == "loader-limited"  # 2 % of the whole, 20 % of the steps
+    assert speed([{**entry, "parts": {"load": 0.05, "forward": 0.95}}])["star"]["limited"] == "compute-limited"
+    assert speed([entry])["regular"] is None

@@ -26,7 +26,7 @@ from fastar.parts import shares
 from fastar.progress import SILENT, Progress
 from fastar.runs import versions
 from fastar.seeds import derive_seed
-from fastar.training import PART_ROWS
+from fastar.training import PART_ROWS, limited
 
 SPLITS = ("train", "test")
 # How many times `evaluation.bn_batches` it is compared with.
@@ -280,7 +280,8 @@ def _star_epochs(log: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
 
 def speed(log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Of regular models and of the star: images per second of training, and the share of its time that each part took
-    (matching, load, augment, interpolate, forward, backward, update, other). Null where the log does not know."""
+    (matching, load, augment, interpolate, forward, backward, update, other), and what limits the steps. Null where the
+    log does not know."""
     found: dict[str, Any] = {}
     regular = [entry for entry in log if entry.get("kind") in ("source", "heldout")]
     for kind, epochs in (("regular", regular), ("star", _star_epochs(log))):
@@ -291,5 +292,13 @@ def speed(log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                 took[name] = took.get(name, 0.0) + seconds
         whole = sum(took.values())
         images = sum(entry["images"] for entry in known)
-        found[kind] = {"images_per_second": images / whole, "shares": shares(took)} if whole > 0 else None
+        if whole <= 0:
+            found[kind] = None
+            continue
+        steps = shares({name: seconds for name, seconds in took.items() if name != "matching"})
+        found[kind] = {
+            "images_per_second": images / whole,
+            "shares": shares(took),
+            "limited": limited(steps.get("load", 0.0)),
+        }
     return found

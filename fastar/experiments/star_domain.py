@@ -12,12 +12,13 @@ from fastar.errors import FastarError
 from fastar.experiments.beforehand import check_network, prepare_data, use_device_early
 from fastar.experiments.context import MEASURE_WITH_LESS, Context, within_memory
 from fastar.experiments.finished import finished_results, kept_results, measured_digest
-from fastar.experiments.measure import measure
-from fastar.experiments.regular import given_sources, regular_models
+from fastar.experiments.measure import measure, speed
+from fastar.experiments.plan import Plan
+from fastar.experiments.regular import device_name, given_sources, regular_models
 from fastar.experiments.star import star_model, steps_profile
 from fastar.figures import LiveFigures, import_wandb
 from fastar.memory import peak_bytes
-from fastar.progress import SILENT, Progress
+from fastar.progress import SILENT, Progress, size_text
 from fastar.runs import RunFolder
 
 
@@ -36,7 +37,8 @@ def prepare_context(settings: Settings, out: Path, progress: Progress = SILENT) 
 
 
 def train_sources(settings: Settings, out: Path, progress: Progress = SILENT) -> list[Path]:
-    """Train the sources and heldouts of a run that are missing; the files of all of them.
+    """Train the sources and heldouts of a run that are missing; the files of all of them. `progress` is told of speed
+    and memory.
 
     Raises:
         FastarError: bad input, or sources that are given and not to be trained.
@@ -45,10 +47,15 @@ def train_sources(settings: Settings, out: Path, progress: Progress = SILENT) ->
         raise FastarError("sources.folder gives the sources, so none are to be trained; leave it out or use train-star")
     context = prepare_context(settings, out, progress)
     context.run.check(settings)
-    prepare_data(context)
+    planned = planned_bytes(context, prepare_data(context))
     with opened(context), context.threads():
         regular_models(context, "source", settings.sources.number)
         regular_models(context, "heldout", settings.sources.heldout)
+    found = speed(context.run.read_log())["regular"]
+    if found is not None:
+        progress.line(f"training: {found['images_per_second']:,.0f} images/s, {found['limited']}")
+    peak = f"{size_text(peak_bytes(context.device))} ({device_name(context.device)})"
+    progress.line(f"peak memory: {peak}, {size_text(planned)} planned for the whole run")
     return [
         *(context.run.model("source", i) for i in range(settings.sources.number)),
         *(context.run.model("heldout", i) for i in range(settings.sources.heldout)),
@@ -76,8 +83,7 @@ def train_star(
     if profile is None and (results := finished_results(settings, run, progress)) is not None:
         return results
     context = prepare_context(settings, out, progress)
-    plan = prepare_data(context)
-    planned = plan.peak("gpu") if "gpu" in plan.limits else plan.peak("host") + peak_bytes(context.device)
+    planned = planned_bytes(context, prepare_data(context))
     with opened(context), context.threads():
         looking = None if profile is None else steps_profile(context, profile)
         folder = settings.sources.folder
@@ -97,6 +103,11 @@ def train_star(
         results = {**found, "measured": measured, "planned_bytes": planned}
         run.write_results(results)
     return results
+
+
+def planned_bytes(context: Context, plan: Plan) -> int:
+    """The planned peak of the run's device, as it is measured: on a host with what this process has taken already."""
+    return plan.peak("gpu") if "gpu" in plan.limits else plan.peak("host") + peak_bytes(context.device)
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Training of regular and star models over flat parameters."""
 
-from fastar.training.epochs import Epoch, NonFiniteLoss
+from fastar.training.epochs import Epoch, NonFiniteLoss, limited
 from fastar.training.loop import Step, fit, synchronize
 from fastar.training.precision import resolve_precision
 from fastar.training.profiling import Profile, Recording, StepsProfile
@@ -23,6 +23,7 @@ __all__ = [
     "draw",
     "fit",
     "learning_rate",
+    "limited",
     "resolution",
     "resolve_precision",
     "suitable_threads",

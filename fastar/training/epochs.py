@@ -13,6 +13,11 @@ from fastar.errors import FastarError
 LOADER_LIMITED = 0.1
 
 
+def limited(load_share: float) -> str:
+    """What limits steps that wait for images in this share of their time, in a word."""
+    return "loader-limited" if load_share > LOADER_LIMITED else "compute-limited"
+
+
 class NonFiniteLoss(FastarError):
     """Training became NaN or infinite.
 
@@ -56,8 +61,8 @@ class Epoch:
 
     def note(self) -> str:
         """The epoch in a few words, for progress: loss, speed, and what limits it."""
-        limit = "loader-limited" if self.load_share > LOADER_LIMITED else "compute-limited"
-        return f"loss {self.loss:.4f}, {self.images_per_second:,.0f} images/s, {limit} (load {self.load_share:.0%})"
+        limit = f"{limited(self.load_share)} (load {self.load_share:.0%})"
+        return f"loss {self.loss:.4f}, {self.images_per_second:,.0f} images/s, {limit}"
 
 
 @dataclass
