@@ -89,7 +89,9 @@ class Recording:
         """
         if self._memory is not None:
             torch.cuda.memory._record_memory_history()
-        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._cuda else [])]
+        # Where CUPTI is missing the profiler cannot see kernels; it then says what the host did.
+        kernels = self._cuda and ProfilerActivity.CUDA in torch.profiler.supported_activities()
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if kernels else [])]
         try:
             with (
                 torch.profiler.profile(activities=activities, profile_memory=self._trace is not None) as found,
@@ -109,7 +111,7 @@ class Recording:
         finally:
             if self._memory is not None:
                 torch.cuda.memory._record_memory_history(enabled=None)
-        if self._cuda:
+        if kernels:
             # A part's annotation reaches from its first kernel to its last: not time in which the GPU was busy.
             spans = [
                 (event.time_range.start, event.time_range.end)
@@ -118,7 +120,7 @@ class Recording:
             ]
             first, last = min((a for a, _ in spans), default=0), max((b for _, b in spans), default=0)
             self._idle = self._seconds * (1 - union(spans) / (last - first)) if spans else self._seconds
-        key = "self_device_time_total" if self._cuda else "self_cpu_time_total"
+        key = "self_device_time_total" if kernels else "self_cpu_time_total"
         self._operations = found.key_averages().table(sort_by=key, row_limit=self._rows, max_name_column_width=50)
 
     def result(self) -> Profile:
