@@ -18,14 +18,26 @@ ENDS = 4
 
 
 @dataclass(frozen=True)
-class Shown:
-    """What evaluation is shown: at most `batch` images of the shape `image` (C, H, W). Bytes of images that are `held`
-    in fp32 at a time, and that the next ones take while they are made (`coming`)."""
+class Pass:
+    """A pass over images in batches of `batch`. Bytes of images that are `held` in fp32 at a time, and that the next
+    ones take while they are made (`coming`)."""
 
     batch: int
-    image: tuple[int, int, int]
     held: int
     coming: int
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What evaluation is shown: images of the shape `image` (C, H, W)."""
+
+    image: tuple[int, int, int]
+    passes: tuple[Pass, ...]
+
+    @property
+    def batch(self) -> int:
+        """Images of the largest batch."""
+        return max(one.batch for one in self.passes)
 
 
 @dataclass(frozen=True)
@@ -60,12 +72,16 @@ def statistics_bytes(model: nn.Module) -> int:
     return (3 * 8 + 2 * 4) * sum(layer.num_features for layer in batch_norm_layers(model).values())
 
 
+def passes_bytes(forward: ForwardBytes, networks: int, shown: Shown, device: torch.device) -> int:
+    """Bytes of the fullest moment of all passes: a batch and the forward pass over it, or the next images beside."""
+    return max(max(forward.of(one.batch, networks, device), one.coming) + one.held for one in shown.passes)
+
+
 def beside_models(forward: ForwardBytes, row: int, networks: int, shown: Shown, device: torch.device) -> int:
-    """Bytes that evaluating paths takes beside the models that are held at once: the forward pass over a batch or, at
-    another moment, the next images; those that are there; and the ends of paths.
+    """Bytes that evaluating paths takes beside the models that are held at once: its passes, and the ends of paths.
 
     Args:
         row: bytes of one model's parameters.
         networks: models to evaluate in all.
     """
-    return max(forward.of(shown.batch, networks, device), shown.coming) + shown.held + (ENDS + 1) * row
+    return passes_bytes(forward, networks, shown, device) + ENDS * row

@@ -44,10 +44,14 @@ def networks_at_once(model: nn.Module, batch: int, device: torch.device) -> int:
 
 
 def stacked_bytes(model: nn.Module, batch: int) -> int:
-    """What each of several networks that are stacked takes on so many samples: of its widest layer the input, the
-    products and their sums with the bias; and of each sample its label, its loss and its answer."""
-    widest = max((layer.out_features for layer in model.modules() if isinstance(layer, nn.Linear)), default=0)
-    return batch * (3 * 4 * widest + 24)
+    """What each of several networks that are stacked takes on so many samples: of a layer what it is given, the
+    products and their sums with the bias; or the logits twice, and of each sample label, loss and answer."""
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.Linear)]
+    if not layers:
+        return 0
+    given = [0, *(layer.out_features for layer in layers[:-1])]  # what the first one is given all networks share
+    widest = max(before + 2 * layer.out_features for before, layer in zip(given, layers, strict=True))
+    return batch * max(4 * widest, 2 * 4 * layers[-1].out_features + 24)
 
 
 @torch.no_grad()

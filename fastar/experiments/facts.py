@@ -12,7 +12,7 @@ from fastar.data.device import BLOCK_BYTES, NORMALISED_BYTES
 from fastar.data.reading import BATCH as READ_AT_ONCE
 from fastar.data.reading import BUFFERS
 from fastar.errors import FastarError
-from fastar.evaluation.forward import Shown
+from fastar.evaluation.forward import Pass, Shown
 from fastar.experiments.context import Context
 from fastar.training import resolution
 
@@ -30,8 +30,9 @@ PUBLISHED = {
 FFCV_GIGABYTES = {256: (169.79, 22.01), 384: (371.20, 40.31), 512: (616.18, 65.47)}
 # Of an image in a set that is held: its label and place (int64), and in an epoch its place in the order and its draws.
 HELD_BESIDE, DRAWN_BESIDE = 16, 33
-# Of a number of the next images, while the last ones are still there: as bytes, cropped or mirrored bytes, and in fp32.
-COMING_STREAMED, COMING_HELD = 7, 5
+# Of a number of the next images, while the last ones are still there: in fp32; as gathered bytes, if they are not held
+# normalised; of those that stream the bytes that came, mirrored, and those that are chosen.
+COMING_NORMALISED, COMING_HELD, COMING_STREAMED = 4, 5, 7
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class DataFacts:
         resident: bytes on the device, of a set that is held there; 0: it streams.
         reading: bytes on the host while a split is read.
         normalised: whether the training images are held normalised too.
+        coming: bytes that a number of the next training images takes, while the last ones are still there.
     """
 
     train: int
@@ -55,6 +57,7 @@ class DataFacts:
     resident: int
     reading: int
     normalised: bool
+    coming: int
 
     @property
     def streams(self) -> bool:
@@ -88,7 +91,7 @@ def data_facts(context: Context) -> DataFacts:
         )
     train = min(train, chosen.limit or train)
     resident = reading = 0
-    normalised = False
+    normalised, coming = False, COMING_STREAMED
     if not chosen.of_any_size:
         spec = data.dataset_spec(chosen.name)
         pixels = spec.channels * spec.height * spec.width
@@ -98,6 +101,7 @@ def data_facts(context: Context) -> DataFacts:
         else:
             whole = {split: files.path(split).stat().st_size for split in whole}
         normalised = kept_normalised(train, pixels)
+        coming = COMING_NORMALISED if normalised and not spec.augmentation else COMING_HELD
         on_host = 0
         for split, count in _splits_held(context.settings, train, test):
             # Bytes, and beside them normalised floats where those are few; the file they come from is mapped meanwhile.
@@ -106,7 +110,7 @@ def data_facts(context: Context) -> DataFacts:
             on_host = held + (on_host if context.device.type == "cpu" and context.settings.gpu_memory is None else 0)
             reading = max(reading, on_host + whole[split])
         reading += BUFFERS * READ_AT_ONCE * pixels
-    return DataFacts(train, test, classes, disk, files is not None, resident, reading, normalised)
+    return DataFacts(train, test, classes, disk, files is not None, resident, reading, normalised, coming)
 
 
 def published_gigabytes(encoding: data.Encoding) -> float | None:
@@ -174,13 +178,12 @@ def shown_bytes(
 ) -> Shown:
     """What evaluation is shown of a data set, in batches of `measured_batch`, and for batch-norm statistics of `batch`
     (None: there is no batch-norm)."""
-    pixels, largest = math.prod(image), max(measured_batch, batch or 0)
-    if facts.streams:
-        return Shown(largest, image, 4 * pixels * largest, COMING_STREAMED * pixels * largest)
-    blocks = [0 if facts.normalised else gathered(facts, pixels, measured_batch, facts.train, device)]
-    if batch is not None:
-        blocks.append(gathered(facts, pixels, batch, facts.train, device))
-    return Shown(largest, image, 4 * pixels * max(blocks), COMING_HELD * pixels * max(blocks))
+    pixels, passes = math.prod(image), []
+    for size, free in ((measured_batch, facts.normalised), (batch, False)):  # what is held normalised is shown as it is
+        if size is not None:
+            images = 0 if free else gathered(facts, pixels, size, facts.train, device)
+            passes.append(Pass(size, 4 * pixels * images, facts.coming * pixels * images))
+    return Shown(image, tuple(passes))
 
 
 def shown(context: Context) -> Shown:

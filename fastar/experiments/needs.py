@@ -13,10 +13,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fastar.evaluation.forward import ENDS, ForwardBytes, Shown, beside_models
+from fastar.evaluation.forward import ENDS, ForwardBytes, Shown, beside_models, passes_bytes
 from fastar.experiments.facts import (
-    COMING_HELD,
-    COMING_STREAMED,
     DRAWN_BESIDE,
     DataFacts,
     gathered,
@@ -198,7 +196,7 @@ def _training(sizes: Sizes, choice: Choice) -> list[Item]:
     resident = sizes.sources if sizes.stored(choice) == "device" else SLOTS
     activations = sizes.training.of(choice.batch)
     block = gathered(facts, pixels, choice.batch, facts.train, sizes.device.type)
-    coming = block * pixels * (COMING_STREAMED if facts.streams else COMING_HELD)
+    coming = block * pixels * facts.coming
     if not facts.streams:
         coming += facts.train * DRAWN_BESIDE
     between = max(coming, state + low)
@@ -248,12 +246,12 @@ def _evaluation(sizes: Sizes, choice: Choice) -> list[Item]:
     facts, row, image = sizes.facts, sizes.row, sizes.measured_image
     shown, evaluated = _shown(sizes, choice), sizes.evaluated
     pixels, largest = math.prod(image), shown.batch
-    forward = sizes.forward.of(largest, evaluated, sizes.device)
     network = row + sizes.buffers
     beside = beside_models(sizes.forward, row, evaluated, shown, sizes.device) if sizes.gpu else None
     free = max(0, sizes.free - facts.resident - network - _workspaces(sizes, choice))
     rows = models_that_fit(row + sizes.statistics, free, evaluated, beside, gpu=sizes.gpu)
-    models, ends = rows * (row + sizes.statistics), (ENDS + 1) * row + network
+    passes = passes_bytes(sizes.forward, evaluated, shown, sizes.device)
+    models, ends = rows * (row + sizes.statistics), ENDS * row + network
     graph = 0
     if choice.evaluation_graph:
         short = max(
@@ -262,23 +260,21 @@ def _evaluation(sizes: Sizes, choice: Choice) -> list[Item]:
             short_batch(facts.train, choice.batch) if sizes.batch_norm else 0,
         )
         graph = 4 * pixels * largest + (sizes.forward.of(short, evaluated, sizes.device) if short else 0)
-    barriers = models + ends + forward + graph
+    barriers = models + ends + passes + graph
     # Other moments: a model is measured when it has just been trained, its step still there; pairs are matched.
     step = row + 2 * sizes.low + sizes.moments
     if choice.graph:
         step += sizes.training.of(choice.batch) + 4 * math.prod(sizes.image) * choice.batch
-    own = step + 4 * network + sizes.forward.one.of(largest)
+    own = step + 4 * network + passes_bytes(sizes.forward, 1, shown, sizes.device)
     part = min(PART_ROWS, sizes.sources, models_that_fit(row, free, PART_ROWS, gpu=sizes.gpu))
     left = max(free - (part + 1) * row, 0)
     pairs = (part + 1) * row + _working(sizes, choice, part, left)
-    other = max(own, pairs, models + ends + shown.coming)
     items = [
         (f"{rows} of {evaluated} models at a time", models),
         ("ends of paths, and a network", ends),
-        (f"activations, batch of {largest}", forward),
-        ("batches", shown.held),
+        (f"images and activations, batch of {largest}", passes),
         ("graph: its inputs, and a short last batch", graph),
-        ("a model just trained, or pairs matched", max(0, other - barriers)),
+        ("a model just trained, or pairs matched", max(0, own - barriers, pairs - barriers)),
     ]
     return [Item(sizes.place, what, size, "evaluation") for what, size in items]
 

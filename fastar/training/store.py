@@ -94,7 +94,7 @@ class SourcesStore:
         if self._usable_in_place:
             yield self.views()
             return
-        size = max(1, min(size, int(free_bytes(self.device) // 8 // (4 * self.layout.numel))))
+        size = max(1, min(size, len(self), int(free_bytes(self.device) // 8 // (4 * self.layout.numel))))
         whole = torch.empty(size, self.layout.numel, device=self.device)  # once: two would be twice the memory
         for begin in range(0, len(self), size):
             here = self.rows[begin : begin + size]

@@ -1,0 +1,166 @@
+"""The memory that is planned, beside what runs take on a GPU: small ones of every kind, whole, phase by phase.
+
+On the simulated GPU (tools/rehearse.py). On a real one the workspaces of its libraries outweigh networks this small;
+tools/bench_imagenet.py compares there, at full size.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from fastar.config import load_settings
+from fastar.data import Augmentation, DeviceDataset
+from fastar.experiments import facts, measure, regular, star
+from fastar.experiments.context import Context
+from fastar.experiments.plan import Plan, make_plan
+from fastar.runs import RunFolder
+
+TRAIN, TEST = 96, 48
+COMMON = (
+    *("device=cuda", "sources.number=3", "sources.heldout=1", "train.epochs=2", "train.batch_size=24", "workers=1"),
+    *("train.warmup_epochs=0", "evaluation.points=3", "evaluation.regular_pairs=2", "evaluation.batch_size=32"),
+    *("figures.tensorboard=false", "checkpoint.epochs=0"),
+)
+
+
+class Peaks:
+    """The most that tensors took in each phase; a phase ends where `mark` is told the next one's name."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, int] = {}
+        self._phase = "before"
+        torch.cuda.reset_peak_memory_stats()
+
+    def mark(self, phase: str) -> None:
+        peak = torch.cuda.max_memory_allocated()
+        self.found[self._phase] = max(self.found.get(self._phase, 0), peak)
+        self._phase = phase
+        gc.collect()
+        torch.cuda.reset_peak_memory_stats()
+
+    def around(self, patch: pytest.MonkeyPatch, owner: Any, name: str, phase: str) -> None:
+        """Calls of `owner.name` are of `phase`."""
+        inner: Callable[..., Any] = getattr(owner, name)
+
+        def outer(*args: Any, **kwargs: Any) -> Any:
+            before = self._phase
+            self.mark(phase)
+            try:
+                return inner(*args, **kwargs)
+            finally:
+                self.mark(before)
+
+        patch.setattr(owner, name, outer)
+
+
+def whole_run(context: Context, patch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Train, match and measure everything; the peak of each phase."""
+    peaks, settings = Peaks(), context.settings
+    peaks.around(patch, star.Matcher, "__call__", "matching")
+    for owner, name in (
+        (regular, "evaluate_rows"),
+        (star, "evaluate_rows"),
+        (star, "re_estimate"),
+        (measure, "measure"),
+    ):
+        peaks.around(patch, owner, name, "evaluation")
+    with context.run.open(settings, context.progress):
+        peaks.mark("training")
+        sources = regular.regular_models(context, "source", settings.sources.number)
+        heldouts = regular.regular_models(context, "heldout", settings.sources.heldout)
+        centre, permutations = star.star_model(context, sources)
+        measure.measure(context, centre, sources, heldouts, permutations)
+        peaks.mark("after")
+    return peaks.found
+
+
+def counted(plan: Plan, phase: str) -> int:
+    """What is planned but for what libraries take, which a simulated GPU has none of."""
+    libraries = sum(i.bytes for i in plan.items if i.what.startswith("cuBLAS") and i.phase == phase)
+    return plan.during("gpu", phase) - libraries
+
+
+def check(context: Context, patch: pytest.MonkeyPatch) -> None:
+    plan = make_plan(Context(context.settings, context.run), measure=None)
+    found = whole_run(context, patch)
+    print({phase: (found[phase], counted(plan, phase)) for phase in ("training", "matching", "evaluation")})
+    for phase in ("training", "evaluation"):
+        assert counted(plan, phase) == pytest.approx(found[phase], rel=0.1), phase
+    # Two chunks of sources are matched side by side: rarely both are at their fullest, as is planned.
+    assert found["matching"] <= 1.02 * counted(plan, "matching") <= 1.6 * found["matching"]
+
+
+@pytest.fixture(autouse=True)
+def simulated() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    if torch.version.cuda != "simulated":
+        pytest.skip("a real GPU's libraries outweigh networks this small; tools/bench_imagenet.py compares there")
+
+
+def held_images(
+    count: int, side: int, channels: int, device: torch.device, augmentation: Augmentation
+) -> DeviceDataset:
+    generator = torch.Generator().manual_seed(count)
+    images = torch.randint(0, 256, (count, side, side, channels), generator=generator, dtype=torch.uint8)
+    labels = torch.arange(count) % 10
+    return DeviceDataset(
+        images.to(device),
+        labels.to(device),
+        classes=10,
+        mean=(0.5,) * channels,
+        std=(0.25,) * channels,
+        augmentation=augmentation,
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(
+    ("arch", "overrides"),
+    [
+        ("resnet8", ("train.precision=fp32", "sources.store=device")),
+        ("resnet8", ("train.precision=bf16", "sources.store=host", "train.optimizer=adam", "train.lr=0.001")),
+        ("resnet18", ("train.precision=bf16", "sources.store=file", "model.width=0.125")),
+        ("mlp", ("train.precision=fp32", "model.width=256", "train.batch_size=16", "evaluation.points=11")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "-".join(one.partition("=")[2] for one in value),
+)
+def test_of_images_that_are_held(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arch: str, overrides: tuple[str, ...]
+) -> None:
+    monkeypatch.setitem(facts.PUBLISHED, "cifar10", (TRAIN, TEST, 10))
+    settings = load_settings(
+        dataset="cifar10", arch=arch, overrides=[*COMMON, f"dataset.directory={tmp_path}", *overrides]
+    )
+    context = Context(settings, RunFolder(tmp_path / "run"))
+    context.__dict__["files"] = SimpleNamespace(digest="made", classes=[str(n) for n in range(10)])
+    augmentation = Augmentation(pad=4, flip=True)
+    context.__dict__["train"] = held_images(TRAIN, 32, 3, context.device, augmentation)
+    context.__dict__["test"] = held_images(TEST, 32, 3, context.device, augmentation)
+    check(context, monkeypatch)
+
+
+@pytest.mark.gpu
+def test_of_images_that_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for split, count in (("train", TRAIN // 2), ("val", TEST // 3)):
+        for number in range(count):
+            path = tmp_path / "raw" / split / f"c{number % 4}" / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((70, 80, 3), number % 256, np.uint8)).save(path)
+    overrides = ("dataset.called=made", f"dataset.root={tmp_path / 'raw'}", f"dataset.directory={tmp_path / 'betons'}")
+    more = ("dataset.resolution=64", "model.width=0.125", "train.precision=bf16", "sources.store=host")
+    settings = load_settings(
+        dataset="imagefolder", arch="imagenet-resnet18", overrides=[*COMMON, *overrides, *more, "train.batch_size=32"]
+    )
+    context = Context(settings, RunFolder(tmp_path / "run"))
+    _ = context.files
+    check(context, monkeypatch)
