@@ -10,22 +10,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from cli_cases import fastar, refused
+from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
 from fastar import config
 from fastar.config import load_settings
+from fastar.data import PRESETS, Encoding
 from fastar.errors import FastarError
 from fastar.evaluation.forward import forward_bytes
-from fastar.experiments import needs
+from fastar.experiments import facts, hours, needs
 from fastar.experiments import plan as plan_room
-from fastar.experiments.context import Context
+from fastar.experiments.context import Context, Shape
 from fastar.experiments.plan import Plan, check_fits, make_plan
 from fastar.footprint import Footprint, LiveBytes
-from fastar.matching import Group, Member, Symmetry, derive_symmetry, match_weights, working_bytes
+from fastar.matching import Group, MatchResult, Member, Symmetry, derive_symmetry, match_weights, working_bytes
 from fastar.models import build_model
 from fastar.progress import SilentProgress
 from fastar.runs import RunFolder
@@ -348,7 +351,73 @@ def test_plan_on_the_command_line(tmp_path: Path) -> None:
     assert max(plan["needed"]["gpu"].values()) > 1000
     assert "is not a size" in refused("plan", "--dataset", "digits", "--gpu-memory", "40XB")
     assert "must be above 0" in refused("plan", "--dataset", "digits", place, "--images-per-second", 0)
-    assert "not written yet" in refused("plan", "--dataset", "imagefolder", "--name", "mine", place)
+    unwritten = refused("plan", "--dataset", "imagefolder", "--name", "mine", place)
+    assert re.search(
+        r"not written yet; `python tools/\S+ --dataset imagefolder --name mine --source FOLDER --out \S+`", unwritten
+    )
+    assert [line.partition(":")[0] for line in shown.err.splitlines()] == ["planning"] * 3
+    assert fastar("plan", "--dataset", "digits", place, "device=cpu", "--quiet").err == ""
+    elsewhere = fastar("plan", "--dataset", "digits", place, "device=cpu", "--gpu-memory", "1GB")
+    assert "time: not known (give --images-per-second: " in " ".join(elsewhere.out.split())
+
+
+def written_images(tmp_path: Path) -> Context:
+    """A run of a set of 40 images in two classes, written."""
+    for split, count in (("train", 40), ("val", 4)):
+        for number in range(count):
+            path = tmp_path / "raw" / split / f"c{number % 2}" / f"{number}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(np.full((20, 24, 3), 5 * number, np.uint8)).save(path)
+    own = [f"dataset.directory={tmp_path / 'betons'}", f"dataset.root={tmp_path / 'raw'}", "dataset.called=made"]
+    more = ["dataset.resolution=16", "model.width=0.25", "train.batch_size=4", "device=cpu", "workers=1"]
+    settings = load_settings(dataset="imagefolder", arch="resnet8", overrides=[*own, *more])
+    context = Context(settings, RunFolder(tmp_path / "run"))
+    assert len(context.files.classes) == 2
+    return context
+
+
+def test_loading_is_timed_where_the_files_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = written_images(tmp_path)
+    loaded, seen = hours.loaded_per_second, []
+    monkeypatch.setattr(hours, "loaded_per_second", lambda context: seen.append(loaded(context)) or 8.0)
+    monkeypatch.setattr(hours, "matching_seconds", lambda context: 0.0)
+    slow = make_plan(context, images_per_second=20)
+    assert "loading 8 images/s measured here" in slow.rates
+    assert slow.work[0].seconds == 40 / 8
+    assert 0 < seen[0] < float("inf")
+    stated = make_plan(context, images_per_second=20, loader_images_per_second=10)
+    assert (stated.work[0].seconds, len(seen)) == (40 / 10, 1)
+    assert make_plan(context, measure=None).work[0].seconds is None
+    assert len(seen) == 1
+
+
+def test_matching_is_timed_on_sources_that_have_to_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = ["device=cpu", f"dataset.directory={tmp_path}", f"model.width={WIDTH}"]
+    context = Context(load_settings(dataset="cifar10", arch="resnet18", overrides=own), RunFolder(tmp_path / "run"))
+    context.known = Shape(SHAPE, 10)
+    context.__dict__["symmetry"] = symmetry(WIDTH)
+    found = []
+
+    def match(*args: Any, **kwargs: Any) -> MatchResult:
+        found.append(match_weights(*args, **kwargs))
+        return found[-1]
+
+    monkeypatch.setattr(hours, "match_weights", match)
+    assert hours.matching_seconds(context) == found[0].seconds
+    moves = found[0].permutations
+    moved = [int((index != torch.arange(index.shape[1])).sum()) for index in moves.values()]
+    # All that were put elsewhere find their places again: a tenth, and in small groups two.
+    assert sum(moved) == sum(max(2, round(hours.MOVED * index.shape[1])) for index in moves.values())
+
+
+def test_sizes_of_imagenet_s_files_lie_between_those_that_are_published() -> None:
+    assert doctest.testmod(facts).failed == 0
+    sizes = {name: facts.published_gigabytes(preset) for name, preset in PRESETS.items()}
+    assert sizes["jpeg"] == pytest.approx(65.47)
+    assert 0.9 * 371 + 4 < (sizes["rn18"] or 0) < 0.9 * 616  # mostly raw, at 384 to 512 pixels
+    assert (371 + 40) / 2 < (sizes["rn50"] or 0) < (616 + 65.5) / 2  # half of it
+    assert facts.published_gigabytes(Encoding(400, 0.5, 80)) is None
+    assert facts.published_gigabytes(Encoding(None, 0.5, 90)) is None
 
 
 def test_memory_of_matching() -> None:
