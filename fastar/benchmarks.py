@@ -7,7 +7,6 @@ import collections
 import gc
 import itertools
 import json
-import os
 import statistics
 import sys
 import time
@@ -20,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastar import matching
 from fastar.config import MatchingSettings, StarSettings, TrainSettings
 from fastar.data import Augmentation, DeviceDataset
 from fastar.errors import FastarError
@@ -222,8 +222,8 @@ def gpu_work(run: Callable[[], object], device: torch.device) -> dict[str, float
 
 
 def matching_threads(device: torch.device) -> int:
-    """CPU threads to match with: for a GPU's assignments all that this process may use, on a CPU as many as torch."""
-    return len(os.sched_getaffinity(0)) if device.type == "cuda" else torch.get_num_threads()
+    """CPU threads to match with: as a run has them, but on a CPU as many as torch."""
+    return matching.matching_threads(device, torch.get_num_threads())
 
 
 def _wait(device: torch.device) -> None:
