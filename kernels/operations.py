@@ -155,7 +155,7 @@ def adam_update(
     if eps < 0:
         raise ValueError(f"{where}: eps is {eps}, it must not be negative")
     if theta.numel():
-        _path(theta, "adam_update", reference.adam_update)(
+        _path(theta, "adam", reference.adam_update)(
             theta,
             gradient,
             first_moment,

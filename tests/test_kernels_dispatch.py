@@ -127,7 +127,7 @@ COMPILE = """
 import json
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from fastar.kernels.adam_update import _adam_update_kernel
+from fastar.kernels.adam import _adam_update_kernel
 from fastar.kernels.interpolation import _interpolate_kernel
 from fastar.kernels.nonfinite import _find_nonfinite_kernel
 from fastar.kernels.star_update import _sgd_update_kernel
@@ -188,3 +188,13 @@ def test_the_kernels_compile_for_cuda_with_wide_accesses() -> None:
             buffers = [line for line in buffers if "ld.global" in line]  # it stores one 0-d tensor, from one thread
         assert len(buffers) >= (1 if name.startswith("find_nonfinite") else 4), name
         assert all(".v4.b32" in line or ".v2.b32" in line for line in buffers), name
+
+
+def test_no_module_takes_the_name_of_an_operation() -> None:
+    """Importing a module sets it as an attribute of its package: in place of the operation, once a kernel has run."""
+    code = (
+        "import pkgutil, importlib, fastar.kernels as k;"
+        "[importlib.import_module(f'fastar.kernels.{m.name}') for m in pkgutil.iter_modules(k.__path__)];"
+        "print([n for n in k.__all__ if type(getattr(k, n)).__name__ == 'module'])"
+    )
+    assert in_fresh_python(code).strip() == "[]"

@@ -32,7 +32,7 @@ BLOCKS, WARPS = (1024, 2048, 4096), (4, 8)
 KERNELS = {
     "interpolate bf16 indexed": ("interpolation", "_interpolate_kernel"),
     "sgd_update bf16, next point": ("star_update", "_sgd_update_kernel"),
-    "adam_update bf16, next point": ("adam_update", "_adam_update_kernel"),
+    "adam_update bf16, next point": ("adam", "_adam_update_kernel"),
 }
 
 

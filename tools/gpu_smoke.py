@@ -52,7 +52,7 @@ class CannotRun(Exception):
 def imports(problem: Problem) -> Facts:
     """Every module of fastar, the kernels' too."""
     names = [found.name for found in pkgutil.walk_packages(fastar.__path__, "fastar.")]
-    names += [f"fastar.kernels.{name}" for name in ("interpolation", "star_update", "adam_update", "nonfinite")]
+    names += [f"fastar.kernels.{name}" for name in ("interpolation", "star_update", "adam", "nonfinite")]
     for name in set(names) - {"fastar.__main__"}:
         importlib.import_module(name)
     return {"modules": len(set(names))}
