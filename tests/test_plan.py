@@ -251,6 +251,22 @@ def test_what_does_not_fit_names_what_does(
         assert all(plan_of(tmp_path, *overrides, one).problems for one in named)
 
 
+def test_a_full_disk_hides_no_remedy(tmp_path: Path) -> None:
+    lines = plan_of(tmp_path, GPU, "train.batch_size=1024", "sources.number=10000000", "sources.store=file").problems
+    assert any(line.startswith("disk: ") for line in lines)
+    assert any(re.fullmatch(r"gpu: training .*; train.batch_size=\d+ makes it fit", line) for line in lines), lines
+
+
+def test_on_a_cpu_sources_on_the_host_are_all_in_memory(tmp_path: Path) -> None:
+    few, many = (
+        plan_of(tmp_path, "sources.store=host", f"sources.number={number}").during("host", "training")
+        for number in (3, 13)
+    )
+    assert many - few == pytest.approx(10 * 4 * 175_970, rel=0.02)  # rows are padded
+    part = plan_of(tmp_path, "sources.store=file", "sources.number=13")
+    assert all(i.bytes == 0 for i in part.items if i.what.startswith("matching: 13 sources"))  # in place
+
+
 def test_what_nothing_makes_fit_says_so(tmp_path: Path) -> None:
     lines = plan_of(tmp_path, "gpu_memory=10MB").problems
     assert all(

@@ -137,6 +137,11 @@ class Sizes:
             return choice.store
         return automatic(self.sources * self.row, self.free, self.limits["host"] if self.gpu else None)
 
+    def holds_all(self, choice: Choice) -> bool:
+        """Whether all sources are in the memory of the place where they are used."""
+        stored = self.stored(choice)
+        return stored == "device" or (stored == "host" and not self.gpu)
+
 
 def items_of(sizes: Sizes, choice: Choice) -> list[Item]:
     """All that the run takes."""
@@ -184,8 +189,13 @@ def _workspaces(sizes: Sizes, choice: Choice) -> int:
     return CUBLAS_BYTES * (CUBLAS_THREADS + (CUBLAS_OF_A_GRAPH if choice.graph or choice.evaluation_graph else 0))
 
 
+# Names of what comes and goes with each step, and of what a graph keeps.
 ACTIVATIONS, BETWEEN, SHORT = "activations", "between two steps", "graph: a short last batch"
-_OF_A_STEP = (ACTIVATIONS, BETWEEN, SHORT)
+_OF_A_STEP = (  # Names of what comes and goes with each step, and of what a graph keeps.
+    ACTIVATIONS,
+    BETWEEN,
+    SHORT,
+)
 POOL = "graph: its activations and inputs"
 
 
@@ -193,7 +203,7 @@ def _training(sizes: Sizes, choice: Choice) -> list[Item]:
     """A star's; a regular model's takes less."""
     facts, row, low, pixels = sizes.facts, sizes.row, sizes.low, math.prod(sizes.image)
     state = row + sizes.buffers
-    resident = sizes.sources if sizes.stored(choice) == "device" else SLOTS
+    resident = sizes.sources if sizes.holds_all(choice) else SLOTS
     activations = sizes.training.of(choice.batch)
     block = gathered(facts, pixels, choice.batch, facts.train, sizes.device.type)
     coming = block * pixels * facts.coming
@@ -221,7 +231,7 @@ def _training(sizes: Sizes, choice: Choice) -> list[Item]:
 
 def _matching(sizes: Sizes, choice: Choice, taken: int) -> list[Item]:
     """Beside what is `taken` by then."""
-    if sizes.stored(choice) == "device":
+    if sizes.holds_all(choice) or not sizes.gpu:  # in place: a file's rows are a CPU's own memory too
         part, rows = sizes.sources, 0
     else:
         part = max(1, min(sizes.sources, PART_ROWS, sizes.free // 8 // sizes.row))  # as `SourcesStore.parts`
@@ -284,9 +294,9 @@ def during(items: list[Item], place: str, phase: str) -> int:
     return sum(item.bytes for item in items if item.place == place and item.phase in (None, phase))
 
 
-def fits(items: list[Item], limits: Mapping[str, int]) -> bool:
-    """Whether no place is too small in any phase."""
-    return all(during(items, place, phase) <= limits[place] for place in limits for phase in PHASES)
+def too_small(items: list[Item], limits: Mapping[str, int]) -> set[tuple[str, str]]:
+    """(place, phase) of all that does not fit."""
+    return {(place, phase) for place in limits for phase in PHASES if during(items, place, phase) > limits[place]}
 
 
 def _halves(number: int) -> Iterator[int]:
@@ -297,7 +307,11 @@ def _halves(number: int) -> Iterator[int]:
 
 def remedy(sizes: Sizes, choice: Choice) -> dict[str, object] | None:
     """The settings that make the run fit, as few and as harmless as can be: first what changes no result, then smaller
-    batches of training. None: there are none; empty: it fits as it is."""
+    batches of training. What none of them can change is left aside: the disk, and reading the data. None: there are
+    none; empty: it fits as it is."""
+    others = {
+        (p, phase) for p, phase in too_small(items_of(sizes, choice), sizes.limits) if p == "disk" or phase == "reading"
+    }
     stores = [s for s in ("device", "host", "file") if s != sizes.stored(choice) and (s != "host" or sizes.gpu)]
     options = (
         [choice.batch, *_halves(choice.batch)],
@@ -314,6 +328,6 @@ def remedy(sizes: Sizes, choice: Choice) -> dict[str, object] | None:
             break  # all with a larger batch were tried
         other = Choice(store, batch, measured, graph, evaluation_graph, chunk)
         changed = {key: value for key, value in other.settings().items() if value != wanted[key]}
-        if (best is None or len(changed) < len(best)) and fits(items_of(sizes, other), sizes.limits):
+        if (best is None or len(changed) < len(best)) and too_small(items_of(sizes, other), sizes.limits) <= others:
             best = changed
     return best
