@@ -170,3 +170,25 @@ def test_a_process_that_fails_does_not_stop_the_run_but_is_told(
     beforehand._check_elsewhere(Context(settings_of(tmp_path, "imagefolder"), RunFolder(tmp_path / "run"), heard))
     why = {0: None, 1: "(KeyError: 'x')", -9: "(exit code -9)"}[code]
     assert [line.endswith(str(why)) for line in heard.lines] == ([] if why is None else [True])
+
+
+def test_an_archive_that_is_not_read_does_not_matter(root: Path, tmp_path: Path) -> None:
+    (root / "ILSVRC2012_img_train.tar").touch()
+    (root / "val").rename(root / "test")
+    assert data.count_images(root) == (12, 6, 3)
+    outcome = fastar("train-star", *images(tmp_path))
+    assert outcome.code == 0, outcome
+
+
+def test_images_that_only_an_archive_counts_are_written_first(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data, "count_images", lambda root, val_share: None)
+    outcome = fastar("train-star", *images(tmp_path))
+    assert outcome.code == 0, outcome
+
+
+def test_a_limit_beyond_the_images_is_refused_before_they_are_written(root: Path, tmp_path: Path) -> None:
+    said = refused("train-star", *images(tmp_path, "imagefolder", "dataset.limit=13"))
+    assert said == "limit=13 is more than the 12 train images of mine; lower it"
+    assert not (tmp_path / "betons").exists()

@@ -20,6 +20,7 @@ from fastar.matching import descent as descent_module
 from fastar.matching import solving as solving_module
 from fastar.matching.descent import Descent
 from fastar.matching.families import solve_family
+from fastar.matching.layout import dots
 from fastar.matching.networks import check_networks
 from fastar.matching.problem import Problem
 from fastar.matching.rows import Rows, along, chosen, download, put_along, upload
@@ -330,3 +331,11 @@ def test_matching_again_on_a_gpu_takes_as_many_operations_for_many_sources(gpu: 
         assert not any(descent.unsolved.any(0))
         counts.append(seen.count)
     assert counts[0] == counts[1]
+
+
+def test_dots_of_any_shape() -> None:
+    """A learnable temperature has no axis."""
+    for shape in ((), (3,), (2, 3)):
+        theta, sources = torch.randn(shape), torch.randn(4, *shape)
+        wanted = torch.stack([(theta * one).double().sum() for one in sources])
+        torch.testing.assert_close(dots(theta, sources), wanted, rtol=1e-6, atol=1e-6)

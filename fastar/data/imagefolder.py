@@ -137,8 +137,10 @@ def split_class(paths: list[Path], share: float) -> list[Path]:
 def count_images(root: Path, *, val_share: float | None = None) -> tuple[int, int, int] | None:
     """(training images, test images, classes) of a data root, from names alone; None where any are in archives, which
     take minutes to list. FastarError as `find_images`."""
-    archives = [name for name in (TRAIN_ARCHIVE, VAL_ARCHIVE) if (root / name).is_file()]
-    if archives and val_share is None and not all((root / name).is_dir() for name in ("train", "val")):
-        return None
+    if val_share is None:  # as `find_images` chooses: folders before archives
+        train_packed = not (root / "train").is_dir() and (root / TRAIN_ARCHIVE).is_file()
+        test_packed = not any((root / name).is_dir() for name in TEST_FOLDERS) and (root / VAL_ARCHIVE).is_file()
+        if train_packed or test_packed:
+            return None
     splits = find_images(root, val_share=val_share)
     return len(splits["train"]), len(splits["test"]), len(splits["train"].classes)

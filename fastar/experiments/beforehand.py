@@ -83,8 +83,12 @@ def check_beforehand(context: Context) -> None:
         FastarError: the run cannot go on.
     """
     chosen = context.settings.dataset
-    if chosen.name == "imagefolder" and chosen.root is None:
-        return  # there is nothing to write them from
+    if chosen.name == "imagefolder":
+        if chosen.root is None:
+            return  # there is nothing to write them from
+        if data.count_images(chosen.root.expanduser(), val_share=chosen.val_share) is None:
+            context.progress.line("whether the run fits is checked when the data are written: archives are not counted")
+            return
     if context.device.type == "cpu" or torch.cuda.is_initialized():
         _check(context)
     elif chosen.of_any_size:

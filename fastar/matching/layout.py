@@ -69,7 +69,7 @@ def dot(first: Tensor, second: Tensor) -> float:
 
 def dots(theta: Tensor, sources: Tensor) -> Tensor:
     """[N] float64, inner products of `theta` with each of sources [N, *theta.shape]; nothing waits for the device."""
-    return (sources * theta).flatten(1).sum(1, dtype=torch.float64)
+    return (sources * theta).reshape(len(sources), -1).sum(1, dtype=torch.float64)  # theta may have no axis
 
 
 def in_memory_order(tensor: Tensor, order: Sequence[int]) -> Tensor:

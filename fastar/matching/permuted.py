@@ -148,8 +148,10 @@ class PermutedSources:
                 self.put(name, rows, row)
 
     def keep(self) -> tuple[dict[str, Tensor], set[str]]:
-        """What `go_back` needs; good while all sources are permuted together, which writes to no tensor."""
-        return dict(self.data), set(self.owned)
+        """What `go_back` needs; what is written to afterwards is copied first."""
+        kept = dict(self.data), set(self.owned)
+        self.owned.clear()
+        return kept
 
     def go_back(self, kept: tuple[dict[str, Tensor], set[str]], numbers: NDArray[np.int64]) -> None:
         """The sources `numbers` as they were when `keep` was called."""

@@ -33,8 +33,11 @@ class BatchCounts:
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """Around one forward pass in training mode: it counts one batch for every layer."""
-        if not self._layers:
+        """Around one forward pass in training mode: it counts one batch for every layer, used once or not.
+
+        Where a layer is held in eval mode, all count for themselves.
+        """
+        if not self._layers or not all(layer.training for layer in self._layers):
             yield
             return
         self._give([None] * len(self._layers))  # a layer without the buffer does not count
