@@ -89,9 +89,9 @@ def data_facts(context: Context) -> DataFacts:
             f"{folder}: not written yet; `python tools/write_ffcv.py --dataset {chosen.name} --name {chosen.label} "
             f"--source FOLDER --out {chosen.directory}` writes it"
         )
-    if chosen.limit is not None and chosen.limit > train:
+    if listed is not None and chosen.limit is not None and chosen.limit > train:  # else opening the files says so
         raise FastarError(f"limit={chosen.limit} is more than the {train} train images of {chosen.label}; lower it")
-    train = chosen.limit or train
+    train = min(train, chosen.limit or train)
     resident = reading = 0
     normalised, coming = False, COMING_STREAMED
     if not chosen.of_any_size:
