@@ -183,6 +183,7 @@ def test_an_archive_that_is_not_read_does_not_matter(root: Path, tmp_path: Path)
 def test_images_that_only_an_archive_counts_are_written_first(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(data, "is_packed", lambda root, val_share: True)
     monkeypatch.setattr(data, "count_images", lambda root, val_share: None)
     outcome = fastar("train-star", *images(tmp_path))
     assert outcome.code == 0, outcome

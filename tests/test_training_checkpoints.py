@@ -14,7 +14,6 @@ from torch import Tensor
 from training_cases import CPU, PlainConvNet, dataset, network, store
 
 from fastar.config import CheckpointSettings, StarSettings, TrainSettings
-from fastar.data import DeviceDataset
 from fastar.errors import FastarError
 from fastar.flat import FlatLayout
 from fastar.training import RegularStep, SourcesStore, StarStep, fit
@@ -275,15 +274,8 @@ def test_a_training_goes_on_to_the_same_bits(tmp_path: Path, kind: str, epoch: i
 def test_a_training_goes_on_on_a_gpu(tmp_path: Path, kind: str, graph: bool) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    device, here = torch.device("cuda"), dataset()
-    images = DeviceDataset(
-        here.images.to(device),
-        here.labels.to(device),
-        classes=here.classes,
-        mean=(0.4,) * 3,
-        std=(0.3,) * 3,
-        augmentation=here.augmentation,
-    )
+    device = torch.device("cuda")
+    images = dataset(device=device)
     settings = SETTINGS.model_copy(update={"graph": graph, "optimizer": "adam" if kind == "adam" else "sgd"})
 
     def make() -> Any:

@@ -15,7 +15,6 @@ from torch.nn import functional as F
 from training_cases import CPU, dataset, network, store
 
 from fastar.config import StarSettings, TrainSettings
-from fastar.data import DeviceDataset
 from fastar.flat import FlatLayout
 from fastar.graphs import CallGraph
 from fastar.training import RegularStep, StarStep, draws, fit, steps
@@ -161,15 +160,8 @@ def test_a_graph_drops_what_eager_steps_drop(monkeypatch: pytest.MonkeyPatch, ma
 def test_on_a_gpu_it_goes_on_to_the_same_masks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, graph: bool) -> None:
     if not torch.cuda.is_available():
         pytest.skip("needs a CUDA device")
-    device, here = torch.device("cuda"), dataset()
-    images = DeviceDataset(
-        here.images.to(device),
-        here.labels.to(device),
-        classes=here.classes,
-        mean=(0.4,) * 3,
-        std=(0.3,) * 3,
-        augmentation=here.augmentation,
-    )
+    device = torch.device("cuda")
+    images = dataset(device=device)
     settings = SETTINGS.model_copy(update={"graph": graph})
 
     def make() -> RegularStep:

@@ -68,7 +68,9 @@ def batches(count: int, seed: int, shape: tuple[int, ...], size: int = 16) -> li
     return list(zip(images, labels, strict=True))
 
 
-def dataset(count: int = 96, seed: int = 0, *, channels: int = 3, size: int = 8, pad: int = 1) -> DeviceDataset:
+def dataset(
+    count: int = 96, seed: int = 0, *, channels: int = 3, size: int = 8, pad: int = 1, device: torch.device = CPU
+) -> DeviceDataset:
     """Random uint8 images of four classes that differ in one corner's brightness, augmented."""
     generator = torch.Generator().manual_seed(seed)
     labels = torch.randint(4, (count,), generator=generator)
@@ -77,8 +79,8 @@ def dataset(count: int = 96, seed: int = 0, *, channels: int = 3, size: int = 8,
         half = size // 2
         sample[half * (label // 2) : half * (label // 2 + 1), half * (label % 2) : half * (label % 2 + 1)] += 100
     return DeviceDataset(
-        images.to(torch.uint8),
-        labels,
+        images.to(device, torch.uint8),
+        labels.to(device),
         classes=4,
         mean=(0.4,) * channels,
         std=(0.2,) * channels,

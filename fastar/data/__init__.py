@@ -4,7 +4,7 @@ from fastar.data.dataset import Batch, Dataset
 from fastar.data.device import DeviceDataset, load
 from fastar.data.files import DatasetFiles, open_files, prepare
 from fastar.data.finished import Files, is_finished
-from fastar.data.imagefolder import count_images
+from fastar.data.imagefolder import count_images, is_packed
 from fastar.data.images import ImageFiles, open_images, prepare_images
 from fastar.data.registry import DATASETS, Augmentation, DatasetSpec, dataset_spec
 from fastar.data.streaming import StreamingDataset
@@ -26,6 +26,7 @@ __all__ = [
     "count_images",
     "dataset_spec",
     "is_finished",
+    "is_packed",
     "load",
     "open_files",
     "open_images",

@@ -134,13 +134,18 @@ def split_class(paths: list[Path], share: float) -> list[Path]:
     return [path for path in paths if path in chosen]
 
 
+def is_packed(root: Path, *, val_share: float | None = None) -> bool:
+    """Whether any of a data root's images are read from an archive: as `find_images` chooses, folders come first."""
+    if val_share is not None:
+        return False
+    train = not (root / "train").is_dir() and (root / TRAIN_ARCHIVE).is_file()
+    return train or (not any((root / name).is_dir() for name in TEST_FOLDERS) and (root / VAL_ARCHIVE).is_file())
+
+
 def count_images(root: Path, *, val_share: float | None = None) -> tuple[int, int, int] | None:
     """(training images, test images, classes) of a data root, from names alone; None where any are in archives, which
     take minutes to list. FastarError as `find_images`."""
-    if val_share is None:  # as `find_images` chooses: folders before archives
-        train_packed = not (root / "train").is_dir() and (root / TRAIN_ARCHIVE).is_file()
-        test_packed = not any((root / name).is_dir() for name in TEST_FOLDERS) and (root / VAL_ARCHIVE).is_file()
-        if train_packed or test_packed:
-            return None
+    if is_packed(root, val_share=val_share):
+        return None
     splits = find_images(root, val_share=val_share)
     return len(splits["train"]), len(splits["test"]), len(splits["train"].classes)

@@ -86,7 +86,7 @@ def check_beforehand(context: Context) -> None:
     if chosen.name == "imagefolder":
         if chosen.root is None:
             return  # there is nothing to write them from
-        if data.count_images(chosen.root.expanduser(), val_share=chosen.val_share) is None:
+        if data.is_packed(chosen.root.expanduser(), val_share=chosen.val_share):
             context.progress.line("whether the run fits is checked when the data are written: archives are not counted")
             return
     if context.device.type == "cpu" or torch.cuda.is_initialized():
