@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from fastar import matching
 from fastar.config import MatchingSettings, StarSettings, TrainSettings
 from fastar.data import Augmentation, DeviceDataset
+from fastar.devices import synchronize
 from fastar.errors import FastarError
 from fastar.experiments.context import resolve_device
 from fastar.experiments.star import match_store
@@ -127,7 +128,7 @@ def time_in_turns(
         first[case.name] = _clocked(case.run, device)
         for _ in range(warm_up - 1):
             case.run()
-        _wait(device)  # what a kernel did wrong shows here, and not in the next case
+        synchronize(device)  # what a kernel did wrong shows here, and not in the next case
         taken[case.name] = []
 
     def measure(case: Case) -> None:
@@ -206,7 +207,7 @@ def gpu_work(run: Callable[[], object], device: torch.device) -> dict[str, float
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as found:
         run()
-        _wait(device)
+        synchronize(device)
     names = collections.Counter(event.name for event in found.events())
     spans = [e.time_range for e in found.events() if e.device_type == torch.autograd.DeviceType.CUDA]
 
@@ -226,16 +227,11 @@ def matching_threads(device: torch.device) -> int:
     return matching.matching_threads(device, torch.get_num_threads())
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def _clocked(run: Callable[[], object], device: torch.device) -> float:
-    _wait(device)
+    synchronize(device)
     begin = time.perf_counter()
     run()
-    _wait(device)
+    synchronize(device)
     return time.perf_counter() - begin
 
 

@@ -2,7 +2,6 @@
 
 import doctest
 import math
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +9,10 @@ import pytest
 import torch
 from fastar.kernels import NextPoint, adam_update, find_nonfinite, interpolate, operations, reference, sgd_update
 
+from fastar.devices import simulated
+
 # One element, an odd tail, a prime over one Triton block (1024), an exact number of blocks.
 SIZES = (1, 1023, 1361, 2048)
-# There the kernels are interpreted (tools/rehearse.py).
-SIMULATED_GPU = "FASTAR_SIMULATED_CUDA" in os.environ
 # Half a unit in the last place, relative: what one correct rounding may cost.
 HALF_ULP = {torch.float32: 2.0**-24, torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 SENTINEL = -77.0
@@ -95,7 +94,7 @@ def test_interpolate_is_the_weighted_mean(
         # fp32 arithmetic: a difference, a product and a sum, each half an ulp of at most |theta| + |source|.
         arithmetic = 3 * HALF_ULP[torch.float32] * (theta.double().abs() + source.double().abs())
         # Triton's interpreter truncates to bf16, where the hardware rounds: a whole ulp there.
-        store = HALF_ULP[out_dtype] * (2 if path == "interpreter" or SIMULATED_GPU else 1) * exact.abs()
+        store = HALF_ULP[out_dtype] * (2 if path == "interpreter" or simulated() else 1) * exact.abs()
         tolerance = arithmetic + store + 2.0**-25  # the last: half the spacing of fp16's subnormal numbers
         assert ((out.double() - exact).abs() <= tolerance).all()
         assert_only_inside_written(whole, size)

@@ -18,7 +18,7 @@ ORDER = (
     ("atomic", "states"),
     ("checkpoints", "figures", "lock"),
     ("runs",),
-    ("memory", "footprint", "parts"),
+    ("devices", "memory", "footprint", "parts"),
     ("graphs",),
     ("flat",),
     ("models",),

@@ -1,7 +1,7 @@
 """Training of regular and star models over flat parameters."""
 
 from fastar.training.epochs import Epoch, NonFiniteLoss, limited
-from fastar.training.loop import Step, fit, synchronize
+from fastar.training.loop import Step, fit
 from fastar.training.precision import resolve_precision
 from fastar.training.profiling import Profile, Recording, StepsProfile
 from fastar.training.schedule import learning_rate, resolution
@@ -27,5 +27,4 @@ __all__ = [
     "resolution",
     "resolve_precision",
     "suitable_threads",
-    "synchronize",
 ]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastar.devices import synchronize
 from fastar.footprint import Footprint, Network, count_bytes
 
 # Timed after a first one, and for no longer than this many seconds in all.
@@ -55,19 +56,14 @@ def seconds_per_image(
 
 def _median(run: Callable[[], None], device: torch.device) -> float:
     run()
-    _wait(device)
+    synchronize(device)
     taken: list[float] = []
     while not taken or (len(taken) < TIMES and sum(taken) < SECONDS):
         begin = time.perf_counter()
         run()
-        _wait(device)
+        synchronize(device)
         taken.append(time.perf_counter() - begin)
     return sorted(taken)[len(taken) // 2]
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fastar.config import TrainSettings
 from fastar.data import Dataset
+from fastar.devices import synchronize
 from fastar.errors import FastarError
 from fastar.memory import peak_bytes
 from fastar.parts import EpochClock
@@ -71,12 +72,6 @@ def timed_batches(batches: Iterable[tuple[Tensor, Tensor]], clock: EpochClock) -
         if batch is None:
             return
         yield batch
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait for the device, so that a clock read afterwards tells the truth."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
 
 
 def fit(

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity
 
+from fastar.devices import synchronize
 from fastar.errors import FastarError
 from fastar.memory import peak_bytes
 from fastar.parts import PartClock
@@ -72,10 +73,10 @@ class Recording:
         if self._cuda:
             torch.cuda.reset_peak_memory_stats(self._device)
         with PartClock(self._device) as clock:
-            _wait(self._device)
+            synchronize(self._device)
             start, running = time.perf_counter(), time.thread_time()
             yield
-            _wait(self._device)
+            synchronize(self._device)
             self._seconds, ran = time.perf_counter() - start, time.thread_time() - running
         self._parts, self._idle = clock.seconds(), self._seconds - ran
         self._peak = peak_bytes(self._device)
@@ -98,7 +99,7 @@ class Recording:
                 PartClock(self._device),
             ):
                 yield
-                _wait(self._device)
+                synchronize(self._device)
             if self._memory is not None:
                 torch.cuda.memory._dump_snapshot(str(self._memory))
             if self._trace is not None:
@@ -210,8 +211,3 @@ def union(spans: Iterable[tuple[float, float]]) -> float:
         covered += max(0.0, end - max(begin, reached))
         reached = max(reached, end)
     return covered
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
