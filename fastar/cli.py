@@ -90,6 +90,16 @@ ValShare = Annotated[
         show_default=False,
     ),
 ]
+Validation = Annotated[
+    float | None,
+    typer.Option(
+        "--validation",
+        metavar="SHARE",
+        help="Keep this share of the training images, such as 0.1, out of training, and measure on them too "
+        "(dataset.validation).",
+        show_default=False,
+    ),
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change.", show_default=False)
 ]
@@ -136,6 +146,7 @@ def _settings(
     data_root: Path | None = None,
     name: str | None = None,
     val_share: float | None = None,
+    validation: float | None = None,
     on_nonfinite: str | None = None,
     bn_batches: int | None = None,
     gpu_memory: str | None = None,
@@ -157,6 +168,7 @@ def _settings(
         "train.on_nonfinite": on_nonfinite,
         "dataset.called": name,
         "dataset.val_share": val_share,
+        "dataset.validation": validation,
         "evaluation.bn_batches": bn_batches,
         "gpu_memory": gpu_memory,
     }
@@ -215,6 +227,7 @@ def train_star_command(
     scale: ScaleOption = "full",
     data_root: DataRoot = None,
     val_share: ValShare = None,
+    validation: Validation = None,
     on_nonfinite: OnNonfinite = None,
     bn_batches: BnBatches = None,
     gpu_memory: GpuMemory = None,
@@ -249,6 +262,7 @@ def train_star_command(
         data_root=data_root,
         name=name,
         val_share=val_share,
+        validation=validation,
         on_nonfinite=on_nonfinite,
         bn_batches=bn_batches,
         gpu_memory=gpu_memory,
@@ -290,6 +304,7 @@ def plan_command(
     out: Out = None,
     config: Config = None,
     scale: ScaleOption = "full",
+    validation: Validation = None,
     bn_batches: BnBatches = None,
     gpu_memory: GpuMemory = None,
     rate: Annotated[
@@ -324,6 +339,7 @@ def plan_command(
         sources=sources,
         heldout=heldout,
         name=name,
+        validation=validation,
         bn_batches=bn_batches,
         gpu_memory=gpu_memory,
         scale=scale,
@@ -356,6 +372,7 @@ def train_sources_command(
     scale: ScaleOption = "full",
     data_root: DataRoot = None,
     val_share: ValShare = None,
+    validation: Validation = None,
     on_nonfinite: OnNonfinite = None,
     quiet: Quiet = False,
 ) -> None:
@@ -375,6 +392,7 @@ def train_sources_command(
         data_root=data_root,
         name=name,
         val_share=val_share,
+        validation=validation,
         on_nonfinite=on_nonfinite,
         scale=scale,
     )
@@ -559,7 +577,7 @@ def barrier_command(
     as_json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Measure the loss barrier from A to each B on the train and test sets.
+    """Measure the loss barrier from A to each B on train and test images, and on those A kept for validation.
 
     Examples:
 

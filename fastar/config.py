@@ -74,6 +74,11 @@ class DatasetSettings(_Section):
     """Folder of the .beton files, shared by runs."""
     limit: Positive | None = None
     """Train on this many images (class-balanced) instead of all."""
+    validation: BelowOne = 0.0
+    """Keep this share of the training images out of training (0.1: a tenth), and measure losses, accuracies and
+    barriers on them too. Drawn so that each class keeps its share, by the dataset's name alone: the same images in
+    every run, whatever its seed. They are taken first; `limit` then chooses among the rest. What pixels are normalised
+    with stays the file's."""
     called: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
     """Of imagefolder: what your set is called; its files lie in a folder of that name."""
     val_share: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -292,7 +297,8 @@ class EvaluationSettings(_Section):
     star_sources: Positive | None = None
     """Measure the paths from the star to so many sources, drawn at random; None: to all."""
     limit: Positive | None = None
-    """Measure train losses on so many training images (class-balanced); None: on all that were trained on."""
+    """Measure train losses on so many training images (class-balanced), and validation losses on at most so many of
+    those that `dataset.validation` keeps; None: on all that were trained on, and all that were kept."""
     test_limit: Positive | None = None
     """Measure test losses on so many test images (class-balanced); None: on all."""
     bn_batches: Positive | None = None

@@ -29,10 +29,14 @@ ROWS = (
 )
 
 
+SPLITS = ("train", "validation", "test")
+"""Columns; validation where images are kept for it."""
+
+
 def check_results(results: Mapping[str, Any], where: Path) -> None:
     """Raise FastarError unless `results` (read from `where`) has all that the table and the picture show."""
     try:
-        for split in ("train", "test"):
+        for split in [split for split in SPLITS if split in results or split != "validation"]:
             _ = results["accuracy"][split]["regular"]["mean"], results["accuracy"][split]["star"]
             _ = results[split]["regular_loss"]["mean"], results[split]["star_loss"]
             _ = [results[split][kind][key] for kind, _ in ROWS for key in ("mean", "std", "n")]
@@ -60,15 +64,15 @@ def shown(value: Mapping[str, Any] | float | None, digits: int = 3) -> str:
 
 
 def results_table(results: Mapping[str, Any]) -> Table:
-    """Losses, accuracies and barriers of a run, train and test."""
+    """Losses, accuracies and barriers of a run on each split."""
     title = f"{results['dataset']}, {results['arch']}: star model of {results['sources']} sources"
     table = Table(title=title, title_justify="left")
     table.add_column("", overflow="fold")
     table.add_column("n", justify="right")
-    table.add_column("train", justify="right")
-    table.add_column("test", justify="right")
     regular = results["train"]["regular_loss"]
-    splits = ("train", "test")
+    splits = [split for split in SPLITS if split in results]
+    for split in splits:
+        table.add_column(split, justify="right")
     table.add_row("loss, regular", str(regular["n"]), *(shown(results[s]["regular_loss"]) for s in splits))
     table.add_row("loss, star", "1", *(shown(results[s]["star_loss"]) for s in splits))
     accuracy = results["accuracy"]
@@ -149,13 +153,13 @@ def barriers_table(paths: Sequence[Mapping[str, Any]]) -> Table:
     shared = f" {folders.pop()}/" if len(folders) == 1 else ""
     table = Table(title=f"Barriers from {paths[0]['first']} to{shared}", title_justify="left")
     table.add_column("", overflow="fold")
-    for column in ("train", "test", "loss at t=0", "at t=1"):
+    splits = [split for split in SPLITS if f"{split}_barrier" in paths[0]]
+    for column in (*splits, "loss at t=0", "at t=1"):
         table.add_column(column, justify="right")
     for path in paths:
         table.add_row(
             Path(path["second"]).name if shared else path["second"],
-            shown(path["train_barrier"], 4),
-            shown(path["test_barrier"], 4),
+            *(shown(path[f"{split}_barrier"], 4) for split in splits),
             shown(path["train_loss"][0], 4),
             shown(path["train_loss"][-1], 4),
         )

@@ -185,7 +185,7 @@ def test_load(files):
     assert train.digest == written.digest
     assert not load(written, "train", "cpu", augmentation=Augmentation()).augmentation
     with pytest.raises(ValueError, match="split must be"):
-        load(written, "validation", "cpu")
+        load(written, "val", "cpu")
 
 
 def test_load_with_a_limit_keeps_classes_balanced_and_draws(files):

@@ -8,6 +8,7 @@ from fastar.data.imagefolder import count_images, is_packed
 from fastar.data.images import ImageFiles, open_images, prepare_images
 from fastar.data.registry import DATASETS, Augmentation, DatasetSpec, dataset_spec
 from fastar.data.streaming import StreamingDataset
+from fastar.data.subsets import check_limit, held_out
 from fastar.data.varied import PRESETS, Encoding
 
 __all__ = [
@@ -23,8 +24,10 @@ __all__ = [
     "Files",
     "ImageFiles",
     "StreamingDataset",
+    "check_limit",
     "count_images",
     "dataset_spec",
+    "held_out",
     "is_finished",
     "is_packed",
     "load",

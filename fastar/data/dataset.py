@@ -64,16 +64,6 @@ def count_batches(count: int, batch_size: int, drop_last: bool) -> int:
     return count // batch_size if drop_last else -(-count // batch_size)
 
 
-def check_limit(limit: int | None, *, count: int, classes: int, split: str, name: str) -> None:
-    """Raise FastarError unless `limit` images can be kept, classes balanced, of the `count` of a split."""
-    if limit is None:
-        return
-    if limit > count:
-        raise FastarError(f"limit={limit} is more than the {count} {split} images of {name}; lower it")
-    if limit < classes:
-        raise FastarError(f"limit={limit} is below one image per class; {name} needs at least {classes}")
-
-
 def chosen_batches(count: int, batch_size: int, drop_last: bool, begin: int) -> slice:
     """Which part of an epoch's order of `count` samples makes its batches from number `begin` on.
 

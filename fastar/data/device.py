@@ -8,11 +8,12 @@ import torch
 
 from fastar.data.augment import Draws, Normalisation, augmented, draw_augmentation
 from fastar.data.beton import check_beton
-from fastar.data.dataset import Batch, check_limit, chosen_batches, count_batches
+from fastar.data.dataset import Batch, chosen_batches, count_batches
 from fastar.data.files import DatasetFiles
 from fastar.data.reading import read_batches
 from fastar.data.registry import Augmentation
-from fastar.data.sampling import balanced_subset, epoch_order
+from fastar.data.sampling import epoch_order
+from fastar.data.subsets import VALIDATION, chosen_images, stored_in
 from fastar.data.verify import ContentDigest
 from fastar.errors import FastarError
 from fastar.parts import part
@@ -136,19 +137,24 @@ def load(
     device: torch.device | str,
     *,
     limit: int | None = None,
+    validation: float = 0.0,
     augmentation: Augmentation | None = None,
     progress: Progress = SILENT,
 ) -> DeviceDataset:
-    """Read a split ("train" or "test") once through FFCV into memory of `device`.
+    """Read a split ("train", "validation" or "test") once through FFCV into memory of `device`.
 
-    `limit` keeps at most so many samples, classes balanced, in file order; `augmentation` replaces the dataset's own.
-    The pixels are compared with the digest taken when they were written.
+    `limit` keeps at most so many samples, classes balanced, in file order; `validation` is the share of the training
+    images that are the split "validation" and not in "train" (`fastar.data.subsets`); `augmentation` replaces the
+    dataset's own. The pixels are compared with the digest taken when they were written.
     """
-    path, layout = files.path(split), files.layout(split)
-    check_limit(limit, count=layout.count, classes=layout.classes, split=split, name=files.name)
+    stored = stored_in(split)
+    path, layout = files.path(stored), files.layout(stored)
     index = np.arange(layout.count)
-    if limit is not None and limit < layout.count:  # said before: what is left out takes no memory
-        index = balanced_subset(check_beton(path, layout), limit, files.name, split)
+    if limit is not None or split == VALIDATION or (validation and split == "train"):
+        # Chosen before any is read: what is left out takes no memory.
+        index = chosen_images(
+            check_beton(path, layout), split, validation=validation, limit=limit, classes=files.classes, name=files.name
+        )
     images = np.empty((len(index), layout.height, layout.width, layout.channels), np.uint8)
     labels = np.empty(len(index), np.int64)
     digest, start = ContentDigest(), 0
@@ -163,7 +169,7 @@ def load(
             digest.update(some_images, some_labels)
             start = stop
             advance(len(some_labels))
-    if digest.hexdigest() != files.metadata["content"][split]:
+    if digest.hexdigest() != files.metadata["content"][stored]:
         raise FastarError(
             f"{path}: its pixels are not those that were written (damaged or replaced); "
             f"delete {path.parent} and write it again"

@@ -10,11 +10,12 @@ import torch
 
 from fastar.data.augment import Normalisation, mirrored_and_normalised
 from fastar.data.crops import KEPT, Crop, centre, random_boxes
-from fastar.data.dataset import Batch, check_limit, chosen_batches, count_batches
+from fastar.data.dataset import Batch, chosen_batches, count_batches
 from fastar.data.decoding import Plan
 from fastar.data.images import ImageFiles
 from fastar.data.reading import ImageReader
-from fastar.data.sampling import balanced_subset, draw, epoch_order, paged_order
+from fastar.data.sampling import draw, epoch_order, paged_order
+from fastar.data.subsets import chosen_images, stored_in
 from fastar.errors import FastarError
 from fastar.parts import part
 from fastar.seeds import derive_seed
@@ -32,7 +33,7 @@ class StreamingDataset:
 
     Args:
         files: the finished dataset.
-        split: train or test.
+        split: train, validation or test.
         device: where batches go.
         size: of the images, where no other is asked for.
         crop: what is cut out of an augmented image (`fastar.data.crops.random_boxes`), which is also mirrored with
@@ -43,6 +44,8 @@ class StreamingDataset:
             mixes all classes; a file that keeps them by class is refused.
         threads: that decode (None: one per CPU of this process).
         limit: at most so many samples, classes balanced.
+        validation: the share of the training images that are the split "validation" and not in "train"
+            (`fastar.data.subsets`).
     """
 
     def __init__(
@@ -57,6 +60,7 @@ class StreamingDataset:
         order: Order = "random",
         threads: int | None = None,
         limit: int | None = None,
+        validation: float = 0.0,
     ):
         _check_size(size)
         if not 0 < kept <= 1:
@@ -74,13 +78,13 @@ class StreamingDataset:
         self.classes, self.digest = len(files.classes), files.digest
         self._mean, self._std = files.mean, files.std
         self._normalisations: dict[int, Normalisation] = {}
+        stored = stored_in(split)
         self._reader = ImageReader(
-            files.path(split), files.layout(split), threads=threads or len(os.sched_getaffinity(0))
+            files.path(stored), files.layout(stored), threads=threads or len(os.sched_getaffinity(0))
         )
-        self._index = np.arange(files.count(split))
-        check_limit(limit, count=len(self._index), classes=self.classes, split=split, name=files.name)
-        if limit is not None:
-            self._index = balanced_subset(self._reader.labels, limit, files.name, split)
+        self._index = chosen_images(
+            self._reader.labels, split, validation=validation, limit=limit, classes=files.classes, name=files.name
+        )
 
     def __len__(self) -> int:
         return len(self._index)

@@ -66,7 +66,7 @@ class Shape:
     classes: int
 
 
-DATA_KEYS = ("called", "crop", "limit", "order")
+DATA_KEYS = ("called", "crop", "limit", "order", "validation")
 """Settings of the dataset that a model's metadata holds under the same names."""
 
 
@@ -129,7 +129,9 @@ class Context:
     def _load(self, split: str, limit: int | None) -> data.Dataset:
         files, chosen = self.files, self.settings.dataset
         if isinstance(files, data.DatasetFiles):
-            return data.load(files, split, self.device, limit=limit, progress=self.progress)
+            return data.load(
+                files, split, self.device, limit=limit, validation=chosen.validation, progress=self.progress
+            )
         assert isinstance(files, data.ImageFiles)
         return data.StreamingDataset(
             files,
@@ -140,6 +142,7 @@ class Context:
             order=chosen.order if split == "train" else "random",
             threads=chosen.threads,
             limit=limit,
+            validation=chosen.validation,
         )
 
     @cached_property
@@ -149,18 +152,26 @@ class Context:
         return self.train if limit is None or limit >= len(self.train) else self._load("train", limit)
 
     @cached_property
+    def measured_validation(self) -> data.Dataset:
+        """The training images kept out of training that validation losses are measured on."""
+        limit, files = self.settings.evaluation.limit, self.files
+        kept = data.held_out(files.count("train"), self.settings.dataset.validation, files.name)
+        return self._load("validation", None if limit is None or limit >= kept else limit)
+
+    @cached_property
     def measured_test(self) -> data.Dataset:
         """The test images that test losses are measured on."""
         limit = self.settings.evaluation.test_limit
         return self.test if limit is None or limit >= len(self.test) else self._load("test", limit)
 
     def splits(self) -> dict[str, Any]:
-        """Train and test as evaluation reads them: in order, whole, not augmented."""
+        """Train, validation (where images are kept for it) and test as evaluation reads them: in order, whole, not
+        augmented."""
         size = self.settings.evaluation.batch_size
-        return {
-            "train": lambda: whole_batches(self.measured_train, size),
-            "test": lambda: whole_batches(self.measured_test, size),
-        }
+        found: dict[str, Any] = {"train": lambda: whole_batches(self.measured_train, size)}
+        if self.settings.dataset.validation:
+            found["validation"] = lambda: whole_batches(self.measured_validation, size)
+        return {**found, "test": lambda: whole_batches(self.measured_test, size)}
 
     def statistics_batches(self, times: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
         """The train set as batch-norm statistics are re-estimated from: every image once, augmented and in batches as
@@ -227,7 +238,9 @@ class Context:
     def data_recipe(self) -> dict[str, Any]:
         """What determines the images that a model is trained on, and how they are cut: for its metadata."""
         chosen = self.settings.dataset
-        found = {"dataset": chosen.name, "dataset_digest": self.files.digest, "limit": chosen.limit}
+        found: dict[str, Any] = {"dataset": chosen.name, "dataset_digest": self.files.digest, "limit": chosen.limit}
+        if chosen.validation:  # without, models are what they were before there was such a setting
+            found["validation"] = chosen.validation
         if chosen.of_any_size:
             found |= {"called": chosen.called, "crop": chosen.crop, "order": chosen.order}
         return found

@@ -40,7 +40,9 @@ class DataFacts:
     """What is known of a data set.
 
     Args:
-        train: images of the split, as `test`.
+        train: images that are trained on.
+        validation: training images that are kept out of it.
+        test: images of the split.
         disk: bytes of the files; None: not known until they are written.
         written: whether the files are there.
         resident: bytes on the device, of a set that is held there; 0: it streams.
@@ -50,6 +52,7 @@ class DataFacts:
     """
 
     train: int
+    validation: int
     test: int
     classes: int
     disk: int | None
@@ -89,8 +92,17 @@ def data_facts(context: Context) -> DataFacts:
             f"{folder}: not written yet; `python tools/write_ffcv.py --dataset {chosen.name} --name {chosen.label} "
             f"--source FOLDER --out {chosen.directory}` writes it"
         )
-    if listed is not None and chosen.limit is not None and chosen.limit > train:  # else opening the files says so
-        raise FastarError(f"limit={chosen.limit} is more than the {train} train images of {chosen.label}; lower it")
+    validation = data.held_out(train, chosen.validation, chosen.label)
+    train -= validation
+    if listed is not None:  # else opening the files says so
+        data.check_limit(
+            chosen.limit,
+            count=train,
+            classes=classes,
+            split="train",
+            name=chosen.label,
+            validation=chosen.validation,
+        )
     train = min(train, chosen.limit or train)
     resident = reading = 0
     normalised, coming = False, COMING_STREAMED
@@ -105,14 +117,14 @@ def data_facts(context: Context) -> DataFacts:
         normalised = kept_normalised(train, pixels)
         coming = COMING_NORMALISED if normalised and not spec.augmentation else COMING_HELD
         on_host = 0
-        for split, count in _splits_held(context.settings, train, test):
+        for split, count in _splits_held(context.settings, train, validation, test):
             # Bytes, and beside them normalised floats where those are few; the file they come from is mapped meanwhile.
             held = count * (pixels * (5 if kept_normalised(count, pixels) else 1) + HELD_BESIDE)
             resident += held
             on_host = held + (on_host if context.device.type == "cpu" and context.settings.gpu_memory is None else 0)
             reading = max(reading, on_host + whole[split])
         reading += BUFFERS * READ_AT_ONCE * pixels
-    return DataFacts(train, test, classes, disk, files is not None, resident, reading, normalised, coming)
+    return DataFacts(train, validation, test, classes, disk, files is not None, resident, reading, normalised, coming)
 
 
 def published_gigabytes(encoding: data.Encoding) -> float | None:
@@ -138,11 +150,13 @@ def kept_normalised(count: int, pixels: int) -> bool:
     return 4 * count * pixels <= NORMALISED_BYTES
 
 
-def _splits_held(settings: Settings, train: int, test: int) -> Iterator[tuple[str, int]]:
-    """(split, images) of each data set that a run holds on the device, in the order in which they are read."""
+def _splits_held(settings: Settings, train: int, validation: int, test: int) -> Iterator[tuple[str, int]]:
+    """(file, images) of each data set that a run holds on the device, in the order in which they are read."""
     evaluation = settings.evaluation
     yield "train", train
     yield "test", test
+    if validation:
+        yield "train", min(validation, evaluation.limit or validation)
     if evaluation.limit is not None and evaluation.limit < train:
         yield "train", evaluation.limit
     if evaluation.test_limit is not None and evaluation.test_limit < test:

@@ -56,7 +56,7 @@ def measured_digest(settings: Settings, run: RunFolder, data: str) -> str:
     else:
         sources = [run.model("source", i) for i in range(number)]
     heldouts = [run.model("heldout", i) for i in range(settings.sources.heldout)]
-    parts = {
+    parts: dict[str, Any] = {
         "models": [stored_digest(path) for path in (run.star, *sources, *heldouts)],
         "data": data,
         "permutations": stored_digest(run.permutations),
@@ -65,6 +65,8 @@ def measured_digest(settings: Settings, run: RunFolder, data: str) -> str:
         "limit": settings.dataset.limit,
         "seed": settings.seed,
     }
+    if settings.dataset.validation:
+        parts["validation"] = settings.dataset.validation
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

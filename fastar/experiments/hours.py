@@ -123,6 +123,7 @@ def loaded_per_second(context: Context) -> float:
         order=settings.dataset.order,
         threads=settings.dataset.threads,
         limit=settings.dataset.limit,
+        validation=settings.dataset.validation,
     )
     size = min(settings.train.batch_size, max(2, len(loaded) // (2 * LOADED_BEFORE)))
     images, begun = 0, 0.0
@@ -187,8 +188,13 @@ def work_of(context: Context, facts: DataFacts, rates: Rates) -> list[Work]:
     if epoch is not None and rates.matching is not None:
         every = settings.star_matched_every
         star = epoch + (settings.sources.number * rates.matching / every if every else 0.0)
-    once = seen = min(facts.train, evaluation.limit or facts.train) + min(
-        facts.test, evaluation.test_limit or facts.test
+    once = seen = sum(
+        min(count, limit or count)
+        for count, limit in (
+            (facts.train, evaluation.limit),
+            (facts.validation, evaluation.limit),
+            (facts.test, evaluation.test_limit),
+        )
     )
     if context.has_batch_norm:
         statistics = facts.train if evaluation.bn_batches is None else evaluation.bn_batches * train.batch_size

@@ -28,7 +28,6 @@ from fastar.runs import versions
 from fastar.seeds import derive_seed
 from fastar.training import PART_ROWS, limited
 
-SPLITS = ("train", "test")
 # How many times `evaluation.bn_batches` it is compared with.
 TIMES = 8
 KINDS = ("regular_regular", "star_heldout", "star_source", "regular_regular_unmatched")
@@ -188,9 +187,9 @@ def measure(
         "sources": len(sources),
         "heldout": len(heldouts),
         "t": measured[0].t,
-        **{split: summary(measured, split) for split in SPLITS},
-        "accuracy": {split: _accuracies(measured, split) for split in SPLITS},
-        "paths": [_as_result(path) for path in measured],
+        **{split: summary(measured, split) for split in measured[0].loss},
+        "accuracy": {split: _accuracies(measured, split) for split in measured[0].accuracy},
+        "paths": [path_result(path) for path in measured],
         "seconds": {**epoch_seconds(log), "evaluation": seconds},
         "speed": speed(log),
         "peak_bytes": max([peak_bytes(context.device), *(entry.get("peak_bytes", 0) for entry in log)]),
@@ -243,13 +242,14 @@ def _accuracies(measured: Sequence[PathLosses], split: str) -> dict[str, Any]:
     }
 
 
-def _as_result(path: PathLosses) -> dict[str, Any]:
+def path_result(path: PathLosses) -> dict[str, Any]:
+    """What was measured along a path, JSON-able: `train_loss`, `train_accuracy` and so on for each split."""
     return {
         "kind": path.kind,
         "first": path.first,
         "second": path.second,
         "t": path.t,
-        **{f"{split}_{what}": getattr(path, what)[split] for split in SPLITS for what in ("loss", "accuracy")},
+        **{f"{split}_{what}": getattr(path, what)[split] for split in path.loss for what in ("loss", "accuracy")},
     }
 
 

@@ -266,6 +266,7 @@ def _evaluation(sizes: Sizes, choice: Choice) -> list[Item]:
     if choice.evaluation_graph:
         short = max(
             short_batch(facts.train, choice.measured_batch),
+            short_batch(facts.validation, choice.measured_batch),
             short_batch(facts.test, choice.measured_batch),
             short_batch(facts.train, choice.batch) if sizes.batch_norm else 0,
         )

@@ -13,7 +13,7 @@ from fastar.evaluation import Path as Segment
 from fastar.evaluation import evaluate_paths
 from fastar.experiments.context import DATA_KEYS, MEASURE_WITH_LESS, Context, Shape, resolve_device, within_memory
 from fastar.experiments.facts import shown
-from fastar.experiments.measure import SPLITS, endpoint, matched_endpoints, statistics_error
+from fastar.experiments.measure import endpoint, matched_endpoints, path_result, statistics_error
 from fastar.experiments.regular import check_fits, device_name
 from fastar.progress import SILENT, Progress
 from fastar.runs import RunFolder, versions
@@ -71,7 +71,8 @@ def barriers_of_files(
     overrides: Sequence[str],
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """Barriers from the checkpoint `first` to each of `others` on train and test.
+    """Barriers from the checkpoint `first` to each of `others` on train, test and, where `first` was trained without
+    them (`dataset.validation`), validation images.
 
     Returns:
         dataset, arch, t, paths (as in `results.json`, each with train_barrier and test_barrier), versions, device.
@@ -110,17 +111,7 @@ def barriers_of_files(
         "arch": context.settings.model.arch,
         "matched": matching,
         "t": measured[0].t,
-        "paths": [
-            {
-                "kind": path.kind,
-                "first": path.first,
-                "second": path.second,
-                "t": path.t,
-                **{f"{s}_{what}": getattr(path, what)[s] for s in SPLITS for what in ("loss", "accuracy")},
-                **{f"{s}_barrier": path.barrier(s) for s in SPLITS},
-            }
-            for path in measured
-        ],
+        "paths": [{**path_result(path), **{f"{s}_barrier": path.barrier(s) for s in path.loss}} for path in measured],
         "versions": versions(),
         "device": device_name(context.device),
         "batch_norm_error": error,

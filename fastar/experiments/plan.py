@@ -223,6 +223,10 @@ def _limits(context: Context, gpu_memory: int | None, on_gpu: bool) -> dict[str,
 
 def _notes(facts: DataFacts, stored: str, settings: Settings, on_gpu: bool) -> list[str]:
     notes = []
+    if facts.validation:
+        notes.append(
+            f"data: {facts.train:,} images to train on, {facts.validation:,} for validation, {facts.test:,} for testing"
+        )
     if facts.disk is None:
         notes.append(f"disk: the .beton files are not written yet: {_size_of_files(settings)}")
     elif facts.written:

@@ -140,8 +140,9 @@ def check_fits(context: Context, checkpoint: Checkpoint, *, same_data: bool = Tr
     if same_data:
         wanted |= {"dataset": context.settings.dataset.name}
         if "dataset_digest" in checkpoint.metadata:
-            wanted |= {"dataset_digest": context.files.digest}
-    known = {key: value for key, value in checkpoint.metadata.items() if key in wanted}
+            wanted |= {"dataset_digest": context.files.digest, "validation": context.settings.dataset.validation}
+    kept = {"validation": checkpoint.metadata.get("validation", 0.0)}  # one that names none was trained on all images
+    known = {key: value for key, value in {**checkpoint.metadata, **kept}.items() if key in wanted}
     changed = differences(known, {key: wanted[key] for key in known})
     if changed:
         key, (was, now) = next(iter(changed.items()))
