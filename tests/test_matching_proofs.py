@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import os
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from fastar.matching import Symmetry, derive, derive_symmetry, proofs
+from fastar.matching import Group, Member, Symmetry, derive, derive_symmetry, proofs
 from fastar.models import build_model
 
 INPUTS = (torch.zeros(2, 6),)
@@ -316,6 +318,61 @@ def test_another_process_finds_the_record(tmp_path: Path) -> None:
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     assert run.stdout.split() == [str(len(first.groups))]
+
+
+BY_HAND = Symmetry(
+    (Group("hidden", 7, (Member("hidden.weight", 0), Member("readout.weight", 1))),),
+    {"hidden.weight": (7, 6), "readout.weight": (3, 7)},
+)
+
+
+def test_commands_that_keep_the_same_record_at_once_never_show_a_torn_one(tmp_path: Path) -> None:
+    """Three processes write it over and over while this one reads it; what is found is always whole."""
+    symmetry, digest = BY_HAND, "a" * 64
+    proofs.keep(digest, symmetry)
+    running = set()
+    for _ in range(3):
+        writer = os.fork()
+        if writer == 0:
+            code = 1
+            try:
+                for _ in range(15):
+                    proofs.keep(digest, symmetry)
+                code = 0
+            finally:
+                os._exit(code)
+        running.add(writer)
+    while running:
+        proofs._remembered.clear()
+        assert proofs.find(digest) == symmetry
+        for writer in sorted(running):
+            ended, status = os.waitpid(writer, os.WNOHANG)
+            if ended:
+                running.remove(writer)
+                assert os.waitstatus_to_exitcode(status) == 0
+    assert not [path for path in (tmp_path / "cache" / "symmetries").iterdir() if path.suffix != ".json"]
+
+
+def test_threads_that_keep_the_same_record_at_once_write_files_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """They have one process id, as processes of two containers with one home may have."""
+    both, fsync = threading.Barrier(2), os.fsync
+
+    def meeting(handle: int) -> None:
+        both.wait(60)  # each has a file open, and has not renamed it
+        fsync(handle)
+
+    symmetry, digest = BY_HAND, "b" * 64
+    monkeypatch.setattr(os, "fsync", meeting)
+    threads = [threading.Thread(target=proofs.keep, args=(digest, symmetry)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert caplog.text == ""
+    proofs._remembered.clear()
+    assert proofs.find(digest) == symmetry
 
 
 def test_a_graph_with_what_has_no_digest_is_proven_every_time(done: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
