@@ -256,7 +256,9 @@ def test_trouble_in_a_worker_ends_the_writing_and_leaves_nothing(tmp_path, given
         prepare("cifar10", data_root=None, directory=tmp_path / "new" / "betons", workers=2)
     assert "\n" not in str(caught.value)
     assert debris(tmp_path) == []
-    assert set(os.listdir("/dev/shm")) <= shared_before
+    shared = set(os.listdir("/dev/shm")) - shared_before
+    # What another process has there meanwhile goes when that ends.
+    assert within(30, lambda: not shared & set(os.listdir("/dev/shm")))
     assert children() == []
 
 
