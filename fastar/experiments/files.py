@@ -223,7 +223,7 @@ def _match_file(
     return figures, state, dict(source.metadata)
 
 
-# What an average of checkpoints is of, as they are.
+# What an average of checkpoints is of, as they all are.
 _SAME = ("arch", "model", "input_shape", "classes", "dataset", "dataset_digest", *DATA_KEYS)
 
 
@@ -310,9 +310,10 @@ def match_many_files(
             }
         )
     if average is not None:
-        known = loaded[0].metadata
+        first, *others = (one.metadata for one in loaded)
+        known = {key: first[key] for key in _SAME if key in first and all(o.get(key) == first[key] for o in others)}
         metadata = {"kind": "average", "of": [path.name for path in paths]}
-        save_checkpoint(average, result.mean, {**{key: known[key] for key in _SAME if key in known}, **metadata})
+        save_checkpoint(average, result.mean, {**known, **metadata})
     return {**figures, "files": files}
 
 
