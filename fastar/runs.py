@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import platform
@@ -141,15 +142,23 @@ class RunFolder:
         return FastarError(f"{self.path}: cannot be used as run folder ({error.strerror}); choose another --out")
 
     def _has_models(self) -> bool:
-        return any(
-            path.parent.name != LAST_GOOD and not self._failed(path) for path in self.path.rglob("*.safetensors")
-        )
+        return any(path.parent.name != LAST_GOOD and not self.failed(path) for path in self.path.rglob("*.safetensors"))
 
-    def _failed(self, path: Path) -> bool:
-        """Whether `path` is a checkpoint of a training that became NaN or infinite: another recipe may take over."""
+    def failed(self, path: Path) -> bool:
+        """Whether `path` is a checkpoint of a training that ended where it became NaN or infinite, and did not go on
+        since: another recipe may take over."""
         folder = path.parent
         left = self.path / LAST_GOOD / f"{folder.name}.safetensors"
-        return folder.parent == self.path / IN_TRAINING and left.is_file()
+        if folder.parent != self.path / IN_TRAINING or not left.is_file():
+            return False
+        from fastar.checkpoints import read_metadata  # imports torch
+
+        try:
+            kept, found = read_metadata(left), read_metadata(path)
+        except FastarError:  # damaged: nobody's to throw away
+            return False
+        ended, saved = ((kept.get("epochs", 0), kept.get("steps", 0)), (found.get("epoch", 0), found.get("step", 0)))
+        return ended >= saved and all(kept.get(key) == value for key, value in found.get("recipe", {}).items())
 
     def _remove_debris(self) -> None:
         """Delete what killed processes left: of atomic writes (the lock is held: nobody is writing now), and the
@@ -193,7 +202,18 @@ class RunFolder:
         fixed = {k: v for k, v in changed.items() if not k.startswith(FREE_KEYS) and not self._may_grow(k, v)}
         if fixed:
             shown = "; ".join(f"{key} was {was!r}, now {now!r}" for key, (was, now) in list(fixed.items())[:4])
-            raise FastarError(f"{self.path}: holds another run ({shown}); choose another --out or the same settings")
+            count, others = self.sources_to_take_over()
+            taken = ""
+            if count and all(key.startswith("train.") for key in fixed):
+                taken = f" ({others} takes over the {'source that is' if count == 1 else 'sources that are'} finished)"
+            raise FastarError(
+                f"{self.path}: holds another run ({shown}); choose another --out{taken} or the same settings"
+            )
+
+    def sources_to_take_over(self) -> tuple[int, str]:
+        """How many sources are finished here, and the settings by which another run takes them over."""
+        count = next(number for number in itertools.count() if not self.finished("source", number))
+        return count, f"sources.folder={self.path / 'sources'} sources.number={count}"
 
     def _may_grow(self, key: str, change: tuple[Any, Any]) -> bool:
         """More heldouts can always be added; sources and star settings may change while there is no star yet."""

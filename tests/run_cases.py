@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from fastar.config import Settings, load_settings
 from fastar.matching import Symmetry, modules
+from fastar.progress import SilentProgress
 from fastar.runs import RunFolder
 
 SMALL = [
@@ -79,3 +80,31 @@ def one_symmetry() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(modules, "derive_symmetry", once)
         yield
+
+
+class Killed(BaseException):
+    """As a signal: nothing catches it."""
+
+
+def kill() -> None:
+    raise Killed
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, kind: type, bad: Callable[[int], bool]) -> list[int]:
+    """Images that are no numbers in those calls that `bad` says."""
+    call, calls = kind.__call__, []  # type: ignore[operator]
+
+    def poisoned(self: Any, images: torch.Tensor, labels: torch.Tensor, lr: torch.Tensor) -> Any:
+        calls.append(1)
+        return call(self, images * (float("nan") if bad(len(calls)) else 1.0), labels, lr)
+
+    monkeypatch.setattr(kind, "__call__", poisoned)
+    return calls
+
+
+class Heard(SilentProgress):
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def line(self, text: str) -> None:
+        self.lines.append(text)

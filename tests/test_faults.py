@@ -5,14 +5,23 @@ from __future__ import annotations
 import errno
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from cli_cases import contents, fastar, refused
-from run_cases import SMALL, assert_log_is_whole, assert_same_models, one_symmetry, small  # noqa: F401 (a fixture)
+from run_cases import (
+    SMALL,
+    Heard,
+    Killed,
+    assert_log_is_whole,
+    assert_same_models,
+    kill,
+    one_symmetry,  # noqa: F401 (a fixture)
+    poison,
+    small,
+)
 from test_checkpoints import files_at_most
 from test_stopping import at_call
 
@@ -21,8 +30,6 @@ from fastar.checkpoints import load_checkpoint, save_checkpoint
 from fastar.data.reading import GuardedIterator
 from fastar.errors import FastarError
 from fastar.experiments.star_domain import train_star
-from fastar.progress import SilentProgress
-from fastar.runs import RunFolder
 from fastar.training import RegularStep, SourcesStore, StarStep
 
 
@@ -41,14 +48,6 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("whole") / "run"
     train_star(small(data), folder)
     return folder
-
-
-class Killed(BaseException):
-    """As a signal: nothing catches it."""
-
-
-def kill() -> None:
-    raise Killed
 
 
 def half_done(data: Path, folder: Path, *overrides: str) -> None:
@@ -218,145 +217,6 @@ def test_a_gpu_without_memory_says_what_to_lower(
     assert_same_models(run, whole)
 
 
-def poison(monkeypatch: pytest.MonkeyPatch, kind: type, bad: Callable[[int], bool]) -> list[int]:
-    """Images that are no numbers in those calls that `bad` says."""
-    call, calls = kind.__call__, []  # type: ignore[operator]
-
-    def poisoned(self: Any, images: torch.Tensor, labels: torch.Tensor, lr: torch.Tensor) -> Any:
-        calls.append(1)
-        return call(self, images * (float("nan") if bad(len(calls)) else 1.0), labels, lr)
-
-    monkeypatch.setattr(kind, "__call__", poisoned)
-    return calls
-
-
-class Heard(SilentProgress):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def line(self, text: str) -> None:
-        self.lines.append(text)
-
-
-def test_retry_goes_back_to_the_last_checkpoint_with_other_draws(
-    data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    heard = Heard()
-    with monkeypatch.context() as patch:
-        # Epochs of three steps; saved at their ends alone.
-        calls = poison(patch, StarStep, lambda call: call == 11)
-        settings = small(data, "checkpoint.minutes=0", "train.on_nonfinite=retry")
-        train_star(settings, tmp_path / "run", heard)
-    assert len(calls) == 21 + 3  # the fourth epoch twice
-    (line,) = [line for line in heard.lines if "not finite" in line]
-    assert line.startswith("training star: loss not finite at epoch 4, step 2 (source seed-")
-    assert line.endswith("going back to epoch 4 with other draws")
-    run, other = RunFolder(tmp_path / "run"), RunFolder(whole)
-    losses = [[e["loss"] for e in r.read_log() if e["model"] == "star" and "epoch" in e] for r in (run, other)]
-    assert losses[0][:3] == losses[1][:3]
-    assert all(one != another for one, another in zip(losses[0][3:], losses[1][3:], strict=True))
-    assert [(e["model"], e["attempt"]) for e in run.read_log() if e["kind"] == "retry"] == [("star", 1)]
-    assert load_checkpoint(run.star).metadata["retries"] == 1
-    assert load_checkpoint(other.star).metadata["retries"] == 0
-    assert not (run.path / "last-good").exists()
-
-
-def spoil(monkeypatch: pytest.MonkeyPatch, kind: type, when: int) -> list[int]:
-    """An update, number `when`, that leaves theta infinite though its loss was finite."""
-    call, calls = kind.__call__, []  # type: ignore[operator]
-
-    def spoiled(self: Any, images: torch.Tensor, labels: torch.Tensor, lr: torch.Tensor) -> Any:
-        calls.append(1)
-        loss = call(self, images, labels, lr)
-        if len(calls) == when:
-            self.theta.mul_(float("inf"))
-        return loss
-
-    monkeypatch.setattr(kind, "__call__", spoiled)
-    return calls
-
-
-@pytest.mark.parametrize("when", [6, 21], ids=["an epoch", "the training"])
-def test_theta_spoiled_by_the_last_step_of(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: int
-) -> None:
-    """No loss tells of it, and it is not for the next epoch's matching, or for measuring, to say."""
-    epoch = when // 3
-    run = RunFolder(tmp_path / "run")
-    with monkeypatch.context() as patch:
-        spoil(patch, StarStep, when)
-        with pytest.raises(FastarError) as caught:
-            train_star(small(data, "checkpoint.minutes=0"), run.path)
-    message = str(caught.value)
-    assert message.startswith(f"training star: theta not finite at epoch {epoch}, step 3 (source seed-000")
-    assert ", t=0." in message
-    assert "; lower star.lr (it is " in message
-    assert message.endswith(f"(the model after epoch {epoch - 1} is in {run.last_good('star', 0)})")
-    assert load_checkpoint(run.last_good("star", 0)).metadata["epochs"] == epoch - 1
-    with monkeypatch.context() as patch:
-        calls = spoil(patch, StarStep, 3)  # the next epoch's last step again
-        train_star(small(data, "checkpoint.minutes=0", "train.on_nonfinite=retry"), run.path)
-    assert len(calls) == 21 - 3 * (epoch - 1) + 3  # one epoch was done twice
-    assert load_checkpoint(run.star).metadata["retries"] == 1
-
-
-@pytest.mark.parametrize("saved", [False, True])
-def test_a_failure_in_the_first_epoch_says_what_there_is(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saved: bool
-) -> None:
-    poison(monkeypatch, RegularStep, lambda call: call == 2)
-    with pytest.raises(FastarError) as caught:  # saved: after every step
-        train_star(small(data, *([] if saved else ["checkpoint.minutes=0"])), tmp_path / "run")
-    if saved:
-        where = tmp_path / "run" / "in-training" / "source-0000" / "epoch-00000-step-00000001.safetensors"
-        assert str(caught.value).endswith(f"(its last checkpoint is {where})")
-    else:
-        assert str(caught.value).endswith("(no epoch of it was whole, so nothing of it is saved)")
-
-
-def test_retry_goes_further_back_and_gives_up(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    heard = Heard()
-    poison(monkeypatch, RegularStep, lambda call: call >= 5)
-    settings = small(data, "checkpoint.minutes=0", "train.epochs=4", "train.on_nonfinite=retry")
-    with pytest.raises(FastarError, match=r"training source 0: loss not finite.* after going back 3 times\)$"):
-        train_star(settings, tmp_path / "run", heard)
-    back = [line.rpartition("; ")[2] for line in heard.lines]
-    assert back == [
-        "going back to epoch 2 with other draws",
-        "going back to the beginning with other draws",
-        "going back to the beginning with other draws",
-    ]
-
-
-@pytest.mark.parametrize("first_bad", [5, 11])  # in the second epoch, and in the fourth
-def test_a_kill_after_a_retry_goes_on_with_its_draws(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first_bad: int
-) -> None:
-    """Before the retry has saved anything: as if there had been no kill."""
-    settings = small(data, "checkpoint.minutes=0", "train.on_nonfinite=retry")
-    with monkeypatch.context() as patch:
-        poison(patch, StarStep, lambda call: call in (first_bad, first_bad + 3))
-        train_star(settings, tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        poison(patch, StarStep, lambda call: call == first_bad)
-        at_call(patch, StarStep, first_bad + 2, kill)  # epochs are looked at when they are whole
-        with pytest.raises(Killed):
-            train_star(settings, tmp_path / "run")
-    run = RunFolder(tmp_path / "run")
-    assert (run.in_training("star", 0) / "retry.json").is_file()
-    with monkeypatch.context() as patch:  # its second step is bad again: the checkpoint it went back to is dropped
-        poison(patch, StarStep, lambda call: call == 2)
-        train_star(settings, run.path)
-    assert load_checkpoint(run.star).metadata["retries"] == 2
-    assert_same_models(run.path, tmp_path / "whole")
-    retries = [
-        [(e["attempt"], e["back_to"]) for e in RunFolder(folder).read_log() if e["kind"] == "retry"]
-        for folder in (run.path, tmp_path / "whole")
-    ]
-    assert retries[0] == retries[1]
-    assert not (run.path / "in-training").exists()
-
-
 def test_a_star_without_its_permutations_is_trained_again_and_may_be_stopped(
     data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -373,30 +233,6 @@ def test_a_star_without_its_permutations_is_trained_again_and_may_be_stopped(
     assert len(calls) == 21 - 5 - 5  # saved after every step: none was done again
     assert len([line for line in heard.lines if "permutations.safetensors: missing, and the star" in line]) == 3
     assert_same_models(run, whole)
-
-
-def test_stop_is_the_default_and_keeps_the_checkpoints(
-    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run = tmp_path / "run"
-    with monkeypatch.context() as patch:
-        poison(patch, StarStep, lambda call: call == 8)
-        message = refused("train-star", *options, "--out", run)
-    assert "training star: loss not finite at epoch 3, step 2 (source seed-" in message
-    assert f"(the model after epoch 2 is in {run / 'last-good' / 'star-0000.safetensors'})" in message
-    assert list(run.glob("in-training/star-0000/*"))
-    with monkeypatch.context() as patch:  # the same trouble again, but now from a checkpoint
-        calls = poison(patch, StarStep, lambda call: call == 1)
-        outcome = fastar("train-star", *options, "--on-nonfinite", "retry", "--out", run)
-    assert outcome.code == 0
-    assert len(calls) < 21
-    assert not (run / "last-good").exists()
-
-
-def test_on_nonfinite_knows_two_answers(options: list[str], tmp_path: Path) -> None:
-    message = refused("train-star", *options, "--on-nonfinite", "again", "--out", tmp_path / "run")
-    assert "train.on_nonfinite='again'" in message
-    assert "'stop' or 'retry'" in message
 
 
 @pytest.mark.parametrize("store", ["host", "file"])

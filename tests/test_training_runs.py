@@ -85,12 +85,13 @@ def test_the_error_carries_the_state_after_the_last_good_epoch(when: int, epochs
     step = Poisoned(RegularStep(model, recipe), when)  # six steps an epoch
     with pytest.raises(NonFiniteLoss, match=f"at epoch {(when - 1) // 6 + 1}, step {(when - 1) % 6 + 1}") as caught:
         fit(step, dataset(), recipe, name="x", seed=0)
-    assert caught.value.epochs == epochs
+    left = caught.value.left
     if epochs == 0:
-        assert caught.value.state is None
+        assert left is None
         return
-    assert caught.value.state is not None
-    assert torch.equal(step.layout.flatten(caught.value.state), step.theta_before[epochs])
+    assert left is not None
+    assert (left.epochs, left.steps) == (epochs, 0)
+    assert torch.equal(step.layout.flatten(left.state), step.theta_before[epochs])
 
 
 class Spoiled(Poisoned):
@@ -127,10 +128,11 @@ def test_what_an_epochs_last_update_spoils_is_told_at_its_end(when: int, epochs:
     wanted = rf"^training x: {said} not finite at epoch {epochs + 1}, step 6; lower train\.lr \(it is 0\.1\)$"
     with pytest.raises(NonFiniteLoss, match=wanted) as caught:
         fit(step, dataset(), recipe, name="x", seed=0)
-    assert caught.value.epochs == epochs
-    assert (caught.value.state is None) == (epochs == 0)
-    if caught.value.state is not None:
-        assert torch.equal(step.layout.flatten(caught.value.state), step.theta_before[epochs])
+    left = caught.value.left
+    assert (left is None) == (epochs == 0)
+    if left is not None:
+        assert (left.epochs, left.steps) == (epochs, 0)
+        assert torch.equal(step.layout.flatten(left.state), step.theta_before[epochs])
 
 
 @pytest.mark.parametrize(("precision", "rate"), [("bf16", "star.lr"), ("fp32", "train.lr")])

@@ -17,7 +17,7 @@ from fastar.experiments.context import Context
 from fastar.figures import finite
 from fastar.runs import remove_folder
 from fastar.seeds import derive_seed
-from fastar.training import Epoch, NonFiniteLoss, Step, StepsProfile, fit
+from fastar.training import Epoch, Good, NonFiniteLoss, Step, StepsProfile, fit, resolve_precision
 from fastar.training.checkpoints import Resumable, Saved, TrainingCheckpoints
 
 # How often a training whose losses are not finite goes back, where train.on_nonfinite=retry.
@@ -103,16 +103,17 @@ def trained(
         checkpoints.remove()
         saved = None
     if saved is not None:
-        where = f"epoch {saved.epoch + 1}" + (f", step {saved.step + 1}" if saved.step else "")
-        context.progress.line(f"training {subject.name}: going on from {where}")
+        context.progress.line(f"training {subject.name}: going on from {_place(saved)}")
     checkpoints.recall(saved)
+    furthest: Good | None = None  # whatever the last attempt comes to
     while True:
         try:
             prepared, history = _attempt(context, subject, make, checkpoints, saved, seed, epochs, lr, profile)
             break
         except NonFiniteLoss as error:
+            furthest = max((one for one in (furthest, error.left) if one is not None), key=_progress, default=None)
             if context.settings.train.on_nonfinite == "stop" or checkpoints.attempt >= RETRIES:
-                raise _what_is_left(context, subject, error, checkpoints) from error
+                raise _what_is_left(context, subject, error, furthest, checkpoints) from error
             checkpoints.attempt += 1
             checkpoints.remember()  # first: a kill from here on must not bring the same draws again
             saved = checkpoints.newest()
@@ -121,7 +122,7 @@ def trained(
                 saved = checkpoints.newest()
             checkpoints.back_to = saved.path.name if saved is not None else None
             checkpoints.remember()
-            where = f"epoch {saved.epoch + 1}" if saved is not None else "the beginning"
+            where = _place(saved) if saved is not None else "the beginning"
             context.progress.line(f"{error}; going back to {where} with other draws")
             run.log(kind="retry", model=subject.name, attempt=checkpoints.attempt, reason=str(error), back_to=where)
             if context.figures is not None:
@@ -195,6 +196,15 @@ def _attempt(
     return prepared, history
 
 
+def _progress(good: Good) -> tuple[int, int]:
+    return good.epochs, good.steps
+
+
+def _place(saved: Saved) -> str:
+    """What a training goes on with, for users."""
+    return f"epoch {saved.epoch + 1}" + (f", step {saved.step + 1}" if saved.step else "")
+
+
 def _same_recipe(context: Context, subject: Subject, saved: Saved) -> bool:
     """Whether training may go on from `saved`; False: it ended in losses that were not finite, and another recipe is
     tried now.
@@ -205,7 +215,7 @@ def _same_recipe(context: Context, subject: Subject, saved: Saved) -> bool:
     changed = differences(saved.recipe, subject.recipe)
     if not changed:
         return True
-    if context.run.last_good(subject.kind, subject.index).exists():
+    if context.run.failed(saved.path):
         return False
     raise FastarError(
         f"{saved.path.parent}: is the training of another model ({difference(changed)}); delete it to begin "
@@ -223,17 +233,34 @@ def difference(changed: Mapping[str, tuple[Any, Any]]) -> str:
 
 
 def _what_is_left(
-    context: Context, subject: Subject, error: NonFiniteLoss, checkpoints: TrainingCheckpoints
+    context: Context, subject: Subject, error: NonFiniteLoss, left: Good | None, checkpoints: TrainingCheckpoints
 ) -> FastarError:
-    """Save the model after its last good epoch: the file is never taken for a finished model."""
+    """Save the model as it was last known to be good: the file is never taken for a finished model."""
+    message = f"{error}{_elsewhere(context, subject)}"
     again = f", after going back {checkpoints.attempt} times" if checkpoints.attempt else ""
-    if error.state is None:
-        found = checkpoints.paths()
-        kept = f"its last checkpoint is {found[-1]}" if found else "no epoch of it was whole, so nothing of it is saved"
-        return FastarError(f"{error} ({kept}{again})")
+    if left is None:
+        return FastarError(f"{message} (no epoch of it was whole, so nothing of it is saved{again})")
     path = context.run.last_good(subject.kind, subject.index)
-    save_checkpoint(path, error.state, {**subject.recipe, "epochs": error.epochs})
-    return FastarError(f"{error} (the model after epoch {error.epochs} is in {path}{again})")
+    save_checkpoint(path, left.state, {**subject.recipe, "epochs": left.epochs, "steps": left.steps})
+    return FastarError(f"{message} (the model after {left.after()} is in {path}{again})")
+
+
+def _elsewhere(context: Context, subject: Subject) -> str:
+    """Why other settings of training need another folder, if they do: the models that are finished have these."""
+    run, settings = context.run, context.settings
+    if subject.kind == "star":
+        if resolve_precision(settings.train.precision, context.device) == torch.float32:
+            return ""  # its rate is its own
+        what = "change train settings"
+    elif run.finished("source", 0) or run.finished("heldout", 0):
+        what = "do so"
+    else:
+        return ""
+    count, others = run.sources_to_take_over()
+    if not count:
+        return f"; as other models are finished, {what} with another --out"
+    are, them = ("1 source is", "it") if count == 1 else (f"{count} sources are", "them")
+    return f"; as {are} finished, {what} with another --out: {others} takes {them} over"
 
 
 def live_figures(epoch: Epoch) -> dict[str, float]:

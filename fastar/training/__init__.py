@@ -1,6 +1,6 @@
 """Training of regular and star models over flat parameters."""
 
-from fastar.training.epochs import Epoch, NonFiniteLoss, limited
+from fastar.training.epochs import Epoch, Good, NonFiniteLoss, limited
 from fastar.training.loop import Step, fit
 from fastar.training.precision import resolve_precision
 from fastar.training.profiling import Profile, Recording, StepsProfile
@@ -12,6 +12,7 @@ from fastar.training.threads import suitable_threads
 __all__ = [
     "PART_ROWS",
     "Epoch",
+    "Good",
     "NonFiniteLoss",
     "Profile",
     "Recording",

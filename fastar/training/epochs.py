@@ -18,16 +18,35 @@ def limited(load_share: float) -> str:
     return "loader-limited" if load_share > LOADER_LIMITED else "compute-limited"
 
 
+@dataclass(frozen=True)
+class Good:
+    """A model's state dict after `epochs` whole epochs and `steps` steps of the next one, all of it finite."""
+
+    state: dict[str, Tensor]
+    epochs: int
+    steps: int
+
+    def after(self) -> str:
+        """After what, in words.
+
+        >>> Good({}, 2, 0).after(), Good({}, 2, 1).after(), Good({}, 0, 3).after()
+        ('epoch 2', 'epoch 2 and 1 step of the next', '3 steps of the first epoch')
+        """
+        if not self.steps:
+            return f"epoch {self.epochs}"
+        steps = f"{self.steps} step{'s' if self.steps > 1 else ''} of the"
+        return f"epoch {self.epochs} and {steps} next" if self.epochs else f"{steps} first epoch"
+
+
 class NonFiniteLoss(FastarError):
     """Training became NaN or infinite.
 
-    `state` is the model's state dict (on the CPU) after `epochs` epochs, the last whole ones; None: none was whole.
+    `left` is the model as it was last known to be good, on the CPU; None: not since it began.
     """
 
-    def __init__(self, message: str, state: dict[str, Tensor] | None, epochs: int):
+    def __init__(self, message: str, left: Good | None):
         super().__init__(message)
-        self.state = state
-        self.epochs = epochs
+        self.left = left
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import closing, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Protocol
 
 import torch
@@ -21,7 +21,7 @@ from fastar.progress import SILENT, Progress
 from fastar.stopping import deferred, requested
 from fastar.training.checkpoints import Saved, TrainingCheckpoints
 from fastar.training.draws import StepDraws
-from fastar.training.epochs import Epoch, NonFiniteLoss, SoFar
+from fastar.training.epochs import Epoch, Good, NonFiniteLoss, SoFar
 from fastar.training.precision import resolve_precision
 from fastar.training.profiling import StepsProfile
 from fastar.training.schedule import learning_rate, resolution
@@ -208,8 +208,7 @@ class _Training:
         self._device = data.device
         self._checkpoints = checkpoints
         self._advice = advice
-        # The model after the last whole epoch, and how many there were then.
-        self._good: tuple[dict[str, Tensor] | None, int] = (None, 0)
+        self._good: Good | None = None
 
     def go_on(self, saved: Saved) -> int:
         """Become what was saved; the step of the epoch to begin with."""
@@ -218,8 +217,7 @@ class _Training:
         self.history = [Epoch(**entry) for entry in saved.history]
         self.so_far = SoFar(**saved.so_far)
         self.losses[: saved.step] = saved.tensors["losses"].to(self._device)
-        if saved.step == 0:
-            self._keep()
+        self._keep(saved.step)
         return saved.step
 
     def clock_steps(self, begin: int) -> None:
@@ -243,6 +241,8 @@ class _Training:
             so_far=asdict(so_far),
             losses=self.losses[:steps],
         )
+        if written:
+            self._keep(steps)
         self._saving += time.perf_counter() - start
         self._stop_if_asked(f"epoch {len(self.history) + 1}, step {steps + 1} of {self._name}" if written else "")
 
@@ -267,7 +267,7 @@ class _Training:
         )
         self.history.append(done)
         if len(self.history) < self.epochs:
-            self._keep()
+            self._keep(0)
         return done
 
     def save_after(self) -> None:
@@ -289,9 +289,10 @@ class _Training:
         seconds = now - self._begun - self._saving
         return self.so_far.then(seconds, self.clock.seconds(seconds))
 
-    def _keep(self) -> None:
-        self._good = (None, 0)  # never two at a time
-        self._good = (self._step.state(), len(self.history))
+    def _keep(self, steps: int) -> None:
+        """Note the model, known to be finite after so many steps of the epoch."""
+        self._good = None  # never two at a time
+        self._good = Good(self._step.state(), len(self.history), steps)
 
     def _finite(self) -> tuple[list[str], Tensor]:
         """The names of all that steps move, and whether each is finite: bool, on the device."""
@@ -308,12 +309,11 @@ class _Training:
 
     def _not_finite(self, what: str, step: int) -> NonFiniteLoss:
         """The error that step number `step` of the epoch left `what` not finite, with the last good state."""
-        state, epochs = self._good
+        good = self._good
         return NonFiniteLoss(
             f"training {self._name}: {what} not finite at epoch {len(self.history) + 1}, step {step + 1}"
             f"{self._step.describe(step)}; {self._advice}",
-            None if state is None else {name: value.cpu() for name, value in state.items()},
-            epochs,
+            None if good is None else replace(good, state={name: one.cpu() for name, one in good.state.items()}),
         )
 
     def _stop_if_asked(self, saved: str) -> None:

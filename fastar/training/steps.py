@@ -56,9 +56,11 @@ class _FlatStep:
 
     def state(self) -> dict[str, Tensor]:
         """The model's state dict with theta as its parameters, fp32; buffers are the module's. Copies."""
-        state = {name: value.detach().clone() for name, value in self.model.state_dict().items()}
-        state.update(self.layout.unflatten(self.theta))
-        return state
+        parameters = self.layout.unflatten(self.theta)
+        return {
+            name: parameters[name] if name in parameters else value.detach().clone()
+            for name, value in self.model.state_dict().items()
+        }
 
     def release(self) -> None:
         """Give back all memory: the training is over, and nothing of it can be used any more."""
