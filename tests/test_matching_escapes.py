@@ -205,7 +205,8 @@ def test_settings_say_where_the_descent_starts(
 
     monkeypatch.setattr("fastar.matching.methods.match_weights", spy)
     known, acts = symmetry.random(1), symmetry.random(2, count=len(states))
-    monkeypatch.setattr("fastar.matching.methods.match_activations", lambda *args, **kwargs: acts)
+    monkeypatch.setattr("fastar.matching.methods.correlate_units", lambda *args, **kwargs: (acts, ()))
+    monkeypatch.setattr("fastar.matching.methods.not_worse", lambda *args: args[-1])
     examples = Examples(CASES["mlp"][0], [])
 
     def starts(start: str, given: Permutations | None) -> list[Permutations | None]:

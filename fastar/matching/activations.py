@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from fastar.errors import FastarError
 from fastar.matching.assignment import Solver
-from fastar.matching.families import solve_family
-from fastar.matching.forwards import Batch, forward, without_statistics
+from fastar.matching.forwards import Batch
 from fastar.matching.networks import check_networks
-from fastar.matching.observing import Kind, Observer
 from fastar.matching.permutations import Permutations
-from fastar.matching.symmetry import Group, Member, Symmetry
+from fastar.matching.precision import exact_products
+from fastar.matching.rows import chosen
+from fastar.matching.seen import SeenSources, Tables, UnitActivations, stacked
+from fastar.matching.solving import solve_rows
+from fastar.matching.symmetry import Symmetry
+from fastar.memory import free_bytes
 from fastar.progress import SILENT, Progress
-from fastar.seeds import derive_seed
 
-# Positions of an image or sequence at which units are looked at: neighbours say nearly the same.
-POSITIONS = 16
-
-# Which places of a group are looked at: the first kind that it has any of.
-_PREFERRED: tuple[Kind, ...] = ("read", "made", "other")
-
-_Key = tuple[str, int]
+# Sources at a time on a GPU, where they fit: enough for batched products, whatever N is.
+PART = 16
 
 
 def match_activations(
@@ -45,6 +42,13 @@ def match_activations(
     Arguments and errors as of `correlate_units`.
     """
     found, _ = correlate_units(model, symmetry, theta, sources, batches, solver=solver, progress=progress)
+    return not_worse(symmetry, theta, sources, found)
+
+
+def not_worse(
+    symmetry: Symmetry, theta: Mapping[str, Tensor], sources: Mapping[str, Tensor], found: Permutations
+) -> Permutations:
+    """`found` [N, size], but a source for which it lowers <theta, pi(theta_n)> stays as it is."""
     names = symmetry.counted(theta, sources)
     out = []
     for n in range(len(sources[names[0]])):
@@ -63,123 +67,104 @@ def correlate_units(
     batches: Sequence[Batch],
     *,
     solver: Solver = "auto",
+    chunk: int | None = None,
+    threads: int = 1,
     progress: Progress = SILENT,
 ) -> tuple[Permutations, tuple[str, ...]]:
     """Permutations [N, size] that pair units whose activations correlate most, all groups in one pass; and the groups
     that could not be observed, whose units stay (inside their blocks, if these move).
 
-    A group's activations are the inputs of every linear map and convolution that reads its units; where there are
-    none, the outputs of those that make them; where there are none of these, what norms, scales and shifts with a
-    parameter for each unit give out. Each source costs a forward pass of the batches. Batch-norm normalises with the
-    batch, so no statistics are needed. A family's assignment is exact: blocks pair by their parent's own activations
-    and the best pairing of the units inside. The weights are not looked at: <theta, pi(theta_n)> may fall.
+    What is looked at: `UnitActivations`. Each source costs a forward pass of the batches. A family's assignment is
+    exact: blocks pair by their parent's own activations and the best pairing of the units inside. The weights are not
+    looked at: <theta, pi(theta_n)> may fall.
 
     Args:
         model: of the architecture, with any weights; copied, not touched.
         theta: parameter name -> tensor; buffers may be among them and do not count.
         sources: parameter name -> [N, *shape], on theta's device.
         batches: inputs [batch, ...] as the model takes them, on theta's device.
+        chunk: sources that are compared together; bounds memory. None: as many as threads on a CPU, what fits a
+            quarter of the free memory on a GPU.
+        threads: CPU threads of assignments.
 
     Raises:
         FastarError: no batches, activations that are not finite, or not as many for a source as for theta.
     """
-    if not batches:
-        raise FastarError("matching by activations needs at least one batch of images; give some")
     count, device = check_networks(symmetry, theta, sources)
+    look = UnitActivations(model, symmetry, batches, device)
     names = symmetry.counted(theta, sources)  # the model ties a tied tensor's other name to it
-    twin = without_statistics(model, device)
-    everywhere = {(member.tensor, member.axis) for group in symmetry.groups for member in group.members}
-    found = []
-    with torch.no_grad(), progress.task("activations", count, "sources") as advance:
-        wanted, kinds = _activations(twin, {name: theta[name] for name in names}, batches, everywhere, "theta")
-        seen = {group.name: _chosen(group, kinds) for group in symmetry.groups}
-        keys = {(member.tensor, member.axis) for members in seen.values() for member in members}
-        wanted = {key: rows for key, rows in wanted.items() if key in keys}
-        for n in range(count):
-            own, _ = _activations(twin, {name: sources[name][n] for name in names}, batches, keys, f"source {n}")
-            for name, axis in keys:
-                if (name, axis) not in own or own[name, axis].shape != wanted[name, axis].shape:
-                    raise FastarError(
-                        f"source {n} shows other numbers of activations at {name!r} than theta: the model's forward "
-                        "depends on values; match by weights"
-                    )
-            one = {}
+    own = look({name: theta[name] for name in names}, "theta")
+
+    def tables(begin: int, end: int) -> Tables:
+        numbers = range(begin, end)
+        return stacked(look({name: sources[name][n] for name in names}, f"source {n}") for n in numbers)
+
+    return _pair_units(look, own, tables, count, solver, chunk, threads, progress), look.unseen
+
+
+def correlate_seen(
+    theta: Mapping[str, Tensor],
+    seen: SeenSources,
+    count: int,
+    *,
+    solver: Solver = "auto",
+    chunk: int | None = None,
+    threads: int = 1,
+    progress: Progress = SILENT,
+) -> tuple[Permutations, tuple[str, ...]]:
+    """As `correlate_units`, of `count` sources whose activations were kept: theta alone is looked at."""
+    look = seen.kept.look
+    own = look(theta, "theta")
+    return _pair_units(look, own, seen.tables, count, solver, chunk, threads, progress), look.unseen
+
+
+def bytes_of_one(tables: Tables) -> int:
+    """Bytes that a source takes while it is compared: its tables, as kept, as they are and moved; and correlations."""
+    numbers = sum(table.shape[-2] * table.shape[-1] for table in tables.values())
+    return 10 * numbers + 12 * sum(table.shape[-1] ** 2 for table in tables.values())
+
+
+def chunk_size(one: int, count: int, device: torch.device, threads: int) -> int:
+    """Sources that are compared together where one takes `one` bytes."""
+    if device.type != "cuda":
+        return min(count, threads)
+    return max(1, min(PART, count, free_bytes(device) // 4 // one))
+
+
+def _pair_units(
+    look: UnitActivations,
+    own: Tables,
+    tables: Callable[[int, int], Tables],
+    count: int,
+    solver: Solver,
+    chunk: int | None,
+    threads: int,
+    progress: Progress,
+) -> Permutations:
+    """The assignments of all families for sources 0 to `count` - 1, of theta's tables `own` and theirs [n, ...]."""
+    symmetry, device = look.symmetry, look.device
+    size = chunk or chunk_size(bytes_of_one(own), count, device, threads)
+    indices = {group.name: np.zeros((count, group.size), dtype=np.int64) for group in symmetry.groups}
+    solving = ThreadPoolExecutor(threads) if threads > 1 else nullcontext()
+    with torch.no_grad(), exact_products(), solving as pool, progress.task("matching", count, "sources") as advance:
+        for begin in range(0, count, size):
+            end = min(begin + size, count)
+            theirs = tables(begin, end)
+            (rows,) = chosen(np.arange(end - begin), end - begin, device=device)
             for family in symmetry.families:
                 groups = [symmetry.groups[g] for g in family]
-                tables = [_table(group, seen[group.name], wanted, own) for group in groups]
-                for group, index in zip(groups, solve_family(tables, solver=solver), strict=True):
-                    one[group.name] = torch.from_numpy(index)
-            found.append(Permutations(one))
-            advance()
-    of_seen = {group.parent for group in symmetry.groups if seen[group.name]}  # blocks move as their units correlate
-    unseen = tuple(g.name for g in symmetry.groups if g.members and not seen[g.name] and g.name not in of_seen)
-    return Permutations.stack(found), unseen
-
-
-def _chosen(group: Group, kinds: Mapping[_Key, Kind]) -> list[Member]:
-    """The members at which a group is looked at."""
-    for kind in _PREFERRED:
-        members = [member for member in group.members if kinds.get((member.tensor, member.axis)) == kind]
-        if members:
-            return members
-    return []
-
-
-def _activations(
-    model: nn.Module, state: Mapping[str, Tensor], batches: Sequence[Batch], keys: Iterable[_Key], where: str
-) -> tuple[dict[_Key, Tensor], dict[_Key, Kind]]:
-    """Values [samples, positions] that run along axes of parameters, for as many of `keys` as are seen; their kinds."""
-    wanted = set(keys)
-    seen: dict[_Key, list[Tensor]] = {}
-    kinds: dict[_Key, Kind] = {}
-
-    def keep(name: str, axis: int, kind: Kind, values: Tensor) -> None:
-        if (name, axis) not in wanted:
-            return
-        rows, kept = values.flatten(0, -2), seen.setdefault((name, axis), [])
-        if len(rows) > (most := len(values) * POSITIONS):
-            # The same for every network; drawn, since even steps would always meet the same columns of an image.
-            generator = torch.Generator().manual_seed(derive_seed(0, "activations", name, axis, len(kept)))
-            rows = rows[torch.randint(len(rows), (most,), generator=generator).to(rows.device)]
-        kept.append(rows.float())
-        kinds[name, axis] = kind
-
-    with Observer({id(tensor): name for name, tensor in state.items()}, keep):
-        for batch in batches:
-            forward(model, state, batch)
-    out = {key: torch.cat(rows) for key, rows in seen.items()}
-    for (name, _), rows in out.items():
-        if not bool(torch.isfinite(rows).all()):
-            raise FastarError(f"{where}: activations at {name!r} are not finite; retrain or remove it")
-    return out, kinds
-
-
-def _table(
-    group: Group, members: Sequence[Member], first: Mapping[_Key, Tensor], second: Mapping[_Key, Tensor]
-) -> NDArray[np.float32]:
-    """Correlations [size, size] of a group's units, summed over `members`; 0 if there are none."""
-    if not members:
-        return np.zeros((group.size, group.size), dtype=np.float32)
-    rows = [
-        [_per_unit(one[member.tensor, member.axis], member, group.size) for one in (first, second)]
-        for member in members
-    ]
-    table: NDArray[np.float32] = torch.stack([_correlation(a, b) for a, b in rows]).sum(0).cpu().numpy()
-    return table
-
-
-def _per_unit(rows: Tensor, member: Member, size: int) -> Tensor:
-    """[samples, channels] as [samples, size]; channels of one unit become samples of it."""
-    positions = torch.from_numpy(member.positions(np.arange(size), size)).to(rows.device)
-    picked = rows[:, positions].unflatten(1, (member.outer, size, member.inner))
-    return picked.movedim(2, -1).flatten(0, 2)
-
-
-def _correlation(first: Tensor, second: Tensor) -> Tensor:
-    """[size, size] of the units of two networks; 0 for a unit that never changes."""
-    a, b = (x - x.mean(0) for x in (first, second))
-    a, b = (x / x.norm(dim=0).clamp_min(1e-12) for x in (a, b))
-    return a.T @ b
+                scores = [
+                    own[group.name].mT @ theirs[group.name]
+                    if group.name in own
+                    else torch.zeros(end - begin, group.size, group.size, device=device)
+                    for group in groups
+                ]
+                blank = [group.name not in own for group in groups]
+                for n, solved in enumerate(solve_rows(scores, blank, rows, solver, pool), begin):
+                    for group, answer in zip(groups, solved.answers, strict=True):
+                        indices[group.name][n] = answer
+            advance(end - begin)
+    return Permutations({name: torch.from_numpy(index) for name, index in indices.items()})
 
 
 def _objective(theta: Mapping[str, Tensor], state: Mapping[str, Tensor], names: Sequence[str]) -> float:

@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastar.config import MatchingSettings
 from fastar.errors import FastarError
-from fastar.matching.activations import correlate_units, match_activations
+from fastar.matching.activations import PART, correlate_seen, correlate_units, not_worse
 from fastar.matching.assignment import solver_name
 from fastar.matching.forwards import Batch, forward, without_statistics
 from fastar.matching.networks import check_networks
 from fastar.matching.permutations import Permutations
+from fastar.matching.permuted import PermutedSources
+from fastar.matching.problem import Problem
+from fastar.matching.seen import SeenSources
 from fastar.matching.sinkhorn import Loss, match_sinkhorn
 from fastar.matching.symmetry import Symmetry
-from fastar.matching.weights import MatchResult, Starts, match_weights
+from fastar.matching.weights import MatchResult, Starts, match_weights, matching_threads
 from fastar.progress import SILENT, Progress
 
 
@@ -52,6 +56,7 @@ def match_by_settings(
     examples: GiveExamples | None = None,
     seed: int = 0,
     threads: int | None = None,
+    seen: SeenSources | None = None,
     progress: Progress = SILENT,
 ) -> MatchResult:
     """Match the sources to theta by `settings.method`: weight, activation, sinkhorn or none.
@@ -62,16 +67,31 @@ def match_by_settings(
     Args:
         start: where the sources are known to match (last epoch's permutations; the identity if they are applied).
         examples: needed by `matching.method=activation`, `matching.start=activations` and sinkhorn's losses alone.
+        seen: what the sources' units do, where it was kept: the first two then need no examples.
 
     Raises:
         FastarError: as `match_weights`, `correlate_units` and `match_sinkhorn`; or data are needed and there are none.
     """
+
+    def by_activations(setting: str) -> tuple[Permutations, tuple[str, ...]]:
+        how: dict[str, Any] = {
+            "solver": settings.solver,
+            "chunk": settings.chunk,
+            "threads": threads or matching_threads(device, torch.get_num_threads()),
+            "progress": progress,
+        }
+        if seen is not None:
+            return correlate_seen(theta, seen, count, **how)
+        given = _needed(examples, setting)
+        return correlate_units(given.model, symmetry, theta, sources, [inputs for inputs, _ in given.batches], **how)
+
+    count, device = check_networks(symmetry, theta, sources)
     if settings.method == "weight":
         return match_weights(
             symmetry,
             theta,
             sources,
-            start=_starts(settings, symmetry, theta, sources, start, examples),
+            start=_starts(settings, symmetry, theta, sources, start, by_activations),
             seed=seed,
             orders=settings.orders,
             kicks=settings.kicks,
@@ -83,15 +103,10 @@ def match_by_settings(
         )
     began = time.perf_counter()
     left: tuple[str, ...] = ()
-    count, _ = check_networks(symmetry, theta, sources)
     found = symmetry.identity(count)
     if settings.method != "none" and symmetry.groups:
         if settings.method == "activation":
-            given = _needed(examples, "matching.method=activation")
-            batches = [inputs for inputs, _ in given.batches]
-            found, left = correlate_units(
-                given.model, symmetry, theta, sources, batches, solver=settings.solver, progress=progress
-            )
+            found, left = by_activations("matching.method=activation")
         else:
             wanted = settings.sinkhorn.objective
             loss = None
@@ -133,7 +148,7 @@ def _starts(
     theta: Mapping[str, Tensor],
     sources: Mapping[str, Tensor],
     start: Permutations | None,
-    examples: GiveExamples | None,
+    by_activations: Callable[[str], tuple[Permutations, tuple[str, ...]]],
 ) -> Starts:
     """Where `matching.start` lets the descent begin."""
     if settings.start == "identity" and start is None:
@@ -141,10 +156,8 @@ def _starts(
     if settings.start == "guess" and start is not None:
         return [start, None]
     if settings.start == "activations":
-        given = _needed(examples, "matching.start=activations")
-        batches = [inputs for inputs, _ in given.batches]
-        found = match_activations(given.model, symmetry, theta, sources, batches, solver=settings.solver)
-        return [found, *([] if start is None else [start])]
+        found, _ = by_activations("matching.start=activations")
+        return [not_worse(symmetry, theta, sources, found), *([] if start is None else [start])]
     return start
 
 
@@ -177,13 +190,15 @@ def _objectives(
     count: int,
 ) -> tuple[Tensor, Tensor]:
     """<theta, pi(theta_n)> [N] float64 over all parameters, and over those of at least two axes."""
-    names = symmetry.counted(theta, sources)
-    totals, weights = [], []
-    for n in range(count):
-        own = permutations if permutations.count is None else permutations.select(n)
-        rows = {name: sources[name][n : n + 1].detach().clone() for name in names}
-        symmetry.apply_rows(own, rows)
-        values = {name: float((theta[name].double() * row[0].double()).sum()) for name, row in rows.items()}
-        totals.append(math.fsum(values.values()))
-        weights.append(math.fsum(value for name, value in values.items() if theta[name].ndim > 1))
-    return torch.tensor(totals, dtype=torch.float64), torch.tensor(weights, dtype=torch.float64)
+    problem = Problem(symmetry, theta, sources)
+    totals: list[Tensor] = []
+    weights: list[Tensor] = []
+    for begin in range(0, count, PART):  # a copy of so many is made
+        end = min(begin + PART, count)
+        part = PermutedSources(problem, {name: problem.source(name, sources, begin, end) for name in problem.names})
+        units = [permutations[g.name].cpu().expand(count, g.size)[begin:end].numpy() for g in symmetry.groups]
+        for f, family in enumerate(problem.families):
+            part.permute(f, np.arange(end - begin), tuple(units[g] for g in family))
+        for found, values in zip((totals, weights), part.objectives(), strict=True):
+            found.append(torch.from_numpy(values))
+    return torch.cat(totals), torch.cat(weights)

@@ -7,7 +7,6 @@ import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,6 +19,7 @@ from fastar.matching.attempts import Attempts, Outcome, Start, best_ends
 from fastar.matching.networks import check_networks
 from fastar.matching.permutations import Permutations
 from fastar.matching.permuted import LARGEST_HELD
+from fastar.matching.precision import exact_products
 from fastar.matching.problem import Problem
 from fastar.matching.symmetry import Symmetry
 from fastar.memory import free_bytes
@@ -127,7 +127,7 @@ def match_weights(
             outcomes[begin:end], done = best_ends(problem, data, own, attempts, pool)
             return done
 
-    with _exact_products(), progress.task("matching", total=count, unit="sources") as advance:
+    with exact_products(), progress.task("matching", total=count, unit="sources") as advance:
         for (begin, end), done in _run(run_chunk, bounds, device, workers):
             solves += done
             advance(end - begin)
@@ -182,17 +182,6 @@ def match(
     )
     permutations = result.permutations.select(0) if symmetry.groups else result.permutations
     return symmetry.apply(permutations, source), permutations, result
-
-
-@contextmanager
-def _exact_products() -> Iterator[None]:
-    """No TF32 inside, whatever training allows: gains are far smaller than the inner products they are read off."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _run(

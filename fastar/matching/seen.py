@@ -1,0 +1,287 @@
+"""What the hidden units of networks do on the same inputs, made comparable; and kept, since it does not change."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fastar.errors import FastarError
+from fastar.matching.forwards import Batch, forward, without_statistics
+from fastar.matching.observing import Kind, Observer
+from fastar.matching.permutations import Permutations
+from fastar.matching.symmetry import Group, Member, Symmetry
+from fastar.progress import SILENT, Progress
+from fastar.seeds import derive_seed
+
+# Positions of an image or sequence at which units are looked at: neighbours say nearly the same.
+POSITIONS = 16
+# Samples (positions of images) of each place, of all batches together.
+SAMPLES = 4096
+# Kept numbers are of mean 0 and variance 1, of which half precision holds three digits.
+KEPT = torch.float16
+
+# Which places of a group are looked at: the first kind that it has any of.
+_PREFERRED: tuple[Kind, ...] = ("read", "made", "other")
+# A unit moves if it deviates from its mean by more than rounding of that mean.
+_STILL = 1e-6
+
+_Key = tuple[str, int]
+
+Tables = dict[str, Tensor]
+"""Group -> [samples, size], or of N networks [N, samples, size]; groups that could not be observed are missing."""
+
+
+class UnitActivations:
+    """Looks at what the units of networks of one architecture do on the same batches.
+
+    A group's activations are the inputs of every linear map and convolution that reads its units; where there are
+    none, the outputs of those that make them; where there are none of these, what norms, scales and shifts with a
+    parameter for each unit give out. Of each such place at most 4096 samples are taken, spread over images and
+    positions, the same of every network. Batch-norm normalises with the batch, so no statistics are needed.
+
+    Args:
+        model: of the architecture, with any weights; copied, not touched.
+        batches: inputs [batch, ...] as the model takes them, on `device`.
+        device: where networks are looked at; `meta` for the shapes alone.
+
+    Raises:
+        FastarError: no batches.
+    """
+
+    def __init__(self, model: nn.Module, symmetry: Symmetry, batches: Sequence[Batch], device: torch.device):
+        if not batches:
+            raise FastarError("matching by activations needs at least one batch of images; give some")
+        self.symmetry, self.device = symmetry, device
+        self._batches = list(batches)
+        self._twin = without_statistics(model, device)
+        self._wanted = {(member.tensor, member.axis) for group in symmetry.groups for member in group.members}
+        self._drawn: dict[tuple[_Key, int, int], Tensor] = {}
+        self._first: tuple[str, dict[_Key, torch.Size]] | None = None
+        self._members: dict[str, list[Member]] = {}
+
+    def __call__(self, state: Mapping[str, Tensor], where: str) -> Tables:
+        """Of each group, [samples, size] float32: its units' activations, place after place, in each of mean 0 and norm
+        1 (0 for a unit that never changes), so that the product of two networks' tables is the sum of correlations.
+
+        Args:
+            state: parameter name -> tensor, on the device; buffers may be among them and do not count.
+            where: what to call the network in errors.
+
+        Raises:
+            FastarError: activations that are not finite, or not as many as the first network showed.
+        """
+        rows = self._rows({name: state[name] for name in self.symmetry.counted(state, state)}, where)
+        tables = {}
+        for group in self.symmetry.groups:
+            if members := self._members[group.name]:
+                parts = [_per_unit(rows[member.tensor, member.axis], member, group.size) for member in members]
+                tables[group.name] = torch.cat([_standardised(part) for part in parts])
+        return tables
+
+    @property
+    def unseen(self) -> tuple[str, ...]:
+        """The groups that the first network did not show; blocks whose parent it showed are not among them."""
+        shown = {group.parent for group in self.symmetry.groups if self._members[group.name]}
+        return tuple(
+            group.name
+            for group in self.symmetry.groups
+            if group.members and not self._members[group.name] and group.name not in shown
+        )
+
+    def _rows(self, state: Mapping[str, Tensor], where: str) -> dict[_Key, Tensor]:
+        """Values [samples, positions] that run along axes of parameters, at the places that groups are looked at."""
+        seen: dict[_Key, list[Tensor]] = {}
+        kinds: dict[_Key, Kind] = {}
+        share = max(1, SAMPLES // len(self._batches))
+
+        def keep(name: str, axis: int, kind: Kind, values: Tensor) -> None:
+            key = name, axis
+            if key not in self._wanted:
+                return
+            rows, kept = values.flatten(0, -2), seen.setdefault(key, [])
+            if len(rows) > (most := min(len(values) * POSITIONS, share)):
+                rows = rows[self._draw(key, len(kept), len(rows), most)]
+            kept.append(rows.float())
+            kinds[key] = kind
+
+        with torch.no_grad(), Observer({id(tensor): name for name, tensor in state.items()}, keep):
+            for batch in self._batches:
+                forward(self._twin, state, batch)
+        rows = {key: torch.cat(parts) for key, parts in seen.items()}
+        if self._first is None:
+            self._members = {group.name: _chosen(group, kinds) for group in self.symmetry.groups}
+            self._wanted = {(m.tensor, m.axis) for members in self._members.values() for m in members}
+            rows = {key: values for key, values in rows.items() if key in self._wanted}
+            self._first = where, {key: values.shape for key, values in rows.items()}
+        self._check(rows, where)
+        return rows
+
+    def _draw(self, key: _Key, batch: int, count: int, most: int) -> Tensor:
+        """Which of a place's rows are looked at, the same for every network; drawn, since even steps would always meet
+        the same columns of an image."""
+        known = self._drawn.get((key, batch, count))
+        if known is None:
+            generator = torch.Generator().manual_seed(derive_seed(0, "activations", *key, batch))
+            known = torch.randint(count, (most,), generator=generator).to(self.device)
+            self._drawn[key, batch, count] = known
+        return known
+
+    def _check(self, rows: Mapping[_Key, Tensor], where: str) -> None:
+        assert self._first is not None
+        first, shapes = self._first
+        for key, shape in shapes.items():
+            if key not in rows or rows[key].shape != shape:
+                raise FastarError(
+                    f"{where} shows other numbers of activations at {key[0]!r} than {first}: the model's forward "
+                    "depends on values; match by weights"
+                )
+        if self.device.type == "meta" or not rows:
+            return
+        # A sum is not finite if one of its terms is not; the device is waited for once.
+        if bool(torch.isfinite(torch.stack([values.sum() for values in rows.values()])).all()):
+            return
+        for (name, _), values in rows.items():
+            if not bool(torch.isfinite(values).all()):
+                raise FastarError(f"{where}: activations at {name!r} are not finite; retrain or remove it")
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a group's table lies in a row: `samples` times `size` numbers from `begin` on."""
+
+    begin: int
+    samples: int
+    size: int
+
+
+class KeptActivations:
+    """What the units of N sources do, looked at once: matching moves units, not what they do.
+
+    Args:
+        look: how they are looked at.
+        states: parameter name -> tensor of each source, on any device.
+        names: what to call them in errors.
+        place: makes [N, width] numbers of `KEPT`, wherever they are to live; by default on the device.
+
+    Raises:
+        FastarError: as `UnitActivations`.
+    """
+
+    def __init__(
+        self,
+        look: UnitActivations,
+        states: Iterable[Mapping[str, Tensor]],
+        names: Sequence[str],
+        *,
+        place: Callable[[int, int], Tensor] | None = None,
+        progress: Progress = SILENT,
+    ):
+        self.look = look
+        self._places: dict[str, _Place] = {}
+        with progress.task("activations", len(names), "sources") as advance:
+            for n, (state, name) in enumerate(zip(states, names, strict=True)):
+                tables = look({key: value.to(look.device) for key, value in state.items()}, f"source {name}")
+                if not n:
+                    self._places, width = _places(tables)
+                    self.rows = (place or self._on_device)(len(names), width)
+                for group, table in tables.items():
+                    self._part(group, n, n + 1)[0].copy_(table * len(table) ** 0.5)
+                advance()
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def tables(self, begin: int, end: int) -> Tables:
+        """Of the sources `begin` to `end` - 1: [n, samples, size] float32 on the device, as `UnitActivations` gives."""
+        return {
+            group: self._part(group, begin, end).to(self.look.device).float().div_(place.samples**0.5)
+            for group, place in self._places.items()
+        }
+
+    def _part(self, group: str, begin: int, end: int) -> Tensor:
+        place = self._places[group]
+        rows = self.rows[begin:end, place.begin : place.begin + place.samples * place.size]
+        return rows.unflatten(1, (place.samples, place.size))
+
+    def _on_device(self, count: int, width: int) -> Tensor:
+        return torch.empty(count, width, dtype=KEPT, device=self.look.device)
+
+
+@dataclass(frozen=True)
+class SeenSources:
+    """Sources `begin` and those after it as they are now: what their units did, and how they have been permuted since.
+
+    Args:
+        permutations: [N, size] of all sources that are kept.
+    """
+
+    kept: KeptActivations
+    permutations: Permutations
+    begin: int = 0
+
+    def after(self, count: int) -> SeenSources:
+        """The same from `count` sources further on."""
+        return SeenSources(self.kept, self.permutations, self.begin + count)
+
+    def tables(self, begin: int, end: int) -> Tables:
+        """As `KeptActivations.tables`, with the units where they are now."""
+        begin, end = self.begin + begin, self.begin + end
+        moved = self.permutations.part(begin, end)
+        tables = self.kept.tables(begin, end)
+        return {group: _moved(table, moved[group].to(table.device)) for group, table in tables.items()}
+
+
+def kept_width(model: nn.Module, symmetry: Symmetry, batch: Tensor, batches: int) -> int:
+    """Numbers that a source takes in `KeptActivations`, for `batches` batches like `batch`; nothing is computed."""
+    meta = torch.device("meta")
+    look = UnitActivations(model, symmetry, [batch.to(meta)] * batches, meta)
+    tables = look({name: torch.empty(shape, device=meta) for name, shape in symmetry.parameters.items()}, "the model")
+    return _places(tables)[1]
+
+
+def stacked(tables: Iterator[Tables]) -> Tables:
+    """Several networks' tables as [N, samples, size]."""
+    each = list(tables)
+    return {group: torch.stack([one[group] for one in each]) for group in each[0]}
+
+
+def _places(tables: Tables) -> tuple[dict[str, _Place], int]:
+    places, width = {}, 0
+    for group, table in tables.items():
+        places[group] = _Place(width, *table.shape)
+        width += table.numel()
+    return places, width
+
+
+def _moved(table: Tensor, index: Tensor) -> Tensor:
+    """[n, samples, size] with its units in the order of index [n, size], or [size] for all."""
+    return table.gather(2, index.expand(len(table), -1)[:, None].expand_as(table))
+
+
+def _chosen(group: Group, kinds: Mapping[_Key, Kind]) -> list[Member]:
+    """The members at which a group is looked at."""
+    for kind in _PREFERRED:
+        members = [member for member in group.members if kinds.get((member.tensor, member.axis)) == kind]
+        if members:
+            return members
+    return []
+
+
+def _per_unit(rows: Tensor, member: Member, size: int) -> Tensor:
+    """[samples, channels] as [samples, size]; channels of one unit become samples of it."""
+    positions = torch.from_numpy(member.positions(np.arange(size), size)).to(rows.device)
+    picked = rows[:, positions].unflatten(1, (member.outer, size, member.inner))
+    return picked.movedim(2, -1).flatten(0, 2)
+
+
+def _standardised(x: Tensor) -> Tensor:
+    """[samples, size] with columns of mean 0 and norm 1; 0 for a unit that never changes."""
+    mean = x.mean(0)
+    x = x - mean
+    norm = x.norm(dim=0)
+    still = norm <= _STILL * len(x) ** 0.5 * mean.abs()
+    return x / norm.clamp_min(1e-12).masked_fill(still, torch.inf)
