@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 BUFFER = "num_batches_tracked"
+
+
+class _Calls:
+    """Stands where a layer has its count, and is asked to count as that is."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def add_(self, number: int) -> None:
+        self.number += number
 
 
 class BatchCounts:
@@ -25,28 +36,38 @@ class BatchCounts:
             for layer in model.modules()
             if isinstance(layer, _BatchNorm) and layer.num_batches_tracked is not None and layer.momentum is not None
         ]
-        self._counts: Sequence[torch.Tensor | None] = [layer.num_batches_tracked for layer in self._layers]
+        self._calls = [_Calls() for _ in self._layers]
+        self._counts: tuple[Tensor, ...] = ()
         if self._layers:
-            self._all = torch.stack([count for count in self._counts if count is not None])
+            self._all = torch.stack([cast(Tensor, layer.num_batches_tracked) for layer in self._layers])
             self._counts = self._all.unbind()
-            self._give(self._counts)
+            self._give_back()
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """Around one forward pass in training mode: it counts one batch for every layer, used once or not.
+        """Around one forward pass, which is not compiled: counts as the layers would, however often each is used.
 
-        Where a layer is held in eval mode, all count for themselves.
+        One addition where each is used once, as is usual; else one for each that was used.
         """
-        if not self._layers or not all(layer.training for layer in self._layers):
+        if not self._layers:
             yield
             return
-        self._give([None] * len(self._layers))  # a layer without the buffer does not count
+        for layer, calls in zip(self._layers, self._calls, strict=True):
+            calls.number = 0
+            if layer.momentum is not None:
+                # What is no tensor is not launched: the layer itself says when it has seen a batch.
+                layer._buffers[BUFFER] = cast(Tensor, calls)
         try:
             yield
         finally:
-            self._give(self._counts)
-        self._all.add_(1)
+            self._give_back()
+        if all(calls.number == 1 for calls in self._calls):
+            self._all.add_(1)
+            return
+        for count, calls in zip(self._counts, self._calls, strict=True):
+            if calls.number:
+                count.add_(calls.number)
 
-    def _give(self, counts: Sequence[torch.Tensor | None]) -> None:
-        for layer, count in zip(self._layers, counts, strict=True):
+    def _give_back(self) -> None:
+        for layer, count in zip(self._layers, self._counts, strict=True):
             layer._buffers[BUFFER] = count

@@ -50,7 +50,8 @@ class _FlatStep:
             self._flat = FlatParameters(model)
             self.layout, self.theta = self._flat.layout, self._flat.buffer
             self.optimizer = flat_optimizer(settings, self.theta, lambda buffer: (buffer,), self.layout.matrices)
-        self._batch_counts = BatchCounts(model)
+        # A network that is compiled counts in what it was compiled to.
+        self._batch_counts = None if settings.compile else BatchCounts(model)
         self._network: Callable[[Tensor], Tensor] = CompiledNetwork(model) if settings.compile else model
         model.train()
 
@@ -107,7 +108,8 @@ class _FlatStep:
         return torch.autocast(self.device.type, self.dtype, cache_enabled=False)
 
     def _backward(self, images: Tensor, labels: Tensor) -> Tensor:
-        with part("forward"), self._batch_counts.counting(), self._autocast():
+        counting = nullcontext() if self._batch_counts is None else self._batch_counts.counting()
+        with part("forward"), counting, self._autocast():
             logits = self._network(images).float()
             loss = F.cross_entropy(logits, labels, label_smoothing=self.settings.label_smoothing)
         with part("backward"):
