@@ -4,7 +4,7 @@ from pathlib import Path
 
 from setuptools import setup
 
-ROOMS = ["flat", "models", "data", "matching", "evaluation", "training", "experiments"]
+ROOMS = ["flat", "models", "data", "matching", "evaluation", "training", "experiments", "benchmarks"]
 
 setup(
     name="fastar",

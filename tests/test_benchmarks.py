@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from fastar import benchmarks
-from fastar.benchmarks import Case, Timing, built_when_run, failing_alone, in_one_graph, line, time_in_turns
+from fastar.benchmarks import CannotRun, Case, Timing, built_when_run, failing_alone, in_one_graph, line, time_in_turns
 from fastar.config import TrainSettings
 
 CPU = torch.device("cpu")
@@ -86,7 +86,7 @@ def test_what_cannot_be_built_fails_as_its_own_case() -> None:
 
 def test_seconds_are_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(benchmarks.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(benchmarks.timing.time, "perf_counter", lambda: now[0])
 
     def ten() -> None:
         now[0] += 10
@@ -126,7 +126,7 @@ def test_a_line_says_how_long_the_first_run_took() -> None:
 
 def test_steps_go_on_over_many_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
     """A star step draws for as many steps as its epoch has; more of them begin another."""
-    monkeypatch.setattr(benchmarks, "EPOCH", 3)
+    monkeypatch.setattr(benchmarks.problem, "EPOCH", 3)
     problem = benchmarks.Problem("mlp", CPU, TrainSettings(batch_size=4, precision="fp32"), 2, size=4, width=4)
     step = problem.star_step()
     run = problem.endless(step)
@@ -163,24 +163,42 @@ def test_a_star_step_is_compared_with_a_regular_one_of_its_kind(name: str, wante
     assert runpy.run_path(str(TOOLS / "bench_step.py"))["like"](name) == wanted
 
 
-def test_graphs_without_a_gpu_are_lines_of_errors(
+def test_graphs_without_a_gpu_are_left_out_and_told(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     small = ["--arch", "mlp", "--width", "4", "--size", "4", "--batch", "8", "--device", "cpu", "--sources", "2"]
     run_tool("bench_step.py", [*small, "--rounds", "2", "--modes", "graph"], monkeypatch)
     lines = [json.loads(text) for text in capsys.readouterr().out.splitlines()]
-    wrong = {found["case"] for found in lines if "error" in found}
-    assert wrong == {"regular, graph", "star, graph", "star, graph, host store"}
+    left_out = {found["case"]: found["skipped"] for found in lines if "skipped" in found}
+    assert left_out == dict.fromkeys(
+        ("regular, graph", "star, graph", "star, graph, host store"), "CUDA graphs need a GPU"
+    )
+    assert not any("error" in found for found in lines)
     assert [found["case"] for found in lines if "ms" in found] == ["regular", "plain regular", "plain star"]
-    assert all("CUDA graphs need a GPU" in found["error"] for found in lines if "error" in found)
+
+
+def test_what_a_machine_lacks_is_no_failure(capsys: pytest.CaptureFixture[str]) -> None:
+    problem = benchmarks.Problem("mlp", CPU, TrainSettings(batch_size=4, precision="fp32"), 2, size=4, width=4)
+    for changes, lacks in (({"graph": True}, "CUDA graphs need a GPU"), ({"precision": "fp16"}, "fp16 needs a GPU")):
+        for make in (problem.regular_step, problem.star_step):
+            with failing_alone("step", "a case", CPU):
+                make(**changes)
+            captured = capsys.readouterr()
+            assert json.loads(captured.out)["skipped"] == lacks
+            assert (captured.err, "error" in json.loads(captured.out)) == ("", False)
+    assert problem.changed(compile=True).compile
+    with pytest.raises(CannotRun, match="CUDA graphs"):
+        problem.changed(graph=True)
 
 
 def test_kernels_and_copies_are_told_of(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     run_tool("bench_kernels.py", ["--device", "cpu", "--millions", "1", "--rounds", "2"], monkeypatch)
     lines: list[dict[str, Any]] = [json.loads(text) for text in capsys.readouterr().out.splitlines()]
     assert lines[0]["case"] == "copy"
-    assert lines[0]["of_copy"] == 1
+    (fastest,) = {found["copied_by"] for found in lines}
+    assert fastest in ("copy", "copy, by a kernel")
     by_case = {found["case"]: found for found in lines}
+    assert by_case[fastest]["of_copy"] == 1
     assert by_case["sgd_update bf16, next point"]["bytes"] == 24_000_000
     assert all(found["of_copy"] > 0 and found["buffer_sets"] == 1 for found in lines)
 

@@ -3,10 +3,11 @@
     python tools/bench_kernels.py [--device cuda|cpu] [--millions 11 100] [--rounds 30] [--sweep]
 
 The cases of one size take turns inside each round, so that their ratios hold while the machine's speed drifts.
-`of_copy` is the case's bandwidth over that of `copy` (median of per-round ratios); bytes are those that the operation
-must move at least. The torch cases do the same work by plain torch calls: what the kernels replace. On a GPU the calls
-of a measurement are one CUDA graph, so that kernels are timed and not their launches, and go through several sets of
-buffers, so that none is found in the cache. --sweep times the kernels at other block sizes and warps too.
+`of_copy` is the case's bandwidth over that of the faster copy (median of per-round ratios): torch's, which on a GPU the
+driver does, or one by a kernel. Bytes are those that the operation must move at least. The torch cases do the same work
+by plain torch calls: what the kernels replace. On a GPU the calls of a measurement are one CUDA graph, so that kernels
+are timed and not their launches, and go through several sets of buffers, so that none is found in the cache. --sweep
+times the kernels at other block sizes and warps too.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from fastar.benchmarks import Case, Timing, built_when_run, failure, in_one_grap
 
 SGD = {"weight_decay": 5e-4, "momentum": 0.9, "nesterov": True}
 ADAM = {"weight_decay": 5e-4, "betas": (0.9, 0.999), "eps": 1e-8, "decoupled": True}
+COPIES = ("copy", "copy, by a kernel")
 BLOCKS, WARPS = (1024, 2048, 4096), (4, 8)
 # What --sweep varies: the module that holds a kernel and its block size, and the kernel.
 KERNELS = {
@@ -75,6 +77,7 @@ class Buffers:
         # Name to bytes per parameter, and the operation.
         self.operations: dict[str, tuple[int, Callable[[], object]]] = {
             "copy": (8, lambda: out.copy_(source)),
+            "copy, by a kernel": (8, lambda: torch.neg(source, out=out)),
             "interpolate fp32": (12, lambda: interpolate(theta, source, t, out)),
             "interpolate bf16": (10, lambda: interpolate(theta, source, t, half)),
             "interpolate bf16 indexed": (10, lambda: interpolate(theta, store, t, half, index=index)),
@@ -92,11 +95,14 @@ class Buffers:
 
 
 def buffer_sets(numel: int, device: torch.device) -> list[Buffers]:
-    """As many sets of buffers as make even a copy touch several times what the GPU's cache holds; 8 at most."""
+    """As many sets of buffers as make the operation that moves least touch several times what the GPU's cache holds;
+    8 at most."""
+    first = Buffers(numel, device)
     if device.type != "cuda":
-        return [Buffers(numel, device)]
+        return [first]
     cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return [Buffers(numel, device) for _ in range(min(8, -(-4 * cache // (8 * numel))))]
+    least = numel * min(moved for moved, _ in first.operations.values())
+    return [first, *(Buffers(numel, device) for _ in range(min(8, -(-4 * cache // least)) - 1))]
 
 
 def case(name: str, sets: list[Buffers], numel: int, repeats: int, device: torch.device, label: str = "") -> Case:
@@ -128,7 +134,7 @@ def launched_with(module: str, kernel: str, block: int, warps: int) -> Iterator[
 
 def swept(sets: list[Buffers], numel: int, repeats: int, device: torch.device) -> list[Case]:
     """The kernels at other block sizes and warps; captured, or run, as they were then."""
-    cases = [case("copy", sets, numel, repeats, device)]
+    cases = [case(name, sets, numel, repeats, device) for name in COPIES]
     for (name, kernel), block, warps in itertools.product(KERNELS.items(), BLOCKS, WARPS):
         one = case(name, sets, numel, repeats, device, f"{name} (block {block}, {warps} warps)")
 
@@ -140,10 +146,15 @@ def swept(sets: list[Buffers], numel: int, repeats: int, device: torch.device) -
     return cases
 
 
-def of_copy(timing: Timing, copy: Timing) -> float:
+def of_copy(timing: Timing, timings: list[Timing]) -> dict[str, Any]:
+    """Its bandwidth over that of the faster copy, and which one that is; nothing where no copy could be timed."""
+    copies = [one for one in timings if one.case.name in COPIES]
+    if not copies:
+        return {}
+    copy = min(copies, key=lambda one: one.median)
     moved, its = timing.case.facts["bytes"], copy.case.facts["bytes"]
     ratios = [(moved / mine) / (its / theirs) for mine, theirs in zip(timing.seconds, copy.seconds, strict=True)]
-    return statistics.median(ratios)
+    return {"of_copy": statistics.median(ratios), "copied_by": copy.case.name}
 
 
 def main() -> None:
@@ -176,7 +187,7 @@ def main() -> None:
             facts = {
                 "parameters": numel,
                 "gb_per_s": timing.case.facts["bytes"] / timing.median / 1e9,
-                **({"of_copy": of_copy(timing, timings[0])} if timings[0].case.name == "copy" else {}),
+                **of_copy(timing, timings),
             }
             print(line("kernels", timing, device, **facts), flush=True)
         del sets, cases, timings

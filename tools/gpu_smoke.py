@@ -16,7 +16,7 @@ import pkgutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,10 +26,11 @@ from fastar.kernels import NextPoint, adam_update, backend, find_nonfinite, inte
 from torch import Tensor
 
 import fastar
-from fastar.benchmarks import Problem, failing_alone, matching_threads, profiler_sees_gpu, where
+from fastar.benchmarks import CannotRun, Problem, failure, matching_threads, profiler_sees_gpu, where
 from fastar.config import TrainSettings, parse_bytes
 from fastar.data import Encoding, StreamingDataset, prepare_images
 from fastar.data.stand_in import make_images
+from fastar.devices import simulated, synchronize
 from fastar.errors import FastarError
 from fastar.evaluation import evaluate_rows
 from fastar.experiments.context import resolve_device
@@ -43,10 +44,6 @@ STEPS = 5
 ROUGHLY = 0.05  # of a loss after some steps in half precision, whose sums other kernels round otherwise
 
 Facts = dict[str, Any]
-
-
-class CannotRun(Exception):
-    """An item for which this machine lacks something."""
 
 
 def imports(problem: Problem) -> Facts:
@@ -80,7 +77,7 @@ def kernels(problem: Problem) -> Facts:
     for here, there in zip(run(torch.device("cpu")), run(problem.device), strict=True):
         torch.testing.assert_close(there, here, rtol=1e-2, atol=1e-3)  # one of them is bf16
     path = backend(problem.device)
-    if problem.device.type == "cuda" and path != "triton" and torch.cuda.get_device_name() != "simulated":
+    if problem.device.type == "cuda" and path != "triton" and not simulated():
         raise FastarError("the Triton kernels do not run here: `fastar doctor` says why")
     return {"kernels": path}
 
@@ -106,8 +103,6 @@ def steps(kind: str, **changes: Any) -> Callable[[Problem], Facts]:
     """Some steps, which lose about what the same steps do eagerly."""
 
     def item(problem: Problem) -> Facts:
-        if changes.get("compile") and problem.device.type == "cuda" and torch.cuda.get_device_name() == "simulated":
-            raise CannotRun("nothing is compiled for the simulated GPU")
         losses = run_steps(problem, kind, **changes)
         eager = {key: value for key, value in changes.items() if key not in ("graph", "compile")}
         alike(losses, run_steps(problem, kind, **eager), "of eager steps")
@@ -227,8 +222,8 @@ def no_waits(kind: str, graph: bool) -> Callable[[Problem], Facts]:
     """An epoch's steps while every wait of the host for the device is an error."""
 
     def item(problem: Problem) -> Facts:
-        if problem.device.type != "cuda" or not hasattr(torch._C, "_cuda_set_sync_debug_mode"):
-            raise CannotRun("torch counts no waits here: needs a GPU")
+        if problem.device.type != "cuda":
+            raise CannotRun("waiting for the device is of a GPU")
         step: RegularStep | StarStep
         step = problem.star_step(graph=graph) if kind == "star" else problem.regular_step(graph=graph)
         batch, count = problem.settings.batch_size, 2 * STEPS
@@ -236,15 +231,13 @@ def no_waits(kind: str, graph: bool) -> Callable[[Problem], Facts]:
         lr = torch.tensor(0.01, device=problem.device)
         losses = torch.zeros(count, device=problem.device)
         step.begin_epoch(0, count)
-        for number, (images, labels) in enumerate(data.batches(batch, seed=0, epoch=0)):
-            if number == 1:  # the first may compile, choose algorithms and capture
-                torch.cuda.set_sync_debug_mode("error")
-            try:
+        try:
+            for number, (images, labels) in enumerate(data.batches(batch, seed=0, epoch=0)):
+                if number == 1:  # the first may compile, choose algorithms and capture
+                    torch.cuda.set_sync_debug_mode("error")
                 losses[number] = step(images, labels, lr)
-            except BaseException:
-                torch.cuda.set_sync_debug_mode("default")
-                raise
-        torch.cuda.set_sync_debug_mode("default")
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
         return {"losses": losses.tolist()}
 
     return item
@@ -276,19 +269,21 @@ ITEMS: dict[str, Callable[[Problem], Facts]] = {
 }
 
 
-def run_items(problem: Problem, names: list[str]) -> Iterator[Facts]:
-    """A line for each item: seconds, and its facts or why it was left out; none where it failed, which is told."""
+def run_items(problem: Problem, names: list[str]) -> int:
+    """Print a line for each item: seconds and its facts, or why there are none; how many failed."""
+    failed = 0
     for name in names:
         begin = time.perf_counter()
-        line: Facts = {"bench": "smoke", "case": name}
-        with failing_alone("smoke", name, problem.device):
-            try:
-                line |= ITEMS[name](problem)
-            except CannotRun as reason:
-                line["skipped"] = str(reason)
-            if problem.device.type == "cuda":
-                torch.cuda.synchronize(problem.device)  # what a kernel did wrong is this item's, not the next one's
-            yield {**line, "item_seconds": round(time.perf_counter() - begin, 2), **where(problem.device)}
+        try:
+            facts = ITEMS[name](problem)
+            synchronize(problem.device)  # what a kernel did wrong is this item's, not the next one's
+        except Exception as error:  # noqa: BLE001 - an error of any kind is the item's result
+            failed += not isinstance(error, CannotRun)
+            print(failure("smoke", name, error, problem.device), flush=True)
+        else:
+            took = {"item_seconds": round(time.perf_counter() - begin, 2)}
+            print(json.dumps({"bench": "smoke", "case": name, **facts, **took, **where(problem.device)}), flush=True)
+    return failed
 
 
 def main() -> int:
@@ -303,12 +298,7 @@ def main() -> int:
     )
     width, size = (0.25, 16) if arguments.small else (None, 32)
     problem = Problem("resnet8", device, settings, sources=2, size=size, width=width)
-    names = arguments.only or list(ITEMS)
-    done = 0
-    for line in run_items(problem, names):
-        print(json.dumps(line), flush=True)
-        done += 1
-    return 0 if done == len(names) else 1
+    return 1 if run_items(problem, arguments.only or list(ITEMS)) else 0
 
 
 if __name__ == "__main__":
