@@ -121,6 +121,7 @@ def test_an_unpacked_devkit_and_mixed_forms(roots: tuple[Path, Path]) -> None:
         ("ILSVRC2012_devkit_t12.tar.gz", None, r"but not ILSVRC2012_devkit_t12\.tar\.gz, which holds its labels"),
         ("ILSVRC2012_img_val.tar", None, r"has neither val/ nor test/ nor ILSVRC2012_img_val\.tar"),
     ],
+    ids=lambda value: "content" if isinstance(value, bytes) else None,  # which holds the time: a name must not
 )
 def test_damage_is_named(roots: tuple[Path, Path], name: str, content: bytes | None, message: str) -> None:
     (roots[0] / name).unlink() if content is None else (roots[0] / name).write_bytes(content)
