@@ -321,9 +321,9 @@ def test_commit_is_the_checkout_s() -> None:
     here = Path(__file__).resolve().parent
     head = subprocess.run(["git", "-C", here, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
     if head.returncode:
-        assert commit() == (os.environ.get("FASTAR_COMMIT") or "unknown")
-    else:
-        assert commit().removesuffix("+changes") == head.stdout.strip()
+        assert commit.__wrapped__() == (os.environ.get("FASTAR_COMMIT") or "unknown")
+    else:  # asked anew: there may have been one since a test asked first
+        assert commit.__wrapped__().removesuffix("+changes") == head.stdout.strip()
 
 
 @pytest.mark.parametrize(("told", "wanted"), [("0123456789ab", "0123456789ab"), ("", "unknown"), (None, "unknown")])
