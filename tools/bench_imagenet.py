@@ -4,11 +4,14 @@
         [--gpu-memory 40GB] [--images 4000] [--threads 16]
 
 compute: regular and star steps take turns on one batch that lies on the device. loader: epochs of regular training over
-a generated set (`tools/make_images.py`, written at the default preset into a temporary folder), with the share of time
-that steps waited. memory: for each number of sources, kept in host memory, a star's matching (of the first parts of the
-store: the rest takes no more) and some steps under the cap, with two batches on the device as a run has them; on a GPU
-the most that tensors took, beside what `fastar plan` says (on a CPU the plan alone). Prints JSON lines, each when it is
-known; what fails has a line that says so.
+a generated set (of at most 2,000 different images, `tools/make_images.py`, written at the default preset into a
+temporary folder), with the share of time that steps waited; an epoch's first batches, which nothing had decoded ahead,
+are in it, so that a longer one is a little faster. memory: for each number of sources, kept in host memory, a star's
+matching (of the first parts of the store: the rest takes no more) and some steps under the cap, with two batches on the
+device as a run has them; on a GPU the most that tensors took (`peak_bytes`) beside what `fastar plan` says (on a CPU
+the plan alone), the most that torch's allocator had taken for them (`reserved_bytes`: what the cap holds down), and
+what the whole GPU had in use then, other programs' memory and CUDA's own included (`device_bytes`). Prints JSON lines,
+each when it is known; what fails has a line that says so.
 """
 
 from __future__ import annotations
@@ -44,6 +47,7 @@ from fastar.benchmarks import (
 )
 from fastar.config import Settings, StarSettings, load_settings, parse_bytes
 from fastar.data import StreamingDataset, prepare_images
+from fastar.data.stand_in import link_images
 from fastar.errors import FastarError
 from fastar.experiments.context import Context
 from fastar.experiments.plan import make_plan
@@ -56,6 +60,7 @@ from fastar.training import RegularStep, SourcesStore, StarStep, fit
 
 TOOLS = Path(__file__).resolve().parent
 STEPS = 5
+DIFFERENT = 2000  # images of the loader's set; more are these again
 
 
 def compute(problem: Problem, rounds: int, repeats: int) -> Iterator[str]:
@@ -80,11 +85,13 @@ def compute(problem: Problem, rounds: int, repeats: int) -> Iterator[str]:
 def with_loader(problem: Problem, images: int, threads: int | None, rounds: int) -> Iterator[str]:
     """Epochs of regular training over files."""
     with tempfile.TemporaryDirectory() as folder:
-        raw = Path(folder) / "raw"
-        made = [sys.executable, str(TOOLS / "make_images.py"), str(raw), "--train", str(images), "--val", "20"]
+        made_images, raw = Path(folder) / "made", Path(folder) / "raw"
+        different = str(min(images, DIFFERENT))
+        made = [sys.executable, str(TOOLS / "make_images.py"), str(made_images), "--train", different, "--val", "20"]
         done = subprocess.run([*made, "--workers", str(threads or 2)], capture_output=True, text=True)
         if done.returncode:
             raise FastarError(f"make_images failed: {done.stderr.strip()[-300:]}")
+        link_images(made_images, raw, images)
         files = prepare_images("made", data_root=raw, directory=Path(folder) / "beton", workers=threads or 2)
         data = StreamingDataset(files, "train", problem.device, size=problem.size, threads=threads)
         step = replace(problem, classes=len(files.classes)).regular_step()
@@ -119,6 +126,8 @@ def memory(problem: Problem, count: int, cap: str) -> str:
     if device.type == "cuda":
         peaks = _peaks(replace(problem, classes=1000), count, cap, settings)
         found |= {"peak_bytes": max(peaks["training"], peaks["matching"]), "peaks": peaks}
+        free, whole = torch.cuda.mem_get_info(device)
+        found |= {"reserved_bytes": torch.cuda.max_memory_reserved(device), "device_bytes": whole - free}
         found["of_plan"] = found["peak_bytes"] / max(planned.values())
         found["of_plan_each"] = {phase: peaks[phase] / planned[phase] for phase in planned}
     items = {f"{item.phase}: {item.what}": item.bytes for item in plan.items if item.place == "gpu"}

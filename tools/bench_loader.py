@@ -9,8 +9,9 @@ fastar's writer processes and decoding threads (imagenet) or torch's threads (di
 once they are read).
 
 DIR holds train/<class>/* and test/<class>/*, for one pipeline at a time; for imagenet, class folders alone will do, and
-files are repeated up to --images. Without it random images are made (digits: scikit-learn's for fastar), and the lines
-say so. A round is one epoch of each.
+files are repeated up to --images. Without it random images are made (digits: scikit-learn's for fastar; of ImageNet's
+size at most 400 different ones, repeated), and the lines say so. A round is one epoch of each: by default of at least
+four batches for each worker, so that no process of DataLoader's is idle for long.
 """
 
 from __future__ import annotations
@@ -40,6 +41,8 @@ from fastar.errors import FastarError
 Epoch = Callable[[int], Iterable[tuple[torch.Tensor, torch.Tensor]]]
 PIPELINES = ("digits", "cifar10", "imagenet")
 IMAGES = {"digits": 1500, "cifar10": 4000, "imagenet": 400}
+DIFFERENT = 400  # images of ImageNet's size that are made; more are these again
+BATCHES = 4  # for each worker at least, where --images says nothing
 
 
 class Files(Dataset):
@@ -100,12 +103,12 @@ class CropImageNet:
 
 def pipeline(name: str, folder: Path, arguments: argparse.Namespace) -> tuple[Epoch, Dataset, int, dict[str, Any]]:
     """fastar's epochs, the files for DataLoader, the number of images, and facts for the line."""
-    raw, count = folder / "raw", arguments.images or IMAGES[name]
+    raw = folder / "raw"
+    count = arguments.images or max(IMAGES[name], BATCHES * arguments.workers * arguments.batch)
     if name == "imagenet":
         if arguments.data_root is None:
-            make_images(raw, count)
-        else:
-            link_images(arguments.data_root, raw, count)
+            make_images(folder / "made", min(count, DIFFERENT))
+        link_images(arguments.data_root or folder / "made", raw, count)
         begin = time.perf_counter()
         encoding, workers = PRESETS[arguments.preset], arguments.workers
         files = prepare_images(name, data_root=raw, directory=folder, encoding=encoding, workers=workers)
