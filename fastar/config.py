@@ -280,6 +280,11 @@ class MatchingSettings(_Section):
     chunk: Positive | None = None
     """Sources that are matched together: fewer take less memory. None: one a thread on a CPU; what fits on a GPU."""
 
+    @property
+    def by_activations(self) -> bool:
+        """Whether what units do is looked at: by the method, or for the start of weight matching."""
+        return self.method == "activation" or (self.method == "weight" and self.start == "activations")
+
 
 class EvaluationSettings(_Section):
     """Barriers (eq. 10) and what is measured around them."""

@@ -17,7 +17,17 @@ from fastar.evaluation.losses import full_precision
 from fastar.experiments.attempts import Prepared, Subject, attempt_seed, trained
 from fastar.experiments.context import MEASURE_WITH_LESS, Context, within_memory
 from fastar.experiments.regular import check_recipe, recipe, save_model
-from fastar.matching import GiveExamples, Permutations, Symmetry, match_by_settings, matching_threads
+from fastar.matching import (
+    GiveExamples,
+    KeptActivations,
+    Permutations,
+    SeenSources,
+    Symmetry,
+    UnitActivations,
+    kept_bytes,
+    match_by_settings,
+    matching_threads,
+)
 from fastar.progress import SILENT, Progress
 from fastar.seeds import derive_seed
 from fastar.training import Recording, SourcesStore, StarStep, StepsProfile
@@ -50,6 +60,7 @@ def match_store(
     seed: int,
     threads: int,
     examples: GiveExamples | None = None,
+    seen: SeenSources | None = None,
     progress: Progress = SILENT,
 ) -> tuple[Permutations, Tensor, Tensor]:
     """Algorithm 1, step 1: theta_n <- pi(theta_n) for all rows of the store, wherever they live.
@@ -69,9 +80,11 @@ def match_store(
             examples=examples,
             seed=seed,
             threads=threads,
+            seen=seen,
             progress=progress,
         )
         symmetry.apply_rows(result.permutations, views)
+        seen = None if seen is None else seen.after(len(result.objective))
         found.append(result.permutations.to("cpu"))
         objectives.append(result.objective.cpu())
         weights.append(result.objective_weights.cpu())
@@ -80,11 +93,16 @@ def match_store(
 
 
 class Matcher:
-    """Makes a store's rows match theta, and remembers the permutations since the files."""
+    """Makes a store's rows match theta, and remembers the permutations since the files.
 
-    def __init__(self, context: Context, sources: SourcesStore):
+    Args:
+        kept: what the sources' units do, as the sources are in the files.
+    """
+
+    def __init__(self, context: Context, sources: SourcesStore, kept: KeptActivations | None = None):
         self._context = context
         self._sources = sources
+        self._kept = kept
         self.permutations = context.symmetry.identity(len(sources))
         self._matched = False
         self._found: dict[str, float] = {}
@@ -101,6 +119,7 @@ class Matcher:
             seed=derive_seed(settings.seed, "star", "matching", epoch),
             threads=matching_threads(self._context.device, settings.workers),
             examples=self._context.examples,
+            seen=None if self._kept is None else SeenSources(self._kept, self.permutations),
             progress=self._context.progress,
         )
         self.permutations = self.permutations.then(moves)
@@ -110,6 +129,10 @@ class Matcher:
             "matching_objective_weights": float(weights.mean()),
             "matching_changed": share_changed(moves),
         }
+
+    def release(self) -> None:
+        """Give back what was kept of the sources' units; nothing can be matched any more."""
+        self._kept = None
 
     def figures(self) -> dict[str, float]:
         """Of the epoch that has begun, if it began with a matching: the mean objective (of all parameters, and without
@@ -174,16 +197,26 @@ def _train(
     seed = derive_seed(settings.seed, "star", 0)
     matched = settings.star_matched_every > 0
 
+    states, names = [s.state for s in sources], [str(s.path and s.path.name) for s in sources]
+    by_activations = matched and settings.matching.by_activations and bool(context.symmetry.groups)
+
     def make(attempt: int) -> Prepared:
+        given = context.examples() if by_activations else None
+        inputs = [inputs for inputs, _ in given.batches] if given else []
         store = SourcesStore(
             context.layout,
-            [s.state for s in sources],
-            [str(s.path and s.path.name) for s in sources],
+            states,
+            names,
             context.device,
             store=settings.sources.store,
             folder=run.path,
+            beside=kept_bytes(given.model, context.symmetry, inputs) if given else 0,
         )
-        matcher = Matcher(context, store) if matched else None
+        kept = None
+        if given is not None:
+            look = UnitActivations(given.model, context.symmetry, inputs, context.device)
+            kept = KeptActivations(look, states, names, place=store.make_beside, progress=context.progress)
+        matcher = Matcher(context, store, kept) if matched else None
         step = StarStep(
             context.build(seed=seed),
             settings.train,
@@ -214,7 +247,10 @@ def _train(
         step, matcher = done.prepared.step, done.prepared.parts.get("matching")
         assert isinstance(step, StarStep)
         trained_state = step.state()
-        permutations = dict(matcher.permutations) if isinstance(matcher, Matcher) else {}
+        permutations = {}
+        if isinstance(matcher, Matcher):
+            permutations = dict(matcher.permutations)
+            matcher.release()
         step.release()  # Z, the optimizer and all: the memory is measuring's now
         # The running statistics so far are of interpolated networks: the star gets its own.
         model = context.build(seed=seed)

@@ -7,6 +7,7 @@ from fastar.matching.many import ManyResult, To, match_many
 from fastar.matching.methods import Examples, GiveExamples, match_by_settings
 from fastar.matching.modules import match_modules, symmetry_by_settings
 from fastar.matching.permutations import Permutations
+from fastar.matching.seen import KeptActivations, SeenSources, UnitActivations, kept_bytes
 from fastar.matching.sinkhorn import match_sinkhorn
 from fastar.matching.spec import PermutationSpec, Span
 from fastar.matching.symmetry import Group, Member, Symmetry, without_groups
@@ -19,16 +20,20 @@ __all__ = [
     "Examples",
     "GiveExamples",
     "Group",
+    "KeptActivations",
     "ManyResult",
     "MatchResult",
     "Member",
     "PermutationSpec",
     "Permutations",
+    "SeenSources",
     "Span",
     "Symmetry",
     "To",
+    "UnitActivations",
     "correlate_units",
     "derive_symmetry",
+    "kept_bytes",
     "match",
     "match_activations",
     "match_by_settings",

@@ -24,6 +24,15 @@ def without_statistics(model: nn.Module, device: torch.device) -> nn.Module:
     return twin
 
 
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """The same batch on `device`."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, tuple):
+        return tuple(one.to(device) for one in batch)
+    return {name: one.to(device) for name, one in batch.items()}
+
+
 def forward(model: nn.Module, parameters: Mapping[str, Tensor], batch: Batch) -> Any:
     """What `model` makes of a batch with these parameters; it keeps its own."""
     arguments = batch if isinstance(batch, tuple) else () if isinstance(batch, Mapping) else (batch,)

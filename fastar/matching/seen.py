@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastar.errors import FastarError
-from fastar.matching.forwards import Batch, forward, without_statistics
+from fastar.matching.forwards import Batch, forward, on_device, without_statistics
 from fastar.matching.observing import Kind, Observer
 from fastar.matching.permutations import Permutations
 from fastar.matching.symmetry import Group, Member, Symmetry
@@ -165,7 +165,7 @@ class KeptActivations:
         look: how they are looked at.
         states: parameter name -> tensor of each source, on any device.
         names: what to call them in errors.
-        place: makes [N, width] numbers of `KEPT`, wherever they are to live; by default on the device.
+        place: makes the [N, width] numbers that are kept, wherever they are to live; by default on the device.
 
     Raises:
         FastarError: as `UnitActivations`.
@@ -177,7 +177,7 @@ class KeptActivations:
         states: Iterable[Mapping[str, Tensor]],
         names: Sequence[str],
         *,
-        place: Callable[[int, int], Tensor] | None = None,
+        place: Callable[[int, torch.dtype], Tensor] | None = None,
         progress: Progress = SILENT,
     ):
         self.look = look
@@ -187,7 +187,10 @@ class KeptActivations:
                 tables = look({key: value.to(look.device) for key, value in state.items()}, f"source {name}")
                 if not n:
                     self._places, width = _places(tables)
-                    self.rows = (place or self._on_device)(len(names), width)
+                    if place is not None and width:
+                        self.rows = place(width, KEPT)
+                    else:
+                        self.rows = torch.empty(len(names), width, dtype=KEPT, device=look.device)
                 for group, table in tables.items():
                     self._part(group, n, n + 1)[0].copy_(table * len(table) ** 0.5)
                 advance()
@@ -206,9 +209,6 @@ class KeptActivations:
         place = self._places[group]
         rows = self.rows[begin:end, place.begin : place.begin + place.samples * place.size]
         return rows.unflatten(1, (place.samples, place.size))
-
-    def _on_device(self, count: int, width: int) -> Tensor:
-        return torch.empty(count, width, dtype=KEPT, device=self.look.device)
 
 
 @dataclass(frozen=True)
@@ -235,12 +235,12 @@ class SeenSources:
         return {group: _moved(table, moved[group].to(table.device)) for group, table in tables.items()}
 
 
-def kept_width(model: nn.Module, symmetry: Symmetry, batch: Tensor, batches: int) -> int:
-    """Numbers that a source takes in `KeptActivations`, for `batches` batches like `batch`; nothing is computed."""
+def kept_bytes(model: nn.Module, symmetry: Symmetry, batches: Sequence[Batch]) -> int:
+    """Bytes that a source takes in `KeptActivations`; from the shapes of the batches, nothing is computed."""
     meta = torch.device("meta")
-    look = UnitActivations(model, symmetry, [batch.to(meta)] * batches, meta)
+    look = UnitActivations(model, symmetry, [on_device(batch, meta) for batch in batches], meta)
     tables = look({name: torch.empty(shape, device=meta) for name, shape in symmetry.parameters.items()}, "the model")
-    return _places(tables)[1]
+    return KEPT.itemsize * _places(tables)[1]
 
 
 def stacked(tables: Iterator[Tables]) -> Tables:

@@ -34,6 +34,7 @@ class SourcesStore:
         device: where the rows are used.
         store: `sources.store`: auto, device, host or file (see `placement.choose_placement`).
         folder: where the file of a `file` store is made; None: the system's temporary folder.
+        beside: bytes of each source that are to be kept beside its parameters (see `make_beside`).
 
     Raises:
         FastarError: a source of another architecture, or with values that are not finite; more than fit in the place
@@ -49,20 +50,16 @@ class SourcesStore:
         *,
         store: str = "auto",
         folder: Path | None = None,
+        beside: int = 0,
     ):
         if not states:
             raise FastarError("a star model needs at least one source")
         self.layout = layout
         self.names = list(names)
         self.device = device
-        shape = (len(states), layout.numel)
-        self.store = choose_placement(store, 4 * shape[0] * shape[1], device, sources=shape[0])
-        if self.store == "file":
-            self.rows = _rows_in_file(shape, folder)
-        elif self.store == "host":
-            self.rows = torch.zeros(shape, pin_memory=device.type == "cuda")
-        else:
-            self.rows = _rows_on_device(shape, device)
+        self._folder = folder
+        self.store = choose_placement(store, (4 * layout.numel + beside) * len(states), device, sources=len(states))
+        self.rows = self._make(len(states), layout.numel, torch.float32)
         self._slots: Slots | None = None
         self._feed: RowFeed | None = None
         for row, state, name in zip(self.rows, states, self.names, strict=True):
@@ -102,6 +99,10 @@ class SourcesStore:
             yield self.layout.views(there)
             here.copy_(there)
 
+    def make_beside(self, width: int, dtype: torch.dtype) -> Tensor:
+        """Zeros [N, width] that live where the rows do; the caller's own."""
+        return self._make(len(self), width, dtype)
+
     def feed(self, indices: Sequence[int]) -> RowFeed:
         """The rows for steps that need the sources `indices`, in this order; the feed before is over."""
         self._settle()
@@ -119,6 +120,13 @@ class SourcesStore:
         self._slots = None
         self.rows = self.rows.new_empty(0, self.layout.numel)
 
+    def _make(self, count: int, width: int, dtype: torch.dtype) -> Tensor:
+        if self.store == "file":
+            return _rows_in_file((count, width), dtype, self._folder)
+        if self.store == "host":
+            return torch.zeros(count, width, dtype=dtype, pin_memory=self.device.type == "cuda")
+        return _rows_on_device((count, width), dtype, self.device)
+
     @property
     def _resident(self) -> bool:
         return self.store == "device" or (self.store == "host" and self.device.type == "cpu")
@@ -134,27 +142,27 @@ class SourcesStore:
             self._feed = None
 
 
-def _rows_on_device(shape: tuple[int, int], device: torch.device) -> Tensor:
+def _rows_on_device(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
     try:
-        return torch.zeros(shape, device=device)
+        return torch.zeros(shape, dtype=dtype, device=device)
     except torch.OutOfMemoryError as error:
         remedy = "use sources.store=host or file, or fewer sources"
-        needed = 4 * shape[0] * shape[1]
+        needed = dtype.itemsize * shape[0] * shape[1]
         raise does_not_fit(needed, device, shape[0], "device", remedy, free_bytes(device)) from error
 
 
-def _rows_in_file(shape: tuple[int, int], folder: Path | None) -> Tensor:
+def _rows_in_file(shape: tuple[int, int], dtype: torch.dtype, folder: Path | None) -> Tensor:
     """Zeros over a file without a name: it takes no memory that cannot be given up, and nothing has to be cleaned."""
-    size = 4 * shape[0] * shape[1]
+    size = dtype.itemsize * shape[0] * shape[1]
     where = folder or Path(tempfile.gettempdir())
     try:
         with tempfile.TemporaryFile(dir=where) as file:
             # Reserved now: a page for which the disk has no room when it is written would end the process.
             os.posix_fallocate(file.fileno(), 0, size)
-            mapped = np.memmap(file, dtype=np.float32, mode="r+", shape=shape)
+            mapped = np.memmap(file, dtype=np.uint8, mode="r+", shape=(size,))
     except OSError as error:
         raise FastarError(
             f"sources.store=file: no {size / 1e9:.2f} GB for {shape[0]} sources in {where} ({error.strerror}); "
             "free space there or use fewer sources"
         ) from error
-    return torch.from_numpy(mapped)
+    return torch.from_numpy(mapped).view(dtype).view(shape)

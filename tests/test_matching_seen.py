@@ -1,0 +1,271 @@
+"""What units do, as tables that are compared, and kept while the units are moved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from matching_family_models import FAMILIES
+from matching_models import CASES, derived, random_state
+from run_cases import Killed, Settings, assert_same_models, kill, one_symmetry, small
+from torch import Tensor, nn
+
+from fastar.config import MatchingSettings
+from fastar.errors import FastarError
+from fastar.experiments.star_domain import train_star
+from fastar.flat import FlatLayout
+from fastar.matching import (
+    KeptActivations,
+    SeenSources,
+    Symmetry,
+    UnitActivations,
+    correlate_units,
+    derive_symmetry,
+    kept_bytes,
+    match_by_settings,
+    seen,
+)
+from fastar.matching.activations import correlate_seen
+from fastar.training import SourcesStore, StarStep
+from fastar.training import store as store_module
+
+__all__ = ["one_symmetry"]
+
+CPU = torch.device("cpu")
+State = dict[str, Tensor]
+
+
+def case(name: str) -> tuple[nn.Module, Symmetry, Tensor]:
+    """A network, its symmetry, and 64 inputs."""
+    if name in FAMILIES:
+        model, symmetry, example = FAMILIES[name]
+    else:
+        (model, (example,)), symmetry = CASES[name], derived()[name]
+    return model, symmetry, torch.randn(64, *example.shape[1:], generator=torch.Generator().manual_seed(0))
+
+
+def stacked(symmetry: Symmetry, states: list[State]) -> State:
+    return {name: torch.stack([s[name] for s in states]) for name in symmetry.parameters}
+
+
+def keep(name: str, count: int = 5) -> tuple[nn.Module, Symmetry, list[Tensor], State, list[State], KeptActivations]:
+    """theta, and sources that are shuffled copies of it, all a little different."""
+    model, symmetry, inputs = case(name)
+    batches = [inputs[:40], inputs[40:]]
+    theta = random_state(model, 100)
+    sources = []
+    for n in range(count):
+        noise = random_state(model, n)
+        near = {k: v + 0.1 * noise[k] if v.is_floating_point() else v for k, v in theta.items()}
+        sources.append(symmetry.apply(symmetry.random(n), near))
+    kept = KeptActivations(UnitActivations(model, symmetry, batches, CPU), sources, [str(n) for n in range(count)])
+    return model, symmetry, batches, theta, sources, kept
+
+
+@pytest.mark.parametrize("name", ["mlp", "resnet", "attention", "concatenated", "group_norm_residual"])
+def test_what_was_kept_follows_the_units(name: str) -> None:
+    """Tables of sources that have moved since are those of the moved sources looked at anew, in half precision."""
+    model, symmetry, batches, _, sources, kept = keep(name)
+    moves = symmetry.random(7, count=5)
+    moved = SeenSources(kept, moves)
+    look = UnitActivations(model, symmetry, batches, CPU)
+    for n in (0, 3):
+        anew = look(symmetry.apply(moves.select(n), sources[n]), "moved")
+        (tables,) = [moved.after(2).tables(n - 2, n - 1)] if n else [moved.tables(0, 1)]
+        assert tables.keys() == anew.keys()
+        for group, table in tables.items():
+            # Half precision, and of sums in another order; entries are at most 1.
+            torch.testing.assert_close(table[0], anew[group], rtol=2e-3, atol=2e-4, msg=group)
+
+
+@pytest.mark.parametrize("name", ["mlp", "resnet", "attention"])
+def test_sources_are_matched_by_what_was_kept_as_by_what_they_do(name: str) -> None:
+    model, symmetry, batches, theta, sources, kept = keep(name)
+    permutations = symmetry.identity(5)
+    state = sources
+    for epoch in range(2):
+        centre = random_state(model, 100) if not epoch else symmetry.apply(symmetry.random(50), theta)
+        wanted, left = correlate_units(model, symmetry, centre, stacked(symmetry, state), batches)
+        moves, unseen = correlate_seen(centre, SeenSources(kept, permutations), 5)
+        assert unseen == left
+        for group, index in moves.items():  # units that never fire are one as good as the other
+            assert float((index == wanted[group]).float().mean()) >= 0.85, (group, epoch)
+        permutations = permutations.then(moves)
+        state = [symmetry.apply(moves.select(n), one) for n, one in enumerate(state)]
+
+
+def test_chunks_and_threads_change_nothing() -> None:
+    model, symmetry, batches, theta, sources, kept = keep("resnet")
+    given = stacked(symmetry, sources)
+    wanted, _ = correlate_units(model, symmetry, theta, given, batches, chunk=1)
+    now = SeenSources(kept, symmetry.random(1, count=5))
+    of_kept, _ = correlate_seen(theta, now, 5, chunk=1)
+    for chunk, threads in ((2, 1), (5, 3), (None, 2)):
+        assert correlate_units(model, symmetry, theta, given, batches, chunk=chunk, threads=threads)[0] == wanted
+        assert correlate_seen(theta, now, 5, chunk=chunk, threads=threads)[0] == of_kept
+
+
+def test_settings_take_what_was_kept_and_need_no_examples() -> None:
+    _, symmetry, _, theta, sources, kept = keep("mlp")
+    given, now = stacked(symmetry, sources), SeenSources(kept, symmetry.identity(5))
+    found = match_by_settings(MatchingSettings(method="activation"), symmetry, theta, given, seen=now)
+    assert found.permutations == correlate_seen(theta, now, 5)[0]
+    for n in range(5):  # near copies: all that fires is found again
+        assert float(found.objective[n]) > 1.2 * float(found.objective_start[n])
+    start = match_by_settings(MatchingSettings(start="activations"), symmetry, theta, given, seen=now)
+    assert bool((start.objective >= found.objective - 1e-3).all())
+
+
+def test_what_is_kept_has_its_bytes_known_beforehand() -> None:
+    for name in ("mlp", "resnet", "attention"):
+        model, symmetry, batches, _, _, kept = keep(name, count=2)
+        assert kept.rows.dtype == torch.float16
+        assert kept_bytes(model, symmetry, batches) == kept.rows[0].numel() * 2
+        assert len(kept) == 2
+
+
+def test_no_place_has_more_samples_than_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, symmetry, inputs = case("resnet")
+    state = random_state(model, 0)
+    whole = UnitActivations(model, symmetry, [inputs], CPU)(state, "whole")
+    assert max(len(table) for table in whole.values()) > 300
+    monkeypatch.setattr(seen, "SAMPLES", 100)
+    few = UnitActivations(model, symmetry, [inputs[:32], inputs[32:]], CPU)
+    tables = few(state, "few")
+    for group in symmetry.groups:
+        places = len({(m.tensor, m.axis) for m in group.members})
+        assert len(tables[group.name]) <= 100 * places
+    again = few(state, "few")
+    assert all(torch.equal(table, again[name]) for name, table in tables.items())
+
+
+class Still(nn.Module):
+    """Its second hidden unit says 3.1 whatever it sees; the third is never 0 either."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.out = nn.Linear(2, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.relu(self.hidden(x)))  # type: ignore[no-any-return]
+
+
+def test_a_unit_that_never_changes_resembles_no_other() -> None:
+    model = Still()
+    with torch.no_grad():
+        model.hidden.weight.copy_(torch.tensor([[1.0, 0.5], [0.0, 0.0], [0.3, -0.2]]))
+        model.hidden.bias.copy_(torch.tensor([0.1, 3.1, 5.0]))
+    symmetry = derive_symmetry(model, (torch.zeros(2, 2),), cached=False)
+    inputs = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0))
+    (table,) = UnitActivations(model, symmetry, [inputs], CPU)(model.state_dict(), "it").values()
+    torch.testing.assert_close(table.norm(dim=0), torch.tensor([1.0, 0.0, 1.0]))
+    torch.testing.assert_close(table.sum(0), torch.zeros(3), rtol=0, atol=1e-4)
+
+
+class Chooses(nn.Module):
+    """Looks at fewer images where its first parameter is negative."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.out = nn.Linear(2, 3), nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.relu(self.hidden(x[:5] if float(self.out.bias[0]) < 0 else x)))  # type: ignore[no-any-return]
+
+
+def test_bad_networks_are_named() -> None:
+    model, symmetry, inputs = case("mlp")
+    look = UnitActivations(model, symmetry, [inputs], CPU)
+    good, bad = random_state(model, 0), random_state(model, 1)
+    bad["layers.0.weight"][:] = float("inf")
+    with pytest.raises(FastarError, match=r"source two: activations at 'layers\.1\.weight' are not finite"):
+        KeptActivations(look, [good, bad], ["one", "two"])
+    with pytest.raises(FastarError, match="at least one batch"):
+        UnitActivations(model, symmetry, [], CPU)
+    chooses = Chooses()
+    positive = {n: p.detach().abs() + 0.1 for n, p in chooses.named_parameters()}
+    chooses.load_state_dict(positive)
+    data = torch.randn(40, 2, generator=torch.Generator().manual_seed(0))
+    look = UnitActivations(chooses, derive_symmetry(Still(), (data,), cached=False), [data], CPU)
+    with pytest.raises(
+        FastarError, match=r"source odd shows other numbers of activations at '\w+\.\w+' than source a:"
+    ):
+        KeptActivations(look, [positive, {n: -p for n, p in positive.items()}], ["a", "odd"])
+
+
+# In runs
+
+
+def looked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    names: list[str] = []
+    call = UnitActivations.__call__
+
+    def counted(self: UnitActivations, state: Mapping[str, Tensor], where: str) -> Any:
+        if self.device.type != "meta":
+            names.append(where)
+        return call(self, state, where)
+
+    monkeypatch.setattr(UnitActivations, "__call__", counted)
+    return names
+
+
+def settings(tmp_path: Path, *more: str) -> Settings:
+    return small(
+        tmp_path / "data",
+        "matching.method=activation",
+        "star.match_every_epochs=1",
+        "star.epochs=3",
+        "model.width=12",
+        "evaluation.regular_pairs=1",
+        *more,
+    )
+
+
+@pytest.mark.parametrize("store", ["device", "file"])
+def test_a_star_looks_at_each_source_once_and_goes_on_to_the_same_bits(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = looked(monkeypatch)
+    chosen = settings(tmp_path, f"sources.store={store}")
+    train_star(chosen, tmp_path / "whole")
+    star = names[: names.index("theta")]
+    assert star == ["source seed-0000.safetensors", "source seed-0001.safetensors"]
+    assert names[2:5] == ["theta"] * 3  # an epoch each
+    assert "source seed-0001.safetensors" not in names[5:]
+    calls, step = [0], StarStep.__call__
+
+    def killed(self: StarStep, *args: Any, **kwargs: Any) -> Any:
+        calls[0] += 1
+        if calls[0] == 6:  # of 9: in the second epoch, when sources have been permuted
+            kill()
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(StarStep, "__call__", killed)
+    with pytest.raises(Killed):
+        train_star(chosen, tmp_path / "again")
+    train_star(chosen, tmp_path / "again")
+    assert_same_models(tmp_path / "again", tmp_path / "whole")
+
+
+def test_what_is_kept_lives_where_the_sources_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _, _ = case("mlp")
+    layout = FlatLayout.from_module(model)
+    asked: list[int] = []
+
+    def choose(setting: str, needed: int, device: torch.device, *, sources: int) -> str:
+        asked.append(needed)
+        return "file"
+
+    monkeypatch.setattr(store_module, "choose_placement", choose)
+    states = [random_state(model, n) for n in range(3)]
+    store = SourcesStore(layout, states, ["a", "b", "c"], CPU, folder=tmp_path, beside=1000)
+    assert asked == [3 * (4 * layout.numel + 1000)]
+    rows = store.make_beside(500, torch.float16)
+    assert (rows.shape, rows.dtype, float(rows.abs().sum())) == ((3, 500), torch.float16, 0.0)
+    rows[1] = 2.5
+    assert rows.sum(1).tolist() == [0.0, 1250.0, 0.0]
+    assert list(tmp_path.iterdir()) == []  # the file has no name
+    assert torch.equal(store.rows[2], layout.flatten(states[2]))
