@@ -261,6 +261,16 @@ def test_a_loss_that_is_not_finite_is_refused() -> None:
         evaluate_rows(model, FlatLayout.from_module(model), rows, {"a": data()})
 
 
+@pytest.mark.parametrize(("first", "second", "named"), [(1, 1e25, "b"), (-1e25, 1, "a")])
+def test_a_point_whose_loss_is_not_finite_is_named(first: float, second: float, named: str) -> None:
+    """Of several that are held at once, the bad one, and an end by its own name."""
+    good, *ends = (Endpoint(n, row(resnet(k)) * s) for k, (n, s) in enumerate((("g", 1), ("a", first), ("b", second))))
+    between = r"the point t=0.5 from (g to [ab]|a to b)"
+    for resident in (1, 100):
+        with pytest.raises(FastarError, match=f"^({named}|{between}) has a loss that is not finite on train"):
+            evaluate(resnet(0), [Path("x", good, good), Path("x", *ends)], points=3, resident=resident)
+
+
 def test_an_empty_split_is_refused() -> None:
     model = mlp(0)
     with pytest.raises(FastarError, match="the split is empty"):

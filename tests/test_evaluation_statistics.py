@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -11,7 +11,13 @@ from torch import Tensor, nn
 
 from fastar.errors import FastarError
 from fastar.evaluation import evaluate_rows, re_estimate
-from fastar.evaluation.batch_norm import own_statistics, set_statistics
+from fastar.evaluation.batch_norm import (
+    BatchStatistics,
+    PopulationStatistics,
+    evaluating,
+    own_statistics,
+    set_statistics,
+)
 from fastar.flat import FlatLayout
 
 
@@ -220,3 +226,39 @@ def test_an_unknown_method_is_refused() -> None:
             statistics_batches=data(),
             method="popluation",
         )
+
+
+def test_a_model_that_overflows_is_named_and_spoils_no_other() -> None:
+    """Torch's batch-norm adds to 0 times what its buffer held: NaN, if that was infinite."""
+    template = resnet(0)
+    layout = FlatLayout.from_module(template)
+    rows = torch.stack([row(resnet(1)), row(resnet(2)) * 1e25, row(resnet(3))])
+    with pytest.raises(FastarError, match=r"^two has a loss that is not finite on a: its weights"):
+        evaluate_rows(template, layout, rows, {"a": data()}, statistics_batches=data(), called=["one", "two", "three"])
+    batch = BatchStatistics(template)
+    both = [PopulationStatistics(batch) for _ in range(2)]
+    with torch.no_grad(), evaluating(template), batch.capturing():
+        for images, _ in data()():
+            for scale, population in zip((1e30, 1.0), both, strict=True):
+                template(images * scale)
+                population.add()
+    spoilt, sound = (population.result() for population in both)
+    assert not all(value.isfinite().all() for value in spoilt.values())
+    wanted = re_estimate(template, data()())
+    assert all(torch.equal(value, wanted[name]) for name, value in sound.items())
+
+
+@pytest.mark.parametrize("build", [resnet, mlp])
+def test_the_caller_s_autocast_changes_no_figure(build: Callable[[int], nn.Module]) -> None:
+    template, rows = build(0), torch.stack([row(build(1)), row(build(2))])
+
+    def losses() -> list[float]:
+        layout = FlatLayout.from_module(template)
+        return evaluate_rows(template, layout, rows, {"a": data()}, statistics_batches=data())["a"].loss.tolist()
+
+    wanted = losses()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        with torch.no_grad():
+            assert template(next(iter(data()()))[0]).dtype == torch.bfloat16
+        assert losses() == wanted
+        assert torch.is_autocast_enabled("cpu")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,7 @@ def test_less_can_be_measured_of_a_finished_run(run: Path) -> None:
     assert len(set(named)) == 2
     assert named == sorted(named)
     error = part["batch_norm_error"]
-    assert (error["batches"], error["against"]) == (1, 8)
+    assert (error["batches"], error["against"]) == (1, 6)  # eight times as many are more than there are
     # One batch of 50 of 300 images is not the whole: statistics, and so losses, differ, but not wildly.
     assert 0 < abs(error["error"]) < 1
     assert statistics_lines(part)[0] in outcome.out
@@ -66,10 +67,28 @@ def test_barrier_says_how_well_statistics_are_known(run: Path) -> None:
     outcome = fastar("barrier", *models[:2], "--bn-batches", 2, "--points", 3, "--json", where)
     assert outcome.code == 0, outcome.err
     found = json.loads(outcome.out)["batch_norm_error"]
-    assert (found["batches"], found["against"]) == (2, 16)
+    assert (found["batches"], found["against"]) == (2, 6)
     shown = fastar("barrier", *models[:2], "--bn-batches", 2, "--points", 3, "--quiet", where)
     assert statistics_lines(json.loads(outcome.out))[0] in shown.out
+    for count, known in ((5, True), (6, False), (100, False)):  # 300 images in batches of 50: six are all
+        outcome = fastar("barrier", *models[:2], "--bn-batches", count, "--points", 2, "--json", where)
+        assert (json.loads(outcome.out)["batch_norm_error"] is not None) == known
     assert "bn_batches" in refused("barrier", *models[:2], "--bn-batches", 0, where)
+
+
+def test_barrier_finds_what_the_run_found(run: Path, tmp_path: Path) -> None:
+    """Though its batches are not those of the recipe that ships: statistics are taken in the model's own."""
+    copy = shutil.copytree(run, tmp_path / "copy")
+    assert fastar("train-star", *small(copy)).code == 0  # measured as trained, whatever was asked for meanwhile
+    wanted = next(path for path in results(copy)["paths"] if path["kind"] == "star_heldout")
+    star, heldout = copy / "run" / "star.safetensors", copy / "run" / "heldout" / "seed-0000.safetensors"
+    where = ("--points", 3, "--json", f"dataset.directory={run / 'data'}")
+    (found,) = json.loads(fastar("barrier", star, heldout, *where).out)["paths"]
+    (other,) = json.loads(fastar("barrier", star, heldout, *where, "train.batch_size=299").out)["paths"]
+    for split in ("train", "test"):
+        # The same batches and sums; matching may end in another order of equal units, which fp32 sums show.
+        assert found[f"{split}_loss"] == pytest.approx(wanted[f"{split}_loss"], rel=1e-5)
+        assert other[f"{split}_loss"] != pytest.approx(wanted[f"{split}_loss"], rel=1e-4)
 
 
 def test_memory_that_runs_out_is_one_line(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -95,7 +95,10 @@ class BatchStatistics:
         count = self._counts[key]
         mean, unbiased = self.buffer.double()
         biased = unbiased * ((count - 1) / count.clamp_min(1))  # torch keeps the unbiased one
-        return count, torch.stack([mean, biased + mean.square()])
+        moments = torch.stack([mean, biased + mean.square()])
+        # Torch adds to 0 times what was there: NaN, for every model after one whose statistics overflowed.
+        self.buffer.zero_()
+        return count, moments
 
 
 class PopulationStatistics:

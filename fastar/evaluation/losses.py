@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -38,11 +38,16 @@ class Measured:
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """fp32 means fp32 inside: no TF32 in convolutions or products (a loss of 0.001 needs it)."""
+    """fp32 means fp32 inside: no TF32 in convolutions or products (a loss of 0.001 needs it), no autocast of the
+    caller's."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
-        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        with ExitStack() as stack:
+            stack.enter_context(torch.backends.cudnn.flags(enabled=True, allow_tf32=False))
+            for kind in ("cpu", "cuda"):
+                if torch.is_autocast_enabled(kind):
+                    stack.enter_context(torch.autocast(kind, enabled=False))
             yield
     finally:
         torch.set_float32_matmul_precision(before)
@@ -77,6 +82,7 @@ def evaluate_rows(
     statistics_batches: Batches | None = None,
     method: str = "population",
     graph: bool = False,
+    called: Sequence[str] | None = None,
     advance: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Measured]:
     """Evaluate K models of one architecture in two passes: batch-norm statistics, then losses.
@@ -91,6 +97,7 @@ def evaluate_rows(
         method: "population" (exact over all data) or "reference" (moving average with momentum 0.1, as the
             paper's code).
         graph: replay the work of each batch of a pass as a CUDA graph (all K models in one); a GPU.
+        called: names of the models, for errors.
         advance: told the number of (model, batch) evaluations done.
 
     Raises:
@@ -122,7 +129,15 @@ def evaluate_rows(
                 ):
                     found[k] = value
         for split, batches in splits.items():
-            results[split] = _measure(model, bind, singles, found, batches, rows.device, graphed, advance, stacked)
+            measured = _measure(model, bind, singles, found, batches, rows.device, graphed, advance, stacked)
+            wrong = (~torch.isfinite(measured.loss)).nonzero().flatten().tolist()
+            if wrong:
+                name = f"model {wrong[0]}" if called is None else called[wrong[0]]
+                raise FastarError(
+                    f"{name} has a loss that is not finite on {split}: its weights, or what they compute, are too "
+                    "large for float32; measure without it"
+                )
+            results[split] = measured
     return results
 
 
@@ -247,7 +262,4 @@ def _measure(
         advance(len(singles))
     if not seen:
         raise FastarError("no data to evaluate on: the split is empty")
-    loss = (losses / seen).cpu()
-    if not torch.isfinite(loss).all():
-        raise FastarError(f"model {int((~torch.isfinite(loss)).nonzero()[0])} has a loss that is not finite")
-    return Measured(loss=loss, accuracy=(correct.double() / seen).cpu())
+    return Measured(loss=(losses / seen).cpu(), accuracy=(correct.double() / seen).cpu())

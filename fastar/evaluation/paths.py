@@ -170,6 +170,7 @@ def evaluate_paths(
                 statistics_batches=statistics_batches,
                 method=method,
                 graph=graph,
+                called=[_name(path, t) for _, (path, t) in part],
             )
             for k, (key, _) in enumerate(part):
                 measured[key] = {s: (float(m.loss[k]), float(m.accuracy[k])) for s, m in results.items()}
@@ -195,6 +196,12 @@ def _models_at_once(
     if shown is not None and device.type == "cuda":  # counting takes seconds, which a CPU has other use for
         beside = beside_models(forward_bytes(model, shown.image, shown.batch), row, wanted, shown, device)
     return resident_models(row + statistics_bytes(model), device, wanted, beside)
+
+
+def _name(path: Path, t: float) -> str:
+    """What a point of a path is called."""
+    first, second = path.first.name, path.second.name
+    return first if t == 0 else second if t == 1 else f"the point t={t:g} from {first} to {second}"
 
 
 def _own_statistics(path: Path, t: float, method: str) -> Statistics | None:

@@ -177,10 +177,16 @@ class Context:
         """The train set as batch-norm statistics are re-estimated from: every image once, augmented and in batches as
         in training, in one fixed shuffled order (files may be sorted by class, and batches must not be); or `times`
         `evaluation.bn_batches` of it."""
-        wanted = self.settings.evaluation.bn_batches
-        size = _leaving_no_single(len(self.train), self.settings.train.batch_size)
+        wanted, size = self.settings.evaluation.bn_batches, self._statistics_size()
         batches = self.train.batches(size, seed=derive_seed(0, "statistics"), epoch=0, augment=True, drop_last=False)
         return batches if wanted is None else islice(batches, wanted * times)
+
+    def whole_statistics(self) -> int:
+        """How many batches of `statistics_batches` hold the whole train set."""
+        return self.train.batch_count(self._statistics_size(), drop_last=False)
+
+    def _statistics_size(self) -> int:
+        return _leaving_no_single(len(self.train), self.settings.train.batch_size)
 
     def build(self, seed: int | None = None, *, device: torch.device | str | None = None) -> nn.Module:
         """A fresh network of the run's architecture, on `device` (None: the run's)."""

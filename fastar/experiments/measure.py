@@ -44,7 +44,11 @@ def endpoint(context: Context, name: str, checkpoint: Checkpoint, permutation: P
 
     own = None
     if context.settings.evaluation.batch_norm == "reference":
-        found = {k: v.to(context.device) for k, v in state().items() if k.endswith(("running_mean", "running_var"))}
+        found = {  # in float32, as the rows are, whatever the file holds
+            name: value.to(context.device, torch.float32)
+            for name, value in state().items()
+            if name.endswith(("running_mean", "running_var"))
+        }
         own = found or None
     return Endpoint(name, row, own)
 
@@ -202,9 +206,10 @@ def measure(
 
 def statistics_error(context: Context, paths: Sequence[Path]) -> dict[str, Any] | None:
     """What `evaluation.bn_batches` changes in the test loss half-way along the first path: the difference to eight
-    times as many batches. None where all batches are taken, or without batch-norm."""
+    times as many batches, or all there are. None where all batches are taken, or without batch-norm."""
     wanted, model = context.settings.evaluation.bn_batches, context.build(seed=0)
-    if wanted is None or not batch_norm_layers(model):
+    whole = context.whole_statistics()
+    if wanted is None or wanted >= whole or not batch_norm_layers(model):
         return None
     path, half = paths[0], torch.tensor(0.5, device=context.device)
     row = torch.empty(context.layout.numel, device=context.device)
@@ -217,9 +222,11 @@ def statistics_error(context: Context, paths: Sequence[Path]) -> dict[str, Any] 
             row[None],
             {"test": context.splits()["test"]},
             statistics_batches=partial(context.statistics_batches, times),
+            method=context.settings.evaluation.batch_norm,
         )
         losses.append(float(found["test"].loss[0]))
-    return {"batches": wanted, "against": TIMES * wanted, "test_loss": losses[0], "error": losses[0] - losses[1]}
+    against = min(TIMES * wanted, whole)
+    return {"batches": wanted, "against": against, "test_loss": losses[0], "error": losses[0] - losses[1]}
 
 
 def summary(measured: Sequence[PathLosses], split: str) -> dict[str, Any]:

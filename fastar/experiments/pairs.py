@@ -39,6 +39,9 @@ def context_of(
     shape = None
     if dataset == known.get("dataset"):
         options += [as_override(f"dataset.{key}", known[key]) for key in DATA_KEYS if known.get(key) is not None]
+        batch = known.get("train", {}).get("batch_size")
+        if batch is not None:  # batch-norm statistics are taken in batches as in its training
+            options.append(f"train.batch_size={batch}")
         if dataset in OF_ANY_SIZE and "input_shape" in known and "classes" in known:
             shape = Shape(tuple(known["input_shape"]), known["classes"])
             options.append(f"dataset.resolution={shape.image[1]}")

@@ -260,9 +260,8 @@ def _train(
                 statistics = re_estimate(model, context.statistics_batches())
             set_statistics(model, statistics)
             row = context.row(Checkpoint(model.state_dict()))
-            measured = evaluate_rows(
-                model, context.layout, row[None], context.splits(), statistics=[statistics] if statistics else None
-            )
+            own, called = [statistics] if statistics else None, ["the star"]
+            measured = evaluate_rows(model, context.layout, row[None], context.splits(), statistics=own, called=called)
         # Written first: a star without its permutations would be measured against other ones than it was trained with.
         save_checkpoint(run.permutations, {**permutations, "matched": torch.tensor(int(matched))}, {"kind": "matching"})
         save_model(context, subject, model.state_dict(), measured, done)
