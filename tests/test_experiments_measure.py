@@ -9,9 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from cli_cases import fastar, refused, tiny
+from torch.nn import functional as F
 
-from fastar.experiments.measure import choose
+from fastar.checkpoints import Checkpoint
+from fastar.config import load_settings
+from fastar.evaluation import evaluate_rows
+from fastar.experiments.context import Context, Shape
+from fastar.experiments.measure import choose, endpoint
 from fastar.report import statistics_lines
+from fastar.runs import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +108,40 @@ def test_memory_that_runs_out_is_one_line(run: Path, monkeypatch: pytest.MonkeyP
     assert refused("train-star", *small(run)).startswith(said)
     models = sorted((run / "run" / "sources").iterdir())
     assert refused("barrier", *models[:2], "--quiet", f"dataset.directory={run / 'data'}").startswith(said)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_ends_are_of_float32_whatever_their_file_holds(dtype: torch.dtype, tmp_path: Path) -> None:
+    """The reference's way takes an end's own statistics, which layers in float32 cannot take in another precision."""
+    settings = load_settings(
+        dataset="digits",
+        arch="resnet8",
+        overrides=["model.width=0.25", "device=cpu", "evaluation.batch_norm=reference"],
+    )
+    context = Context(settings, RunFolder(tmp_path))
+    context.known = Shape(context.image, 10)
+    state = {
+        name: value.to(dtype) if value.is_floating_point() else value
+        for name, value in context.build(seed=0).state_dict().items()
+    }
+    end = endpoint(context, "x", Checkpoint(state))
+    assert end.row_on(context.device).dtype == torch.float32
+    assert end.statistics is not None
+    assert len(end.statistics) == 2 * 9
+    assert {value.dtype for value in end.statistics.values()} == {torch.float32}
+    images, labels = torch.randn(8, 1, 8, 8), torch.arange(8)
+    measured = evaluate_rows(
+        context.build(seed=1),
+        context.layout,
+        end.row_on(context.device)[None],
+        {"a": lambda: [(images, labels)]},
+        statistics=[end.statistics],
+        method="reference",
+    )
+    with torch.no_grad():
+        wanted = F.cross_entropy(context.build(seed=0).eval()(images), labels)
+    # What rounding the weights to the file's precision changes.
+    assert float(measured["a"].loss[0]) == pytest.approx(float(wanted), rel=1e-2)
 
 
 def test_chosen_models_are_some_of_all_in_order() -> None:
