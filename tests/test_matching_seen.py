@@ -18,6 +18,7 @@ from fastar.errors import FastarError
 from fastar.experiments.star_domain import train_star
 from fastar.flat import FlatLayout
 from fastar.matching import (
+    Examples,
     KeptActivations,
     SeenSources,
     Symmetry,
@@ -26,6 +27,7 @@ from fastar.matching import (
     derive_symmetry,
     kept_bytes,
     match_by_settings,
+    match_many,
     seen,
 )
 from fastar.matching.activations import correlate_seen
@@ -196,7 +198,21 @@ def test_bad_networks_are_named() -> None:
         KeptActivations(look, [positive, {n: -p for n, p in positive.items()}], ["a", "odd"])
 
 
-# In runs
+# Many, and runs
+
+
+def test_every_network_of_a_set_is_looked_at_once_more_as_theta_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 6 networks 6 are looked at and kept, and 5 once more as theta; by pairs there would be 15 more."""
+    model, symmetry, batches, _, sources, _ = keep("mlp", count=6)
+    names = looked(monkeypatch)
+    given = Examples(model, [(batch, None) for batch in batches])
+    how = MatchingSettings(method="activation")
+    many = match_many(symmetry, sources, to="pairwise", settings=how, examples=lambda: given)
+    assert names == [*(f"source {n}" for n in range(6)), *["theta"] * 5]
+    for (i, j), found in many.pairs.items():
+        wanted, _ = correlate_units(model, symmetry, sources[i], stacked(symmetry, [sources[j]]), batches)
+        for group, index in found.items():
+            assert float((index == wanted[group][0]).float().mean()) >= 0.75, (i, j, group)
 
 
 def looked(monkeypatch: pytest.MonkeyPatch) -> list[str]:

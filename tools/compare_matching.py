@@ -45,7 +45,7 @@ from fastar.experiments.context import Context
 from fastar.experiments.measure import choose_pairs, endpoint
 from fastar.experiments.regular import regular_models
 from fastar.experiments.star_domain import prepare_context
-from fastar.matching import match_by_settings
+from fastar.matching import KeptActivations, SeenSources, UnitActivations, match_by_settings
 from fastar.progress import SILENT, Progress, TerminalProgress
 from fastar.seeds import derive_seed
 from fastar.training import SourcesStore, StarStep, fit
@@ -107,14 +107,23 @@ def ways(context: Context) -> list[Way]:
 
 def _fastar(context: Context, settings: MatchingSettings) -> Match:
     symmetry = context.symmetry
+    known: list[SeenSources] = []
 
     def match(theta: State, sources: list[State], warm: bool) -> list[State]:
+        if settings.by_activations and not warm:  # as a run does: looked at once, then followed
+            given = context.examples()
+            look = UnitActivations(given.model, symmetry, [inputs for inputs, _ in given.batches], context.device)
+            kept = KeptActivations(look, sources, [str(n) for n in range(len(sources))])
+            known[:] = [SeenSources(kept, symmetry.identity(len(sources)))]
+        seen = known[0] if known else None
         stacked = {name: torch.stack([source[name] for source in sources]) for name in symmetry.parameters}
         start = symmetry.identity() if warm else None
         threads = context.settings.workers
         result = match_by_settings(
-            settings, symmetry, theta, stacked, start=start, examples=context.examples, threads=threads
+            settings, symmetry, theta, stacked, start=start, examples=context.examples, threads=threads, seen=seen
         )
+        if seen is not None:
+            known[:] = [SeenSources(seen.kept, seen.permutations.then(result.permutations.to("cpu")))]
         return [symmetry.apply(result.permutations.select(n).to("cpu"), source) for n, source in enumerate(sources)]
 
     return match
@@ -236,9 +245,10 @@ def compare(context: Context, chosen_ways: Sequence[str] | None, *, with_star: b
             if with_star:
                 centre, permuted = star(context, way, sources)
                 record["seconds_in_star"] = sum(way.seconds)
+                ends = [(centre, s) for s in way(centre, permuted, True)]  # goes on from the last epoch
+                record["barrier_star_source"] = barriers(context, ends)
                 ends = [(centre, way(centre, [h], False)[0]) for h in heldouts]
                 record["barrier_star_heldout"] = barriers(context, ends)
-                record["barrier_star_source"] = barriers(context, [(centre, s) for s in way(centre, permuted, True)])
             yield {**record, **where(device)}
 
 

@@ -15,6 +15,7 @@ from fastar.errors import FastarError
 from fastar.matching.methods import GiveExamples, match_by_settings
 from fastar.matching.networks import check_finite
 from fastar.matching.permutations import Permutations
+from fastar.matching.seen import KeptActivations, SeenSources, UnitActivations
 from fastar.matching.symmetry import Symmetry
 from fastar.progress import SILENT, Progress
 from fastar.seeds import derive_seed
@@ -101,7 +102,8 @@ def match_many(
         symmetry.check_state(state, f"model {n}")
         for name in symmetry.counted(state, state):
             check_finite(state[name], name, f"model {n}")
-    networks = _Networks(symmetry, states, settings, examples, seed, threads)
+    kept = _look(symmetry, states, settings, examples, progress)
+    networks = _Networks(symmetry, states, settings, examples, seed, threads, kept)
     if to == "pairwise":
         return _pairwise(networks, progress)
     if to == "star":
@@ -125,6 +127,26 @@ def average(symmetry: Symmetry, states: Sequence[State], permutations: Permutati
     }
 
 
+def _look(
+    symmetry: Symmetry,
+    states: Sequence[State],
+    settings: MatchingSettings,
+    examples: GiveExamples | None,
+    progress: Progress,
+) -> KeptActivations | None:
+    """What the units of all networks do, in host memory, where they are matched by it."""
+    if examples is None or not settings.by_activations or not symmetry.groups:
+        return None
+    given, device = examples(), next(iter(states[0].values())).device
+    look = UnitActivations(given.model, symmetry, [inputs for inputs, _ in given.batches], device)
+    names = [str(n) for n in range(len(states))]
+
+    def place(width: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(len(states), width, dtype=dtype)
+
+    return KeptActivations(look, states, names, place=place, progress=progress)
+
+
 @dataclass(frozen=True)
 class _Networks:
     """The networks, and how they are matched to whatever theta."""
@@ -135,11 +157,15 @@ class _Networks:
     examples: GiveExamples | None
     seed: int
     threads: int | None
+    kept: KeptActivations | None
 
     def match(
         self, theta: State, some: Sequence[int], start: Permutations | None = None
     ) -> tuple[Permutations, Tensor]:
-        """Permutations [n, size] of the networks `some`, and their objectives [n]."""
+        """Permutations [n, size] of the networks `some`, which follow each other, and their objectives [n]."""
+        seen = None
+        if self.kept is not None:
+            seen = SeenSources(self.kept, self.symmetry.identity(), some[0])
         names = [name for name in self.symmetry.parameters if name in theta]
         result = match_by_settings(
             self.settings,
@@ -150,6 +176,7 @@ class _Networks:
             examples=self.examples,
             seed=self.seed,
             threads=self.threads,
+            seen=seen,
         )
         return result.permutations.to("cpu"), result.objective
 
