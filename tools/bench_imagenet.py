@@ -127,7 +127,7 @@ def memory(problem: Problem, count: int, cap: str) -> str:
         peaks = _peaks(replace(problem, classes=1000), count, cap, settings)
         found |= {"peak_bytes": max(peaks["training"], peaks["matching"]), "peaks": peaks}
         free, whole = torch.cuda.mem_get_info(device)
-        found |= {"reserved_bytes": torch.cuda.max_memory_reserved(device), "device_bytes": whole - free}
+        found |= {"reserved_bytes": peaks.pop("reserved"), "device_bytes": whole - free}
         found["of_plan"] = found["peak_bytes"] / max(planned.values())
         found["of_plan_each"] = {phase: peaks[phase] / planned[phase] for phase in planned}
     items = {f"{item.phase}: {item.what}": item.bytes for item in plan.items if item.place == "gpu"}
@@ -168,6 +168,7 @@ def _peaks(problem: Problem, count: int, cap: str, settings: Settings) -> dict[s
         # As the first of a run, which starts from a guess: it does the most.
         match_store(symmetry, theta, first, settings.matching, start=None, seed=0, threads=threads)
         found["matching"] = float(torch.cuda.max_memory_allocated(device))
+        found["reserved"] = float(torch.cuda.max_memory_reserved(device))
         found["matching_seconds"] = time.perf_counter() - begin
         torch.cuda.reset_peak_memory_stats(device)
 
@@ -183,6 +184,7 @@ def _peaks(problem: Problem, count: int, cap: str, settings: Settings) -> dict[s
         step(images, labels, lr)
     torch.cuda.synchronize(device)
     found["training"] = float(torch.cuda.max_memory_allocated(device))
+    found["reserved"] = max(found["reserved"], float(torch.cuda.max_memory_reserved(device)))
     assert len(kept) == 2
     return found
 

@@ -72,10 +72,10 @@ def _tool(
     return Part(label or name, call, (script, *arguments.split()), limit, (script, *small.split()), device)
 
 
-def gpu_tests(workers: int) -> tuple[str, ...]:
+def gpu_tests(workers: int, names: str = "test_*.py") -> tuple[str, ...]:
     """The tests marked `gpu`, of the files that have some, by so many processes where pytest-xdist is there."""
     marked = re.compile(r"(?<![\"'`])(?<![\"'`]@)pytest\.mark\.gpu\b")  # the mark itself, not a text about it
-    files = [path for path in sorted((ROOT / "tests").glob("test_*.py")) if marked.search(path.read_text("utf-8"))]
+    files = [path for path in sorted((ROOT / "tests").glob(names)) if marked.search(path.read_text("utf-8"))]
     shared = ("-n", str(workers)) if workers > 1 and util.find_spec("xdist") is not None else ()
     # -vv: a line for each test as it ends (the project asks for -q), so that a part out of time still says what failed.
     options = ("-vv", "--tb=short", "-p", "no:cacheprovider", "--continue-on-collection-errors", "-rfE", *shared)
@@ -113,7 +113,7 @@ PARTS = (
         "--precision bf16 --threads 16 --images 10000 --rounds 4",
         "--size 32 --width 0.125 --batch 4 --sources 2 --counts 3 40 --images 40 --rounds 2 --repeats 2 --threads 2",
     ),
-    Part("tests", 2, gpu_tests(8), 80, gpu_tests(1)),
+    Part("tests", 2, gpu_tests(8), 80, gpu_tests(1, "test_training_store.py")),
     _tool("bench_barrier", 2, 40, "--images 600", "--images 20 --size 16 --batch 8 --workers 2"),
     _tool(
         "bench_loader",
