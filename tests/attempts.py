@@ -7,6 +7,7 @@ is there, or tensors were faked) no fork can compute gradients. This one (`pytho
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import select
 import signal
@@ -21,6 +22,8 @@ import torch
 from run_cases import small
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from fastar.experiments import beforehand
+from fastar.experiments.plan import Plan, check_fits
 from fastar.experiments.star_domain import prepare_context, train_star
 from fastar.training import RegularStep, StarStep
 
@@ -80,10 +83,17 @@ def say(line: str) -> None:
     os.write(1, f"{line}\n".encode())  # in one piece, whichever process writes
 
 
+def planned(data: Path) -> Plan:
+    return check_fits(prepare_context(small(data), data / "never"))
+
+
 def serve(data: Path) -> None:
     """Fork an attempt for every request on standard input. What takes time and computes no gradient is done before."""
     context = prepare_context(small(data), data / "never")
     _ = context.train, context.test, context.symmetry
+    with multiprocessing.get_context("fork").Pool(1) as other:  # planning computes gradients, of tensors without data
+        plan = other.apply(planned, [data])
+    beforehand.check_fits = lambda context: plan
     with FakeTensorMode():
         torch.zeros(3, 4) @ torch.zeros(4, 2)
     for line in sys.stdin:

@@ -87,7 +87,7 @@ def test_missing_raw_data_says_where_it_looked_and_how_to_get_it(tmp_path: Path,
     root.mkdir()
     message = refused(
         *("train-star", "--dataset", name, "--data-root", root, "--out", tmp_path / "run"),
-        *(f"dataset.directory={tmp_path / 'data'}", "device=cpu"),
+        *(f"dataset.directory={tmp_path / 'data'}", "device=cpu", "--arch", "mlp"),
     )
     assert str(root) in message
     assert "get " in message or "put " in message

@@ -91,7 +91,7 @@ def test_sources_of_class_folders_alone(root: Path, tmp_path: Path) -> None:
         (["--dataset", "digits", "dataset.order=pages"], "order belongs to imagenet and imagefolder"),
         (["--dataset", "digits", "dataset.limit=1438"], "limit=1438 is more than the 1437 train images of digits"),
         (["--dataset", "imagenet", "--data-root", "nowhere"], "nowhere: no such folder"),
-        (["--dataset", "imagenet"], "holds no finished dataset; give the images with --data-root"),
+        (["--dataset", "imagenet", "--arch", "resnet8"], "holds no finished dataset; give the images with --data-root"),
         (["--dataset", "imagenet", "--data-root", ".", "model.widht=2"], "did you mean 'width'?"),
         (["--dataset", "imagenet", "--val-share", "0.1"], "val_share belongs to imagefolder; imagenet has test images"),
         (["--dataset", "imagefolder", "--name", "x", "--val-share", "1"], "dataset.val_share=1"),

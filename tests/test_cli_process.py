@@ -37,7 +37,7 @@ def epochs_of(log: Path, model: str) -> int:
 
 
 def test_ctrl_c_in_mid_training_keeps_what_is_finished_and_goes_on(tmp_path: Path) -> None:
-    options = [*tiny(tmp_path / "data", sources=3, heldout=1), "train.epochs=15"]
+    options = [*tiny(tmp_path / "data", sources=3, heldout=1), "train.epochs=15", "star.epochs=3"]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert fastar("train-star", *options, "--out", whole).code == 0  # also writes the data
 
