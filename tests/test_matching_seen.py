@@ -285,3 +285,35 @@ def test_what_is_kept_lives_where_the_sources_do(tmp_path: Path, monkeypatch: py
     assert rows.sum(1).tolist() == [0.0, 1250.0, 0.0]
     assert list(tmp_path.iterdir()) == []  # the file has no name
     assert torch.equal(store.rows[2], layout.flatten(states[2]))
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["mlp", "resnet", "attention"])
+def test_a_gpu_pairs_as_the_cpu_does(name: str) -> None:
+    """What is kept may lie on the host; convolutions of a GPU may round inputs to ten bits."""
+    model, symmetry, batches, theta, sources, kept = keep(name)
+    cuda = torch.device("cuda")
+    moves = symmetry.random(7, count=5)
+    wanted, left = correlate_seen(theta, SeenSources(kept, moves), 5)
+    look = UnitActivations(model, symmetry, [batch.to(cuda) for batch in batches], cuda)
+    there = {key: value.to(cuda) for key, value in theta.items()}
+    for place in (None, lambda width, dtype: torch.zeros(5, width, dtype=dtype)):
+        on_gpu = KeptActivations(look, sources, [str(n) for n in range(5)], place=place)
+        assert on_gpu.rows.device.type == ("cuda" if place is None else "cpu")
+        for chunk in (None, 2):
+            found, unseen = correlate_seen(there, SeenSources(on_gpu, moves), 5, chunk=chunk, threads=2)
+            assert unseen == left
+            for group, index in found.items():
+                assert index.device.type == "cpu"
+                assert float((index == wanted[group]).float().mean()) >= 0.85, group
+
+
+@pytest.mark.gpu
+def test_a_star_on_a_gpu_is_matched_by_what_was_kept(tmp_path: Path) -> None:
+    for store in ("device", "host", "file"):
+        chosen = settings(tmp_path, "device=cuda", f"sources.store={store}")
+        results = train_star(chosen, tmp_path / store)
+        assert results["paths"]
