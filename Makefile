@@ -10,16 +10,22 @@ star: $(VENV)/.installed
 
 install: $(VENV)/.installed
 
+# The tests are shared by so many processes: one for each core that may be used, and 8 at most, since each takes about a
+# gigabyte of memory. `make test PROCESSES=0` runs them in pytest's own.
+PROCESSES := $(shell n=$$(env -u OMP_NUM_THREADS nproc || echo 2); echo $$((n < 8 ? n : 8)))
+# worksteal: neighbours stay together, so that what a module's tests share is made in one process, rarely in two.
+SHARED := -n $(PROCESSES) --dist=worksteal
+
 # One thread: the tests' networks are small, and threads that wait for each other cost more than they save.
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SHARED)
 
 test-all: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'slow or not slow'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SHARED) -m 'slow or not slow'
 
 # The tests marked gpu, on a simulated one where there is none (tools/rehearse.py).
 rehearse: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python tools/rehearse.py
+	OMP_NUM_THREADS=1 $(BIN)/python tools/rehearse.py python -m pytest -m gpu $(SHARED)
 
 # Every shipped configuration from end to end at the smallest scale, on made images.
 smoke: $(VENV)/.installed
