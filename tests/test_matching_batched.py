@@ -75,11 +75,12 @@ def same(first: MatchResult, second: MatchResult) -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_together_as_one_by_one(name: str) -> None:
-    symmetry, theta, sources = problem(name, 6)
-    for settings in ways(symmetry, 6).values():
+    count = 4 if name == "resnet" else 6  # ten times as much work as any other
+    symmetry, theta, sources = problem(name, count)
+    for settings in ways(symmetry, count).values():
         same(
             match_weights(symmetry, theta, sources, chunk=1, **settings),
-            match_weights(symmetry, theta, sources, chunk=6, **settings),
+            match_weights(symmetry, theta, sources, chunk=count, **settings),
         )
 
 
