@@ -18,12 +18,16 @@ import torch
 from PIL import Image
 
 from fastar import devices
-from fastar.config import load_settings
+from fastar.config import TrainSettings, load_settings
 from fastar.data import Augmentation, DeviceDataset
 from fastar.experiments import facts, measure, regular, star
 from fastar.experiments.context import Context
 from fastar.experiments.plan import Plan, make_plan
+from fastar.matching import derive_symmetry, match_weights, weights
+from fastar.matching.weights import bytes_of_one
+from fastar.models import build_model
 from fastar.runs import RunFolder
+from fastar.training import RegularStep, fit
 
 TRAIN, TEST = 96, 48
 COMMON = (
@@ -124,6 +128,20 @@ def held_images(
     )
 
 
+def of_held_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arch: str, *overrides: str) -> Context:
+    """A run on made images, as if they were CIFAR-10."""
+    monkeypatch.setitem(facts.PUBLISHED, "cifar10", (TRAIN, TEST, 10))
+    settings = load_settings(
+        dataset="cifar10", arch=arch, overrides=[*COMMON, f"dataset.directory={tmp_path}", *overrides]
+    )
+    context = Context(settings, RunFolder(tmp_path / "run"))
+    context.__dict__["files"] = SimpleNamespace(digest="made", classes=[str(n) for n in range(10)])
+    augmentation = Augmentation(pad=4, flip=True)
+    context.__dict__["train"] = held_images(TRAIN, 32, 3, context.device, augmentation)
+    context.__dict__["test"] = held_images(TEST, 32, 3, context.device, augmentation)
+    return context
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize(
     ("arch", "overrides"),
@@ -138,16 +156,7 @@ def held_images(
 def test_of_images_that_are_held(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arch: str, overrides: tuple[str, ...]
 ) -> None:
-    monkeypatch.setitem(facts.PUBLISHED, "cifar10", (TRAIN, TEST, 10))
-    settings = load_settings(
-        dataset="cifar10", arch=arch, overrides=[*COMMON, f"dataset.directory={tmp_path}", *overrides]
-    )
-    context = Context(settings, RunFolder(tmp_path / "run"))
-    context.__dict__["files"] = SimpleNamespace(digest="made", classes=[str(n) for n in range(10)])
-    augmentation = Augmentation(pad=4, flip=True)
-    context.__dict__["train"] = held_images(TRAIN, 32, 3, context.device, augmentation)
-    context.__dict__["test"] = held_images(TEST, 32, 3, context.device, augmentation)
-    check(context, monkeypatch)
+    check(of_held_images(tmp_path, monkeypatch, arch, *overrides), monkeypatch)
 
 
 @pytest.mark.gpu
@@ -165,3 +174,74 @@ def test_of_images_that_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     context = Context(settings, RunFolder(tmp_path / "run"))
     _ = context.files
     check(context, monkeypatch)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", [{}, {"kicks": 2}, {"orders": 2, "kicks": 2}], ids=str)
+def test_the_automatic_chunk_of_matching(settings: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two chunks take at most half of what is free, whatever a way out of local optima holds beside them."""
+    count, device = 12, torch.device("cuda")
+    states = [build_model("resnet20", input_shape=(3, 32, 32), classes=10, seed=n, width=0.5) for n in range(count + 1)]
+    groups = derive_symmetry(states[0], (torch.zeros(2, 3, 32, 32),))
+    theta = {name: value.detach().to(device) for name, value in states[0].state_dict().items()}
+    rows = [model.state_dict() for model in states[1:]]
+    sources = {name: torch.stack([row[name] for row in rows]).to(device) for name in groups.parameters}
+    free = 4 * 4 * bytes_of_one(groups)  # four sources in each chunk, if nothing is kicked
+    monkeypatch.setattr(weights, "free_bytes", lambda device: free)
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    match_weights(groups, theta, sources, threads=2, **settings)
+    taken = torch.cuda.max_memory_allocated() - before
+    assert 0.2 * free < taken <= 0.5 * free
+
+
+class Noted(RegularStep):
+    """Notes what is allocated when an epoch begins."""
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self.allocated: list[int] = []
+
+    def begin_epoch(self, epoch: int, steps: int) -> None:
+        gc.collect()
+        self.allocated.append(torch.cuda.memory_allocated())
+
+
+@pytest.mark.gpu
+def test_an_epoch_s_last_batch_is_gone_when_the_next_one_s_matching_begins() -> None:
+    images = held_images(TRAIN, 32, 3, torch.device("cuda"), Augmentation(pad=4, flip=True))
+    model = build_model("resnet8", input_shape=(3, 32, 32), classes=10, seed=0, width=0.25).cuda()
+    state = sum(value.numel() * value.element_size() for value in model.state_dict().values())
+    batch = 4 * 48 * 3 * 32 * 32
+    recipe = TrainSettings(epochs=3, batch_size=48, precision="fp32")
+    step = Noted(model, recipe)
+    fit(step, images, recipe, name="x", seed=0)
+    first, *others = step.allocated
+    # The last good state is new after the first epoch; each of its tensors is rounded up to 512 bytes.
+    assert all(state <= one - first < batch / 4 for one in others)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("graph", [False, True])
+def test_a_regular_model_s_training_is_gone_when_it_is_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, graph: bool
+) -> None:
+    context = of_held_images(
+        tmp_path, monkeypatch, "resnet8", "train.optimizer=adamw", "train.lr=0.001", f"train.graph={graph}"
+    )
+    measured, seen = regular.evaluate_rows, []
+
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        gc.collect()
+        seen.append(torch.cuda.memory_allocated())
+        return measured(*args, **kwargs)
+
+    monkeypatch.setattr(regular, "evaluate_rows", noting)
+    _ = context.layout, context.train, context.test
+    gc.collect()
+    before = torch.cuda.memory_allocated()
+    with context.run.open(context.settings, context.progress):
+        regular.train_regular(context, "source", 0)
+    state = 4 * context.layout.numel
+    # The state, a network and its row; theta, gradient and two moments would be four more. Tensors are rounded up.
+    assert 3 * state < seen[0] - before < 4 * state

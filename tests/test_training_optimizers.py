@@ -6,15 +6,17 @@ from typing import Literal
 
 import pytest
 import torch
+from fastar.kernels import adam_update, reference, sgd_update
 from torch.nn import functional as F
 from training_cases import CPU, PlainConvNet, batches, clipped, network, store
 
 from fastar.config import StarSettings, TrainSettings, load_settings
 from fastar.errors import FastarError
 from fastar.flat import FlatLayout
+from fastar.footprint import LiveBytes
 from fastar.training import RegularStep, StarStep
 from fastar.training.clipping import shortening
-from fastar.training.optimizer import FlatAdam
+from fastar.training.optimizer import PLAIN_ROWS, FlatAdam, rows_of_an_update
 from fastar.training.precision import LossScale
 
 SETTINGS = TrainSettings(lr=0.01, weight_decay=0.02, betas=(0.8, 0.95), eps=1e-3, precision="fp32")
@@ -216,3 +218,27 @@ def test_clipping_is_after_the_loss_scale_is_removed() -> None:
     scaled.loss_scale.scale.fill_(float("inf"))
     scaled(images, labels, torch.tensor(0.05))
     assert torch.equal(scaled.theta, before)  # a step that overflowed is skipped, clipped or not
+
+
+@pytest.mark.parametrize("found", [None, torch.zeros(())])
+@pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
+def test_what_an_update_by_plain_torch_takes_for_a_moment(
+    optimizer: str, found: torch.Tensor | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU without Triton, which the plan counts; on a CPU it is done in blocks."""
+    monkeypatch.setattr(reference, "_in_blocks", lambda device: False)
+    count = 10_000
+    theta, gradient, first, second = (torch.ones(count) for _ in range(4))
+    scalars = {"lr": torch.tensor(0.1), "scale": torch.tensor(0.5), "inverse_loss_scale": torch.tensor(1.0)}
+    with LiveBytes() as live:
+        if optimizer == "sgd":
+            sgd_update(
+                theta, gradient, first, **scalars, weight_decay=0.1, momentum=0.9, nesterov=True, found_nonfinite=found
+            )
+        else:
+            adam_update(
+                theta, gradient, first, second, steps_done=torch.zeros(()), **scalars, weight_decay=0.1,
+                betas=(0.9, 0.99), eps=1e-8, decoupled=optimizer == "adamw", found_nonfinite=found,
+            )  # fmt: skip
+    assert live.peak // (4 * count) == PLAIN_ROWS[optimizer]
+    assert rows_of_an_update(optimizer, CPU) == 0

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,6 +15,7 @@ from torch.nn import functional as F
 from training_cases import CPU, PlainConvNet, PlainMlp, batches, dataset, network, store
 
 from fastar.config import StarSettings, TrainSettings
+from fastar.data import DeviceDataset
 from fastar.errors import FastarError
 from fastar.flat import FlatLayout
 from fastar.models import build_model
@@ -326,3 +330,28 @@ def test_training_is_a_function_of_its_seeds() -> None:
     assert torch.equal(trained_star(seed=0), first)
     assert not torch.equal(trained_star(seed=1), first)
     assert not torch.equal(trained_star(seed=0, draws=4), first)
+
+
+def test_an_epoch_s_last_batch_is_let_go_before_the_next_epoch_begins() -> None:
+    """Which may match for minutes: the batch would be held all the while."""
+    handed: list[weakref.ref[Tensor]] = []
+
+    class Handing(DeviceDataset):
+        def batches(self, *args: Any, **kwargs: Any) -> Iterator[Any]:
+            for images, labels in super().batches(*args, **kwargs):
+                mine = images.clone()
+                handed.append(weakref.ref(mine))
+                yield mine, labels
+                del mine
+
+    class Looking(RegularStep):
+        def begin_epoch(self, epoch: int, steps: int) -> None:
+            gc.collect()
+            alive.append(sum(one() is not None for one in handed))
+
+    alive: list[int] = []
+    images = dataset()
+    images.__class__ = Handing
+    fit(Looking(resnet(), SETTINGS), images, SETTINGS, name="x", seed=0)
+    assert len(handed) == 18
+    assert alive == [0, 0, 0]

@@ -29,8 +29,8 @@ from fastar.training.feed import SLOTS
 from fastar.training.placement import automatic, pinned_bytes
 
 PHASES = ("reading", "training", "matching", "evaluation")
-# States of the model kept on the device to go back to, and files of a training kept at a time (two, the best, one new).
-KEPT_STATES, KEPT_FILES = 2, 4
+# Files of a training kept at a time: two, the best, one new.
+KEPT_FILES = 4
 # Batches of decoded images on the host at a time: two ahead, the one in use and the one being filled.
 DECODED = 4
 # What cuBLAS takes for each thread and stream that multiplies matrices on a Hopper GPU (`CUBLAS_WORKSPACE_CONFIG`).
@@ -84,11 +84,11 @@ class Sizes:
         folder: whether the sources are given in files; `given`: how many of those are read whole.
         row: parameters of one network in fp32; `low`: in the precision that is trained in.
         buffers: of one network; `statistics`: what one takes while its batch-norm is re-estimated.
-        moments: of the optimizer.
+        moments: of the optimizer; `update`: what an update takes for a moment.
         optimizer: its name.
         image, measured_image: (C, H, W) in training, at its largest, and in evaluation.
         training, forward: of a step, and of evaluating a batch.
-        symmetry: what is matched.
+        symmetry: what is matched; `kicks`: how often out of its optimum.
         batch_norm: whether statistics are taken.
         drop_last: whether training leaves out short batches.
         threads: CPU threads of matching.
@@ -107,12 +107,14 @@ class Sizes:
     buffers: int
     statistics: int
     moments: int
+    update: int
     optimizer: str
     image: tuple[int, int, int]
     measured_image: tuple[int, int, int]
     training: Footprint
     forward: ForwardBytes
     symmetry: Symmetry
+    kicks: int
     batch_norm: bool
     drop_last: bool
     threads: int
@@ -151,8 +153,8 @@ def items_of(sizes: Sizes, choice: Choice) -> list[Item]:
         Item("host", "data set while it is read, and its file", sizes.facts.reading, "reading"),
         *(Item(place, "data set", sizes.facts.resident, phase) for phase in ("training", "evaluation")),
         *held,
-        # While sources are matched, all of the star's training stays but what a step makes and drops.
-        *(replace(item, phase="matching") for item in held if item.what not in _OF_A_STEP),
+        # While sources are matched, all of the star's training stays but what steps make and drop.
+        *(replace(item, phase="matching") for item in held if item.what not in _OF_AN_EPOCH),
         Item(place, "data set", sizes.facts.resident, "matching"),
         *(Item(place, "cuBLAS: workspaces", _workspaces(sizes, choice), phase) for phase in PHASES[1:]),
     ]
@@ -190,38 +192,35 @@ def _workspaces(sizes: Sizes, choice: Choice) -> int:
 
 
 # Names of what comes and goes with each step, and of what a graph keeps.
-ACTIVATIONS, BETWEEN, SHORT = "activations", "between two steps", "graph: a short last batch"
-_OF_A_STEP = (  # Names of what comes and goes with each step, and of what a graph keeps.
-    ACTIVATIONS,
-    BETWEEN,
-    SHORT,
-)
+BATCHES, ACTIVATIONS, BETWEEN = "batches", "activations", "between two steps"
+SHORT = "graph: a short last batch"
+_OF_AN_EPOCH = (BATCHES, ACTIVATIONS, BETWEEN, SHORT)  # gone while sources are matched
 POOL = "graph: its activations and inputs"
 
 
 def _training(sizes: Sizes, choice: Choice) -> list[Item]:
     """A star's; a regular model's takes less."""
     facts, row, low, pixels = sizes.facts, sizes.row, sizes.low, math.prod(sizes.image)
-    state = row + sizes.buffers
     resident = sizes.sources if sizes.holds_all(choice) else SLOTS
     activations = sizes.training.of(choice.batch)
     block = gathered(facts, pixels, choice.batch, facts.train, sizes.device.type)
     coming = block * pixels * facts.coming
     if not facts.streams:
         coming += facts.train * DRAWN_BESIDE
-    between = max(coming, state + low)
+    # Whether an epoch has left all finite is seen by a copy of theta's sizes, and by tables of truths.
+    between = max(coming, sizes.update, row + 3 * row // 4)
     items = [
         ("star: theta, working weights, gradients", row + 2 * low),
         (f"{sizes.optimizer}: moments", sizes.moments),
-        ("last good states", KEPT_STATES * state),
+        ("last good state", row + sizes.buffers),
         (f"sources: {resident} of {sizes.sources} rows", resident * row),
-        ("batches", 4 * pixels * block),
+        (BATCHES, 4 * pixels * block),
     ]
     if not choice.graph:
         items += [(ACTIVATIONS, activations), (BETWEEN, max(0, between - activations))]
     else:
         # The graph's memory is its own for as long as it can be replayed: what else is needed comes on top.
-        items.append((POOL, activations + 4 * pixels * choice.batch))
+        items.append((POOL, max(activations, sizes.update) + 4 * pixels * choice.batch))
         before = row + low + sizes.moments + sizes.buffers  # what capturing puts back
         rest = 0 if sizes.drop_last else short_batch(facts.train, choice.batch)
         items += [(SHORT, sizes.training.of(rest) if rest else 0)]
@@ -244,7 +243,9 @@ def _matching(sizes: Sizes, choice: Choice, taken: int) -> list[Item]:
 
 
 def _working(sizes: Sizes, choice: Choice, count: int, left: int) -> int:
-    return working_bytes(sizes.symmetry, count, left, gpu=sizes.gpu, threads=sizes.threads, chunk=choice.chunk)
+    return working_bytes(
+        sizes.symmetry, count, left, gpu=sizes.gpu, threads=sizes.threads, chunk=choice.chunk, kicks=sizes.kicks
+    )
 
 
 def _shown(sizes: Sizes, choice: Choice) -> Shown:
@@ -272,11 +273,8 @@ def _evaluation(sizes: Sizes, choice: Choice) -> list[Item]:
         )
         graph = 4 * pixels * largest + (sizes.forward.of(short, evaluated, sizes.device) if short else 0)
     barriers = models + ends + passes + graph
-    # Other moments: a model is measured when it has just been trained, its step still there; pairs are matched.
-    step = row + 2 * sizes.low + sizes.moments
-    if choice.graph:
-        step += sizes.training.of(choice.batch) + 4 * math.prod(sizes.image) * choice.batch
-    own = step + 4 * network + passes_bytes(sizes.forward, 1, shown, sizes.device)
+    # Other moments: a model is measured when it has just been trained, its state still there; pairs are matched.
+    own = 4 * network + passes_bytes(sizes.forward, 1, shown, sizes.device)
     part = min(PART_ROWS, sizes.sources, models_that_fit(row, free, PART_ROWS, gpu=sizes.gpu))
     left = max(free - (part + 1) * row, 0)
     pairs = (part + 1) * row + _working(sizes, choice, part, left)

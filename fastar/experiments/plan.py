@@ -31,6 +31,7 @@ from fastar.runs import RunFolder
 from fastar.training import resolve_precision
 from fastar.training.feed import SLOTS
 from fastar.training.footprint import training_footprint
+from fastar.training.optimizer import rows_of_an_update
 
 
 @dataclass(frozen=True)
@@ -190,6 +191,7 @@ def sizes_of(context: Context, facts: DataFacts, dtype: torch.dtype, limits: dic
         buffers=sum(b.numel() * b.element_size() for b in model.buffers()),
         statistics=statistics_bytes(model),
         moments=row * (1 if settings.train.optimizer == "sgd" else 2),
+        update=row * rows_of_an_update(settings.train.optimizer, context.device),
         optimizer=settings.train.optimizer,
         image=image,
         measured_image=context.image,
@@ -198,6 +200,7 @@ def sizes_of(context: Context, facts: DataFacts, dtype: torch.dtype, limits: dic
         ),
         forward=forward_bytes(model, context.image, largest),
         symmetry=context.symmetry,
+        kicks=settings.matching.kicks,
         batch_norm=context.has_batch_norm,
         drop_last=settings.train.drop_last,
         threads=settings.workers,

@@ -84,10 +84,15 @@ def train_regular(context: Context, kind: str, index: int) -> None:
     with trained(context, subject, make, seed=derive_seed(seed, "data")) as done:
         step = done.prepared.step
         assert isinstance(step, RegularStep)
-        own = own_statistics(step.model)
+        state = step.state()
+        step.release()  # the optimizer, a graph: the memory is measuring's now
+        model = context.build(seed=seed)
+        load_into(model, Checkpoint(state))
+        own = own_statistics(model)
         with within_memory(f"measuring {subject.name}", MEASURE_WITH_LESS):
-            measured = evaluate_rows(step.model, step.layout, step.theta[None], context.splits(), statistics=[own])
-        save_model(context, subject, step.state(), measured, done)
+            rows, called = context.row(Checkpoint(state))[None], [subject.name]
+            measured = evaluate_rows(model, context.layout, rows, context.splits(), statistics=[own], called=called)
+        save_model(context, subject, state, measured, done)
 
 
 def save_model(

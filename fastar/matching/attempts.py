@@ -73,7 +73,9 @@ def best_ends(
     """
     best: list[Outcome] = []
     solves = 0
+    descent: Descent | None = None
     for order, start in itertools.product(range(attempts.orders), starts):
+        descent = None  # what it holds goes before the next takes as much
         descent = Descent(problem, data, start.permutations, attempts.solver, pool)
         first = [one.first for one in best] or descent.sources.objectives()[0].tolist()
         if start.guess:
@@ -84,7 +86,8 @@ def best_ends(
         solves += descent.solves
     if attempts.kicks:
         indices = [np.stack(index) for index in zip(*(one.permutations for one in best), strict=True)]
-        if attempts.orders * len(starts) > 1:  # else it stands where it has ended
+        if descent is None or attempts.orders * len(starts) > 1:  # else it stands where it has ended
+            descent = None
             descent = Descent(problem, data, indices, attempts.solver, pool)
         before = descent.solves
         kept = polish(descent, attempts.kicks, attempts.seed, attempts.max_sweeps)

@@ -114,7 +114,7 @@ def match_weights(
     starts = _starts(symmetry, start, count)
     solver_text = solver_name(solver)
     workers = threads or matching_threads(device, torch.get_num_threads())
-    size = chunk or _chunk_size(symmetry, device, count)
+    size = chunk or _chunk_size(symmetry, device, count, kicks)
     bounds = [(begin, min(begin + size, count)) for begin in range(0, count, size)]
     attempts = Attempts(orders, kicks, max_sweeps, seed, solver)
     outcomes: list[Outcome | None] = [None] * count
@@ -251,15 +251,18 @@ def _starts(symmetry: Symmetry, start: Starts, count: int) -> list[Start]:
     return out
 
 
-def _chunk_size(symmetry: Symmetry, device: torch.device, count: int) -> int:
+def _chunk_size(symmetry: Symmetry, device: torch.device, count: int, kicks: int) -> int:
     """CPU: one source per chunk, chunks side by side on the threads. GPU: what fits half of the free memory."""
-    return _chunk_on_gpu(bytes_of_one(symmetry), count, free_bytes(device)) if device.type == "cuda" else 1
+    return _chunk_on_gpu(bytes_of_one(symmetry, kicks), count, free_bytes(device)) if device.type == "cuda" else 1
 
 
-def bytes_of_one(symmetry: Symmetry) -> int:
-    """Bytes that a source takes while it is matched, beside itself."""
+def bytes_of_one(symmetry: Symmetry, kicks: int = 0) -> int:
+    """Bytes that a source takes while it is matched, beside itself; `kicks` as of `match_weights`."""
     sizes = [4 * math.prod(shape) for name, shape in symmetry.parameters.items() if name not in symmetry.tied]
-    scores = sum(group.size**2 for group in symmetry.groups) * 8  # S_g, and a copy of it
+    tables = [4 * group.size**2 for group in symmetry.groups]
+    scores = 2 * sum(tables)  # S_g, and a copy of it
+    if kicks:  # S_g to go back to; of the family that is kicked S_g with noise, and the noise of a group
+        scores += sum(tables) + 2 * max((sum(tables[g] for g in family) for family in symmetry.families), default=0)
     return sum(sizes) + LARGEST_HELD * max(sizes, default=0) + scores  # as permuted so far; what a step holds
 
 
@@ -270,15 +273,15 @@ def _chunk_on_gpu(one: int, count: int, free: int) -> int:
 
 
 def working_bytes(
-    symmetry: Symmetry, count: int, free: int, *, gpu: bool, threads: int, chunk: int | None = None
+    symmetry: Symmetry, count: int, free: int, *, gpu: bool, threads: int, chunk: int | None = None, kicks: int = 0
 ) -> int:
     """Bytes that matching `count` sources takes beside theta and the sources themselves, where `free` bytes are free.
 
     Args:
         gpu: whether the sources are on a GPU.
         threads: CPU threads.
-        chunk: as of `match_weights`.
+        chunk, kicks: as of `match_weights`.
     """
-    one, lanes = bytes_of_one(symmetry), 2 if gpu else threads
+    one, lanes = bytes_of_one(symmetry, kicks), 2 if gpu else threads
     size = chunk or (_chunk_on_gpu(one, count, free) if gpu else 1)
     return min(count, lanes * size) * one

@@ -170,6 +170,7 @@ def fit(
                 if checkpoints is not None and i + 1 < steps and (requested() or checkpoints.due_within()):
                     training.save_within(i + 1)
             begin = 0
+            del images, labels  # not for as long as the next epoch's matching takes
             done = training.end_epoch(float(rates[-1]))
             on_epoch(done)
             if checkpoints is not None and (requested() or checkpoints.due_after(epoch + 1)):
@@ -213,6 +214,10 @@ class _Training:
     def go_on(self, saved: Saved) -> int:
         """Become what was saved; the step of the epoch to begin with."""
         assert self._checkpoints is not None
+        if saved.epoch > self.epochs or saved.step >= self.steps:
+            raise FastarError(
+                f"{saved.path}: of a training of other length (damaged?); delete it to go on from another"
+            )
         self._checkpoints.restore(saved, self._step, self._device)
         self.history = [Epoch(**entry) for entry in saved.history]
         self.so_far = SoFar(**saved.so_far)

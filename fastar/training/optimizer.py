@@ -10,8 +10,11 @@ import torch
 from torch import Tensor
 
 from fastar.config import TrainSettings
-from fastar.kernels import NextPoint, adam_update, sgd_update
+from fastar.kernels import NextPoint, adam_update, backend, sgd_update
 from fastar.training.precision import LossScale
+
+# Copies of theta that an update by torch's own operations takes on a GPU for a moment.
+PLAIN_ROWS = {"sgd": 4, "adam": 5, "adamw": 6}
 
 Sections = Callable[[Tensor], tuple[Tensor, ...]]
 
@@ -34,6 +37,12 @@ class FlatOptimizer(Protocol):
     def state(self) -> list[Tensor]:
         """All that an update moves besides theta; the tensors themselves."""
         ...
+
+
+def rows_of_an_update(optimizer: str, device: torch.device) -> int:
+    """How many times theta's bytes an update on `device` takes for a moment: none by the Triton kernels, which a GPU
+    that is not here is taken to have, and none on a CPU, where it is done in blocks."""
+    return PLAIN_ROWS[optimizer] if device.type == "cuda" and backend(device) == "reference" else 0
 
 
 @dataclass(frozen=True)
