@@ -33,7 +33,7 @@ def suite() -> ModuleType:
 def part(suite: ModuleType, code: str, limit: float = 60) -> dict[str, object]:
     """What the suite records of a part that runs `code`."""
     arguments = ("-c", code)
-    result: dict[str, object] = suite.run_part(suite.Part("a part", arguments, limit, arguments), arguments, limit)
+    result: dict[str, object] = suite.run_part(suite.Part("a part", 1, arguments, limit, arguments), arguments, limit)
     return result
 
 

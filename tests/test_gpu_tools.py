@@ -30,7 +30,7 @@ def suite() -> dict[str, Any]:
 def run_code(suite: dict[str, Any], code: str, limit: float, **more: Any) -> dict[str, Any]:
     arguments = ("-c", code)
     result: dict[str, Any] = suite["run_part"](
-        suite["Part"]("a part", arguments, limit, arguments), arguments, limit, **more
+        suite["Part"]("a part", 1, arguments, limit, arguments), arguments, limit, **more
     )
     return result
 
@@ -95,7 +95,81 @@ def test_what_failed_is_kept(suite: dict[str, Any]) -> None:
     assert result["summary"] == "1 failed in 2s"
     assert "FAILED tests/a.py::b" in result["end_of_output"]  # kept for a line of an error too
     assert suite["state_of"](result) == f"ok, {result['seconds']} s, 1 lines, 1 of errors. 1 failed in 2s"
-    assert suite["state_of"]({"skipped": "no time left in the budget"}) == "no time left in the budget"
+    assert suite["state_of"]({"skipped": "not begun"}) == "not begun"
+
+
+def test_what_was_left_out_is_counted_by_its_reason(suite: dict[str, Any]) -> None:
+    lines = [{"case": 1}, {"case": 2, "skipped": "no luck"}, {"case": 3, "skipped": "no luck"}]
+    result = {"exit_code": 0, "seconds": 2.0, "lines": lines, "without": ["--graph"]}
+    told = ["ok, 2.0 s, 3 lines, 0 of errors.", "left out: no luck (2)", "left out: --graph needs a GPU (1)"]
+    assert suite["state_of"](result).split("\n    ") == told
+
+
+def test_two_calls_do_everything_in_their_time(suite: dict[str, Any]) -> None:
+    """Whatever each part takes of its limit: the sum of a call's limits is less than its budget."""
+    parts, limit_of = suite["PARTS"], suite["seconds_for"]
+    for call in (1, 2):
+        limits = [part.limit for part in parts if part.call == call]
+        assert sum(limits) <= suite["CALL"] <= 540 - 15  # the rest: until the suite itself has begun
+        for spent_of_limit in (0.2, 1.0):  # parts that are quicker than thought leave their time to the others
+            left = suite["CALL"]
+            for number, limit in enumerate(limits):
+                given = limit_of(limits[number:], left)
+                assert given is not None
+                assert given >= limit
+                left -= spent_of_limit * given if spent_of_limit < 1 else limit
+                assert left >= sum(limits[number + 1 :])
+    assert {part.call for part in parts} == {1, 2}
+
+
+def test_a_part_that_cannot_end_is_not_begun(suite: dict[str, Any]) -> None:
+    limit_of = suite["seconds_for"]
+    assert limit_of([100, 50, 30], 300) == 220  # what the others leave over
+    assert limit_of([100, 50, 30], 179) == 100  # never at the cost of its own limit
+    assert limit_of([100, 50, 30], 100) == 100
+    assert limit_of([100, 50, 30], 99.9) is None
+
+
+def run_suite(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int | str | None:
+    """Its exit code, of a run in this process."""
+    monkeypatch.setattr(sys, "argv", ["gpu_suite.py", *arguments])
+    before, path = signal.getsignal(signal.SIGTERM), list(sys.path)
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            runpy.run_path(str(TOOLS / "gpu_suite.py"), run_name="__main__")
+    finally:
+        signal.signal(signal.SIGTERM, before)
+        sys.path[:] = path
+    return stopped.value.code
+
+
+@pytest.mark.parametrize(
+    ("given", "names"),
+    [
+        (["--call", "1", "--skip", "gpu_smoke"], ["bench_step", "bench_kernels"]),
+        (["--call", "2"], ["bench_imagenet", "tests"]),
+        (["--only", "tests", "bench_step"], ["bench_step", "tests"]),
+    ],
+)
+def test_parts_are_chosen_and_listed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], given: list[str], names: list[str]
+) -> None:
+    assert run_suite(monkeypatch, "--list", *given) == 0
+    listed = [text.split(": ")[0] for text in capsys.readouterr().out.splitlines()]
+    assert listed[: len(names)] == names
+
+
+def test_no_part_left_is_said(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run_suite(monkeypatch, "--list", "--call", "1", "--only", "tests") == 2
+    assert "no part is left" in capsys.readouterr().err
+
+
+def test_a_cpu_is_not_asked_for_graphs(suite: dict[str, Any]) -> None:
+    part = next(part for part in suite["PARTS"] if part.name == "bench_epoch")
+    given, without = suite["arguments_for"](part, True, torch.device("cpu"))
+    assert ("--graph" in part.small, "--graph" in given, without) == (True, False, ["--graph"])
+    assert given[-2:] == ("--device", "cpu")
+    assert suite["arguments_for"](part, False, torch.device("cuda")) == ((*part.arguments, "--device", "cuda"), [])
 
 
 @pytest.mark.slow
@@ -148,6 +222,8 @@ def test_a_suite_of_a_day_overwrites_no_other(suite: dict[str, Any], tmp_path: P
         names.append(path.name)
     stem = "nvidia-h100-80gb-hbm3-2030-01-02"
     assert names == [f"{stem}.json", f"{stem}-2.json", f"{stem}-3.json"]
+    # Each call has a file of its own, though each may be run on a machine that has none of the other's.
+    assert suite["results_file"](tmp_path, "NVIDIA H100 80GB HBM3", "2030-01-02", 2).name == f"{stem}-call-2.json"
 
 
 def test_a_suite_without_time_says_so(tmp_path: Path) -> None:
@@ -168,23 +244,19 @@ def test_a_suite_without_time_says_so(tmp_path: Path) -> None:
     assert done.stdout.splitlines()[-1] == str(path)
     record = json.loads(path.read_text())
     assert record["small"] is True
+    assert record["started"][:10] == record["date"]
+    assert record["cores"] >= 1
     assert record["device"].startswith("cpu")
     assert "tests" not in [part["part"] for part in record["parts"]]
-    assert {part["skipped"] for part in record["parts"]} == {"no time left in the budget"}
+    told = [part["skipped"] for part in record["parts"]]
+    assert all(re.fullmatch(r"not begun: it may take \d+ s, [01] s are left", text) for text in told), told
 
 
 def test_without_a_gpu_the_suite_is_one_line(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["gpu_suite.py"])
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        with pytest.raises(SystemExit) as stopped:
-            runpy.run_path(str(TOOLS / "gpu_suite.py"), run_name="__main__")
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert stopped.value.code == 2
+    assert run_suite(monkeypatch) == 2
     assert capsys.readouterr() == ("", "gpu_suite: no GPU here: run on one, or try the suite with --cpu\n")
 
 
@@ -203,7 +275,13 @@ def test_items_of_the_smoke_test_fail_alone(
     lines = [json.loads(text) for text in capsys.readouterr().out.splitlines()]
     assert [line["case"] for line in lines] == items
     assert [line.get("error") for line in lines] == [None, "ZeroDivisionError: luck", None, None, None]
-    assert [line.get("skipped") for line in lines] == [None, None, "needs a GPU", "CUDA graphs need a GPU", None]
+    assert [line.get("skipped") for line in lines] == [
+        None,
+        None,
+        "a cap is of a GPU's memory",
+        "CUDA graphs need a GPU",
+        None,
+    ]
     assert lines[0]["kernels"] == "reference"
     assert len(lines[4]["losses"][0]) == 3
 

@@ -185,7 +185,7 @@ def memory_cap(problem: Problem) -> Facts:
     """What a cap leaves out cannot be allocated, and can without the cap."""
     device = problem.device
     if device.type != "cuda":
-        raise CannotRun("needs a GPU")
+        raise CannotRun("a cap is of a GPU's memory")
     whole, cap = torch.cuda.mem_get_info(device)[1], parse_bytes("2GB")
     torch.cuda.empty_cache()
     cap_gpu(device, cap)
@@ -223,7 +223,7 @@ def no_waits(kind: str, graph: bool) -> Callable[[Problem], Facts]:
 
     def item(problem: Problem) -> Facts:
         if problem.device.type != "cuda":
-            raise CannotRun("waiting for the device is of a GPU")
+            raise CannotRun("steps wait for no device but a GPU")
         step: RegularStep | StarStep
         step = problem.star_step(graph=graph) if kind == "star" else problem.regular_step(graph=graph)
         batch, count = problem.settings.batch_size, 2 * STEPS

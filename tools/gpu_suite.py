@@ -292,6 +292,13 @@ def state_of(result: dict[str, Any]) -> str:
     return "".join([told, *(f"\n    left out: {reason} ({number})" for reason, number in reasons.items())])
 
 
+def arguments_for(part: Part, small: bool, device: torch.device) -> tuple[tuple[str, ...], list[str]]:
+    """What a part is given, and the options that are left out because a CPU cannot be asked for them."""
+    given = (part.small if small else part.arguments) + (("--device", device.type) if part.on_device else ())
+    without = [option for option in given if device.type == "cpu" and option in NEEDS_GPU]
+    return tuple(option for option in given if option not in without), without
+
+
 def chosen_parts(arguments: argparse.Namespace) -> list[Part]:
     """The parts asked for, in their order."""
     return [
@@ -352,8 +359,7 @@ def main() -> int:
 
     for number, part in enumerate(parts):
         left = arguments.budget - (time.perf_counter() - BEGIN)
-        given = (part.small if small else part.arguments) + (("--device", device.type) if part.on_device else ())
-        without = [option for option in given if device.type == "cpu" and option in NEEDS_GPU]
+        given, without = arguments_for(part, small, device)
 
         def so_far(lines: list[dict[str, Any]], part: Part = part) -> None:
             write({"part": part.name, "exit_code": None, "skipped": "not finished", "lines": lines})
@@ -363,7 +369,7 @@ def main() -> int:
             why = f"not begun: it may take {part.limit:.0f} s, {max(left, 0):.0f} s are left"
             result: dict[str, Any] = {"part": part.name, "exit_code": None, "skipped": why}
         else:
-            result = run_part(part, tuple(option for option in given if option not in without), seconds, so_far)
+            result = run_part(part, given, seconds, so_far)
             result |= {"without": without} if without else {}
         write(result)
         record["parts"].append(result)
