@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ from fastar.evaluation.batch_norm import (
     own_statistics,
     set_statistics,
 )
+from fastar.evaluation.precision import full_precision
 from fastar.evaluation.stacked import networks_at_once, stackable, stacked_logits, stacks
 from fastar.flat import FlatLayout
 from fastar.graphs import CallGraph
@@ -34,23 +35,6 @@ class Measured:
 
     loss: Tensor
     accuracy: Tensor
-
-
-@contextmanager
-def full_precision() -> Iterator[None]:
-    """fp32 means fp32 inside: no TF32 in convolutions or products (a loss of 0.001 needs it), no autocast of the
-    caller's."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        with ExitStack() as stack:
-            stack.enter_context(torch.backends.cudnn.flags(enabled=True, allow_tf32=False))
-            for kind in ("cpu", "cuda"):
-                if torch.is_autocast_enabled(kind):
-                    stack.enter_context(torch.autocast(kind, enabled=False))
-            yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 @contextmanager

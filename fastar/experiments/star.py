@@ -13,7 +13,7 @@ from fastar.config import MatchingSettings
 from fastar.errors import FastarError
 from fastar.evaluation import evaluate_rows, re_estimate
 from fastar.evaluation.batch_norm import set_statistics
-from fastar.evaluation.losses import full_precision
+from fastar.evaluation.precision import full_precision
 from fastar.experiments.attempts import Prepared, Subject, attempt_seed, trained
 from fastar.experiments.context import MEASURE_WITH_LESS, Context, within_memory
 from fastar.experiments.regular import check_recipe, recipe, save_model
