@@ -79,7 +79,7 @@ def test_to_the_mean_writes_the_set_and_its_average(trained: list[Path], tmp_pat
     assert (metadata["kind"], metadata["of"]) == ("average", [path.name for path in trained])
     # It is a checkpoint like others.
     assert fastar("match", average, out / trained[1].name, "--json", PLACE).code == 0
-    shown = fastar("match-many", *trained, "--quiet", PLACE).out
+    shown = " ".join(fastar("match-many", *trained, "--quiet", PLACE).out.split())  # as one line
     assert "matched to their mean" in shown
     assert "seed-0002" in shown
     assert "without 1-D" in shown
