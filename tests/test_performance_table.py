@@ -28,21 +28,30 @@ def around(value: float, factor: float = 1.1) -> dict[str, float]:
 
 def of_step(case: str, ms: float, **ratios: float) -> dict[str, Any]:
     ratios_around = {key: around(value) for key, value in ratios.items()}
-    return {"bench": "step", "case": case, **STEP, "ms": around(ms), "images_per_s": 128_000 / ms, **ratios_around}
+    return {
+        "bench": "step",
+        "case": case,
+        **STEP,
+        "n": 15,
+        "ms": around(ms),
+        "images_per_s": 128_000 / ms,
+        **ratios_around,
+    }
 
 
 def of_kernel(case: str, numel: int, share: float) -> dict[str, Any]:
-    facts = {"parameters": numel, "of_copy": share, "gb_per_s": 3000 * share, "kernels": "triton"}
+    facts = {"parameters": numel, "of_copy": share, "gb_per_s": 3000 * share, "kernels": "triton", "n": 30}
     return {"bench": "kernels", "case": case, "ms": around(0.1), **facts}
 
 
 def of_matching(case: str, seconds: float, **more: Any) -> dict[str, Any]:
-    each = {"median": seconds / 50, "q10": seconds / 55, "q90": seconds / 45}
-    return {"bench": "matching", "case": case, "arch": "resnet18", "sources": 50, "seconds_per_source": each, **more}
+    each = {"median": seconds / 50, "q25": seconds / 55, "q75": seconds / 45}
+    facts = {"arch": "resnet18", "sources": 50, "seconds_per_source": each, "n": 3}
+    return {"bench": "matching", "case": case, **facts, **more}
 
 
 def of_memory(sources: int, peak: float, share: float) -> dict[str, Any]:
-    facts = {"sources": sources, "cap": "40GB", "peak_bytes": peak, "of_plan": share}
+    facts = {"sources": sources, "cap": "40GB", "peak_bytes": peak, "reserved_bytes": 1.1 * peak, "of_plan": share}
     each = {"training": share, "matching": 0.5}
     return {"bench": "imagenet", "case": "memory", **IMAGENET, **facts, "of_plan_each": each}
 
@@ -51,6 +60,7 @@ LINES: list[dict[str, Any]] = [
     of_matching("fastar cold", 4.5),
     of_matching("fastar warm", 0.25),
     of_matching("fastar warm, theta moved", 0.75, moved_by=0.03),
+    of_matching("floor", 0.1, warm_over_floor=around(2.5)),
     {
         **{"bench": "matching", "case": "rebasin / fastar", "arch": "resnet18", "sources": 50, "n": 3},
         **{"times_faster": {"cold": 120.0, "warm": 60.0}, "objective_at_least_equal": "2 of 3 pairs"},
@@ -71,22 +81,25 @@ LINES: list[dict[str, Any]] = [
     of_step("regular, compiled, graph", 3.0, of_plain_compiled=0.6),
     of_step("star, compiled, graph", 3.1, of_like=1.03),
     *(
-        {"bench": "epoch", "case": case, **STEP, "sources": 50, "of_regular": around(share)}
+        {
+            **{"bench": "epoch", "case": case, **STEP, "sources": 50, "n": 4},
+            **{"of_regular": around(share), "moved_by": around(0.12)},
+        }
         for case, share in (("star", 1.12), ("matching", 0.08), ("steps", 1.04))
     ),
-    {"bench": "barrier", "case": "together", "passes": 2, "speed_up": around(5)},
-    {"bench": "barrier", "case": "together, graph", "passes": 2, "speed_up": around(7)},
-    {"bench": "barrier", "case": "one at a time", "passes": 22, "speed_up": around(1)},
+    {"bench": "barrier", "case": "together", "passes": 2, "n": 2, "speed_up": around(5)},
+    {"bench": "barrier", "case": "together, graph", "passes": 2, "n": 2, "speed_up": around(7)},
+    {"bench": "barrier", "case": "one at a time", "passes": 22, "n": 2, "speed_up": around(1)},
     {
         **{"bench": "loader", "case": "fastar", "pipeline": "cifar10", "device": "cpu, 16 threads"},
-        **{"speed_up": around(40), "images_per_s": around(900_000), "workers": 16},
+        **{"speed_up": around(40), "images_per_s": around(900_000), "workers": 16, "n": 3},
     },
     {
         **{"bench": "loader", "case": "fastar", "pipeline": "imagenet", "device": "cpu, 16 threads"},
-        **{"speed_up": around(1.5), "images_per_s": around(5_000), "workers": 16},
+        **{"speed_up": around(1.5), "images_per_s": around(5_000), "workers": 16, "n": 3},
     },
-    {"bench": "imagenet", "case": "compute: regular step", **IMAGENET, "images_per_second": 3210.4},
-    {"bench": "imagenet", "case": "compute: star step", **IMAGENET, "of_regular": around(1.01)},
+    {"bench": "imagenet", "case": "compute: regular step", **IMAGENET, "images_per_second": 3210.4, "n": 4},
+    {"bench": "imagenet", "case": "compute: star step", **IMAGENET, "of_regular": around(1.01), "n": 4},
     *(
         {
             **{"bench": "imagenet", "case": "loader: regular epoch", **IMAGENET, "threads": 16},
@@ -103,51 +116,58 @@ def record(lines: list[dict[str, Any]], **changes: Any) -> dict[str, Any]:
     """A results file with a part of these lines."""
     versions = {"torch": "2.11.0", "commit": "0123456789ab"}
     parts = [{"part": "bench", "exit_code": 0, "lines": [{"device": GPU, **line} for line in lines]}]
-    return {"device": GPU, "driver": "580.1", "date": "2030-01-01", "versions": versions, "parts": parts, **changes}
+    facts = {"driver": "580.1", "power_limit": "700.00 W", "cpu": "Made Up CPU", "cores": 16, "date": "2030-01-01"}
+    return {"device": GPU, **facts, "versions": versions, "parts": parts, **changes}
 
 
 def rows(text: str) -> dict[str, list[str]]:
-    """What a table says: figure to [target, measured, met]."""
+    """What the tables say: figure to [target, measured, n, met]."""
     found = [[cell.strip() for cell in line.strip("|").split(" |")] for line in text.splitlines() if line[:2] == "| "]
-    return {cells[0]: cells[1:] for cells in found[1:]}
+    return {cells[0]: cells[1:] for cells in found if cells[0] != "figure"}
 
 
 def test_every_promised_figure_beside_its_target(tool: dict[str, Any]) -> None:
     table = rows(tool["section"]([("made.json", record(LINES))]))
-    assert len(table) == len(tool["FIGURES"])
+    assert len(table) == sum(len(group.figures) for group in tool["GROUPS"])  # and no two of one name
     assert [figure for figure, cells in table.items() if cells[1] == "not measured"] == []
-    assert table["matching 50 ResNet-18 sources, first time"] == ["at most 4 s", "4.5 s (4.09 to 5)", "no"]
-    assert table["the same again, theta as it was"] == ["at most 1 s", "0.25 s (0.227 to 0.278)", "yes"]
-    moved = table["the same again, after an epoch of theta"]
-    assert moved == ["at most 1 s", "0.75 s (0.682 to 0.833), theta moved by 3%", "yes"]
-    assert table["rebasin's time over fastar's, per source"] == ["", "120 times cold, 60 times warm, n = 3", ""]
-    assert table["objective at least rebasin's"] == ["every pair", "2 of 3 pairs", "no"]
-    assert table["interpolation, 11 M parameters, of copy bandwidth"][1:] == ["91.0%, 2,730 GB/s", "yes"]
-    assert table["SGD's update with the next point, 11 M parameters, of copy bandwidth"][2] == "no"
-    assert table["SGD's update with the next point, 100 M parameters, of copy bandwidth"][2] == "yes"
-    assert table["star step over regular step, eager"] == ["at most 1.05", "1.02 (0.932 to 1.13)", "yes"]
-    assert table["star step over regular step, CUDA graph"][2] == "no"
-    assert table["plain PyTorch's star step over fastar's, CUDA graph"][1] == "3.33 (3.03 to 3.67); 29,091 images/s"
-    eager = table["training speed over plain PyTorch's, eager over eager"]
-    assert eager == ["at least 1.3", "1.25 (1.14 to 1.38); 16,000 images/s", "no"]
-    assert table["training speed over plain PyTorch's, CUDA graph over eager"][2] == "yes"
-    assert table["training speed over plain PyTorch's, compiled over compiled"][2] == "no"
-    assert table["training speed over plain PyTorch's, compiled, CUDA graph over compiled"][2] == "yes"
-    whole = table["star epoch over regular epoch, 50 sources"]
-    assert whole == ["at most 1.15", "1.12 (1.02 to 1.23): matching 0.08, steps 1.04", "yes"]
-    assert table["augmentation, of a step"] == ["at most 10 %", "3.8% (regular), 7.5% (regular, graph)", "yes"]
-    shared = table["barrier: passes over the data, speed over one at a time"]
-    assert shared == ["2; at least 4", "2 passes against 22, 5 (4.55 to 5.5) times faster, by graphs 7", "yes"]
-    assert table["loading cifar10, over DataLoader and Pillow"][2] == "yes"
-    assert table["loading ImageNet-size JPEG, over DataLoader and Pillow"][2] == "no"
-    assert table["ImageNet, ResNet-18, batch 256, bf16: compute alone"][1] == "3,210 images/s"
-    loaded = "3,000 images/s, 4% of the time waiting for images, 16 threads, n = 3"
-    assert table["the same with the loader"][1] == loaded
-    assert table["the same, peak memory with 30 sources"][1:] == ["6.50 GB", "yes"]
-    assert table["the same, peak memory with 500 sources"][1:] == ["41.00 GB", "no"]
-    assert table["the same, over `fastar plan`'s, 30 sources"][2] == "yes"
-    over = table["the same, over `fastar plan`'s, 500 sources"]
-    assert over == ["0.9 to 1.1", "1.150 (training 1.150, matching 0.500)", "no"]
+    assert table["first time: sources as they were trained"] == ["at most 4 s", "4.5 s (4.09 to 5)", "3", "no"]
+    assert table["again, theta as it was"] == ["at most 1 s", "0.25 s (0.227 to 0.278)", "3", "yes"]
+    moved = table["again, after theta was trained on"]
+    assert moved == ["at most 1 s", "0.75 s (0.682 to 0.833), theta moved by 3%", "3", "yes"]
+    assert table["again, over one sweep's matrix products alone"] == ["", "2.5 (2.27 to 2.75)", "3", ""]
+    faster = table["PyPI rebasin's time over fastar's, a source"]
+    assert faster == ["", "120 the first time, 60 again", "3", ""]
+    assert table["objective at least rebasin's"] == ["every pair", "2 of 3 pairs", "3", "no"]
+    assert table["interpolation to bf16, 11 M parameters"] == ["at least 85%", "91.0%, 2,730 GB/s", "30", "yes"]
+    assert table["SGD's update with the next interpolation, 11 M parameters"][3] == "no"
+    assert table["SGD's update with the next interpolation, 100 M parameters"][3] == "yes"
+    eager = table["star step's time over regular step's, eager"]
+    assert eager == ["at most 1.05", "1.02 (0.932 to 1.13)", "15", "yes"]
+    assert table["star step's time over regular step's, CUDA graph"][3] == "no"
+    plain = table["star step's speed over plain PyTorch's eager star step, CUDA graph"]
+    assert plain[1] == "3.33 (3.03 to 3.67); 29,091 images/s"
+    speed = "regular step's speed over plain PyTorch's"
+    assert table[f"{speed} eager one, eager"] == ["at least 1.3", "1.25 (1.14 to 1.38); 16,000 images/s", "15", "no"]
+    assert table[f"{speed} eager one, CUDA graph"][3] == "yes"
+    assert table[f"{speed} compiled one, compiled"][3] == "no"
+    assert table[f"{speed} compiled one, compiled, CUDA graph"][3] == "yes"
+    told = "1.12 (1.02 to 1.23): matching 0.08, steps 1.04; theta moved by 12% an epoch"
+    assert table["star epoch's time over regular epoch's"] == ["at most 1.15", told, "4", "yes"]
+    shares = "3.8% of an eager step, 7.5% of a step by CUDA graph"
+    augmented = table["shuffling, cropping and mirroring a batch, of a step's time"]
+    assert augmented == ["at most 10%", shares, "15", "yes"]
+    shared = table["a barrier's passes over the data; speed over one point at a time"]
+    assert shared == ["2; at least 4", "2 against 22; 5 (4.55 to 5.5), by CUDA graphs 7", "2", "yes"]
+    assert table["CIFAR-10: images/s over DataLoader and Pillow's"][3] == "yes"
+    assert table["ImageNet's sizes: images/s over DataLoader and Pillow's"][3] == "no"
+    assert table["regular training, images on the GPU"][1:3] == ["3,210 images/s", "4"]
+    loaded = "3,000 images/s, 4% of the time waiting for images, 16 threads"
+    assert table["regular training, images decoded from JPEG"][1:3] == [loaded, "3"]
+    assert table["peak memory with 30 sources"][1:] == ["6.50 GB of tensors, 7.15 GB taken for them", "1", "yes"]
+    assert table["peak memory with 500 sources"][3] == "no"
+    assert table["peak memory over `fastar plan`'s, 30 sources"][3] == "yes"
+    over = table["peak memory over `fastar plan`'s, 500 sources"]
+    assert over == ["0.9 to 1.1", "1.150 (training 1.150, matching 0.500)", "1", "no"]
 
 
 @pytest.mark.parametrize("number", range(len(LINES)))
@@ -182,13 +202,13 @@ def test_the_later_file_counts(tool: dict[str, Any]) -> None:
     second = record([of_matching("fastar cold", 3.0)], versions={"torch": "2.11.0", "commit": "ba9876543210"})
     second["parts"].append({"part": "tests", "exit_code": 0, "lines": []})
     text = tool["section"]([("a.json", first), ("a-2.json", second)])
-    assert rows(text)["matching 50 ResNet-18 sources, first time"][2] == "yes"
-    assert rows(text)["the same again, theta as it was"][2] == "yes"
+    assert rows(text)["first time: sources as they were trained"][3] == "yes"
+    assert rows(text)["again, theta as it was"][3] == "yes"
     assert "Failed or not finished: bench_loader." in text
-    assert "commit 0123456789ab, ba9876543210" in text
-    assert "torch 2.11.0, driver 580.1" in text
+    head = "(700.00 W; host: 16 cores of Made Up CPU), 2030-01-01, torch 2.11.0, driver 580.1, commit "
+    assert f"**{GPU}** {head}0123456789ab, ba9876543210 ([a.json](tools/results/a.json), [a-2.json]" in text
     other = tool["section"]([("a.json", first), ("b.json", record([], device="Another GPU"))])
-    assert other.count("| figure |") == 2
+    assert other.count("| figure |") == 2 * len(tool["GROUPS"])
 
 
 @pytest.mark.parametrize(
@@ -214,7 +234,14 @@ def test_from_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
     assert capsys.readouterr().out.startswith("No GPU figure has been measured yet")
     (tmp_path / "made-up-2030-01-01.json").write_text(json.dumps(record(LINES)))
     run_table(monkeypatch, "--results", str(tmp_path))
-    assert f"**{GPU}**, 2030-01-01" in capsys.readouterr().out
+    assert f"**{GPU}** (700.00 W; " in capsys.readouterr().out
+    # Names of two calls say nothing of which was first.
+    later = record([of_matching("fastar cold", 3.0)], started="2030-01-01T09:00:00+00:00")
+    (tmp_path / "made-up-2030-01-01-call-1.json").write_text(json.dumps(later))
+    first = record(LINES, started="2030-01-01T08:00:00+00:00")
+    (tmp_path / "made-up-2030-01-01-call-2.json").write_text(json.dumps(first))
+    run_table(monkeypatch, "--results", str(tmp_path))
+    assert rows(capsys.readouterr().out)["first time: sources as they were trained"][1].startswith("3 s")
     (tmp_path / "broken.json").write_text("{")
     with pytest.raises(SystemExit) as stopped:
         run_table(monkeypatch, "--results", str(tmp_path))
@@ -225,7 +252,7 @@ def test_from_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pyt
 def test_the_readme_has_the_tables_place_and_says_what_the_files_say() -> None:
     root = TOOL.parent.parent
     tool = runpy.run_path(str(TOOL))
-    files = sorted((root / "tools" / "results").glob("*.json"), key=lambda path: path.stem)
-    text = tool["section"]([(path.name, json.loads(path.read_text(encoding="utf-8"))) for path in files])
+    files = [(path.name, json.loads(path.read_text("utf-8"))) for path in (root / "tools" / "results").glob("*.json")]
+    text = tool["section"](sorted(files, key=tool["started"]))
     readme = (root / "README.md").read_text(encoding="utf-8")
     assert f"{tool['START']}\n{text}\n{tool['END']}" in readme
