@@ -189,6 +189,43 @@ def test_images_that_only_an_archive_counts_are_written_first(
     assert outcome.code == 0, outcome
 
 
+TOO_LARGE = "train.batch_size={} is more than the {} training images; lower it or set train.drop_last=false"
+
+
+@pytest.mark.parametrize("command", ["train-star", "plan"])
+def test_a_batch_beyond_the_images_is_refused_before_they_are_written(command: str, root: Path, tmp_path: Path) -> None:
+    options = images(tmp_path, "imagefolder", "train.batch_size=13")
+    if command == "plan":
+        options = [f"dataset.root={tmp_path / 'raw'}", *options]
+        for option in ("--data-root", "--out"):
+            del options[options.index(option) : options.index(option) + 2]
+    assert refused(command, *options) == TOO_LARGE.format(13, 12)
+    digits = ["--dataset", "digits", f"dataset.directory={tmp_path / 'betons'}", "--quiet", "device=cpu"]
+    assert refused(command, *digits, "train.batch_size=1438") == TOO_LARGE.format(1438, 1437)
+    assert refused(command, *digits, "train.batch_size=401", "dataset.limit=400") == TOO_LARGE.format(401, 400)
+    assert not (tmp_path / "betons").exists()
+    assert not (tmp_path / "run").exists()
+
+
+def test_of_sets_of_one_size_a_batch_is_checked_without_touching_the_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(context, "resolve_device", lambda device: torch.device("cuda", 0))
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
+    monkeypatch.setattr(beforehand, "use_device", lambda one: pytest.fail("the GPU was touched"))
+    settings = settings_of(tmp_path, "digits")
+    large = settings.model_copy(update={"train": settings.train.model_copy(update={"batch_size": 2000})})
+    with pytest.raises(FastarError, match="^" + TOO_LARGE.format(2000, 1437)):
+        beforehand.prepare_data(Context(large, RunFolder(tmp_path / "run")))
+    assert not (tmp_path / "betons").exists()
+
+
+def test_a_batch_beyond_the_images_may_be_short(root: Path, tmp_path: Path) -> None:
+    options = images(tmp_path, "imagefolder", "train.batch_size=13", "train.drop_last=false")
+    outcome = fastar("train-sources", *options)
+    assert outcome.code == 0, outcome.err
+
+
 def test_a_limit_beyond_the_images_is_refused_before_they_are_written(root: Path, tmp_path: Path) -> None:
     said = refused("train-star", *images(tmp_path, "imagefolder", "dataset.limit=13"))
     assert said == "limit=13 is more than the 12 train images of mine; lower it"

@@ -13,12 +13,13 @@ from fastar import data
 from fastar.config import parse_bytes, validate
 from fastar.errors import FastarError
 from fastar.experiments.context import Context
+from fastar.experiments.facts import data_facts
 from fastar.experiments.plan import Plan, check_fits
 from fastar.flat import check_kernels
 from fastar.memory import cap_gpu
 from fastar.models import build_model
 from fastar.runs import RunFolder
-from fastar.training import resolve_precision
+from fastar.training import check_batch, resolve_precision
 
 REFUSED = 2
 
@@ -76,8 +77,8 @@ def prepare_data(context: Context) -> Plan:
 
 
 def check_beforehand(context: Context) -> None:
-    """Check device and sizes before data are written. Of sets of one size on a GPU that is not in use yet nothing is
-    asked: they are written in less time than it takes.
+    """Check device and sizes before data are written. Of sets of one size on a GPU that is not in use yet only the
+    batch size is asked: they are written in less time than the rest takes.
 
     Raises:
         FastarError: the run cannot go on.
@@ -93,6 +94,8 @@ def check_beforehand(context: Context) -> None:
         _check(context)
     elif chosen.of_any_size:
         _check_elsewhere(context)
+    else:
+        check_batch(context.settings.train, data_facts(context).train)
 
 
 def _check(context: Context) -> None:

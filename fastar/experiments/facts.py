@@ -94,15 +94,9 @@ def data_facts(context: Context) -> DataFacts:
         )
     validation = data.held_out(train, chosen.validation, chosen.label)
     train -= validation
-    if listed is not None:  # else opening the files says so
-        data.check_limit(
-            chosen.limit,
-            count=train,
-            classes=classes,
-            split="train",
-            name=chosen.label,
-            validation=chosen.validation,
-        )
+    data.check_limit(
+        chosen.limit, count=train, classes=classes, split="train", name=chosen.label, validation=chosen.validation
+    )
     train = min(train, chosen.limit or train)
     resident = reading = 0
     normalised, coming = False, COMING_STREAMED

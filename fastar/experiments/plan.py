@@ -28,7 +28,7 @@ from fastar.experiments.needs import PHASES, Choice, Item, Sizes, during, items_
 from fastar.memory import free_bytes, gpu_bytes
 from fastar.progress import SILENT, Progress, size_text
 from fastar.runs import RunFolder
-from fastar.training import resolve_precision
+from fastar.training import check_batch, resolve_precision
 from fastar.training.feed import SLOTS
 from fastar.training.footprint import training_footprint
 from fastar.training.optimizer import rows_of_an_update
@@ -130,6 +130,7 @@ def make_plan(
     """
     settings = context.settings
     facts = data_facts(context)
+    check_batch(settings.train, facts.train)
     gpu_memory = None if settings.gpu_memory is None else parse_bytes(settings.gpu_memory)
     on_gpu = context.device.type == "cuda" or (gpu_memory is not None and not here)
     dtype = _precision(settings.train.precision, context.device, on_gpu)

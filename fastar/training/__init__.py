@@ -1,6 +1,6 @@
 """Training of regular and star models over flat parameters."""
 
-from fastar.training.epochs import Epoch, Good, NonFiniteLoss, limited
+from fastar.training.epochs import Epoch, Good, NonFiniteLoss, check_batch, limited
 from fastar.training.loop import Step, fit
 from fastar.training.precision import resolve_precision
 from fastar.training.profiling import Profile, Recording, StepsProfile
@@ -21,6 +21,7 @@ __all__ = [
     "StarStep",
     "Step",
     "StepsProfile",
+    "check_batch",
     "draw",
     "fit",
     "learning_rate",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from fastar.config import TrainSettings
 from fastar.errors import FastarError
 
 # Images are loaded beside the steps: that steps wait, beyond what handing over costs, means that loading is slower.
@@ -16,6 +17,15 @@ LOADER_LIMITED = 0.1
 def limited(load_share: float) -> str:
     """What limits steps that wait for images in this share of their time, in a word."""
     return "loader-limited" if load_share > LOADER_LIMITED else "compute-limited"
+
+
+def check_batch(settings: TrainSettings, images: int) -> None:
+    """Raise FastarError unless so many training images make a batch."""
+    if settings.drop_last and settings.batch_size > images:
+        raise FastarError(
+            f"train.batch_size={settings.batch_size} is more than the {images} training images; "
+            "lower it or set train.drop_last=false"
+        )
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from fastar.progress import SILENT, Progress
 from fastar.stopping import deferred, requested
 from fastar.training.checkpoints import Saved, TrainingCheckpoints
 from fastar.training.draws import StepDraws
-from fastar.training.epochs import Epoch, Good, NonFiniteLoss, SoFar
+from fastar.training.epochs import Epoch, Good, NonFiniteLoss, SoFar, check_batch
 from fastar.training.precision import resolve_precision
 from fastar.training.profiling import StepsProfile
 from fastar.training.schedule import learning_rate, resolution
@@ -194,12 +194,8 @@ class _Training:
         epochs: int,
         advice: str,
     ):
+        check_batch(settings, len(data))
         self.steps = data.batch_count(settings.batch_size, settings.drop_last)
-        if self.steps == 0:
-            raise FastarError(
-                f"train.batch_size={settings.batch_size} is more than the {len(data)} training images; "
-                "lower it or set train.drop_last=false"
-            )
         self.epochs = epochs
         self.history: list[Epoch] = []
         self.so_far = SoFar()
