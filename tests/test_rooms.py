@@ -18,7 +18,7 @@ ORDER = (
     ("atomic", "states"),
     ("checkpoints", "figures", "lock"),
     ("runs",),
-    ("devices", "memory", "footprint", "parts"),
+    ("devices", "precision", "memory", "footprint", "parts"),
     ("graphs",),
     ("flat",),
     ("models",),

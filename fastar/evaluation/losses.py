@@ -20,10 +20,10 @@ from fastar.evaluation.batch_norm import (
     own_statistics,
     set_statistics,
 )
-from fastar.evaluation.precision import full_precision
 from fastar.evaluation.stacked import networks_at_once, stackable, stacked_logits, stacks
 from fastar.flat import FlatLayout
 from fastar.graphs import CallGraph
+from fastar.precision import full_precision
 
 Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
 """A fresh pass over (images, labels); every sample exactly once."""

@@ -13,7 +13,6 @@ from fastar.config import MatchingSettings
 from fastar.errors import FastarError
 from fastar.evaluation import evaluate_rows, re_estimate
 from fastar.evaluation.batch_norm import set_statistics
-from fastar.evaluation.precision import full_precision
 from fastar.experiments.attempts import Prepared, Subject, attempt_seed, trained
 from fastar.experiments.context import MEASURE_WITH_LESS, Context, within_memory
 from fastar.experiments.regular import check_recipe, recipe, save_model
@@ -28,6 +27,7 @@ from fastar.matching import (
     match_by_settings,
     matching_threads,
 )
+from fastar.precision import full_precision
 from fastar.progress import SILENT, Progress
 from fastar.seeds import derive_seed
 from fastar.training import Recording, SourcesStore, StarStep, StepsProfile

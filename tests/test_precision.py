@@ -1,4 +1,4 @@
-"""Evaluation's float32 is float32 whatever the process allows, and what it allows is as it was afterwards."""
+"""float32 of evaluation and matching is float32 whatever the process allows, and what it allows is as it was after."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from contextlib import suppress
 
 import pytest
 import torch
+from evaluation_cases import data, resnet
 
-from fastar.evaluation.precision import full_precision
+import fastar
+from fastar.precision import full_precision
 
 BACKENDS = torch.backends
 PLACES = {
@@ -89,3 +91,19 @@ def test_an_error_leaves_all_as_it_was() -> None:
         assert torch.is_autocast_enabled("cpu")
     assert allowed() == before
     assert torch.get_float32_matmul_precision() == "highest"
+
+
+def test_networks_are_matched_and_measured_whatever_is_allowed() -> None:
+    """Torch makes an error of asking for older settings where newer ones say otherwise."""
+    a, b = (resnet(seed) for seed in (1, 2))
+    batches = list(data()())
+
+    def found() -> tuple[list[list[int]], list[float]]:
+        matched = fastar.match(a, b, example_inputs=torch.zeros(1, 3, 8, 8))
+        return [index.tolist() for index in matched.values()], fastar.barrier(a, b, batches, points=3).loss
+
+    wanted = found()
+    PLACES["matmul on a GPU"].fp32_precision = "tf32"
+    with pytest.raises(RuntimeError, match="mix of the legacy and new"):
+        torch.get_float32_matmul_precision()
+    assert found() == wanted

@@ -1,4 +1,4 @@
-"""float32 that means float32, whatever the process allows elsewhere (a loss of 0.001 needs it)."""
+"""float32 that means float32, whatever the process allows elsewhere: small losses and gains of matching need it."""
 
 from __future__ import annotations
 
