@@ -29,6 +29,7 @@ from fastar import checkpoints as files
 from fastar.checkpoints import load_checkpoint, save_checkpoint
 from fastar.data.reading import GuardedIterator
 from fastar.errors import FastarError
+from fastar.experiments import star
 from fastar.experiments.star_domain import train_star
 from fastar.training import RegularStep, SourcesStore, StarStep
 
@@ -288,3 +289,20 @@ def test_every_model_s_file_has_a_digest(whole: Path) -> None:
     for path in whole.rglob("*.safetensors"):
         state = load_checkpoint(path).state
         assert files.tensors_digest(state) in path.read_bytes().decode("latin-1"), path
+
+
+def test_a_star_that_is_trained_again_is_never_mixed_with_the_one_before(
+    data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed between its two files: on a GPU the star before is not of the same bits as its new permutations' star."""
+    run = Path(shutil.copytree(whole, tmp_path / "run"))
+    (run / "permutations.safetensors").unlink()
+    found = load_checkpoint(run / "star.safetensors")
+    save_checkpoint(run / "star.safetensors", {k: v * 1.001 for k, v in found.state.items()}, found.metadata)
+    with monkeypatch.context() as patch:
+        patch.setattr(star, "save_model", lambda *arguments: kill())
+        with pytest.raises(Killed):
+            train_star(small(data), run)
+    assert (run / "permutations.safetensors").exists()
+    train_star(small(data), run)
+    assert_same_models(run, whole)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import errno
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,8 @@ from training_cases import CPU, PlainConvNet, dataset, network, store
 from fastar.config import CheckpointSettings, StarSettings, TrainSettings
 from fastar.errors import FastarError
 from fastar.flat import FlatLayout
-from fastar.training import RegularStep, SourcesStore, StarStep, fit
+from fastar.training import RegularStep, SourcesStore, StarStep, fit, loop
+from fastar.training import checkpoints as module
 from fastar.training.checkpoints import Saved, TrainingCheckpoints
 
 SETTINGS = TrainSettings(epochs=3, batch_size=16, lr=0.05, precision="fp32")  # six steps an epoch
@@ -338,3 +341,64 @@ def test_what_was_saved_does_not_move_with_the_training(tmp_path: Path) -> None:
     assert saved is not None
     assert not torch.equal(step.theta, before["theta"])
     assert torch.equal(saved.of("step")["theta"], before["theta"])
+
+
+@pytest.mark.parametrize("trouble", ["another version", "unreadable"])
+def test_what_may_be_whole_is_not_deleted(tmp_path: Path, trouble: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may be days of work: another fastar, or the same one when the disk answers again, goes on from it."""
+    kept = checkpoints(tmp_path)
+    save(kept, 1)
+    if trouble == "another version":
+        monkeypatch.setattr(module, "FORMAT", module.FORMAT + 1)
+        save(kept, 2)
+        monkeypatch.undo()
+        said = rf"{name(2)}: saved by another version of fastar; go on with that one, or delete the file to go on from"
+    else:
+        save(kept, 2)
+        opened = Path.open
+
+        def failing(self: Path, *arguments: Any, **more: Any) -> Any:
+            if self.name == name(2):
+                raise OSError(errno.EIO, os.strerror(errno.EIO))
+            return opened(self, *arguments, **more)
+
+        monkeypatch.setattr(Path, "open", failing)
+        said = (
+            rf"{name(2)}: cannot be read \(Input/output error\); make it readable, or delete it to go on from the one"
+        )
+    with pytest.raises(FastarError, match=said):
+        checkpoints(tmp_path).newest()
+    assert names(tmp_path) == [name(1), name(2)]
+
+
+@pytest.mark.parametrize(("epoch", "step"), [(4, 0), (0, 6)])
+def test_one_of_a_longer_training_is_refused(tmp_path: Path, epoch: int, step: int) -> None:
+    kept = checkpoints(tmp_path)
+    history = [vars(one) for one in fit(regular(), dataset(), SETTINGS, name="x", seed=0)]
+    kept.save(
+        regular(), CPU, epoch=epoch, steps=step, history=(history + history)[:epoch], so_far={}, losses=torch.ones(step)
+    )
+    with pytest.raises(FastarError, match=rf"{name(epoch, step)}: of a training of other length"):
+        fit(regular(), dataset(), SETTINGS, name="x", seed=0, checkpoints=kept, saved=kept.newest())
+
+
+def test_steps_that_the_device_has_not_done_yet_are_not_the_checkpoint_s_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, which is waited for: a wait of 100 s belongs to the steps."""
+    clock = Clock()
+    waits: list[bool] = []
+
+    def waiting(device: torch.device) -> None:
+        if waits:  # the first is before the steps
+            clock.now += 100
+        waits.append(True)
+
+    monkeypatch.setattr(loop, "synchronize", waiting)
+    monkeypatch.setattr(loop.time, "perf_counter", clock)
+    kept = cut_at(tmp_path, 3, 0)
+    with pytest.raises(Cut):
+        fit(regular(), dataset(), SETTINGS, name="x", seed=0, checkpoints=kept)
+    saved = checkpoints(tmp_path).newest()
+    assert saved is not None
+    assert (saved.step, saved.so_far["seconds"]) == (3, 300)

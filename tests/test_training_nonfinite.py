@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import doctest
+import gc
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from fastar.checkpoints import load_checkpoint
 from fastar.errors import FastarError
 from fastar.experiments.star_domain import train_star
 from fastar.runs import RunFolder
-from fastar.training import RegularStep, StarStep, epochs
+from fastar.training import RegularStep, SourcesStore, StarStep, epochs
 
 
 @pytest.fixture(scope="module")
@@ -330,3 +332,26 @@ def test_a_training_that_went_on_after_its_failure_is_not_thrown_away(
 def test_after_what_in_words() -> None:
     assert doctest.testmod(epochs).failed == 0
     assert doctest.testmod(epochs).attempted > 0
+
+
+def test_a_failed_attempt_is_gone_when_the_next_one_begins(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It holds the sources, the optimizer and a graph: a GPU has no room for both."""
+    made: list[weakref.ref[object]] = []
+    alive: list[int] = []
+    for kind in (SourcesStore, StarStep):
+
+        def noting(self: object, *arguments: Any, init: Any = kind.__init__, **more: Any) -> None:
+            alive.append(sum(one() is not None for one in made))
+            init(self, *arguments, **more)
+            made.append(weakref.ref(self))
+
+        monkeypatch.setattr(kind, "__init__", noting)
+    poison(monkeypatch, StarStep, lambda call: call in (5, 9))
+    gc.disable()  # nothing is left to chance
+    try:
+        train_star(small(data, "train.on_nonfinite=retry"), tmp_path / "run")
+    finally:
+        gc.enable()
+    assert alive == [0, 1] * 3  # a step's own store alone

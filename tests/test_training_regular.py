@@ -355,3 +355,13 @@ def test_an_epoch_s_last_batch_is_let_go_before_the_next_epoch_begins() -> None:
     fit(Looking(resnet(), SETTINGS), images, SETTINGS, name="x", seed=0)
     assert len(handed) == 18
     assert alive == [0, 0, 0]
+
+
+def test_a_short_last_batch_counts_by_its_images() -> None:
+    """In the loss of an epoch, which is a mean over images."""
+    settings = SETTINGS.model_copy(update={"drop_last": False, "batch_size": 40, "epochs": 1})
+    step = Recorded(RegularStep(resnet(), settings))
+    (done,) = fit(step, dataset(), settings, name="x", seed=0)  # 40, 40 and 16 images
+    wanted = (40 * step.losses[0] + 40 * step.losses[1] + 16 * step.losses[2]) / 96
+    assert done.loss == pytest.approx(wanted, rel=1e-12)
+    assert abs(done.loss - sum(step.losses) / 3) > 1e-4

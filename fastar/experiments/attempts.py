@@ -114,6 +114,7 @@ def trained(
             furthest = max((one for one in (furthest, error.left) if one is not None), key=_progress, default=None)
             if context.settings.train.on_nonfinite == "stop" or checkpoints.attempt >= RETRIES:
                 raise _what_is_left(context, subject, error, furthest, checkpoints) from error
+            checkpoints.parts = {}  # which hold the sources: the next attempt needs the memory
             checkpoints.attempt += 1
             checkpoints.remember()  # first: a kill from here on must not bring the same draws again
             saved = checkpoints.newest()

@@ -262,6 +262,7 @@ def _train(
             row = context.row(Checkpoint(model.state_dict()))
             own, called = [statistics] if statistics else None, ["the star"]
             measured = evaluate_rows(model, context.layout, row[None], context.splits(), statistics=own, called=called)
+        run.star.unlink(missing_ok=True)  # one whose permutations are missing: it is not to be found with these
         # Written first: a star without its permutations would be measured against other ones than it was trained with.
         save_checkpoint(run.permutations, {**permutations, "matched": torch.tensor(int(matched))}, {"kind": "matching"})
         save_model(context, subject, model.state_dict(), measured, done)

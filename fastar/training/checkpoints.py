@@ -101,13 +101,18 @@ class TrainingCheckpoints:
         return sorted(self.folder.glob("epoch-*.safetensors"))
 
     def newest(self) -> Saved | None:
-        """The newest whole checkpoint; damaged ones after it are deleted. None: there is none."""
+        """The newest whole checkpoint; damaged ones after it are deleted. None: there is none.
+
+        Raises:
+            FastarError: one that may be whole, but is of another version of fastar or cannot be read now.
+        """
         for path in reversed(self.paths()):
+            _check_readable(path)
             try:
                 found = load_checkpoint(path)
                 metadata = found.metadata
                 if metadata.get("format") != FORMAT:
-                    raise FastarError(f"{path}: saved by another version of fastar")
+                    break
                 saved = Saved(path, **{k: v for k, v in metadata.items() if k in _SAVED}, tensors=dict(found.state))
                 losses = saved.tensors.get("losses")
                 if losses is None or len(losses) != saved.step or len(saved.history) != saved.epoch:
@@ -116,7 +121,10 @@ class TrainingCheckpoints:
             except (FastarError, TypeError) as error:
                 self._say(f"{error}; going on from the one before")
                 self.drop(path)
-        return None
+        else:
+            return None
+        what = "saved by another version of fastar; go on with that one"
+        raise FastarError(f"{path}: {what}, or delete the file to go on from the one before")
 
     def remember(self) -> None:
         """Write down `attempt` and `back_to`: a process that is killed before the next checkpoint goes on with them.
@@ -236,6 +244,16 @@ class TrainingCheckpoints:
 
 
 _SAVED = {"recipe", "attempt", "epoch", "step", "history", "so_far"}
+
+
+def _check_readable(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            file.read(1)
+    except OSError as error:
+        raise FastarError(
+            f"{path}: cannot be read ({error.strerror}); make it readable, or delete it to go on from the one before"
+        ) from error
 
 
 def copy_into(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:

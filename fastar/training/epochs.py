@@ -65,6 +65,7 @@ class Epoch:
 
     epoch: int
     loss: float
+    """Mean over its images, each as its step saw it."""
     lr: float
     images: int
     seconds: float

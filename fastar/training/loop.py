@@ -196,6 +196,9 @@ class _Training:
     ):
         check_batch(settings, len(data))
         self.steps = data.batch_count(settings.batch_size, settings.drop_last)
+        # Images of a step, and of an epoch's last one.
+        self._batch = settings.batch_size
+        self._last = self._batch if settings.drop_last else len(data) - self._batch * (self.steps - 1)
         self.epochs = epochs
         self.history: list[Epoch] = []
         self.so_far = SoFar()
@@ -230,6 +233,7 @@ class _Training:
     def save_within(self, steps: int) -> None:
         """Save after so many steps of the epoch, and stop if that is asked for."""
         assert self._checkpoints is not None
+        synchronize(self._device)  # what is queued is the steps' time
         start = time.perf_counter()
         self._check(steps)
         so_far = self._until(start)
@@ -257,7 +261,7 @@ class _Training:
         so_far = self._until(time.perf_counter())
         done = Epoch(
             len(self.history),
-            float(losses.double().mean()),
+            self._mean(losses),
             lr,
             so_far.images,
             so_far.seconds,
@@ -285,6 +289,14 @@ class _Training:
             loss=self.history[-1].loss,
         )
         self._stop_if_asked(f"epoch {len(self.history)} of {self._name}, which is whole" if written else "")
+
+    def _mean(self, losses: Tensor) -> float:
+        """Over the epoch's images: its last step may be of fewer."""
+        if self._last == self._batch:
+            return float(losses.double().mean())
+        images = torch.full_like(losses, self._batch, dtype=torch.float64)
+        images[-1] = self._last
+        return float((losses.double() * images).sum() / images.sum())
 
     def _until(self, now: float) -> SoFar:
         seconds = now - self._begun - self._saving
