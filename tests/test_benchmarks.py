@@ -16,7 +16,11 @@ import torch
 
 from fastar import benchmarks
 from fastar.benchmarks import CannotRun, Case, Timing, built_when_run, failing_alone, in_one_graph, line, time_in_turns
+from fastar.benchmarks.trained import digits
 from fastar.config import TrainSettings
+from fastar.flat import FlatLayout
+from fastar.matching import derive_symmetry
+from fastar.models import build_model
 
 CPU = torch.device("cpu")
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
@@ -248,19 +252,44 @@ def test_matching_is_told_of_case_by_case(monkeypatch: pytest.MonkeyPatch, capsy
     run_tool("bench_matching.py", small, monkeypatch)
     lines = {found["case"]: found for found in map(json.loads, capsys.readouterr().out.splitlines())}
     assert list(lines)[1:] == [
-        *("fastar cold, first call", "fastar cold", "fastar warm", "fastar warm, theta moved", "objective")
+        *("fastar cold, first call", "fastar cold", "fastar warm", "fastar warm, theta moved", "floor", "objective")
     ]
     assert lines["fastar warm"]["solves"] <= lines["fastar cold"]["solves"]
     assert lines["fastar warm, theta moved"]["moved_by"] > 0
     assert lines["fastar cold"]["seconds_per_source"]["median"] > 0
+    # Two hidden layers of 6 units: the first owns 192 weights, a bias and 6 weights of the next for each unit, the
+    # second 6, a bias and 10. Each owned number is multiplied for 6 by 6 pairs of units.
+    assert lines["floor"]["gflop_per_source"] == pytest.approx(2 * 36 * (192 + 1 + 6 + 6 + 1 + 10) / 1e9)
+    assert lines["floor"]["warm_over_floor"]["median"] > 0
     for pair in lines["objective"]["pairs"]:
         assert pair["fastar"] >= pair["unmatched"]
 
 
-def test_matching_does_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("threads", [1, 2])
+def test_the_floor_is_a_sweeps_products(threads: int) -> None:
+    """The products of theta with itself have the squares of what each unit owns on their diagonals."""
     tool = runpy.run_path(str(TOOLS / "bench_matching.py"))
+    model = build_model("resnet8", input_shape=(3, 8, 8), classes=10, seed=0, width=0.25)
+    symmetry = derive_symmetry(model, (torch.zeros(2, 3, 8, 8),))
+    layout = FlatLayout.from_module(model)
+    row = layout.flatten(model.state_dict())
+    floor = tool["Floor"](symmetry, layout.views(row), layout.views(row.expand(3, -1).contiguous()), threads)
+    before = torch.get_num_threads()
+    floor()
+    assert torch.get_num_threads() == before
+    counted = [(g, m) for g in symmetry.groups for m in g.members if m.tensor in symmetry.parameters]
+    assert [len(products) for products in floor._products] == 3 * [len(counted)]
+    for (group, member), (left, right) in zip(counted, floor._products[2], strict=True):
+        assert left.shape == (group.size, left.numel() // group.size)
+        assert right.shape == left.T.shape
+        assert left.numel() == right.numel() == dict(model.named_parameters())[member.tensor].numel()
+        assert torch.equal(left.reshape(-1), right.reshape(-1))  # the same share of each source's own row
+    assert floor.flops == sum(2 * group.size * dict(model.named_parameters())[m.tensor].numel() for group, m in counted)
+
+
+def test_matching_does_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn.datasets", None)  # an import of it fails
-    images, labels, what = tool["digits"]()
+    images, labels, what = digits()
     assert what == "ten noisy patterns"
     assert images.shape == (1797, 3, 8, 8)
     assert sorted(set(labels.tolist())) == list(range(10))

@@ -4,14 +4,17 @@
 
 Networks are trained for a few steps on scikit-learn's digits (theta and every source from another seed; without
 scikit-learn on patterns like them), so that they are like trained ones; `--cache DIR` keeps them. One JSON line per
-case, each when it is known: seconds per source (median and quantiles over repetitions), and the objective
-<theta, pi(theta_n)>. fastar's come first; then, pair by pair and for at most `--rebasin-seconds`, rebasin takes turns
-with fastar on all sources, in one process, and `rebasin / fastar` says after each pair what was found so far.
+case, each when it is known: seconds per source (median and quartiles over repetitions, in which the cases take turns),
+and the objective <theta, pi(theta_n)>. fastar's come first; then, pair by pair and for at most `--rebasin-seconds`,
+rebasin takes turns with fastar on all sources, in one process, and `rebasin / fastar` says after each pair what was
+found so far.
 
 cold: sources as they were trained. warm: sources that an earlier call has already permuted, to the same theta. warm,
-theta moved: to a theta that has since been trained for another epoch of the digits, as between a run's epochs.
-`with_tracing` adds what rebasin does anew for every pair: building its graph of the model. On a GPU `work` counts what
-a call launches, and the GPU's own time.
+theta moved: to a theta that has since been trained for another epoch of the digits, as between a run's epochs. floor:
+one sweep's matrix products alone, fp32, which is what this machine allows a sweep over all groups to take at the least;
+`warm_over_floor` is warm's time over it. `with_tracing` adds what rebasin does anew for every pair: building its graph
+of the model. On a GPU `work` counts what a call launches, and the GPU's own time. Ways out of local optima:
+tools/bench_escapes.py.
 
 rebasin is not a dependency: `pip install fastar[bench]`, or put it on PYTHONPATH from a folder of its own.
 """
@@ -24,6 +27,7 @@ import json
 import sys
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
@@ -32,74 +36,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from fastar.benchmarks import failing_alone, gpu_work, matching_threads, profiler_sees_gpu, where
+from fastar.benchmarks import failing_alone, gpu_work, matching_threads, profiler_sees_gpu, timed, where
+from fastar.benchmarks.trained import BATCH, EXAMPLE, digits, train, trained
 from fastar.errors import FastarError
 from fastar.experiments.context import resolve_device
 from fastar.flat import FlatLayout
-from fastar.matching import (
-    Permutations,
-    Symmetry,
-    derive_symmetry,
-    match_activations,
-    match_weights,
-    solver_name,
-)
-from fastar.models import build_model
+from fastar.matching import Permutations, Symmetry, derive_symmetry, match_weights, solver_name
 from fastar.seeds import derive_seed
 from fastar.training import SourcesStore
-
-INPUT_SHAPE = (3, 8, 8)
-EXAMPLE = torch.zeros(2, *INPUT_SHAPE)
-BATCH = 64
-
-
-def digits() -> tuple[Tensor, Tensor, str]:
-    """Images [n, 3, 8, 8] of mean 0 and deviation 1, labels, and what they are."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError:
-        generator = torch.Generator().manual_seed(0)
-        labels = torch.randint(10, (1797,), generator=generator)
-        grey = torch.randn(10, 8, 8, generator=generator)[labels] + torch.randn(1797, 8, 8, generator=generator)
-        what = "ten noisy patterns"
-    else:
-        data = load_digits()
-        grey, labels = torch.tensor(data.images, dtype=torch.float32), torch.tensor(data.target)
-        what = "scikit-learn digits"
-    grey = (grey - grey.mean()) / grey.std()
-    return grey[:, None].expand(-1, 3, -1, -1).contiguous(), labels, what
-
-
-def train(model: nn.Module, steps: int, seed: int) -> nn.Module:
-    """`steps` steps of SGD (rate 0.05, momentum 0.9) where the model is."""
-    device = next(model.parameters()).device
-    images, labels = (tensor.to(device) for tensor in digits()[:2])
-    generator = torch.Generator().manual_seed(derive_seed(seed, "order"))
-    batches = torch.randint(len(images), (steps, BATCH), generator=generator).to(device)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)
-    for batch in batches:
-        loss = nn.functional.cross_entropy(model(images[batch]), labels[batch])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return model
-
-
-def trained(
-    arch: str, seed: int, steps: int, cache: Path | None, options: dict[str, Any], device: torch.device
-) -> nn.Module:
-    """A network after `steps` steps, from the cache if it is there."""
-    model = build_model(arch, input_shape=INPUT_SHAPE, classes=10, seed=seed, **options).to(device)
-    tag = "-".join([arch, *(f"{k}{v}" for k, v in options.items()), str(steps), f"{seed:03d}"])
-    path = None if cache is None else cache / f"{tag}.pt"
-    if path is not None and path.exists():
-        model.load_state_dict(torch.load(path, weights_only=True, map_location=device))
-        return model
-    train(model, steps, seed)
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(model.state_dict(), path)
-    return model
 
 
 def objectives(symmetry: Symmetry, theta: dict[str, Tensor], state: dict[str, Tensor]) -> tuple[float, float]:
@@ -108,19 +52,14 @@ def objectives(symmetry: Symmetry, theta: dict[str, Tensor], state: dict[str, Te
     return sum(values.values()), sum(v for n, v in values.items() if theta[n].ndim > 1)
 
 
-def timed(work: Callable[[], Any], device: torch.device) -> tuple[float, Any]:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    start = time.perf_counter()
-    result = work()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start, result
-
-
 def summary(seconds: list[float]) -> dict[str, Any]:
-    low, middle, high = np.quantile(seconds, [0.1, 0.5, 0.9])
-    return {"seconds_per_source": {"median": middle, "q10": low, "q90": high}, "n": len(seconds)}
+    return {"seconds_per_source": spread(seconds), "n": len(seconds)}
+
+
+def spread(values: list[float]) -> dict[str, float]:
+    """Median and quartiles, of one value too."""
+    low, middle, high = (float(value) for value in np.quantile(values, [0.25, 0.5, 0.75]))
+    return {"median": middle, "q25": low, "q75": high}
 
 
 class Rebasin:
@@ -144,11 +83,9 @@ class Fastar:
     """Matching of all sources, in each of the ways that are timed."""
 
     def __init__(self, args: argparse.Namespace, device: torch.device):
-        whole = args.width is not None and args.width == int(args.width)  # an mlp's width is a number of units
-        options = {} if args.width is None else {"width": int(args.width) if whole else args.width}
         self.args, self.device = args, device
         self.theta_model, *self.models = (
-            trained(args.arch, seed, args.steps, args.cache, options, device) for seed in range(args.sources + 1)
+            trained(args.arch, seed, args.steps, args.cache, args.width, device) for seed in range(args.sources + 1)
         )
         derive = lambda: derive_symmetry(self.theta_model, (EXAMPLE.to(device),), cached=False)  # noqa: E731
         self.tracing, self.symmetry = timed(derive, device)
@@ -191,6 +128,51 @@ class Fastar:
         return {"fastar": total, "fastar_weights": weights, "unmatched": start, "unmatched_weights": start_weights}
 
 
+class Floor:
+    """The matrix products of one sweep alone, fp32 and of the same shapes: what is left of matching where nothing has
+    changed and everything else costs nothing.
+
+    Each member of each group takes one product of theta's and a source's share of it, [units, k] by [k, units]; they
+    are made where these lie in memory, source by source, on a CPU by as many threads as match.
+    """
+
+    def __init__(self, symmetry: Symmetry, theta: dict[str, Tensor], sources: dict[str, Tensor], threads: int):
+        counted = set(symmetry.counted(theta, sources))
+        count = len(next(iter(sources.values())))
+        products: list[list[tuple[Tensor, Tensor]]] = [[] for _ in range(count)]
+        self.flops = 0
+        for group in symmetry.groups:
+            for member in group.members:
+                if member.tensor not in counted:
+                    continue
+                own = theta[member.tensor]
+                units, k = group.size, own.numel() // own.shape[member.axis] * member.inner * member.outer
+                self.flops += 2 * units * units * k
+                for n in range(count):
+                    left = own.as_strided((units, k), (k, 1))
+                    products[n].append((left, sources[member.tensor][n].as_strided((k, units), (units, 1))))
+        self._products = products
+        self._threads = 1 if next(iter(theta.values())).device.type == "cuda" else threads
+
+    def __call__(self) -> None:
+        if self._threads == 1:
+            for products in self._products:
+                self._multiply(products)
+            return
+        # As matching does: each thread has sources of its own, and torch no further threads.
+        before = torch.get_num_threads()
+        try:
+            with ThreadPoolExecutor(self._threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+                list(pool.map(self._multiply, self._products))
+        finally:
+            torch.set_num_threads(before)
+
+    @staticmethod
+    def _multiply(products: list[tuple[Tensor, Tensor]]) -> None:
+        for left, right in products:
+            torch.mm(left, right)
+
+
 def bench(args: argparse.Namespace) -> None:
     device = resolve_device(args.device)
     begin = time.perf_counter()
@@ -217,15 +199,22 @@ def bench(args: argparse.Namespace) -> None:
         seconds_per_source=fastar.first_seconds / args.sources,
         setup_seconds=time.perf_counter() - begin,
     )
-    seconds: dict[str, list[float]] = {}
-    for name, way in fastar.ways.items():
+    floor = Floor(fastar.symmetry, fastar.theta, fastar.sources, matching_threads(device))
+    ways = {**fastar.ways, "floor": lambda: timed(floor, device)}
+    for way in ways.values():
         way()  # from here on nothing is new to the allocator and the libraries
-        results = [way() for _ in range(args.repeats)]
-        seconds[name] = [took / args.sources for took, _ in results]
-        last = results[-1][1]
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    last: dict[str, Any] = {}
+    for _ in range(args.repeats):
+        for name, way in ways.items():
+            took, last[name] = way()
+            seconds[name].append(took / args.sources)
+    for name in fastar.ways:
         more: dict[str, Any] = {"moved_by": fastar.moved_by} if name.endswith("moved") else {}
-        more |= {"sweeps_mean": float(last.sweeps.double().mean()), "solves": last.solves}
+        more |= {"sweeps_mean": float(last[name].sweeps.double().mean()), "solves": last[name].solves}
         report(case=f"fastar {name}", **summary(seconds[name]), **more)
+    over = [warm / least for warm, least in zip(seconds["warm"], seconds["floor"], strict=True)]
+    report(case="floor", **summary(seconds["floor"]), gflop_per_source=floor.flops / 1e9, warm_over_floor=spread(over))
     pairs = [fastar.pair(n) for n in range(min(args.sources, 8))]
     report(case="objective", pairs=pairs, sweeps=fastar.first.sweeps.tolist(), solves=fastar.first.solves)
     if args.against == "rebasin":
@@ -239,9 +228,6 @@ def bench(args: argparse.Namespace) -> None:
         for name in ("warm", "warm, theta moved", "cold"):  # last: reading many events takes the profiler long
             with failing_alone("matching", f"work {name}", device):
                 report(case=f"work {name}", **gpu_work(fastar.ways[name], device))
-    if args.escapes:
-        theta = {n: t.detach() for n, t in fastar.theta_model.state_dict().items()}
-        escapes(fastar.theta_model, fastar.symmetry, theta, fastar.sources, report, device, args.seed)
 
 
 def against_rebasin(
@@ -283,74 +269,6 @@ def against_rebasin(
     report(case="objective beside rebasin's", pairs=pairs)
 
 
-def escapes(
-    model: nn.Module,
-    symmetry: Symmetry,
-    theta: dict[str, Tensor],
-    sources: dict[str, Tensor],
-    report: Callable[..., None],
-    device: torch.device,
-    seed: int,
-) -> None:
-    """What the ways out of local optima buy and cost: gain in the objective over one attempt, and its time.
-
-    One attempt is what `match_weights` does by itself: a guess from the output backwards, and a descent from it.
-    """
-    count = next(iter(sources.values())).shape[0]
-    images = digits()[0]
-    order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
-    batches = [images[part].to(device) for part in order[:256].split(64)]
-    once, base = timed(lambda: match_weights(symmetry, theta, sources, seed=seed), device)
-    aligned = {name: tensor.clone() for name, tensor in sources.items()}
-    symmetry.apply_rows(base.permutations, aligned)
-    # As an epoch later: theta has moved, the sources stand as they were last permuted.
-    generator = torch.Generator().manual_seed(seed)
-    moved = {
-        name: tensor + 0.3 * float(tensor.std()) * torch.randn(tensor.shape, generator=generator).to(device)
-        if name in symmetry.parameters and tensor.ndim > 1
-        else tensor
-        for name, tensor in theta.items()
-    }
-
-    def attempt(given: dict[str, Tensor], centre: dict[str, Tensor], **settings: Any) -> Callable[[], Any]:
-        return lambda: match_weights(symmetry, centre, given, seed=seed, **settings)
-
-    def by_activations(centre: dict[str, Tensor]) -> Any:
-        start = match_activations(model, symmetry, centre, sources, batches)
-        return match_weights(symmetry, centre, sources, start=start, seed=seed)
-
-    def measure(name: str, way: Callable[[], Any], once: float, base: Any) -> None:
-        took, result = timed(way, device)
-        gain = result.objective - base.objective
-        report(
-            case=f"way out: {name}",
-            times_slower=took / once,
-            objective_gain={"mean": float(gain.mean()), "min": float(gain.min()), "max": float(gain.max())},
-            weights_before=float(base.objective_weights.mean()),
-            weights_gain=float((result.objective_weights - base.objective_weights).mean()),
-            n=count,
-        )
-
-    for name, way in {
-        "identity as the start": attempt(sources, theta, start=symmetry.identity()),
-        "activations as the start": lambda: by_activations(theta),
-        "best of 3 random starts": attempt(
-            sources, theta, start=[symmetry.random(derive_seed(seed, "start", n)) for n in range(3)]
-        ),
-        **{f"{orders} orders": attempt(sources, theta, orders=orders) for orders in (3, 8)},
-        **{f"{kicks} kicks": attempt(sources, theta, kicks=kicks) for kicks in (1, 5, 15)},
-        "3 orders and 5 kicks": attempt(sources, theta, orders=3, kicks=5),
-    }.items():
-        measure(name, way, once, base)
-    warm, later = timed(attempt(aligned, moved, start=symmetry.identity()), device)
-    report(case="last epoch as the start", seconds_per_source=warm / count, n=count)
-    for name, way in {
-        "a guess instead of last epoch": attempt(aligned, moved),
-        "last epoch and 1 kick": attempt(aligned, moved, start=symmetry.identity(), kicks=1),
-    }.items():
-        measure(name, way, warm, later)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default="resnet18")
@@ -361,7 +279,6 @@ def main() -> None:
     parser.add_argument("--orders", type=int, default=1)
     parser.add_argument("--against", choices=["rebasin", "nothing"], default="nothing")
     parser.add_argument("--rebasin-seconds", type=float, help="stop before that; default: after all sources")
-    parser.add_argument("--escapes", action="store_true", help="also measure the ways out of local optima")
     parser.add_argument("--cache", type=Path, help="folder in which trained networks are kept")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)

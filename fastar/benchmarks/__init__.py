@@ -2,7 +2,7 @@
 
 from fastar.benchmarks.lines import CannotRun, failing_alone, failure, line, where
 from fastar.benchmarks.problem import EPOCH, Problem, add_problem_arguments, matching_threads, problem_of
-from fastar.benchmarks.timing import Case, Timing, built_when_run, in_one_graph, quantiles, ratio, time_in_turns
+from fastar.benchmarks.timing import Case, Timing, built_when_run, in_one_graph, quantiles, ratio, time_in_turns, timed
 from fastar.benchmarks.work import gpu_work, profiler_sees_gpu
 
 __all__ = [
@@ -24,5 +24,6 @@ __all__ = [
     "quantiles",
     "ratio",
     "time_in_turns",
+    "timed",
     "where",
 ]

@@ -7,7 +7,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -40,6 +40,7 @@ class Timing:
         return statistics.median(self.seconds)
 
 
+Result = TypeVar("Result")
 OnFailure = Callable[[Case, Exception], None]
 
 
@@ -102,7 +103,7 @@ def time_in_turns(
             on_failure(case, error)
 
     def warm(case: Case) -> None:
-        first[case.name] = _clocked(case.run, device)
+        first[case.name], _ = timed(case.run, device)
         for _ in range(warm_up - 1):
             case.run()
         synchronize(device)  # what a kernel did wrong shows here, and not in the next case
@@ -134,12 +135,13 @@ def quantiles(values: Sequence[float]) -> dict[str, float]:
     return {"median": middle, "q25": low, "q75": high, "min": min(values)}
 
 
-def _clocked(run: Callable[[], object], device: torch.device) -> float:
+def timed(run: Callable[[], Result], device: torch.device) -> tuple[float, Result]:
+    """Seconds until all that a call does on the device is done, and what it returns."""
     synchronize(device)
     begin = time.perf_counter()
-    run()
+    result = run()
     synchronize(device)
-    return time.perf_counter() - begin
+    return time.perf_counter() - begin, result
 
 
 def _seconds(case: Case, device: torch.device, repeats: int) -> float:

@@ -80,7 +80,7 @@ def match_weights(
     depends on the inputs, the starts and the seed, not (but for rounding) on `chunk`, `threads` or the other sources.
 
     Descent ends in local optima. What the ways out gain, on 2 pairs of briefly trained ResNet-18 of objective (without
-    1-D parameters) 434 (`tools/bench_matching.py --sources 2 --escapes`, on a CPU):
+    1-D parameters) 434 (`tools/bench_escapes.py --sources 2`, on a CPU):
 
     - the guess that `start=None` makes: 6.3 over the identity, at about its cost;
     - `match_activations` as the start: 1.0 less than the guess, but better in one of the two pairs; needs data;
