@@ -13,28 +13,21 @@ import torch
 from torch import nn
 
 from fastar.errors import FastarError
-from fastar.models.densenet import densenet40, densenet40_bc, densenet100_bc
-from fastar.models.imagenet import imagenet_resnet18, imagenet_resnet34, imagenet_resnet50
+from fastar.models import imagenet, resnet
+from fastar.models.densenet import densenet
 from fastar.models.mlp import Mlp
-from fastar.models.resnet import resnet8, resnet18, resnet20, resnet34, resnet50
 from fastar.models.vgg import DEPTHS, normalised, plain
 from fastar.models.vit import VisionTransformer
 from fastar.models.wrn import wide_resnet
 from fastar.seeds import derive_seed
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
-    "densenet40": densenet40,
-    "densenet40_bc": densenet40_bc,
-    "densenet100_bc": densenet100_bc,
-    "imagenet-resnet18": imagenet_resnet18,
-    "imagenet-resnet34": imagenet_resnet34,
-    "imagenet-resnet50": imagenet_resnet50,
+    "densenet40": densenet(40),
+    "densenet40_bc": densenet(40, bottleneck=True),
+    "densenet100_bc": densenet(100, bottleneck=True),
+    **{f"imagenet-resnet{depth}": imagenet.imagenet_resnet(depth) for depth in imagenet.SHAPES},
     "mlp": Mlp,
-    "resnet8": resnet8,
-    "resnet18": resnet18,
-    "resnet20": resnet20,
-    "resnet34": resnet34,
-    "resnet50": resnet50,
+    **{f"resnet{depth}": resnet.cifar_resnet(depth) for depth in resnet.SHAPES},
     **{f"vgg{depth}": plain(depth) for depth in DEPTHS},
     **{f"vgg{depth}_bn": normalised(depth) for depth in DEPTHS},
     "vit": VisionTransformer,

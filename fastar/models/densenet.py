@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -111,64 +113,32 @@ class DenseNet(nn.Module):
         return logits
 
 
-def densenet40(
-    input_shape: tuple[int, int, int],
-    classes: int,
-    growth: int = 12,
-    dropout: float = 0.0,
-    stem: int = 0,
-    activation: Activation = "relu",
-    norm: Norm = "batch",
-) -> nn.Module:
-    """DenseNet-40: 12 layers a block. `stem` 0 is twice `growth`, as in the implementation that the star-domain paper
-    names (1,059,298 parameters); 16 is Huang et al.'s (1,019,722: their 1.0 M)."""
-    return _densenet("densenet40", input_shape, classes, growth, dropout, stem, Parts(activation, norm))
+def densenet(depth: int, *, bottleneck: bool = False) -> Callable[..., nn.Module]:
+    """DenseNet-`depth`, or DenseNet-BC-`depth` with bottlenecks. `stem` 0 is twice `growth`.
 
-
-def densenet40_bc(
-    input_shape: tuple[int, int, int],
-    classes: int,
-    growth: int = 12,
-    dropout: float = 0.0,
-    stem: int = 0,
-    activation: Activation = "relu",
-    norm: Norm = "batch",
-) -> nn.Module:
-    """DenseNet-BC-40: 6 layers a block (176,122 parameters). `stem` 0 is twice `growth`."""
-    return _densenet("densenet40_bc", input_shape, classes, growth, dropout, stem, Parts(activation, norm))
-
-
-def densenet100_bc(
-    input_shape: tuple[int, int, int],
-    classes: int,
-    growth: int = 12,
-    dropout: float = 0.0,
-    stem: int = 0,
-    activation: Activation = "relu",
-    norm: Norm = "batch",
-) -> nn.Module:
-    """DenseNet-BC-100: 16 layers a block (769,162 parameters). `stem` 0 is twice `growth`."""
-    return _densenet("densenet100_bc", input_shape, classes, growth, dropout, stem, Parts(activation, norm))
-
-
-def _densenet(
-    arch: str,
-    input_shape: tuple[int, int, int],
-    classes: int,
-    growth: int,
-    dropout: float,
-    stem: int,
-    parts: Parts,
-) -> nn.Module:
-    at_least(growth, 1, "growth", arch)
-    at_least(stem, 0, "stem", arch)
-    check_side(input_shape, 4, arch, "halves images twice")
-    bottleneck = arch.endswith("_bc")
-    depth = int(arch.removeprefix("densenet").removesuffix("_bc"))
+    Parameters at ten classes: 1,059,298 of DenseNet-40, with the stem of the implementation that the star-domain paper
+    names (`stem=16` is Huang et al.'s: 1,019,722, their 1.0 M); 176,122 of BC-40, 769,162 of BC-100.
+    """
+    arch = f"densenet{depth}{'_bc' if bottleneck else ''}"
     # All layers but the stem, two transitions and the classifier; a bottleneck is two.
     layers = (depth - 4) // (BLOCKS * (2 if bottleneck else 1))
-    share = dropout_share(dropout, arch)
-    return DenseNet(input_shape, classes, layers, stem or 2 * growth, growth, share, parts, bottleneck=bottleneck)
+
+    def build(
+        input_shape: tuple[int, int, int],
+        classes: int,
+        growth: int = 12,
+        dropout: float = 0.0,
+        stem: int = 0,
+        activation: Activation = "relu",
+        norm: Norm = "batch",
+    ) -> nn.Module:
+        at_least(growth, 1, "growth", arch)
+        at_least(stem, 0, "stem", arch)
+        check_side(input_shape, 4, arch, "halves images twice")
+        share, parts = dropout_share(dropout, arch), Parts(activation, norm)
+        return DenseNet(input_shape, classes, layers, stem or 2 * growth, growth, share, parts, bottleneck=bottleneck)
+
+    return build
 
 
 def _wide(channels_in: int, channels: int) -> nn.Conv2d:

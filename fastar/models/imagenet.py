@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -111,37 +111,27 @@ class ImageNetResNet(nn.Module):
         return logits
 
 
-def imagenet_resnet18(
-    input_shape: tuple[int, int, int],
-    classes: int,
-    width: float = 1.0,
-    activation: Activation = "relu",
-    norm: Norm = "batch",
-) -> nn.Module:
-    """torchvision's ResNet-18: 64, 128, 256, 512 channels times `width` (11,689,512 parameters at 1000 classes)."""
-    channels = scaled([64, 128, 256, 512], width, "imagenet-resnet18")
-    return ImageNetResNet(input_shape, classes, BasicBlock, [2, 2, 2, 2], channels, Parts(activation, norm))
+# Depth to block and blocks of each stage. Parameters at width 1 and 1000 classes: 11,689,512; 21,797,672; 25,557,032.
+CHANNELS = (64, 128, 256, 512)
+SHAPES: dict[int, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]] = {
+    18: (BasicBlock, (2, 2, 2, 2)),
+    34: (BasicBlock, (3, 4, 6, 3)),
+    50: (Bottleneck, (3, 4, 6, 3)),
+}
 
 
-def imagenet_resnet34(
-    input_shape: tuple[int, int, int],
-    classes: int,
-    width: float = 1.0,
-    activation: Activation = "relu",
-    norm: Norm = "batch",
-) -> nn.Module:
-    """torchvision's ResNet-34: 64, 128, 256, 512 channels times `width` (21,797,672 parameters at 1000 classes)."""
-    channels = scaled([64, 128, 256, 512], width, "imagenet-resnet34")
-    return ImageNetResNet(input_shape, classes, BasicBlock, [3, 4, 6, 3], channels, Parts(activation, norm))
+def imagenet_resnet(depth: int) -> Callable[..., nn.Module]:
+    """torchvision's ResNet-`depth`, its channels times `width`."""
+    block, counts = SHAPES[depth]
 
+    def build(
+        input_shape: tuple[int, int, int],
+        classes: int,
+        width: float = 1.0,
+        activation: Activation = "relu",
+        norm: Norm = "batch",
+    ) -> nn.Module:
+        channels = scaled(CHANNELS, width, f"imagenet-resnet{depth}")
+        return ImageNetResNet(input_shape, classes, block, counts, channels, Parts(activation, norm))
 
-def imagenet_resnet50(
-    input_shape: tuple[int, int, int],
-    classes: int,
-    width: float = 1.0,
-    activation: Activation = "relu",
-    norm: Norm = "batch",
-) -> nn.Module:
-    """torchvision's ResNet-50: 64, 128, 256, 512 channels times `width` (25,557,032 parameters at 1000 classes)."""
-    channels = scaled([64, 128, 256, 512], width, "imagenet-resnet50")
-    return ImageNetResNet(input_shape, classes, Bottleneck, [3, 4, 6, 3], channels, Parts(activation, norm))
+    return build

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
@@ -124,63 +124,31 @@ class CifarResNet(nn.Module):
         return logits
 
 
-def resnet18(
-    input_shape: tuple[int, int, int],
-    classes: int,
-    width: float = 1.0,
-    activation: Activation = "relu",
-    norm: Norm = "batch",
-) -> nn.Module:
-    """CIFAR ResNet-18: 2-2-2-2 blocks of 64, 128, 256, 512 channels times `width` (11,173,962 parameters at 1)."""
-    channels = scaled([64, 128, 256, 512], width, "resnet18")
-    return CifarResNet(input_shape, classes, BasicBlock, [2, 2, 2, 2], channels, Parts(activation, norm))
+# Depth to block, blocks of each stage and its channels (a bottleneck's are those inside). Parameters at width 1 and ten
+# classes: 11,173,962 of 18, 21,282,122 of 34, 23,520,842 of 50; 272,474 of 20, which has projections where He et al.
+# pad with zeros (269,722).
+SMALL, LARGE = (16, 32, 64), (64, 128, 256, 512)
+SHAPES: dict[int, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...], tuple[int, ...]]] = {
+    8: (BasicBlock, (1, 1, 1), SMALL),
+    18: (BasicBlock, (2, 2, 2, 2), LARGE),
+    20: (BasicBlock, (3, 3, 3), SMALL),
+    34: (BasicBlock, (3, 4, 6, 3), LARGE),
+    50: (Bottleneck, (3, 4, 6, 3), LARGE),
+}
 
 
-def resnet34(
-    input_shape: tuple[int, int, int],
-    classes: int,
-    width: float = 1.0,
-    activation: Activation = "relu",
-    norm: Norm = "batch",
-) -> nn.Module:
-    """CIFAR ResNet-34: 3-4-6-3 blocks of 64, 128, 256, 512 channels times `width` (21,282,122 parameters at 1)."""
-    channels = scaled([64, 128, 256, 512], width, "resnet34")
-    return CifarResNet(input_shape, classes, BasicBlock, [3, 4, 6, 3], channels, Parts(activation, norm))
+def cifar_resnet(depth: int) -> Callable[..., nn.Module]:
+    """ResNet-`depth` for images of CIFAR's size, its channels times `width`."""
+    block, counts, channels = SHAPES[depth]
 
+    def build(
+        input_shape: tuple[int, int, int],
+        classes: int,
+        width: float = 1.0,
+        activation: Activation = "relu",
+        norm: Norm = "batch",
+    ) -> nn.Module:
+        wide = scaled(channels, width, f"resnet{depth}")
+        return CifarResNet(input_shape, classes, block, counts, wide, Parts(activation, norm))
 
-def resnet50(
-    input_shape: tuple[int, int, int],
-    classes: int,
-    width: float = 1.0,
-    activation: Activation = "relu",
-    norm: Norm = "batch",
-) -> nn.Module:
-    """CIFAR ResNet-50: 3-4-6-3 bottlenecks of 64, 128, 256, 512 channels inside, four times as many between them,
-    times `width` (23,520,842 parameters at 1)."""
-    channels = scaled([64, 128, 256, 512], width, "resnet50")
-    return CifarResNet(input_shape, classes, Bottleneck, [3, 4, 6, 3], channels, Parts(activation, norm))
-
-
-def resnet8(
-    input_shape: tuple[int, int, int],
-    classes: int,
-    width: float = 1.0,
-    activation: Activation = "relu",
-    norm: Norm = "batch",
-) -> nn.Module:
-    """Three stages of one block: 16, 32, 64 channels times `width`."""
-    channels = scaled([16, 32, 64], width, "resnet8")
-    return CifarResNet(input_shape, classes, BasicBlock, [1, 1, 1], channels, Parts(activation, norm))
-
-
-def resnet20(
-    input_shape: tuple[int, int, int],
-    classes: int,
-    width: float = 1.0,
-    activation: Activation = "relu",
-    norm: Norm = "batch",
-) -> nn.Module:
-    """Three stages of three blocks: 16, 32, 64 channels times `width`. With projections (272,474 parameters), where He
-    et al. pad with zeros (269,722)."""
-    channels = scaled([16, 32, 64], width, "resnet20")
-    return CifarResNet(input_shape, classes, BasicBlock, [3, 3, 3], channels, Parts(activation, norm))
+    return build
