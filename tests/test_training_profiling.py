@@ -9,7 +9,7 @@ import runpy
 import sys
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -384,3 +384,39 @@ def test_a_plain_star_step_does_what_fastars_does(monkeypatch: pytest.MonkeyPatc
         start += parameter.numel()
     torch.testing.assert_close(flat, torch.cat([pieces[name] for name in names]), rtol=1e-5, atol=1e-6)
     assert (mine.theta - before).abs().max() > 1e-3
+
+
+def test_a_training_that_fails_within_a_look_is_looked_at_anew() -> None:
+    """As when it goes back because of losses that are not finite: what was half seen is no figure."""
+    seen: list[str] = []
+
+    class Looks(Recording):
+        @contextmanager
+        def clocked(self) -> Iterator[None]:
+            seen.append("clock")
+            with super().clocked():
+                yield
+
+        @contextmanager
+        def profiled(self) -> Iterator[None]:
+            seen.append("profile")
+            with super().profiled():
+                yield
+
+    looking = StepsProfile(2, Looks(CPU))
+    looking.epoch_begins(1, 4)
+    for _ in range(3):  # within the second look
+        looking.step_done()
+    looking.close()
+    assert looking.result is None
+    looking.epoch_begins(1, 4)
+    for _ in range(4):
+        assert looking.result is None
+        looking.step_done()
+    looking.close()
+    assert seen == ["clock", "profile"] * 2
+    assert looking.result is not None
+    found = looking.result
+    looking.epoch_begins(2, 4)
+    looking.step_done()
+    assert (looking.result, len(seen)) == (found, 4)

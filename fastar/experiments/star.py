@@ -241,9 +241,11 @@ def _train(
     ) as done:
         if profile is not None:
             found = profile.result
-            assert found is not None  # the training was long enough
-            run.profile("parts.txt").write_text(found.table(profile.steps) + "\n", encoding="utf-8")
-            run.profile("operations.txt").write_text(found.operations + "\n", encoding="utf-8")
+            if found is None:  # it was long enough, but went back to where too few steps were left
+                context.progress.line(f"--profile {profile.steps}: not seen, as the training had to go back")
+            else:
+                run.profile("parts.txt").write_text(found.table(profile.steps) + "\n", encoding="utf-8")
+                run.profile("operations.txt").write_text(found.operations + "\n", encoding="utf-8")
         step, matcher = done.prepared.step, done.prepared.parts.get("matching")
         assert isinstance(step, StarStep)
         trained_state = step.state()

@@ -161,9 +161,8 @@ class StepsProfile:
         self.steps = steps
         self.result: Profile | None = None
         self._recording = recording
-        self._looks = iter((recording.clocked, recording.profiled))
         self._open = ExitStack()
-        self._left: int | None = None
+        self._begin_anew()
 
     def check(self, epochs: int, steps_per_epoch: int) -> None:
         """Raise FastarError unless a training of so many steps is long enough."""
@@ -188,8 +187,15 @@ class StepsProfile:
                 self._next()
 
     def close(self) -> None:
-        """After training, however it ended."""
+        """After training, however it ended: the next one, as after losses that were not finite, is looked at anew
+        unless all was seen."""
         self._open.close()
+        if self.result is None:
+            self._begin_anew()
+
+    def _begin_anew(self) -> None:
+        self._looks = iter((self._recording.clocked, self._recording.profiled))
+        self._left: int | None = None
 
     def _next(self) -> None:
         look = next(self._looks, None)
