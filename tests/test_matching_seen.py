@@ -290,12 +290,18 @@ def test_what_is_kept_lives_where_the_sources_do(tmp_path: Path, monkeypatch: py
 # On a GPU
 
 
+@pytest.fixture
+def cuda() -> torch.device:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    return torch.device("cuda")
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", ["mlp", "resnet", "attention"])
-def test_a_gpu_pairs_as_the_cpu_does(name: str) -> None:
+def test_a_gpu_pairs_as_the_cpu_does(name: str, cuda: torch.device) -> None:
     """What is kept may lie on the host; convolutions of a GPU may round inputs to ten bits."""
     model, symmetry, batches, theta, sources, kept = keep(name)
-    cuda = torch.device("cuda")
     moves = symmetry.random(7, count=5)
     wanted, left = correlate_seen(theta, SeenSources(kept, moves), 5)
     look = UnitActivations(model, symmetry, [batch.to(cuda) for batch in batches], cuda)
@@ -312,7 +318,7 @@ def test_a_gpu_pairs_as_the_cpu_does(name: str) -> None:
 
 
 @pytest.mark.gpu
-def test_a_star_on_a_gpu_is_matched_by_what_was_kept(tmp_path: Path) -> None:
+def test_a_star_on_a_gpu_is_matched_by_what_was_kept(cuda: torch.device, tmp_path: Path) -> None:
     for store in ("device", "host", "file"):
         chosen = settings(tmp_path, "device=cuda", f"sources.store={store}")
         results = train_star(chosen, tmp_path / store)

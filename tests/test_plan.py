@@ -28,7 +28,16 @@ from fastar.experiments import plan as plan_room
 from fastar.experiments.context import Context, Shape
 from fastar.experiments.plan import Plan, check_fits, make_plan
 from fastar.footprint import Footprint, LiveBytes
-from fastar.matching import Group, MatchResult, Member, Symmetry, derive_symmetry, match_weights, working_bytes
+from fastar.matching import (
+    Group,
+    MatchResult,
+    Member,
+    Symmetry,
+    derive_symmetry,
+    match_by_settings,
+    match_weights,
+    working_bytes,
+)
 from fastar.models import build_model
 from fastar.progress import SilentProgress
 from fastar.runs import RunFolder
@@ -407,18 +416,47 @@ def test_loading_is_timed_where_the_files_are(tmp_path: Path, monkeypatch: pytes
     assert len(seen) == 1
 
 
-def test_matching_is_timed_on_sources_that_have_to_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    own = ["device=cpu", f"dataset.directory={tmp_path}", f"model.width={WIDTH}"]
-    context = Context(load_settings(dataset="cifar10", arch="resnet18", overrides=own), RunFolder(tmp_path / "run"))
-    context.known = Shape(SHAPE, 10)
-    context.__dict__["symmetry"] = symmetry(WIDTH)
+def test_what_sources_units_do_is_planned_and_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is kept, and how long a source takes once it is."""
     found = []
 
     def match(*args: Any, **kwargs: Any) -> MatchResult:
-        found.append(match_weights(*args, **kwargs))
+        found.append((kwargs["seen"], match_by_settings(*args, **kwargs)))
+        return found[-1][1]
+
+    monkeypatch.setattr(hours, "match_by_settings", match)
+    by_weights = {item.what for item in make_plan(cifar(tmp_path, "matching.method=weight"), measure=None).items}
+    kept = {}
+    for store in ("device", "file"):
+        context = cifar(tmp_path, "matching.method=activation", f"sources.store={store}", "sources.number=6")
+        plan = make_plan(context, measure=None)
+        more = {item.what: item for item in plan.items if item.what not in by_weights}
+        (kept[store],) = (item for what, item in more.items() if what.startswith("what sources' units do"))
+    assert hours.matching_seconds(context) == found[0][1].seconds / 6
+    seen = found[0][0]
+    assert len(seen.kept) == 6
+    assert seen.kept.rows.nbytes == kept["device"].bytes == kept["file"].bytes
+    assert (kept["device"].place, kept["file"].place) == ("host", "disk")
+
+
+def cifar(tmp_path: Path, *more: str) -> Context:
+    """A narrow ResNet-18 on a CPU."""
+    own = ["device=cpu", f"dataset.directory={tmp_path}", f"model.width={WIDTH}", *more]
+    context = Context(load_settings(dataset="cifar10", arch="resnet18", overrides=own), RunFolder(tmp_path / "run"))
+    context.known = Shape(SHAPE, 10)
+    context.__dict__["symmetry"] = symmetry(WIDTH)
+    return context
+
+
+def test_matching_is_timed_on_sources_that_have_to_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    context = cifar(tmp_path)
+    found = []
+
+    def match(*args: Any, **kwargs: Any) -> MatchResult:
+        found.append(match_by_settings(*args, **kwargs))
         return found[-1]
 
-    monkeypatch.setattr(hours, "match_weights", match)
+    monkeypatch.setattr(hours, "match_by_settings", match)
     assert hours.matching_seconds(context) == found[0].seconds
     moves = found[0].permutations
     moved = [int((index != torch.arange(index.shape[1])).sum()) for index in moves.values()]

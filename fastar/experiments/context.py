@@ -26,8 +26,9 @@ from fastar.runs import RunFolder
 from fastar.seeds import derive_seed
 from fastar.training import suitable_threads
 
-# Training batches that activations are compared on, where matching starts from them.
-ACTIVATION_BATCHES = 4
+# Training batches that methods of matching which look at data are shown, and images of each that activations are
+# compared on.
+EXAMPLE_BATCHES, LOOKED_AT = 4, 256
 MEASURE_WITH_LESS = "lower evaluation.batch_size, or train.batch_size, in which statistics are taken"
 
 
@@ -218,7 +219,11 @@ class Context:
 
     def examples(self) -> Examples:
         """What methods of matching that look at data see: the first training batches."""
-        return Examples(self.build(seed=0), list(islice(self.statistics_batches(), ACTIVATION_BATCHES)))
+        most = LOOKED_AT if self.settings.matching.by_activations else None
+        batches = islice(self.statistics_batches(), EXAMPLE_BATCHES)
+        return Examples(
+            self.build(seed=0), [(images[:most].clone(), labels[:most].clone()) for images, labels in batches]
+        )
 
     @contextmanager
     def threads(self) -> Iterator[None]:

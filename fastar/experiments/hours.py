@@ -9,9 +9,16 @@ from dataclasses import dataclass
 import torch
 
 from fastar import data
-from fastar.experiments.context import Context
+from fastar.experiments.context import EXAMPLE_BATCHES, LOOKED_AT, Context
 from fastar.experiments.facts import DataFacts, evaluated_models, training_sides
-from fastar.matching import Permutations, match_weights, matching_threads
+from fastar.matching import (
+    KeptActivations,
+    Permutations,
+    SeenSources,
+    UnitActivations,
+    match_by_settings,
+    matching_threads,
+)
 from fastar.seeds import derive_seed
 from fastar.training.footprint import seconds_per_image
 
@@ -87,7 +94,7 @@ def measured_rates(context: Context, facts: DataFacts, dtype: torch.dtype, asked
             training, evaluation = max(training, 1 / loading), max(evaluation, 1 / loading)
     if not settings.star_matched_every:
         matching = 0.0
-    elif measure is not None and settings.matching.method == "weight":
+    elif measure is not None and settings.matching.method in ("weight", "activation"):
         context.progress.line("planning: timing a matching")
         matching = matching_seconds(context)
         parts.append(f"{matching:.2g} s a source to match again measured on {device}")
@@ -140,9 +147,12 @@ def loaded_per_second(context: Context) -> float:
 
 def matching_seconds(context: Context) -> float:
     """Seconds a source takes to be matched again: sources that are theta with some noise, and of each group's hidden
-    units a share in other places."""
+    units a share in other places; where what units do is looked at, on images that are noise."""
     device, symmetry, settings = context.device, context.symmetry, context.settings
-    count = min(settings.sources.number, MATCHED) if device.type == "cuda" else 1
+    together = MATCHED if device.type == "cuda" else 1
+    if settings.matching.by_activations:
+        together = MATCHED  # theta is looked at once for all
+    count = min(settings.sources.number, together)
     theta = {name: value.to(device) for name, value in context.build(seed=0, device="cpu").state_dict().items()}
     generator = torch.Generator().manual_seed(derive_seed(0, "plan", "matching"))
     sources = {}
@@ -156,15 +166,23 @@ def matching_seconds(context: Context) -> float:
         ),
         sources,
     )
+    seen = None
+    if settings.matching.by_activations and symmetry.groups:
+        size = min(settings.train.batch_size, LOOKED_AT)
+        images = [torch.randn(size, *context.image, generator=generator) for _ in range(EXAMPLE_BATCHES)]
+        look = UnitActivations(context.build(seed=0, device="cpu"), symmetry, images, device)
+        states = [{name: rows[n] for name, rows in sources.items()} for n in range(count)]
+        seen = SeenSources(KeptActivations(look, states, [str(n) for n in range(count)]), symmetry.identity())
     seconds = []
     for _ in range(2 if device.type == "cuda" else 1):  # kernels are chosen, and memory is had, in the first
-        found = match_weights(
+        found = match_by_settings(
+            settings.matching,
             symmetry,
             theta,
             sources,
             start=symmetry.identity(),
-            chunk=settings.matching.chunk,
             threads=matching_threads(device, settings.workers),
+            seen=seen,
         )
         seconds.append(found.seconds / count)
     return seconds[-1]

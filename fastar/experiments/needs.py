@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
 from fastar.evaluation.forward import ENDS, ForwardBytes, Shown, beside_models, passes_bytes
+from fastar.experiments.context import EXAMPLE_BATCHES, LOOKED_AT
 from fastar.experiments.facts import (
     DRAWN_BESIDE,
     DataFacts,
@@ -22,7 +24,7 @@ from fastar.experiments.facts import (
     shown_bytes,
 )
 from fastar.footprint import Footprint
-from fastar.matching import Symmetry, working_bytes
+from fastar.matching import Symmetry, comparing_bytes, working_bytes
 from fastar.memory import models_that_fit
 from fastar.training import PART_ROWS
 from fastar.training.feed import SLOTS
@@ -89,6 +91,7 @@ class Sizes:
         image, measured_image: (C, H, W) in training, at its largest, and in evaluation.
         training, forward: of a step, and of evaluating a batch.
         symmetry: what is matched; `kicks`: how often out of its optimum.
+        by_activations: whether it is matched by what units do; `kept`: bytes of a source's, by the images of a batch.
         batch_norm: whether statistics are taken.
         drop_last: whether training leaves out short batches.
         threads: CPU threads of matching.
@@ -115,6 +118,8 @@ class Sizes:
     forward: ForwardBytes
     symmetry: Symmetry
     kicks: int
+    by_activations: bool
+    kept: Callable[[int], int]
     batch_norm: bool
     drop_last: bool
     threads: int
@@ -137,7 +142,12 @@ class Sizes:
         """Where the sources are: device, host or file."""
         if choice.store != "auto":
             return choice.store
-        return automatic(self.sources * self.row, self.free, self.limits["host"] if self.gpu else None)
+        needed = self.sources * (self.row + self.beside(choice))
+        return automatic(needed, self.free, self.limits["host"] if self.gpu else None)
+
+    def beside(self, choice: Choice) -> int:
+        """Bytes of what a source's units do, which are kept where its parameters are."""
+        return self.kept(min(choice.batch, LOOKED_AT)) if self.by_activations else 0
 
     def holds_all(self, choice: Choice) -> bool:
         """Whether all sources are in the memory of the place where they are used."""
@@ -166,6 +176,7 @@ def items_of(sizes: Sizes, choice: Choice) -> list[Item]:
             ("evaluation", sizes.measured_image, _shown(sizes, choice).batch),
         ):
             items.append(Item("host", "decoded batches ahead", DECODED * batch * math.prod(image), phase))
+    items += _beside(sizes, choice)
     stored = sizes.stored(choice)
     if stored == "host" and sizes.gpu:
         pinned = pinned_bytes(sizes.sources * row)
@@ -182,6 +193,21 @@ def items_of(sizes: Sizes, choice: Choice) -> list[Item]:
     if sizes.facts.disk is not None and not sizes.facts.written:
         items.append(Item("disk", "data set (.beton files)", sizes.facts.disk))
     return items
+
+
+def _beside(sizes: Sizes, choice: Choice) -> list[Item]:
+    """What the sources' units do, and the images it was seen on, while the star is trained."""
+    if not sizes.by_activations:
+        return []
+    what, needed, stored = "what sources' units do", sizes.sources * sizes.beside(choice), sizes.stored(choice)
+    images = EXAMPLE_BATCHES * min(choice.batch, LOOKED_AT) * 4 * math.prod(sizes.measured_image)
+    phases = ("training", "matching")
+    items = [Item("host", "images that they are seen on", images, phase) for phase in phases]
+    if stored == "file":
+        return [*items, Item("disk", what + ", in a file", needed)]
+    if stored == "host" and sizes.gpu:
+        return [*items, *(Item("host", what + ", pinned", pinned_bytes(needed), phase) for phase in phases)]
+    return [*items, *(Item(sizes.place, what, needed, phase) for phase in phases)]
 
 
 def _workspaces(sizes: Sizes, choice: Choice) -> int:
@@ -243,9 +269,14 @@ def _matching(sizes: Sizes, choice: Choice, taken: int) -> list[Item]:
 
 
 def _working(sizes: Sizes, choice: Choice, count: int, left: int) -> int:
-    return working_bytes(
-        sizes.symmetry, count, left, gpu=sizes.gpu, threads=sizes.threads, chunk=choice.chunk, kicks=sizes.kicks
-    )
+    shared: dict[str, Any] = {"gpu": sizes.gpu, "threads": sizes.threads, "chunk": choice.chunk}
+    by_weights = working_bytes(sizes.symmetry, count, left, kicks=sizes.kicks, **shared)
+    if not sizes.by_activations:
+        return by_weights
+    images = min(choice.batch, LOOKED_AT)
+    looking = sizes.forward.of(images, 1, sizes.device) + 4 * images * math.prod(sizes.measured_image)
+    comparing = comparing_bytes(sizes.symmetry, sizes.beside(choice), count, left, **shared)
+    return max(by_weights, comparing + looking)  # the objective is measured on sources moved as weights' are
 
 
 def _shown(sizes: Sizes, choice: Choice) -> Shown:

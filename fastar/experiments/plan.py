@@ -6,6 +6,7 @@ counted tensor by tensor (`fastar.footprint`); seconds are measured on the prese
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import shutil
@@ -21,10 +22,11 @@ from fastar.config import Settings, as_override, parse_bytes
 from fastar.data import PRESETS
 from fastar.errors import FastarError
 from fastar.evaluation.forward import forward_bytes, statistics_bytes
-from fastar.experiments.context import Context, Shape
+from fastar.experiments.context import EXAMPLE_BATCHES, Context, Shape
 from fastar.experiments.facts import DataFacts, data_facts, evaluated_models, published_gigabytes, training_sides
 from fastar.experiments.hours import Asked, Work, measured_rates, work_of
 from fastar.experiments.needs import PHASES, Choice, Item, Sizes, during, items_of, remedy
+from fastar.matching import kept_bytes
 from fastar.memory import free_bytes, gpu_bytes
 from fastar.progress import SILENT, Progress, size_text
 from fastar.runs import RunFolder
@@ -202,6 +204,12 @@ def sizes_of(context: Context, facts: DataFacts, dtype: torch.dtype, limits: dic
         forward=forward_bytes(model, context.image, largest),
         symmetry=context.symmetry,
         kicks=settings.matching.kicks,
+        by_activations=settings.matching.by_activations,
+        kept=functools.cache(
+            lambda batch: kept_bytes(
+                model, context.symmetry, [torch.empty(batch, *context.image, device="meta")] * EXAMPLE_BATCHES
+            )
+        ),
         batch_norm=context.has_batch_norm,
         drop_last=settings.train.drop_last,
         threads=settings.workers,

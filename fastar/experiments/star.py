@@ -26,6 +26,7 @@ from fastar.matching import (
     kept_bytes,
     match_by_settings,
     matching_threads,
+    on_device,
 )
 from fastar.precision import full_precision
 from fastar.progress import SILENT, Progress
@@ -202,7 +203,8 @@ def _train(
 
     def make(attempt: int) -> Prepared:
         given = context.examples() if by_activations else None
-        inputs = [inputs for inputs, _ in given.batches] if given else []
+        # Kept for all epochs, so not on the device.
+        inputs = [on_device(inputs, torch.device("cpu")) for inputs, _ in given.batches] if given else []
         store = SourcesStore(
             context.layout,
             states,

@@ -1,8 +1,9 @@
 """Matching: permutation groups derived from any model's graph, and methods that match networks over them."""
 
-from fastar.matching.activations import correlate_units, match_activations
+from fastar.matching.activations import comparing_bytes, correlate_units, match_activations
 from fastar.matching.assignment import solve_assignment, solver_name
 from fastar.matching.derive import derive_symmetry
+from fastar.matching.forwards import on_device
 from fastar.matching.many import ManyResult, To, match_many
 from fastar.matching.methods import Examples, GiveExamples, match_by_settings
 from fastar.matching.modules import match_modules, symmetry_by_settings
@@ -31,6 +32,7 @@ __all__ = [
     "Symmetry",
     "To",
     "UnitActivations",
+    "comparing_bytes",
     "correlate_units",
     "derive_symmetry",
     "kept_bytes",
@@ -42,6 +44,7 @@ __all__ = [
     "match_sinkhorn",
     "match_weights",
     "matching_threads",
+    "on_device",
     "solve_assignment",
     "solver_name",
     "symmetry_by_settings",

@@ -16,7 +16,7 @@ from fastar.matching.networks import check_networks
 from fastar.matching.permutations import Permutations
 from fastar.matching.precision import exact_products
 from fastar.matching.rows import chosen
-from fastar.matching.seen import SeenSources, Tables, UnitActivations, stacked
+from fastar.matching.seen import KEPT, SeenSources, Tables, UnitActivations, stacked
 from fastar.matching.solving import solve_rows
 from fastar.matching.symmetry import Symmetry
 from fastar.memory import free_bytes
@@ -118,17 +118,33 @@ def correlate_seen(
     return _pair_units(look, own, seen.tables, count, solver, chunk, threads, progress), look.unseen
 
 
-def bytes_of_one(tables: Tables) -> int:
-    """Bytes that a source takes while it is compared: its tables, as kept, as they are and moved; and correlations."""
-    numbers = sum(table.shape[-2] * table.shape[-1] for table in tables.values())
-    return 10 * numbers + 12 * sum(table.shape[-1] ** 2 for table in tables.values())
+def bytes_of_one(symmetry: Symmetry, kept: int) -> int:
+    """Bytes that a source takes while it is compared, if `kept_bytes` says `kept`: its tables in half and twice in full
+    precision, and correlations, as they are and as they are solved."""
+    return 5 * kept + 12 * sum(group.size**2 for group in symmetry.groups)
 
 
-def chunk_size(one: int, count: int, device: torch.device, threads: int) -> int:
-    """Sources that are compared together where one takes `one` bytes."""
-    if device.type != "cuda":
+def comparing_bytes(
+    symmetry: Symmetry, kept: int, count: int, free: int, *, gpu: bool, threads: int, chunk: int | None = None
+) -> int:
+    """Bytes that comparing `count` sources takes beside theta and the sources, forward passes aside, where `free` bytes
+    are free.
+
+    Args:
+        kept: bytes of one in `KeptActivations`.
+        gpu: whether the sources are on a GPU.
+        threads, chunk: as of `correlate_units`.
+    """
+    one = bytes_of_one(symmetry, kept)
+    size = chunk or _chunk_size(one, count, free if gpu else None, threads)
+    return min(count, size) * one + 2 * kept  # theta's own tables
+
+
+def _chunk_size(one: int, count: int, free: int | None, threads: int) -> int:
+    """Sources that are compared together where one takes `one` bytes, and a GPU (None: a CPU) has `free`."""
+    if free is None:
         return min(count, threads)
-    return max(1, min(PART, count, free_bytes(device) // 4 // one))
+    return max(1, min(PART, count, free // 4 // one))
 
 
 def _pair_units(
@@ -143,7 +159,8 @@ def _pair_units(
 ) -> Permutations:
     """The assignments of all families for sources 0 to `count` - 1, of theta's tables `own` and theirs [n, ...]."""
     symmetry, device = look.symmetry, look.device
-    size = chunk or chunk_size(bytes_of_one(own), count, device, threads)
+    one = bytes_of_one(symmetry, KEPT.itemsize * sum(table.numel() for table in own.values()))
+    size = chunk or _chunk_size(one, count, free_bytes(device) if device.type == "cuda" else None, threads)
     indices = {group.name: np.zeros((count, group.size), dtype=np.int64) for group in symmetry.groups}
     solving = ThreadPoolExecutor(threads) if threads > 1 else nullcontext()
     with torch.no_grad(), exact_products(), solving as pool, progress.task("matching", count, "sources") as advance:

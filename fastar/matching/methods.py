@@ -14,7 +14,7 @@ from torch.nn import functional as F
 
 from fastar.config import MatchingSettings
 from fastar.errors import FastarError
-from fastar.matching.activations import PART, correlate_seen, correlate_units, not_worse
+from fastar.matching.activations import correlate_seen, correlate_units, not_worse
 from fastar.matching.assignment import solver_name
 from fastar.matching.forwards import Batch, forward, without_statistics
 from fastar.matching.networks import check_networks
@@ -24,7 +24,7 @@ from fastar.matching.problem import Problem
 from fastar.matching.seen import SeenSources
 from fastar.matching.sinkhorn import Loss, match_sinkhorn
 from fastar.matching.symmetry import Symmetry
-from fastar.matching.weights import MatchResult, Starts, match_weights, matching_threads
+from fastar.matching.weights import MatchResult, Starts, chunk_size, match_weights, matching_threads
 from fastar.progress import SILENT, Progress
 
 
@@ -124,14 +124,14 @@ def match_by_settings(
             )
         if left:
             progress.line(f"matching by activations: units of {', '.join(left)} cannot be observed and stay")
-    measured = _objectives(symmetry, theta, sources, found, count)
+    size = settings.chunk or chunk_size(symmetry, device, count)
+    objective, weights = _objectives(symmetry, theta, sources, found, size)
+    before, _ = _objectives(symmetry, theta, sources, symmetry.identity() if start is None else start, size)
     return MatchResult(
         permutations=found,
-        objective=measured[0],
-        objective_weights=measured[1],
-        objective_start=_objectives(symmetry, theta, sources, symmetry.identity() if start is None else start, count)[
-            0
-        ],
+        objective=objective,
+        objective_weights=weights,
+        objective_start=before,
         sweeps=torch.zeros(count, dtype=torch.int64),
         converged=torch.ones(count, dtype=torch.bool),
         kicks_kept=torch.zeros(count, dtype=torch.int64),
@@ -187,14 +187,16 @@ def _objectives(
     theta: Mapping[str, Tensor],
     sources: Mapping[str, Tensor],
     permutations: Permutations,
-    count: int,
+    size: int,
 ) -> tuple[Tensor, Tensor]:
-    """<theta, pi(theta_n)> [N] float64 over all parameters, and over those of at least two axes."""
+    """<theta, pi(theta_n)> [N] float64 over all parameters, and over those of at least two axes; `size` sources, of
+    which a copy is made, at a time."""
     problem = Problem(symmetry, theta, sources)
     totals: list[Tensor] = []
     weights: list[Tensor] = []
-    for begin in range(0, count, PART):  # a copy of so many is made
-        end = min(begin + PART, count)
+    count = len(sources[problem.names[0]])
+    for begin in range(0, count, size):
+        end = min(begin + size, count)
         part = PermutedSources(problem, {name: problem.source(name, sources, begin, end) for name in problem.names})
         units = [permutations[g.name].cpu().expand(count, g.size)[begin:end].numpy() for g in symmetry.groups]
         for f, family in enumerate(problem.families):

@@ -45,7 +45,7 @@ class UnitActivations:
 
     Args:
         model: of the architecture, with any weights; copied, not touched.
-        batches: inputs [batch, ...] as the model takes them, on `device`.
+        batches: inputs [batch, ...] as the model takes them; from elsewhere each is brought when it is looked at.
         device: where networks are looked at; `meta` for the shapes alone.
 
     Raises:
@@ -110,7 +110,7 @@ class UnitActivations:
 
         with torch.no_grad(), Observer({id(tensor): name for name, tensor in state.items()}, keep):
             for batch in self._batches:
-                forward(self._twin, state, batch)
+                forward(self._twin, state, on_device(batch, self.device))
         rows = {key: torch.cat(parts) for key, parts in seen.items()}
         if self._first is None:
             self._members = {group.name: _chosen(group, kinds) for group in self.symmetry.groups}
@@ -238,7 +238,7 @@ class SeenSources:
 def kept_bytes(model: nn.Module, symmetry: Symmetry, batches: Sequence[Batch]) -> int:
     """Bytes that a source takes in `KeptActivations`; from the shapes of the batches, nothing is computed."""
     meta = torch.device("meta")
-    look = UnitActivations(model, symmetry, [on_device(batch, meta) for batch in batches], meta)
+    look = UnitActivations(model, symmetry, batches, meta)
     tables = look({name: torch.empty(shape, device=meta) for name, shape in symmetry.parameters.items()}, "the model")
     return KEPT.itemsize * _places(tables)[1]
 

@@ -114,7 +114,7 @@ def match_weights(
     starts = _starts(symmetry, start, count)
     solver_text = solver_name(solver)
     workers = threads or matching_threads(device, torch.get_num_threads())
-    size = chunk or _chunk_size(symmetry, device, count, kicks)
+    size = chunk or chunk_size(symmetry, device, count, kicks)
     bounds = [(begin, min(begin + size, count)) for begin in range(0, count, size)]
     attempts = Attempts(orders, kicks, max_sweeps, seed, solver)
     outcomes: list[Outcome | None] = [None] * count
@@ -251,7 +251,7 @@ def _starts(symmetry: Symmetry, start: Starts, count: int) -> list[Start]:
     return out
 
 
-def _chunk_size(symmetry: Symmetry, device: torch.device, count: int, kicks: int) -> int:
+def chunk_size(symmetry: Symmetry, device: torch.device, count: int, kicks: int = 0) -> int:
     """CPU: one source per chunk, chunks side by side on the threads. GPU: what fits half of the free memory."""
     return _chunk_on_gpu(bytes_of_one(symmetry, kicks), count, free_bytes(device)) if device.type == "cuda" else 1
 
