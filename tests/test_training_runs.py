@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from training_cases import dataset
 
 from fastar.checkpoints import load_checkpoint
 from fastar.config import Settings, TrainSettings, load_settings
+from fastar.data import DeviceDataset
 from fastar.errors import FastarError
 from fastar.experiments.star_domain import train_star
 from fastar.models import build_model
@@ -187,3 +189,30 @@ def test_a_source_that_becomes_nan_does_not_bind_the_folder(
     monkeypatch.undo()
     train_star(settings(data, "train.lr=0.02"), tmp_path)
     assert not (tmp_path / "last-good").exists()
+
+
+def test_a_step_that_fails_ends_what_reads_ahead() -> None:
+    """Though the error, and with it the loop's frame, is kept: a loader's threads would go on decoding."""
+    ended: list[bool] = []
+
+    class Reading(DeviceDataset):
+        def batches(self, *arguments: Any, **more: Any) -> Iterator[Any]:
+            try:
+                yield from super().batches(*arguments, **more)
+            finally:
+                ended.append(True)
+
+    images = dataset()
+    images.__class__ = Reading
+    recipe = TrainSettings(epochs=1, batch_size=16, precision="fp32")
+    model = build_model("resnet8", input_shape=(3, 8, 8), classes=4, seed=0, width=0.25)
+    step = RegularStep(model, recipe)
+
+    class Failing(Poisoned):
+        def __call__(self, *arguments: Any) -> torch.Tensor:
+            raise FastarError("no")
+
+    with pytest.raises(FastarError, match="no") as kept:
+        fit(Failing(step, 0), images, recipe, name="x", seed=0)
+    assert ended == [True]
+    assert kept.value.__traceback__ is not None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import asdict, replace
 from typing import Protocol
@@ -64,14 +64,19 @@ WORTH_A_LINE = 30.0
 
 
 def timed_batches(batches: Iterable[tuple[Tensor, Tensor]], clock: EpochClock) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same batches; the wait for each is counted."""
+    """The same batches; the wait for each is counted. Whatever reads them ahead is ended with this."""
     iterator = iter(batches)
-    while True:
-        with clock.load():
-            batch = next(iterator, None)
-        if batch is None:
-            return
-        yield batch
+    try:
+        while True:
+            with clock.load():
+                batch = next(iterator, None)
+            if batch is None:
+                return
+            yield batch
+            del batch
+    finally:
+        if isinstance(iterator, Generator):
+            iterator.close()
 
 
 def fit(
