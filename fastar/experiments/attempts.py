@@ -249,14 +249,13 @@ def _what_is_left(
 def _elsewhere(context: Context, subject: Subject) -> str:
     """Why other settings of training need another folder, if they do: the models that are finished have these."""
     run, settings = context.run, context.settings
+    if not (run.finished("source", 0) or run.finished("heldout", 0)):
+        return ""
+    what = "do so"
     if subject.kind == "star":
         if resolve_precision(settings.train.precision, context.device) == torch.float32:
             return ""  # its rate is its own
         what = "change train settings"
-    elif run.finished("source", 0) or run.finished("heldout", 0):
-        what = "do so"
-    else:
-        return ""
     count, others = run.sources_to_take_over()
     if not count:
         return f"; as other models are finished, {what} with another --out"
