@@ -85,9 +85,10 @@ def gpu_tests(workers: int, names: str = "test_*.py") -> tuple[str, ...]:
 STEP = "--arch resnet18 --batch 128 --precision bf16"
 SMALL = "--arch resnet8 --width 0.25 --batch 8 --size 16"
 SMALL_STEP = f"{SMALL} --rounds 2 --repeats 2"
-# The most valuable first. A limit is what a part may take of an H100 and 16 cores with a cold disk: what it is known to
-# do (15 s until Python, torch and CUDA are there, 1 s for each kernel that Triton compiles, 60 s for each network that
-# torch.compile does), and half as much again. Those of a call end within CALL seconds together.
+# The most valuable first. A limit is half as much again as a part is thought to take on an H100 with 16 cores (15 s until
+# Python, torch and CUDA are there, 1 s for each kernel that Triton compiles, 40 to 60 s for each network of two that
+# torch.compile does): an estimate, until results say better. The limits of a call are CALL seconds together; what is
+# compiled comes late in its call, since it gains what the parts before it leave over.
 PARTS = (
     _tool("gpu_smoke", 1, 110, "", "--small"),
     _tool("bench_step", 1, 85, f"{STEP} --modes eager graph", f"{SMALL_STEP} --modes eager graph"),
