@@ -87,8 +87,8 @@ SMALL = "--arch resnet8 --width 0.25 --batch 8 --size 16"
 SMALL_STEP = f"{SMALL} --rounds 2 --repeats 2"
 # The most valuable first. A limit is half as much again as a part is thought to take on an H100 with 16 cores: 15 s
 # until Python, torch and CUDA are there, 1 s for each kernel that Triton compiles, 40 to 60 s for each of two networks
-# that torch.compile does; an estimate, until results say better. The limits of a call are CALL seconds together; what is
-# compiled comes late in its call, since it gains what the parts before it leave over.
+# that torch.compile does; estimates, until results say better. The limits of a call are CALL seconds together; what
+# is compiled comes late in its call, since it gains what the parts before it leave over.
 PARTS = (
     _tool("gpu_smoke", 1, 110, "", "--small"),
     _tool("bench_step", 1, 85, f"{STEP} --modes eager graph", f"{SMALL_STEP} --modes eager graph"),
