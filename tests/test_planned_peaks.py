@@ -132,7 +132,9 @@ def of_held_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arch: str, *
     """A run on made images, as if they were CIFAR-10."""
     monkeypatch.setitem(facts.PUBLISHED, "cifar10", (TRAIN, TEST, 10))
     settings = load_settings(
-        dataset="cifar10", arch=arch, overrides=[*COMMON, f"dataset.directory={tmp_path}", *overrides]
+        dataset="cifar10",
+        arch=arch,
+        overrides=[*COMMON, f"dataset.directory={tmp_path}", f"dataset.limit={TRAIN}", *overrides],
     )
     context = Context(settings, RunFolder(tmp_path / "run"))
     context.__dict__["files"] = SimpleNamespace(digest="made", classes=[str(n) for n in range(10)])
