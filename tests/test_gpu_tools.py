@@ -96,6 +96,8 @@ def test_what_failed_is_kept(suite: dict[str, Any]) -> None:
     assert "FAILED tests/a.py::b" in result["end_of_output"]  # kept for a line of an error too
     assert suite["state_of"](result) == f"ok, {result['seconds']} s, 1 lines, 1 of errors. 1 failed in 2s"
     assert suite["state_of"]({"skipped": "not begun"}) == "not begun"
+    ruled = run_code(suite, "print('===== 1 failed, 3 passed in 2.05s =====')", 60)
+    assert ruled["summary"] == "1 failed, 3 passed in 2.05s"
 
 
 def test_what_was_left_out_is_counted_by_its_reason(suite: dict[str, Any]) -> None:

@@ -259,7 +259,8 @@ def run_part(
         "seconds": round(time.perf_counter() - start, 1),
         "lines": lines,
     }
-    summary = re.findall(r"^\d+ (?:passed|failed|skipped|error).*$", out, re.MULTILINE)
+    # As pytest ends, with a rule of = around it or without.
+    summary = re.findall(r"^=*[ ]?(\d+ (?:passed|failed|skipped|error).*?)[ ]?=*$", out, re.MULTILINE)
     if summary:
         result["summary"] = summary[-1]
     failed = re.findall(r"^(?:.* )?(?:FAILED|ERROR)(?: .*)?$", out, re.MULTILINE)
