@@ -152,6 +152,8 @@ def of_held_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arch: str, *
         ("resnet8", ("train.precision=bf16", "sources.store=host", "train.optimizer=adam", "train.lr=0.001")),
         ("resnet18", ("train.precision=bf16", "sources.store=file", "model.width=0.125")),
         ("mlp", ("train.precision=fp32", "model.width=256", "train.batch_size=16", "evaluation.points=11")),
+        ("resnet8", ("train.precision=fp32", "sources.store=device", "matching.method=activation")),
+        ("resnet18", ("train.precision=bf16", "sources.store=host", "model.width=0.125", "matching.method=activation")),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(one.partition("=")[2] for one in value),
 )

@@ -275,8 +275,8 @@ def _working(sizes: Sizes, choice: Choice, count: int, left: int) -> int:
         return by_weights
     images = min(choice.batch, LOOKED_AT)
     looking = sizes.forward.of(images, 1, sizes.device) + 4 * images * math.prod(sizes.measured_image)
-    comparing = comparing_bytes(sizes.symmetry, sizes.beside(choice), count, left, **shared)
-    return max(by_weights, comparing + looking)  # the objective is measured on sources moved as weights' are
+    comparing = comparing_bytes(sizes.symmetry, sizes.beside(choice), looking, count, left, **shared)
+    return max(by_weights, comparing)  # to measure the objective, sources are moved as weights' are
 
 
 def _shown(sizes: Sizes, choice: Choice) -> Shown:

@@ -125,19 +125,30 @@ def bytes_of_one(symmetry: Symmetry, kept: int) -> int:
 
 
 def comparing_bytes(
-    symmetry: Symmetry, kept: int, count: int, free: int, *, gpu: bool, threads: int, chunk: int | None = None
+    symmetry: Symmetry,
+    kept: int,
+    looking: int,
+    count: int,
+    free: int,
+    *,
+    gpu: bool,
+    threads: int,
+    chunk: int | None = None,
 ) -> int:
-    """Bytes that comparing `count` sources takes beside theta and the sources, forward passes aside, where `free` bytes
-    are free.
+    """Bytes that comparing `count` sources takes beside theta and the sources, where `free` bytes are free.
 
     Args:
         kept: bytes of one in `KeptActivations`.
+        looking: bytes that a forward pass over a batch takes, the batch included.
         gpu: whether the sources are on a GPU.
         threads, chunk: as of `correlate_units`.
     """
     one = bytes_of_one(symmetry, kept)
-    size = chunk or _chunk_size(one, count, free if gpu else None, threads)
-    return min(count, size) * one + 2 * kept  # theta's own tables
+    together = min(count, chunk or _chunk_size(one, count, free if gpu else None, threads))
+    table = 2 * kept  # in full precision
+    return table + max(
+        together * one, looking + together * table
+    )  # theta's own; the last is looked at, or all compared
 
 
 def _chunk_size(one: int, count: int, free: int | None, threads: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -75,11 +76,17 @@ class UnitActivations:
             FastarError: activations that are not finite, or not as many as the first network showed.
         """
         rows = self._rows({name: state[name] for name in self.symmetry.counted(state, state)}, where)
+        left = Counter((m.tensor, m.axis) for members in self._members.values() for m in members)
         tables = {}
         for group in self.symmetry.groups:
-            if members := self._members[group.name]:
-                parts = [_per_unit(rows[member.tensor, member.axis], member, group.size) for member in members]
-                tables[group.name] = torch.cat([_standardised(part) for part in parts])
+            parts = []
+            for member in self._members[group.name]:
+                key = member.tensor, member.axis
+                left[key] -= 1  # let go after its last use: all tables and all rows would be twice as much
+                values = rows[key] if left[key] else rows.pop(key)
+                parts.append(_standardised(_per_unit(values, member, group.size)))
+            if parts:
+                tables[group.name] = torch.cat(parts)
         return tables
 
     @property
@@ -111,14 +118,20 @@ class UnitActivations:
         with torch.no_grad(), Observer({id(tensor): name for name, tensor in state.items()}, keep):
             for batch in self._batches:
                 forward(self._twin, state, on_device(batch, self.device))
-        rows = {key: torch.cat(parts) for key, parts in seen.items()}
+                if not self._members:
+                    self._choose(kinds, seen)
+        rows = {key: torch.cat(seen.pop(key)) for key in list(seen)}
         if self._first is None:
-            self._members = {group.name: _chosen(group, kinds) for group in self.symmetry.groups}
-            self._wanted = {(m.tensor, m.axis) for members in self._members.values() for m in members}
-            rows = {key: values for key, values in rows.items() if key in self._wanted}
             self._first = where, {key: values.shape for key, values in rows.items()}
         self._check(rows, where)
         return rows
+
+    def _choose(self, kinds: Mapping[_Key, Kind], seen: dict[_Key, list[Tensor]]) -> None:
+        """Of what the first batch of the first network has shown, where each group is looked at; the rest goes."""
+        self._members = {group.name: _chosen(group, kinds) for group in self.symmetry.groups}
+        self._wanted = {(m.tensor, m.axis) for members in self._members.values() for m in members}
+        for key in seen.keys() - self._wanted:
+            del seen[key]
 
     def _draw(self, key: _Key, batch: int, count: int, most: int) -> Tensor:
         """Which of a place's rows are looked at, the same for every network; drawn, since even steps would always meet
