@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import platform
+import shlex
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -18,7 +19,7 @@ import yaml
 
 from fastar import __version__
 from fastar.atomic import write_atomically
-from fastar.config import Settings, completed, differences
+from fastar.config import Settings, as_override, completed, differences
 from fastar.errors import FastarError
 from fastar.lock import NAME as LOCK
 from fastar.lock import hold
@@ -211,9 +212,10 @@ class RunFolder:
             )
 
     def sources_to_take_over(self) -> tuple[int, str]:
-        """How many sources are finished here, and the settings by which another run takes them over."""
+        """How many sources are finished here, and the settings by which another run takes them over, for a shell."""
         count = next(number for number in itertools.count() if not self.finished("source", number))
-        return count, f"sources.folder={self.path / 'sources'} sources.number={count}"
+        folder = as_override("sources.folder", self.path / "sources")
+        return count, shlex.join([folder, f"sources.number={count}"])
 
     def _may_grow(self, key: str, change: tuple[Any, Any]) -> bool:
         """More heldouts can always be added; sources and star settings may change while there is no star yet."""

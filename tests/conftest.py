@@ -1,8 +1,11 @@
 """What every test can count on, however the suite was started."""
 
+import importlib
 import os
 import signal
 import tempfile
+
+import torch
 
 # A shell without job control starts background commands with SIGINT ignored, and children inherit that: tests of Ctrl-C
 # would wait for ever. With Python's own handler set, children get the default again.
@@ -13,3 +16,14 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 if "PYTEST_XDIST_WORKER" not in os.environ:
     _cache = tempfile.TemporaryDirectory(prefix="fastar-tests-")
     os.environ["FASTAR_CACHE"] = _cache.name
+
+# Triton reads this when a kernel is defined: without a GPU they are defined here, so that tests which interpret them do
+# so whatever ran before them.
+if not torch.cuda.is_available():
+    asked = os.environ.get("TRITON_INTERPRET")
+    os.environ["TRITON_INTERPRET"] = "1"
+    for name in ("interpolation", "nonfinite", "update", "star_update", "adam"):
+        importlib.import_module(f"fastar.kernels.{name}")
+    del os.environ["TRITON_INTERPRET"]
+    if asked is not None:
+        os.environ["TRITON_INTERPRET"] = asked

@@ -28,7 +28,7 @@ def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     elif request.param == "interpreter":
         if torch.cuda.is_available():
             pytest.skip("the kernels are compiled in this process: run with CUDA_VISIBLE_DEVICES= to interpret them")
-        # Triton reads this when a kernel is defined, which is when the first test here takes this path.
+        # Where kernels are interpreted they were defined so (conftest.py); this is for what asks now.
         monkeypatch.setenv("TRITON_INTERPRET", "1")
         monkeypatch.setenv("FASTAR_KERNELS", "triton")
     else:

@@ -378,7 +378,7 @@ def test_plan_on_the_command_line(tmp_path: Path) -> None:
     assert "must be above 0" in refused("plan", "--dataset", "digits", place, "--images-per-second", 0)
     unwritten = refused("plan", "--dataset", "imagefolder", "--name", "mine", place)
     assert re.search(
-        r"not written yet; `python tools/\S+ --dataset imagefolder --name mine --source FOLDER --out \S+`", unwritten
+        r"not written yet; `python tools/\S+ --dataset imagefolder --name mine --source FOLDER --out .+`", unwritten
     )
     assert [line.partition(":")[0] for line in shown.err.splitlines()] == ["planning"] * 3
     assert fastar("plan", "--dataset", "digits", place, "device=cpu", "--quiet").err == ""

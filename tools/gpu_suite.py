@@ -76,7 +76,7 @@ def gpu_tests(workers: int, names: str = "test_*.py") -> tuple[str, ...]:
     """The tests marked `gpu`, of the files that have some, by so many processes where pytest-xdist is there."""
     marked = re.compile(r"(?<![\"'`])(?<![\"'`]@)pytest\.mark\.gpu\b")  # the mark itself, not a text about it
     files = [path for path in sorted((ROOT / "tests").glob(names)) if marked.search(path.read_text("utf-8"))]
-    shared = ("-n", str(workers)) if workers > 1 and util.find_spec("xdist") is not None else ()
+    shared = ("-n", str(workers), "--dist=worksteal") if workers > 1 and util.find_spec("xdist") is not None else ()
     # -vv: a line for each test as it ends (the project asks for -q), so that a part out of time still says what failed.
     options = ("-vv", "--tb=short", "-p", "no:cacheprovider", "--continue-on-collection-errors", "-rfE", *shared)
     return ("-m", "pytest", "-m", "gpu", *options, "--durations=5", *(str(path.relative_to(ROOT)) for path in files))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -89,8 +90,8 @@ def data_facts(context: Context) -> DataFacts:
         disk = None
     else:
         raise FastarError(
-            f"{folder}: not written yet; `python tools/write_ffcv.py --dataset {chosen.name} --name {chosen.label} "
-            f"--source FOLDER --out {chosen.directory}` writes it"
+            f"{folder}: not written yet; `python tools/write_ffcv.py --dataset {chosen.name} "
+            f"--name {shlex.quote(chosen.label)} --source FOLDER --out {shlex.quote(str(chosen.directory))}` writes it"
         )
     validation = data.held_out(train, chosen.validation, chosen.label)
     train -= validation
