@@ -1,13 +1,13 @@
 """A star epoch, matching included, over a regular epoch: one JSON line for each, with the star's two parts.
 
-    python tools/bench_epoch.py --sources 50 [--arch resnet18] [--images 50000] [--rounds 5]
+    python tools/bench_epoch.py --sources 50 [--arch resnet18] [--images 50000] [--matching weight activation]
 
 Epochs of both kinds take turns in one process, on random images with CIFAR's augmentation. The star and its sources
 have each seen one epoch, so that they are like trained ones. Every star epoch matches first: the first time `cold`,
 from the sources as they were trained; afterwards from the permutations of the epoch before, which take the longer
 to improve, the farther theta has gone since: `moved_by` is its way in an epoch over its length, at --lr, which is the
 mean of a cosine from CIFAR's 0.1. `of_regular` is a part's time over a regular epoch's (median and quartiles of
-per-round ratios).
+per-round ratios). By activations, what the sources' units do is looked at beforehand, once a run: setup_seconds.
 """
 
 from __future__ import annotations
@@ -16,11 +16,12 @@ import argparse
 import json
 import time
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 from fastar.benchmarks import Case, Problem, Timing, add_problem_arguments, line, problem_of, quantiles, ratio, where
+from fastar.benchmarks.problem import Method
 from fastar.data import Dataset
 from fastar.errors import FastarError
 from fastar.training import Epoch, Step, fit
@@ -31,6 +32,11 @@ def epoch_of(step: Step, problem: Problem, data: Dataset, number: int) -> Epoch:
     return epoch
 
 
+def named(case: str, method: Method) -> str:
+    """The case of a star that is matched by `method`; by weights, as in the paper, it goes without saying."""
+    return case if method == "weight" else f"{case}, by {method}s"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_problem_arguments(parser)
@@ -38,6 +44,7 @@ def main() -> None:
     parser.add_argument("--warm-images", type=int, default=5_000, help="images that star and sources see beforehand")
     parser.add_argument("--rounds", type=int, default=5, help="epochs of each kind")
     parser.add_argument("--lr", type=float, default=0.05, help="learning rate of all epochs")
+    parser.add_argument("--matching", nargs="+", choices=get_args(Method), default=["weight"], help="one star for each")
     parser.add_argument("--seconds", type=float, help="begin no further round after so many, but for two")
     parser.add_argument("--compile", action="store_true", help="with torch.compile")
     parser.add_argument("--graph", action="store_true", help="with CUDA graphs")
@@ -53,26 +60,30 @@ def main() -> None:
         data = problem.dataset(arguments.images)
         warm = problem.dataset(arguments.warm_images)
         regular = problem.regular_step(**changes)
-        star = problem.star_step(matching=True, trained=warm, **changes)
         epoch_of(regular, problem, warm, 0)
-        cold = epoch_of(star, problem, warm, 0).begin_seconds
-        found = {"cold_seconds": cold, "setup_seconds": time.perf_counter() - begin}
-        told = {"bench": "epoch", "case": "first matching", **problem.facts(), **found}
-        print(json.dumps({**told, **where(problem.device)}), flush=True)
-        begin = time.perf_counter()
-        taken: dict[str, list[float]] = {"regular": [], "star": [], "matching": [], "steps": []}
-        moved_by = []
+        states = problem.trained(warm)
+        stars, cold = {}, {}
+        for method in arguments.matching:
+            stars[method] = problem.star_step(matching=method, states=states, **changes)
+            cold[method] = epoch_of(stars[method], problem, warm, 0).begin_seconds
+            found = {"cold_seconds": cold[method], "setup_seconds": time.perf_counter() - begin}
+            told = {"bench": "epoch", "case": named("first matching", method), **problem.facts(), **found}
+            print(json.dumps({**told, **where(problem.device)}), flush=True)
+            begin = time.perf_counter()
+        del states
+        taken: dict[str, list[float]] = {"regular": []}
+        moved_by: dict[str, list[float]] = {}
         for number in range(1, 1 + arguments.rounds):
             if number > 2 and arguments.seconds is not None and time.perf_counter() - begin > arguments.seconds:
                 break
-            mine = epoch_of(regular, problem, data, number)
-            before = star.theta.clone()
-            its = epoch_of(star, problem, data, number)
-            moved_by.append(float((star.theta - before).norm() / before.norm()))
-            taken["regular"].append(mine.seconds)
-            taken["matching"].append(its.begin_seconds)
-            taken["steps"].append(its.seconds)
-            taken["star"].append(its.begin_seconds + its.seconds)
+            taken["regular"].append(epoch_of(regular, problem, data, number).seconds)
+            for method, star in stars.items():
+                before = star.theta.clone()
+                its = epoch_of(star, problem, data, number)
+                moved_by.setdefault(method, []).append(float((star.theta - before).norm() / before.norm()))
+                parts = {"star": its.begin_seconds + its.seconds, "matching": its.begin_seconds, "steps": its.seconds}
+                for name, seconds in parts.items():
+                    taken.setdefault(named(name, method), []).append(seconds)
     except FastarError as error:
         parser.error(str(error))
     facts = {
@@ -83,12 +94,13 @@ def main() -> None:
         "threads": torch.get_num_threads(),
     }
     timings = {name: Timing(Case(name, lambda: None, facts), seconds) for name, seconds in taken.items()}
+    of_method = {named("matching", method): method for method in stars}
     for name, timing in timings.items():
         more: dict[str, Any] = {"of_regular": ratio(timing, timings["regular"])}
-        if name == "matching":
+        if name in of_method:
             more["ms_per_source"] = timing.median * 1e3 / problem.sources
-            more["cold_ms_per_source"] = cold * 1e3 / problem.sources
-            more["moved_by"] = quantiles(moved_by)
+            more["cold_ms_per_source"] = cold[of_method[name]] * 1e3 / problem.sources
+            more["moved_by"] = quantiles(moved_by[of_method[name]])
         print(line("epoch", timing, problem.device, **more), flush=True)
 
 

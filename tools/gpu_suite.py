@@ -90,22 +90,22 @@ SMALL_STEP = f"{SMALL} --rounds 2 --repeats 2"
 # that torch.compile does; estimates, until results say better. The limits of a call are CALL seconds together; what
 # is compiled comes late in its call, since it gains what the parts before it leave over.
 PARTS = (
-    _tool("gpu_smoke", 1, 110, "", "--small"),
+    _tool("gpu_smoke", 1, 100, "", "--small"),
     _tool("bench_step", 1, 85, f"{STEP} --modes eager graph", f"{SMALL_STEP} --modes eager graph"),
     _tool("bench_kernels", 1, 70, "--millions 11 100", "--millions 1 --rounds 2 --repeats 2"),
     _tool(
         "bench_matching",
         1,
-        130,
+        120,
         "--arch resnet18 --sources 50 --repeats 3 --against rebasin --rebasin-seconds 30",
         "--arch resnet8 --width 0.25 --sources 3 --steps 2 --repeats 2 --against rebasin --rebasin-seconds 5",
     ),
     _tool(
         "bench_epoch",
         1,
-        85,
-        f"{STEP} --graph --sources 50 --rounds 4 --warm-images 2560 --seconds 45",
-        f"{SMALL} --graph --sources 2 --images 64 --warm-images 32 --rounds 2",
+        105,
+        f"{STEP} --graph --sources 50 --rounds 4 --warm-images 2560 --seconds 45 --matching weight activation",
+        f"{SMALL} --graph --sources 2 --images 64 --warm-images 32 --rounds 2 --matching weight activation",
     ),
     _tool(
         "bench_imagenet",

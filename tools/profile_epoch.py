@@ -32,7 +32,7 @@ def main() -> None:
     try:
         problem = problem_of(arguments)
         data = problem.dataset(arguments.images)
-        step = problem.star_step(matching=True, compile=arguments.compile, graph=arguments.graph)
+        step = problem.star_step(matching="weight", compile=arguments.compile, graph=arguments.graph)
         evaluated = problem.network(0)
 
         def run() -> None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,13 +18,14 @@ from fastar.config import MatchingSettings, StarSettings, TrainSettings
 from fastar.data import Augmentation, DeviceDataset
 from fastar.devices import simulated
 from fastar.errors import FastarError
-from fastar.experiments.context import resolve_device
+from fastar.experiments.context import EXAMPLE_BATCHES, LOOKED_AT, resolve_device
 from fastar.experiments.star import match_store
 from fastar.flat import FlatLayout
-from fastar.matching import derive_symmetry
+from fastar.matching import KeptActivations, SeenSources, UnitActivations, derive_symmetry, kept_bytes
 from fastar.models import build_model, parameter_count
 from fastar.training import RegularStep, SourcesStore, StarStep, fit, resolve_precision
 
+Method = Literal["weight", "activation"]
 # Steps of a benchmark's epoch: a star step draws anew after so many.
 EPOCH = 1000
 
@@ -151,32 +152,73 @@ class Problem:
         """A regular step on a fresh network; `changes` of `settings`."""
         return RegularStep(self.network(0), self.changed(**changes))
 
-    def star_step(
-        self, *, fuse: bool = True, matching: bool = False, trained: DeviceDataset | None = None, **changes: Any
-    ) -> StarStep:
-        """A star step on fresh networks. `trained`: theta and the sources first see an epoch of it each."""
-        settings = self.changed(**changes)
+    def trained(self, data: DeviceDataset | None) -> list[dict[str, Tensor]]:
+        """State dicts of fresh networks, theta and then the sources, that have seen an epoch of `data` each, if any."""
         models = [self.network(n) for n in range(1 + self.sources)]
-        if trained is not None:
+        if data is not None:
             for n, model in enumerate(models):
-                fit(RegularStep(model, self.settings), trained, self.settings, name=str(n), seed=n, epochs=1)
-        states = [{k: v.float() for k, v in model.state_dict().items()} for model in models]
-        layout = FlatLayout.from_module(models[0])
+                fit(RegularStep(model, self.settings), data, self.settings, name=str(n), seed=n, epochs=1)
+        return [{name: value.detach().float() for name, value in model.state_dict().items()} for model in models]
+
+    def star_step(
+        self,
+        *,
+        fuse: bool = True,
+        matching: Method | None = None,
+        states: Sequence[dict[str, Tensor]] | None = None,
+        **changes: Any,
+    ) -> StarStep:
+        """A star step on `states` (theta's and the sources'; fresh ones by default), matched at the start of every
+        epoch by the method `matching`, or never."""
+        settings = self.changed(**changes)
+        theta, *others = self.trained(None) if states is None else states
+        model = self.network(0)
+        model.load_state_dict(theta)
+        store, match = self._matched_by(matching, model, others)
+        star = StarSettings(match_every_epochs=int(matching is not None))
+        return StarStep(model, settings, star, store, seed=0, match=match, fuse=fuse)
+
+    def _matched_by(
+        self, method: Method | None, model: nn.Module, states: list[dict[str, Tensor]]
+    ) -> tuple[SourcesStore, Callable[[Tensor, SourcesStore, int], None]]:
+        """The sources, and what matches them to theta as a run does."""
         names = [str(n) for n in range(self.sources)]
-        store = SourcesStore(layout, states[1:], names, self.device, store=self.store)
+        layout = FlatLayout.from_module(model)
+        if method is None:
+            return SourcesStore(
+                layout, states, names, self.device, store=self.store
+            ), lambda theta, sources, epoch: None
         name = [self.arch, {"width": self.width}, list(self.shape), self.classes]
         symmetry = derive_symmetry(self.network(0).cpu(), (torch.zeros(2, *self.shape),), name=name)
-        calls = iter(range(1_000_000))
+        chosen = MatchingSettings(method=method)
+        images = []
+        if chosen.by_activations:
+            size = min(self.settings.batch_size, LOOKED_AT)
+            images = [batch.cpu() for batch, _ in self.dataset(EXAMPLE_BATCHES * size).sequential(size)]
+        beside = kept_bytes(model, symmetry, images) if images else 0
+        store = SourcesStore(layout, states, names, self.device, store=self.store, beside=beside)
+        kept = None
+        if images:
+            look = UnitActivations(model, symmetry, images, self.device)
+            kept = KeptActivations(look, states, names, place=store.make_beside)
+        permutations = symmetry.identity(self.sources)
+        calls = itertools.count()
 
         def match(theta: Tensor, sources: SourcesStore, epoch: int) -> None:
-            start = symmetry.identity() if next(calls) else None
-            threads = matching_threads(self.device)
-            match_store(symmetry, theta, sources, MatchingSettings(), start=start, seed=epoch, threads=threads)
+            nonlocal permutations
+            moves, _, _ = match_store(
+                symmetry,
+                theta,
+                sources,
+                chosen,
+                start=symmetry.identity() if next(calls) else None,
+                seed=epoch,
+                threads=matching_threads(self.device),
+                seen=None if kept is None else SeenSources(kept, permutations),
+            )
+            permutations = permutations.then(moves)
 
-        model = self.network(0)
-        model.load_state_dict(states[0])
-        star = StarSettings(match_every_epochs=int(matching))
-        return StarStep(model, settings, star, store, seed=0, match=match, fuse=fuse)
+        return store, match
 
     @cached_property
     def parameters(self) -> int:
