@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,12 @@ import torch
 from matching_family_models import FAMILIES
 from matching_models import CASES, derived, random_state
 from run_cases import Killed, Settings, assert_same_models, kill, one_symmetry, small
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from fastar.config import MatchingSettings
 from fastar.errors import FastarError
+from fastar.experiments.star import Matcher, match_store
 from fastar.experiments.star_domain import train_star
 from fastar.flat import FlatLayout
 from fastar.matching import (
@@ -63,7 +66,9 @@ def keep(name: str, count: int = 5) -> tuple[nn.Module, Symmetry, list[Tensor], 
         noise = random_state(model, n)
         near = {k: v + 0.1 * noise[k] if v.is_floating_point() else v for k, v in theta.items()}
         sources.append(symmetry.apply(symmetry.random(n), near))
-    kept = KeptActivations(UnitActivations(model, symmetry, batches, CPU), sources, [str(n) for n in range(count)])
+    kept = KeptActivations(
+        UnitActivations(model, symmetry, batches, CPU), sources, [f"source {n}" for n in range(count)]
+    )
     return model, symmetry, batches, theta, sources, kept
 
 
@@ -72,11 +77,11 @@ def test_what_was_kept_follows_the_units(name: str) -> None:
     """Tables of sources that have moved since are those of the moved sources looked at anew, in half precision."""
     model, symmetry, batches, _, sources, kept = keep(name)
     moves = symmetry.random(7, count=5)
-    moved = SeenSources(kept, moves)
+    moved = SeenSources.all_of(kept, moves)
     look = UnitActivations(model, symmetry, batches, CPU)
     for n in (0, 3):
         anew = look(symmetry.apply(moves.select(n), sources[n]), "moved")
-        (tables,) = [moved.after(2).tables(n - 2, n - 1)] if n else [moved.tables(0, 1)]
+        (tables,) = [moved.some(2).tables(n - 2, n - 1)] if n else [moved.tables(0, 1)]
         assert tables.keys() == anew.keys()
         for group, table in tables.items():
             # Half precision, and of sums in another order; entries are at most 1.
@@ -91,7 +96,7 @@ def test_sources_are_matched_by_what_was_kept_as_by_what_they_do(name: str) -> N
     for epoch in range(2):
         centre = random_state(model, 100) if not epoch else symmetry.apply(symmetry.random(50), theta)
         wanted, left = correlate_units(model, symmetry, centre, stacked(symmetry, state), batches)
-        moves, unseen = correlate_seen(centre, SeenSources(kept, permutations), 5)
+        moves, unseen = correlate_seen(centre, SeenSources.all_of(kept, permutations), 5)
         assert unseen == left
         for group, index in moves.items():  # units that never fire are one as good as the other
             assert float((index == wanted[group]).float().mean()) >= 0.85, (group, epoch)
@@ -103,7 +108,7 @@ def test_chunks_and_threads_change_nothing() -> None:
     model, symmetry, batches, theta, sources, kept = keep("resnet")
     given = stacked(symmetry, sources)
     wanted, _ = correlate_units(model, symmetry, theta, given, batches, chunk=1)
-    now = SeenSources(kept, symmetry.random(1, count=5))
+    now = SeenSources.all_of(kept, symmetry.random(1, count=5))
     of_kept, _ = correlate_seen(theta, now, 5, chunk=1)
     for chunk, threads in ((2, 1), (5, 3), (None, 2)):
         assert correlate_units(model, symmetry, theta, given, batches, chunk=chunk, threads=threads)[0] == wanted
@@ -112,7 +117,7 @@ def test_chunks_and_threads_change_nothing() -> None:
 
 def test_settings_take_what_was_kept_and_need_no_examples() -> None:
     _, symmetry, _, theta, sources, kept = keep("mlp")
-    given, now = stacked(symmetry, sources), SeenSources(kept, symmetry.identity(5))
+    given, now = stacked(symmetry, sources), SeenSources.all_of(kept, symmetry.identity(5))
     found = match_by_settings(MatchingSettings(method="activation"), symmetry, theta, given, seen=now)
     assert found.permutations == correlate_seen(theta, now, 5)[0]
     for n in range(5):  # near copies: all that fires is found again
@@ -184,7 +189,7 @@ def test_bad_networks_are_named() -> None:
     good, bad = random_state(model, 0), random_state(model, 1)
     bad["layers.0.weight"][:] = float("inf")
     with pytest.raises(FastarError, match=r"source two: activations at 'layers\.1\.weight' are not finite"):
-        KeptActivations(look, [good, bad], ["one", "two"])
+        KeptActivations(look, [good, bad], ["source one", "source two"])
     with pytest.raises(FastarError, match="at least one batch"):
         UnitActivations(model, symmetry, [], CPU)
     chooses = Chooses()
@@ -195,10 +200,71 @@ def test_bad_networks_are_named() -> None:
     with pytest.raises(
         FastarError, match=r"source odd shows other numbers of activations at '\w+\.\w+' than source a:"
     ):
-        KeptActivations(look, [positive, {n: -p for n, p in positive.items()}], ["a", "odd"])
+        KeptActivations(look, [positive, {n: -p for n, p in positive.items()}], ["source a", "source odd"])
+
+
+def test_starts_by_activations_take_the_time_that_looking_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, symmetry, batches, theta, sources, _ = keep("mlp")
+    call = UnitActivations.__call__
+
+    def slow(self: UnitActivations, state: Mapping[str, Tensor], where: str) -> Any:
+        time.sleep(0.1)
+        return call(self, state, where)
+
+    monkeypatch.setattr(UnitActivations, "__call__", slow)
+    given = Examples(model, [(batch, None) for batch in batches])
+    for how in (MatchingSettings(start="activations"), MatchingSettings(method="activation")):
+        found = match_by_settings(how, symmetry, theta, stacked(symmetry, sources), examples=lambda: given)
+        assert found.seconds > 0.6  # theta and five sources
+
+
+def test_theta_that_is_not_finite_is_named() -> None:
+    _, symmetry, _, theta, _, kept = keep("mlp")
+    now = SeenSources.all_of(kept, symmetry.identity())
+    broken = {**theta, "layers.1.weight": torch.full_like(theta["layers.1.weight"], torch.nan)}
+    with pytest.raises(FastarError, match=r"theta has NaN or infinite values in 'layers\.1\.weight'"):
+        now.beside(broken)
+    large = {**theta, "layers.0.weight": theta["layers.0.weight"] * 1e38 * 10}
+    with pytest.raises(FastarError, match=r"theta"):
+        now.beside(large)
 
 
 # Many, and runs
+
+
+def test_a_store_s_parts_are_of_its_own_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Seven sources in parts of three are matched as they are together; theta is looked at once."""
+    model, symmetry, _, theta, sources, kept = keep("resnet", count=7)
+    layout = FlatLayout.from_module(model)
+    names = [str(n) for n in range(7)]
+    centre = layout.flatten(theta)
+    found = []
+    for parts in (False, True):
+        store = SourcesStore(layout, sources, names, CPU, store="file", folder=tmp_path)
+        if parts:
+            monkeypatch.setattr(SourcesStore, "_usable_in_place", False)
+            monkeypatch.setattr(SourcesStore.parts, "__defaults__", (3,))
+        asked = looked(monkeypatch)
+        seen = SeenSources.all_of(kept, symmetry.identity(7))
+        how: dict[str, Any] = {"start": symmetry.identity(), "seed": 0, "threads": 1, "seen": seen}
+        moves, _, _ = match_store(symmetry, centre, store, MatchingSettings(method="activation"), **how)
+        found.append((moves, store.rows.clone()))
+        assert asked == ["theta"]
+    assert found[0][0] == found[1][0]
+    assert torch.equal(found[0][1], found[1][1])
+    assert not found[0][0].is_identity()
+
+
+@pytest.mark.parametrize("first", [0, 1, 3])
+def test_a_mean_of_networks_starts_from_their_own_activations(first: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, symmetry, batches, _, sources, _ = keep("mlp", count=4)
+    given = Examples(model, [(batch, None) for batch in batches])
+    how = MatchingSettings(start="activations", max_sweeps=1)
+    more: dict[str, Any] = {"to": "mean", "settings": how, "examples": lambda: given, "first": first, "rounds": 1}
+    kept = match_many(symmetry, sources, **more)
+    monkeypatch.setattr("fastar.matching.many._look", lambda *args: None)
+    anew = match_many(symmetry, sources, **more)
+    assert kept.history[0] == pytest.approx(anew.history[0], rel=1e-3)
 
 
 def test_every_network_of_a_set_is_looked_at_once_more_as_theta_alone(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,7 +274,7 @@ def test_every_network_of_a_set_is_looked_at_once_more_as_theta_alone(monkeypatc
     given = Examples(model, [(batch, None) for batch in batches])
     how = MatchingSettings(method="activation")
     many = match_many(symmetry, sources, to="pairwise", settings=how, examples=lambda: given)
-    assert names == [*(f"source {n}" for n in range(6)), *["theta"] * 5]
+    assert names == [*(f"model {n}" for n in range(6)), *["theta"] * 5]
     for (i, j), found in many.pairs.items():
         wanted, _ = correlate_units(model, symmetry, sources[i], stacked(symmetry, [sources[j]]), batches)
         for group, index in found.items():
@@ -303,14 +369,14 @@ def test_a_gpu_pairs_as_the_cpu_does(name: str, cuda: torch.device) -> None:
     """What is kept may lie on the host; convolutions of a GPU may round inputs to ten bits."""
     model, symmetry, batches, theta, sources, kept = keep(name)
     moves = symmetry.random(7, count=5)
-    wanted, left = correlate_seen(theta, SeenSources(kept, moves), 5)
+    wanted, left = correlate_seen(theta, SeenSources.all_of(kept, moves), 5)
     look = UnitActivations(model, symmetry, [batch.to(cuda) for batch in batches], cuda)
     there = {key: value.to(cuda) for key, value in theta.items()}
     for place in (None, lambda width, dtype: torch.zeros(5, width, dtype=dtype)):
-        on_gpu = KeptActivations(look, sources, [str(n) for n in range(5)], place=place)
+        on_gpu = KeptActivations(look, sources, [f"source {n}" for n in range(5)], place=place)
         assert on_gpu.rows.device.type == ("cuda" if place is None else "cpu")
         for chunk in (None, 2):
-            found, unseen = correlate_seen(there, SeenSources(on_gpu, moves), 5, chunk=chunk, threads=2)
+            found, unseen = correlate_seen(there, SeenSources.all_of(on_gpu, moves), 5, chunk=chunk, threads=2)
             assert unseen == left
             for group, index in found.items():
                 assert index.device.type == "cpu"
@@ -323,3 +389,32 @@ def test_a_star_on_a_gpu_is_matched_by_what_was_kept(cuda: torch.device, tmp_pat
         chosen = settings(tmp_path, "device=cuda", f"sources.store={store}")
         results = train_star(chosen, tmp_path / store)
         assert results["paths"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_sources_of_other_types_are_looked_at_as_they_are_used(
+    dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A file's own type is not what steps take; what is kept counts where sources are placed, and is given back."""
+    folder = tmp_path / "given"
+    folder.mkdir()
+    train_star(settings(tmp_path, "star.epochs=1"), tmp_path / "run")
+    for path in (tmp_path / "run" / "sources").glob("*.safetensors"):
+        state = {n: v.to(dtype) if v.is_floating_point() else v for n, v in load_file(path).items()}
+        torch.save(state, folder / f"{path.stem}.pt")
+    places: list[int] = []
+    choose = store_module.choose_placement
+
+    def chosen(setting: str, needed: int, device: torch.device, *, sources: int) -> str:
+        places.append(needed)
+        return choose(setting, needed, device, sources=sources)
+
+    monkeypatch.setattr(store_module, "choose_placement", chosen)
+    released: list[Any] = []
+    release = Matcher.release
+    monkeypatch.setattr(Matcher, "release", lambda self: (released.append(self._kept.rows.nbytes), release(self)))
+    results = train_star(settings(tmp_path, f"sources.folder={folder}", "star.epochs=1"), tmp_path / "other")
+    assert results["paths"]
+    numel = FlatLayout.from_shapes({name: tuple(value.shape) for name, value in state.items()}).numel
+    assert places == [2 * 4 * numel + released[0]]
+    assert released[0] > 0

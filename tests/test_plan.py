@@ -432,10 +432,11 @@ def test_what_sources_units_do_is_planned_and_timed(tmp_path: Path, monkeypatch:
         plan = make_plan(context, measure=None)
         more = {item.what: item for item in plan.items if item.what not in by_weights}
         (kept[store],) = (item for what, item in more.items() if what.startswith("what sources' units do"))
-    assert hours.matching_seconds(context) == found[0][1].seconds / 6
-    seen = found[0][0]
-    assert len(seen.kept) == 6
-    assert seen.kept.rows.nbytes == kept["device"].bytes == kept["file"].bytes
+    each = hours.matching_seconds(context)
+    seen, result = found[0]
+    assert each > result.seconds  # of the one; looking at theta, which was done before, is shared by six
+    assert seen.own is not None
+    assert 6 * seen.kept.rows.nbytes == kept["device"].bytes == kept["file"].bytes
     assert (kept["device"].place, kept["file"].place) == ("host", "disk")
 
 

@@ -113,8 +113,8 @@ def _fastar(context: Context, settings: MatchingSettings) -> Match:
         if settings.by_activations and not warm:  # as a run does: looked at once, then followed
             given = context.examples()
             look = UnitActivations(given.model, symmetry, [inputs for inputs, _ in given.batches], context.device)
-            kept = KeptActivations(look, sources, [str(n) for n in range(len(sources))])
-            known[:] = [SeenSources(kept, symmetry.identity(len(sources)))]
+            kept = KeptActivations(look, sources, [f"source {n}" for n in range(len(sources))])
+            known[:] = [SeenSources.all_of(kept, symmetry.identity(len(sources)))]
         seen = known[0] if known else None
         stacked = {name: torch.stack([source[name] for source in sources]) for name in symmetry.parameters}
         start = symmetry.identity() if warm else None
@@ -123,7 +123,7 @@ def _fastar(context: Context, settings: MatchingSettings) -> Match:
             settings, symmetry, theta, stacked, start=start, examples=context.examples, threads=threads, seen=seen
         )
         if seen is not None:
-            known[:] = [SeenSources(seen.kept, seen.permutations.then(result.permutations.to("cpu")))]
+            known[:] = [SeenSources.all_of(seen.kept, seen.permutations.then(result.permutations.to("cpu")))]
         return [symmetry.apply(result.permutations.select(n).to("cpu"), source) for n, source in enumerate(sources)]
 
     return match

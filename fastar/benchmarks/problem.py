@@ -214,7 +214,7 @@ class Problem:
                 start=symmetry.identity() if next(calls) else None,
                 seed=epoch,
                 threads=matching_threads(self.device),
-                seen=None if kept is None else SeenSources(kept, permutations),
+                seen=None if kept is None else SeenSources.all_of(kept, permutations),
             )
             permutations = permutations.then(moves)
 

@@ -178,9 +178,12 @@ class Context:
         """The train set as batch-norm statistics are re-estimated from: every image once, augmented and in batches as
         in training, in one fixed shuffled order (files may be sorted by class, and batches must not be); or `times`
         `evaluation.bn_batches` of it."""
-        wanted, size = self.settings.evaluation.bn_batches, self._statistics_size()
-        batches = self.train.batches(size, seed=derive_seed(0, "statistics"), epoch=0, augment=True, drop_last=False)
+        wanted, batches = self.settings.evaluation.bn_batches, self._shuffled()
         return batches if wanted is None else islice(batches, wanted * times)
+
+    def _shuffled(self) -> Iterator[tuple[Tensor, Tensor]]:
+        size, seed = self._statistics_size(), derive_seed(0, "statistics")
+        return self.train.batches(size, seed=seed, epoch=0, augment=True, drop_last=False)
 
     def whole_statistics(self) -> int:
         """How many batches of `statistics_batches` hold the whole train set."""
@@ -218,9 +221,9 @@ class Context:
         return symmetry_by_settings(self.settings.matching, model, example, name=name)
 
     def examples(self) -> Examples:
-        """What methods of matching that look at data see: the first training batches."""
+        """What methods of matching that look at data see: the first training batches, however few statistics take."""
         most = LOOKED_AT if self.settings.matching.by_activations else None
-        batches = islice(self.statistics_batches(), EXAMPLE_BATCHES)
+        batches = islice(self._shuffled(), EXAMPLE_BATCHES)
         return Examples(
             self.build(seed=0), [(images[:most].clone(), labels[:most].clone()) for images, labels in batches]
         )

@@ -71,21 +71,24 @@ def match_store(
         hardly depend on them.
     """
     found, objectives, weights = [], [], []
+    centre = sources.layout.views(theta)
+    remaining = None if seen is None else seen.beside(centre)
     for views in sources.parts():
+        count = len(next(iter(views.values())))
         result = match_by_settings(
             settings,
             symmetry,
-            sources.layout.views(theta),
+            centre,
             views,
             start=start,
             examples=examples,
             seed=seed,
             threads=threads,
-            seen=seen,
+            seen=None if remaining is None else remaining.some(0, count),
             progress=progress,
         )
         symmetry.apply_rows(result.permutations, views)
-        seen = None if seen is None else seen.after(len(result.objective))
+        remaining = None if remaining is None else remaining.some(count)
         found.append(result.permutations.to("cpu"))
         objectives.append(result.objective.cpu())
         weights.append(result.objective_weights.cpu())
@@ -120,7 +123,7 @@ class Matcher:
             seed=derive_seed(settings.seed, "star", "matching", epoch),
             threads=matching_threads(self._context.device, settings.workers),
             examples=self._context.examples,
-            seen=None if self._kept is None else SeenSources(self._kept, self.permutations),
+            seen=None if self._kept is None else SeenSources.all_of(self._kept, self.permutations),
             progress=self._context.progress,
         )
         self.permutations = self.permutations.then(moves)
@@ -191,6 +194,31 @@ def star_model(
     return star, Permutations.from_dict(stored) if stored else None
 
 
+def _store(
+    context: Context, sources: Sequence[Checkpoint], by_activations: bool
+) -> tuple[SourcesStore, KeptActivations | None]:
+    """The sources as they are in the files, and, where they are matched by it, what their units do."""
+    given = context.examples() if by_activations else None
+    # Kept for all epochs, so not on the device.
+    inputs = [on_device(inputs, torch.device("cpu")) for inputs, _ in given.batches] if given else []
+    store = SourcesStore(
+        context.layout,
+        [source.state for source in sources],
+        [str(source.path and source.path.name) for source in sources],
+        context.device,
+        store=context.settings.sources.store,
+        folder=context.run.path,
+        beside=kept_bytes(given.model, context.symmetry, inputs) if given else 0,
+    )
+    if given is None:
+        return store, None
+    look = UnitActivations(given.model, context.symmetry, inputs, context.device)
+    views = store.views()
+    rows = ({name: value[n] for name, value in views.items()} for n in range(len(store)))
+    names = [f"source {name}" for name in store.names]
+    return store, KeptActivations(look, rows, names, place=store.make_beside, progress=context.progress)
+
+
 def _train(
     context: Context, sources: Sequence[Checkpoint], wanted: dict[str, Any], profile: StepsProfile | None
 ) -> None:
@@ -198,26 +226,10 @@ def _train(
     seed = derive_seed(settings.seed, "star", 0)
     matched = settings.star_matched_every > 0
 
-    states, names = [s.state for s in sources], [str(s.path and s.path.name) for s in sources]
     by_activations = matched and settings.matching.by_activations and bool(context.symmetry.groups)
 
     def make(attempt: int) -> Prepared:
-        given = context.examples() if by_activations else None
-        # Kept for all epochs, so not on the device.
-        inputs = [on_device(inputs, torch.device("cpu")) for inputs, _ in given.batches] if given else []
-        store = SourcesStore(
-            context.layout,
-            states,
-            names,
-            context.device,
-            store=settings.sources.store,
-            folder=run.path,
-            beside=kept_bytes(given.model, context.symmetry, inputs) if given else 0,
-        )
-        kept = None
-        if given is not None:
-            look = UnitActivations(given.model, context.symmetry, inputs, context.device)
-            kept = KeptActivations(look, states, names, place=store.make_beside, progress=context.progress)
+        store, kept = _store(context, sources, by_activations)
         matcher = Matcher(context, store, kept) if matched else None
         step = StarStep(
             context.build(seed=seed),

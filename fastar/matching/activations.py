@@ -112,9 +112,11 @@ def correlate_seen(
     threads: int = 1,
     progress: Progress = SILENT,
 ) -> tuple[Permutations, tuple[str, ...]]:
-    """As `correlate_units`, of `count` sources whose activations were kept: theta alone is looked at."""
-    look = seen.kept.look
-    own = look(theta, "theta")
+    """As `correlate_units`, of `count` sources whose activations were kept: theta alone is looked at, if it was not."""
+    assert len(seen.numbers) == count
+    look, own = seen.kept.look, seen.own
+    if own is None:
+        own = look(theta, "theta")
     return _pair_units(look, own, seen.tables, count, solver, chunk, threads, progress), look.unseen
 
 

@@ -139,7 +139,7 @@ def _look(
         return None
     given, device = examples(), next(iter(states[0].values())).device
     look = UnitActivations(given.model, symmetry, [inputs for inputs, _ in given.batches], device)
-    names = [str(n) for n in range(len(states))]
+    names = [f"model {n}" for n in range(len(states))]
 
     def place(width: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(len(states), width, dtype=dtype)
@@ -160,13 +160,12 @@ class _Networks:
     kept: KeptActivations | None
 
     def match(
-        self, theta: State, some: Sequence[int], start: Permutations | None = None
+        self, theta: State, some: Sequence[int], start: Permutations | None = None, seen: SeenSources | None = None
     ) -> tuple[Permutations, Tensor]:
-        """Permutations [n, size] of the networks `some`, which follow each other, and their objectives [n]."""
-        seen = None
-        if self.kept is not None:
-            seen = SeenSources(self.kept, self.symmetry.identity(), some[0])
+        """Permutations [n, size] of the networks `some`, and their objectives [n]."""
         names = [name for name in self.symmetry.parameters if name in theta]
+        if seen is None and self.kept is not None:
+            seen = SeenSources(self.kept, self.symmetry.identity(), some)
         result = match_by_settings(
             self.settings,
             self.symmetry,
@@ -182,9 +181,12 @@ class _Networks:
 
     def match_all(self, theta: State, some: Sequence[int]) -> Iterator[tuple[list[int], Permutations, Tensor]]:
         """The same, a few at a time."""
+        seen = None
+        if self.kept is not None:
+            seen = SeenSources(self.kept, self.symmetry.identity(), some).beside(theta)
         for begin in range(0, len(some), PART):
             part = list(some[begin : begin + PART])
-            yield part, *self.match(theta, part)
+            yield part, *self.match(theta, part, seen=None if seen is None else seen.some(begin, begin + PART))
 
     def permuted(self, n: int, permutations: Permutations) -> dict[str, Tensor]:
         return self.symmetry.apply(permutations, self.states[n])

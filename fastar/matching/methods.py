@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -85,9 +85,10 @@ def match_by_settings(
         given = _needed(examples, setting)
         return correlate_units(given.model, symmetry, theta, sources, [inputs for inputs, _ in given.batches], **how)
 
+    began = time.perf_counter()
     count, device = check_networks(symmetry, theta, sources)
     if settings.method == "weight":
-        return match_weights(
+        found_by_weights = match_weights(
             symmetry,
             theta,
             sources,
@@ -101,7 +102,7 @@ def match_by_settings(
             threads=threads,
             progress=progress,
         )
-    began = time.perf_counter()
+        return replace(found_by_weights, seconds=time.perf_counter() - began)
     left: tuple[str, ...] = ()
     found = symmetry.identity(count)
     if settings.method != "none" and symmetry.groups:

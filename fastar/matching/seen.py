@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fastar.errors import FastarError
 from fastar.matching.forwards import Batch, forward, on_device, without_statistics
+from fastar.matching.networks import check_finite
 from fastar.matching.observing import Kind, Observer
 from fastar.matching.permutations import Permutations
 from fastar.matching.symmetry import Group, Member, Symmetry
@@ -41,8 +42,9 @@ class UnitActivations:
 
     A group's activations are the inputs of every linear map and convolution that reads its units; where there are
     none, the outputs of those that make them; where there are none of these, what norms, scales and shifts with a
-    parameter for each unit give out. Of each such place at most 4096 samples are taken, spread over images and
-    positions, the same of every network. Batch-norm normalises with the batch, so no statistics are needed.
+    parameter for each unit give out; what the first batch of the first network shows decides. Of each such place at
+    most 4096 samples are taken each time a forward passes it, spread over images and positions, the same of every
+    network. Batch-norm normalises with the batch, so no statistics are needed.
 
     Args:
         model: of the architecture, with any weights; copied, not touched.
@@ -59,6 +61,8 @@ class UnitActivations:
         self.symmetry, self.device = symmetry, device
         self._batches = list(batches)
         self._twin = without_statistics(model, device)
+        for parameter in self._twin.parameters():  # never read: each network brings its own
+            parameter.data = parameter.data.new_empty(0)
         self._wanted = {(member.tensor, member.axis) for group in symmetry.groups for member in group.members}
         self._drawn: dict[tuple[_Key, int, int], Tensor] = {}
         self._first: tuple[str, dict[_Key, torch.Size]] | None = None
@@ -159,7 +163,8 @@ class UnitActivations:
             return
         for (name, _), values in rows.items():
             if not bool(torch.isfinite(values).all()):
-                raise FastarError(f"{where}: activations at {name!r} are not finite; retrain or remove it")
+                remedy = "lower its learning rate" if where == "theta" else "retrain or remove it"
+                raise FastarError(f"{where}: activations at {name!r} are not finite; {remedy}")
 
 
 @dataclass(frozen=True)
@@ -177,7 +182,7 @@ class KeptActivations:
     Args:
         look: how they are looked at.
         states: parameter name -> tensor of each source, on any device.
-        names: what to call them in errors.
+        names: what to call them in errors ("source 3").
         place: makes the [N, width] numbers that are kept, wherever they are to live; by default on the device.
 
     Raises:
@@ -195,9 +200,10 @@ class KeptActivations:
     ):
         self.look = look
         self._places: dict[str, _Place] = {}
+        self.rows = torch.empty(0, 0, dtype=KEPT)
         with progress.task("activations", len(names), "sources") as advance:
             for n, (state, name) in enumerate(zip(states, names, strict=True)):
-                tables = look({key: value.to(look.device) for key, value in state.items()}, f"source {name}")
+                tables = look({key: value.to(look.device) for key, value in state.items()}, name)
                 if not n:
                     self._places, width = _places(tables)
                     if place is not None and width:
@@ -205,47 +211,73 @@ class KeptActivations:
                     else:
                         self.rows = torch.empty(len(names), width, dtype=KEPT, device=look.device)
                 for group, table in tables.items():
-                    self._part(group, n, n + 1)[0].copy_(table * len(table) ** 0.5)
+                    self._part(self.rows[n : n + 1], group)[0].copy_(table * len(table) ** 0.5)
                 advance()
 
     def __len__(self) -> int:
         return len(self.rows)
 
-    def tables(self, begin: int, end: int) -> Tables:
-        """Of the sources `begin` to `end` - 1: [n, samples, size] float32 on the device, as `UnitActivations` gives."""
+    def tables(self, numbers: Sequence[int]) -> Tables:
+        """Of the sources `numbers`: [n, samples, size] float32 on the device, as `UnitActivations` gives."""
+        first, count = numbers[0], len(numbers)
+        follow = list(numbers) == list(range(first, first + count))
+        rows = self.rows[first : first + count] if follow else self.rows[list(numbers)]
         return {
-            group: self._part(group, begin, end).to(self.look.device).float().div_(place.samples**0.5)
+            group: self._part(rows, group).to(self.look.device).float().div_(place.samples**0.5)
             for group, place in self._places.items()
         }
 
-    def _part(self, group: str, begin: int, end: int) -> Tensor:
+    def _part(self, rows: Tensor, group: str) -> Tensor:
         place = self._places[group]
-        rows = self.rows[begin:end, place.begin : place.begin + place.samples * place.size]
-        return rows.unflatten(1, (place.samples, place.size))
+        own = rows[:, place.begin : place.begin + place.samples * place.size]
+        return own.unflatten(1, (place.samples, place.size))
 
 
 @dataclass(frozen=True)
 class SeenSources:
-    """Sources `begin` and those after it as they are now: what their units did, and how they have been permuted since.
+    """Sources as they are now: what their units did, and how they have been permuted since.
 
     Args:
-        permutations: [N, size] of all sources that are kept.
+        permutations: [N, size] of all sources that are kept, or [size] for all.
+        numbers: which of them these are.
+        own: the tables of the theta that they are compared with, once it has been looked at.
     """
 
     kept: KeptActivations
     permutations: Permutations
-    begin: int = 0
+    numbers: Sequence[int]
+    own: Tables | None = None
 
-    def after(self, count: int) -> SeenSources:
-        """The same from `count` sources further on."""
-        return SeenSources(self.kept, self.permutations, self.begin + count)
+    @staticmethod
+    def all_of(kept: KeptActivations, permutations: Permutations) -> SeenSources:
+        """All that are kept."""
+        return SeenSources(kept, permutations, range(len(kept)))
+
+    def beside(self, theta: Mapping[str, Tensor]) -> SeenSources:
+        """The same, to be compared with `theta`, which is looked at now.
+
+        Raises:
+            FastarError: theta, or what its units do, is not finite.
+        """
+        try:
+            return replace(self, own=self.kept.look(theta, "theta"))
+        except FastarError:
+            for name in self.kept.look.symmetry.counted(theta, theta):
+                check_finite(theta[name], name, "theta")  # then that is why
+            raise
+
+    def some(self, begin: int, end: int | None = None) -> SeenSources:
+        """Those at positions `begin` to `end` - 1 among these."""
+        return replace(self, numbers=self.numbers[begin:end])
 
     def tables(self, begin: int, end: int) -> Tables:
-        """As `KeptActivations.tables`, with the units where they are now."""
-        begin, end = self.begin + begin, self.begin + end
-        moved = self.permutations.part(begin, end)
-        tables = self.kept.tables(begin, end)
-        return {group: _moved(table, moved[group].to(table.device)) for group, table in tables.items()}
+        """As `KeptActivations.tables`, of these at `begin` to `end` - 1, with their units where they are now."""
+        numbers = self.numbers[begin:end]
+        tables, index = self.kept.tables(numbers), torch.tensor(list(numbers))
+        return {
+            group: _moved(table, (moved if (moved := self.permutations[group]).ndim == 1 else moved[index]))
+            for group, table in tables.items()
+        }
 
 
 def kept_bytes(model: nn.Module, symmetry: Symmetry, batches: Sequence[Batch]) -> int:
@@ -272,7 +304,7 @@ def _places(tables: Tables) -> tuple[dict[str, _Place], int]:
 
 def _moved(table: Tensor, index: Tensor) -> Tensor:
     """[n, samples, size] with its units in the order of index [n, size], or [size] for all."""
-    return table.gather(2, index.expand(len(table), -1)[:, None].expand_as(table))
+    return table.gather(2, index.to(table.device).expand(len(table), -1)[:, None].expand_as(table))
 
 
 def _chosen(group: Group, kinds: Mapping[_Key, Kind]) -> list[Member]:
