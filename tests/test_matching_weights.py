@@ -349,3 +349,14 @@ def test_progress_counts_sources(symmetries: dict[str, Symmetry]) -> None:
     match_weights(symmetry, theta, stacked(symmetry, states), chunk=3, progress=Watch())
     assert seen[0] == -4
     assert sum(seen[1:]) == 4
+
+
+def test_weights_whose_products_overflow_are_named(symmetries: dict[str, Symmetry]) -> None:
+    """Every number is finite, and so is every sum of them."""
+    symmetry = symmetries["mlp"]
+    theta, states = problem_of("mlp")
+    sources = stacked(symmetry, states)
+    sources["layers.1.weight"][1] *= 3e37
+    theta["layers.1.weight"] = theta["layers.1.weight"] * 1e10
+    with pytest.raises(FastarError, match=r"^weights of theta or of source 1 are too large to be matched: [^\n]*rate"):
+        match_weights(symmetry, theta, sources, chunk=1, threads=1)

@@ -272,7 +272,7 @@ def test_what_a_lower_rate_needs_is_said_and_works(
         message = refused("train-star", *options, "--out", run)
     folder = shlex.quote(f"sources.folder={run}/sources")
     remedy = f"; as 1 source is finished, do so with another --out: {folder} sources.number=1 "
-    assert f"; lower train.lr (it is 0.1){remedy}takes it over (" in message
+    assert f"; lower train.lr (it is 0.1){remedy}takes it over, for a star of 1 instead of 2 (" in message
     assert "\n" not in message
     message = refused("train-star", *options, "train.lr=0.02", "--out", run)
     assert "train.lr was 0.1, now 0.02" in message

@@ -51,6 +51,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.rounds < 2:
         parser.error("--rounds must be at least 2")
+    if not 0 < arguments.lr < float("inf"):
+        parser.error(f"--lr {arguments.lr} must be above 0")
     begin = time.perf_counter()
     try:
         problem = problem_of(arguments)

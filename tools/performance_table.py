@@ -47,7 +47,7 @@ def section(results: list[tuple[str, dict[str, Any]]]) -> str:
     for name, record in results:
         check(name, record)
     if not results:
-        return "No GPU figure has been measured yet; `python tools/gpu_suite.py` measures them."
+        return "No GPU figure has been measured yet; `python tools/gpu_suite.py --call 1` and `--call 2` measure them."
     return "\n\n".join(device_section(device, results) for device in dict.fromkeys(r["device"] for _, r in results))
 
 

@@ -259,8 +259,11 @@ def _elsewhere(context: Context, subject: Subject) -> str:
     count, others = run.sources_to_take_over()
     if not count:
         return f"; as other models are finished, {what} with another --out"
-    are, them = ("1 source is", "it") if count == 1 else (f"{count} sources are", "them")
-    return f"; as {are} finished, {what} with another --out: {others} takes {them} over"
+    them = "it" if count == 1 else "them"
+    finished, wanted = f"{count} source{'' if count == 1 else 's'}", settings.sources.number
+    smaller = f", for a star of {count} instead of {wanted}" if count < wanted else ""
+    are = "is" if count == 1 else "are"
+    return f"; as {finished} {are} finished, {what} with another --out: {others} takes {them} over{smaller}"
 
 
 def live_figures(epoch: Epoch) -> dict[str, float]:

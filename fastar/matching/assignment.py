@@ -36,6 +36,10 @@ def solver_name(solver: Solver = "auto") -> str:
     return f"{package} {importlib.metadata.version(package)}"
 
 
+class ScoresNotFinite(FastarError):
+    """Scores of an assignment that are NaN or infinite."""
+
+
 def solve_assignment(
     score: Tensor | NDArray[Any], *, maximise: bool = True, solver: Solver = "auto"
 ) -> NDArray[np.int64]:
@@ -67,7 +71,7 @@ def solve_assignment(
         return np.zeros(0, dtype=np.int64)
     if not np.isfinite(table).all():
         row, column = np.argwhere(~np.isfinite(table))[0]
-        raise FastarError(
+        raise ScoresNotFinite(
             f"score[{row}, {column}] of an assignment is {table[row, column]}: scores must be finite numbers"
         )
     if n == 1:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastar.errors import FastarError
-from fastar.matching.assignment import Solver, solver_name
+from fastar.matching.assignment import ScoresNotFinite, Solver, solver_name
 from fastar.matching.attempts import Attempts, Outcome, Start, best_ends
 from fastar.matching.networks import check_networks
 from fastar.matching.permutations import Permutations
@@ -124,7 +124,14 @@ def match_weights(
         with torch.no_grad():
             data = {name: problem.source(name, sources, begin, end) for name in problem.names}
             own = [replace(one, permutations=[index[begin:end] for index in one.permutations]) for one in starts]
-            outcomes[begin:end], done = best_ends(problem, data, own, attempts, pool)
+            try:
+                outcomes[begin:end], done = best_ends(problem, data, own, attempts, pool)
+            except ScoresNotFinite as error:
+                which = f"source {begin}" if end == begin + 1 else f"one of the sources {begin} to {end - 1}"
+                raise FastarError(
+                    f"weights of theta or of {which} are too large to be matched: their products overflow float32; "
+                    "train with a lower rate, or leave the source out"
+                ) from error
             return done
 
     with exact_products(), progress.task("matching", total=count, unit="sources") as advance:
