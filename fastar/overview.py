@@ -174,8 +174,17 @@ def overview_table(runs: Sequence[RunOverview], below: Path) -> Table:
 
 
 def _figures(run: RunOverview) -> list[str]:
-    numbers = ("-" if value is None else f"{value:.3f}" for value in (run.loss, run.barrier, run.star_accuracy))
+    numbers = ("-" if value is None else _figure(value) for value in (run.loss, run.barrier, run.star_accuracy))
     return [duration(run.age), f"{run.sources} + {run.heldout}", *numbers]
+
+
+def _figure(value: float) -> str:
+    """Of a training that diverges too.
+
+    >>> _figure(0.25), _figure(123.4), _figure(2.5e28)
+    ('0.250', '123.400', '2.5e+28')
+    """
+    return f"{value:.3f}" if abs(value) < 1e4 else f"{value:.3g}"
 
 
 def duration(seconds: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import io
 import json
 import os
@@ -16,6 +17,7 @@ from rich.console import Console
 from run_cases import one_symmetry, small  # noqa: F401 (a fixture)
 from test_stopping import at_call
 
+from fastar import overview as overview_module
 from fastar.experiments.star_domain import train_star
 from fastar.lock import hold
 from fastar.overview import RunOverview, overview, overview_table, runs_below
@@ -173,3 +175,7 @@ def test_it_does_not_wait_for_torch(runs: Path) -> None:
     code += "print([name for name in ('torch', 'numba') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code, str(runs)], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+def test_examples_of_figures() -> None:
+    assert doctest.testmod(overview_module).failed == 0
