@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from matching_family_models import FAMILIES
-from matching_models import CASES, derived, random_state
+from matching_models import random_state
 from run_cases import Killed, Settings, assert_same_models, kill, one_symmetry, small
 from safetensors.torch import load_file
+from test_matching_methods import case, stacked
 from torch import Tensor, nn
 
 from fastar.config import MatchingSettings
@@ -41,19 +41,6 @@ __all__ = ["one_symmetry"]
 
 CPU = torch.device("cpu")
 State = dict[str, Tensor]
-
-
-def case(name: str) -> tuple[nn.Module, Symmetry, Tensor]:
-    """A network, its symmetry, and 64 inputs."""
-    if name in FAMILIES:
-        model, symmetry, example = FAMILIES[name]
-    else:
-        (model, (example,)), symmetry = CASES[name], derived()[name]
-    return model, symmetry, torch.randn(64, *example.shape[1:], generator=torch.Generator().manual_seed(0))
-
-
-def stacked(symmetry: Symmetry, states: list[State]) -> State:
-    return {name: torch.stack([s[name] for s in states]) for name in symmetry.parameters}
 
 
 def keep(name: str, count: int = 5) -> tuple[nn.Module, Symmetry, list[Tensor], State, list[State], KeptActivations]:

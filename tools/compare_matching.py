@@ -112,7 +112,7 @@ def _fastar(context: Context, settings: MatchingSettings) -> Match:
     def match(theta: State, sources: list[State], warm: bool) -> list[State]:
         if settings.by_activations and not warm:  # as a run does: looked at once, then followed
             given = context.examples()
-            look = UnitActivations(given.model, symmetry, [inputs for inputs, _ in given.batches], context.device)
+            look = UnitActivations(given.model, symmetry, given.inputs, context.device)
             kept = KeptActivations(look, sources, [f"source {n}" for n in range(len(sources))])
             known[:] = [SeenSources.all_of(kept, symmetry.identity(len(sources)))]
         seen = known[0] if known else None
@@ -123,7 +123,7 @@ def _fastar(context: Context, settings: MatchingSettings) -> Match:
             settings, symmetry, theta, stacked, start=start, examples=context.examples, threads=threads, seen=seen
         )
         if seen is not None:
-            known[:] = [SeenSources.all_of(seen.kept, seen.permutations.then(result.permutations.to("cpu")))]
+            known[:] = [seen.then(result.permutations.to("cpu"))]
         return [symmetry.apply(result.permutations.select(n).to("cpu"), source) for n, source in enumerate(sources)]
 
     return match

@@ -197,15 +197,15 @@ class Problem:
             images = [batch.cpu() for batch, _ in self.dataset(EXAMPLE_BATCHES * size).sequential(size)]
         beside = kept_bytes(model, symmetry, images) if images else 0
         store = SourcesStore(layout, states, names, self.device, store=self.store, beside=beside)
-        kept = None
+        seen = None
         if images:
             look = UnitActivations(model, symmetry, images, self.device)
             kept = KeptActivations(look, states, names, place=store.make_beside)
-        permutations = symmetry.identity(self.sources)
+            seen = SeenSources.all_of(kept, symmetry.identity(self.sources))
         calls = itertools.count()
 
         def match(theta: Tensor, sources: SourcesStore, epoch: int) -> None:
-            nonlocal permutations
+            nonlocal seen
             moves, _, _ = match_store(
                 symmetry,
                 theta,
@@ -214,9 +214,9 @@ class Problem:
                 start=symmetry.identity() if next(calls) else None,
                 seed=epoch,
                 threads=matching_threads(self.device),
-                seen=None if kept is None else SeenSources.all_of(kept, permutations),
+                seen=seen,
             )
-            permutations = permutations.then(moves)
+            seen = None if seen is None else seen.then(moves)
 
         return store, match
 

@@ -200,7 +200,7 @@ def _store(
     """The sources as they are in the files, and, where they are matched by it, what their units do."""
     given = context.examples() if by_activations else None
     # Kept for all epochs, so not on the device.
-    inputs = [on_device(inputs, torch.device("cpu")) for inputs, _ in given.batches] if given else []
+    inputs = [on_device(batch, torch.device("cpu")) for batch in given.inputs] if given else []
     store = SourcesStore(
         context.layout,
         [source.state for source in sources],

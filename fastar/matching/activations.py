@@ -14,12 +14,12 @@ from fastar.matching.assignment import Solver
 from fastar.matching.forwards import Batch
 from fastar.matching.networks import check_networks
 from fastar.matching.permutations import Permutations
-from fastar.matching.precision import exact_products
 from fastar.matching.rows import chosen
 from fastar.matching.seen import KEPT, SeenSources, Tables, UnitActivations, stacked
 from fastar.matching.solving import solve_rows
 from fastar.matching.symmetry import Symmetry
 from fastar.memory import free_bytes
+from fastar.precision import full_precision
 from fastar.progress import SILENT, Progress
 
 # Sources at a time on a GPU, where they fit: enough for batched products, whatever N is.
@@ -176,7 +176,7 @@ def _pair_units(
     size = chunk or _chunk_size(one, count, free_bytes(device) if device.type == "cuda" else None, threads)
     indices = {group.name: np.zeros((count, group.size), dtype=np.int64) for group in symmetry.groups}
     solving = ThreadPoolExecutor(threads) if threads > 1 else nullcontext()
-    with torch.no_grad(), exact_products(), solving as pool, progress.task("matching", count, "sources") as advance:
+    with torch.no_grad(), full_precision(), solving as pool, progress.task("matching", count, "sources") as advance:
         for begin in range(0, count, size):
             end = min(begin + size, count)
             theirs = tables(begin, end)

@@ -138,7 +138,7 @@ def _look(
     if examples is None or not settings.by_activations or not symmetry.groups:
         return None
     given, device = examples(), next(iter(states[0].values())).device
-    look = UnitActivations(given.model, symmetry, [inputs for inputs, _ in given.batches], device)
+    look = UnitActivations(given.model, symmetry, given.inputs, device)
     names = [f"model {n}" for n in range(len(states))]
 
     def place(width: int, dtype: torch.dtype) -> Tensor:

@@ -41,6 +41,11 @@ class Examples:
     model: nn.Module
     batches: Sequence[tuple[Batch, Tensor | None]]
 
+    @property
+    def inputs(self) -> list[Batch]:
+        """The batches without their labels."""
+        return [inputs for inputs, _ in self.batches]
+
 
 GiveExamples = Callable[[], Examples]
 """Makes `Examples` when a method needs them."""
@@ -83,7 +88,7 @@ def match_by_settings(
         if seen is not None:
             return correlate_seen(theta, seen, count, **how)
         given = _needed(examples, setting)
-        return correlate_units(given.model, symmetry, theta, sources, [inputs for inputs, _ in given.batches], **how)
+        return correlate_units(given.model, symmetry, theta, sources, given.inputs, **how)
 
     began = time.perf_counter()
     count, device = check_networks(symmetry, theta, sources)

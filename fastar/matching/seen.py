@@ -266,6 +266,10 @@ class SeenSources:
                 check_finite(theta[name], name, "theta")  # then that is why
             raise
 
+    def then(self, moves: Permutations) -> SeenSources:
+        """The same once they have been permuted by `moves` too."""
+        return replace(self, permutations=self.permutations.then(moves))
+
     def some(self, begin: int, end: int | None = None) -> SeenSources:
         """Those at positions `begin` to `end` - 1 among these."""
         return replace(self, numbers=self.numbers[begin:end])

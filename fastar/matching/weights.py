@@ -19,10 +19,10 @@ from fastar.matching.attempts import Attempts, Outcome, Start, best_ends
 from fastar.matching.networks import check_networks
 from fastar.matching.permutations import Permutations
 from fastar.matching.permuted import LARGEST_HELD
-from fastar.matching.precision import exact_products
 from fastar.matching.problem import Problem
 from fastar.matching.symmetry import Symmetry
 from fastar.memory import free_bytes
+from fastar.precision import full_precision
 from fastar.progress import SILENT, Progress
 
 Starts = Permutations | Sequence[Permutations | None] | None
@@ -134,7 +134,8 @@ def match_weights(
                 ) from error
             return done
 
-    with exact_products(), progress.task("matching", total=count, unit="sources") as advance:
+    # Gains are far smaller than the inner products they are read off.
+    with full_precision(), progress.task("matching", total=count, unit="sources") as advance:
         for (begin, end), done in _run(run_chunk, bounds, device, workers):
             solves += done
             advance(end - begin)
