@@ -193,7 +193,10 @@ TOO_LARGE = "train.batch_size={} is more than the {} training images; lower it o
 
 
 @pytest.mark.parametrize("command", ["train-star", "plan"])
-def test_a_batch_beyond_the_images_is_refused_before_they_are_written(command: str, root: Path, tmp_path: Path) -> None:
+def test_a_batch_beyond_the_images_is_refused_before_they_are_written(
+    command: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)  # where --out is not given, a run goes below the folder it is started in
     options = images(tmp_path, "imagefolder", "train.batch_size=13")
     if command == "plan":
         options = [f"dataset.root={tmp_path / 'raw'}", *options]
