@@ -12,7 +12,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fastar.errors import FastarError
-from fastar.recipes import config_path, merge, read_recipe, recipe_path
+from fastar.recipes import config_path, merge, read_recipe, read_yaml, recipe_path, shortened
 from fastar.scales import scaled
 
 DEFAULT_ARCH = {
@@ -450,9 +450,9 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
         if not equals or not key:
             raise FastarError(f"{override!r} is not a setting: write key=value, such as train.lr=0.05")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise FastarError(f"{override!r}: the value is not valid YAML ({' '.join(str(error).split())})") from error
+            value = read_yaml(text)
+        except FastarError as error:
+            raise FastarError(f"{shortened(override)!r}: the value is not valid YAML ({error})") from error
         place = nested
         *sections, name = key.split(".")
         for section in sections:
@@ -566,11 +566,11 @@ def _explain(error: ValidationError, *section: str) -> str:
         return f"{key} is missing"
     if first["type"] == "model_type":
         keys = ", ".join(f"{key}.{name}" for name in _valid_keys(parts))
-        return f"{key}={first['input']!r}: {key} is a section of settings: {keys}"
+        return f"{key}={shortened(repr(first['input']))}: {key} is a section of settings: {keys}"
     message = first["msg"].removeprefix("Value error, ")
     if not key:  # of several sections together: the message names the key
         return message
-    shown = "" if isinstance(first["input"], Mapping | BaseModel) else f"={first['input']!r}"
+    shown = "" if isinstance(first["input"], Mapping | BaseModel) else f"={shortened(repr(first['input']))}"
     return f"{key}{shown}: {message[0].lower()}{message[1:]}"
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,100 @@ class Paper:
 
     def as_dict(self) -> dict[str, Any]:
         return vars(self)
+
+
+DEEPEST = 50
+MOST = 100_000
+LARGEST = 10**300
+"""What settings are at most: levels, values (each alias counts as what it stands for), and an integer."""
+
+_PLAIN = {f"tag:yaml.org,2002:{name}": name for name in ("null", "bool", "int", "float", "str")}
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """Plain values alone, no key twice, and an end to depth and number."""
+
+    deep, many = 0, 0
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        self.deep += 1
+        self._bounded(self.peek_event(), self.deep)
+        node = super().compose_node(parent, index)
+        self.deep -= 1
+        return node
+
+    def plain(self, node: yaml.Node, deep: int = 1) -> Any:
+        """The value of `node`. An alias is a value of its own, so that none of them is met again inside itself."""
+        self.many += 1
+        self._bounded(node, deep)
+        if node.tag == "tag:yaml.org,2002:seq" and isinstance(node, yaml.SequenceNode):
+            return [self.plain(one, deep + 1) for one in node.value]
+        if node.tag == "tag:yaml.org,2002:map" and isinstance(node, yaml.MappingNode):
+            return self._mapping(node, deep)
+        if node.tag == "tag:yaml.org,2002:timestamp":  # to no setting a date, and a run may be called by one
+            return node.value
+        if node.tag not in _PLAIN or not isinstance(node, yaml.ScalarNode):
+            raise _refused(node, f"{node.tag.replace('tag:yaml.org,2002:', '!!')} is no type that settings have")
+        try:
+            value = self.construct_object(node)
+        except (ValueError, LookupError, OverflowError) as error:  # 0x_, !!bool x, more digits than Python reads
+            raise _refused(node, f"{shortened(node.value)!r} is no {_PLAIN[node.tag]}") from error
+        if isinstance(value, int) and abs(value) > LARGEST:
+            raise _refused(node, f"{shortened(node.value)} is too large a number")
+        return value
+
+    def _mapping(self, node: yaml.MappingNode, deep: int) -> dict[Any, Any]:
+        own: dict[Any, Any] = {}
+        under: dict[Any, Any] = {}
+        for place, content in node.value:
+            if place.tag == "tag:yaml.org,2002:merge":
+                merged = self.plain(content, deep + 1)
+                for one in merged if isinstance(merged, list) else [merged]:
+                    if not isinstance(one, dict):
+                        raise _refused(place, "<< needs a mapping")
+                    under = {**one, **under}
+                continue
+            key = self.plain(place, deep + 1)
+            if not isinstance(key, Hashable):
+                raise _refused(place, "a key must be a plain value")
+            if key in own:
+                raise _refused(place, f"{shortened(str(key))} is given twice; leave one out")
+            own[key] = self.plain(content, deep + 1)
+        return {**under, **own}
+
+    def _bounded(self, place: yaml.Node | yaml.Event, deep: int) -> None:
+        if deep > DEEPEST:
+            raise _refused(place, f"nested more than {DEEPEST} levels deep")
+        if self.many > MOST:
+            raise _refused(place, f"more than {MOST:,} values")
+
+
+def _refused(place: yaml.Node | yaml.Event, problem: str) -> yaml.MarkedYAMLError:
+    return yaml.MarkedYAMLError(problem=problem, problem_mark=place.start_mark)
+
+
+def read_yaml(text: str) -> Any:
+    """What `text` says, as settings are written: null, booleans, numbers and strings (a date is one), in lists and
+    mappings that have no key twice.
+
+    Raises:
+        FastarError: anything else; the message says the line and what is wrong there, not where `text` is from.
+    """
+    try:
+        loader = _StrictLoader(text)
+        node = loader.get_single_node()
+        return None if node is None else loader.plain(node)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = "" if mark is None else f"line {mark.line + 1}: "
+        raise FastarError(f"{line}{' '.join(filter(None, (error.context, error.problem)))}") from error
+    except yaml.YAMLError as error:
+        raise FastarError(" ".join(str(error).split())) from error
+
+
+def shortened(text: str) -> str:
+    """Of what may be thousands of characters long, as much as a line has room for."""
+    return text if len(text) <= 100 else f"{text[:80]}... ({len(text):,} characters)"
 
 
 def merge(under: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -115,11 +209,11 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        content = read_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise FastarError(f"{path}: cannot read the configuration ({error.strerror})") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise FastarError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    except (FastarError, UnicodeDecodeError) as error:
+        raise FastarError(f"{path}: not valid YAML: {error}") from error
     if not isinstance(content, dict):
         found = "nothing" if content is None else type(content).__name__
         raise FastarError(f"{path}: expected a mapping of settings, such as `train: {{epochs: 5}}`, found {found}")

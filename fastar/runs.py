@@ -15,8 +15,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from fastar import __version__
 from fastar.atomic import write_atomically
 from fastar.config import Settings, as_override, completed, differences
@@ -24,6 +22,7 @@ from fastar.errors import FastarError
 from fastar.lock import NAME as LOCK
 from fastar.lock import hold
 from fastar.progress import SILENT, Progress
+from fastar.recipes import read_yaml
 
 # Settings that say how or where work is done, or what is measured afterwards: a run may go on with others.
 FREE_KEYS = (
@@ -231,11 +230,11 @@ class RunFolder:
             FastarError: no readable `config.yaml`.
         """
         try:
-            content = yaml.safe_load(self.config.read_text(encoding="utf-8"))
+            content = read_yaml(self.config.read_text(encoding="utf-8"))
         except OSError as error:
             raise FastarError(f"{self.path}: is no run folder (config.yaml: {error.strerror})") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise FastarError(f"{self.config}: not valid YAML; restore it or choose another --out") from error
+        except (FastarError, UnicodeDecodeError) as error:
+            raise FastarError(f"{self.config}: not valid YAML ({error}); restore it or choose another --out") from error
         if not isinstance(content, dict):
             raise FastarError(f"{self.config}: holds no settings; restore it or choose another --out")
         return content
