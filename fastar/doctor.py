@@ -97,8 +97,9 @@ def _kernels() -> str:
     from fastar.kernels import backend, interpolate
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    theta, source = torch.tensor([1.0, 2.0], device=device), torch.tensor([3.0, -2.0], device=device)
-    out = interpolate(theta, source, torch.tensor(0.25, device=device), torch.empty_like(theta))
+    theta = torch.tensor([1.0, 2.0], device=device, dtype=torch.float32)
+    source = torch.tensor([3.0, -2.0], device=device, dtype=torch.float32)
+    out = interpolate(theta, source, torch.tensor(0.25, device=device, dtype=torch.float32), torch.empty_like(theta))
     if out.tolist() != [1.5, 1.0]:
         raise RuntimeError(
             f"the interpolation kernel gives {out.tolist()} for [1.5, 1.0]; set FASTAR_KERNELS=reference"

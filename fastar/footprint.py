@@ -109,10 +109,10 @@ def count_bytes(
             return result
 
         for count in (FEW, max(images, 2 * FEW)):
-            pixels = torch.zeros(count, *shape)
+            pixels = torch.zeros(count, *shape, dtype=torch.float32, device="cpu")
             if len(shape) == 3:
                 pixels = pixels.to(memory_format=torch.channels_last)
-            labels = torch.zeros(count, dtype=torch.int64)
+            labels = torch.zeros(count, dtype=torch.int64, device="cpu")
             for tensor in tensors.values():
                 tensor.grad = None
             with LiveBytes() as live:
@@ -123,4 +123,4 @@ def count_bytes(
 
 def _without_data(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """On a CPU, whatever device it is from: nothing of the device is asked for."""
-    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype)
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device="cpu")

@@ -70,7 +70,7 @@ def _triton_problem(device_type: str) -> str | None:
         from .interpolation import launch
     except ImportError as error:
         return f"Triton cannot be imported ({_one_line(error)})"
-    value = torch.ones(1, device=device_type)
+    value = torch.ones(1, device=device_type, dtype=torch.float32)
     try:
         launch(value, value, value[0], torch.empty_like(value), None)
     except (RuntimeError, OSError, AssertionError, subprocess.SubprocessError, TritonError) as error:

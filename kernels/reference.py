@@ -34,7 +34,7 @@ def interpolate(
     if point.direct:
         torch.lerp(theta, point.row, point.weight, out=out)
         return
-    scratch = torch.empty(min(BLOCK, theta.numel()))
+    scratch = torch.empty(min(BLOCK, theta.numel()), dtype=torch.float32, device="cpu")
     for block in _blocks(theta.numel(), BLOCK):
         point.write(theta, block, scratch)
 
@@ -162,7 +162,7 @@ def _update_in_blocks(
     ready = gradient.dtype == torch.float32 and factor == 1  # as in regular training: no scratch
     whole = ready and point is None and not clear_gradient  # one call is enough
     size = theta.numel() if whole else min(BLOCK, theta.numel())
-    scratch = torch.empty(0) if whole else torch.empty(size)
+    scratch = torch.empty(0 if whole else size, dtype=torch.float32, device="cpu")
     for block in _blocks(theta.numel(), size):
         given = _cut(gradient, block)
         if not skipped:

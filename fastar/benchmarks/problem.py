@@ -99,17 +99,19 @@ class Problem:
     def batch(self) -> tuple[Tensor, Tensor]:
         """One batch of images (channels-last) and labels."""
         generator = torch.Generator().manual_seed(0)
-        images = torch.randn(self.settings.batch_size, *self.shape, generator=generator)
-        labels = torch.randint(self.classes, (len(images),), generator=generator)
+        images = torch.randn(
+            self.settings.batch_size, *self.shape, generator=generator, dtype=torch.float32, device="cpu"
+        )
+        labels = torch.randint(self.classes, (len(images),), generator=generator, device="cpu")
         return images.to(self.device).to(memory_format=torch.channels_last), labels.to(self.device)
 
     def dataset(self, count: int) -> DeviceDataset:
         """Random images with CIFAR's augmentation; each class is brighter than the one before, so as to be learnt."""
         generator = torch.Generator().manual_seed(1)
-        labels = torch.randint(self.classes, (count,), generator=generator)
-        images = torch.randint(0, 156, (count, self.size, self.size, 3), generator=generator) + 10 * labels.view(
-            -1, 1, 1, 1
-        )
+        labels = torch.randint(self.classes, (count,), generator=generator, device="cpu")
+        images = torch.randint(
+            0, 156, (count, self.size, self.size, 3), generator=generator, device="cpu"
+        ) + 10 * labels.view(-1, 1, 1, 1)
         return DeviceDataset(
             images.to(torch.uint8).to(self.device),
             labels.to(self.device),
@@ -122,7 +124,7 @@ class Problem:
     def endless(self, step: RegularStep | StarStep) -> Callable[[], object]:
         """`step` again and again on one batch, epochs begun as needed."""
         images, labels = self.batch()
-        lr = torch.tensor(self.settings.lr, device=self.device)
+        lr = torch.tensor(self.settings.lr, device=self.device, dtype=torch.float32)
         numbers = itertools.count()
 
         def run() -> object:
@@ -189,7 +191,9 @@ class Problem:
                 layout, states, names, self.device, store=self.store
             ), lambda theta, sources, epoch: None
         name = [self.arch, {"width": self.width}, list(self.shape), self.classes]
-        symmetry = derive_symmetry(self.network(0).cpu(), (torch.zeros(2, *self.shape),), name=name)
+        symmetry = derive_symmetry(
+            self.network(0).cpu(), (torch.zeros(2, *self.shape, dtype=torch.float32, device="cpu"),), name=name
+        )
         chosen = MatchingSettings(method=method)
         images = []
         if chosen.by_activations:

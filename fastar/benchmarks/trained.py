@@ -12,7 +12,7 @@ from fastar.models import build_model
 from fastar.seeds import derive_seed
 
 INPUT_SHAPE = (3, 8, 8)
-EXAMPLE = torch.zeros(2, *INPUT_SHAPE)
+EXAMPLE = torch.zeros(2, *INPUT_SHAPE, dtype=torch.float32, device="cpu")
 BATCH = 64
 
 
@@ -22,12 +22,15 @@ def digits() -> tuple[Tensor, Tensor, str]:
         from sklearn.datasets import load_digits
     except ImportError:
         generator = torch.Generator().manual_seed(0)
-        labels = torch.randint(10, (1797,), generator=generator)
-        grey = torch.randn(10, 8, 8, generator=generator)[labels] + torch.randn(1797, 8, 8, generator=generator)
+        labels = torch.randint(10, (1797,), generator=generator, device="cpu")
+        grey = torch.randn(10, 8, 8, generator=generator, dtype=torch.float32, device="cpu")[labels] + torch.randn(
+            1797, 8, 8, generator=generator, dtype=torch.float32, device="cpu"
+        )
         what = "ten noisy patterns"
     else:
         data = load_digits()
-        grey, labels = torch.tensor(data.images, dtype=torch.float32), torch.tensor(data.target)
+        grey = torch.tensor(data.images, dtype=torch.float32, device="cpu")
+        labels = torch.tensor(data.target, dtype=torch.int64, device="cpu")
         what = "scikit-learn digits"
     grey = (grey - grey.mean()) / grey.std()
     return grey[:, None].expand(-1, 3, -1, -1).contiguous(), labels, what
@@ -38,7 +41,7 @@ def train(model: nn.Module, steps: int, seed: int) -> nn.Module:
     device = next(model.parameters()).device
     images, labels = (tensor.to(device) for tensor in digits()[:2])
     generator = torch.Generator().manual_seed(derive_seed(seed, "order"))
-    batches = torch.randint(len(images), (steps, BATCH), generator=generator).to(device)
+    batches = torch.randint(len(images), (steps, BATCH), generator=generator, device="cpu").to(device)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, nesterov=True, weight_decay=5e-4)
     for batch in batches:
         loss = nn.functional.cross_entropy(model(images[batch]), labels[batch])

@@ -17,8 +17,8 @@ class Normalisation:
 
     def __init__(self, mean: tuple[float, ...], std: tuple[float, ...], height: int, width: int, device: torch.device):
         self.shape = (height, width, len(mean))
-        pixel_mean = torch.tensor(mean, dtype=torch.float64) * 255
-        pixel_scale = 1 / (torch.tensor(std, dtype=torch.float64) * 255)
+        pixel_mean = torch.tensor(mean, dtype=torch.float64, device="cpu") * 255
+        pixel_scale = 1 / (torch.tensor(std, dtype=torch.float64, device="cpu") * 255)
         self.mean = pixel_mean.to(device, torch.float32).repeat(height * width)
         self.scale = pixel_scale.to(device, torch.float32).repeat(height * width)
 
@@ -48,7 +48,7 @@ def augmented(images: torch.Tensor, chosen: torch.Tensor, draws: Draws, normalis
     down, right, mirrored = draws
     if images.device.type != "cpu":
         return normalisation(crop_and_mirror(images, chosen, down, right, mirrored))
-    out = torch.empty(len(chosen), *images.shape[1:])
+    out = torch.empty(len(chosen), *images.shape[1:], dtype=torch.float32, device="cpu")
     _crop_mirror_normalise(
         images.numpy().reshape(len(images), -1),
         chosen.numpy(),
@@ -71,8 +71,8 @@ def mirrored_and_normalised(
         return normalisation(images)
     if images.device.type != "cpu":
         return normalisation(torch.where(mirrored[:, None, None, None], images.flip(2), images))
-    still = torch.zeros(len(images), dtype=torch.int64)
-    return augmented(images, torch.arange(len(images)), (still, still, mirrored), normalisation)
+    still = torch.zeros(len(images), dtype=torch.int64, device="cpu")
+    return augmented(images, torch.arange(len(images), device="cpu"), (still, still, mirrored), normalisation)
 
 
 def crop_and_mirror(

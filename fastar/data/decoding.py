@@ -62,7 +62,9 @@ class CropDecoder(SimpleRGBImageDecoder):
             index = indices.astype(np.int64)
             rows = metadata[index]
             boxes = plan.boxes(index, rows["height"].astype(np.int64), rows["width"].astype(np.int64))
-            images = torch.empty((len(index), plan.size, plan.size, 3), dtype=torch.uint8, pin_memory=plan.pinned)
+            images = torch.empty(
+                (len(index), plan.size, plan.size, 3), dtype=torch.uint8, pin_memory=plan.pinned, device="cpu"
+            )
             into, numbers = images.numpy(), iter(range(len(index)))
 
             def some() -> None:

@@ -52,7 +52,7 @@ class BatchStatistics:
         self.channels = [layer.num_features for layer in self.layers.values()]
         first = next(iter(self.layers.values())).running_mean
         assert first is not None
-        self.buffer = torch.zeros(2, sum(self.channels), device=first.device)
+        self.buffer = torch.zeros(2, sum(self.channels), device=first.device, dtype=torch.float32)
         self._seen: dict[str, int] = {}
         self._counts: dict[tuple[int, ...], Tensor] = {}
 
@@ -90,7 +90,10 @@ class BatchStatistics:
         key = tuple(self._seen.get(name, 0) for name in self.layers)
         self._seen.clear()
         if key not in self._counts:
-            each = [torch.full((c,), float(n), dtype=torch.float64) for n, c in zip(key, self.channels, strict=True)]
+            each = [
+                torch.full((c,), float(n), dtype=torch.float64, device="cpu")
+                for n, c in zip(key, self.channels, strict=True)
+            ]
             self._counts[key] = torch.cat(each).to(self.buffer.device)
         count = self._counts[key]
         mean, unbiased = self.buffer.double()

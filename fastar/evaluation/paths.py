@@ -154,12 +154,14 @@ def evaluate_paths(
     row_of = _Rows(device)
     chunk = resident or _models_at_once(model, layout, len(todo), shown, device)
     measured: dict[tuple[int, int, float], dict[str, tuple[float, float]]] = {}
-    rows = torch.empty(min(chunk, len(todo)), layout.numel, device=device)
+    rows = torch.empty(min(chunk, len(todo)), layout.numel, device=device, dtype=torch.float32)
     with progress.task("evaluating", total=len(todo), unit="models") as advance:
         for start in range(0, len(todo), chunk):
             part = todo[start : start + chunk]
             for row, (_, (path, t)) in zip(rows, part, strict=False):
-                interpolate(row_of(path.first), row_of(path.second), torch.tensor(t, device=device), row)
+                interpolate(
+                    row_of(path.first), row_of(path.second), torch.tensor(t, device=device, dtype=torch.float32), row
+                )
             own = [_own_statistics(path, t, method) for _, (path, t) in part]
             results = evaluate_rows(
                 model,

@@ -217,7 +217,7 @@ class Context:
         model = self.build(seed=0, device="cpu")
         chosen = self.settings.model
         name = [chosen.arch, chosen.options, list(self.shape.image), self.shape.classes]
-        example = (torch.zeros(2, *self.shape.image),)
+        example = (torch.zeros(2, *self.shape.image, dtype=torch.float32, device="cpu"),)
         return symmetry_by_settings(self.settings.matching, model, example, name=name)
 
     def examples(self) -> Examples:
@@ -236,7 +236,7 @@ class Context:
         if self.device.type == "cuda" or self.settings.dataset.of_any_size:
             yield
             return
-        images = torch.zeros(self.settings.train.batch_size, *self.shape.image, device=self.device)
+        images = torch.zeros(self.settings.train.batch_size, *self.shape.image, device=self.device, dtype=torch.float32)
         with suitable_threads(self.build(seed=0), images):
             yield
 

@@ -206,7 +206,7 @@ def _match_file(
     permutations = result.permutations.select(0).to("cpu")
     state = symmetry.apply(permutations, source.state)
     matched = layout.flatten(state).to(row.device)
-    moved = sum(int((index != torch.arange(len(index))).sum()) for index in permutations.values())
+    moved = sum(int((index != torch.arange(len(index), device="cpu")).sum()) for index in permutations.values())
     figures = {
         "groups": {group.name: group.size for group in symmetry.groups},
         "objective_start": float(result.objective_start[0]),

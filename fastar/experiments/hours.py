@@ -156,7 +156,7 @@ def matching_seconds(context: Context) -> float:
     sources = {}
     for name in symmetry.parameters:
         value = theta[name]
-        noise = torch.randn(count, *value.shape, generator=generator).to(device)
+        noise = torch.randn(count, *value.shape, generator=generator, dtype=torch.float32, device="cpu").to(device)
         sources[name] = value + 0.5 * value.std(correction=0) * noise
     symmetry.apply_rows(
         Permutations(
@@ -167,7 +167,10 @@ def matching_seconds(context: Context) -> float:
     seen = None
     if settings.matching.by_activations and symmetry.groups:
         size = min(settings.train.batch_size, LOOKED_AT)
-        images = [torch.randn(size, *context.image, generator=generator) for _ in range(EXAMPLE_BATCHES)]
+        images = [
+            torch.randn(size, *context.image, generator=generator, dtype=torch.float32, device="cpu")
+            for _ in range(EXAMPLE_BATCHES)
+        ]
         look = UnitActivations(context.build(seed=0, device="cpu"), symmetry, images, device)
         states = [{name: rows[n] for name, rows in sources.items()} for n in range(count)]
         kept = KeptActivations(look, states, [f"source {n}" for n in range(count)])
@@ -195,8 +198,8 @@ def matching_seconds(context: Context) -> float:
 
 def _some_moved(size: int, generator: torch.Generator) -> torch.Tensor:
     """A permutation [size] that moves a share of the units."""
-    index = torch.arange(size)
-    chosen = torch.randperm(size, generator=generator)[: max(2, round(MOVED * size))]
+    index = torch.arange(size, device="cpu")
+    chosen = torch.randperm(size, generator=generator, device="cpu")[: max(2, round(MOVED * size))]
     index[chosen] = chosen.roll(1)
     return index
 

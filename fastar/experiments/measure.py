@@ -72,7 +72,7 @@ def matched_endpoints(
     with progress.task("matching", total=len(others), unit="sources") as advance:
         for begin in range(0, len(others), size):
             some = others[begin : begin + size]
-            rows = torch.zeros(len(some), layout.numel, device=context.device)
+            rows = torch.zeros(len(some), layout.numel, device=context.device, dtype=torch.float32)
             for row, other in zip(rows, some, strict=True):
                 row.copy_(layout.flatten(other.state))
             found = match_by_settings(
@@ -211,8 +211,8 @@ def statistics_error(context: Context, paths: Sequence[Path]) -> dict[str, Any] 
     whole = context.whole_statistics()
     if wanted is None or wanted >= whole or not batch_norm_layers(model):
         return None
-    path, half = paths[0], torch.tensor(0.5, device=context.device)
-    row = torch.empty(context.layout.numel, device=context.device)
+    path, half = paths[0], torch.tensor(0.5, device=context.device, dtype=torch.float32)
+    row = torch.empty(context.layout.numel, device=context.device, dtype=torch.float32)
     interpolate(path.first.row_on(context.device), path.second.row_on(context.device), half, row)
     losses = []
     for times in (1, TIMES):

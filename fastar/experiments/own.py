@@ -43,7 +43,7 @@ def own_model(reference: str, input_shape: str | None = None) -> tuple[nn.Module
             "(network, example inputs)"
         )
     if input_shape is not None:
-        example = torch.zeros(_shape(input_shape))
+        example = torch.zeros(_shape(input_shape), dtype=torch.float32, device="cpu")
     if example is None:
         raise FastarError(
             f"--model {reference}: no example inputs to trace it with; give --input-shape, such as 2x3x32x32, or "

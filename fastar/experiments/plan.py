@@ -207,7 +207,9 @@ def sizes_of(context: Context, facts: DataFacts, dtype: torch.dtype, limits: dic
         by_activations=settings.matching.by_activations,
         kept=functools.cache(
             lambda batch: kept_bytes(
-                model, context.symmetry, [torch.empty(batch, *context.image, device="meta")] * EXAMPLE_BATCHES
+                model,
+                context.symmetry,
+                [torch.empty(batch, *context.image, device="meta", dtype=torch.float32)] * EXAMPLE_BATCHES,
             )
         ),
         batch_norm=context.has_batch_norm,

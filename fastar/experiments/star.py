@@ -146,7 +146,10 @@ class Matcher:
 
     def save(self) -> dict[str, Tensor]:
         """The permutations; the rows follow from them and the sources' files."""
-        return {"matched": torch.tensor(int(self._matched)), **{name: p.int() for name, p in self.permutations.items()}}
+        return {
+            "matched": torch.tensor(int(self._matched), dtype=torch.int64, device="cpu"),
+            **{name: p.int() for name, p in self.permutations.items()},
+        }
 
     def load(self, state: Mapping[str, Tensor]) -> None:
         """Permute the rows, which are as in the sources' files, as they were: gathers alone, the same bits."""
@@ -163,7 +166,7 @@ class Matcher:
 
 def share_changed(moves: Permutations) -> float:
     """The share of hidden units, of all networks, that `moves` moves."""
-    moved = sum(int((index != torch.arange(index.shape[-1])).sum()) for index in moves.values())
+    moved = sum(int((index != torch.arange(index.shape[-1], device="cpu")).sum()) for index in moves.values())
     return moved / max(1, sum(index.numel() for index in moves.values()))
 
 
@@ -280,7 +283,11 @@ def _train(
             measured = evaluate_rows(model, context.layout, row[None], context.splits(), statistics=own, called=called)
         run.star.unlink(missing_ok=True)  # one whose permutations are missing: it is not to be found with these
         # Written first: a star without its permutations would be measured against other ones than it was trained with.
-        save_checkpoint(run.permutations, {**permutations, "matched": torch.tensor(int(matched))}, {"kind": "matching"})
+        save_checkpoint(
+            run.permutations,
+            {**permutations, "matched": torch.tensor(int(matched), dtype=torch.int64, device="cpu")},
+            {"kind": "matching"},
+        )
         save_model(context, subject, model.state_dict(), measured, done)
 
 

@@ -115,7 +115,7 @@ class FlatLayout:
             if alias in state and state[alias] is not state[name] and not torch.equal(state[alias], state[name]):
                 raise FastarError(f"parameters {alias} and {name} are tied in the module but differ; pass equal values")
         if out is None:
-            out = torch.zeros(self.numel, device=state[self.entries[0].name].device)
+            out = torch.zeros(self.numel, device=state[self.entries[0].name].device, dtype=torch.float32)
         elif out.shape != (self.numel,):
             raise FastarError(f"out has shape {tuple(out.shape)}, needed ({self.numel},); pass a buffer of this layout")
         with torch.no_grad():

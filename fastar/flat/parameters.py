@@ -153,13 +153,13 @@ class WorkingWeights(_BoundModule):
         device = _device_of(module)
         self._whole: torch.Tensor | None = None
         if dtype == torch.float32:
-            self._whole = torch.zeros(layout.numel, device=device)
+            self._whole = torch.zeros(layout.numel, device=device, dtype=torch.float32)
             self.matrices, self.vectors = _split(self._whole, layout)
             self._joined_gradient = torch.zeros_like(self._whole)
             gradients = _split(self._joined_gradient, layout)
         else:
             self.matrices = torch.zeros(layout.matrices, dtype=dtype, device=device)
-            self.vectors = torch.zeros(layout.numel - layout.matrices, device=device)
+            self.vectors = torch.zeros(layout.numel - layout.matrices, device=device, dtype=torch.float32)
             gradients = (torch.zeros_like(self.matrices), torch.zeros_like(self.vectors))
         self.matrices_gradient, self.vectors_gradient = gradients
         values = _parameters_of(module)

@@ -186,7 +186,7 @@ def _pair_units(
                 scores = [
                     own[group.name].mT @ theirs[group.name]
                     if group.name in own
-                    else torch.zeros(end - begin, group.size, group.size, device=device)
+                    else torch.zeros(end - begin, group.size, group.size, device=device, dtype=torch.float32)
                     for group in groups
                 ]
                 blank = [group.name not in own for group in groups]

@@ -147,7 +147,7 @@ class Descent:
 
     def _full_score(self, g: int) -> Tensor:
         size = self.problem.groups[g].size
-        score = torch.zeros(self.count, size, size, device=self.sources.device)
+        score = torch.zeros(self.count, size, size, device=self.sources.device, dtype=torch.float32)
         for name in self.problem.tensors[g]:
             self.add(score, name, g)
         return score

@@ -23,7 +23,9 @@ def align_backward(descent: Descent) -> None:
     for f, family in reversed(list(enumerate(problem.families))):
         scores = []
         for g in family:
-            score = torch.zeros(count, problem.groups[g].size, problem.groups[g].size, device=device)
+            score = torch.zeros(
+                count, problem.groups[g].size, problem.groups[g].size, device=device, dtype=torch.float32
+            )
             for name in problem.tensors[g]:
                 if {p.group for p in problem.places[name]} - done <= set(family) and not problem.twice(f, name):
                     descent.add(score, name, g)

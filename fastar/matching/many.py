@@ -142,7 +142,7 @@ def _look(
     names = [f"model {n}" for n in range(len(states))]
 
     def place(width: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(len(states), width, dtype=dtype)
+        return torch.empty(len(states), width, dtype=dtype, device="cpu")
 
     return KeptActivations(look, states, names, place=place, progress=progress)
 
@@ -266,9 +266,8 @@ def _to_mean(networks: _Networks, first: int, rounds: int, progress: Progress) -
         sum(float((mean[name].double() * one[name]).sum()) for name in names)
         for one in (networks.permuted(n, together.select(n)) for n in range(count))
     ]
-    return ManyResult(
-        together, {}, torch.tensor(objective, dtype=torch.float64), mean, tuple(history), done, not changed
-    )
+    reached = torch.tensor(objective, dtype=torch.float64, device="cpu")
+    return ManyResult(together, {}, reached, mean, tuple(history), done, not changed)
 
 
 def _check(

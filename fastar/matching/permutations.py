@@ -108,4 +108,4 @@ class Permutations(Mapping[str, Tensor]):
     @classmethod
     def from_dict(cls, lists: Mapping[str, Sequence[int] | Sequence[Sequence[int]] | Tensor]) -> Permutations:
         """From `as_dict`'s lists, or from a mapping of tensors (such as a safetensors file's)."""
-        return cls({name: torch.as_tensor(index, dtype=torch.int64) for name, index in lists.items()})
+        return cls({name: torch.as_tensor(index, dtype=torch.int64, device="cpu") for name, index in lists.items()})

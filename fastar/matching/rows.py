@@ -106,7 +106,7 @@ def download(tensor: Tensor) -> NDArray[Any]:
     """A tensor's values on the host, waited for; on a CPU they share memory."""
     if tensor.device.type != "cuda":
         return tensor.detach().cpu().numpy()
-    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+    host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True, device="cpu")
     host.copy_(tensor, non_blocking=True)
     torch.cuda.current_stream(tensor.device).record_event().synchronize()
     return host.numpy()

@@ -143,7 +143,7 @@ class UnitActivations:
         known = self._drawn.get((key, batch, count))
         if known is None:
             generator = torch.Generator().manual_seed(derive_seed(0, "activations", *key, batch))
-            known = torch.randint(count, (most,), generator=generator).to(self.device)
+            known = torch.randint(count, (most,), generator=generator, device="cpu").to(self.device)
             self._drawn[key, batch, count] = known
         return known
 
@@ -200,7 +200,7 @@ class KeptActivations:
     ):
         self.look = look
         self._places: dict[str, _Place] = {}
-        self.rows = torch.empty(0, 0, dtype=KEPT)
+        self.rows = torch.empty(0, 0, dtype=KEPT, device="cpu")
         with progress.task("activations", len(names), "sources") as advance:
             for n, (state, name) in enumerate(zip(states, names, strict=True)):
                 tables = look({key: value.to(look.device) for key, value in state.items()}, name)
@@ -277,7 +277,7 @@ class SeenSources:
     def tables(self, begin: int, end: int) -> Tables:
         """As `KeptActivations.tables`, of these at `begin` to `end` - 1, with their units where they are now."""
         numbers = self.numbers[begin:end]
-        tables, index = self.kept.tables(numbers), torch.tensor(list(numbers))
+        tables, index = self.kept.tables(numbers), torch.tensor(list(numbers), dtype=torch.int64, device="cpu")
         return {
             group: _moved(table, (moved if (moved := self.permutations[group]).ndim == 1 else moved[index]))
             for group, table in tables.items()
@@ -288,7 +288,10 @@ def kept_bytes(model: nn.Module, symmetry: Symmetry, batches: Sequence[Batch]) -
     """Bytes that a source takes in `KeptActivations`; from the shapes of the batches, nothing is computed."""
     meta = torch.device("meta")
     look = UnitActivations(model, symmetry, batches, meta)
-    tables = look({name: torch.empty(shape, device=meta) for name, shape in symmetry.parameters.items()}, "the model")
+    tables = look(
+        {name: torch.empty(shape, device=meta, dtype=torch.float32) for name, shape in symmetry.parameters.items()},
+        "the model",
+    )
     return KEPT.itemsize * _places(tables)[1]
 
 

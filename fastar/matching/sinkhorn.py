@@ -91,7 +91,7 @@ def _value(
 ) -> Tensor:
     if loss is None or settings.objective == "l2":
         return -torch.stack([(theta[name] * value).sum() for name, value in moved.items()]).sum()
-    t = 0.5 if settings.objective == "mid" else float(torch.rand((), generator=draw))
+    t = 0.5 if settings.objective == "mid" else float(torch.rand((), generator=draw, dtype=torch.float32, device="cpu"))
     return loss({name: torch.lerp(value, moved[name], t) for name, value in theta.items()}, step)
 
 
@@ -107,7 +107,7 @@ class SoftPermutations:
                 blocks = symmetry.group(group.parent).size
                 shape = (blocks, blocks, group.size // blocks, group.size // blocks)
             generator = torch.Generator().manual_seed(derive_seed(seed, group.name))
-            noise = settings.noise * torch.randn(shape, generator=generator)
+            noise = settings.noise * torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
             self._logits[group.name] = noise.to(device).requires_grad_()
 
     def logits(self) -> list[Tensor]:

@@ -126,7 +126,9 @@ class Symmetry:
     def identity(self, count: int | None = None) -> Permutations:
         """Permutations that move nothing, [size] or, with `count`, [count, size]."""
         shape = () if count is None else (count,)
-        return Permutations({g.name: torch.arange(g.size).expand(*shape, g.size).contiguous() for g in self.groups})
+        return Permutations(
+            {g.name: torch.arange(g.size, device="cpu").expand(*shape, g.size).contiguous() for g in self.groups}
+        )
 
     def random(self, seed: int, count: int | None = None) -> Permutations:
         """Uniformly random permutations, a function of `seed` alone; blocks move with their parent's units."""
@@ -136,11 +138,11 @@ class Symmetry:
             blocks = 1 if group.parent is None else self.group(group.parent).size
             inside = torch.stack(
                 [
-                    torch.randperm(group.size // blocks, generator=generator)
+                    torch.randperm(group.size // blocks, generator=generator, device="cpu")
                     for _ in range((1 if count is None else count) * blocks)
                 ]
             ).unflatten(0, (-1, blocks))
-            sigma = torch.zeros(len(inside), 1, dtype=torch.int64)
+            sigma = torch.zeros(len(inside), 1, dtype=torch.int64, device="cpu")
             if group.parent is not None:
                 sigma = out[group.parent].reshape(len(inside), blocks)
             index = (sigma[:, :, None] * inside.shape[-1] + inside).flatten(1)

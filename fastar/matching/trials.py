@@ -61,7 +61,9 @@ class Trial:
             high = max(int(given.max()), min(rows, default=1) - 1)
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "verify", "input", str(key)))
             low = min(int(given.min()), 0)
-            self.inputs[key] = torch.randint(low, high + 1, given.shape, generator=generator).to(given.dtype)
+            self.inputs[key] = torch.randint(low, high + 1, given.shape, generator=generator, device="cpu").to(
+                given.dtype
+            )
             try:
                 fits = all(bool(out.isfinite().all()) for out in self.outputs(state))
             except FastarError:
@@ -107,7 +109,7 @@ class Trial:
 
 def _drawn(name: str, tensor: Tensor, generator: torch.Generator, gain: float, positive: bool, buffers: bool) -> Tensor:
     def uniform(low: float, high: float) -> Tensor:
-        return torch.empty(tensor.shape, dtype=torch.float64).uniform_(low, high, generator=generator)
+        return torch.empty(tensor.shape, dtype=torch.float64, device="cpu").uniform_(low, high, generator=generator)
 
     if not tensor.is_floating_point():
         return _constant(tensor)
@@ -148,7 +150,7 @@ def _as_double(value: Any) -> Any:
     if not value.is_floating_point():
         return value
     # Example inputs are often zeros; noise makes every input count.
-    noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu")
     return value.double() + noise
 
 

@@ -149,7 +149,9 @@ class _Proof:
         begun = self._drawn()
         for tensor in begun.values():
             if tensor.is_floating_point():
-                tensor.mul_(1 + 1e-15 * torch.rand(tensor.shape, generator=generator, dtype=torch.float64))
+                tensor.mul_(
+                    1 + 1e-15 * torch.rand(tensor.shape, generator=generator, dtype=torch.float64, device="cpu")
+                )
         after = self.trial.outputs(begun)
         return [_largest(a - b) for a, b in zip(self.expected, after, strict=True)]
 
@@ -252,7 +254,7 @@ def _moves(group: Group, permutations: Permutations, symmetry: Symmetry) -> bool
     inside = group.size if group.parent is None else group.size // symmetry.group(group.parent).size
     if inside < 2:
         return True
-    return bool((permutations[group.name] % inside != torch.arange(group.size) % inside).any())
+    return bool((permutations[group.name] % inside != torch.arange(group.size, device="cpu") % inside).any())
 
 
 def _largest(values: Tensor) -> float:

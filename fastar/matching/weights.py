@@ -148,12 +148,12 @@ def match_weights(
                 for i, g in enumerate(symmetry.groups)
             }
         ),
-        objective=torch.tensor([o.objective for o in found], dtype=torch.float64),
-        objective_weights=torch.tensor([o.objective_weights for o in found], dtype=torch.float64),
-        objective_start=torch.tensor([o.first for o in found], dtype=torch.float64),
-        sweeps=torch.tensor([o.sweeps for o in found]),
-        converged=torch.tensor([o.converged for o in found]),
-        kicks_kept=torch.tensor([o.kicks_kept for o in found]),
+        objective=torch.tensor([o.objective for o in found], dtype=torch.float64, device="cpu"),
+        objective_weights=torch.tensor([o.objective_weights for o in found], dtype=torch.float64, device="cpu"),
+        objective_start=torch.tensor([o.first for o in found], dtype=torch.float64, device="cpu"),
+        sweeps=torch.tensor([o.sweeps for o in found], dtype=torch.int64, device="cpu"),
+        converged=torch.tensor([o.converged for o in found], dtype=torch.bool, device="cpu"),
+        kicks_kept=torch.tensor([o.kicks_kept for o in found], dtype=torch.int64, device="cpu"),
         solves=solves,
         solver=solver_text,
         seconds=time.perf_counter() - began,

@@ -59,13 +59,13 @@ class Slots:
     def __init__(self, rows: Tensor, device: torch.device):
         self.rows = rows
         self.device = device
-        self.table = torch.zeros(SLOTS, rows.shape[1], device=device)
+        self.table = torch.zeros(SLOTS, rows.shape[1], device=device, dtype=torch.float32)
         self.cuda = device.type == "cuda"
         self.pinned = self.cuda and rows.is_pinned()
         self.stream = torch.cuda.Stream(device) if self.cuda else None
         staging = self.table if not self.cuda else None
         if self.cuda and not self.pinned:
-            staging = torch.empty(SLOTS, rows.shape[1], pin_memory=True)
+            staging = torch.empty(SLOTS, rows.shape[1], pin_memory=True, dtype=torch.float32, device="cpu")
         self.staging = staging
         self.reader = None if self.pinned else ThreadPoolExecutor(1, thread_name_prefix="sources")
         self._host_rows = None if self.pinned else rows.numpy()

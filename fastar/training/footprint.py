@@ -39,7 +39,7 @@ def seconds_per_image(
     The median of some after a first one.
     """
     model = build().to(device).train()
-    images = torch.randn(batch, *shape, device=device).to(memory_format=torch.channels_last)
+    images = torch.randn(batch, *shape, device=device, dtype=torch.float32).to(memory_format=torch.channels_last)
     labels = torch.zeros(batch, dtype=torch.int64, device=device)
 
     def train() -> None:

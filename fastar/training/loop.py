@@ -129,7 +129,7 @@ def fit(
     if profile is not None:
         profile.check(training.epochs, steps)
     device = data.device
-    lr_now = torch.zeros((), device=device)
+    lr_now = torch.zeros((), device=device, dtype=torch.float32)
     with (
         StepDraws(seed, device) as draws,
         progress.task(f"training {name}", total=training.epochs, unit="epochs") as advance,
@@ -151,7 +151,9 @@ def fit(
             if not begin:
                 training.so_far = SoFar(begin_seconds=time.perf_counter() - start, figures=figures())
             rates = torch.tensor(
-                [learning_rate(settings, epoch * steps + i, steps, training.epochs, base) for i in range(steps)]
+                [learning_rate(settings, epoch * steps + i, steps, training.epochs, base) for i in range(steps)],
+                dtype=torch.float32,
+                device="cpu",
             ).to(device)
             batches = data.batches(
                 settings.batch_size,
@@ -207,7 +209,7 @@ class _Training:
         self.epochs = epochs
         self.history: list[Epoch] = []
         self.so_far = SoFar()
-        self.losses = torch.zeros(self.steps, device=data.device)
+        self.losses = torch.zeros(self.steps, device=data.device, dtype=torch.float32)
         self._step = step
         self._name = name
         self._device = data.device

@@ -133,7 +133,7 @@ class FlatAdam:
 
     def __init__(self, settings: TrainSettings, theta: Tensor, sections: Sections, matrices: int):
         self.first_moment, self.second_moment = torch.zeros_like(theta), torch.zeros_like(theta)
-        self.steps_done = torch.zeros((), device=theta.device)
+        self.steps_done = torch.zeros((), device=theta.device, dtype=torch.float32)
         self._settings = settings
         parts, first, second = (sections(buffer) for buffer in (theta, self.first_moment, self.second_moment))
         self._pieces = [

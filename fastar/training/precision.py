@@ -39,10 +39,10 @@ class LossScale:
     def __init__(self, device: torch.device, *, enabled: bool, initial: float = 2.0**16, growth_interval: int = 2000):
         self.enabled = enabled
         self.growth_interval = growth_interval
-        self.scale = torch.tensor(initial if enabled else 1.0, device=device)
+        self.scale = torch.tensor(initial if enabled else 1.0, device=device, dtype=torch.float32)
         self.inverse = 1 / self.scale
-        self.found_nonfinite = torch.zeros((), device=device) if enabled else None
-        self._good_steps = torch.zeros((), device=device)
+        self.found_nonfinite = torch.zeros((), device=device, dtype=torch.float32) if enabled else None
+        self._good_steps = torch.zeros((), device=device, dtype=torch.float32)
 
     def check(self, gradients: Sequence[Tensor]) -> None:
         """Note whether any of the flat `gradients` is not finite."""

@@ -36,7 +36,7 @@ class _FlatStep:
         self.device = next(model.parameters()).device
         self.dtype = resolve_precision(settings.precision, self.device)
         self.loss_scale = LossScale(self.device, enabled=self.dtype == torch.float16)
-        self._one = torch.ones((), device=self.device)
+        self._one = torch.ones((), device=self.device, dtype=torch.float32)
         self._image_shape: torch.Size | None = None
         # Where weights are neither interpolated nor cast, the network lives in theta itself.
         self._working: WorkingWeights | None = None
@@ -198,13 +198,14 @@ class StarStep(_FlatStep):
         self._fuse = fuse
         self._indices: Sequence[int] = ()
         self._ts: Sequence[float] = ()
-        self._draws = self._scales = torch.empty(0)
+        self._draws = self._scales = torch.empty(0, dtype=torch.float32, device="cpu")
         self._feed: RowFeed = ResidentRows(sources.rows, ())
         self._begin = self._step = 0
         self._written = False
         # What is read of the step that runs, and of the next: always at the same address, for graphs and since a kernel
         # is compiled anew for pointers that are aligned otherwise.
-        self._scale, self._next_t = torch.ones((), device=self.device), torch.zeros((), device=self.device)
+        self._scale = torch.ones((), device=self.device, dtype=torch.float32)
+        self._next_t = torch.zeros((), device=self.device, dtype=torch.float32)
         self._next_row = torch.zeros((), dtype=torch.int64, device=self.device)
         self._graph = self._graph_of(self._captured)
 
@@ -219,7 +220,7 @@ class StarStep(_FlatStep):
         indices, ts = draw(self.star, len(self.sources), steps, derive_seed(self._seed, "draws", epoch))
         self._indices, self._ts = indices[begin:], ts[begin:]
         self._begin = begin
-        self._draws = torch.tensor(self._ts, dtype=torch.float32).to(self.device)
+        self._draws = torch.tensor(self._ts, dtype=torch.float32, device="cpu").to(self.device)
         self._scales = 1 - self._draws
         self._feed = self.sources.feed(self._indices)
         self._step = 0

@@ -92,7 +92,8 @@ class SourcesStore:
             yield self.views()
             return
         size = max(1, min(size, len(self), int(free_bytes(self.device) // 8 // (4 * self.layout.numel))))
-        whole = torch.empty(size, self.layout.numel, device=self.device)  # once: two would be twice the memory
+        # Once: two would be twice the memory.
+        whole = torch.empty(size, self.layout.numel, device=self.device, dtype=torch.float32)
         for begin in range(0, len(self), size):
             here = self.rows[begin : begin + size]
             there = whole[: len(here)].copy_(here)
@@ -124,7 +125,7 @@ class SourcesStore:
         if self.store == "file":
             return _rows_in_file((count, width), dtype, self._folder)
         if self.store == "host":
-            return torch.zeros(count, width, dtype=dtype, pin_memory=self.device.type == "cuda")
+            return torch.zeros(count, width, dtype=dtype, pin_memory=self.device.type == "cuda", device="cpu")
         return _rows_on_device((count, width), dtype, self.device)
 
     @property
