@@ -91,7 +91,7 @@ def test_a_launch_that_fails_falls_back_with_one_warning(
         raise error("libcuda.so cannot found!\nrun ldconfig")
 
     monkeypatch.setattr("fastar.kernels.interpolation.launch", launch)
-    monkeypatch.setattr(torch, "ones", lambda size, device: torch.zeros(size))  # no GPU here to make it on
+    monkeypatch.setattr(torch, "ones", lambda size, device, dtype: torch.zeros(size))  # no GPU here to make it on
     with caplog.at_level(logging.INFO, logger="fastar.kernels"):
         assert backend("cuda") == "reference"
     (record,) = caplog.records
