@@ -39,8 +39,27 @@ def plain_dict() -> Iterator[None]:
         numba.typed.Dict = typed
 
 
+@contextmanager
+def no_thread_pool() -> Iterator[None]:
+    """Inside, numba's `set_num_threads` does nothing, and FFCV keeps that one.
+
+    FFCV calls it when it is imported and for every loader, which starts numba's thread pool, though nothing runs in it:
+    loaders have one worker here, so no loop is compiled for several threads. The pool must not be there when the writer
+    processes are forked: numba's TBB layer is taken down before a fork and set up again after it, and where that leaves
+    it one CPU, taking it down once more, at exit, waits for ever.
+    """
+    import numba
+
+    start = numba.set_num_threads
+    numba.set_num_threads = lambda n: None
+    try:
+        yield
+    finally:
+        numba.set_num_threads = start
+
+
 try:
-    with torch_threads_kept(), plain_dict():
+    with torch_threads_kept(), plain_dict(), no_thread_pool():
         import cv2
         import ffcv.loader.epoch_iterator
         from ffcv.fields import IntField, NDArrayField, RGBImageField
