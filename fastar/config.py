@@ -95,6 +95,9 @@ class DatasetSettings(_Section):
     encoding: Literal["rn50", "rn18", "jpeg"] | None = None
     """How the files are written where they are not there yet: longer side at most 500, 400 or 512 pixels, 50 %, 10 % or
     all as JPEG, the rest raw (larger, and faster to load). None: as they are, or rn50."""
+    exif: Literal["ignore", "apply"] | None = None
+    """Where the files are not there yet: apply turns images as their EXIF orientation says, ignore keeps them as they
+    are stored, as torchvision does. None: as the files are, or ignore."""
     threads: Positive | None = None
     """Threads that decode; None is one per CPU."""
 
@@ -124,7 +127,7 @@ class DatasetSettings(_Section):
             raise ValueError(f"called={self.called!r} is another dataset's name; choose one of your own")
         if self.val_share is not None and self.name != "imagefolder":
             raise ValueError(f"val_share belongs to imagefolder; {self.name} has test images of its own: leave it out")
-        for key in ("resolution", "crop", "order", "encoding", "threads"):
+        for key in ("resolution", "crop", "order", "encoding", "exif", "threads"):
             if not self.of_any_size and getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(f"{key} belongs to {' and '.join(OF_ANY_SIZE)}; {self.name} has images of one size")
         return self

@@ -3,3 +3,12 @@
 
 class FastarError(ValueError):
     """Bad input or an unusable environment. The command line prints the message and exits with code 2."""
+
+
+def printable(text: str) -> str:
+    r"""`text` on one line that every stream takes: bytes that are not UTF-8, and control characters, as escapes.
+
+    >>> printable("caf\udce9\n.jpg")
+    'caf\\udce9\\n.jpg'
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in text)

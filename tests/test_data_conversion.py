@@ -243,9 +243,9 @@ def test_class_folders_alone_are_split_by_a_share_of_each_class(classes: Path, t
     assert {name: split.digest for name, split in again.items()} == digests
     assert test != {str(classes / name) for name in ("a/0.png", "a/1.png", "b/0.png")}
     paths = [Path(f"c/{n}") for n in range(100)]
-    chosen = split_class(paths, 0.3)
-    assert chosen == [path for path in paths if path in set(split_class(paths[::-1], 0.3))]
-    assert set(split_class(paths, 0.1)) < set(chosen)
+    chosen = split_class(paths, 0.3, Path())
+    assert chosen == [path for path in paths if path in set(split_class(paths[::-1], 0.3, Path()))]
+    assert set(split_class(paths, 0.1, Path())) < set(chosen)
 
 
 def test_an_other_share_is_not_reused_in_silence(classes: Path) -> None:

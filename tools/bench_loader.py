@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastar.benchmarks import quantiles, where
 from fastar.data import DATASETS, PRESETS, StreamingDataset, load, prepare, prepare_images
-from fastar.data.folders import SUFFIXES
+from fastar.data.listing import SUFFIXES
 from fastar.data.registry import IMAGENET_MEAN, IMAGENET_STD
 from fastar.data.stand_in import link_images, make_images
 from fastar.errors import FastarError

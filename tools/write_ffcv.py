@@ -60,7 +60,7 @@ if __name__ == "__main__":
 from fastar.config import OF_ANY_SIZE  # noqa: E402
 from fastar.data import DATASETS, PRESETS, Encoding, Files, ImageFiles, prepare, prepare_images  # noqa: E402
 from fastar.data.images import size_text  # noqa: E402
-from fastar.errors import FastarError  # noqa: E402
+from fastar.errors import FastarError, printable  # noqa: E402
 from fastar.progress import Progress, TerminalProgress  # noqa: E402
 
 EXAMPLES = """examples:
@@ -122,6 +122,11 @@ def parser() -> argparse.ArgumentParser:
         "testing, chosen by a hash of CLASS/FILE, such as 0.1",
     )
     images.add_argument(
+        "--exif",
+        choices=("ignore", "apply"),
+        help="EXIF orientation: pixels as they are stored (default, as torchvision), or turned as it says",
+    )
+    images.add_argument(
         "--order",
         choices=("shuffled", "sorted"),
         help="of the images in the file: shuffled (default; needed by dataset.order=pages), or sorted by class, which "
@@ -166,6 +171,7 @@ def convert(options: argparse.Namespace, progress: Progress) -> Files:
             shuffled=None if options.order is None else options.order == "shuffled",
             on_error=options.on_error or "stop",
             val_share=options.val_share,
+            exif=options.exif,
             progress=progress,
         )
     for key in (
@@ -177,6 +183,7 @@ def convert(options: argparse.Namespace, progress: Progress) -> Files:
         "on_error",
         "order",
         "val_share",
+        "exif",
     ):
         if getattr(options, key) is not None:
             raise FastarError(f"--{key.replace('_', '-')} belongs to {' and '.join(OF_ANY_SIZE)}; leave it out")
@@ -196,18 +203,18 @@ def main(arguments: list[str] | None = None) -> int:
         with signals_end():
             files = convert(options, TerminalProgress())
     except FastarError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(str(error))}", file=sys.stderr)
         return 2
     except Ended as ended:
         print(f"{ended}; {LEFT_NOTHING}", file=sys.stderr)
         return ended.code
     counts = ", ".join(f"{split} {count}" for split, count in files.metadata["counts"].items())
     size = size_text(sum(entry["bytes"] for entry in files.metadata["files"].values()))
-    print(f"{files.folder}: {counts}; digest {files.digest[:12]}; {size}")
+    print(f"{printable(str(files.folder))}: {counts}; digest {files.digest[:12]}; {size}")
     if isinstance(files, ImageFiles):
         for split, skipped in files.skipped.items():
             for image in skipped:
-                print(f"left out of {split}: {image['path']}: {image['reason']}")
+                print(f"left out of {split}: {printable(image['path'])}: {image['reason']}")
     return 0
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fastar.data.folders import SUFFIXES
-from fastar.data.raw import class_digest, decode_rgb
+from fastar.data.listing import SUFFIXES, PassedOver, reason_to_pass
+from fastar.data.raw import class_digest, decode_rgb, is_image
+from fastar.data.tars import TarArchive
 from fastar.errors import FastarError
 from fastar.progress import SILENT, Progress
 
@@ -26,12 +27,15 @@ class ArchiveSplit:
     """Images of any size inside an uncompressed tar archive, decoded to RGB; in order of class and name.
 
     `members` are (class, file name, offset of its bytes in the archive, size). Several processes may read at once.
+    With `upright` images are turned as their EXIF orientation says.
     """
 
-    def __init__(self, path: Path, classes: tuple[str, ...], members: list[tuple[str, str, int, int]]):
+    def __init__(
+        self, path: Path, classes: tuple[str, ...], members: list[tuple[str, str, int, int]], *, upright: bool = False
+    ):
         if not members:
             raise FastarError(f"{path}: holds no images; get it again")
-        self.path, self.classes = path, classes
+        self.path, self.classes, self.upright = path, classes, upright
         label_of = {name: label for label, name in enumerate(classes)}
         unknown = next((name for name, *_ in members if name not in label_of), None)
         if unknown is not None:
@@ -60,7 +64,8 @@ class ArchiveSplit:
             if not more:
                 raise FastarError(f"{self.path}: is cut off inside {self.names[index]}; get it again")
             content += more
-        return decode_rgb(io.BytesIO(content), self.where(index)), int(self.labels[index])
+        pixels = decode_rgb(io.BytesIO(content), self.where(index), upright=self.upright)
+        return pixels, int(self.labels[index])
 
     def where(self, index: int) -> str:
         return f"{self.path}/{self.names[index]}"
@@ -71,11 +76,22 @@ class ArchiveSplit:
         return class_digest(self.classes, entries)
 
 
-def train_archive(path: Path, progress: Progress = SILENT) -> ArchiveSplit:
-    """The training images of an archive of one archive per class, such as n01440764.tar; that is the class's name."""
+def train_archive(
+    path: Path, progress: Progress = SILENT, passed: PassedOver | None = None, *, upright: bool = False
+) -> ArchiveSplit:
+    """The training images of an archive of one archive per class, such as n01440764.tar; that is the class's name.
+
+    What is no image goes to `passed`.
+    """
     members = []
+    passed = PassedOver() if passed is None else passed
     with _opened(path) as archive:
-        inner = [member for member in archive if member.isfile() and member.name.endswith(".tar")]
+        inner = []
+        for member in archive:
+            if member.isfile() and member.name.endswith(".tar"):
+                inner.append(member)
+            elif not member.isdir():
+                passed.add(f"{path.name}/{member.name}", "no archive of a class")
         if not inner:
             raise FastarError(f"{path}: holds no archives of classes (n01440764.tar, ...); get it again")
         with progress.task(f"listing {path.name}", len(inner), "classes") as advance:
@@ -84,10 +100,10 @@ def train_archive(path: Path, progress: Progress = SILENT) -> ArchiveSplit:
                 stream = archive.extractfile(class_archive)
                 assert stream is not None  # it is a file
                 try:
-                    with tarfile.open(fileobj=stream, mode="r:") as images:
+                    with TarArchive.open(fileobj=stream, mode="r:", encoding="utf-8") as images:
                         members += [
                             (name, file, class_archive.offset_data + offset, size)
-                            for file, offset, size in _images(images)
+                            for file, offset, size in _images(images, f"{path.name}/{class_archive.name}", passed)
                         ]
                 except tarfile.TarError as error:
                     raise FastarError(
@@ -95,14 +111,21 @@ def train_archive(path: Path, progress: Progress = SILENT) -> ArchiveSplit:
                     ) from error
                 advance()
     _check_whole(path, members)
-    return ArchiveSplit(path, tuple(sorted({name for name, *_ in members})), members)
+    return ArchiveSplit(path, tuple(sorted({name for name, *_ in members})), members, upright=upright)
 
 
-def val_archive(root: Path, classes: tuple[str, ...], progress: Progress = SILENT) -> ArchiveSplit:
-    """The validation images in `root`, with the labels of the development kit beside them."""
+def val_archive(
+    root: Path,
+    classes: tuple[str, ...],
+    progress: Progress = SILENT,
+    passed: PassedOver | None = None,
+    *,
+    upright: bool = False,
+) -> ArchiveSplit:
+    """The validation images in `root`, with the labels of the development kit beside them; see `train_archive`."""
     path = root / VAL_ARCHIVE
     with progress.task(f"listing {path.name}", 1, "archives") as advance, _opened(path) as archive:
-        images = sorted(_images(archive))
+        images = sorted(_images(archive, path.name, PassedOver() if passed is None else passed))
         advance()
     names = _validation_classes(root)
     if len(names) != len(images):
@@ -110,13 +133,13 @@ def val_archive(root: Path, classes: tuple[str, ...], progress: Progress = SILEN
     # Label number k is of the image whose name ends in k: sorted by name, the k-th.
     members = [(name, *image) for name, image in zip(names, images, strict=True)]
     _check_whole(path, members)
-    return ArchiveSplit(path, classes, members)
+    return ArchiveSplit(path, classes, members, upright=upright)
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[tarfile.TarFile]:
     try:
-        with tarfile.open(path, mode="r:") as archive:
+        with TarArchive.open(path, mode="r:", encoding="utf-8") as archive:
             yield archive
     except tarfile.TarError as error:
         raise FastarError(f"{path}: not a whole, uncompressed tar archive ({error}); get it again") from error
@@ -124,12 +147,21 @@ def _opened(path: Path) -> Iterator[tarfile.TarFile]:
         raise FastarError(f"{path}: cannot be read ({error.strerror}); check the file") from error
 
 
-def _images(archive: tarfile.TarFile) -> Iterator[tuple[str, int, int]]:
+def _images(archive: tarfile.TarFile, where: str, passed: PassedOver) -> Iterator[tuple[str, int, int]]:
     """(file name, offset, size) of the images in an archive."""
     for member in archive:
         name = Path(member.name).name
-        if member.isfile() and not name.startswith(".") and Path(name).suffix.lower() in SUFFIXES:
+        if member.isdir():
+            continue
+        reason = "no file" if not member.isfile() else "hidden" if name.startswith(".") else reason_to_pass(name)
+        if reason is None and Path(name).suffix.lower() not in SUFFIXES:
+            stream = archive.extractfile(member)
+            assert stream is not None  # it is a file
+            reason = None if is_image(stream) else "no image"
+        if reason is None:
             yield name, member.offset_data, member.size
+        else:
+            passed.add(f"{where}/{member.name}", reason)
 
 
 def _check_whole(path: Path, members: list[tuple[str, str, int, int]]) -> None:

@@ -81,6 +81,8 @@ def prepare(
     if is_finished(folder):
         return _reuse(folder, spec, data_root, limit)
     raw = find_raw(spec, Path(data_root) if data_root is not None else None)
+    if raw.note is not None:
+        progress.line(raw.note)
     with locked_folder(folder):
         if is_finished(folder):
             return _reuse(folder, spec, data_root, limit)

@@ -7,6 +7,7 @@ from fastar.data.cifar import find_cifar
 from fastar.data.digits import read_digits
 from fastar.data.folders import find_folders
 from fastar.data.idx import find_idx
+from fastar.data.listing import readable
 from fastar.data.raw import RawDataset
 from fastar.data.registry import DatasetSpec
 from fastar.errors import FastarError
@@ -26,12 +27,13 @@ def find_raw(spec: DatasetSpec, data_root: Path | None) -> RawDataset:
         return read_digits(spec)
     places = _places(spec, data_root)
     for place, finders in places:
-        if not place.exists():
-            continue
-        for finder in finders:
-            found = finder(place, spec)
-            if found is not None:
-                return found
+        with readable(place):
+            if not place.exists():
+                continue
+            for finder in finders:
+                found = finder(place, spec)
+                if found is not None:
+                    return found
     looked = ", ".join(str(place) for place, _ in places)
     advice = "" if data_root is not None else " and point at it with --data-root"
     raise FastarError(f"{spec.name}: no raw data found (looked in {looked}); {spec.obtain}{advice}")

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastar.data.raw import RawDataset
+from fastar.data.listing import PassedOver, class_names, images_below, readable
+from fastar.data.raw import FORMATS, RawDataset
 from fastar.data.registry import DatasetSpec
 from fastar.errors import FastarError
 
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".ppm", ".pgm"})
 _TEST_NAMES = ("test", "val")
 
 
@@ -21,13 +21,13 @@ class FolderSplit:
     Decoded to the dataset's channels when asked for; `size` is the (height, width) that every image must have.
     """
 
-    def __init__(self, root: Path, class_folders: dict[str, int], classes: tuple[str, ...], spec: DatasetSpec):
-        self.root, self.classes = root, classes
+    def __init__(self, root: Path, class_folders: dict[str, int], spec: DatasetSpec, passed: PassedOver):
+        self.root, self.classes = root, spec.classes
         self.channels, self.size = spec.channels, (spec.height, spec.width)
         self.paths: list[Path] = []
         labels: list[int] = []
         for folder, label in sorted(class_folders.items()):
-            found = sorted(path for path in (root / folder).iterdir() if path.suffix.lower() in SUFFIXES)
+            found = images_below(root / folder, passed)
             if not found:
                 raise FastarError(f"{root / folder}: holds no images; every class needs some")
             self.paths += found
@@ -40,7 +40,7 @@ class FolderSplit:
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
         path = self.paths[index]
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 size = (image.height, image.width)
                 if size != self.size:
                     raise FastarError(
@@ -64,8 +64,10 @@ class FolderSplit:
     def digest(self) -> str:
         digest = hashlib.sha256(repr(self.classes).encode())
         for path, label in zip(self.paths, self.labels, strict=True):
-            content = path.read_bytes()
-            digest.update(f"{path.relative_to(self.root)}\0{label}\0{len(content)}\0".encode())
+            with readable(path):
+                content = path.read_bytes()
+            name = f"{path.relative_to(self.root)}\0{label}\0{len(content)}\0"
+            digest.update(name.encode("utf-8", "surrogateescape"))
             digest.update(content)
         return digest.hexdigest()
 
@@ -73,18 +75,20 @@ class FolderSplit:
 def find_folders(root: Path, spec: DatasetSpec) -> RawDataset | None:
     """The class folders in `root`/train and `root`/test (or val), or None where there are none."""
     train = root / "train"
-    test = next((root / name for name in _TEST_NAMES if (root / name).is_dir()), None)
-    if not train.is_dir() or not any(path.is_dir() for path in train.iterdir()):
-        return None
+    with readable(root):
+        if not train.is_dir() or not class_names(train):
+            return None
+        test = next((root / name for name in _TEST_NAMES if (root / name).is_dir()), None)
     if test is None:
         raise FastarError(f"{root}: has train/ but neither test/ nor val/; put the test images there")
-    splits = [FolderSplit(folder, _class_folders(folder, spec), spec.classes, spec) for folder in (train, test)]
-    return RawDataset(splits[0], splits[1], "class folders", root)
+    passed = PassedOver()
+    splits = [FolderSplit(folder, _class_folders(folder, spec, passed), spec, passed) for folder in (train, test)]
+    return RawDataset(splits[0], splits[1], "class folders", root, f"{root}: {passed}" if passed.count else None)
 
 
-def _class_folders(root: Path, spec: DatasetSpec) -> dict[str, int]:
+def _class_folders(root: Path, spec: DatasetSpec, passed: PassedOver) -> dict[str, int]:
     """Folder name -> label: the dataset's class names, or the numbers 0..K-1."""
-    names = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    names = class_names(root, passed)
     numbers = {str(label): label for label in range(len(spec.classes))}
     by_name = {name: label for label, name in enumerate(spec.classes)}
     for labels in (by_name, numbers):

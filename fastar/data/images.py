@@ -27,6 +27,7 @@ from fastar.errors import FastarError
 from fastar.progress import SILENT, Progress, size_text
 
 OnError = Literal["stop", "skip"]
+Exif = Literal["ignore", "apply"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +66,11 @@ class ImageFiles(Files):
         """The share of each class that was taken for testing from one folder; None: the raw data had both splits."""
         return self.metadata["settings"].get("val_share")
 
+    @property
+    def exif(self) -> Exif:
+        """Whether the images were turned as their EXIF orientation says."""
+        return self.metadata["settings"].get("exif", "ignore")
+
     def layout(self, split: str) -> VariedLayout:
         return VariedLayout(self.count(split), len(self.classes), self.encoding)
 
@@ -80,14 +86,15 @@ def prepare_images(
     shuffled: bool | None = None,
     on_error: OnError = "stop",
     val_share: float | None = None,
+    exif: Exif | None = None,
     progress: Progress = SILENT,
 ) -> ImageFiles:
     """The files `directory`/`name`/{train,test}.beton, written from `data_root` if they are not there yet.
 
-    What is there is reused where it is whole and was written with the same encoding, order and share (None: whatever it
-    has, or the default) and limit and, where `data_root` is given, from files of the same names and sizes; otherwise
-    FastarError names the difference. Two processes may call this at once: the second waits. Nothing unfinished is left
-    behind.
+    What is there is reused where it is whole and was written with the same encoding, order, share and exif (None:
+    whatever it has, or the default) and limit and, where `data_root` is given, from files of the same names and sizes;
+    otherwise FastarError names the difference. Two processes may call this at once: the second waits. Nothing
+    unfinished is left behind.
 
     Args:
         name: of the dataset, and of its folder.
@@ -101,6 +108,8 @@ def prepare_images(
         on_error: what to do with an image that cannot be used: stop with its path, or skip it and list it in the
             metadata.
         val_share: of each class, for testing, where `data_root` is one folder of class folders (see `split_class`).
+        exif: "apply" turns images as their EXIF orientation says; "ignore" (the default) keeps pixels as they are
+            stored, as torchvision's ImageFolder does.
         progress: told of everything that takes long.
     """
     if workers < 1:
@@ -112,16 +121,20 @@ def prepare_images(
     folder = Path(directory) / name
     if data_root is not None and val_share is None and is_finished(folder):  # split as it was
         val_share = open_images(folder).val_share
-    splits = find_images(Path(data_root), progress, val_share=val_share) if data_root is not None else None
+    splits = None
+    if data_root is not None:
+        splits = find_images(Path(data_root), progress, val_share=val_share, upright=exif == "apply")
     if is_finished(folder):
-        return _reuse(folder, splits, encoding, limit, shuffled, val_share)
+        return _reuse(folder, splits, encoding, limit, shuffled, val_share, exif)
     if splits is None:
         raise FastarError(f"{folder}: holds no finished dataset; give the images with --data-root")
     with locked_folder(folder):
         if is_finished(folder):
-            return _reuse(folder, splits, encoding, limit, shuffled, val_share)
+            return _reuse(folder, splits, encoding, limit, shuffled, val_share, exif)
         refuse_foreign(folder)
-        settings = {"limit": limit, "on_error": on_error, "val_share": val_share}
+        settings: dict[str, Any] = {"limit": limit, "on_error": on_error, "val_share": val_share}
+        if exif == "apply":
+            settings["exif"] = exif
         try:
             return _write(
                 folder, name, splits, encoding or Encoding(), workers, shuffled is not False, settings, progress
@@ -144,6 +157,7 @@ def _reuse(
     limit: int | None,
     shuffled: bool | None,
     val_share: float | None,
+    exif: Exif | None,
 ) -> ImageFiles:
     files = open_images(folder)
     advice = "delete the folder or use another directory"
@@ -152,6 +166,7 @@ def _reuse(
         ("limit", files.metadata["settings"]["limit"], limit),
         ("shuffled", files.shuffled, shuffled),
         ("val-share", files.val_share, val_share),
+        ("exif", files.exif, exif),
     ):
         if have != asked and (asked is not None or what == "limit"):
             raise FastarError(f"{folder}: written with {what}={have}, asked for {what}={asked}; {advice}")

@@ -5,12 +5,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import IO, BinaryIO, Protocol
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from fastar.errors import FastarError
+
+# All that Pillow is asked for: others reach for programs and libraries of their own (EPS for Ghostscript).
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP")
 
 
 class UnusableImage(FastarError):
@@ -24,16 +27,31 @@ class UnusableImage(FastarError):
         return type(self), (self.where, self.reason, self.advice)  # it is sent between processes
 
 
-def decode_rgb(file: Path | BinaryIO, where: str) -> np.ndarray:
+def is_image(stream: IO[bytes]) -> bool:
+    """Whether `stream` begins as one of the image formats that are read."""
+    try:
+        with Image.open(stream, formats=FORMATS):
+            return True
+    except Image.DecompressionBombError:
+        return True  # too large a one, which decoding says
+    except Exception:  # noqa: BLE001 (whatever it is that Pillow does not understand, it is no image)
+        return False
+
+
+def decode_rgb(file: Path | BinaryIO, where: str, *, upright: bool = False) -> np.ndarray:
     """An image file as RGB uint8 [H, W, 3]; grey, palette and CMYK are converted, PNG may be called JPEG.
+
+    With `upright` it is turned as its EXIF orientation says; without, the orientation is ignored.
 
     Raises:
         UnusableImage: it is not an image, cut off, or not of 8 bits.
     """
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=FORMATS) as image:
             if image.mode.startswith(("I", "F")):
                 raise UnusableImage(where, f"{image.mode} pixels are not 8-bit", "convert the image")
+            if upright:
+                ImageOps.exif_transpose(image, in_place=True)
             return np.array(image if image.mode == "RGB" else image.convert("RGB"))
     except UnusableImage:
         raise
@@ -58,7 +76,7 @@ def class_digest(classes: tuple[str, ...], entries: Iterable[tuple[str, int, int
     """
     digest = hashlib.sha256(repr(classes).encode())
     for name, label, size in entries:
-        digest.update(f"{name}\0{label}\0{size}\0".encode())
+        digest.update(f"{name}\0{label}\0{size}\0".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 
@@ -131,6 +149,8 @@ class RawDataset:
     test: RawSplit
     kind: str
     where: Path | None
+    note: str | None = None
+    """What its reader has to say of it."""
 
     @property
     def digest(self) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastar.data.folders import SUFFIXES
+from fastar.data.listing import SUFFIXES
 from fastar.errors import FastarError
 
 SIZES = ((375, 500), (500, 375), (333, 500), (500, 334), (400, 600), (768, 1024))  # usual ones of ImageNet

@@ -97,7 +97,7 @@ class Context:
         if self.known is None:  # a conversion takes hours: what is wrong with the network is said before
             build_model(self.settings.model.arch, input_shape=self.image, classes=2, **self.settings.model.options)
         encoding = data.PRESETS[chosen.encoding] if chosen.encoding is not None else None
-        more |= {"encoding": encoding, "val_share": chosen.val_share}
+        more |= {"encoding": encoding, "val_share": chosen.val_share, "exif": chosen.exif}
         return data.prepare_images(chosen.label, data_root=root, directory=directory, **more)
 
     @property
