@@ -304,7 +304,8 @@ def test_a_killed_conversion_leaves_nothing_finished_and_starts_again(root: Path
     with pytest.raises(FastarError, match="holds no finished dataset"):
         prepare_images("set", data_root=None, directory=root.parent / "out")
     assert prepared(root).count("train") == COUNT
-    assert sorted(path.name for path in folder.iterdir()) == ["metadata.json", "test.beton", "train.beton"]
+    files = ["metadata.json", "test.beton", "test.checksums", "train.beton", "train.checksums"]
+    assert sorted(path.name for path in folder.iterdir()) == files
 
 
 def test_a_file_cut_short_under_the_reader_is_an_error_not_a_crash(root: Path) -> None:

@@ -1,5 +1,6 @@
 """Data: from raw files to .beton files, and from those to batches on the device. The only importer of FFCV."""
 
+from fastar.data.checking import verify_folder
 from fastar.data.dataset import Batch, Dataset
 from fastar.data.device import DeviceDataset, load
 from fastar.data.files import DatasetFiles, open_files, prepare
@@ -35,4 +36,5 @@ __all__ = [
     "open_images",
     "prepare",
     "prepare_images",
+    "verify_folder",
 ]

@@ -232,3 +232,21 @@ def check_beton(path: Path, layout: Layout) -> np.ndarray:
     if starts[0] < start + metadata.nbytes or int(stops[-1]) > table_start:
         raise fault("its images lie outside the file's pages")
     return labels
+
+
+def front_bytes(data: np.ndarray, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
+    """Of the bytes of a checked file: what lies before its pages, and its allocation table."""
+    fields = layout.fields()
+    rows = layout.count * get_metadata_type(list(fields.values())).itemsize
+    header = data[: HeaderType.itemsize].view(HeaderType)[0]
+    return data[: HeaderType.itemsize + field_descriptors(fields).nbytes + rows], data[int(header["alloc_table_ptr"]) :]
+
+
+def image_table(path: Path, layout: Layout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The bytes of a checked file, the image column of its sample table, and the size of each image."""
+    data = np.memmap(path, np.uint8, mode="r")
+    front, allocated = front_bytes(data, layout)
+    row = get_metadata_type(list(layout.fields().values()))
+    table = front[len(front) - layout.count * row.itemsize :].view(row)["f0"]
+    by_number = allocated.view(ALLOC_TABLE_TYPE)
+    return data, table, by_number["size"][np.argsort(by_number["sample_id"], kind="stable")]

@@ -10,6 +10,7 @@ release the GIL.
 import itertools
 import os
 import threading
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -38,13 +39,15 @@ class Plan:
 class CropDecoder(SimpleRGBImageDecoder):
     """Reads, decodes, cuts and resizes images as the epoch's `Plan` says, the last of the loader's storage state.
 
-    For loaders made without FFCV's compiler. `sizes` are the bytes of each image in `path`. The result is a tensor of
+    For loaders made without FFCV's compiler. `sizes` are the bytes of each image in `path`, `sums` their CRC-32, with
+    which each image is compared once. The result is a tensor of
     its own for every batch, uint8 [b, size, size, 3]. `close` ends the threads.
     """
 
-    def __init__(self, path: Path, sizes: np.ndarray, threads: int):
+    def __init__(self, path: Path, sizes: np.ndarray, sums: np.ndarray, threads: int):
         super().__init__()
         self._file, self._sizes, self._threads = os.open(path, os.O_RDONLY), sizes, threads
+        self._sums, self._checked = sums, np.zeros(len(sums), bool)
         self._rooms = threading.local()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decoder") if threads > 1 else None
 
@@ -88,6 +91,10 @@ class CropDecoder(SimpleRGBImageDecoder):
         content = self._room("content", int(self._sizes[index]))
         if os.preadv(self._file, [content.data], int(row["data_ptr"])) != len(content):
             raise FastarError(f"sample {index} cannot be read whole: the file was cut off; write it again")
+        if not self._checked[index]:
+            if zlib.crc32(content) != self._sums[index]:
+                raise FastarError(f"sample {index} is not what was written; delete its folder and write it again")
+            self._checked[index] = True
         if row["mode"] == JPEG_MODE:
             image = self._room("image", 3 * height * width).reshape(height, width, 3)
             if imdecode(content, image, height, width, height, width, 0, 0, 1, 1, False, False) != 0:

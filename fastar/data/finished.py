@@ -5,13 +5,15 @@ import hashlib
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from fastar.atomic import write_atomically
 from fastar.data.beton import Layout, check_beton, fingerprint
+from fastar.data.checksums import Checksums, checksums_path
 from fastar.errors import FastarError
 
 SPLITS = ("train", "test")
@@ -26,7 +28,7 @@ class Files(ABC):
     folder: Path
     metadata: dict[str, Any]
 
-    FORMAT: ClassVar[int] = 1
+    FORMAT: ClassVar[int] = 2
     KIND: ClassVar[str | None] = None
     """What the metadata calls this kind of dataset; None: it says nothing."""
     DIGESTED: ClassVar[tuple[str, ...]]
@@ -89,24 +91,26 @@ def is_finished(folder: Path) -> bool:
 
 def open_finished(folder: Path, kind: type[Kind]) -> Kind:
     """The finished dataset in `folder`; FastarError where its metadata or files are missing, damaged or replaced."""
+    files = open_metadata(folder, kind)
+    for split in SPLITS:
+        check_unchanged(files, split)
+    return files
+
+
+def open_metadata(folder: Path, *kinds: type[Kind]) -> Kind:
+    """The dataset that the metadata in `folder` describe, of one of these kinds; FastarError where they are missing or
+    damaged. Nothing of its files is read."""
     path, again = folder / METADATA, f"delete {folder} and write it again"
     try:
         metadata = json.loads(path.read_text(encoding="utf-8"))
-        if metadata.get("kind") != kind.KIND:
+        found = next((kind for kind in kinds if metadata.get("kind") == kind.KIND), None)
+        if found is None:
             raise FastarError(f"{path}: holds {metadata.get('kind') or 'images of one size'}; use another directory")
-        if metadata["format"] != kind.FORMAT:
-            raise FastarError(f"{path}: format {metadata['format']}, this fastar reads {kind.FORMAT}; {again}")
-        files = kind(folder, metadata)
-        for split in SPLITS:
-            if not files.path(split).exists():
-                raise FastarError(f"{files.path(split)}: missing; {again}")
-            if fingerprint(files.path(split)) != metadata["files"][split]:
-                # The structural check comes first: it can say what is wrong.
-                check_beton(files.path(split), files.layout(split))
-                raise FastarError(
-                    f"{files.path(split)}: not the file that {METADATA} describes (replaced or damaged); {again}"
-                )
-        if metadata["digest"] != kind.digest_of(metadata):
+        if metadata["format"] not in (1, found.FORMAT):
+            raise FastarError(f"{path}: format {metadata['format']}, this fastar reads {found.FORMAT}; {again}")
+        # Format 1 is without a digest of all; it then says nothing of what the dataset's own digest does not cover.
+        whole = (metadata["format"] == 1 and "sha256" not in metadata) or metadata["sha256"] == _sha256(metadata)
+        if not whole or metadata["digest"] != found.digest_of(metadata):
             raise FastarError(f"{path}: edited by hand or damaged; {again}")
     except OSError as error:
         raise FastarError(f"{error.filename or path}: cannot be read ({error.strerror}); check the folder") from error
@@ -114,21 +118,49 @@ def open_finished(folder: Path, kind: type[Kind]) -> Kind:
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise FastarError(f"{path}: damaged ({error}); {again}") from error
-    return files
+    return found(folder, metadata)
 
 
-def publish(folder: Path, metadata: dict[str, Any], kind: type[Kind]) -> Kind:
-    """Make the partial files in `folder` the finished dataset that `metadata` (files and digest are added) describes.
+def check_unchanged(files: Files, split: str) -> None:
+    """Raise FastarError where a split's file is not the one that was written, as far as its fingerprint tells."""
+    path, again = files.path(split), f"delete {files.folder} and write it again"
+    try:
+        if not path.exists():
+            raise FastarError(f"{path}: missing; {again}")
+        if fingerprint(path) != files.metadata["files"][split]:
+            # The structural check comes first: it can say what is wrong.
+            check_beton(path, files.layout(split))
+            raise FastarError(f"{path}: not the file that {METADATA} describes (replaced or damaged); {again}")
+    except OSError as error:
+        raise FastarError(f"{error.filename or path}: cannot be read ({error.strerror}); check the folder") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise FastarError(f"{files.folder / METADATA}: damaged ({error}); {again}") from error
 
-    Metadata first: a .beton beside it counts only if it is the file described there, so that a kill between any two of
-    these steps leaves a folder that is either finished or known to be unfinished.
+
+def _sha256(metadata: dict[str, Any]) -> str:
+    """Of all that the metadata say but this itself."""
+    others = {key: value for key, value in metadata.items() if key != "sha256"}
+    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
+
+
+def publish(
+    folder: Path, metadata: dict[str, Any], kind: type[Kind], checksums: Mapping[str, Checksums] | None = None
+) -> Kind:
+    """Make the partial files in `folder` the finished dataset that `metadata` (files and digests are added) describes.
+
+    The `checksums` of each split's images are kept beside it. Metadata first: a .beton beside it counts only if it is
+    the file described there, so that a kill between any two of these steps leaves a folder that is either finished or
+    known to be unfinished.
     """
     from fastar.data.writing import disk_full  # reading finished files needs none of it
 
     metadata = metadata | {"files": {split: fingerprint(folder / f"{split}.beton{PARTIAL}") for split in SPLITS}}
     metadata["digest"] = kind.digest_of(metadata)
+    metadata["sha256"] = _sha256(metadata)
     try:
         replace_text(folder / METADATA, json.dumps(metadata, indent=1) + "\n")
+        for split, sums in (checksums or {}).items():
+            write_atomically(checksums_path(folder / f"{split}.beton"), sums.to_bytes())
         for split in SPLITS:
             os.replace(folder / f"{split}.beton{PARTIAL}", folder / f"{split}.beton")
         handle = os.open(folder, os.O_RDONLY)

@@ -2,6 +2,7 @@
 
 import shutil
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -9,6 +10,9 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from fastar import __version__
+from fastar.atomic import write_atomically
+from fastar.data.beton import check_beton
+from fastar.data.checksums import Checksums, checksums_path, kept_checksums, take_checksums
 from fastar.data.finished import (
     PARTIAL,
     Files,
@@ -73,6 +77,36 @@ class ImageFiles(Files):
 
     def layout(self, split: str) -> VariedLayout:
         return VariedLayout(self.count(split), len(self.classes), self.encoding)
+
+    def checksums(self, split: str, progress: Progress = SILENT) -> Checksums:
+        """Those kept beside the split's file. Where there are none that count (an earlier version wrote the file, or
+        they are damaged), all of it is read once, compared with the digest of its content, and they are kept."""
+        if split not in self._checksums:
+            self._checksums[split] = self._kept_checksums(split) or self._new_checksums(split, progress)
+        return self._checksums[split]
+
+    @cached_property
+    def _checksums(self) -> dict[str, Checksums]:
+        return {}
+
+    def _kept_checksums(self, split: str) -> Checksums | None:
+        kept = kept_checksums(self.path(split))
+        return kept if kept is not None and kept.content == self.metadata["content"][split] else None
+
+    def _new_checksums(self, split: str, progress: Progress) -> Checksums:
+        path, layout = self.path(split), self.layout(split)
+        progress.line(f"{path}: no checksums of its images are kept; it is read once to make them")
+        new = take_checksums(path, layout, check_beton(path, layout), progress, f"checking {self.name} {split}")
+        if new.content != self.metadata["content"][split]:
+            raise FastarError(
+                f"{path}: its images are not those that were written (damaged or replaced); "
+                f"delete {self.folder} and write it again"
+            )
+        try:
+            write_atomically(checksums_path(path), new.to_bytes())
+        except FastarError as error:
+            progress.line(f"{error}; each run reads the whole file until they can be kept")
+        return new
 
 
 def prepare_images(
@@ -198,7 +232,7 @@ def _write(
     if predicted > free:
         raise FastarError(f"{folder}: {needs}, the disk has {size_text(free)} free; free some, or use a smaller preset")
     progress.line(f"{name}: {needs} in {folder} ({size_text(free)} free)")
-    content, counts = {}, {}
+    checksums, counts = {}, {}
     skipped: dict[str, list[dict[str, str]]] = {}
     for split, raw in splits.items():
         partial = folder / f"{split}.beton{PARTIAL}"
@@ -215,7 +249,7 @@ def _write(
         )
         kept = np.delete(chosen[split], list(bad))
         layout = replace(layouts[split], count=len(kept))
-        content[split] = verify_varied(partial, raw, kept, layout, description=f"verifying {name} {split}", **more)
+        checksums[split] = verify_varied(partial, raw, kept, layout, description=f"verifying {name} {split}", **more)
         counts[split] = len(kept)
         skipped[split] = [
             {"path": raw.where(int(chosen[split][position])), "reason": bad[position]} for position in sorted(bad)
@@ -233,10 +267,10 @@ def _write(
         "skipped": skipped,
         "settings": settings,
         "source": {split: raw.digest for split, raw in splits.items()},
-        "content": content,
+        "content": {split: sums.content for split, sums in checksums.items()},
         "versions": {"fastar": __version__, **{p: version(p) for p in ("ffcv", "numpy", "pillow")}},
     }
-    return publish(folder, metadata, ImageFiles)
+    return publish(folder, metadata, ImageFiles, checksums)
 
 
 def _chosen(split: str, raw: RawSplit, limit: int | None, shuffled: bool) -> np.ndarray:

@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastar.data.beton import BetonLayout, check_beton
+from fastar.data.beton import BetonLayout, check_beton, image_table
+from fastar.data.checksums import Checksums, tables_digest
 from fastar.data.decoding import CropDecoder, Plan
 from fastar.data.ffcv_names import (
     Compiler,
@@ -20,7 +21,7 @@ from fastar.data.ffcv_names import (
     OrderOption,
     torch_threads_kept,
 )
-from fastar.data.varied import VariedLayout, image_table
+from fastar.data.varied import VariedLayout
 from fastar.errors import FastarError
 
 Batches = Generator[tuple[np.ndarray, np.ndarray], None, None]
@@ -145,17 +146,22 @@ def read_batches(path: Path, layout: BetonLayout, batch_size: int = BATCH) -> Ba
 class ImageReader:
     """Epochs of a .beton file of images of differing sizes, cut and resized while they are decoded, on `threads`.
 
-    The file is checked here, once. `labels` int64 [n]; `pages` int64 [n] is the page of the file that each lies in.
+    The file is checked here, but for its images: each is compared with its checksum when it is first read. `labels`
+    int64 [n]; `pages` int64 [n] is the page of the file that each lies in.
     """
 
-    def __init__(self, path: Path, layout: VariedLayout, *, threads: int):
+    def __init__(self, path: Path, layout: VariedLayout, checksums: Checksums, *, threads: int):
         self.path = path
         self.labels = check_beton(path, layout)
+        if tables_digest(path, layout) != checksums.tables:
+            raise FastarError(
+                f"{path}: its tables are not those that were written; delete its folder and write it again"
+            )
         _, table, sizes = image_table(path, layout)
         self.page_size = layout.page_size
         self.pages = (table["data_ptr"] // np.uint64(layout.page_size)).astype(np.int64)
         try:
-            decoder = CropDecoder(path, sizes, threads)
+            decoder = CropDecoder(path, sizes, checksums.images, threads)
             weakref.finalize(self, decoder.close)
             with torch_threads_kept(), _compiling(False):
                 self._loader = GuardedLoader(

@@ -18,6 +18,7 @@ from fastar.data.sampling import draw, epoch_order, paged_order
 from fastar.data.subsets import chosen_images, stored_in
 from fastar.errors import FastarError
 from fastar.parts import part
+from fastar.progress import SILENT, Progress
 from fastar.seeds import derive_seed
 
 Order = Literal["random", "pages"]
@@ -46,6 +47,7 @@ class StreamingDataset:
         limit: at most so many samples, classes balanced.
         validation: the share of the training images that are the split "validation" and not in "train"
             (`fastar.data.subsets`).
+        progress: told where checksums of the images must be made first (`ImageFiles.checksums`).
     """
 
     def __init__(
@@ -61,6 +63,7 @@ class StreamingDataset:
         threads: int | None = None,
         limit: int | None = None,
         validation: float = 0.0,
+        progress: Progress = SILENT,
     ):
         _check_size(size)
         if not 0 < kept <= 1:
@@ -80,7 +83,10 @@ class StreamingDataset:
         self._normalisations: dict[int, Normalisation] = {}
         stored = stored_in(split)
         self._reader = ImageReader(
-            files.path(stored), files.layout(stored), threads=threads or len(os.sched_getaffinity(0))
+            files.path(stored),
+            files.layout(stored),
+            files.checksums(stored, progress),
+            threads=threads or len(os.sched_getaffinity(0)),
         )
         self._index = chosen_images(
             self._reader.labels, split, validation=validation, limit=limit, classes=files.classes, name=files.name

@@ -1,6 +1,5 @@
 """Images of differing sizes in a .beton file, as JPEG or as raw pixels: how they are written, and checked."""
 
-import hashlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -8,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fastar.data.beton import JPEG_MODE, RAW_MODE, SAMPLES, check_beton, field_descriptors
-from fastar.data.ffcv_names import ALLOC_TABLE_TYPE, Field, HeaderType, IntField, RGBImageField, cv2, get_metadata_type
+from fastar.data.beton import JPEG_MODE, RAW_MODE, SAMPLES, check_beton, image_table
+from fastar.data.checksums import Checksums, take_checksums
+from fastar.data.ffcv_names import Field, IntField, RGBImageField, cv2
 from fastar.data.raw import RawSplit, UnusableImage
 from fastar.data.sampling import draw
 from fastar.errors import FastarError
@@ -148,45 +148,22 @@ def verify_varied(
     *,
     progress: Progress = SILENT,
     description: str = "verifying",
-) -> str:
-    """Compare every label, and the bytes of 64 evenly spread images, with `raw`; returns the content's SHA-256.
-
-    The digest covers every image's size, mode and bytes and every label, in order, wherever in the file they lie.
-    """
+) -> Checksums:
+    """Compare every label, and the bytes of 64 evenly spread images, with `raw`; returns what all of the file holds."""
     labels = check_beton(path, layout)
     wrong = np.flatnonzero(labels != raw.labels[indices])
+    sums = take_checksums(path, layout, labels, progress, description)
     data, table, sizes = image_table(path, layout)
-    sample = set(np.unique(np.linspace(0, layout.count - 1, SAMPLES).astype(np.int64)).tolist())
-    digest = hashlib.sha256(labels.astype("<i8").tobytes())
-    with progress.task(description, layout.count, "images") as advance:
-        for position in range(layout.count):
-            row = table[position]
-            content = data[row["data_ptr"] : row["data_ptr"] + sizes[position]]
-            if position in sample:
-                index = int(indices[position])
-                want, pixels = layout.encoded(raw[index][0], index)
-                same = all(want[key] == row[key] for key in ("mode", "height", "width"))
-                if not (same and np.array_equal(pixels, content)):
-                    wrong = np.append(wrong, position)
-            digest.update(f"{row['mode']} {row['height']} {row['width']} {len(content)} ".encode())
-            digest.update(content.data)
-            advance()
+    for position in np.unique(np.linspace(0, layout.count - 1, SAMPLES).astype(np.int64)):
+        row, index = table[position], int(indices[position])
+        want, pixels = layout.encoded(raw[index][0], index)
+        same = all(want[key] == row[key] for key in ("mode", "height", "width"))
+        if not (same and np.array_equal(pixels, data[row["data_ptr"] : row["data_ptr"] + sizes[position]])):
+            wrong = np.append(wrong, position)
     if len(wrong):
         where = raw.where(int(indices[wrong[0]]))
         raise FastarError(f"{path}: sample {wrong[0]} differs from {where}; check the disk and run again")
-    return digest.hexdigest()
-
-
-def image_table(path: Path, layout: VariedLayout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The bytes of a checked file, its table of images, and the size of each."""
-    fields = layout.fields()
-    data = np.memmap(path, np.uint8, mode="r")
-    header = data[: HeaderType.itemsize].view(HeaderType)[0]
-    row = get_metadata_type(list(fields.values()))
-    start = HeaderType.itemsize + field_descriptors(fields).nbytes
-    table = data[start : start + layout.count * row.itemsize].view(row)["f0"]
-    allocated = data[int(header["alloc_table_ptr"]) :].view(ALLOC_TABLE_TYPE)
-    return data, table, allocated["size"][np.argsort(allocated["sample_id"], kind="stable")]
+    return sums
 
 
 @contextmanager

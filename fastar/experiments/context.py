@@ -144,6 +144,7 @@ class Context:
             threads=chosen.threads,
             limit=limit,
             validation=chosen.validation,
+            progress=self.progress,
         )
 
     @cached_property

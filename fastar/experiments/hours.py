@@ -132,6 +132,7 @@ def loaded_per_second(context: Context) -> float:
         threads=settings.dataset.threads,
         limit=settings.dataset.limit,
         validation=settings.dataset.validation,
+        progress=context.progress,
     )
     size = min(settings.train.batch_size, max(2, len(loaded) // (2 * LOADED_BEFORE)))
     images, begun = 0, 0.0
