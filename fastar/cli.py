@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastar import __version__
+from fastar.boundary import EXIT_DEFECT, say, streams, unexpected
 from fastar.errors import FastarError
 from fastar.stopping import EXIT_INTERRUPTED, Stopped, signals_stop
 
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 EXIT_BAD_INPUT = 2
 WIDE = 1000
 SETTING = re.compile(r"[a-z_]+(\.[a-z_]+)*=")
+# Folders of the run that this command is about: a defect's traceback is kept there.
+_folders: list[Path] = []
 
 app = typer.Typer(
     name="fastar",
@@ -182,11 +185,12 @@ def _run_folder(
     """Where a run goes: what was named on the command line names it."""
     from fastar.runs import default_run_folder
 
-    if out is not None:
-        return out
-    named = [None if dataset is None else settings.dataset.label, arch]
-    parts = [] if config is None else [config.stem, *(part for part in named if part)]
-    return default_run_folder(settings, recipe="-".join(parts) or None, scale=scale)
+    if out is None:
+        named = [None if dataset is None else settings.dataset.label, arch]
+        parts = [] if config is None else [config.stem, *(part for part in named if part)]
+        out = default_run_folder(settings, recipe="-".join(parts) or None, scale=scale)
+    _folders.append(out)
+    return out
 
 
 def _named(name: str | None) -> list[str]:
@@ -206,7 +210,8 @@ def _print_table(table: object) -> None:
 
     # A file or a pipe has no width: rich would take 80 columns, and fold and cut what is wider.
     piped = not sys.stdout.isatty() and "COLUMNS" not in os.environ
-    Console(width=WIDE if piped else None).print(table)
+    # Names are printed as they are, whatever brackets and colons are in them.
+    Console(width=WIDE if piped else None, markup=False, emoji=False).print(table)
 
 
 def _print_lines(lines: Iterable[str]) -> None:
@@ -627,6 +632,7 @@ def report_command(
     from fastar.report import barrier_picture, check_results, results_table, speed_lines, statistics_lines
     from fastar.runs import RunFolder
 
+    _folders.append(folder)
     run = RunFolder(folder)
     results = run.read_results()
     check_results(results, run.results)
@@ -737,30 +743,41 @@ def _main(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; errors meant for users become one line on stderr and exit code 2."""
+    """Run the command line. Errors meant for users become one line on stderr and exit code 2; defects one that says
+    where the traceback is, and exit code 70."""
+    with streams():
+        sys.exit(_outcome(arguments))
+
+
+def _outcome(arguments: list[str] | None) -> int:
+    """The exit code of the command that `arguments` call."""
+    _folders.clear()
     try:
         with signals_stop():
             result: Any = app(args=arguments, standalone_mode=False)
+            sys.stdout.flush()  # what cannot be written is an error of this command
     except FastarError as error:
-        _fail(str(error))
+        return _refused(str(error))
     except Stopped as stopped:
-        print(f"fastar: {stopped}", file=sys.stderr)
-        sys.exit(stopped.code)
+        say(f"fastar: {stopped}")
+        return stopped.code
     except (KeyboardInterrupt, typer.Abort):
         result = EXIT_INTERRUPTED
-    except Exception as error:
-        # typer's own complaints about options; anything else is a defect and keeps its traceback
+    except SystemExit:
+        raise
+    except BaseException as error:  # noqa: BLE001  # the last to see it; panics of libraries in Rust are no Exception
         if not hasattr(error, "format_message"):
-            raise
-        message = error.format_message()
-        if not message:  # `fastar` alone: the help has been printed
-            sys.exit(0)
-        _fail(f"{message} (see `fastar --help`)")
+            folder = next((run for run in _folders if (run / "config.yaml").is_file()), None)
+            say(f"fastar: {unexpected(error, folder)}")
+            return EXIT_DEFECT
+        message = error.format_message()  # typer's own complaints about options
+        # `fastar` alone: the help has been printed
+        return _refused(f"{message} (see `fastar --help`)") if message else 0
     if result == EXIT_INTERRUPTED:  # typer makes this of Ctrl-C, older ones an Abort
-        print("fastar: interrupted; the same command goes on from what is finished", file=sys.stderr)
-    sys.exit(result if isinstance(result, int) else 0)
+        say("fastar: interrupted; the same command goes on from what is finished")
+    return result if isinstance(result, int) else 0
 
 
-def _fail(message: str) -> None:
-    print(f"fastar: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(EXIT_BAD_INPUT)
+def _refused(message: str) -> int:
+    say(f"fastar: {' '.join(message.split())}")
+    return EXIT_BAD_INPUT

@@ -15,6 +15,8 @@ from rich.progress import Progress as RichProgress
 from rich.progress import Task as RichTask
 from rich.text import Text
 
+from fastar.boundary import forgiving
+
 
 class Advance(Protocol):
     """Reports `count` more units done; `note` is a short text shown beside the bar (a loss, a file name)."""
@@ -69,10 +71,11 @@ _WORTH_A_LINE = 10.0
 
 class TerminalProgress:
     """Bars with rate and time remaining on a terminal; elsewhere one plain line when a task ends, unless it was a short
-    one within another. Writes to stderr."""
+    one within another. Writes to stderr; where that fails it says nothing from then on, and the work goes on."""
 
     def __init__(self, console: Console | None = None):
         self.console = console or Console(file=sys.stderr)
+        self.console.file = forgiving(sys.stderr if console is None else console.file)
         self._live: RichProgress | None = None
         self._depth = 0
 
@@ -109,7 +112,7 @@ class TerminalProgress:
         self.line(f"{description}: {done} {unit} in {seconds:.1f} s{rate}{', ' + last_note if last_note else ''}")
 
     def line(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+        self.console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     @contextmanager
     def _bars(self) -> Iterator[RichProgress]:
@@ -118,12 +121,12 @@ class TerminalProgress:
             yield self._live
             return
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             _RateColumn(),
             TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.fields[note]}", markup=False),
         )
         with RichProgress(*columns, console=self.console, transient=True) as bars:
             self._live = bars

@@ -9,6 +9,7 @@ from statistics import fmean, stdev
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from fastar.checkpoints import write_atomically
 from fastar.errors import FastarError
@@ -127,7 +128,7 @@ def plan_table(plan: Mapping[str, Any]) -> Table:
             found = [sizes.get(phase, sizes.get(None)) for phase in phases]
             table.add_row(f"{place}: {what}", *("" if size is None else size_text(size) for size in found))
         totals = [size_text(size) for size in plan["needed"][place].values()]
-        table.add_row(f"[bold]{place}, of {size_text(limit)}", *totals, end_section=True)
+        table.add_row(Text(f"{place}, of {size_text(limit)}", style="bold"), *totals, end_section=True)
     return table
 
 

@@ -14,7 +14,6 @@ from cli_cases import contents, fastar, refused, tiny
 from safetensors.torch import load_file, save_file
 from test_checkpoints import Malicious, files_at_most
 
-from fastar import config
 from fastar.checkpoints import load_checkpoint, save_checkpoint
 
 
@@ -273,14 +272,3 @@ def test_a_full_disk_while_logging(tmp_path: Path, data: Path) -> None:
     message = refused("train-sources", *tiny(data, heldout=0), "--out", out)
     assert "log.jsonl: cannot be written (No space left on device)" in message
     assert len(list((out / "sources").iterdir())) == 1
-
-
-def test_a_defect_keeps_its_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Only errors meant for users become one line: a defect must stay visible."""
-
-    def defect(**arguments: object) -> None:
-        raise ZeroDivisionError
-
-    monkeypatch.setattr(config, "load_settings", defect)
-    with pytest.raises(ZeroDivisionError):
-        fastar("train-star", "--dataset", "digits")

@@ -12,7 +12,9 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = (
     ("kernels",),
-    ("errors", "seeds", "progress", "stopping"),
+    ("errors", "seeds", "stopping"),
+    ("boundary",),
+    ("progress",),
     ("recipes", "scales"),
     ("config",),
     ("atomic", "states"),

@@ -57,6 +57,7 @@ def signals_end() -> Iterator[None]:
 if __name__ == "__main__":
     handle(leave)  # importing takes seconds
 
+from fastar.boundary import EXIT_DEFECT, say, streams, unexpected  # noqa: E402
 from fastar.config import OF_ANY_SIZE  # noqa: E402
 from fastar.data import DATASETS, PRESETS, Encoding, Files, ImageFiles, prepare, prepare_images  # noqa: E402
 from fastar.data.images import size_text  # noqa: E402
@@ -198,16 +199,26 @@ def convert(options: argparse.Namespace, progress: Progress) -> Files:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    options = parser().parse_args(arguments)
-    try:
-        with signals_end():
-            files = convert(options, TerminalProgress())
-    except FastarError as error:
-        print(f"error: {printable(str(error))}", file=sys.stderr)
-        return 2
-    except Ended as ended:
-        print(f"{ended}; {LEFT_NOTHING}", file=sys.stderr)
-        return ended.code
+    with streams():
+        options = parser().parse_args(arguments)
+        try:
+            with signals_end():
+                files = convert(options, TerminalProgress())
+            show(files)
+            sys.stdout.flush()
+        except FastarError as error:
+            say(f"error: {error}")
+            return 2
+        except Ended as ended:
+            say(f"{ended}; {LEFT_NOTHING}")
+            return ended.code
+        except Exception as error:  # noqa: BLE001  # the last to see it
+            say(f"error: {unexpected(error)}")
+            return EXIT_DEFECT
+        return 0
+
+
+def show(files: Files) -> None:
     counts = ", ".join(f"{split} {count}" for split, count in files.metadata["counts"].items())
     size = size_text(sum(entry["bytes"] for entry in files.metadata["files"].values()))
     print(f"{printable(str(files.folder))}: {counts}; digest {files.digest[:12]}; {size}")
@@ -215,7 +226,6 @@ def main(arguments: list[str] | None = None) -> int:
         for split, skipped in files.skipped.items():
             for image in skipped:
                 print(f"left out of {split}: {printable(image['path'])}: {image['reason']}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,0 +1,138 @@
+"""Between a command and whoever started it: streams that may fail, and errors that nobody foresaw."""
+
+from __future__ import annotations
+
+import io
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout, suppress
+from pathlib import Path
+from typing import Any, TextIO, cast
+
+from fastar import __version__
+from fastar.errors import FastarError, printable
+
+# EX_SOFTWARE of sysexits.h.
+EXIT_DEFECT = 70
+# What a shell makes of SIGPIPE: whoever read the output has read enough.
+EXIT_UNREAD = 141
+
+
+class _Stream:
+    """A text stream whose failures mean what `failed` makes of them."""
+
+    def __init__(self, stream: TextIO):
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except (OSError, ValueError) as error:  # ValueError: it is closed
+            self.failed(error)
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except (OSError, ValueError) as error:
+            self.failed(error)
+
+    def failed(self, error: OSError | ValueError) -> None:
+        raise NotImplementedError
+
+
+class _Forgiving(_Stream):
+    """What cannot be written is not said, nor what comes after it."""
+
+    def __init__(self, stream: TextIO | None):
+        super().__init__(io.StringIO() if stream is None else stream)
+        self._silent = stream is None
+
+    def write(self, text: str) -> int:
+        return len(text) if self._silent else super().write(text)
+
+    def failed(self, error: OSError | ValueError) -> None:
+        self._silent = True
+
+
+class _Result(_Stream):
+    """Output that a command was called for."""
+
+    def failed(self, error: OSError | ValueError) -> None:
+        if isinstance(error, BrokenPipeError):
+            raise SystemExit(EXIT_UNREAD) from error
+        why = getattr(error, "strerror", None) or error
+        raise FastarError(f"the output cannot be written ({why}); files of a run are not touched by this") from error
+
+
+def forgiving(stream: TextIO | None) -> TextIO:
+    """`stream`, silent from its first failure on; None (its descriptor was closed) is silent from the start."""
+    return cast(TextIO, _Forgiving(stream))
+
+
+@contextmanager
+def streams() -> Iterator[None]:
+    """Around a command: what cannot be written to stdout ends it in one line (quietly where nobody reads on), and
+    nothing that stays unwritten is met again by Python when it ends.
+
+    Standard descriptors that are closed are opened on nothing, so that no file of the command's gets their numbers,
+    which C libraries write to.
+    """
+    for number in (0, 1, 2):
+        try:
+            os.fstat(number)
+        except OSError:  # the lowest that is free is this one; stdout's takes nothing, since somebody must hear of it
+            os.set_inheritable(os.open(os.devnull, os.O_WRONLY if number == 2 else os.O_RDONLY), True)
+    given = sys.stdout, sys.stderr
+    if sys.stdout is None:
+        sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
+    if sys.stderr is None:
+        sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that is not UTF-8, a ± where output is ASCII
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        with redirect_stdout(cast(TextIO, _Result(sys.stdout))):
+            yield
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            _settle(stream)
+        sys.stdout, sys.stderr = given
+
+
+def _settle(stream: TextIO) -> None:
+    try:
+        stream.flush()
+    except (OSError, ValueError):  # was said, or cannot be; Python would try once more when it ends, and exit with 120
+        with suppress(OSError, ValueError):
+            nothing = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nothing, stream.fileno())
+            os.close(nothing)
+
+
+def say(line: str) -> None:
+    """One line on stderr, where that can be written."""
+    print(printable(line), file=forgiving(sys.stderr), flush=True)
+
+
+def unexpected(error: BaseException, folder: Path | None = None) -> str:
+    """One line to say of a defect; its traceback goes to a file in `folder`, else a temporary one, else to stderr."""
+    found = f"unexpected error: {type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(": ")
+    text = "".join(traceback.format_exception(error))
+    for place in (folder, None):
+        if place is not None and not place.is_dir():
+            continue
+        try:
+            number, path = tempfile.mkstemp(prefix="fastar-traceback-", suffix=".txt", dir=place)
+            with open(number, "w", encoding="utf-8", errors="backslashreplace") as file:
+                file.write(f"fastar {__version__}, Python {sys.version}\n{sys.argv}\n\n{text}")
+            return f"{found}; the traceback is in {path}; please report it"
+        except OSError:
+            continue
+    print(text, end="", file=forgiving(sys.stderr))
+    return f"{found}; the traceback is above; please report it"
