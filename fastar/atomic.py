@@ -1,4 +1,4 @@
-"""Files that are either as they were or complete."""
+"""Files that are either as they were or complete, in folders that are still this process's."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from contextlib import suppress
 from pathlib import Path
 
 from fastar.errors import FastarError
+from fastar.lock import check_held
 
 
 def write_atomically(path: Path, data: bytes) -> None:
     """Write `data` so that `path` is either as it was or complete, and survives a power cut.
 
     Raises:
-        FastarError: the disk is full or the folder not writable; nothing is left behind.
+        FastarError: the disk is full or the folder not writable, or it was this process's and is no longer
+            (`check_held`); nothing is left behind.
     """
+    check_held(path)
     # No two writers share it: threads have one process id, and so may processes of two containers or hosts.
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
@@ -24,6 +27,7 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
+        check_held(path)  # again: writing may have taken long
         temporary.replace(path)
     except OSError as error:
         what = f"{path}: cannot be written ({error.strerror}); free space or choose another folder"
@@ -31,3 +35,16 @@ def write_atomically(path: Path, data: bytes) -> None:
     finally:
         with suppress(OSError):  # gone after the rename; else best effort
             temporary.unlink()
+
+
+def delete(path: Path) -> None:
+    """Delete a file, if it is there.
+
+    Raises:
+        FastarError: see `write_atomically`.
+    """
+    check_held(path)
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise FastarError(f"{path}: cannot be deleted ({error.strerror}); delete it or move it away") from error

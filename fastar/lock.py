@@ -14,11 +14,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from fastar.errors import FastarError
+from fastar.json_files import read_object
 
 NAME = "lock.json"
 # A living holder touches its file this often; one on another host that has not for so long is taken for dead.
 TOUCH_SECONDS = 20.0
 DEAD_SECONDS = 120.0
+# Of a lock file's keys, those of whole numbers.
+_NUMBERS = {"started", "device", "inode"}
 
 
 @dataclass(frozen=True)
@@ -80,7 +83,13 @@ def _start_of(pid: int) -> int | None:
 def read_holder(folder: Path) -> Holder | None:
     """Who the lock file of `folder` names; None: no such file, not a whole one, or one that was copied here."""
     try:
-        holder = Holder(**json.loads((folder / NAME).read_text()))
+        found = read_object(folder / NAME)
+        # A file of another version may know less.
+        if any(type(found.get(key)) is not int for key in ("pid", *(found.keys() & _NUMBERS))):
+            return None
+        if not (isinstance(found.get("host"), str) and 0 < found["pid"] < 1 << 31):
+            return None
+        holder = Holder(**found)
         return None if holder.of_another(folder) else holder
     except (OSError, ValueError, TypeError):
         return None
@@ -100,16 +109,83 @@ def _age(folder: Path) -> float:
     probe = folder / f".{NAME}.{os.getpid()}.tmp"
     try:
         touched = (folder / NAME).stat().st_mtime
+    except OSError:
+        return float("inf")
+    try:
         try:
             probe.touch()
             now = probe.stat().st_mtime
         finally:
             probe.unlink(missing_ok=True)
-    except PermissionError:  # somebody else's folder, being listed
+    except OSError:  # somebody else's folder, being listed, or a full disk
         now = time.time()
-    except OSError:
-        return float("inf")
     return now - touched
+
+
+def _is_touched_within(folder: Path, seconds: float) -> bool:
+    """Wait for the lock file to be touched, so long by this process's own clock."""
+    end, first = time.monotonic() + seconds, _stamp(folder)
+    while first is not None and time.monotonic() < end:
+        time.sleep(seconds / 40)
+        now = _stamp(folder)
+        if now != first:
+            return now is not None
+    return False
+
+
+def _stamp(folder: Path) -> tuple[int, int] | None:
+    try:
+        with (folder / NAME).open("rb") as file:  # opened: a network file system may answer `stat` from what it knew
+            there = os.fstat(file.fileno())
+    except OSError:
+        return None
+    return there.st_ino, there.st_mtime_ns
+
+
+@dataclass(frozen=True)
+class _Lease:
+    """A folder that this process holds."""
+
+    folder: Path
+    """Absolute."""
+    handle: int
+    """Of the open folder."""
+    holder: Holder
+
+    def lost(self) -> str | None:
+        """What became of it, for users; None: it is still held."""
+        try:
+            opened, there = os.fstat(self.handle), self.folder.stat()
+            same = (opened.st_dev, opened.st_ino) == (there.st_dev, there.st_ino)
+        except OSError:
+            same = False
+        if not same:
+            return (
+                f"{self.folder}: moved, deleted or replaced while it was in use; nothing more is written; move it back "
+                "and run the same command, or choose another --out"
+            )
+        now = read_holder(self.folder)
+        if now == self.holder:
+            return None
+        who = f"taken over by another fastar ({now})" if now else f"its {NAME} is gone: taken over, or deleted by hand"
+        return f"{self.folder}: {who} while this one stood still; this one writes nothing more; wait, or choose --out"
+
+
+_leases: list[_Lease] = []
+
+
+def check_held(path: Path) -> None:
+    """Raise FastarError if `path` lies in a folder that this process holds no longer, though it began to.
+
+    Asked before anything is written or deleted there: a process that stood still (a stopped machine, a network file
+    system that hangs) does not know that another one has taken its folder over.
+    """
+    for lease in reversed(_leases):
+        if Path(os.path.abspath(path)).is_relative_to(lease.folder):
+            lost = lease.lost()
+            if lost is not None:
+                raise FastarError(lost)
+            return
 
 
 @contextmanager
@@ -117,11 +193,12 @@ def hold(folder: Path, say: Callable[[str], None] = lambda line: None) -> Iterat
     """Hold `folder` for this process until the block ends.
 
     The kernel's lock on the folder decides where the file system has one; it goes with the process. The lock file says
-    who holds it, to people and to hosts that do not share the kernel's lock, and is all where there is none.
+    who holds it, to people and to hosts that do not share the kernel's lock, and is all where there is none. Clocks of
+    hosts differ: a holder on another host is taken for dead only if its file is not touched while this process waits.
 
     Args:
         folder: it exists.
-        say: told when the lock of a process that has ended is taken over.
+        say: told when another host's lock is watched, and when one is taken over.
 
     Raises:
         FastarError: another process holds it (named), or the lock cannot be written.
@@ -138,23 +215,29 @@ def hold(folder: Path, say: Callable[[str], None] = lambda line: None) -> Iterat
             gone = holder.gone()
             if gone is None:
                 age = _age(folder)
-                if age < DEAD_SECONDS:
+                if -TOUCH_SECONDS < age < DEAD_SECONDS:
                     raise FastarError(
                         f"{folder}: in use by another fastar ({holder}, seen {max(age, 0):.0f} s ago); wait for it or "
                         f"choose --out; if it is gone, try again in {DEAD_SECONDS - max(age, 0):.0f} s"
                     )
+                seconds = 2 * TOUCH_SECONDS if age > 0 else DEAD_SECONDS
+                say(f"{folder}: watching for {seconds:.0f} s whether {holder} is still there")
+                if _is_touched_within(folder, seconds):
+                    raise FastarError(f"{folder}: in use by another fastar ({holder}); wait for it or choose --out")
             elif not gone and guarded is None and holder.pid != os.getpid():
                 raise FastarError(f"{folder}: in use by another fastar ({holder}); wait for it or choose --out")
             say(f"{folder}: {holder} held it and is gone; going on")
-        mine = Holder.here(folder)
-        _write(folder, mine)
-        with _touched(folder / NAME):
-            try:
+        lease = _Lease(Path(os.path.abspath(folder)), handle, Holder.here(folder))
+        _write(folder, lease.holder)
+        _leases.append(lease)
+        try:
+            with _touched(lease):
                 yield
-            finally:
-                if read_holder(folder) == mine:
-                    with suppress(OSError):  # a folder that is gone, or has become read-only
-                        (folder / NAME).unlink()
+        finally:
+            _leases.remove(lease)
+            if lease.lost() is None:
+                with suppress(OSError):  # a folder that has become read-only
+                    (folder / NAME).unlink()
     finally:
         os.close(handle)
 
@@ -184,14 +267,15 @@ def _flock(handle: int) -> bool | None:
 
 
 @contextmanager
-def _touched(file: Path) -> Iterator[None]:
-    """Inside, a thread touches `file` every now and then."""
+def _touched(lease: _Lease) -> Iterator[None]:
+    """Inside, a thread touches the lock file every now and then, as long as it is this process's."""
     done = threading.Event()
 
     def touch() -> None:
         while not done.wait(TOUCH_SECONDS):
-            with suppress(OSError):
-                os.utime(file)
+            if lease.lost() is None:
+                with suppress(OSError):
+                    os.utime(lease.folder / NAME)
 
     thread = threading.Thread(target=touch, name="lock", daemon=True)
     thread.start()

@@ -12,13 +12,14 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 ORDER = (
     ("kernels",),
-    ("errors", "seeds", "stopping"),
+    ("errors", "json_files", "seeds", "stopping"),
     ("boundary",),
     ("progress",),
     ("recipes", "scales"),
     ("config",),
-    ("atomic", "states"),
-    ("checkpoints", "figures", "lock"),
+    ("lock", "states"),
+    ("atomic",),
+    ("checkpoints", "figures"),
     ("runs",),
     ("devices", "precision", "memory", "footprint", "parts"),
     ("graphs",),

@@ -1,0 +1,82 @@
+"""JSON files as they may be found on disk: an object of finite numbers, or an error that says what is wrong with them."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+DEPTH = 64
+"""Deeper than anything that fastar writes, and far from Python's own limit."""
+LARGEST = 10**300
+"""Of whole numbers: a float holds them."""
+FORMAT = 2
+"""Of files with a digest of their own content; files without a format are of older versions, and have none."""
+
+
+def parse_object(text: bytes) -> dict[str, Any]:
+    """The object that `text` holds.
+
+    Raises:
+        ValueError: not JSON in UTF-8, something else than an object, or nesting and numbers that fastar never writes.
+    """
+    try:
+        content = json.loads(text.decode("utf-8"))
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"an object is expected, not {type(content).__name__}")  # noqa: TRY004 (of a file's content)
+    layer: list[Any] = [content]
+    for _ in range(DEPTH):
+        values = [value for outer in layer for value in (outer.values() if isinstance(outer, dict) else outer)]
+        for value in values:
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"the number {value} in it")
+            if isinstance(value, int) and abs(value) > LARGEST:
+                raise ValueError("a number of hundreds of digits in it")
+        layer = [value for value in values if isinstance(value, dict | list)]
+        if not layer:
+            return content
+    raise ValueError("nested too deeply")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The object in the JSON file `path`.
+
+    Raises:
+        OSError: it cannot be read, or is no file.
+        ValueError: see `parse_object`.
+    """
+    if path.exists() and not path.is_file():  # a pipe would be waited for
+        raise OSError(errno.EINVAL, "not a file", str(path))
+    return parse_object(path.read_bytes())
+
+
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """`content` and a digest of it, for a file; `unsealed` is the way back."""
+    whole = json.loads(json.dumps({"format": FORMAT, **content}))  # as it will be read
+    return {**whole, "digest": _digest(whole)}
+
+
+def unsealed(content: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
+    """What was sealed, and whether it had a digest: a file of an older version has none.
+
+    Raises:
+        ValueError: the content is not what the digest is of.
+    """
+    rest = dict(content)
+    digest = rest.pop("digest", None)
+    if digest is None and "format" not in rest:
+        return rest, False
+    if digest != _digest(rest):
+        raise ValueError("its content is not what was written")
+    rest.pop("format", None)
+    return rest, True
+
+
+def _digest(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
