@@ -275,7 +275,7 @@ def train_star_command(
     )
 
     from fastar.experiments.finished import finished_results
-    from fastar.report import barrier_picture, results_table, speed_lines, statistics_lines
+    from fastar.report import barrier_picture, check_results, results_table, speed_lines, statistics_lines
     from fastar.runs import RunFolder
 
     run, progress = RunFolder(_run_folder(out, settings, dataset, arch, config, scale)), _progress(quiet or as_json)
@@ -284,6 +284,7 @@ def train_star_command(
         from fastar.experiments.star_domain import train_star
 
         results = train_star(settings, run.path, progress, profile=profile)
+    check_results(results, run.results)
     if not run.is_drawn():
         barrier_picture(results, run.picture)
     if as_json:
@@ -634,8 +635,11 @@ def report_command(
 
     _folders.append(folder)
     run = RunFolder(folder)
-    results = run.read_results()
+    said: list[str] = []
+    results = run.read_results(said.append)
     check_results(results, run.results)
+    for line in said:
+        _progress(as_json).line(line)
     barrier_picture(results, run.picture)
     if as_json:
         print(json.dumps(results))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import struct
 import time
 from collections.abc import Iterable, Mapping
@@ -16,9 +17,12 @@ from typing import Any
 from fastar.atomic import write_atomically
 from fastar.config import FiguresSettings
 from fastar.errors import FastarError
+from fastar.json_files import read_object
+from fastar.lock import check_held
 
 # Folders of event files end in these numbers, one more with every attempt; TensorBoard reads them in this order.
 _EVENTS = "events.out.tfevents."
+_NUMBERED = re.compile(r"events\.out\.tfevents\.([0-9]{10,})")
 
 
 def _crc_table() -> list[int]:
@@ -105,12 +109,13 @@ class EventFile:
         Raises:
             FastarError: the file cannot be written.
         """
+        check_held(self._folder)
         record = event(step=step, scalars=figures)
         try:
             if self._handle is None:
                 self._folder.mkdir(parents=True, exist_ok=True)
-                before = sorted(self._folder.glob(f"{_EVENTS}*"))
-                number = int(before[-1].name.removeprefix(_EVENTS)) + 1 if before else 0
+                before = [int(found[1]) for name in os.listdir(self._folder) if (found := _NUMBERED.fullmatch(name))]
+                number = max(before, default=-1) + 1
                 path = self._folder / f"{_EVENTS}{number:010d}"
                 self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o666)
                 start = event(step=step, starts=True) if before else b""
@@ -146,8 +151,8 @@ class WandbRun:
         self._file = folder / "wandb.json"
         self._sent: dict[str, int] = {}
         identity = None
-        with suppress(OSError, ValueError, TypeError, KeyError):
-            kept = json.loads(self._file.read_text())
+        with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+            kept = read_object(self._file)
             identity, self._sent = str(kept["id"]), {str(name): int(step) for name, step in kept["sent"].items()}
         try:
             self._run = wandb.init(

@@ -1,4 +1,4 @@
-"""JSON files as they may be found on disk: an object of finite numbers, or an error that says what is wrong with them."""
+"""JSON files as they may be found on disk: an object of finite numbers, or an error that says what is wrong."""
 
 from __future__ import annotations
 
@@ -28,8 +28,10 @@ def parse_object(text: bytes) -> dict[str, Any]:
         content = json.loads(text.decode("utf-8"))
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
+    except ValueError as error:
+        raise ValueError(f"not valid JSON: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
-        raise ValueError(f"an object is expected, not {type(content).__name__}")  # noqa: TRY004 (of a file's content)
+        raise ValueError(f"an object was expected, not {type(content).__name__}")
     layer: list[Any] = [content]
     for _ in range(DEPTH):
         values = [value for outer in layer for value in (outer.values() if isinstance(outer, dict) else outer)]

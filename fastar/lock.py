@@ -174,18 +174,21 @@ class _Lease:
 _leases: list[_Lease] = []
 
 
-def check_held(path: Path) -> None:
-    """Raise FastarError if `path` lies in a folder that this process holds no longer, though it began to.
+def lost(path: Path) -> str | None:
+    """What became of the folder around `path` that this process began to hold; None: still held, or none of its own."""
+    whole = Path(os.path.abspath(path))
+    return next((lease.lost() for lease in reversed(_leases) if whole.is_relative_to(lease.folder)), None)
 
-    Asked before anything is written or deleted there: a process that stood still (a stopped machine, a network file
+
+def check_held(path: Path) -> None:
+    """Raise FastarError if `path` lies in a folder that this process has begun to hold, and has lost.
+
+    Asked before anything there is written or deleted: a process that stood still (a suspended machine, a network file
     system that hangs) does not know that another one has taken its folder over.
     """
-    for lease in reversed(_leases):
-        if Path(os.path.abspath(path)).is_relative_to(lease.folder):
-            lost = lease.lost()
-            if lost is not None:
-                raise FastarError(lost)
-            return
+    what = lost(path)
+    if what is not None:
+        raise FastarError(what)
 
 
 @contextmanager

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,9 +14,7 @@ from rich.table import Table
 
 from fastar.errors import FastarError
 from fastar.lock import is_held
-from fastar.runs import IN_TRAINING, RunFolder
-
-_CHECKPOINT = re.compile(r"epoch-(\d+)-step-(\d+)\.safetensors")
+from fastar.runs import CHECKPOINT, RunFolder
 
 
 @dataclass(frozen=True)
@@ -27,9 +24,9 @@ class RunOverview:
     run: str
     """Its folder."""
     state: str
-    """running, stopped or finished."""
+    """running, stopped, finished or damaged."""
     where: str
-    """The model in training and its epoch, or what is missing; empty where it is finished."""
+    """The model in training and its epoch, or what is missing or damaged; empty where it is finished."""
     age: float
     """Seconds since something was written."""
     sources: str
@@ -51,54 +48,89 @@ def runs_below(folder: Path) -> list[RunOverview]:
     """
     if not folder.is_dir():
         raise FastarError(f"{folder}: no such folder; give the one that holds your run folders")
-    return sorted((overview(path) for path in _run_folders(folder)), key=lambda run: run.age)
+    return sorted((_told(path) for path in run_folders(folder)), key=lambda run: run.age)
 
 
-def _run_folders(folder: Path) -> Iterator[Path]:
+def run_folders(folder: Path) -> Iterator[Path]:
+    """All run folders in `folder`, and itself if it is one. Other programs call their files config.yaml too."""
     for place, inner, files in os.walk(folder):
-        if "config.yaml" in files and _is_run(Path(place)):
-            yield Path(place)
+        run = RunFolder(Path(place))
+        if "config.yaml" not in files or not run.config.is_file():
+            continue
+        try:
+            saved = run.saved_settings()
+            found = isinstance(saved.get("sources"), Mapping) and isinstance(saved.get("train"), Mapping)
+        except FastarError:
+            found = False
+        if found or run.log_file.is_file() or run.star.is_file():
+            yield run.path
             inner.clear()  # a run holds no runs
 
 
-def _is_run(folder: Path) -> bool:
-    """Other programs call their files config.yaml too."""
+def _told(folder: Path) -> RunOverview:
+    """The run in `folder`, or what is damaged of it: the others are told all the same."""
     try:
-        saved = RunFolder(folder).saved_settings()
-    except FastarError:
-        return False
-    return isinstance(saved.get("sources"), Mapping) and isinstance(saved.get("train"), Mapping)
+        return overview(folder)
+    except (FastarError, OSError) as error:
+        where = " ".join(str(error).removeprefix(f"{folder}{os.sep}").split())
+        age = max(time.time() - _written(folder), 0.0)
+        return RunOverview(str(folder), "damaged", where, age, "-", "-", None, None, None)
 
 
 def overview(folder: Path) -> RunOverview:
-    """Where the run in `folder` stands."""
+    """Where the run in `folder` stands.
+
+    Raises:
+        FastarError: its settings, results or log are damaged.
+    """
     run = RunFolder(folder)
-    settings = run.saved_settings()
+    settings = _settings(run)
     sources, heldout = settings["sources"], settings["sources"].get("heldout", 0)
-    there = {kind: len(list((folder / name).glob("*.safetensors"))) for kind, name in _FOLDERS.items()}
+    there = {kind: len(list((folder / name).glob("seed-*.safetensors"))) for kind, name in _FOLDERS.items()}
     given = sources.get("folder") is not None
-    results = _results(run)
+    running = is_held(folder)
+    results = _results(run, running=running)
     finished = (
         results.get("sources") == sources.get("number")
         and results.get("heldout") == heldout
         and run.star.is_file()
         and there["heldout"] >= heldout
     )
-    running = is_held(folder)
     log = run.read_log()
-    written = [path.stat().st_mtime for path in (run.log_file, run.results, run.config, run.star) if path.is_file()]
+    written = max(_written(path) for path in (run.log_file, run.results, run.config, run.star))
     losses = [entry["loss"] for entry in log if isinstance(entry.get("loss"), float)]
     return RunOverview(
         run=str(folder),
         state="running" if running else "finished" if finished else "stopped",
         where="" if finished and not running else _where(run, settings, log, there, running=running),
-        age=max(time.time() - max(written), 0.0),
+        age=max(time.time() - written, 0.0),
         sources="given" if given else f"{there['source']}/{sources.get('number')}",
         heldout=f"{there['heldout']}/{heldout}",
         loss=losses[-1] if losses else None,
         barrier=_barrier(results),
         star_accuracy=_number(results, "accuracy", "test", "star"),
     )
+
+
+def _settings(run: RunFolder) -> dict[str, Any]:
+    """The settings of a run, those that are looked at here of the right types; older versions may not know all."""
+    settings = run.saved_settings()
+    for section in ("sources", "train", "star"):
+        if not isinstance(settings.setdefault(section, {}), Mapping):
+            raise FastarError(f"{run.config}: {section} is no section of settings; restore it")
+    for section, key in (("sources", "number"), ("sources", "heldout"), ("train", "epochs"), ("star", "epochs")):
+        value = settings[section].get(key)
+        if value is not None and type(value) is not int:
+            raise FastarError(f"{run.config}: {section}.{key}={value!r} is no number; restore it")
+    return settings
+
+
+def _written(path: Path) -> float:
+    """When a file was written to, in seconds since 1970; 0: it is not there, or not any more."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 _FOLDERS = {"source": "sources", "heldout": "heldout"}
@@ -114,20 +146,24 @@ def _where(
 ) -> str:
     """The model in training: a running one's by the log, a stopped one's by its last checkpoint."""
     epochs = settings["train"].get("epochs")
-    star_epochs = settings.get("star", {}).get("epochs") or epochs
+    star_epochs = settings["star"].get("epochs") or epochs
     last = next((entry for entry in reversed(log) if "epoch" in entry and "model" in entry), None)
     if running and last is not None:
         whole = star_epochs if last.get("kind") == "star" else epochs
         if last["epoch"] + 1 != whole:
             return f"{last['model']}, epoch {last['epoch'] + 2} of {whole}"
-    saved = sorted(run.path.glob(f"{IN_TRAINING}/*/epoch-*.safetensors"), key=lambda path: path.stat().st_mtime)
-    found = _CHECKPOINT.fullmatch(saved[-1].name) if saved else None
-    if found:
-        kind, _, number = saved[-1].parent.name.rpartition("-")
-        name = "star" if kind == "star" else f"{kind} {int(number)}"
+    saved = [
+        (_written(path), kind, number, int(found[1]), int(found[2]))
+        for folder, kind, number in run.trainings()
+        for path in folder.glob("epoch-*")
+        if (found := CHECKPOINT.fullmatch(path.name))
+    ]
+    if saved:
+        _, kind, number, done, steps = max(saved)
+        name = "star" if kind == "star" else f"{kind} {number}"
         whole = star_epochs if kind == "star" else epochs
-        step = f", step {int(found[2]) + 1}" if int(found[2]) else ""
-        epoch = min(int(found[1]) + 1, whole)
+        step = f", step {steps + 1}" if steps else ""
+        epoch = min(done + 1, whole or done + 1)
         return f"{name}, epoch {epoch}{step} of {whole}"
     asked = settings["sources"]
     for kind, wanted in (("source", asked.get("number")), ("heldout", asked.get("heldout"))):
@@ -137,18 +173,20 @@ def _where(
     return "star" if not run.star.is_file() else "results"
 
 
-def _results(run: RunFolder) -> dict[str, Any]:
+def _results(run: RunFolder, *, running: bool) -> dict[str, Any]:
     try:
-        return run.read_results()
+        return run.read_results() if run.results.exists() else {}
     except FastarError:
-        return {}
+        if running:  # they are measured anew
+            return {}
+        raise
 
 
 def _number(results: Mapping[str, Any], *keys: str) -> float | None:
     place: Any = results
     for key in keys:
         place = place.get(key) if isinstance(place, Mapping) else None
-    return float(place) if isinstance(place, int | float) else None
+    return float(place) if isinstance(place, int | float) and not isinstance(place, bool) else None
 
 
 def _barrier(results: Mapping[str, Any]) -> float | None:
@@ -168,14 +206,15 @@ def overview_table(runs: Sequence[RunOverview], below: Path) -> Table:
         table.add_column(name, justify="right", no_wrap=True, min_width=widest)
     for run, figures in zip(runs, shown, strict=True):
         name = os.path.relpath(run.run, below)
-        state = f"{run.state} {'in' if run.state == 'running' else 'at'} {run.where}" if run.where else run.state
+        joined = {"running": " in ", "damaged": ": "}.get(run.state, " at ")
+        state = f"{run.state}{joined}{run.where}" if run.where else run.state
         table.add_row(run.run if name == "." else name, state, *figures)
     return table
 
 
 def _figures(run: RunOverview) -> list[str]:
     numbers = ("-" if value is None else _figure(value) for value in (run.loss, run.barrier, run.star_accuracy))
-    return [duration(run.age), f"{run.sources} + {run.heldout}", *numbers]
+    return [duration(run.age), "-" if run.state == "damaged" else f"{run.sources} + {run.heldout}", *numbers]
 
 
 def _figure(value: float) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -42,15 +43,18 @@ def check_results(results: Mapping[str, Any], where: Path) -> None:
             _ = results[split]["regular_loss"]["mean"], results[split]["star_loss"]
             _ = [results[split][kind][key] for kind, _ in ROWS for key in ("mean", "std", "n")]
         _ = [results[key] for key in ("dataset", "arch", "sources", "t")]
-        whole = bool(results["paths"]) and all(
-            len(path[key]) == len(results["t"]) and path["kind"]
-            for path in results["paths"]
-            for key in ("train_loss", "train_accuracy")
+        _ = results_table(results), speed_lines(results), statistics_lines(results)
+        curves = [path[key] for path in results["paths"] for key in ("train_loss", "train_accuracy")]
+        whole = (
+            bool(curves)
+            and all(len(curve) == len(results["t"]) for curve in curves)
+            and all(math.isfinite(value) for curve in (results["t"], *curves) for value in curve)
+            and all(isinstance(path["kind"], str) for path in results["paths"])
         )
-    except (KeyError, TypeError):
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
         whole = False
     if not whole:
-        raise FastarError(f"{where}: not the results of a run, or damaged; run `fastar train-star` again")
+        raise FastarError(f"{where}: not the results of a run, or damaged; delete it and run `fastar train-star` again")
 
 
 def shown(value: Mapping[str, Any] | float | None, digits: int = 3) -> str:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
 import platform
+import re
 import shlex
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import lru_cache
 from importlib import metadata
@@ -16,11 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from fastar import __version__
-from fastar.atomic import write_atomically
+from fastar.atomic import delete, write_atomically
 from fastar.config import Settings, as_override, completed, differences
 from fastar.errors import FastarError
+from fastar.json_files import parse_object, read_object, sealed, unsealed
 from fastar.lock import NAME as LOCK
-from fastar.lock import hold
+from fastar.lock import check_held, hold, lost
 from fastar.progress import SILENT, Progress
 from fastar.recipes import read_yaml
 
@@ -44,6 +48,14 @@ FREE_KEYS = (
 LAST_GOOD = "last-good"
 # Folder of the checkpoints of models in training.
 IN_TRAINING = "in-training"
+# Names of a training's checkpoints (epochs, steps), and of its folder (kind, number). Others are the user's own.
+CHECKPOINT = re.compile(r"epoch-([0-9]{5,})-step-([0-9]{8,})\.safetensors")
+# File of how often a training has gone back, and where to.
+RETRY = "retry.json"
+_TRAINING = re.compile(r"(source|heldout|star)-([0-9]{4,})")
+_TEMPORARY = re.compile(r"\..+\.[0-9]+(-[0-9a-f]{8})?\.tmp")
+_CHECKSUM = re.compile(r"[0-9a-f]{8}")
+_CONFIG_DIGEST = "# digest: "
 
 
 class RunFolder:
@@ -102,6 +114,11 @@ class RunFolder:
         """Folder of the checkpoints of a model while it is trained."""
         return self.path / IN_TRAINING / f"{kind}-{index:04d}"
 
+    def trainings(self) -> list[tuple[Path, str, int]]:
+        """Folders of models in training, each with the model's kind and number."""
+        found = ((path, _TRAINING.fullmatch(path.name)) for path in (self.path / IN_TRAINING).glob("*"))
+        return [(path, name[1], int(name[2])) for path, name in found if name and path.is_dir()]
+
     def last_good(self, kind: str, index: int) -> Path:
         """File of what was left of a model whose training became NaN or infinite."""
         return self.path / LAST_GOOD / f"{kind}-{index:04d}.safetensors"
@@ -129,10 +146,12 @@ class RunFolder:
                 self._remove_debris()
                 new = not self.config.exists()
                 try:
-                    write_atomically(self.config, settings.to_yaml().encode())
+                    text = settings.to_yaml()
+                    write_atomically(self.config, f"{text}{_CONFIG_DIGEST}{_digest(text)}\n".encode())
                     yield self
                 except BaseException:
-                    nothing_done = new and not self.log_file.exists() and not self._has_models()
+                    undone = new and not self.log_file.exists() and not self._has_models()
+                    nothing_done = undone and lost(self.path) is None
                     raise
         finally:
             if nothing_done:  # leave no trace
@@ -164,12 +183,11 @@ class RunFolder:
         """Delete what killed processes left: of atomic writes (the lock is held: nobody is writing now), and the
         checkpoints of models that were finished meanwhile."""
         for path in self.path.rglob(".*.tmp"):
-            path.unlink(missing_ok=True)
-        folders = list((self.path / IN_TRAINING).glob("*-[0-9]*"))
-        for folder in folders:
-            kind, _, number = folder.name.rpartition("-")
-            if kind in ("source", "heldout", "star") and self.finished(kind, int(number)):
-                remove_folder(folder)
+            if _TEMPORARY.fullmatch(path.name) and path.is_file():
+                delete(path)
+        for folder, kind, number in self.trainings():
+            if self.finished(kind, number):
+                remove_checkpoints(folder)
 
     def _remove_empty(self, made: bool) -> None:
         self.config.unlink(missing_ok=True)
@@ -192,6 +210,7 @@ class RunFolder:
                         f"{self.path}: holds {foreign[0]} but no config.yaml: no run folder; choose another --out"
                     )
                 return
+            self._check_names()
             old = self.saved_settings()
             if not self._has_models():
                 return  # nothing of it was finished: it may become any run
@@ -209,6 +228,17 @@ class RunFolder:
             raise FastarError(
                 f"{self.path}: holds another run ({shown}); choose another --out{taken} or the same settings"
             )
+
+    def _check_names(self) -> None:
+        """Raise FastarError where something else has the name of a file or folder that a run writes."""
+        models = (path for name in ("sources", "heldout") for path in (self.path / name).glob("seed-*.safetensors"))
+        for path in (self.star, self.permutations, self.results, self.picture, self.log_file, *models):
+            if path.exists() and not path.is_file():
+                raise FastarError(f"{path}: is not a file, and the run has one of this name; move it away")
+        for name in ("sources", "heldout", IN_TRAINING, LAST_GOOD, "tensorboard"):
+            path = self.path / name
+            if path.exists() and not path.is_dir():
+                raise FastarError(f"{path}: is not a folder, and the run has one of this name; move it away")
 
     def sources_to_take_over(self) -> tuple[int, str]:
         """How many sources are finished here, and the settings by which another run takes them over, for a shell."""
@@ -239,9 +269,18 @@ class RunFolder:
             raise FastarError(f"{self.config}: holds no settings; restore it or choose another --out")
         return content
 
+    def is_config_whole(self) -> bool | None:
+        """Whether `config.yaml` is as it was written; None: an older fastar wrote it, without a digest."""
+        text = self.config.read_text(encoding="utf-8")
+        settings, found, digest = text.rpartition(_CONFIG_DIGEST)
+        if not found:
+            return None if text.endswith("\n") and "#" not in text else False
+        return digest == f"{_digest(settings)}\n"
+
     def log(self, **entry: Any) -> None:
-        """Append one line to `log.jsonl`."""
-        line = (json.dumps(entry) + "\n").encode()
+        """Append one line to `log.jsonl`, with a checksum as its last value."""
+        check_held(self.log_file)
+        line = (json.dumps({**entry, "checksum": _checksum(entry)}) + "\n").encode()
         try:
             with self.log_file.open("ab+") as file:
                 if file.seek(0, os.SEEK_END):
@@ -253,51 +292,93 @@ class RunFolder:
             what = f"{self.log_file}: cannot be written ({error.strerror}); free space or choose another folder"
             raise FastarError(what) from error
 
+    def log_lines(self) -> list[dict[str, Any] | None]:
+        """All lines of `log.jsonl` that are not empty; None: one that was cut by a kill, or is damaged.
+
+        Raises:
+            FastarError: it cannot be read.
+        """
+        try:
+            lines = self.log_file.read_bytes().splitlines() if self.log_file.is_file() else []
+        except OSError as error:
+            raise FastarError(f"{self.log_file}: cannot be read ({error.strerror}); make it readable") from error
+        return [_entry(line) for line in lines if line.strip()]
+
     def read_log(self) -> list[dict[str, Any]]:
         """All whole lines of `log.jsonl` (what a kill cut is left out)."""
-        entries = []
-        if self.log_file.is_file():
-            for line in self.log_file.read_bytes().splitlines():
-                with suppress(ValueError):  # of JSON and of UTF-8
-                    entry = json.loads(line)
-                    if isinstance(entry, dict):
-                        entries.append(entry)
-        return entries
+        return [entry for entry in self.log_lines() if entry is not None]
 
     def repair_log(self, model: str, epochs: Sequence[Mapping[str, Any]]) -> None:
         """Make the log's epochs of `model` those that its training goes on from: lines of epochs that were done after
         its last checkpoint go (they are done again), lines that a power cut took come back."""
-        entries = self.read_log()
+        lines = self.log_lines()
+        entries = [entry for entry in lines if entry is not None]
         kept = {entry["epoch"]: entry for entry in entries if entry.get("model") == model and "epoch" in entry}
         wanted = [kept.get(entry["epoch"], dict(entry)) for entry in epochs]
-        if list(kept.values()) == wanted and len(kept) == sum(
-            entry.get("model") == model and "epoch" in entry for entry in entries
-        ):
+        once = len(kept) == sum(entry.get("model") == model and "epoch" in entry for entry in entries)
+        if list(kept.values()) == wanted and once and None not in lines:
             return
         others = [entry for entry in entries if entry.get("model") != model or "epoch" not in entry]
-        lines = [json.dumps(entry) + "\n" for entry in [*others, *wanted]]
-        write_atomically(self.log_file, "".join(lines).encode())
+        whole = [json.dumps({**entry, "checksum": _checksum(entry)}) + "\n" for entry in [*others, *wanted]]
+        write_atomically(self.log_file, "".join(whole).encode())
 
     def write_results(self, results: Mapping[str, Any]) -> None:
-        """Write `results.json`, atomically and unrounded."""
-        write_atomically(self.results, (json.dumps(results, indent=1) + "\n").encode())
+        """Write `results.json`, atomically and unrounded, with a digest of it."""
+        write_atomically(self.results, (json.dumps(sealed(results), indent=1) + "\n").encode())
 
-    def read_results(self) -> dict[str, Any]:
-        """What `results.json` holds.
+    def read_results(self, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+        """What was written to `results.json`; `say` is told of results without a digest.
 
         Raises:
             FastarError: missing or damaged.
         """
         try:
-            content = json.loads(self.results.read_text(encoding="utf-8"))
+            results, checked = unsealed(read_object(self.results))
         except OSError as error:
             what = f"{self.results}: no results ({error.strerror}); run `fastar train-star` first"
             raise FastarError(what) from error
         except ValueError as error:
-            raise FastarError(f"{self.results}: not valid JSON ({error}); run `fastar train-star` again") from error
-        if not isinstance(content, dict):
-            raise FastarError(f"{self.results}: holds no results; run `fastar train-star` again")
-        return content
+            raise FastarError(f"{self.results}: holds no results ({error}); run `fastar train-star` again") from error
+        if not checked:
+            say(f"{self.results}: by an older fastar, without a digest, so that damage to it is not seen")
+        return results
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _checksum(entry: Mapping[str, Any]) -> str:
+    return f"{zlib.crc32(json.dumps(entry).encode()):08x}"
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    """The entry in a line of the log; None: not a whole one. Lines of older versions have no checksum."""
+    try:
+        entry = parse_object(line)
+    except ValueError:
+        return None
+    name, checksum = next(reversed(entry.items()), ("", None))
+    if isinstance(checksum, str) and _CHECKSUM.fullmatch(checksum):
+        del entry[name]
+        if name != "checksum" or checksum != _checksum(entry):
+            return None
+    return entry if all(_is_of_kind(name, value) for name, value in entry.items()) else None
+
+
+def _is_of_kind(name: str, value: object) -> bool:
+    """Whether a value of the log is of the type that values of this name have."""
+    if name in ("epoch", "attempt"):
+        return type(value) is int
+    if name in ("loss", "lr", "images", "seconds", "begin_seconds", "peak_bytes"):
+        return _is_number(value)
+    if name in ("parts", "figures"):
+        return isinstance(value, Mapping) and all(_is_number(one) for one in value.values())
+    return isinstance(value, str) if name in ("kind", "model", "reason", "back_to") else True
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def default_run_folder(settings: Settings, *, recipe: str | None = None, scale: str = "full") -> Path:
@@ -307,13 +388,19 @@ def default_run_folder(settings: Settings, *, recipe: str | None = None, scale: 
     return Path("runs") / "-".join([name, *([] if scale == "full" else [scale]), f"seed{settings.seed}"])
 
 
-def remove_folder(folder: Path) -> None:
-    """Delete a folder of files, and the one it is in where that is then empty."""
+def remove_checkpoints(folder: Path) -> None:
+    """Delete the checkpoints of a training, and its folder and the one that it is in where they are then empty."""
     for path in folder.glob("*"):
-        path.unlink(missing_ok=True)
-    for place in (folder, folder.parent):
-        with suppress(OSError):  # something else is in it, or it is not there
-            place.rmdir()
+        if CHECKPOINT.fullmatch(path.name) or path.name == RETRY:
+            delete(path)
+    remove_if_empty(folder)
+    remove_if_empty(folder.parent)
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Delete a folder unless something is in it."""
+    with suppress(OSError):
+        folder.rmdir()
 
 
 @lru_cache(maxsize=1)

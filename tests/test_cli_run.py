@@ -17,6 +17,7 @@ from safetensors import safe_open
 from fastar import checkpoints, report
 from fastar.errors import FastarError
 from fastar.experiments import star_domain
+from fastar.runs import RunFolder
 
 SPREAD = {"mean", "std", "min", "max", "n"}
 SHORT = {"mean", "std", "n"}
@@ -51,7 +52,7 @@ def copied(run: Path, tmp_path: Path) -> Path:
 
 
 def results_of(folder: Path) -> dict[str, Any]:
-    return json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    return RunFolder(folder).read_results()
 
 
 def models(folder: Path) -> dict[str, bytes]:

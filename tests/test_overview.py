@@ -165,9 +165,11 @@ def test_damaged_files_do_not_hide_the_others(runs: Path, tmp_path: Path) -> Non
     (folder / "source" / "log.jsonl").write_bytes(b"\xff{")
     (folder / "old" / "finished" / "results.json").write_text("{")
     found = {Path(run.run).name: run for run in runs_below(folder)}
-    assert set(found) == {"finished", "source", "nothing saved"}
+    assert set(found) == {"finished", "star", "source", "nothing saved"}
     assert found["source"].loss is None
-    assert found["finished"].where == "results"
+    assert found["finished"].state == found["star"].state == "damaged"
+    assert found["finished"].where.startswith("results.json: holds no results (not valid JSON")
+    assert found["star"].where.startswith("config.yaml: not valid YAML")
 
 
 def test_it_does_not_wait_for_torch(runs: Path) -> None:

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastar.atomic import delete
 from fastar.checkpoints import save_checkpoint
 from fastar.config import differences
 from fastar.errors import FastarError
 from fastar.experiments.context import Context
 from fastar.figures import finite
-from fastar.runs import remove_folder
+from fastar.runs import remove_if_empty
 from fastar.seeds import derive_seed
 from fastar.training import Epoch, Good, NonFiniteLoss, Step, StepsProfile, fit, resolve_precision
 from fastar.training.checkpoints import Resumable, Saved, TrainingCheckpoints
@@ -132,14 +132,8 @@ def trained(
     checkpoints.remove()
     last_good = run.last_good(subject.kind, subject.index)
     if last_good.exists():
-        last_good.unlink()
-        remove_folder_if_empty(last_good.parent)
-
-
-def remove_folder_if_empty(folder: Path) -> None:
-    """Delete a folder unless something is in it."""
-    if not any(folder.iterdir()):
-        remove_folder(folder)
+        delete(last_good)
+        remove_if_empty(last_good.parent)
 
 
 def _attempt(

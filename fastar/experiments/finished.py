@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,20 +33,41 @@ def finished_results(settings: Settings, run: RunFolder, progress: Progress = SI
         return None
     if not all(run.finished(kind, index) for kind, number in numbers.items() for index in range(number)):
         return None
-    trained_on = read_metadata(run.star).get("dataset_digest")
+    metadata = read_metadata(run.star)
+    check_permutations(run, metadata)
+    trained_on = metadata.get("dataset_digest")
     return kept_results(run, measured_digest(settings, run, str(trained_on)), progress)
 
 
 def kept_results(run: RunFolder, measured: str, progress: Progress = SILENT) -> dict[str, Any] | None:
     """What `results.json` holds, if it is of what has the digest `measured`; `progress` is told."""
     try:
-        results = run.read_results()
+        heard: list[str] = []
+        results = run.read_results(heard.append)
     except FastarError:  # none, or damaged: they are measured again, and written anew
         return None
     if results.get("measured") != measured:
         return None
+    for line in heard:
+        progress.line(line)
     progress.line(f"{run.path}: finished already; these are its results")
     return results
+
+
+def check_permutations(run: RunFolder, star: Mapping[str, Any]) -> None:
+    """Raise FastarError unless the permutations are those that the star (`star`: its metadata) was trained with.
+
+    Those of older versions do not say which star they belong to, and pass.
+    """
+    of = read_metadata(run.permutations)
+    if "star" not in of:
+        return
+    sources = star.get("recipe", {}).get("sources")
+    if (of["star"], of.get("sources")) != (stored_digest(run.star), sources):
+        raise FastarError(
+            f"{run.permutations}: belongs to another star than {run.star.name}; restore the one that was written with "
+            "it, or delete it to train the star again"
+        )
 
 
 def measured_digest(settings: Settings, run: RunFolder, data: str) -> str:
@@ -78,7 +100,7 @@ def given_paths(folder: Path, count: int) -> list[Path]:
     """
     if not folder.is_dir():
         raise FastarError(f"sources.folder={folder}: no such folder")
-    paths = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES)
+    paths = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file())
     if len(paths) < count:
         raise FastarError(
             f"{folder}: holds {len(paths)} checkpoints, sources.number={count} asks for more; add some or lower it"

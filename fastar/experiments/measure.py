@@ -272,17 +272,22 @@ def epoch_seconds(log: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
     def mean(values: list[float]) -> float | None:
         return statistics.fmean(values) if values else None
 
-    star = _star_epochs(log)
+    star = _epochs(log, "star", {"seconds", "begin_seconds"})
     return {
-        "regular_epoch": median([e["seconds"] for e in log if e.get("kind") in ("source", "heldout")]),
+        "regular_epoch": median([e["seconds"] for e in _epochs(log, "regular", {"seconds"})]),
         "star_epoch": mean([e["seconds"] + e["begin_seconds"] for e in star]),
         "matching_per_epoch": mean([e["begin_seconds"] for e in star]),
     }
 
 
-def _star_epochs(log: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    star = [entry for entry in log if entry.get("kind") == "star"]
-    return star[max((i for i, entry in enumerate(star) if entry["epoch"] == 0), default=0) :]
+def _epochs(log: Sequence[Mapping[str, Any]], kind: str, needed: set[str]) -> list[Mapping[str, Any]]:
+    """The epochs of regular models, or of the star's last attempt, of which the log knows what is needed."""
+    kinds = ("star",) if kind == "star" else ("source", "heldout")
+    found = [entry for entry in log if entry.get("kind") in kinds and needed <= entry.keys()]
+    if kind == "star":
+        found = [entry for entry in found if "epoch" in entry]
+        found = found[max((i for i, entry in enumerate(found) if entry["epoch"] == 0), default=0) :]
+    return found
 
 
 def speed(log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -290,9 +295,8 @@ def speed(log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     (matching, load, augment, interpolate, forward, backward, update, other), and what limits the steps. Null where the
     log does not know."""
     found: dict[str, Any] = {}
-    regular = [entry for entry in log if entry.get("kind") in ("source", "heldout")]
-    for kind, epochs in (("regular", regular), ("star", _star_epochs(log))):
-        known = [entry for entry in epochs if entry.get("parts")]
+    for kind in ("regular", "star"):
+        known = [entry for entry in _epochs(log, kind, {"images", "begin_seconds"}) if entry.get("parts")]
         took: dict[str, float] = {"matching": sum(e["begin_seconds"] for e in known)} if kind == "star" else {}
         for entry in known:
             for name, seconds in entry["parts"].items():

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastar.atomic import delete, write_atomically
 from fastar.checkpoints import Checkpoint, load_checkpoint, load_into, read_metadata, save_checkpoint, tensors_digest
 from fastar.config import MatchingSettings
 from fastar.errors import FastarError
@@ -15,6 +16,7 @@ from fastar.evaluation import evaluate_rows, re_estimate
 from fastar.evaluation.batch_norm import set_statistics
 from fastar.experiments.attempts import Prepared, Subject, attempt_seed, trained
 from fastar.experiments.context import MEASURE_WITH_LESS, Context, within_memory
+from fastar.experiments.finished import check_permutations
 from fastar.experiments.regular import check_recipe, recipe, save_model
 from fastar.matching import (
     GiveExamples,
@@ -194,6 +196,7 @@ def star_model(
     stored = dict(load_checkpoint(permutations_file).state)
     if stored.pop("matched", None) is None:
         raise FastarError(f"{permutations_file}: holds no permutations; delete it and run the same command again")
+    check_permutations(run, star.metadata)
     return star, Permutations.from_dict(stored) if stored else None
 
 
@@ -261,8 +264,8 @@ def _train(
             if found is None:  # it was long enough, but went back to where too few steps were left
                 context.progress.line(f"--profile {profile.steps}: not seen, as the training had to go back")
             else:
-                run.profile("parts.txt").write_text(found.table(profile.steps) + "\n", encoding="utf-8")
-                run.profile("operations.txt").write_text(found.operations + "\n", encoding="utf-8")
+                write_atomically(run.profile("parts.txt"), (found.table(profile.steps) + "\n").encode())
+                write_atomically(run.profile("operations.txt"), (found.operations + "\n").encode())
         step, matcher = done.prepared.step, done.prepared.parts.get("matching")
         assert isinstance(step, StarStep)
         trained_state = step.state()
@@ -281,12 +284,12 @@ def _train(
             row = context.row(Checkpoint(model.state_dict()))
             own, called = [statistics] if statistics else None, ["the star"]
             measured = evaluate_rows(model, context.layout, row[None], context.splits(), statistics=own, called=called)
-        run.star.unlink(missing_ok=True)  # one whose permutations are missing: it is not to be found with these
+        delete(run.star)  # one whose permutations are missing: it is not to be found with these
         # Written first: a star without its permutations would be measured against other ones than it was trained with.
         save_checkpoint(
             run.permutations,
             {**permutations, "matched": torch.tensor(int(matched), dtype=torch.int64, device="cpu")},
-            {"kind": "matching"},
+            {"kind": "matching", "star": tensors_digest(model.state_dict()), "sources": wanted["sources"]},
         )
         save_model(context, subject, model.state_dict(), measured, done)
 

@@ -13,17 +13,16 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fastar.atomic import write_atomically
+from fastar.atomic import delete, write_atomically
 from fastar.checkpoints import load_checkpoint, read_metadata, save_checkpoint
 from fastar.config import CheckpointSettings
 from fastar.errors import FastarError
-from fastar.runs import remove_folder
+from fastar.json_files import read_object, sealed, unsealed
+from fastar.runs import CHECKPOINT, RETRY, remove_checkpoints
 
 FORMAT = 1
 # Beside the best: the newest may be damaged.
 KEPT = 2
-# File of how often a training has gone back, and where to.
-RETRY = "retry.json"
 
 
 class Resumable(Protocol):
@@ -98,7 +97,7 @@ class TrainingCheckpoints:
 
     def paths(self) -> list[Path]:
         """The checkpoints that are there, the oldest first."""
-        return sorted(self.folder.glob("epoch-*.safetensors"))
+        return sorted(path for path in self.folder.glob("epoch-*") if CHECKPOINT.fullmatch(path.name))
 
     def newest(self) -> Saved | None:
         """The newest whole checkpoint; damaged ones after it are deleted. None: there is none.
@@ -133,14 +132,16 @@ class TrainingCheckpoints:
             FastarError: the file cannot be written.
         """
         content = {"recipe": self._recipe, "attempt": self.attempt, "back_to": self.back_to}
-        write_atomically(self.folder / RETRY, (json.dumps(content) + "\n").encode())
+        write_atomically(self.folder / RETRY, (json.dumps(sealed(content)) + "\n").encode())
 
     def recall(self, saved: Saved | None) -> None:
         """Take `attempt` and `back_to` from what was written down for this recipe, or from `saved` if that is later."""
         self.attempt, self.back_to = (0 if saved is None else saved.attempt), None
         try:
-            content = json.loads((self.folder / RETRY).read_text(encoding="utf-8"))
-            attempt, back_to, of = int(content["attempt"]), content["back_to"], content["recipe"]
+            content, _ = unsealed(read_object(self.folder / RETRY))
+            attempt, back_to, of = content["attempt"], content["back_to"], content["recipe"]
+            if type(attempt) is not int or not isinstance(back_to, str | None):
+                raise TypeError("attempt is to be a number, back_to a name")
         except FileNotFoundError:
             return
         except (OSError, ValueError, TypeError, KeyError) as error:
@@ -224,12 +225,12 @@ class TrainingCheckpoints:
 
     def drop(self, path: Path) -> None:
         """Delete one checkpoint."""
-        path.unlink(missing_ok=True)
+        delete(path)
         self._known_losses().pop(path, None)
 
     def remove(self) -> None:
         """Delete all: the model is finished."""
-        remove_folder(self.folder)
+        remove_checkpoints(self.folder)
 
     def _known_losses(self) -> dict[Path, float]:
         if self._losses is None:
