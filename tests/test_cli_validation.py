@@ -96,7 +96,7 @@ def test_barrier_knows_the_split_from_the_model(run: Path, data: Path) -> None:
 def test_a_report_shows_the_column_again_and_misses_it_where_it_is_damaged(run: Path, tmp_path: Path) -> None:
     copy = shutil.copytree(run, tmp_path / "run")
     assert "validation" in fastar("report", copy).out
-    results = json.loads((copy / "results.json").read_text())
+    results = RunFolder(copy).read_results()  # without a digest, as older versions wrote them
     del results["validation"]["star_loss"]
     (copy / "results.json").write_text(json.dumps(results))
     assert "not the results of a run" in refused("report", copy)
