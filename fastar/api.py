@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -13,10 +14,25 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedParameter
 from torch.utils._pytree import tree_map_only
 
-from fastar.batches import Data, batches_of, copy_of, in_float, labelled
+from fastar.batches import (
+    Batches,
+    Data,
+    batches_of,
+    check_labels,
+    check_loss,
+    check_network,
+    classes_of,
+    copy_of,
+    float_copy,
+    in_float,
+    labelled,
+    tried,
+)
 from fastar.config import MatchingSettings, matching_settings
 from fastar.errors import FastarError
 from fastar.evaluation import Endpoint, Path, evaluate_paths
+from fastar.evaluation.batch_norm import batch_norm_layers, joined, layer_of_single_values, own_statistics
+from fastar.evaluation.ends import check_end, outputs_of
 from fastar.flat import FlatLayout
 from fastar.matching import (
     ExampleInputs,
@@ -31,6 +47,8 @@ from fastar.matching import (
     symmetry_by_settings,
 )
 from fastar.matching import match_many as match_states
+from fastar.matching.forwards import Batch
+from fastar.matching.symmetry import Member
 from fastar.progress import SILENT, Progress
 from fastar.states import check_state_of
 
@@ -92,13 +110,14 @@ def match(
     source = model_b.state_dict()
     check_state_of(model_a, source, "model_b")
     symmetry = _symmetry(model_a, example_inputs, settings, spec, allow_partial)
+    _check_ties(symmetry, model_a, "model_a")
     _check_ties(symmetry, model_b, "model_b")
     result = match_by_settings(
         settings,
         symmetry,
         model_a.state_dict(),
         {name: source[name][None].to(device) for name in symmetry.parameters},
-        examples=_examples(model_a, data, method),
+        examples=_examples(model_a, data, settings),
         seed=seed,
         progress=progress,
     )
@@ -153,6 +172,8 @@ def match_many(
         FastarError: as `match`; too few models, or a centre that is missing or not needed.
     """
     settings = matching_settings({"method": method, **options})
+    if isinstance(models, nn.Module) or not isinstance(models, Sequence):
+        raise FastarError(f"models is a {type(models).__name__}: give a list of networks")
     if not models:
         raise FastarError("there are no models to match: give at least two")
     first = models[0] if centre is None else centre
@@ -162,7 +183,10 @@ def match_many(
     states = [model.state_dict() for model in models]
     for n, state in enumerate(states):
         check_state_of(first, state, f"models[{n}]")
+        if to != "pairwise":
+            _check_equal_ties(first, state, f"models[{n}]", "the network that their average is")
     symmetry = _symmetry(first, example_inputs, settings, spec, allow_partial)
+    _check_ties(symmetry, first, "models[0]" if centre is None else "centre")
     for n, model in enumerate(models):
         _check_ties(symmetry, model, f"models[{n}]")
     result = match_states(
@@ -171,7 +195,7 @@ def match_many(
         to=to,
         centre=None if centre is None else centre.state_dict(),
         settings=settings,
-        examples=_examples(first, data, method),
+        examples=_examples(first, data, settings),
         rounds=rounds,
         seed=seed,
         progress=progress,
@@ -205,22 +229,38 @@ def _symmetry(
     return symmetry_by_settings(settings, twin, inputs, allow_partial=allow_partial)
 
 
-def _examples(model: nn.Module, data: Data | None, method: str) -> Callable[[], Examples]:
+def _examples(model: nn.Module, data: Data | None, settings: MatchingSettings) -> Callable[[], Examples]:
     """What methods that look at data see: the first batches."""
+    method = settings.method
 
     def examples() -> Examples:
         if data is None:
             raise FastarError(f"method={method!r} needs data: give (inputs, labels) batches as data")
-        found = list(islice(batches_of(data, _device(model, "the model"), "data")(), EXAMPLE_BATCHES))
+        device = _device(model, "the model")
+        found = list(islice(batches_of(data, device, "data")(), EXAMPLE_BATCHES))
         if not found:
             raise FastarError(f"method={method!r} needs data, and there is no batch in what was given as data")
+        if all(parameter.dtype == torch.float32 for parameter in model.parameters()):
+            twin, floats = float_copy(model, device), list(in_float(lambda: iter(found))())
+            (inputs, labels), *_ = floats
+            outputs_of(twin, inputs, "the model, on data,")
+            if method == "sinkhorn":  # by its losses
+                for inputs, labels in floats:
+                    check_loss(outputs_of(twin, inputs, "the model, on data,"), labels, "data")
+            if labels.ndim and layer_of_single_values(twin, inputs, len(labels)) is not None:
+                found = list(joined(found))
         return Examples(model, found)
 
     return examples
 
 
 def _device(model: nn.Module, name: str) -> torch.device:
-    """Where the parameters of a network are."""
+    """Where the parameters of a network are.
+
+    Raises:
+        FastarError: it is no network, or one without weights.
+    """
+    check_network(model, name)
     first = next(model.parameters(), None)
     if any(isinstance(parameter, UninitializedParameter) for parameter in model.parameters()):
         raise FastarError(f"{name} has parameters without a shape yet: run one batch through its lazy modules first")
@@ -235,13 +275,26 @@ def _device(model: nn.Module, name: str) -> torch.device:
 
 def _check_ties(symmetry: Symmetry, model: nn.Module, name: str) -> None:
     """A FastarError where `model` ties parameters that the symmetry moves apart: one tensor cannot move in two ways."""
-    first: dict[int, str] = {}
+    moves: dict[str, set[tuple[str, Member]]] = {}
+    for group in symmetry.groups:
+        for member in group.members:
+            moves.setdefault(member.tensor, set()).add((group.name, replace(member, tensor="")))
+    first: dict[object, str] = {}
+    in_memory: dict[object, str] = {}
     for own, parameter in model.named_parameters(remove_duplicate=False):
         owner = first.setdefault(id(parameter), own)
         if symmetry.tied.get(own, own) != symmetry.tied.get(owner, owner):
             raise FastarError(
                 f"{name}: {own!r} and {owner!r} are one tensor, but two in the model that the groups were derived "
                 "from: tie them in both or in neither"
+            )
+        if not parameter.numel():
+            continue
+        other = in_memory.setdefault((parameter.device, parameter.data_ptr()), own)
+        if moves.get(own) != moves.get(other):
+            raise FastarError(
+                f"{name}: {own!r} and {other!r} are two parameters that share memory, and would have to move in two "
+                "ways: tie them by using one nn.Parameter twice"
             )
 
 
@@ -258,6 +311,12 @@ def apply(permutations: Permutations, model: nn.Module, *, symmetry: Symmetry | 
     Raises:
         FastarError: another architecture than the one that was matched, or no groups.
     """
+    if not isinstance(permutations, Permutations):
+        raise FastarError(
+            f"permutations are a {type(permutations).__name__}: give what fastar.match returned, or one of "
+            "`permutations` of fastar.match_many"
+        )
+    check_network(model, "model")
     if symmetry is None:
         if not isinstance(permutations, Matched):
             raise FastarError("these permutations do not know their groups: give symmetry=matched.symmetry")
@@ -300,8 +359,11 @@ def barrier(
     """The loss barrier between two models of one architecture, as they are (paper, eq. 10).
 
     Models are evaluated in float32 on the device of `model_a`, whatever their dtype and that of their inputs; neither
-    is changed. Batch-norm statistics are re-estimated at every point, ends included (paper, appendix B.3); all other
-    buffers have to be equal, since nothing says what they are between two models.
+    is changed. Parameters are interpolated; batch-norm statistics are re-estimated at every point, ends included
+    (paper, appendix B.3). All else that a model computes with has to be the same in both, since nothing says what it is
+    between two models. Other buffers are compared, also those that no state dict has (`persistent=False`). The rest
+    (tensors and numbers that are plain attributes, kinds of layers, caches) is held by running each model once, on the
+    first batch and with its own batch-norm statistics, beside the network that stands for it at its end of the path.
 
     Args:
         model_a: at t = 0; its forward takes a batch of inputs and returns logits [batch, classes]. Labels are whole
@@ -309,46 +371,96 @@ def barrier(
         model_b: at t = 1.
         data: what losses are measured on.
         points: equispaced values of t, ends included.
-        statistics_data: what batch-norm statistics are taken from, best the training data, shuffled; None: `data`.
+        statistics_data: what batch-norm statistics are taken from, best the training data, shuffled; None: `data`. A
+            batch of one sample that a layer could not take a variance of is joined to the one before it.
 
     Raises:
-        FastarError: another architecture or other buffers, fewer than 2 points, no data or data of one pass only,
-            outputs that are not logits, labels that do not fit them, a loss that is not finite.
+        FastarError: no networks, another architecture or other buffers, an end of the path that does not compute what
+            its model does, a model that draws random numbers in evaluation mode, fewer than 2 points, no data or data
+            of one pass only, inputs that the forward does not take, outputs that are not logits, labels that do not fit
+            them, a loss that is not finite.
     """
-    if points < 2:
-        raise FastarError(f"points={points}: a path needs its two ends, give at least 2")
-    device = _device(model_a, "model_a")
-    _device(model_b, "model_b")
-    states = [model.state_dict() for model in (model_a, model_b)]
+    if not isinstance(points, Integral) or points < 2:
+        raise FastarError(f"points={points}: a path needs its two ends, give a whole number of at least 2")
+    models = {"model_a": model_a, "model_b": model_b}
+    device, _ = (_device(given, name) for name, given in models.items())
+    states = [given.state_dict() for given in models.values()]
     check_state_of(model_a, states[1], "model_b")
-    _check_buffers(model_a, states)
-    model = copy_of(model_a).float()
+    _check_equal_ties(model_a, states[1], "model_b", "model_a")
+    _check_buffers(model_a, model_b)
+    model = float_copy(model_a, device)
     layout = FlatLayout.from_module(model)
-    batches = labelled(model, batches_of(data, device, "data"), "data")
-    ends = [Endpoint(name, layout.flatten(state).to(device)) for name, state in zip("ab", states, strict=True)]
+    floats = in_float(batches_of(data, device, "data"))
+    first = next(floats(), None)
+    if first is None:
+        raise FastarError("there is no data to measure on: no batch in what was given as data")
+    check_labels(*first, "data")
+    classes = classes_of(model, *first, "model_a")
+    rows = [layout.flatten(state).to(device) for state in states]
+    for (name, given), state, row in zip(models.items(), states, rows, strict=True):
+        check_end(float_copy(given, device), model, layout, row, _statistics(model, state), first[0], name)
+    batches = labelled(floats, classes, "data")
     (measured,) = evaluate_paths(
         model,
         layout,
-        [Path("path", *ends)],
+        [Path("path", *map(Endpoint, "ab", rows))],
         {"data": batches},
-        points=points,
-        statistics_batches=batches
-        if statistics_data is None
-        else in_float(batches_of(statistics_data, device, "statistics_data")),
+        points=int(points),
+        statistics_batches=_of_statistics(model, batches, first, statistics_data),
         progress=progress,
     )
     return Barrier(measured.t, measured.loss["data"], measured.accuracy["data"], measured.barrier("data"))
 
 
-def _check_buffers(model: nn.Module, states: Sequence[Mapping[str, Tensor]]) -> None:
-    """A FastarError where the two networks differ in a buffer that is not a statistic of a batch-norm."""
-    norms = [name for name, module in model.named_modules() if isinstance(module, _BatchNorm)]
-    for name, value in states[0].items():
+def _statistics(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The batch-norm statistics of a state, as `model` keeps them."""
+    return {name: state[name].to(value) for name, value in own_statistics(model).items()}
+
+
+def _of_statistics(
+    model: nn.Module, batches: Batches, first: tuple[Batch, Tensor], statistics_data: Data | None
+) -> Batches:
+    """The batches that batch-norm statistics are taken from."""
+    if not batch_norm_layers(model):
+        return batches
+    if statistics_data is not None:
+        device = first[1].device
+        batches = tried(model, in_float(batches_of(statistics_data, device, "statistics_data")), "statistics_data")
+    if layer_of_single_values(model, first[0], len(first[1])) is None:
+        return batches
+    return lambda: joined(batches())
+
+
+def _check_equal_ties(model: nn.Module, state: Mapping[str, Tensor], where: str, called: str) -> None:
+    """A FastarError where `state` has two values of what is one parameter in `model`, which can hold but one."""
+    first: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owner = first.setdefault(id(parameter), name)
+        if name in state and owner in state and not _equal(state[owner], state[name]):
+            raise FastarError(
+                f"{where}: {owner!r} and {name!r} have two values, but are one parameter of {called}: tie them in both "
+                "or in neither"
+            )
+
+
+def _equal(first: Tensor, second: Tensor) -> bool:
+    """Of one shape and, in the coarser of their dtypes, of one value; NaN is itself."""
+    if first.shape != second.shape:
+        return False
+    pairs = ((first, second.to(first)), (first.to(second), second))
+    return any(bool(((a == b) | ((a != a) & (b != b))).all()) for a, b in pairs)
+
+
+def _check_buffers(model_a: nn.Module, model_b: nn.Module) -> None:
+    """A FastarError where the two differ in a buffer that is not a statistic of a batch-norm."""
+    norms = [name for name, module in model_a.named_modules(remove_duplicate=False) if isinstance(module, _BatchNorm)]
+    buffers = [dict(model.named_buffers(remove_duplicate=False)) for model in (model_a, model_b)]
+    for name in dict.fromkeys((*buffers[0], *buffers[1])):
         module, _, leaf = name.rpartition(".")
         if leaf == "num_batches_tracked" or (leaf in ("running_mean", "running_var") and module in norms):
             continue
-        buffer = isinstance(value, Tensor) and name not in dict(model.named_parameters(remove_duplicate=False))
-        if buffer and not torch.equal(value.cpu(), states[1][name].cpu()):
+        first, second = (own.get(name) for own in buffers)
+        if first is None or second is None or not _equal(first, second):
             raise FastarError(
                 f"model_a and model_b differ in buffer {name!r}, which is neither a parameter to interpolate nor a "
                 "batch-norm's statistic to re-estimate: make it equal in both, or a parameter"

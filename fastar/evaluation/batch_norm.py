@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map
 
 from fastar.errors import FastarError
+from fastar.matching.forwards import Batch, call
 
 Statistics = dict[str, Tensor]
 """Buffer name (`bn1.running_mean`, `bn1.running_var`) to tensor."""
@@ -41,6 +44,62 @@ def own_statistics(model: nn.Module) -> Statistics:
     return found
 
 
+def values_per_channel(given: Tensor) -> int:
+    """Of what a batch-norm layer is given, [b, C, ...]: the numbers that a statistic is taken of."""
+    return given.numel() // max(given.shape[1], 1)
+
+
+def layer_of_single_values(model: nn.Module, batch: Batch, samples: int) -> str | None:
+    """The first layer that sees one value of each sample in a channel (BatchNorm1d, a 1x1 map), so that a batch of one
+    sample has no statistics; None: there is none.
+
+    Args:
+        model: run once in evaluation mode, and left as it was.
+        batch: of so many `samples`.
+    """
+    found = []
+    hooks = []
+    for name, layer in batch_norm_layers(model).items():
+
+        def look(_: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
+            if args and values_per_channel(args[0]) == samples:
+                found.append(name)
+
+        hooks.append(layer.register_forward_pre_hook(look))
+    try:
+        if hooks:
+            with torch.no_grad(), evaluating(model):
+                call(model, batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found[0] if found else None
+
+
+def joined(batches: Iterable[tuple[Any, Tensor]]) -> Iterator[tuple[Any, Tensor]]:
+    """The same, each batch of one sample added to the one before: for models that cannot take statistics of it.
+
+    Raises:
+        FastarError: the first batch is of one sample.
+    """
+    held: tuple[Any, Tensor] | None = None
+    for inputs, labels in batches:
+        if len(labels) != 1:
+            if held is not None:
+                yield held
+            held = inputs, labels
+        elif held is None:
+            raise FastarError("batch-norm takes no variance of a batch of one sample: give larger batches")
+        else:
+            held = tree_map(_together, held[0], inputs), torch.cat([held[1], labels])
+    if held is not None:
+        yield held
+
+
+def _together(first: Any, second: Any) -> Any:
+    return torch.cat([first, second]) if isinstance(first, Tensor) else first
+
+
 class BatchStatistics:
     """The statistics of the one batch that a model was last shown, all layers in one buffer.
 
@@ -68,7 +127,11 @@ class BatchStatistics:
                     raise FastarError(
                         f"batch-norm layer {name} is used twice in a pass: it has no one set of statistics"
                     )
-                self._seen[name] = args[0].numel() // args[0].shape[1]
+                self._seen[name] = values_per_channel(args[0])
+                if self._seen[name] == 1:
+                    raise FastarError(
+                        f"batch-norm layer {name} takes no variance of a batch of one sample: give larger batches"
+                    )
 
             hooks.append(layer.register_forward_pre_hook(remember))
             layer.momentum = 1.0  # running statistics become those of the batch
@@ -157,7 +220,7 @@ def evaluating(model: nn.Module) -> Iterator[nn.Module]:
 
 
 @torch.no_grad()
-def re_estimate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> Statistics:
+def re_estimate(model: nn.Module, batches: Iterable[tuple[Any, Tensor]]) -> Statistics:
     """Population statistics of `model` over `batches`; the model itself is left as it was.
 
     Args:
@@ -173,6 +236,6 @@ def re_estimate(model: nn.Module, batches: Iterable[tuple[Tensor, Tensor]]) -> S
     population = PopulationStatistics(batch)
     with evaluating(model), batch.capturing():
         for images, _ in batches:
-            model(images)
+            call(model, images)
             population.add()
     return population.result()

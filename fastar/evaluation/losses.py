@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,10 +24,11 @@ from fastar.evaluation.batch_norm import (
 from fastar.evaluation.stacked import networks_at_once, stackable, stacked_logits, stacks
 from fastar.flat import FlatLayout
 from fastar.graphs import CallGraph
+from fastar.matching.forwards import call
 from fastar.precision import full_precision
 
-Batches = Callable[[], Iterable[tuple[Tensor, Tensor]]]
-"""A fresh pass over (images, labels); every sample exactly once."""
+Batches = Callable[[], Iterable[tuple[Any, Tensor]]]
+"""A fresh pass over (images, or whatever the model takes; labels); every sample exactly once."""
 
 
 @dataclass(frozen=True)
@@ -152,7 +154,7 @@ def _population(
     def show(images: Tensor, labels: Tensor) -> Tensor:
         for parameters, population in zip(singles, populations, strict=True):
             bind(parameters)
-            model(images)
+            call(model, images)
             population.add()
         return batch.buffer
 
@@ -184,7 +186,7 @@ def _moving_average(
         for parameters, statistics in zip(singles, found, strict=True):
             bind(parameters)
             set_statistics(model, statistics)
-            model(images)  # writes into `statistics`
+            call(model, images)  # writes into `statistics`
         return labels
 
     moved = [tensor for statistics in found for tensor in statistics.values()]
@@ -215,10 +217,10 @@ def _measure(
 
     def add(images: Tensor, labels: Tensor) -> Tensor:
         nonlocal stacked, tried
-        if stacked is not None and not tried and not stacks(model, stacked, images):
+        if not tried and not (stacked is not None and isinstance(images, Tensor) and stacks(model, stacked, images)):
             stacked = None
         tried = True
-        at_once = networks_at_once(model, len(labels), images.device) if stacked is not None else 1
+        at_once = networks_at_once(model, len(labels), labels.device) if stacked is not None else 1
         if stacked is not None and at_once > 1:
             for start in range(0, len(singles), at_once):
                 part = slice(start, start + at_once)
@@ -233,7 +235,7 @@ def _measure(
             own = statistics[k]
             if own is not None:
                 set_statistics(model, own)
-            logits = model(images).float()
+            logits = call(model, images).float()
             losses[k].add_(F.cross_entropy(logits, labels, reduction="sum"))
             correct[k].add_((logits.argmax(1) == labels).sum())
         return losses

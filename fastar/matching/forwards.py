@@ -1,4 +1,4 @@
-"""Forward passes of a network with parameters that are given, for the methods of matching that look at data."""
+"""Forward passes of a network on batches of whatever its forward takes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map_only
 
-Batch = Tensor | tuple[Tensor, ...] | Mapping[str, Tensor]
-"""What a model's forward takes: one tensor, several, or tensors by name."""
+Batch = Tensor | tuple[Any, ...] | Mapping[str, Any]
+"""What a model's forward takes: one tensor, several arguments, or arguments by name; tensors may lie deeper in them."""
 
 
 def without_statistics(model: nn.Module, device: torch.device) -> nn.Module:
@@ -26,15 +27,24 @@ def without_statistics(model: nn.Module, device: torch.device) -> nn.Module:
 
 def on_device(batch: Batch, device: torch.device) -> Batch:
     """The same batch on `device`."""
-    if isinstance(batch, Tensor):
-        return batch.to(device)
-    if isinstance(batch, tuple):
-        return tuple(one.to(device) for one in batch)
-    return {name: one.to(device) for name, one in batch.items()}
+    moved: Batch = tree_map_only(Tensor, lambda one: one.to(device), batch)
+    return moved
 
 
 def forward(model: nn.Module, parameters: Mapping[str, Tensor], batch: Batch) -> Any:
     """What `model` makes of a batch with these parameters; it keeps its own."""
-    arguments = batch if isinstance(batch, tuple) else () if isinstance(batch, Mapping) else (batch,)
-    named = dict(batch) if isinstance(batch, Mapping) else {}
+    arguments, named = arguments_of(batch)
     return torch.func.functional_call(model, dict(parameters), arguments, named)
+
+
+def call(model: nn.Module, batch: Batch) -> Any:
+    """What `model` makes of a batch as it is."""
+    arguments, named = arguments_of(batch)
+    return model(*arguments, **named)
+
+
+def arguments_of(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The positional and the keyword arguments that a batch stands for."""
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    return batch if isinstance(batch, tuple) else (batch,), {}

@@ -1,0 +1,195 @@
+"""The end of a path is its model: both are run once, on one batch."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_leaves
+
+from fastar.errors import FastarError
+from fastar.evaluation.batch_norm import Statistics, evaluating, set_statistics
+from fastar.evaluation.losses import bound
+from fastar.flat import FlatLayout
+from fastar.matching.forwards import Batch, call
+from fastar.precision import full_precision
+
+# Sums in another order change outputs by less than this part of the largest one in networks of ordinary depth. Where
+# more is found, it is held against what a change of all weights in their last digits does, this many times.
+RELATIVE_TOLERANCE, ROUNDING = 1e-5, 1e3
+# The same network on the same batch: only what a GPU adds up in no fixed order may differ.
+SAME = 1e-4
+LAST_DIGIT = 1.2e-7
+# Differences that a message names.
+NAMED = 3
+
+
+def outputs_of(model: nn.Module, batch: Batch, name: str) -> Any:
+    """What `model` makes of a batch, as it is; it is in evaluation mode. No caller's generator of numbers moves.
+
+    Raises:
+        FastarError: it does not run on it; says what it was given.
+    """
+    device = next((one.device for one in tree_leaves(batch) if isinstance(one, Tensor)), torch.device("cpu"))
+    with _numbers_kept(device):
+        return _run(model, batch, name)
+
+
+def _numbers_kept(device: torch.device) -> AbstractContextManager[None]:
+    """Torch's own generators of numbers are afterwards where they were."""
+    return torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+
+
+def _run(model: nn.Module, batch: Batch, name: str) -> Any:
+    try:
+        with torch.no_grad(), full_precision():
+            return call(model, batch)
+    except Exception as error:  # the user's own code may raise anything
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise FastarError(
+            f"{name} does not run on a batch of inputs ({_described(batch)}): {lines[0].rstrip('.')}; give what its "
+            f"forward takes{_layout_hint(model, batch)}"
+        ) from error
+
+
+@torch.no_grad()
+def check_end(
+    own: nn.Module,
+    standing: nn.Module,
+    layout: FlatLayout,
+    row: Tensor,
+    statistics: Statistics,
+    batch: Batch,
+    name: str,
+) -> None:
+    """Run a model, and the network that stands for it at the end of a path: they have to compute the same.
+
+    Args:
+        own: the model in float32, on the batch's device; its weights are changed.
+        standing: the network that is measured: with the parameters `row` [P] and the batch-norm statistics of the
+            model, which are not re-estimated here. It is left as it was.
+        name: of the model.
+
+    Raises:
+        FastarError: two runs of the model differ, or the end's outputs from the model's, by more than rounding.
+    """
+    own.eval()
+    with _numbers_kept(row.device):
+        before = _random_states(row.device)
+        expected = _run(own, batch, name)
+        again = _run(own, batch, name)
+        drew = any(not torch.equal(a, b) for a, b in zip(before, _random_states(row.device), strict=True))
+        gap, largest = _gap(expected, again), _largest(expected)
+        if gap > (0 if drew else SAME * largest):
+            raise FastarError(
+                f"{name} gives two outputs for one batch in evaluation mode (they differ by up to {gap:.2g}): it draws "
+                "random numbers, or keeps something of each batch; dropout belongs off there, as in "
+                "F.dropout(x, p, self.training)"
+            )
+        with bound(standing, [entry.name for entry in layout.entries]) as bind, evaluating(standing):
+            bind(layout.unflatten(row))
+            set_statistics(standing, statistics)
+            gap = _gap(expected, _run(standing, batch, f"the end of the path that stands for {name}"))
+    if gap <= RELATIVE_TOLERANCE * largest or gap <= ROUNDING * _rounding(own, batch, expected, name):
+        return
+    unlike = list(_unlike(standing, own))
+    more = f" and {len(unlike) - NAMED} more" if len(unlike) > NAMED else ""
+    besides = f"the models differ besides in {', '.join(unlike[:NAMED])}{more}: make that equal in both"
+    raise FastarError(
+        f"the end of the path is not {name}: on one batch their outputs differ by up to {gap:.2g}, where the largest "
+        f"is {largest:.2g}; a path has parameters and batch-norm statistics, and "
+        + (besides if unlike else "its forward computes with something else that is not the same in both models")
+    )
+
+
+def _random_states(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    return [*states, torch.cuda.get_rng_state(device)] if device.type == "cuda" else states
+
+
+def _gap(first: Any, second: Any) -> float:
+    """The largest difference between two outputs; infinite where they cannot be compared, or one is not finite."""
+    pairs = list(zip(_numbers(first), _numbers(second), strict=False))
+    if len(_numbers(first)) != len(_numbers(second)) or any(a.shape != b.shape for a, b in pairs):
+        return math.inf
+    gaps = [0.0]
+    for a, b in pairs:
+        same = (a == b) | (a.isnan() & b.isnan())
+        gaps += [float(torch.where(same, 0, (a - b).abs().nan_to_num(nan=math.inf)).max())] if a.numel() else []
+    return max(gaps)
+
+
+def _largest(outputs: Any) -> float:
+    sizes = [float(a.abs().nan_to_num(nan=0, posinf=0).max()) for a in _numbers(outputs) if a.numel()]
+    return max(sizes, default=0.0)
+
+
+def _numbers(outputs: Any) -> list[Tensor]:
+    return [one.double() for one in tree_leaves(outputs) if isinstance(one, Tensor) and not one.is_complex()]
+
+
+def _rounding(own: nn.Module, batch: Batch, expected: Any, name: str) -> float:
+    """How far the outputs move when all weights change in their last digits, which they do here."""
+    generator = torch.Generator().manual_seed(0)
+    for parameter in own.parameters():
+        noise = torch.rand(parameter.shape, generator=generator, dtype=torch.float32, device="cpu")
+        parameter.mul_(1 + LAST_DIGIT * noise.to(parameter.device))
+    moved = _gap(expected, outputs_of(own, batch, name))
+    return moved if math.isfinite(moved) else 0.0
+
+
+def _unlike(first: nn.Module, second: nn.Module) -> Iterator[str]:
+    """What two modules of one structure have set differently, beside parameters and buffers."""
+    torchs_own = {*vars(nn.Module()), "momentum"}
+    others = dict(second.named_modules())
+    for name, module in first.named_modules():
+        other, where = others.get(name), f"{name}." if name else ""
+        if other is None or type(module) is not type(other):
+            yield f"{name or 'the whole'} ({type(module).__name__} and {type(other).__name__})"
+            continue
+        for key in sorted({*vars(module), *vars(other)} - torchs_own):
+            values = vars(module).get(key), vars(other).get(key)
+            if not _alike(*values):
+                yield f"{where}{key} ({' and '.join(map(_short, values))})"
+
+
+def _alike(first: Any, second: Any) -> bool:
+    """Equal, as far as numbers, words and tensors can tell."""
+    (leaves, spec), (others, other_spec) = tree_flatten(first), tree_flatten(second)
+    if spec != other_spec:
+        return False
+    for one, other in zip(leaves, others, strict=True):
+        if isinstance(one, Tensor) and isinstance(other, Tensor):
+            if one.shape != other.shape or _gap(one, other.to(one.device)):
+                return False
+        elif type(one) is not type(other) or (isinstance(one, int | float | str | None) and one != other):
+            return False
+    return True
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"{float(value):g}" if value.numel() == 1 else f"a tensor {list(value.shape)}"
+    text = repr(value) if isinstance(value, int | float | str | None) else type(value).__name__
+    return text if len(text) <= 40 else f"{text[:37]}..."
+
+
+def _described(batch: Batch) -> str:
+    """Dtypes, shapes and device of the tensors of a batch."""
+    tensors = [one for one in tree_leaves(batch) if isinstance(one, Tensor)]
+    kinds = ", ".join(f"{str(one.dtype).removeprefix('torch.')} {list(one.shape)}" for one in tensors[:NAMED])
+    return f"{kinds}{', ...' if len(tensors) > NAMED else ''} on {tensors[0].device}" if tensors else "no tensor"
+
+
+def _layout_hint(model: nn.Module, batch: Batch) -> str:
+    """What to do about images whose channels are the last axis, where convolutions take them as the first."""
+    first = next((one for one in model.modules() if isinstance(one, nn.Conv2d)), None)
+    if first is None or not isinstance(batch, Tensor) or batch.ndim != 4 or batch.shape[1] == first.in_channels:
+        return ""
+    if batch.shape[3] != first.in_channels:
+        return ""
+    return " (these look like [batch, height, width, channels]: inputs.permute(0, 3, 1, 2))"

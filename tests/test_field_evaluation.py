@@ -1,0 +1,213 @@
+"""The ends of a measured path are the two models, whatever they compute with."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fastar
+from fastar.errors import FastarError
+
+Batch = tuple[Tensor, Tensor]
+
+
+class Net(nn.Module):
+    """Logits of two layers, with a batch-norm between them, and what `after` makes of them."""
+
+    def __init__(self, seed: int, after: Callable[[Any, Tensor], Tensor] = lambda net, x: x, **also: Any):
+        super().__init__()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            self.inner = nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 3))
+        self.after = after
+        for name, value in also.items():
+            setattr(self, name, value)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self, self.inner(x))
+
+
+def batches(sizes: tuple[int, ...] = (16, 16)) -> list[Batch]:
+    generator = torch.Generator().manual_seed(0)
+    count = sum(sizes)
+    inputs, labels = torch.randn(count, 8, generator=generator), torch.randint(3, (count,), generator=generator)
+    return list(zip(inputs.split(sizes), labels.split(sizes), strict=True))
+
+
+def scaled(scale: float, **how: Any) -> Net:
+    net = Net(0, lambda net, x: x * net.scale)
+    net.register_buffer("scale", torch.tensor(scale), **how)
+    return net
+
+
+@pytest.mark.parametrize("how", [{}, {"persistent": False}], ids=["saved", "not saved"])
+def test_buffers_that_differ_are_named(how: dict[str, bool]) -> None:
+    """Those that no state dict has too: the loss at t = 1 was that of the second model with the first one's buffer."""
+    with pytest.raises(FastarError, match="model_a and model_b differ in buffer 'scale'"):
+        fastar.barrier(scaled(1, **how), scaled(20, **how), batches())
+    with pytest.raises(FastarError, match="differ in buffer 'scale'"):
+        fastar.barrier(Net(0), scaled(20, persistent=False), batches())
+    both = fastar.barrier(scaled(20, **how), scaled(20, **how), batches(), points=3)
+    alone = fastar.barrier(Net(0, lambda net, x: x * 20), Net(0, lambda net, x: x * 20), batches(), points=3)
+    assert both == alone
+
+
+def test_buffers_that_only_their_dtypes_round_are_the_same() -> None:
+    exact, rounded = scaled(0.1), scaled(0.1)
+    fastar.barrier(exact, exact.double(), batches(), points=2)
+    rounded.scale = rounded.scale.bfloat16()
+    with pytest.raises(FastarError, match="the end of the path is not model_b"):  # by 0.1 %, which is not rounding
+        fastar.barrier(scaled(0.1), rounded, batches())
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "words"),
+    [
+        ({"scale": 1.0}, {"scale": 20.0}, r"scale \(1\.0 and 20\.0\)"),
+        ({"scale": torch.tensor(1.0)}, {"scale": torch.tensor(20.0)}, r"scale \(1 and 20\)"),
+        ({"scale": torch.ones(3)}, {"scale": torch.arange(3.0)}, r"scale \(a tensor \[3\] and a tensor \[3\]\)"),
+        ({"scale": 1.0}, {"scale": 1.0, "after": lambda net, x: -x}, "something else"),
+    ],
+)
+def test_the_end_of_a_path_is_the_model(first: dict[str, Any], second: dict[str, Any], words: str) -> None:
+    """Whatever is neither parameter nor buffer."""
+
+    def net(after: Any = lambda net, x: x * net.scale, **also: Any) -> Net:
+        return Net(0, after, **also)
+
+    with pytest.raises(FastarError, match=f"the end of the path is not model_b: .*{words}"):
+        fastar.barrier(net(**first), net(**second), batches())
+    assert fastar.barrier(net(**second), net(**second), batches(), points=3).value == 0.0
+
+
+def test_layers_that_differ_are_named() -> None:
+    a, b = Net(0), Net(0)
+    b.inner[2] = nn.Tanh()
+    with pytest.raises(FastarError, match=r"not model_b: .*differ besides in inner\.2 \(ReLU and Tanh\)"):
+        fastar.barrier(a, b, batches())
+    b.inner[2] = nn.ReLU()
+    assert isinstance(b.inner[1], nn.BatchNorm1d)
+    b.inner[1].eps = 1e-3
+    with pytest.raises(FastarError, match=r"inner\.1\.eps \(1e-05 and 0\.001\)"):
+        fastar.barrier(a, b, batches())
+    b.inner[1].eps, b.inner[1].momentum = 1e-5, 0.5  # decides no output
+    fastar.barrier(a, b, batches(), points=2)
+
+
+class Cached(nn.Module):
+    """In evaluation mode it keeps a product that depends on its weights."""
+
+    def __init__(self, seed: int):
+        super().__init__()
+        self.net, self.kept = Net(seed), {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if "scale" not in self.kept:
+            self.kept["scale"] = self.net.inner[0].weight.detach().norm()
+        return self.net(x) * self.kept["scale"]
+
+
+def test_a_cache_of_what_weights_make_is_noticed() -> None:
+    """All of the path was measured with the first model's."""
+    with pytest.raises(FastarError, match=r"the end of the path is not model_b: .*kept"):
+        fastar.barrier(Cached(0), Cached(1), batches())
+
+
+def test_batch_norm_statistics_of_the_models_do_not_matter() -> None:
+    a, b = Net(0), Net(1)
+    expected = fastar.barrier(a, b, batches())
+    norm = b.inner[1]
+    assert isinstance(norm, nn.BatchNorm1d)
+    assert norm.running_mean is not None
+    assert norm.running_var is not None
+    norm.running_mean += 3
+    norm.running_var.zero_()
+    assert fastar.barrier(a, b, batches()) == expected
+    norm.running_var.fill_(torch.nan)  # its outputs are not finite, and those of the end of the path are not, too
+    assert fastar.barrier(a, b, batches()) == expected
+
+
+def test_what_draws_numbers_is_no_function() -> None:
+    """Dropout that is on in evaluation mode was measured; nothing is drawn from the caller's generator."""
+    left_on = lambda net, x: F.dropout(x, 0.5)  # noqa: E731
+    for pair, name in (((Net(0, left_on), Net(1)), "model_a"), ((Net(0), Net(1, left_on)), "model_b")):
+        before = torch.get_rng_state()
+        with pytest.raises(FastarError, match=f"{name} gives two outputs for one batch .*F.dropout"):
+            fastar.barrier(*pair, batches())
+        assert torch.equal(torch.get_rng_state(), before)
+    off = lambda net, x: F.dropout(x, 0.5, net.training)  # noqa: E731
+    found = fastar.barrier(Net(0, off).train(), Net(1, off).train(), batches())
+    assert found == fastar.barrier(Net(0), Net(1), batches())
+
+
+@pytest.mark.parametrize("sizes", [(16, 1), (16, 1, 15), (16, 1, 1)])
+def test_a_batch_of_one_sample_has_no_statistics_of_its_own(sizes: tuple[int, ...]) -> None:
+    """It is joined to the one before: batch-norm of vectors ended in torch's own error."""
+    a, b = Net(0), Net(1)
+    merged = [17, 15] if len(sizes) == 3 and sizes[2] == 15 else [sum(sizes)]
+    ones = batches(sizes)
+    inputs, labels = (torch.cat(parts) for parts in zip(*ones, strict=True))
+    whole = list(zip(inputs.split(merged), labels.split(merged), strict=True))
+    found, expected = fastar.barrier(a, b, ones), fastar.barrier(a, b, whole)
+    assert found.loss == pytest.approx(expected.loss, rel=1e-6)  # the losses' sums are of other batches
+    assert found.accuracy == expected.accuracy
+    apart = fastar.barrier(a, b, whole, statistics_data=ones)
+    assert apart == expected
+
+
+def test_batches_of_one_sample_alone_are_refused() -> None:
+    a, b, data = Net(0), Net(1), batches((16, 1))
+    for given in ({"data": data[1:]}, {"data": data[:1], "statistics_data": data[1:]}):
+        with pytest.raises(FastarError, match="no variance of a batch of one sample: give larger batches"):
+            fastar.barrier(a, b, **given)
+    matching = {"example_inputs": data[0][0], "method": "activation"}
+    with pytest.raises(FastarError, match="a batch of one sample"):
+        fastar.match(a, b, data=data[1:], **matching)
+    assert list(fastar.match(a, b, data=data, **matching)) == ["inner.0"]
+
+
+def test_images_of_which_one_is_enough_are_not_joined() -> None:
+    """Their statistics are of each place of an image: such batches gave numbers, and give the same."""
+    nets = [nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 3)) for _ in range(2)]
+    images, labels = torch.randn(5, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1])
+    ones = list(zip(images.split(4), labels.split(4), strict=True))
+    found = fastar.barrier(nets[0], nets[1], ones, points=3)
+    joined = fastar.barrier(nets[0], nets[1], ones, statistics_data=[(images, labels)], points=3)
+    assert found.loss != joined.loss
+
+
+class Of(nn.Module):
+    """A network of named, of several, or of nested inputs."""
+
+    def __init__(self, seed: int, kind: str):
+        super().__init__()
+        self.net, self.kind = Net(seed), kind
+
+    def forward(self, x: Any, y: Any = None) -> Tensor:
+        if self.kind == "nested":
+            x, y = x["x"], x["more"][0]
+        return self.net(x + y)
+
+
+@pytest.mark.parametrize("kind", ["named", "several", "listed", "nested"])
+def test_inputs_may_be_what_a_forward_takes(kind: str) -> None:
+    """In barriers and in matching by data, in the forms of `example_inputs`."""
+
+    def given(x: Tensor, y: Tensor) -> Any:
+        forms = {"named": {"x": x, "y": y}, "several": (x, y), "listed": [x, y], "nested": ({"x": x, "more": [y]},)}
+        return forms[kind]
+
+    plain = batches((16, 17, 1))
+    data = [(given(x.double(), x * 2), labels) for x, labels in plain]
+    nets = [Of(seed, kind) for seed in range(2)]
+    expected = fastar.barrier(*(net.net for net in nets), [(x * 3, labels) for x, labels in plain])
+    assert fastar.barrier(*nets, data).loss == pytest.approx(expected.loss, rel=1e-5)  # x + 2 x is not quite 3 x
+    if kind == "named":
+        floats = [(given(x, x * 2), labels) for x, labels in plain]
+        found = fastar.match(*nets, example_inputs=floats[0][0], method="activation", data=floats)
+        assert list(found) == ["net.inner.0"]
