@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 from cli_cases import tiny
+from data_samples import cifar_binary_files, raw_dataset, write_archive, write_idx
 from PIL import Image
 
 from fastar.data import ImageFiles, StreamingDataset, open_files, open_images, prepare, prepare_images, verify_folder
+from fastar.data.archives import train_archive
 from fastar.data.beton import front_bytes, image_table
+from fastar.data.cifar import find_cifar
+from fastar.data.idx import read_idx
+from fastar.data.official import PUBLISHED
+from fastar.data.registry import DATASETS
 from fastar.errors import FastarError
 from fastar.progress import SILENT, Progress, SilentProgress
 
@@ -50,6 +59,16 @@ def test_a_run_on_one_cpu_with_nothing_there_before_ends(tmp_path: Path) -> None
     run = "from fastar.cli import main; main()"
     ends(run, tmp_path / "cache", "train-star", *tiny(tmp_path / "data"), "--out", tmp_path / "run")
     assert (tmp_path / "run" / "results.json").is_file()
+
+
+class Listening(SilentProgress):
+    """Keeps the lines that it is told."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def line(self, text: str) -> None:
+        self.lines.append(text)
 
 
 @pytest.fixture
@@ -101,20 +120,15 @@ def test_no_changed_byte_of_a_streamed_file_is_trained_on(images: ImageFiles, mo
 
 def test_a_streamed_file_without_checksums_is_read_once_to_make_them(images: ImageFiles) -> None:
     """Those that an earlier version wrote, or damaged ones."""
-    folder, whole, said = images.folder, read(images), []
-
-    class Listening(SilentProgress):
-        def line(self, text: str) -> None:
-            said.append(text)
-
+    folder, whole, told = images.folder, read(images), Listening()
     kept = folder / "train.checksums"
     content = kept.read_bytes()
     for damage in (kept.unlink, lambda: change(kept, 90), lambda: kept.write_bytes(b"")):
         damage()
-        said.clear()
-        assert read(open_images(folder), Listening()) == whole
-        assert len(said) == 1
-        assert "train.beton: no checksums of its images are kept; it is read once to make them" in said[0]
+        told.lines.clear()
+        assert read(open_images(folder), told) == whole
+        (line,) = told.lines
+        assert line.endswith("train.beton: no checksums of its images are kept; it is read once to make them")
         assert kept.read_bytes() == content
     _, table, _ = image_table(images.train, images.layout("train"))
     change(images.train, int(table["data_ptr"][3]))
@@ -167,3 +181,74 @@ def test_no_changed_word_of_the_metadata_is_believed(images: ImageFiles, tmp_pat
         assert opened(folder).digest == metadata["digest"]  # as an earlier version wrote it
         path.write_text(text)
         assert opened(folder).metadata == metadata
+
+
+@pytest.fixture
+def cifar(tmp_path: Path) -> Path:
+    """The archive of a small CIFAR-100."""
+    raw, path = raw_dataset("cifar100", 12, 6), tmp_path / "raw" / "cifar-100-binary.tar.gz"
+    write_archive(path, "cifar-100-binary", cifar_binary_files(raw, "cifar100"))
+    return path
+
+
+def test_no_archive_with_a_flipped_bit_is_read(cifar: Path) -> None:
+    """But in the time, the name and such of gzip's own header, of which no image depends."""
+    whole, spec = cifar.read_bytes(), DATASETS["cifar100"]
+    digest, header = find_cifar(cifar.parent, spec).digest, whole.index(b"\0", 10) + 1
+    for number, place in enumerate([*range(10), *np.linspace(10, len(whole) - 1, 290).astype(int).tolist()]):
+        change(cifar, place, 1 << number % 8)
+        if place < header and cifar.read_bytes()[:4] == whole[:4]:
+            assert find_cifar(cifar.parent, spec).digest == digest
+        else:
+            with pytest.raises(FastarError, match=r"^[^\n]*get the archive again$"):
+                find_cifar(cifar.parent, spec)
+        change(cifar, place, 1 << number % 8)
+    cifar.write_bytes(whole[:-8])  # all that is in it is there, its checksum is not
+    with pytest.raises(FastarError, match="get the archive again"):
+        find_cifar(cifar.parent, spec)
+
+
+def test_no_idx_file_with_a_flipped_bit_is_read(tmp_path: Path) -> None:
+    write_idx(tmp_path, raw_dataset("mnist", 10, 10), zipped=True)
+    path = tmp_path / "t10k-images-idx3-ubyte.gz"
+    whole = path.read_bytes()
+    for number, place in enumerate(np.linspace(10, len(whole) - 1, 60).astype(int).tolist()):
+        change(path, place, 1 << number % 8)
+        with pytest.raises(FastarError, match=f"{path.name}: cannot be read"):
+            read_idx(path, 3)
+        change(path, place, 1 << number % 8)
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_a_damaged_header_is_not_the_end_of_an_archive(tmp_path: Path, inner: bool) -> None:
+    """Python's tarfile stops there without a word, and the images behind it would be missing."""
+
+    def tar(files: dict[str, bytes]) -> bytes:
+        stream = io.BytesIO()
+        with tarfile.open(fileobj=stream, mode="w") as archive:
+            for name, content in files.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+        return stream.getvalue()
+
+    png = io.BytesIO()
+    Image.new("RGB", (4, 4)).save(png, "PNG")
+    images = [tar({f"{name}_{number}.png": png.getvalue() for number in range(3)}) for name in ("n1", "n2", "n3")]
+    path = tmp_path / "ILSVRC2012_img_train.tar"
+    path.write_bytes(tar({f"n{number}.tar": content for number, content in enumerate(images)}))
+    assert len(train_archive(path)) == 9
+    change(path, path.read_bytes().index(b"n2_2.png" if inner else b"n1.tar") + 1)
+    with pytest.raises(FastarError, match="a damaged header at byte"):
+        train_archive(path)
+
+
+def test_official_names_with_other_content_are_said_once(cifar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for number, published in enumerate((hashlib.md5(cifar.read_bytes()).hexdigest(), "0" * 32)):
+        monkeypatch.setitem(PUBLISHED["cifar100"], cifar.name, published)
+        told, directory = Listening(), cifar.parents[1] / str(number)
+        prepare("cifar100", data_root=cifar.parent, directory=directory, progress=told)
+        assert [f": {cifar.name}: not as published (by MD5)" in line for line in told.lines] == [True] * number
+    monkeypatch.setattr("fastar.data.official._md5", None)  # what is written already is not hashed again
+    prepare("cifar100", data_root=cifar.parent, directory=directory, progress=told)
+    assert len(told.lines) == 1

@@ -3,7 +3,7 @@
 import io
 import os
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from fastar.data.listing import SUFFIXES, PassedOver, reason_to_pass
-from fastar.data.raw import class_digest, decode_rgb, is_image
+from fastar.data.raw import RawSplit, class_digest, decode_rgb, is_image
 from fastar.data.tars import TarArchive
 from fastar.errors import FastarError
 from fastar.progress import SILENT, Progress
@@ -191,13 +191,23 @@ def _devkit_file(root: Path, name: str) -> bytes:
     try:
         if (folder / name).is_file():
             return (folder / name).read_bytes()
-        with tarfile.open(packed, mode="r:*") as archive:
+        with TarArchive.open(packed, mode="r:*") as archive:
             stream = archive.extractfile(f"{DEVKIT}/{name}")
             assert stream is not None
-            return stream.read()
+            content = stream.read()
+            archive.finish()
+            return content
     except FileNotFoundError:
         raise FastarError(
             f"{root}: has {VAL_ARCHIVE} but not {packed.name}, which holds its labels; put it there too"
         ) from None
     except (OSError, EOFError, tarfile.TarError, KeyError, AssertionError) as error:
-        raise FastarError(f"{packed}: {name} cannot be read ({error}); get it again") from error
+        reason = " ".join(str(error).split())
+        raise FastarError(f"{packed}: {name} cannot be read ({reason}); get it again") from error
+
+
+def official_files(splits: Iterable[RawSplit]) -> list[Path]:
+    """The archives that these splits are read from."""
+    packed = [split.path for split in splits if isinstance(split, ArchiveSplit)]
+    kits = [path.with_name(f"{DEVKIT}.tar.gz") for path in packed if path.name == VAL_ARCHIVE]
+    return [*packed, *(kit for kit in kits if kit.is_file())]

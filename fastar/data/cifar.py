@@ -13,6 +13,7 @@ import numpy as np
 
 from fastar.data.raw import ArraySplit, RawDataset
 from fastar.data.registry import DatasetSpec
+from fastar.data.tars import TarArchive
 from fastar.errors import FastarError
 
 _PIXELS = 3 * 32 * 32
@@ -61,13 +62,13 @@ def find_cifar(root: Path, spec: DatasetSpec) -> RawDataset | None:
         wanted = [name for files in names.values() for name in files]
         path = root if root.name == archive and root.is_file() else root / archive
         if any((root / name).is_file() for name in wanted):
-            contents, where = _read_folder(root, wanted), root
+            contents, where, read = _read_folder(root, wanted), root, [root / name for name in wanted]
         elif path.is_file():
-            contents, where = _read_archive(path, wanted), path
+            contents, where, read = _read_archive(path, wanted), path, [path]
         else:
             continue
         splits = {split: _split(spec, layout, where, files, contents, parse) for split, files in names.items()}
-        return RawDataset(splits["train"], splits["test"], kind, where)
+        return RawDataset(splits["train"], splits["test"], kind, where, files=tuple(read))
     return None
 
 
@@ -107,15 +108,17 @@ def _read_folder(root: Path, wanted: list[str]) -> dict[str, bytes]:
 def _read_archive(path: Path, wanted: list[str]) -> dict[str, bytes]:
     contents = {}
     try:
-        with tarfile.open(path) as archive:
+        with TarArchive.open(path) as archive:
             for member in archive:
                 name = Path(member.name).name
                 if member.isfile() and name in wanted:
                     stream = archive.extractfile(member)
                     assert stream is not None
                     contents[name] = stream.read()
+            archive.finish()  # nothing of it counts before its checksum does
     except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
-        raise FastarError(f"{path}: cannot be read ({error}); get the archive again") from error
+        reason = " ".join(str(error).split())
+        raise FastarError(f"{path}: cannot be read ({reason}); get the archive again") from error
     missing = [name for name in wanted if name not in contents]
     if missing:
         raise FastarError(f"{path}: holds no {', '.join(missing)}; get the archive again")

@@ -19,6 +19,7 @@ from fastar.data.finished import (
     publish,
     refuse_foreign,
 )
+from fastar.data.official import note_other_files
 from fastar.data.raw import RawDataset, RawSplit
 from fastar.data.registry import Augmentation, DatasetSpec, dataset_spec
 from fastar.data.sampling import balanced_subset
@@ -83,6 +84,7 @@ def prepare(
     raw = find_raw(spec, Path(data_root) if data_root is not None else None)
     if raw.note is not None:
         progress.line(raw.note)
+    note_other_files(name, raw.files, progress)
     with locked_folder(folder):
         if is_finished(folder):
             return _reuse(folder, spec, data_root, limit)

@@ -33,7 +33,8 @@ def find_idx(root: Path, spec: DatasetSpec) -> RawDataset | None:
                 f"{images}: images are {size}, {spec.name} has {spec.height}x{spec.width}; check --dataset"
             )
         splits[split] = ArraySplit(pixels[..., None], read_idx(labels, 1), spec.classes, str(images))
-    return RawDataset(splits["train"], splits["test"], "IDX files", root)
+    read = tuple(path for path in paths.values() if path is not None)
+    return RawDataset(splits["train"], splits["test"], "IDX files", root, files=read)
 
 
 def _name(split: str, part: str) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 
 from fastar import __version__
 from fastar.atomic import write_atomically
+from fastar.data.archives import official_files
 from fastar.data.beton import check_beton
 from fastar.data.checksums import Checksums, checksums_path, kept_checksums, take_checksums
 from fastar.data.finished import (
@@ -23,6 +24,7 @@ from fastar.data.finished import (
     refuse_foreign,
 )
 from fastar.data.imagefolder import find_images
+from fastar.data.official import note_other_files
 from fastar.data.raw import RawSplit, UnusableImage
 from fastar.data.registry import IMAGENET_MEAN, IMAGENET_STD
 from fastar.data.sampling import balanced_subset, file_order
@@ -232,6 +234,8 @@ def _write(
     if predicted > free:
         raise FastarError(f"{folder}: {needs}, the disk has {size_text(free)} free; free some, or use a smaller preset")
     progress.line(f"{name}: {needs} in {folder} ({size_text(free)} free)")
+    if settings["limit"] is None:  # of a few images most of an archive is not read
+        note_other_files("imagenet", official_files(splits.values()), progress)
     checksums, counts = {}, {}
     skipped: dict[str, list[dict[str, str]]] = {}
     for split, raw in splits.items():

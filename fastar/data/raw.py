@@ -151,6 +151,8 @@ class RawDataset:
     where: Path | None
     note: str | None = None
     """What its reader has to say of it."""
+    files: tuple[Path, ...] = ()
+    """Those that were read, where they have official names."""
 
     @property
     def digest(self) -> str:

@@ -13,6 +13,7 @@ _EXTENDED = (
     tarfile.SOLARIS_XHDTYPE,
 )
 _LARGEST = 1 << 60  # no file is larger, and the system knows no place beyond 2^63
+_BEHIND = 1 << 26  # bytes behind the last member: archives are filled up to some thousands
 
 
 class _Member(tarfile.TarInfo):
@@ -49,9 +50,38 @@ class TarArchive(tarfile.TarFile):
 
     def next(self) -> tarfile.TarInfo | None:
         try:
-            return super().next()
+            member = super().next()
+            if member is None:
+                self._check_end()
+            return member
         except (tarfile.TarError, OSError):
             raise
         # ValueError, IndexError, OverflowError, what decompressors raise, and more.
         except Exception as error:
             raise tarfile.ReadError(f"{type(error).__name__}: {error}") from error
+
+    def _check_end(self) -> None:
+        """Python takes a damaged header for the archive's end, and what follows would be lost without a word."""
+        assert self.fileobj is not None
+        self.fileobj.seek(self.offset)
+        if self.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
+            raise tarfile.ReadError(f"a damaged header at byte {self.offset:,}")
+
+    def finish(self) -> None:
+        """Read on, behind the last member, to the end of the gzip stream, where its checksum stands.
+
+        Raises:
+            tarfile.TarError: the stream is damaged.
+            OSError: as the disk says, or of gzip.
+        """
+        assert self.fileobj is not None
+        left = _BEHIND
+        try:
+            while left > 0 and (padding := self.fileobj.read(1 << 20)):
+                left -= len(padding)
+        except OSError:
+            raise
+        except Exception as error:  # EOFError, zlib.error and what other decompressors raise
+            raise tarfile.ReadError(f"{type(error).__name__}: {error}") from error
+        if left <= 0:
+            raise tarfile.ReadError("it goes on far behind its last file")
