@@ -418,7 +418,7 @@ Model = Annotated[
         "--model",
         metavar="MODULE:FUNCTION",
         help="For checkpoints of a network of your own: a function without arguments that returns it, or "
-        "(network, example inputs).",
+        "(network, example inputs); MODULE may be a file, mynets.py.",
         show_default=False,
     ),
 ]
@@ -463,7 +463,7 @@ def match_command(
 
     paths, overrides = _paths_and_settings(others)
     named = Named(dataset, arch, model, input_shape, allow_partial, [*_named(name), *overrides])
-    progress = _progress(quiet or as_json or len(paths) == 1)
+    progress = _progress(quiet or as_json)
     results = match_files(first, paths, out=out, named=named, progress=progress)
     for result in results:
         if as_json:

@@ -173,7 +173,7 @@ class RunFolder:
         from fastar.checkpoints import read_metadata  # imports torch
 
         try:
-            kept, found = read_metadata(left), read_metadata(path)
+            kept, found = read_metadata(left, own=True), read_metadata(path, own=True)
         except FastarError:  # damaged: nobody's to throw away
             return False
         ended, saved = ((kept.get("epochs", 0), kept.get("steps", 0)), (found.get("epoch", 0), found.get("step", 0)))

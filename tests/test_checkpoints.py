@@ -153,7 +153,7 @@ def test_foreign_content_is_refused(tmp_path: Path, suffix: str) -> None:
     only_line(path, error)
 
 
-@pytest.mark.parametrize("name", ["a.ckpt", "a", "a.npz", ".safetensors.tmp"])
+@pytest.mark.parametrize("name", ["a.onnx", "a", "a.npz", ".safetensors.tmp", ".pt"])
 def test_wrong_suffix(tmp_path: Path, name: str) -> None:
     (tmp_path / name).write_bytes(b"x")
     with pytest.raises(FastarError, match=r"\.safetensors, \.pt, \.pth"):
@@ -222,8 +222,7 @@ def test_load_into_copies() -> None:
         (
             ["1.weight"],
             {"1.wieght": (3,)},
-            "a.pt lacks parameter '1.weight' (nearest: '1.wieght'); "
-            "has a tensor '1.wieght' that the model lacks (nearest: '1.weight'): it",
+            "a.pt has the model's shapes under other names: '1.wieght' where the model has '1.weight'; rename its",
         ),
         (
             ["0.bias", "1.bias"],
@@ -340,11 +339,21 @@ def test_metadata_changed_by_hand_are_refused(tmp_path: Path, read: Any) -> None
     only_line(path, error)
 
 
-def test_files_without_digests_are_read(tmp_path: Path) -> None:
+def test_others_files_without_digests_are_read(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
-    save_file({"w": torch.ones(2)}, path, {"fastar": '{"step": 4}'})
-    assert load_checkpoint(path).metadata == {"step": 4}
+    save_file({"w": torch.ones(2)}, path, {"by": '{"step": 4}'})
+    assert load_checkpoint(path).metadata == {}
     assert stored_digest(path) == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+@pytest.mark.parametrize("text", ['{"step": 4}', '{"step": 4, "digest": null}', '{"tensors_digest": "0"}'])
+@pytest.mark.parametrize("read", [load_checkpoint, read_metadata, stored_digest])
+def test_fastars_files_without_their_digests_are_refused(tmp_path: Path, read: Any, text: str) -> None:
+    path = tmp_path / "a.safetensors"
+    save_file({"w": torch.ones(2)}, path, {"fastar": text})
+    with pytest.raises(FastarError, match="damaged") as error:
+        read(path)
+    only_line(path, error)
 
 
 def test_the_stored_digest_is_of_the_tensors_alone(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ ORDER = (
     ("progress",),
     ("recipes", "scales"),
     ("config",),
-    ("lock", "states"),
+    ("lock", "states", "tensor_files"),
     ("atomic",),
     ("checkpoints", "figures"),
     ("runs",),

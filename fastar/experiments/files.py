@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastar.checkpoints import Checkpoint, load_checkpoint, load_into, save_checkpoint
+from fastar.checkpoints import Checkpoint, checkpoint_files, load_checkpoint, load_whole_into, save_checkpoint
 from fastar.config import MatchingSettings, Settings, load_settings
 from fastar.errors import FastarError
 from fastar.experiments.context import DATA_KEYS, resolve_device
 from fastar.experiments.own import own_model
 from fastar.experiments.pairs import context_of, load_whole
+from fastar.experiments.regular import tell
 from fastar.flat import FlatLayout
 from fastar.matching import (
     Examples,
@@ -27,7 +28,11 @@ from fastar.matching import (
     matching_threads,
     symmetry_by_settings,
 )
+from fastar.matching import (
+    average as mean_of,
+)
 from fastar.progress import SILENT, Progress
+from fastar.states import REAL
 
 
 @dataclass(frozen=True)
@@ -90,7 +95,7 @@ def network_of(first: Path, named: Named, progress: Progress = SILENT) -> Networ
         raise FastarError("--model says what the checkpoints are of: leave out --dataset and --arch")
     settings = _own_settings(named.overrides)
     model, example = own_model(named.model, named.input_shape)
-    whole = _load_own(model, first)  # before its symmetry is derived, which is slow
+    whole = _load_own(model, first, progress)  # before its symmetry is derived, which is slow
     symmetry = symmetry_by_settings(settings.matching, model, example, allow_partial=named.allow_partial)
 
     def examples() -> Examples:
@@ -102,7 +107,7 @@ def network_of(first: Path, named: Named, progress: Progress = SILENT) -> Networ
         layout=FlatLayout.from_module(model),
         settings=settings,
         device=resolve_device(settings.device),
-        load=lambda path: _load_own(model, path),
+        load=lambda path: _load_own(model, path, progress),
         examples=examples,
     )
 
@@ -115,11 +120,10 @@ def _own_settings(overrides: Sequence[str]) -> Settings:
     return load_settings(dataset="digits", overrides=overrides)  # the dataset is not looked at
 
 
-def _load_own(model: nn.Module, path: Path) -> Checkpoint:
-    checkpoint = load_checkpoint(path)
-    load_into(model, checkpoint)
-    # The model is filled anew for the next one.
-    return Checkpoint({name: value.clone() for name, value in model.state_dict().items()}, checkpoint.metadata, path)
+def _load_own(model: nn.Module, path: Path, progress: Progress) -> Checkpoint:
+    whole = load_whole_into(model, load_checkpoint(path))
+    tell(whole, progress)
+    return whole
 
 
 def match_files(
@@ -143,7 +147,8 @@ def match_files(
     network = network_of(first, named, progress)
     theta = network.first
     found = []
-    with progress.task("matching files", total=len(others), unit="files") as advance:
+    shown = progress if len(others) > 1 else SILENT
+    with shown.task("matching files", total=len(others), unit="files") as advance:
         for path, target in zip(others, written, strict=True):
             result, state, metadata = _match_file(network, theta, path)
             if target is not None:
@@ -172,7 +177,7 @@ def _written(others: Sequence[Path], out: Path | None) -> list[Path | None]:
 
 def _keep_inputs(read: Sequence[Path], written: Sequence[Path | None]) -> None:
     """A FastarError where a file would be written over one that is read, or two to one place."""
-    inputs = {path.resolve(): path for path in read}
+    inputs = {file.resolve(): file for path in read if path.exists() for file in checkpoint_files(path)}
     seen = set()
     for target in written:
         if target is None:
@@ -265,13 +270,15 @@ def match_many_files(
     network = network_of(paths[0] if centre is None else centre, named, progress)
     rest = paths[1:] if centre is None else paths
     loaded = [*([network.first] if centre is None else []), *(network.load(path) for path in rest)]
-    states = [{name: value.to(network.device) for name, value in one.state.items()} for one in loaded]
+    if average is not None:
+        _check_mean(loaded)
+    states = [_computed(one.state, network.device) for one in loaded]
     middle = None if centre is None else network.first.state
     result = match_many(
         network.symmetry,
         states,
         to=to,  # type: ignore[arg-type]  # match_many refuses others
-        centre=None if middle is None else {name: value.to(network.device) for name, value in middle.items()},
+        centre=None if middle is None else _computed(middle, network.device),
         settings=network.matching,
         examples=network.examples,
         rounds=rounds,
@@ -313,8 +320,30 @@ def match_many_files(
         first, *others = (one.metadata for one in loaded)
         known = {key: first[key] for key in _SAME if key in first and all(o.get(key) == first[key] for o in others)}
         metadata = {"kind": "average", "of": [path.name for path in paths]}
-        save_checkpoint(average, result.mean, {**known, **metadata})
+        # Of the files' own numbers, in their type, where they were matched in another.
+        of = [one.state for one in loaded]
+        mean = result.mean if _alike(of, states) else mean_of(network.symmetry, of, result.permutations)
+        save_checkpoint(average, mean, {**known, **metadata})
     return {**figures, "files": files}
+
+
+def _computed(state: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:
+    """A network's state as matching computes with it: real floating-point numbers in float32."""
+    return {n: v.to(device, torch.float32) if v.is_floating_point() else v.to(device) for n, v in state.items()}
+
+
+def _check_mean(loaded: Sequence[Checkpoint]) -> None:
+    """A FastarError where there is something that has no mean."""
+    for one in loaded:
+        for name, value in one.state.items():
+            if value.is_floating_point() and value.dtype not in REAL:
+                kind = str(value.dtype).removeprefix("torch.")
+                raise FastarError(f"{one.path}: {name} is {kind}, of which no average is made; leave out --average")
+
+
+def _alike(some: Sequence[Mapping[str, torch.Tensor]], others: Sequence[Mapping[str, torch.Tensor]]) -> bool:
+    """Tell whether states are of the same types."""
+    return all(one[name].dtype == other[name].dtype for one, other in zip(some, others, strict=True) for name in one)
 
 
 def _written_into(paths: Sequence[Path], out: Path | None) -> list[Path | None]:

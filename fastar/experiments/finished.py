@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fastar.checkpoints import SUFFIXES, read_metadata, stored_digest
+from fastar.checkpoints import is_checkpoint, read_metadata, stored_digest
 from fastar.config import Settings
 from fastar.errors import FastarError
 from fastar.progress import SILENT, Progress
@@ -33,7 +33,7 @@ def finished_results(settings: Settings, run: RunFolder, progress: Progress = SI
         return None
     if not all(run.finished(kind, index) for kind, number in numbers.items() for index in range(number)):
         return None
-    metadata = read_metadata(run.star)
+    metadata = read_metadata(run.star, own=True)
     check_permutations(run, metadata)
     trained_on = metadata.get("dataset_digest")
     return kept_results(run, measured_digest(settings, run, str(trained_on)), progress)
@@ -59,11 +59,11 @@ def check_permutations(run: RunFolder, star: Mapping[str, Any]) -> None:
 
     Those of older versions do not say which star they belong to, and pass.
     """
-    of = read_metadata(run.permutations)
+    of = read_metadata(run.permutations, own=True)
     if "star" not in of:
         return
     sources = star.get("recipe", {}).get("sources")
-    if (of["star"], of.get("sources")) != (stored_digest(run.star), sources):
+    if (of["star"], of.get("sources")) != (stored_digest(run.star, own=True), sources):
         raise FastarError(
             f"{run.permutations}: belongs to another star than {run.star.name}; restore the one that was written with "
             "it, or delete it to train the star again"
@@ -73,15 +73,13 @@ def check_permutations(run: RunFolder, star: Mapping[str, Any]) -> None:
 def measured_digest(settings: Settings, run: RunFolder, data: str) -> str:
     """A digest of all that results depend on: the models, the data (by their digest), and how they are measured."""
     number, folder = settings.sources.number, settings.sources.folder
-    if folder is not None:
-        sources = given_paths(folder.expanduser(), number)
-    else:
-        sources = [run.model("source", i) for i in range(number)]
+    given = [] if folder is None else given_paths(folder.expanduser(), number)
+    sources = given or [run.model("source", i) for i in range(number)]
     heldouts = [run.model("heldout", i) for i in range(settings.sources.heldout)]
     parts: dict[str, Any] = {
-        "models": [stored_digest(path) for path in (run.star, *sources, *heldouts)],
+        "models": [stored_digest(path, own=path not in given) for path in (run.star, *sources, *heldouts)],
         "data": data,
-        "permutations": stored_digest(run.permutations),
+        "permutations": stored_digest(run.permutations, own=True),
         "evaluation": settings.evaluation.model_dump(mode="json", exclude={"graph"}),
         "matching": settings.matching.model_dump(mode="json", exclude={"chunk"}),
         "limit": settings.dataset.limit,
@@ -100,7 +98,7 @@ def given_paths(folder: Path, count: int) -> list[Path]:
     """
     if not folder.is_dir():
         raise FastarError(f"sources.folder={folder}: no such folder")
-    paths = sorted(path for path in folder.iterdir() if path.suffix in SUFFIXES and path.is_file())
+    paths = sorted(path for path in folder.iterdir() if is_checkpoint(path) and path.is_file())
     if len(paths) < count:
         raise FastarError(
             f"{folder}: holds {len(paths)} checkpoints, sources.number={count} asks for more; add some or lower it"

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastar.checkpoints import Checkpoint, load_checkpoint, load_into
+from fastar.checkpoints import Checkpoint, load_checkpoint, load_whole_into
 from fastar.config import OF_ANY_SIZE, as_override, load_settings
 from fastar.errors import FastarError
 from fastar.evaluation import Path as Segment
@@ -14,7 +14,7 @@ from fastar.evaluation import evaluate_paths
 from fastar.experiments.context import DATA_KEYS, MEASURE_WITH_LESS, Context, Shape, resolve_device, within_memory
 from fastar.experiments.facts import shown
 from fastar.experiments.measure import endpoint, matched_endpoints, path_result, statistics_error
-from fastar.experiments.regular import check_fits, device_name
+from fastar.experiments.regular import check_fits, device_name, tell
 from fastar.progress import SILENT, Progress
 from fastar.runs import RunFolder, versions
 
@@ -58,9 +58,9 @@ def load_whole(context: Context, path: Path, checkpoint: Checkpoint | None = Non
     """A checkpoint as a whole state of the context's architecture."""
     checkpoint = checkpoint or load_checkpoint(path)
     check_fits(context, checkpoint, same_data=same_data)
-    model = context.build(seed=0).cpu()
-    load_into(model, checkpoint)
-    return Checkpoint(dict(model.state_dict()), checkpoint.metadata, path)
+    whole = load_whole_into(context.build(seed=0).cpu(), checkpoint)
+    tell(whole, context.progress)
+    return whole
 
 
 def barriers_of_files(

@@ -18,6 +18,7 @@ from fastar.evaluation.batch_norm import own_statistics
 from fastar.experiments.attempts import Prepared, Subject, Trained, difference, trained
 from fastar.experiments.context import MEASURE_WITH_LESS, Context, within_memory
 from fastar.experiments.finished import given_paths
+from fastar.progress import Progress
 from fastar.runs import commit, versions
 from fastar.seeds import derive_seed
 from fastar.training import RegularStep, resolve_precision
@@ -60,14 +61,14 @@ def regular_models(context: Context, kind: str, count: int) -> list[Checkpoint]:
     paths = [context.run.model(kind, index) for index in range(count)]
     for index, path in enumerate(paths):  # all checks before any training
         if path.is_file():
-            check_recipe(path, read_metadata(path).get("recipe", {}), recipe(context, kind, index))
+            check_recipe(path, read_metadata(path, own=True).get("recipe", {}), recipe(context, kind, index))
     missing = [path for path in paths if not path.is_file()]
     with context.progress.task(f"{kind} models", total=len(missing), unit="models") as advance:
         for index, path in enumerate(paths):
             if not path.is_file():
                 train_regular(context, kind, index)
                 advance(1)
-            found.append(load_checkpoint(path, resident=False))
+            found.append(load_checkpoint(path, resident=False, own=True))
     return found
 
 
@@ -134,9 +135,17 @@ def given_sources(context: Context, folder: Path, count: int) -> list[Checkpoint
     for path in given_paths(folder, count):
         checkpoint = load_checkpoint(path, resident=False)  # of .safetensors; others stay in the host's memory
         check_fits(context, checkpoint)
-        load_into(model, checkpoint)
+        checkpoint = load_into(model, checkpoint)
+        tell(checkpoint, context.progress)
         found.append(checkpoint)
     return found
+
+
+def tell(checkpoint: Checkpoint, progress: Progress) -> None:
+    """Say what was taken of another's file, where it holds more than the model's tensors under their names."""
+    line = checkpoint.taken()
+    if line is not None:
+        progress.line(line)
 
 
 def check_fits(context: Context, checkpoint: Checkpoint, *, same_data: bool = True) -> None:

@@ -187,13 +187,13 @@ def star_model(
     permutations_file = run.permutations
     wanted = star_recipe(context, sources)
     if run.star.is_file():
-        check_recipe(run.star, read_metadata(run.star).get("recipe", {}), wanted)
+        check_recipe(run.star, read_metadata(run.star, own=True).get("recipe", {}), wanted)
     if not run.finished("star", 0):
         if run.star.is_file():
             context.progress.line(f"{permutations_file}: missing, and the star is of no use without; training it again")
         _train(context, sources, wanted, profile)
-    star = load_checkpoint(run.star)
-    stored = dict(load_checkpoint(permutations_file).state)
+    star = load_checkpoint(run.star, own=True)
+    stored = dict(load_checkpoint(permutations_file, own=True).state)
     if stored.pop("matched", None) is None:
         raise FastarError(f"{permutations_file}: holds no permutations; delete it and run the same command again")
     check_permutations(run, star.metadata)

@@ -4,7 +4,7 @@ from fastar.matching.activations import comparing_bytes, correlate_units, match_
 from fastar.matching.assignment import solve_assignment, solver_name
 from fastar.matching.derive import derive_symmetry
 from fastar.matching.forwards import on_device
-from fastar.matching.many import ManyResult, To, match_many
+from fastar.matching.many import ManyResult, To, average, match_many
 from fastar.matching.methods import Examples, GiveExamples, match_by_settings
 from fastar.matching.modules import match_modules, symmetry_by_settings
 from fastar.matching.permutations import Permutations
@@ -32,6 +32,7 @@ __all__ = [
     "Symmetry",
     "To",
     "UnitActivations",
+    "average",
     "comparing_bytes",
     "correlate_units",
     "derive_symmetry",

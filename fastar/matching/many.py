@@ -117,12 +117,16 @@ def average(symmetry: Symmetry, states: Sequence[State], permutations: Permutati
     total: dict[str, Tensor] = {}
     for n, state in enumerate(states):
         for name, value in symmetry.apply(permutations.select(n), state).items():
-            if name not in total:
-                total[name] = value.double() if value.is_floating_point() else value
-            elif value.is_floating_point():
+            if not (value.is_floating_point() or value.is_complex()):
+                total.setdefault(name, value)
+            elif name not in total:
+                total[name] = value.to(torch.complex128 if value.is_complex() else torch.float64)
+            else:
                 total[name] += value
     return {
-        name: (value / len(states)).to(states[0][name].dtype) if value.is_floating_point() else value
+        name: (value / len(states)).to(states[0][name].dtype)
+        if value.is_floating_point() or value.is_complex()
+        else value
         for name, value in total.items()
     }
 

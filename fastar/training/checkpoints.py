@@ -108,7 +108,7 @@ class TrainingCheckpoints:
         for path in reversed(self.paths()):
             _check_readable(path)
             try:
-                found = load_checkpoint(path)
+                found = load_checkpoint(path, own=True)
                 metadata = found.metadata
                 if metadata.get("format") != FORMAT:
                     break
@@ -237,7 +237,7 @@ class TrainingCheckpoints:
             self._losses = {}
             for path in self.paths():
                 try:
-                    loss = read_metadata(path).get("loss")
+                    loss = read_metadata(path, own=True).get("loss")
                 except FastarError:  # damaged: never the best
                     loss = None
                 self._losses[path] = math.inf if loss is None else float(loss)
