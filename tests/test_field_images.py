@@ -3,24 +3,38 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import importlib.util
 import io
 import os
+import pickle
+import shutil
 import socket
 import sys
 import tarfile
+import tracemalloc
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 import pytest
-from data_samples import raw_dataset, write_folders
+from data_samples import (
+    cifar_python_files,
+    idx_bytes,
+    raw_dataset,
+    write_archive,
+    write_files,
+    write_folders,
+    write_idx,
+)
 from PIL import Image
-from test_data_archives import devkit, jpeg, tar
+from test_data_archives import add, devkit, jpeg, tar
 
 from fastar.config import DatasetSettings
-from fastar.data import DATASETS, Encoding, StreamingDataset, images, prepare, prepare_images
+from fastar.data import DATASETS, Encoding, StreamingDataset, archives, idx, images, prepare, prepare_images
+from fastar.data import cifar as cifar_module
 from fastar.data.find import find_raw
 from fastar.data.imagefolder import count_images, find_images
 from fastar.data.listing import PassedOver, images_below
@@ -467,3 +481,211 @@ def test_the_first_few_of_each_kind_are_named(tmp_path: Path) -> None:
     assert len(images_below(tmp_path / "c" / "x", passed)) == 1
     first = "c/x/00.txt, c/x/01.txt, c/x/02.txt, ... (no image)"
     assert str(passed) == f"passed over 40 that are no images of a class: {first}"
+
+
+def test_a_damaged_header_ends_no_archive_early(tmp_path: Path) -> None:
+    """tarfile takes one for the archive's end, as it takes a cut between members: classes would vanish."""
+    root = make(tmp_path / "raw")
+    (root / "train").rename(tmp_path / "away")
+    path = root / "ILSVRC2012_img_train.tar"
+    whole = tar({f"{name}.tar": tar({"0.JPEG": jpeg(1)}) for name in "ab"})
+    path.write_bytes(whole)
+    assert len(find_images(root)["train"]) == 2
+    second = whole.index(b"b.tar\0")
+    other = whole[:second] + b"B" + whole[second + 1 :]
+    zeros = whole[:second] + bytes(512) + whole[second + 512 :]
+    for damaged in (other, zeros, whole[:second], whole[: second + 300], whole + whole):
+        path.write_bytes(damaged)
+        with pytest.raises(FastarError, match=r"img_train\.tar: not a whole, uncompressed tar archive"):
+            find_images(root)
+
+
+def cifar(root: Path, **changes: Any) -> dict[str, bytes]:
+    """The files of a small CIFAR-10; `changes` go into the pickled test batch."""
+    files = cifar_python_files(raw_dataset("cifar10"), "cifar10")
+    batch = pickle.loads(files["test_batch"], encoding="bytes")
+    files["test_batch"] = pickle.dumps(batch | {key.encode(): value for key, value in changes.items()}, protocol=2)
+    write_files(root, files)
+    return files
+
+
+@pytest.mark.parametrize("label", [10**30, -(10**30), 2**63, -(2**63), 1 << 20_000], ids=range(5))
+def test_labels_that_are_no_numbers_of_classes(tmp_path: Path, label: int) -> None:
+    cifar(tmp_path, labels=[0] * 29 + [label])
+    with pytest.raises(FastarError, match=r"test_batch, sample 29: its label is no class's number; the file is dam"):
+        find_raw(DATASETS["cifar10"], tmp_path)
+
+
+def test_pickles_cannot_ask_for_memory_or_lines_of_their_own(tmp_path: Path) -> None:
+    cifar(tmp_path)
+    for content, message in (
+        (b"\x80\x02Nr\xff\xff\xff\x7f.", "at a place beyond its own size"),  # 32 GB for what is remembered
+        (b"Np99999999999\n.", "at a place beyond its own size"),
+        (b"\x80\x04\x8c\x03o\ns\x8c\x07sys\ntem\x93.", r"asks for o\\ns\.sys\\ntem, which"),
+        (b"\x80\x02X\xff\xff\xff\x7fab.", "not a readable CIFAR pickle"),
+    ):
+        (tmp_path / "test_batch").write_bytes(content)
+        with pytest.raises(FastarError, match=message) as caught:
+            find_raw(DATASETS["cifar10"], tmp_path)
+        assert "\n" not in str(caught.value)
+
+
+class Zeros(io.RawIOBase):
+    """So many zero bytes that take no room."""
+
+    def __init__(self, size: int):
+        self.left = size
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        size = min(self.left, len(buffer))
+        buffer[:size] = bytes(size)
+        self.left -= size
+        return size
+
+
+def bomb(path: Path, name: str, size: int, *, front: bytes = b"") -> None:
+    """A .tar.gz whose member `name` has `size` bytes; without a name, `front` and so many zeros in a .gz."""
+    with gzip.open(path, "wb", compresslevel=1) as packed:
+        if name:
+            with tarfile.open(fileobj=packed, mode="w") as archive:
+                member = tarfile.TarInfo(name)
+                member.size = size
+                archive.addfile(member, io.BufferedReader(Zeros(size)))
+        else:
+            packed.write(front)
+            shutil.copyfileobj(io.BufferedReader(Zeros(size)), packed, 1 << 20)
+
+
+def memory_of(call: Callable[[], object]) -> int:
+    """The most bytes that Python held at once in `call`, beyond those before."""
+    tracemalloc.start()
+    try:
+        call()
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+def refused(call: Callable[[], object], message: str) -> Callable[[], None]:
+    def run() -> None:
+        with pytest.raises(FastarError, match=message) as caught:
+            call()
+        assert "\n" not in str(caught.value)
+
+    return run
+
+
+def test_archives_that_unpack_to_far_more_are_refused_in_little_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most = 1 << 20
+    for module in (cifar_module, idx, archives):
+        assert module._LARGEST >= 1 << 28
+        monkeypatch.setattr(module, "_LARGEST", most)
+    size, little = 1 << 25, 1 << 23
+    raw = tmp_path / "cifar"
+    raw.mkdir()
+    path = raw / "cifar-10-python.tar.gz"
+    for name in ("cifar-10-batches-py/data_batch_1", "something else"):
+        bomb(path, name, size)
+        message = r"cifar-10-python\.tar\.gz: cannot be read \(it holds more than 1000 members or 1,048,576 bytes\)"
+        assert memory_of(refused(lambda: find_raw(DATASETS["cifar10"], raw), message)) < little
+    # Behind the archive's end.
+    files = cifar_python_files(raw_dataset("cifar10", 10, 10), "cifar10")
+    write_archive(path, "cifar-10-batches-py", files)
+    packed = path.read_bytes()
+    assert len(find_raw(DATASETS["cifar10"], raw).train) == 10
+    bomb(tmp_path / "more.gz", "", size)
+    path.write_bytes(packed + (tmp_path / "more.gz").read_bytes())
+    message = "it holds more than 1,048,576 bytes"
+    assert memory_of(refused(lambda: find_raw(DATASETS["cifar10"], raw), message)) < little
+    with tarfile.open(path, "w:gz") as archive:
+        for number in range(1001):
+            add(archive, f"{number}", b"")
+    refused(lambda: find_raw(DATASETS["cifar10"], raw), "more than 1000 members")()
+
+    write_idx(tmp_path / "mnist", raw_dataset("mnist", 30, 30), zipped=True)
+    images_path = tmp_path / "mnist" / "train-images-idx3-ubyte.gz"
+    for front, message in (
+        (idx_bytes(np.zeros((30, 28, 28), np.uint8))[:16], "more than the 23,536 bytes that are due"),
+        (b"", "not an IDX file"),
+        (bytes((0, 0, 8, 3)) + b"\0\0\xff\xff" * 3, r"its front says that it holds 281,462,092,005,375 bytes"),
+    ):
+        bomb(images_path, "", size, front=front)
+        assert memory_of(refused(lambda: find_raw(DATASETS["mnist"], tmp_path / "mnist"), message)) < little
+
+    root = make(tmp_path / "raw")
+    (root / "val").rename(tmp_path / "away")
+    (root / "ILSVRC2012_img_val.tar").write_bytes(tar({"0.JPEG": jpeg(0)}))
+    bomb(root / "ILSVRC2012_devkit_t12.tar.gz", "ILSVRC2012_devkit_t12/data/meta.mat", size)
+    assert memory_of(refused(lambda: find_images(root), "it holds more than 1000 members or 1,048,576 by")) < little
+
+
+def test_whatever_a_packed_archive_holds_is_one_line(tmp_path: Path) -> None:
+    """One bit of each place in turn, gzip and xz: refused, or every image as it was."""
+    files = cifar_python_files(raw_dataset("cifar10", 10, 10), "cifar10")
+    path = tmp_path / "cifar-10-python.tar.gz"
+    for mode in ("w:gz", "w:xz"):
+        with tarfile.open(path, mode) as archive:
+            for name, content in files.items():
+                add(archive, f"cifar-10-batches-py/{name}", content)
+        whole = path.read_bytes()
+        known = find_raw(DATASETS["cifar10"], tmp_path).digest
+        accepted = 0
+        for place in np.random.default_rng(0).integers(0, len(whole), 40):
+            damaged = bytearray(whole)
+            damaged[place] ^= 1 << int(place) % 8
+            path.write_bytes(damaged)
+            found = None
+            with contextlib.suppress(FastarError):
+                found = find_raw(DATASETS["cifar10"], tmp_path).digest
+            assert found in (None, known)
+            accepted += found is not None
+        assert accepted <= 1  # a name or a time in gzip's front
+
+
+@pytest.mark.parametrize("kind", ["cifar", "devkit", "unpacked devkit", "annotations"])
+def test_a_pipe_where_a_file_is_due_is_not_waited_for(tmp_path: Path, kind: str) -> None:
+    root = make(tmp_path / "raw") if kind != "cifar" else tmp_path / "raw"
+    if kind == "cifar":
+        cifar(root)
+        path = root / "data_batch_3"
+        path.unlink()
+    elif kind == "annotations":
+        shutil.rmtree(root / "val")
+        put(root / "val" / "images" / "0.jpg")
+        path = root / "val" / "val_annotations.txt"
+    else:
+        shutil.rmtree(root / "val")
+        (root / "ILSVRC2012_img_val.tar").write_bytes(tar({"0.JPEG": jpeg(0)}))
+        path = root / "ILSVRC2012_devkit_t12.tar.gz"
+        if kind.startswith("unpacked"):
+            path = root / "ILSVRC2012_devkit_t12" / "data" / "ILSVRC2012_validation_ground_truth.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    os.mkfifo(path)
+    with pytest.raises(FastarError, match=r"is no file; |which holds its labels; put it there"):
+        find_raw(DATASETS["cifar10"], root) if kind == "cifar" else find_images(root)
+
+
+def test_a_damaged_meta_mat_kills_a_process_of_its_own_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "json.py").write_text("raise SystemExit(3)")  # what lies where the user is does not count
+    content = devkit([1, 2])
+    meta = content["ILSVRC2012_devkit_t12/data/meta.mat"]
+    where = tmp_path / "ILSVRC2012_devkit_t12"
+    assert archives._synsets(meta, where) == [(1, "n02", 0), (2, "n03", 0), (3, "n01", 0), (4, "n00", 3)]
+    for place, bit in ((301, 1), (346, 1)):  # each is a SIGSEGV of SciPy 1.17
+        damaged = bytearray(meta)
+        damaged[place] ^= 1 << bit
+        with pytest.raises(FastarError, match=r"ILSVRC2012_devkit_t12: its labels or meta\.mat are damaged \("):
+            archives._synsets(bytes(damaged), where)
+    monkeypatch.setattr(archives, "READ_SYNSETS", "import os; os.kill(os.getpid(), 11)")
+    with pytest.raises(FastarError, match=r"meta\.mat are damaged \(signal 11\); get it again"):
+        archives._synsets(meta, where)
+    monkeypatch.setattr(archives, "READ_SYNSETS", "import time; time.sleep(3600)")
+    monkeypatch.setattr(archives, "SECONDS", 0.2)
+    with pytest.raises(FastarError, match=r"reading its meta\.mat takes more than 0\.2 s; get it again"):
+        archives._synsets(meta, where)

@@ -1,7 +1,10 @@
 """ImageNet's official archives, read where they lie: members are found once and read by their offset."""
 
 import io
+import json
 import os
+import subprocess
+import sys
 import tarfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -11,9 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from fastar.data.listing import SUFFIXES, PassedOver, reason_to_pass
-from fastar.data.raw import RawSplit, class_digest, decode_rgb, is_image
-from fastar.data.tars import TarArchive
-from fastar.errors import FastarError
+from fastar.data.raw import RawSplit, class_digest, decode_rgb, is_image, read_file
+from fastar.data.tars import TarArchive, read_members
+from fastar.errors import FastarError, printable
 from fastar.progress import SILENT, Progress
 
 TRAIN_ARCHIVE = "ILSVRC2012_img_train.tar"
@@ -21,6 +24,20 @@ VAL_ARCHIVE = "ILSVRC2012_img_val.tar"
 DEVKIT = "ILSVRC2012_devkit_t12"
 _LABELS = "data/ILSVRC2012_validation_ground_truth.txt"
 _SYNSETS = "data/meta.mat"
+_LARGEST = 1 << 28  # bytes of the development kit, unpacked; the official one has 10 million
+SECONDS = 60.0  # to read meta.mat, which takes one
+
+# SciPy's reader dies, or takes all memory, of files that are damaged: it has a process of its own.
+READ_SYNSETS = """
+import sys
+sys.path[:] = sys.argv[1].split("\\n")
+import io, json, resource
+resource.setrlimit(resource.RLIMIT_DATA, (1 << 32, 1 << 32))
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+from scipy.io import loadmat
+table = loadmat(io.BytesIO(sys.stdin.buffer.read()), squeeze_me=True)["synsets"]
+print(json.dumps([[int(row["ILSVRC2012_ID"]), str(row["WNID"]), int(row["num_children"])] for row in table]))
+"""
 
 
 class ArchiveSplit:
@@ -92,6 +109,7 @@ def train_archive(
                 inner.append(member)
             elif not member.isdir():
                 passed.add(f"{path.name}/{member.name}", "no archive of a class")
+        archive.check_end()
         if not inner:
             raise FastarError(f"{path}: holds no archives of classes (n01440764.tar, ...); get it again")
         with progress.task(f"listing {path.name}", len(inner), "classes") as advance:
@@ -137,7 +155,7 @@ def val_archive(
 
 
 @contextmanager
-def _opened(path: Path) -> Iterator[tarfile.TarFile]:
+def _opened(path: Path) -> Iterator[TarArchive]:
     try:
         with TarArchive.open(path, mode="r:", encoding="utf-8") as archive:
             yield archive
@@ -147,7 +165,7 @@ def _opened(path: Path) -> Iterator[tarfile.TarFile]:
         raise FastarError(f"{path}: cannot be read ({error.strerror}); check the file") from error
 
 
-def _images(archive: tarfile.TarFile, where: str, passed: PassedOver) -> Iterator[tuple[str, int, int]]:
+def _images(archive: TarArchive, where: str, passed: PassedOver) -> Iterator[tuple[str, int, int]]:
     """(file name, offset, size) of the images in an archive."""
     for member in archive:
         name = Path(member.name).name
@@ -162,6 +180,7 @@ def _images(archive: tarfile.TarFile, where: str, passed: PassedOver) -> Iterato
             yield name, member.offset_data, member.size
         else:
             passed.add(f"{where}/{member.name}", reason)
+    archive.check_end()
 
 
 def _check_whole(path: Path, members: list[tuple[str, str, int, int]]) -> None:
@@ -173,35 +192,42 @@ def _check_whole(path: Path, members: list[tuple[str, str, int, int]]) -> None:
 
 def _validation_classes(root: Path) -> list[str]:
     """The class of each validation image in order, from the development kit in `root`."""
-    from scipy.io import loadmat  # slow, and needed here alone
-
     labels, synsets = (_devkit_file(root, name) for name in (_LABELS, _SYNSETS))
-    where = root / DEVKIT
+    # Numbers 1 to 1000 are the classes; above are the nodes of WordNet over them.
+    leaves = {number: name for number, name, children in _synsets(synsets, root / DEVKIT) if children == 0}
     try:
-        table = loadmat(io.BytesIO(synsets), squeeze_me=True)["synsets"]
-        # Numbers 1 to 1000 are the classes; above are the nodes of WordNet over them.
-        leaves = {int(row["ILSVRC2012_ID"]): str(row["WNID"]) for row in table if int(row["num_children"]) == 0}
         return [leaves[int(line)] for line in labels.decode("ascii").split()]
-    except (KeyError, ValueError, TypeError, IndexError, NotImplementedError) as error:
-        raise FastarError(f"{where}: its labels or meta.mat are damaged ({error}); get it again") from error
+    except (KeyError, ValueError) as error:
+        raise FastarError(f"{root / DEVKIT}: its labels or meta.mat are damaged ({error}); get it again") from error
+
+
+def _synsets(content: bytes, where: Path) -> list[tuple[int, str, int]]:
+    """(number, name, number of children) of each row of meta.mat."""
+    command = [sys.executable, "-c", READ_SYNSETS, "\n".join(sys.path)]
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
+    try:
+        done = subprocess.run(command, input=content, capture_output=True, timeout=SECONDS, env=environment)
+    except subprocess.TimeoutExpired as error:
+        raise FastarError(f"{where}: reading its meta.mat takes more than {SECONDS:g} s; get it again") from error
+    if done.returncode != 0:
+        said = done.stderr.decode(errors="replace").strip().splitlines()
+        why = f"signal {-done.returncode}" if done.returncode < 0 else printable(said[-1])[:200] if said else "no word"
+        raise FastarError(f"{where}: its labels or meta.mat are damaged ({why}); get it again")
+    return [tuple(row) for row in json.loads(done.stdout)]
 
 
 def _devkit_file(root: Path, name: str) -> bytes:
     folder, packed = root / DEVKIT, root / f"{DEVKIT}.tar.gz"
     try:
-        if (folder / name).is_file():
-            return (folder / name).read_bytes()
-        with TarArchive.open(packed, mode="r:*") as archive:
-            stream = archive.extractfile(f"{DEVKIT}/{name}")
-            assert stream is not None
-            content = stream.read()
-            archive.finish()
-            return content
-    except FileNotFoundError:
-        raise FastarError(
-            f"{root}: has {VAL_ARCHIVE} but not {packed.name}, which holds its labels; put it there too"
-        ) from None
-    except (OSError, EOFError, tarfile.TarError, KeyError, AssertionError) as error:
+        if (folder / name).exists():
+            return read_file(folder / name, _LARGEST)
+        if not packed.is_file():
+            raise FastarError(
+                f"{root}: has {VAL_ARCHIVE} but not {packed.name}, which holds its labels; put it there too"
+            )
+        member = f"{DEVKIT}/{name}"
+        return read_members(packed, (member,), _LARGEST)[member]
+    except (OSError, tarfile.TarError, KeyError) as error:
         reason = " ".join(str(error).split())
         raise FastarError(f"{packed}: {name} cannot be read ({reason}); get it again") from error
 

@@ -2,8 +2,8 @@
 
 import io
 import pickle
+import pickletools
 import tarfile
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,12 +11,13 @@ from typing import Any
 
 import numpy as np
 
-from fastar.data.raw import ArraySplit, RawDataset
+from fastar.data.raw import ArraySplit, RawDataset, read_file
 from fastar.data.registry import DatasetSpec
-from fastar.data.tars import TarArchive
-from fastar.errors import FastarError
+from fastar.data.tars import read_members
+from fastar.errors import FastarError, printable
 
 _PIXELS = 3 * 32 * 32
+_LARGEST = 1 << 30  # bytes of an archive, unpacked; the official ones have 180 MB
 
 
 @dataclass(frozen=True)
@@ -97,7 +98,7 @@ def _read_folder(root: Path, wanted: list[str]) -> dict[str, bytes]:
     contents = {}
     for name in wanted:
         try:
-            contents[name] = (root / name).read_bytes()
+            contents[name] = read_file(root / name, _LARGEST)
         except FileNotFoundError:
             raise FastarError(f"{root / name}: missing beside the other CIFAR files; get the archive again") from None
         except OSError as error:
@@ -106,17 +107,9 @@ def _read_folder(root: Path, wanted: list[str]) -> dict[str, bytes]:
 
 
 def _read_archive(path: Path, wanted: list[str]) -> dict[str, bytes]:
-    contents = {}
     try:
-        with TarArchive.open(path) as archive:
-            for member in archive:
-                name = Path(member.name).name
-                if member.isfile() and name in wanted:
-                    stream = archive.extractfile(member)
-                    assert stream is not None
-                    contents[name] = stream.read()
-            archive.finish()  # nothing of it counts before its checksum does
-    except (OSError, EOFError, tarfile.TarError, zlib.error) as error:
+        contents = read_members(path, wanted, _LARGEST, lambda name: Path(name).name)
+    except (OSError, tarfile.TarError) as error:
         reason = " ".join(str(error).split())
         raise FastarError(f"{path}: cannot be read ({reason}); get the archive again") from error
     missing = [name for name in wanted if name not in contents]
@@ -135,12 +128,14 @@ def _parse_binary(data: bytes, where: str, layout: _Layout) -> tuple[np.ndarray,
 
 def _parse_pickle(data: bytes, where: str, layout: _Layout) -> tuple[np.ndarray, np.ndarray]:
     try:
+        _check_places(data)
         batch = CifarUnpickler(io.BytesIO(data)).load()
     except FastarError as error:
         raise FastarError(f"{where}: {error}") from None
     # A damaged pickle can fail in any way the pickle machine can (EOFError, IndexError, UnpicklingError, ...).
     except Exception as error:
-        raise FastarError(f"{where}: not a readable CIFAR pickle ({error}); get the file again") from error
+        why = printable(str(error))[:200]
+        raise FastarError(f"{where}: not a readable CIFAR pickle ({why}); get the file again") from error
     batch = {_as_bytes(key): value for key, value in batch.items()} if isinstance(batch, dict) else {}
     pixels, labels = batch.get(b"data"), batch.get(layout.label_key)
     array = pixels.array if isinstance(pixels, _Array) else None
@@ -148,7 +143,17 @@ def _parse_pickle(data: bytes, where: str, layout: _Layout) -> tuple[np.ndarray,
         raise FastarError(f"{where}: no 'data' of n x {_PIXELS} bytes; not a CIFAR batch, check --dataset")
     if not isinstance(labels, list) or not all(type(label) is int for label in labels):
         raise FastarError(f"{where}: no list {layout.label_key.decode()!r}; not a CIFAR batch, check --dataset")
+    bad = next((number for number, label in enumerate(labels) if not 0 <= label < 1 << 31), None)
+    if bad is not None:  # not shown: it may have any number of digits
+        raise FastarError(f"{where}, sample {bad}: its label is no class's number; the file is damaged")
     return array, np.array(labels, dtype=np.int64)
+
+
+def _check_places(data: bytes) -> None:
+    """Python makes room for as many things to be remembered as the largest place that a pickle names."""
+    for operation, argument, _ in pickletools.genops(data):
+        if operation.name in ("PUT", "LONG_BINPUT") and int(argument or 0) > len(data):
+            raise FastarError("remembers something at a place beyond its own size; get the file again")
 
 
 def _as_bytes(key: Any) -> Any:
@@ -160,7 +165,7 @@ class _Dtype:
 
     def __init__(self, code: bytes | str, *_: object):
         if _as_bytes(code) not in (b"u1", b"|u1", b"uint8"):
-            raise FastarError(f"array of type {code!r} where unsigned bytes are due; get the file again")
+            raise FastarError(f"array of type {code!r:.20} where unsigned bytes are due; get the file again")
 
     def __setstate__(self, state: object) -> None:
         """Byte order and alignment, which mean nothing for single bytes."""
@@ -176,7 +181,7 @@ class _Array:
         if not isinstance(dtype, _Dtype) or not isinstance(data, bytes):
             raise FastarError("array without plain bytes; get the file again")
         if not all(type(size) is int and size >= 0 for size in shape) or int(np.prod(shape, dtype=object)) != len(data):
-            raise FastarError(f"array of {len(data):,} bytes does not fill its shape {shape}; get the file again")
+            raise FastarError(f"array of {len(data):,} bytes does not fill its shape; get the file again")
         self.array = np.frombuffer(data, np.uint8).reshape(shape, order="F" if fortran else "C")
 
 
@@ -189,7 +194,7 @@ def _reconstruct(kind: object, *_: object) -> _Array:
 def _encode(text: str, encoding: str) -> bytes:
     """`_codecs.encode`, by which Python 3 stores bytes in pickles of protocol 2."""
     if encoding not in ("latin1", "latin-1"):
-        raise FastarError(f"bytes stored as {encoding!r}; get the file again")
+        raise FastarError(f"bytes stored as {encoding!r:.20}; get the file again")
     return text.encode("latin-1")
 
 
@@ -211,9 +216,8 @@ class CifarUnpickler(pickle.Unpickler):
         try:
             return self._ADMITTED[module, name]
         except KeyError:
-            raise FastarError(
-                f"asks for {module}.{name}, which CIFAR files never hold; do not trust this file"
-            ) from None
+            asked = printable(f"{module:.60}.{name:.60}")
+            raise FastarError(f"asks for {asked}, which CIFAR files never hold; do not trust this file") from None
 
     def persistent_load(self, pid: object) -> Any:
         raise FastarError("asks for an outside object, which CIFAR files never do; do not trust this file")

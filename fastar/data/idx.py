@@ -2,6 +2,7 @@
 
 import gzip
 import zlib
+from io import BufferedReader
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from fastar.data.registry import DatasetSpec
 from fastar.errors import FastarError
 
 _STEMS = {"train": "train", "test": "t10k"}
+_LARGEST = 1 << 30  # bytes; MNIST's images have 47 million
 
 
 def find_idx(root: Path, spec: DatasetSpec) -> RawDataset | None:
@@ -51,17 +53,27 @@ def _find(root: Path, split: str, part: str) -> Path | None:
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
     """The uint8 array of an IDX file with that many dimensions; FastarError names a file that is damaged."""
+    front = 4 + 4 * dimensions
     try:
-        data = path.read_bytes()
-        if data[:2] == b"\x1f\x8b":
-            data = gzip.decompress(data)
+        with path.open("rb") as file:
+            zipped = file.read(2) == b"\x1f\x8b"
+            file.seek(0)
+            stream: gzip.GzipFile | BufferedReader = gzip.GzipFile(fileobj=file) if zipped else file
+            head = stream.read(front)
+            if len(head) < front or head[:4] != bytes((0, 0, 8, dimensions)):
+                raise FastarError(
+                    f"{path}: not an IDX file of unsigned bytes in {dimensions} dimensions; get the file again"
+                )
+            shape = tuple(int(size) for size in np.frombuffer(head, ">u4", dimensions, 4))
+            size = int(np.prod(shape, dtype=object))
+            if size > _LARGEST:
+                raise FastarError(f"{path}: its front says that it holds {size:,} bytes; damaged, get the file again")
+            data = stream.read(size + 1)  # beyond the end: there gzip compares its checksum
     except (OSError, EOFError, zlib.error) as error:
         raise FastarError(f"{path}: cannot be read ({error}); get the file again") from error
-    front = 4 + 4 * dimensions
-    if len(data) < front or data[:4] != bytes((0, 0, 8, dimensions)):
-        raise FastarError(f"{path}: not an IDX file of unsigned bytes in {dimensions} dimensions; get the file again")
-    shape = tuple(int(size) for size in np.frombuffer(data, ">u4", dimensions, 4))
-    expected = front + int(np.prod(shape, dtype=object))
-    if len(data) != expected:
-        raise FastarError(f"{path}: {len(data):,} bytes where {expected:,} are due; truncated, get the file again")
-    return np.frombuffer(data, np.uint8, offset=front).reshape(shape)
+    if len(data) > size:
+        raise FastarError(f"{path}: more than the {front + size:,} bytes that are due; damaged, get the file again")
+    if len(data) < size:
+        has = front + len(data)
+        raise FastarError(f"{path}: {has:,} bytes where {front + size:,} are due; truncated, get the file again")
+    return np.frombuffer(data, np.uint8).reshape(shape)

@@ -1,6 +1,7 @@
 """Raw data as every reader hands it over: an indexable of (image, label)."""
 
 import hashlib
+import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
@@ -25,6 +26,20 @@ class UnusableImage(FastarError):
 
     def __reduce__(self) -> tuple[type["UnusableImage"], tuple[str, str, str]]:
         return type(self), (self.where, self.reason, self.advice)  # it is sent between processes
+
+
+def read_file(path: Path, most: int) -> bytes:
+    """The content of a file of at most `most` bytes; OSError where it is not to be had.
+
+    Raises:
+        FastarError: a pipe or a device, which would be waited for, or too large to be what is expected.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):
+        raise FastarError(f"{path}: is no file; put the file itself there")
+    if status.st_size > most:
+        raise FastarError(f"{path}: has {status.st_size:,} bytes, more than {most:,}; get the file again")
+    return path.read_bytes()
 
 
 def is_image(stream: IO[bytes]) -> bool:

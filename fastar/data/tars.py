@@ -1,6 +1,8 @@
 """Reading tar archives that may be damaged, or made to do harm: in bounded memory, and never for ever."""
 
 import tarfile
+from collections.abc import Callable, Container
+from pathlib import Path
 
 # What may stand before a member: Python reads such headers whole, one inside the other.
 _HEADERS = 16
@@ -13,11 +15,22 @@ _EXTENDED = (
     tarfile.SOLARIS_XHDTYPE,
 )
 _LARGEST = 1 << 60  # no file is larger, and the system knows no place beyond 2^63
-_BEHIND = 1 << 26  # bytes behind the last member: archives are filled up to some thousands
+_MEMBERS = 1000  # of an archive that is read whole; the official ones have 20
+_PIECE = 1 << 20
 
 
 class _Member(tarfile.TarInfo):
     """A member whose headers are checked before they are followed; `_proc_member` is made to be overridden."""
+
+    @classmethod
+    def fromtarfile(cls, archive: tarfile.TarFile) -> "_Member":
+        try:
+            return super().fromtarfile(archive)
+        except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
+            raise
+        # Taken for the end of the archive by tarfile, where others have been read before: what follows would be lost.
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"a damaged header at byte {archive.offset:,}: {error}") from error
 
     def _proc_member(self, archive: "TarArchive") -> tarfile.TarInfo:
         archive.headers = archive.headers + 1 if self.type in _EXTENDED else 0
@@ -50,38 +63,50 @@ class TarArchive(tarfile.TarFile):
 
     def next(self) -> tarfile.TarInfo | None:
         try:
-            member = super().next()
-            if member is None:
-                self._check_end()
-            return member
+            return super().next()
         except (tarfile.TarError, OSError):
             raise
         # ValueError, IndexError, OverflowError, what decompressors raise, and more.
         except Exception as error:
             raise tarfile.ReadError(f"{type(error).__name__}: {error}") from error
 
-    def _check_end(self) -> None:
-        """Python takes a damaged header for the archive's end, and what follows would be lost without a word."""
+    def check_end(self) -> None:
+        """Raise ReadError where more than padding lies behind the end: a header of zeros is taken for it."""
         assert self.fileobj is not None
         self.fileobj.seek(self.offset)
-        if self.fileobj.read(tarfile.BLOCKSIZE).strip(b"\0"):
-            raise tarfile.ReadError(f"a damaged header at byte {self.offset:,}")
+        if self.fileobj.read(_PIECE).strip(b"\0") or self.fileobj.read(1):
+            raise tarfile.ReadError(f"it goes on behind its end at byte {self.offset:,}")
 
-    def finish(self) -> None:
-        """Read on, behind the last member, to the end of the gzip stream, where its checksum stands.
 
-        Raises:
-            tarfile.TarError: the stream is damaged.
-            OSError: as the disk says, or of gzip.
-        """
-        assert self.fileobj is not None
-        left = _BEHIND
-        try:
-            while left > 0 and (padding := self.fileobj.read(1 << 20)):
-                left -= len(padding)
-        except OSError:
-            raise
-        except Exception as error:  # EOFError, zlib.error and what other decompressors raise
-            raise tarfile.ReadError(f"{type(error).__name__}: {error}") from error
-        if left <= 0:
-            raise tarfile.ReadError("it goes on far behind its last file")
+def read_members(
+    path: Path, wanted: Container[str], most: int, name_of: Callable[[str], str] = str
+) -> dict[str, bytes]:
+    """The members whose `name_of` their name is `wanted`, of an archive that may be compressed.
+
+    It is read to its end, where decompressors compare checksums.
+
+    Raises:
+        tarfile.TarError: damaged, or it holds more than `most` bytes.
+        OSError: it cannot be read, or a checksum differs.
+    """
+    contents = {}
+    try:
+        with TarArchive.open(path, encoding="utf-8") as archive:
+            for number, member in enumerate(archive):
+                if number == _MEMBERS or member.offset_data + member.size > most:
+                    raise tarfile.ReadError(f"it holds more than {_MEMBERS} members or {most:,} bytes")
+                name = name_of(member.name)
+                stream = archive.extractfile(member) if member.isfile() and name in wanted else None
+                if stream is not None:
+                    contents[name] = stream.read()
+            packed = archive.fileobj
+            assert packed is not None
+            while len(packed.read(_PIECE)) > 0:
+                if packed.tell() > most:
+                    raise tarfile.ReadError(f"it holds more than {most:,} bytes")
+    except (tarfile.TarError, OSError):
+        raise
+    # Each decompressor has errors of its own; and see `TarArchive.next`.
+    except Exception as error:
+        raise tarfile.ReadError(f"{type(error).__name__}: {error}") from error
+    return contents
