@@ -29,8 +29,11 @@ OF_ANY_SIZE = ("imagenet", "imagefolder")
 # Architectures whose parameters depend on the side of the images.
 OF_ONE_SIDE = ("mlp", "vit")
 
-Positive = Annotated[int, Field(ge=1)]
-Count = Annotated[int, Field(ge=0)]
+# What is more is a slip, and ends in a size that torch or Python does not take, or never.
+MOST = 10**6
+Positive = Annotated[int, Field(ge=1, le=MOST)]
+Count = Annotated[int, Field(ge=0, le=MOST)]
+Images = Annotated[int, Field(ge=1, le=10**9)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
@@ -72,7 +75,7 @@ class DatasetSettings(_Section):
     """Folder of the raw data; None looks where the dataset is usually found."""
     directory: Path = Path(os.environ.get("FASTAR_DATA", "~/.cache/fastar/data"))
     """Folder of the .beton files, shared by runs."""
-    limit: Positive | None = None
+    limit: Images | None = None
     """Train on this many images (class-balanced) instead of all."""
     validation: BelowOne = 0.0
     """Keep this share of the training images out of training (0.1: a tenth), and measure losses, accuracies and
@@ -292,7 +295,7 @@ class MatchingSettings(_Section):
 class EvaluationSettings(_Section):
     """Barriers (eq. 10) and what is measured around them."""
 
-    points: Annotated[int, Field(ge=2)] = 11
+    points: Annotated[int, Field(ge=2, le=MOST)] = 11
     """Equispaced values of t, ends included."""
     batch_norm: Literal["population", "reference"] = "population"
     """From one pass over the train set, shuffled and augmented as in training. population: every image counts the
@@ -304,10 +307,10 @@ class EvaluationSettings(_Section):
     """Pairs of regular models to measure, drawn at random from Z and H; all of them where there are fewer."""
     star_sources: Positive | None = None
     """Measure the paths from the star to so many sources, drawn at random; None: to all."""
-    limit: Positive | None = None
+    limit: Images | None = None
     """Measure train losses on so many training images (class-balanced), and validation losses on at most so many of
     those that `dataset.validation` keeps; None: on all that were trained on, and all that were kept."""
-    test_limit: Positive | None = None
+    test_limit: Images | None = None
     """Measure test losses on so many test images (class-balanced); None: on all."""
     bn_batches: Positive | None = None
     """Re-estimate batch-norm statistics from so many training batches; None: from all. What that changes in a loss is
@@ -349,7 +352,7 @@ class Settings(_Section):
     evaluation: EvaluationSettings = EvaluationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     figures: FiguresSettings = FiguresSettings()
-    seed: Count = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     device: str = "auto"
     gpu_memory: str | None = None
     """Take at most so much of the GPU, such as 40GB: more is refused, as if the GPU were a smaller one."""
@@ -453,7 +456,8 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
         if not equals or not key:
             raise FastarError(f"{override!r} is not a setting: write key=value, such as train.lr=0.05")
         try:
-            value = read_yaml(text)
+            # A path may be any bytes; given escaped, as YAML writes them, or as they are.
+            value = text if any("\ud800" <= c <= "\udfff" for c in text) else read_yaml(text)
         except FastarError as error:
             raise FastarError(f"{shortened(override)!r}: the value is not valid YAML ({error})") from error
         place = nested

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from cli_cases import refused
 
-from fastar.config import load_settings, parse_overrides
+from fastar.config import as_override, load_settings, parse_overrides
 from fastar.errors import FastarError
+from fastar.models import build_model
 from fastar.overview import runs_below
 from fastar.recipes import read_recipe, read_yaml
 from fastar.runs import RunFolder
@@ -134,3 +137,53 @@ def test_the_command_refuses_them_in_one_line(
     assert said in message
     assert len(message) < 400
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("key", "most"),
+    [
+        ("train.epochs", 10**6),
+        ("train.batch_size", 10**6),
+        ("star.epochs", 10**6),
+        ("matching.orders", 10**6),
+        ("matching.kicks", 10**6),
+        ("evaluation.batch_size", 10**6),
+        ("evaluation.points", 10**6),
+        ("dataset.limit", 10**9),
+    ],
+)
+def test_counts_have_an_end(key: str, most: int) -> None:
+    """10^30 was no size that torch takes, or a plan that did not end."""
+    load_settings(dataset="digits", overrides=[f"{key}={most}"])
+    for value in (most + 1, 10**30):
+        with pytest.raises(FastarError, match=rf"{key}={value}: input should be less than or equal to {most}"):
+            load_settings(dataset="digits", overrides=[f"{key}={value}"])
+    assert load_settings(dataset="digits", overrides=[f"seed={10**30}"]).seed == 10**30  # any number is one
+
+
+@pytest.mark.parametrize(
+    ("arch", "options", "said"),
+    [
+        ("mlp", {"width": 10**30}, r"model\.width=1e\+30 of mlp must be at most 1,000,000"),
+        ("mlp", {"depth": 2**31}, r"model\.depth=2.15e\+09 of mlp must be at most 1,000,000"),
+        ("resnet8", {"width": 1e300}, r"model\.width=1e\+300 of resnet8 must be at most"),
+        ("mlp", {"width": 10**6, "depth": 2}, "mlp with model.width=1000000, model.depth=2 does not fit into memory"),
+    ],
+)
+def test_networks_have_an_end(arch: str, options: dict[str, Any], said: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*arguments: object, **named: object) -> None:
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 4000000000000 bytes")
+
+    if "fit" in said:  # some systems promise it all the same
+        monkeypatch.setattr(torch.nn.Linear, "__init__", full)
+    with pytest.raises(FastarError, match=said):
+        build_model(arch, input_shape=(1, 8, 8), classes=10, seed=0, **options)
+
+
+def test_a_path_of_any_bytes_is_taken_as_it_is() -> None:
+    name = os.fsdecode(b"/a b\xff: #[x]")
+    assert parse_overrides([f"dataset.root={name}"]) == {"dataset": {"root": name}}
+    assert parse_overrides([as_override("dataset.root", Path(name))]) == {"dataset": {"root": name}}
+    settings = load_settings(dataset="digits", overrides=[f"dataset.root={name}"])
+    assert read_yaml(settings.to_yaml())["dataset"]["root"] == name
+    assert settings.to_yaml().isascii()

@@ -34,6 +34,9 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     **{f"wrn{depth}": wide_resnet(depth) for depth in (16, 22, 28, 34, 40)},
 }
 
+# What is larger ends in a size that torch does not take, or never.
+LARGEST = 10**6
+
 
 def require_arch(arch: str) -> None:
     """Raise FastarError, with the nearest valid name, unless `arch` is registered."""
@@ -72,8 +75,14 @@ def build_model(
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise FastarError(f"model.{name} is not a setting of {arch}: {hint}it takes {', '.join(valid) or 'none'}")
         _check_value(arch, name, options[name], valid[name])
-    with _seeded(seed):
-        model = MODELS[arch](input_shape=input_shape, classes=classes, **options)
+    try:
+        with _seeded(seed):
+            model = MODELS[arch](input_shape=input_shape, classes=classes, **options)
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise
+        given = ", ".join(f"model.{name}={value}" for name, value in options.items())
+        raise FastarError(f"{arch} with {given} does not fit into memory; make it smaller") from error
     return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
@@ -103,6 +112,8 @@ def _check_value(arch: str, name: str, value: object, default: object) -> None:
     kinds = int if whole else int | float
     if isinstance(value, bool) or not isinstance(value, kinds) or not math.isfinite(value):
         raise FastarError(f"model.{name}={value!r} of {arch} must be a {'whole ' if whole else ''}number")
+    if abs(value) > LARGEST:
+        raise FastarError(f"model.{name}={value:.3g} of {arch} must be at most {LARGEST:,}")
 
 
 @contextmanager
