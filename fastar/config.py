@@ -30,10 +30,10 @@ OF_ANY_SIZE = ("imagenet", "imagefolder")
 OF_ONE_SIDE = ("mlp", "vit")
 
 # What is more is a slip, and ends in a size that torch or Python does not take, or never.
-MOST = 10**6
+MOST = 10**9
 Positive = Annotated[int, Field(ge=1, le=MOST)]
 Count = Annotated[int, Field(ge=0, le=MOST)]
-Images = Annotated[int, Field(ge=1, le=10**9)]
+UpToAMillion = Annotated[int, Field(ge=1, le=10**6)]
 PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
@@ -75,7 +75,7 @@ class DatasetSettings(_Section):
     """Folder of the raw data; None looks where the dataset is usually found."""
     directory: Path = Path(os.environ.get("FASTAR_DATA", "~/.cache/fastar/data"))
     """Folder of the .beton files, shared by runs."""
-    limit: Images | None = None
+    limit: Positive | None = None
     """Train on this many images (class-balanced) instead of all."""
     validation: BelowOne = 0.0
     """Keep this share of the training images out of training (0.1: a tenth), and measure losses, accuracies and
@@ -150,8 +150,8 @@ class ModelSettings(_Section):
 class TrainSettings(_Section):
     """The recipe of a regular model; the star model uses the same (paper, appendix B.1)."""
 
-    epochs: Positive = 20
-    batch_size: Positive = 128
+    epochs: UpToAMillion = 20
+    batch_size: UpToAMillion = 128
     lr: PositiveFloat = 0.1
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     """adam adds weight_decay * theta to the gradient, adamw shrinks theta by lr * weight_decay instead."""
@@ -244,7 +244,7 @@ class StarSettings(_Section):
     """t itself where t=constant."""
     match_every_epochs: Count = 1
     """Match sources at the start of every such epoch, the first included; 0 never matches."""
-    epochs: Positive | None = None
+    epochs: UpToAMillion | None = None
     """None: as many as `train.epochs`."""
     lr: PositiveFloat | None = None
 
@@ -307,15 +307,15 @@ class EvaluationSettings(_Section):
     """Pairs of regular models to measure, drawn at random from Z and H; all of them where there are fewer."""
     star_sources: Positive | None = None
     """Measure the paths from the star to so many sources, drawn at random; None: to all."""
-    limit: Images | None = None
+    limit: Positive | None = None
     """Measure train losses on so many training images (class-balanced), and validation losses on at most so many of
     those that `dataset.validation` keeps; None: on all that were trained on, and all that were kept."""
-    test_limit: Images | None = None
+    test_limit: Positive | None = None
     """Measure test losses on so many test images (class-balanced); None: on all."""
     bn_batches: Positive | None = None
     """Re-estimate batch-norm statistics from so many training batches; None: from all. What that changes in a loss is
     measured at one point, against eight times as many batches, and said."""
-    batch_size: Positive = 250
+    batch_size: UpToAMillion = 250
     graph: bool = False
     """Replay the work of each batch as one CUDA graph. Not yet run on a GPU."""
 

@@ -107,7 +107,7 @@ def test_overrides_are_as_strict_within_their_value() -> None:
 @pytest.mark.parametrize(
     "damage", ["seed: 1\nseed: 2\n", "seed: " + "9" * 5000, "a: " + "[" * 3000, "a: !x 1\n"], ids=range(4)
 )
-def test_a_damaged_config_of_a_run_is_refused_and_no_run_in_the_list(tmp_path: Path, damage: str) -> None:
+def test_a_damaged_config_of_a_run_is_refused_and_told_of_in_the_list(tmp_path: Path, damage: str) -> None:
     run = RunFolder(tmp_path / "run")
     settings = load_settings(dataset="digits")
     with run.open(settings):
@@ -116,6 +116,10 @@ def test_a_damaged_config_of_a_run_is_refused_and_no_run_in_the_list(tmp_path: P
     run.config.write_text(run.config.read_text() + damage)
     with pytest.raises(FastarError, match=r"config\.yaml: not valid YAML \(line \d+: .*\); restore it"):
         run.check(settings)
+    (found,) = runs_below(tmp_path)
+    assert (found.run, found.state) == (str(run.path), "damaged")
+    assert "not valid YAML (line" in found.where
+    run.log_file.unlink()  # nothing but its name says that it is a run: other programs call their files so too
     assert runs_below(tmp_path) == []
 
 
@@ -145,10 +149,10 @@ def test_the_command_refuses_them_in_one_line(
         ("train.epochs", 10**6),
         ("train.batch_size", 10**6),
         ("star.epochs", 10**6),
-        ("matching.orders", 10**6),
-        ("matching.kicks", 10**6),
+        ("matching.orders", 10**9),
+        ("matching.kicks", 10**9),
         ("evaluation.batch_size", 10**6),
-        ("evaluation.points", 10**6),
+        ("evaluation.points", 10**9),
         ("dataset.limit", 10**9),
     ],
 )
