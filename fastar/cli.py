@@ -671,6 +671,37 @@ def runs_command(
         print(f"no run folders in {folder}")
 
 
+@app.command("verify")
+def verify_command(
+    path: Annotated[Path, typer.Argument(metavar="RUN|DATA|MODEL", help="A run folder, a data set's, or a model.")],
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Read all that is on disk of a run, a data set or a model again, and say what is damaged, a line for each thing.
+
+    Models, permutations, results, settings, the log and images are compared with the digests that were written with
+    them; what has none is named. Exit code 1 where something is damaged.
+
+    Examples:
+
+        fastar verify runs/digits-mlp-seed0
+
+        fastar verify data/ffcv/digits
+    """
+    from fastar.experiments.recheck import recheck
+
+    progress = _progress(quiet or as_json)
+    found = recheck(path, progress)
+    if as_json:
+        print(json.dumps({"path": str(path), **vars(found)}))
+    else:
+        for line in found.notes:
+            progress.line(line)
+        _print_lines(found.damaged or [f"{path}: {found.kind}, all well"])
+    if found.damaged:
+        raise typer.Exit(1)
+
+
 @app.command("configs")
 def configs_command(
     name: Annotated[

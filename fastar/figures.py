@@ -134,6 +134,30 @@ class EventFile:
             self._handle = None
 
 
+def event_files(folder: Path) -> list[Path]:
+    """The event files that were written for the run in `folder`."""
+    found = (folder / "tensorboard").glob(f"*/{_EVENTS}*")
+    return sorted(path for path in found if _NUMBERED.fullmatch(path.name))
+
+
+def is_event_file_whole(path: Path) -> bool:
+    """Whether all records of an event file have their checksums. A last one that a kill has cut is left aside.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    data, place = path.read_bytes(), 0
+    while len(data) - place >= 12:
+        length = data[place : place + 8]
+        if masked_crc(length) != int.from_bytes(data[place + 8 : place + 12], "little"):
+            return False
+        end = place + 12 + int.from_bytes(length, "little")
+        if end + 4 <= len(data) and masked_crc(data[place + 12 : end]) != int.from_bytes(data[end : end + 4], "little"):
+            return False
+        place = end + 4
+    return True
+
+
 class WandbRun:
     """A run folder's run at Weights & Biases; an epoch that was sent is not sent again.
 

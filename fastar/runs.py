@@ -55,6 +55,8 @@ RETRY = "retry.json"
 _TRAINING = re.compile(r"(source|heldout|star)-([0-9]{4,})")
 _TEMPORARY = re.compile(r"\..+\.[0-9]+(-[0-9a-f]{8})?\.tmp")
 _CHECKSUM = re.compile(r"[0-9a-f]{8}")
+# The end of a whole line of the log, whatever its last byte has become.
+_LINE_END = re.compile(rb'"checksum": "[0-9a-f]{8}"\}.?\Z|\n\Z', re.DOTALL)
 _CONFIG_DIGEST = "# digest: "
 
 
@@ -147,7 +149,7 @@ class RunFolder:
                 new = not self.config.exists()
                 try:
                     text = settings.to_yaml()
-                    write_atomically(self.config, f"{text}{_CONFIG_DIGEST}{_digest(text)}\n".encode())
+                    write_atomically(self.config, f"{text}{_CONFIG_DIGEST}{_digest(text.encode())}\n".encode())
                     yield self
                 except BaseException:
                     undone = new and not self.log_file.exists() and not self._has_models()
@@ -271,11 +273,12 @@ class RunFolder:
 
     def is_config_whole(self) -> bool | None:
         """Whether `config.yaml` is as it was written; None: an older fastar wrote it, without a digest."""
-        text = self.config.read_text(encoding="utf-8")
-        settings, found, digest = text.rpartition(_CONFIG_DIGEST)
+        text = self.config.read_bytes()
+        settings, found, digest = text.rpartition(_CONFIG_DIGEST.encode())
         if not found:
-            return None if text.endswith("\n") and "#" not in text else False
-        return digest == f"{_digest(settings)}\n"
+            last = text.rstrip().rpartition(b"\n")[2]
+            return False if last.startswith(b"#") or b" digest: " in last else None
+        return digest == f"{_digest(settings)}\n".encode()
 
     def log(self, **entry: Any) -> None:
         """Append one line to `log.jsonl`, with a checksum as its last value."""
@@ -303,6 +306,10 @@ class RunFolder:
         except OSError as error:
             raise FastarError(f"{self.log_file}: cannot be read ({error.strerror}); make it readable") from error
         return [_entry(line) for line in lines if line.strip()]
+
+    def is_log_cut(self) -> bool:
+        """Whether a kill has cut the last line of `log.jsonl`: its end is missing."""
+        return not _LINE_END.search(self.log_file.read_bytes())
 
     def read_log(self) -> list[dict[str, Any]]:
         """All whole lines of `log.jsonl` (what a kill cut is left out)."""
@@ -344,8 +351,8 @@ class RunFolder:
         return results
 
 
-def _digest(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
+def _digest(text: bytes) -> str:
+    return hashlib.sha256(text).hexdigest()
 
 
 def _checksum(entry: Mapping[str, Any]) -> str:

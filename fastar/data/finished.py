@@ -15,6 +15,7 @@ from fastar.atomic import write_atomically
 from fastar.data.beton import Layout, check_beton, fingerprint
 from fastar.data.checksums import Checksums, checksums_path
 from fastar.errors import FastarError
+from fastar.json_files import read_object
 
 SPLITS = ("train", "test")
 METADATA = "metadata.json"
@@ -102,7 +103,7 @@ def open_metadata(folder: Path, *kinds: type[Kind]) -> Kind:
     damaged. Nothing of its files is read."""
     path, again = folder / METADATA, f"delete {folder} and write it again"
     try:
-        metadata = json.loads(path.read_text(encoding="utf-8"))
+        metadata = read_object(path)
         found = next((kind for kind in kinds if metadata.get("kind") == kind.KIND), None)
         if found is None:
             raise FastarError(f"{path}: holds {metadata.get('kind') or 'images of one size'}; use another directory")

@@ -16,7 +16,7 @@ from fastar.evaluation import evaluate_rows, re_estimate
 from fastar.evaluation.batch_norm import set_statistics
 from fastar.experiments.attempts import Prepared, Subject, attempt_seed, trained
 from fastar.experiments.context import MEASURE_WITH_LESS, Context, within_memory
-from fastar.experiments.finished import check_permutations
+from fastar.experiments.finished import check_permutations, state_digest
 from fastar.experiments.regular import check_recipe, recipe, save_model
 from fastar.matching import (
     GiveExamples,
@@ -45,12 +45,6 @@ def star_recipe(context: Context, sources: Sequence[Checkpoint]) -> dict[str, An
         "matching": settings.matching.model_dump(mode="json", exclude={"chunk"}),
         "sources": [state_digest(source) for source in sources],
     }
-
-
-def state_digest(checkpoint: Checkpoint) -> str:
-    """A digest of a model's tensors, whatever file they came from."""
-    counted = {name: value for name, value in checkpoint.state.items() if not name.endswith("num_batches_tracked")}
-    return tensors_digest(counted)[:16]
 
 
 def match_store(

@@ -1,0 +1,228 @@
+"""All that is on disk of a run, a data set or a model, read and checked again: `fastar verify`."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastar.checkpoints import checkpoint_files, is_checkpoint, load_checkpoint, read_metadata
+from fastar.errors import FastarError
+from fastar.experiments.finished import check_permutations, state_digest
+from fastar.figures import event_files, is_event_file_whole
+from fastar.json_files import read_object, unsealed
+from fastar.lock import is_held, read_holder
+from fastar.progress import SILENT, Progress
+from fastar.runs import CHECKPOINT, LAST_GOOD, RETRY, RunFolder
+
+NAMED = re.compile(r"seed-[0-9]{4,}")
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@dataclass
+class Rechecked:
+    """What was found in a folder or file."""
+
+    kind: str
+    """run, data set or model."""
+    damaged: list[str] = field(default_factory=list)
+    """A line for each thing that is not as it was written."""
+    notes: list[str] = field(default_factory=list)
+    """What could not be checked, and why."""
+
+
+def recheck(path: Path, progress: Progress = SILENT) -> Rechecked:
+    """Read and check all of a run folder, a data set's folder or a model's file.
+
+    Raises:
+        FastarError: it is none of them.
+    """
+    run = RunFolder(path)
+    if any(file.is_file() for file in (run.config, run.star, run.results, run.log_file)):
+        return _run(run, progress)
+    if (path / "metadata.json").is_file() or any(path.glob("*.beton")):
+        from fastar.data import verify_folder
+
+        return Rechecked("data set", verify_folder(path, progress))
+    if path.exists() and _is_model(path):
+        return _model(path)
+    what = "neither a run, a data set nor a model" if path.exists() else "no such folder or file"
+    raise FastarError(f"{path}: {what}; give a run folder, a data set's folder or a checkpoint")
+
+
+def _is_model(path: Path) -> bool:
+    try:
+        return any(is_checkpoint(file) for file in checkpoint_files(path))
+    except FastarError:
+        return False
+
+
+def _model(path: Path) -> Rechecked:
+    found = Rechecked("model")
+    try:
+        if not load_checkpoint(path).metadata:
+            found.notes.append(f"{path}: not by fastar, so without a digest: readable, and all values are finite")
+    except FastarError as error:
+        found.damaged.append(str(error))
+    return found
+
+
+def _run(run: RunFolder, progress: Progress) -> Rechecked:
+    found = Rechecked("run")
+    if is_held(run.path):
+        found.notes.append(f"{run.path}: in use ({read_holder(run.path)}); what it writes meanwhile may be missed")
+    metadata: dict[Path, dict[str, Any]] = {}
+    digests: dict[Path, str] = {}
+
+    def model(path: Path, kind: str, index: int) -> None:
+        checkpoint = load_checkpoint(path, own=True)
+        recipe = checkpoint.metadata.get("recipe")
+        if not isinstance(recipe, Mapping):
+            raise FastarError(f"{path}: says nothing of what it is (damaged, or another's file); restore it")
+        if (recipe.get("kind"), recipe.get("index")) != (kind, index):
+            said = f"{recipe.get('kind')} {recipe.get('index')}"
+            raise FastarError(f"{path}: is {said} by what it says, and has another one's name; restore both")
+        metadata[path], digests[path] = checkpoint.metadata, state_digest(checkpoint)
+
+    checks: list[Callable[[], str | None]] = [partial(_config, run), partial(_log, run), partial(_picture, run)]
+    checks += [partial(model, *named) for named in _models(run)]
+    checks += [partial(_permutations, run)] if run.permutations.is_file() else []
+    checks += [partial(_training, path) for folder, _, _ in run.trainings() for path in sorted(folder.iterdir())]
+    checks += [partial(_left, path) for path in sorted((run.path / LAST_GOOD).glob("*.safetensors"))]
+    checks += [partial(_events, path) for path in event_files(run.path)]
+    checks += [partial(_sources, run, metadata, digests), partial(_results, run)]
+    with progress.task("checking", total=len(checks), unit="files") as advance:
+        for check in checks:
+            try:
+                note = check()
+                found.notes += [note] if note else []
+            except FastarError as error:
+                found.damaged.append(str(error))
+            except OSError as error:
+                found.damaged.append(f"{error.filename or run.path}: cannot be read ({error.strerror})")
+            finally:
+                advance(1)
+    return found
+
+
+def _models(run: RunFolder) -> Iterator[tuple[Path, str, int]]:
+    """Models' files that are there, each with the kind and number that its name says."""
+    for kind, folder in (("source", "sources"), ("heldout", "heldout")):
+        for path in sorted((run.path / folder).glob("seed-*.safetensors")):
+            if NAMED.fullmatch(path.stem):  # others are copies that people made
+                yield path, kind, int(path.stem.removeprefix("seed-"))
+    if run.star.exists():
+        yield run.star, "star", 0
+
+
+def _config(run: RunFolder) -> str | None:
+    whole = run.is_config_whole()
+    if whole is None:
+        run.saved_settings()
+        return f"{run.config}: by an older fastar, without a digest, so that damage to it is not seen"
+    if not whole:
+        raise FastarError(f"{run.config}: is not as it was written; restore it, or run the same command again")
+    return None
+
+
+def _log(run: RunFolder) -> str | None:
+    lines = run.log_lines()
+    if lines and lines[-1] is None and run.is_log_cut():
+        lines.pop()  # by a kill: nothing whole is lost
+    damaged = [number for number, entry in enumerate(lines, 1) if entry is None]
+    if damaged:
+        count = f"{len(damaged)} of {len(lines)} lines are damaged, the first is number {damaged[0]}"
+        raise FastarError(f"{run.log_file}: {count}; its figures are left out")
+    return None
+
+
+def _picture(run: RunFolder) -> str | None:
+    """PNG has a checksum for each of its chunks."""
+    if not run.picture.exists():
+        return None
+    data = run.picture.read_bytes()
+    place, whole = len(PNG), data.startswith(PNG) and data[-8:-4] == b"IEND"
+    while whole and place < len(data):
+        size = int.from_bytes(data[place : place + 4], "big")
+        chunk, checksum = data[place + 4 : place + 8 + size], data[place + 8 + size : place + 12 + size]
+        whole, place = zlib.crc32(chunk).to_bytes(4, "big") == checksum, place + 12 + size
+    if not whole:
+        raise FastarError(f"{run.picture}: damaged; `fastar report {run.path}` draws it again")
+    return None
+
+
+def _permutations(run: RunFolder) -> str | None:
+    """Every source's units must each have one place, and the star must be the one that they were found for."""
+    kept = load_checkpoint(run.permutations, own=True)
+    if kept.metadata.get("kind") != "matching" or "matched" not in kept.state:
+        raise FastarError(f"{run.permutations}: holds no permutations (damaged, or another's file); restore it")
+    for name, index in kept.state.items():
+        if name != "matched" and not torch.equal(
+            index.long().sort(dim=-1).values, torch.arange(index.shape[-1], device=index.device).expand_as(index)
+        ):
+            raise FastarError(f"{run.permutations}: {name} is no permutation of its units (damaged); restore it")
+    if run.star.is_file():
+        check_permutations(run, read_metadata(run.star, own=True))
+    if "star" not in kept.metadata:
+        return f"{run.permutations}: by an older fastar; it does not say which star it belongs to"
+    return None
+
+
+def _training(path: Path) -> str | None:
+    try:
+        if CHECKPOINT.fullmatch(path.name):
+            load_checkpoint(path, own=True)
+    except FastarError:
+        if path.exists():  # else a run in use has gone on to the next one
+            raise
+    if path.name == RETRY:
+        try:
+            unsealed(read_object(path))
+        except ValueError as error:
+            raise FastarError(f"{path}: damaged ({error}); delete it") from error
+    return None
+
+
+def _left(path: Path) -> str | None:
+    load_checkpoint(path, own=True)
+    return None
+
+
+def _events(path: Path) -> str | None:
+    if not is_event_file_whole(path):
+        raise FastarError(f"{path}: damaged; TensorBoard shows what is before that place; the log has all figures")
+    return None
+
+
+def _sources(run: RunFolder, metadata: Mapping[Path, Mapping[str, Any]], digests: Mapping[Path, str]) -> str | None:
+    """A star's sources must be those that it was trained on, where they lie in the run folder."""
+    if run.star not in metadata:
+        return None
+    recorded = metadata[run.star]["recipe"].get("sources", [])
+    if run.saved_settings().get("sources", {}).get("folder") is not None:
+        return f"{run.star}: its sources lie elsewhere, and are not checked"
+    for index, digest in enumerate(recorded):
+        path = run.model("source", index)
+        if not path.exists():
+            raise FastarError(f"{path}: missing, and the star was trained on it; restore it")
+        if digests.get(path, digest) != digest:
+            raise FastarError(f"{path}: is not the source that the star was trained on; restore it")
+    return None
+
+
+def _results(run: RunFolder) -> str | None:
+    if not run.results.exists():
+        return None
+    said: list[str] = []
+    results = run.read_results(said.append)
+    heldouts = results.get("heldout", 0)
+    missing = [path for i in range(heldouts) if not (path := run.model("heldout", i)).exists()]
+    for path in [*missing, *(path for path in (run.star, run.permutations) if not path.exists())]:
+        raise FastarError(f"{path}: missing, and {run.results.name} is of it; restore it")
+    return said[0] if said else None
