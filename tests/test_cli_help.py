@@ -45,7 +45,7 @@ def check(arguments: list[str]) -> None:
 def test_commands_are_those_promised() -> None:
     assert set(COMMANDS) == {
         *("train-star", "plan", "train-sources", "match", "match-many"),
-        *("barrier", "report", "runs", "configs", "doctor"),
+        *("barrier", "report", "runs", "verify", "configs", "doctor"),
     }
 
 
