@@ -43,6 +43,7 @@ from fastar.matching import (
     PermutationSpec,
     Symmetry,
     To,
+    check_same_function,
     match_by_settings,
     symmetry_by_settings,
 )
@@ -50,7 +51,7 @@ from fastar.matching import match_many as match_states
 from fastar.matching.forwards import Batch
 from fastar.matching.symmetry import Member
 from fastar.progress import SILENT, Progress
-from fastar.states import check_state_of
+from fastar.states import check_computed, check_state_of
 
 EXAMPLE_BATCHES = 4
 """Of `data` that methods of matching look at."""
@@ -109,9 +110,8 @@ def match(
     _device(model_b, "model_b")
     source = model_b.state_dict()
     check_state_of(model_a, source, "model_b")
-    symmetry = _symmetry(model_a, example_inputs, settings, spec, allow_partial)
-    _check_ties(symmetry, model_a, "model_a")
-    _check_ties(symmetry, model_b, "model_b")
+    models = {"model_a": model_a, "model_b": model_b}
+    symmetry = _symmetry(models, example_inputs, settings, spec, allow_partial)
     result = match_by_settings(
         settings,
         symmetry,
@@ -185,10 +185,9 @@ def match_many(
         check_state_of(first, state, f"models[{n}]")
         if to != "pairwise":
             _check_equal_ties(first, state, f"models[{n}]", "the network that their average is")
-    symmetry = _symmetry(first, example_inputs, settings, spec, allow_partial)
-    _check_ties(symmetry, first, "models[0]" if centre is None else "centre")
-    for n, model in enumerate(models):
-        _check_ties(symmetry, model, f"models[{n}]")
+    called = {} if centre is None else {"centre": centre}
+    called |= {f"models[{n}]": model for n, model in enumerate(models)}
+    symmetry = _symmetry(called, example_inputs, settings, spec, allow_partial)
     result = match_states(
         symmetry,
         [_tensors(state, device) for state in states],
@@ -204,7 +203,9 @@ def match_many(
     average = None
     if result.mean is not None:
         average = copy_of(first)
-        average.load_state_dict({**average.state_dict(), **result.mean})
+        state = average.state_dict()  # with its modules' versions
+        state.update(result.mean)
+        average.load_state_dict(state)
     return ManyMatched(found, average, symmetry, result)
 
 
@@ -214,19 +215,27 @@ def _tensors(state: Mapping[str, Any], device: torch.device) -> dict[str, Tensor
 
 
 def _symmetry(
-    model: nn.Module,
+    models: Mapping[str, nn.Module],
     example_inputs: Tensor | ExampleInputs,
     settings: MatchingSettings,
     spec: PermutationSpec | None,
     allow_partial: bool,
 ) -> Symmetry:
-    """The groups of `model`, as the caller wants them found."""
+    """The groups of the first of `models`, as the caller wants them found; they are checked to be those of all."""
+    (name, model), *others = models.items()
     twin = copy_of(model).cpu()
     given = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
     inputs = tree_map_only(Tensor, Tensor.cpu, given)
+    if settings.method != "none":
+        for called, other in others:
+            check_same_function(model, other, inputs, (name, called))
     if spec is not None and settings.method != "none":
-        return spec.symmetry(twin, inputs)
-    return symmetry_by_settings(settings, twin, inputs, allow_partial=allow_partial)
+        symmetry = spec.symmetry(twin, inputs)
+    else:
+        symmetry = symmetry_by_settings(settings, twin, inputs, allow_partial=allow_partial)
+    for called, one in models.items():
+        _check_ties(symmetry, one, called)
+    return symmetry
 
 
 def _examples(model: nn.Module, data: Data | None, settings: MatchingSettings) -> Callable[[], Examples]:
@@ -270,31 +279,34 @@ def _device(model: nn.Module, name: str) -> torch.device:
         )
     if first.is_meta:
         raise FastarError(f"{name} has no weights yet (its parameters are on the meta device): load them first")
+    check_computed(model)
     return first.device
 
 
 def _check_ties(symmetry: Symmetry, model: nn.Module, name: str) -> None:
-    """A FastarError where `model` ties parameters that the symmetry moves apart: one tensor cannot move in two ways."""
+    """A FastarError where `model` ties tensors that the symmetry moves apart: one tensor cannot move in two ways."""
     moves: dict[str, set[tuple[str, Member]]] = {}
     for group in symmetry.groups:
         for member in group.members:
             moves.setdefault(member.tensor, set()).add((group.name, replace(member, tensor="")))
     first: dict[object, str] = {}
     in_memory: dict[object, str] = {}
-    for own, parameter in model.named_parameters(remove_duplicate=False):
-        owner = first.setdefault(id(parameter), own)
+    for own, tensor in model.state_dict(keep_vars=True).items():
+        if not isinstance(tensor, Tensor):
+            continue  # a module's get_extra_state
+        owner = first.setdefault(id(tensor), own)
         if symmetry.tied.get(own, own) != symmetry.tied.get(owner, owner):
             raise FastarError(
                 f"{name}: {own!r} and {owner!r} are one tensor, but two in the model that the groups were derived "
                 "from: tie them in both or in neither"
             )
-        if not parameter.numel():
+        if not tensor.numel():
             continue
-        other = in_memory.setdefault((parameter.device, parameter.data_ptr()), own)
+        other = in_memory.setdefault((tensor.device, tensor.data_ptr()), own)
         if moves.get(own) != moves.get(other):
             raise FastarError(
-                f"{name}: {own!r} and {other!r} are two parameters that share memory, and would have to move in two "
-                "ways: tie them by using one nn.Parameter twice"
+                f"{name}: {own!r} and {other!r} are two tensors that share memory, and would have to move in two "
+                "ways: tie them by using one nn.Parameter, or one buffer, twice"
             )
 
 

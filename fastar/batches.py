@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import chain
@@ -18,6 +17,7 @@ from torch.utils.data import Dataset, IterableDataset
 from fastar.errors import FastarError
 from fastar.evaluation.ends import outputs_of
 from fastar.matching.forwards import Batch, on_device
+from fastar.states import copied
 
 Data = Iterable[tuple[Any, Tensor]] | Callable[[], Iterable[tuple[Any, Tensor]]] | tuple[Tensor, Tensor]
 """(inputs, labels) batches that can be gone through again and again (a DataLoader, a list, a function that begins a new
@@ -53,15 +53,7 @@ def check_network(model: object, name: str) -> None:
 
 def copy_of(model: nn.Module) -> nn.Module:
     """A copy without gradients, which belong to the original."""
-    try:
-        twin = copy.deepcopy(model)
-    except (RuntimeError, TypeError) as error:
-        # torch refuses tensors that were computed (torch.nn.utils.weight_norm), Python locks, files and generators.
-        first_line = str(error).strip().splitlines()[0].split(".")[0]
-        raise FastarError(
-            f"{type(model).__name__} cannot be copied ({first_line}): hold no computed tensors in it, as "
-            "torch.nn.utils.weight_norm does (torch.nn.utils.remove_weight_norm undoes it)"
-        ) from error
+    twin = copied(model)
     for parameter in twin.parameters():
         parameter.grad = None
     return twin

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import OrderedDict
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -307,7 +308,9 @@ def load_into(model: torch.nn.Module, checkpoint: Checkpoint) -> Checkpoint:
     for name, other in ties_of(model, checkpoint.state).items():
         names.setdefault(name, other)
     checkpoint = replace(checkpoint, state=_renamed(checkpoint.state, names))
-    model.load_state_dict(checkpoint.state, strict=False)  # what may be missing was checked above
+    state = OrderedDict(checkpoint.state)
+    state._metadata = getattr(model.state_dict(), "_metadata", None)  # type: ignore[attr-defined]  # modules' versions
+    model.load_state_dict(state, strict=False)  # what may be missing was checked above
     return checkpoint
 
 

@@ -471,7 +471,8 @@ def match_command(
             continue
         if len(results) > 1:
             print(f"{result['file']}")
-        print(f"groups:     {', '.join(f'{name} ({size})' for name, size in result['groups'].items())}")
+        groups = ", ".join(f"{name} ({size})" for name, size in result["groups"].items())
+        print(f"groups:     {groups or 'none: no hidden units are permuted'}")
         print(f"objective:  {result['objective_start']:.6g} before, {result['objective']:.6g} matched")
         print(f"  weights:  {result['objective_weights']:.6g} without 1-D parameters")
         print(f"distance:   {result['distance_start']:.6g} before, {result['distance']:.6g} matched (L2)")
@@ -554,6 +555,8 @@ def match_many_command(
     from fastar.report import many_table
 
     _print_table(many_table(result))
+    if not result["groups"]:
+        print("groups: none: no hidden units are permuted")
     _print_lines(f"left: {line}" for line in result["left"])
     if result["to"] == "mean":
         print(f"rounds:  {result['rounds']}{'' if result['converged'] else ', and the last still changed something'}")

@@ -1,12 +1,18 @@
-"""Whether a state dict is of an architecture, and what the first differences are."""
+"""A module as a function of its state dict: whether a state is of it, what else it computes with, and copies of it."""
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import prune
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from fastar.errors import FastarError
 
@@ -166,3 +172,109 @@ def _differences(
             yield f"has {name!r} of shape {list(tensor.shape[leading:])} where the model's is {list(known[name])}"
     for name in strange:
         yield f"has a tensor {name!r} that the model lacks{nearest(name, missing)}"
+
+
+def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """A copy of `model`, without what its modules drop when they are set to training (caches of evaluation mode).
+
+    Args:
+        memo: as of `copy.deepcopy`: what stands for which object.
+
+    Raises:
+        FastarError: weights or buffers that are computed from others (`check_computed`), or what cannot be copied.
+    """
+    check_computed(model)
+    memo = {} if memo is None else memo
+    for module in model.modules():
+        for tensor in tensors_in([value for _, value in plain(module)]):
+            if tensor.grad_fn is not None:  # a kept activation: torch refuses to copy its history
+                memo.setdefault(id(tensor), tensor.detach().clone())
+    try:
+        twin = copy.deepcopy(model, memo)
+    except Exception as error:  # a module's own code may raise anything
+        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0].split(".")[0]
+        raise FastarError(
+            f"{type(model).__name__} cannot be copied ({first_line}): hold no computed tensors, locks or files in it"
+        ) from error
+    forget(twin)
+    return twin
+
+
+def forget(model: nn.Module) -> None:
+    """Let modules that know when they are trained drop what they computed from weights in evaluation mode."""
+    if all(type(module).train is nn.Module.train for module in model.modules()):
+        return
+    modes = {module: module.training for module in model.modules()}
+    model.train()
+    if not any(modes.values()):
+        model.eval()
+    for module, training in modes.items():
+        module.training = training
+
+
+@contextmanager
+def attributes_kept(model: nn.Module) -> Iterator[None]:
+    """Inside, modules may keep what they compute as attributes (caches, activations); afterwards these are as before,
+    so that the next pass, with other weights, does not see them."""
+    before = [
+        (vars(module), {key: (value, _content(value)) for key, value in plain(module)}) for module in model.modules()
+    ]
+    try:
+        yield
+    finally:
+        for now, attributes in before:
+            for key in now.keys() - attributes.keys() - _OWN:
+                del now[key]
+            for key, (value, content) in attributes.items():
+                now[key] = value
+                if content is not None:
+                    value.clear()
+                    (value.extend if isinstance(value, list) else value.update)(content)
+
+
+_OWN = frozenset(vars(nn.Module()))
+
+
+def _content(value: Any) -> Any:
+    """What a container holds now; None of others."""
+    return value.copy() if isinstance(value, dict | list | set) else None
+
+
+def check_computed(model: nn.Module) -> None:
+    """Raise FastarError, naming module and tensor, where weights are computed before each pass and kept beside what
+    they are computed from (torch.nn.utils.prune, weight_norm), or a buffer is: a copy would be of the old ones."""
+    for name, module in model.named_modules():
+        where = f"{type(model).__name__} cannot be copied: " + (f"module {name!r}" if name else "it")
+        for hook in module._forward_pre_hooks.values():
+            undo = next((undo for kind, undo in _UNDO.items() if isinstance(hook, kind)), None)
+            leaf = getattr(hook, "_tensor_name", getattr(hook, "name", ""))
+            kept = vars(module).get(leaf)
+            if undo == "prune.remove" or (undo and isinstance(kept, Tensor) and kept.grad_fn is not None):
+                raise FastarError(
+                    f"{where} computes its {leaf!r} from other tensors before each pass; make it a parameter, in all "
+                    f"networks that are matched: torch.nn.utils.{undo}(module, {leaf!r})"
+                )
+        for key, buffer in module._buffers.items():
+            if buffer is not None and buffer.grad_fn is not None:
+                raise FastarError(f"{where} has a buffer {key!r} that is computed from others: detach it (.detach())")
+
+
+_UNDO: dict[type, str] = {
+    prune.BasePruningMethod: "prune.remove",
+    WeightNorm: "remove_weight_norm",
+    SpectralNorm: "remove_spectral_norm",
+}
+
+
+def plain(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """The attributes of a module that are its own, by name: no parameters, buffers or modules."""
+    return ((key, value) for key, value in vars(module).items() if key not in _OWN)
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """A tensor, or those in a container of containers."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Mapping | tuple | list):
+        for one in value.values() if isinstance(value, Mapping) else value:
+            yield from tensors_in(one)

@@ -211,17 +211,21 @@ def test_a_forward_that_cannot_be_traced_is_refused() -> None:
         derive_symmetry(Branch(), (torch.zeros(2, 3),))
 
 
-def test_buffers_other_than_batch_norm_statistics_hold_their_units() -> None:
+@pytest.mark.parametrize("persistent", [True, False])
+def test_buffers_with_a_value_for_each_unit_move_if_the_state_has_them(persistent: bool) -> None:
     class Masked(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.hidden, self.readout = nn.Linear(6, 8), nn.Linear(8, 3)
-            self.register_buffer("mask", torch.ones(8))
+            self.register_buffer("mask", torch.ones(8), persistent=persistent)
 
         def forward(self, x: Tensor) -> Tensor:
             return self.readout(self.hidden(x) * self.mask)
 
-    assert derive_symmetry(Masked(), (torch.zeros(2, 6),)).groups == ()
+    symmetry = derive_symmetry(Masked(), (torch.zeros(2, 6),))
+    moved = [member.tensor for group in symmetry.groups for member in group.members]
+    assert moved == (["hidden.weight", "hidden.bias", "mask", "readout.weight"] if persistent else [])
+    assert any("held by buffer 'mask'" in line for line in symmetry.frozen) == (not persistent)
 
 
 def test_verification_finds_a_wrong_group() -> None:

@@ -8,6 +8,7 @@ from fastar.matching.many import ManyResult, To, average, match_many
 from fastar.matching.methods import Examples, GiveExamples, match_by_settings
 from fastar.matching.modules import match_modules, symmetry_by_settings
 from fastar.matching.permutations import Permutations
+from fastar.matching.same import check_same_function
 from fastar.matching.seen import KeptActivations, SeenSources, UnitActivations, kept_bytes
 from fastar.matching.sinkhorn import match_sinkhorn
 from fastar.matching.spec import PermutationSpec, Span
@@ -33,6 +34,7 @@ __all__ = [
     "To",
     "UnitActivations",
     "average",
+    "check_same_function",
     "comparing_bytes",
     "correlate_units",
     "derive_symmetry",

@@ -18,7 +18,7 @@ from fastar.matching.symmetry import Group, Member, Symmetry
 from fastar.matching.tracing import trace
 from fastar.matching.trials import ExampleInputs
 from fastar.matching.verify import verify_symmetry
-from fastar.matching.views import Dims
+from fastar.matching.views import Copies, Dims, Factor, factor_length
 
 
 def derive_symmetry(
@@ -66,7 +66,7 @@ def derive_symmetry(
         by_graph = proofs.digest_of_graph(program, model, allow_partial=allow_partial)
         found = proofs.find(by_graph)
     if found is None:
-        found = _Derivation(model, program, kind, allow_partial).symmetry()
+        found = _derived(model, program, kind, allow_partial)
         if verify:
             verify_symmetry(model, found, example_inputs, controls=False)
             proofs.keep(by_graph, found)
@@ -74,23 +74,87 @@ def derive_symmetry(
     return found
 
 
-class _Derivation:
-    """One pass over a traced graph."""
+def _derived(model: nn.Module, program: torch.export.ExportedProgram, name: str, allow_partial: bool) -> Symmetry:
+    """The symmetry of a traced graph; where it is refused with buffers that move, they stay, as constants do."""
+    movable = _movable(model, program)
+    ways = [(movable, allow_partial)]
+    if movable:
+        ways = [(movable, False), (frozenset(), False), *(ways if allow_partial else [])]
+    refused = []
+    for buffers, partial in ways:
+        try:
+            return _Derivation(model, program, name, buffers, allow_partial=partial).symmetry()
+        except FastarError as why:
+            refused.append(why)
+    raise refused[-1]
 
-    def __init__(self, model: nn.Module, program: torch.export.ExportedProgram, name: str, allow_partial: bool):
-        self.name, self.program, self.solver = name, program, AxisSolver()
-        self.allow_partial = allow_partial
+
+def _movable(model: nn.Module, program: torch.export.ExportedProgram) -> frozenset[str]:
+    """The buffers that may have a value for each unit: of one axis, as what goes beyond is a table (`_hold_table`); of
+    the state dict, as others cannot be written permuted; of real numbers or yes and no, as whole numbers are indices or
+    counts; and with memory of their own."""
+    tensors = {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+    at: dict[int, set[int]] = {}
+    for tensor in (*tensors.values(), *model.buffers()):
+        if tensor.numel() and tensor.device.type != "meta":
+            at.setdefault(tensor.untyped_storage().data_ptr(), set()).add(id(tensor))
+    shared = {one for those in at.values() if len(those) > 1 for one in those}
+    used = {spec.target for spec in program.graph_signature.input_specs if spec.kind == InputKind.BUFFER}
+    return frozenset(
+        name
+        for name, tensor in tensors.items()
+        if name in used
+        and not isinstance(tensor, nn.Parameter)
+        and (tensor.is_floating_point() or tensor.dtype == torch.bool)
+        and id(tensor) not in shared
+        and sum(n > 1 for n in tensor.shape) == 1
+    )
+
+
+class _Derivation:
+    """One pass over a traced graph.
+
+    Args:
+        movable: names of the buffers, beside batch-norm statistics, that may move.
+        supposing: let everything move that is neither an input nor an output, whatever it is, and refuse nothing: shows
+            which of it is held by what.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        program: torch.export.ExportedProgram,
+        name: str,
+        movable: frozenset[str],
+        *,
+        allow_partial: bool = False,
+        supposing: bool = False,
+    ):
+        self.model, self.name, self.program, self.solver = model, name, program, AxisSolver()
+        self.allow_partial, self.movable, self.supposing = allow_partial, movable, supposing
         persistent = model.state_dict(keep_vars=True)
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
         self.buffers = {n: t for n, t in persistent.items() if n not in self.parameters and isinstance(t, Tensor)}
         first_name: dict[int, str] = {}
-        self.canonical = {n: first_name.setdefault(id(p), n) for n, p in self.parameters.items()}
+        self.canonical = {n: first_name.setdefault(id(t), n) for n, t in {**self.parameters, **self.buffers}.items()}
         self.tensors: dict[str, tuple[Axis, ...]] = {}
         self.first_use: dict[str, int] = {}
-        self.moving: set[fx.Node] = set()  # nodes that depend on anything that might move
+        self.moving: set[fx.Node] = set()  # nodes that depend on a parameter, or a statistic of a batch-norm
+        self.others: dict[str, str] = {}  # what else the graph begins with, inputs aside, and what to call it
         self.frozen: list[str] = []
 
     def symmetry(self) -> Symmetry:
+        self._follow()
+        return Symmetry(
+            groups=self._groups(),
+            parameters={n: tuple(p.shape) for n, p in self.parameters.items()},
+            buffers={n: tuple(b.shape) for n, b in self.buffers.items()},
+            tied={n: first for n, first in self.canonical.items() if n != first},
+            frozen=(*self.frozen, *self._held_by()),
+        )
+
+    def _follow(self) -> None:
+        """Labels of all nodes: what has to move together is then in the solver."""
         labels: dict[fx.Node, Any] = {}
         statistics = self._statistics()
         for position, node in enumerate(self.program.graph.nodes):
@@ -104,24 +168,39 @@ class _Derivation:
                 if any(used in self.moving for used in node.all_input_nodes) and not is_fill(node):
                     self.moving.add(node)
                 labels[node] = self._labels(node, labels)
+                if not node.all_input_nodes and not is_fill(node) and isinstance(node.meta.get("val"), Tensor):
+                    where = self._where(node)
+                    self.others[where] = where
+                    if self.supposing:
+                        labels[node] = self._fresh(where, node.meta["val"])
+                if node not in self.moving and not self.supposing:
+                    self._hold_table(labels[node])
             elif node.op == "get_attr":
                 labels[node] = _held(node)
             elif node.op != "output":
                 raise self._refusal(node, "unknown kind of node")
         self._fix_outputs(labels)
-        return Symmetry(
-            groups=self._groups(),
-            parameters={n: tuple(p.shape) for n, p in self.parameters.items()},
-            buffers={n: tuple(b.shape) for n, b in self.buffers.items()},
-            tied={n: first for n, first in self.canonical.items() if n != first},
-            frozen=tuple(self.frozen),
-        )
+
+    def _hold_table(self, labels: Any) -> None:
+        """Hold what no parameter goes into and has two axes or more: a table (positions, frequencies, masks of pairs),
+        which all networks of an architecture have in common. A value for each unit has one axis, and copies."""
+        for one in labels if isinstance(labels, list) else [labels]:
+            long = [dim for dim in one.dims if any(_counts(factor) for factor in dim)] if isinstance(one, Dims) else []
+            if len(long) > 1:
+                for axis in _axes(one):
+                    self.solver.fix(axis)
 
     def _labels(self, node: fx.Node, labels: dict[fx.Node, Any]) -> Any:
         """Labels of an operation's result; one that is not understood has a fixed result if its inputs are fixed."""
         try:
             return apply_rule(node, labels, self.solver)
         except Refused as why:
+            if self.supposing:
+                return self._suppose(node, labels, str(why))
+            for used in node.all_input_nodes:
+                if used not in self.moving:  # buffers alone: they can stay
+                    for axis in _axes(labels[used]):
+                        self.solver.fix(axis)
             axes = [axis for used in node.all_input_nodes for axis in _axes(labels[used])]
             if node in self.moving and not all(self.solver.is_fixed(axis) for axis in axes):
                 if not self.allow_partial:
@@ -157,14 +236,68 @@ class _Derivation:
 
     def _placeholder(self, node: fx.Node, statistics: set[str]) -> Any:
         value, spec = node.meta.get("val"), self._spec(node)
-        movable = spec.kind == InputKind.PARAMETER or (node.name in statistics and spec.target in self.buffers)
-        if not movable or not isinstance(value, Tensor):
-            return _held(node)
-        self.moving.add(node)
-        target = self.canonical.get(spec.target, spec.target)
-        if target not in self.tensors:
-            self.tensors[target] = tuple(self.solver.fresh(int(n)) for n in value.shape)
-        return Dims.plain(self.tensors[target])
+        learned = spec.kind == InputKind.PARAMETER or (node.name in statistics and spec.target in self.buffers)
+        if learned:
+            self.moving.add(node)
+        elif spec.kind != InputKind.USER_INPUT and isinstance(value, Tensor):
+            self.others[self.canonical.get(spec.target, spec.target)] = self._said(spec)
+        moves = learned or spec.target in self.movable or (self.supposing and spec.kind != InputKind.USER_INPUT)
+        if moves and isinstance(value, Tensor):
+            return self._fresh(self.canonical.get(spec.target, spec.target), value)
+        return _held(node)
+
+    def _fresh(self, name: str, value: Tensor) -> Dims:
+        """Labels of a tensor about which nothing is known, the same ones wherever it is used."""
+        if name not in self.tensors:
+            self.tensors[name] = tuple(self.solver.fresh(int(n)) for n in value.shape)
+        return Dims.plain(self.tensors[name])
+
+    def _suppose(self, node: fx.Node, labels: dict[fx.Node, Any], why: str) -> Any:
+        """An operation that is not understood holds what it reads, and has a value for each unit of its result."""
+        where, value = self._where(node), node.meta.get("val")
+        self.others[where] = f"{where}: {why}"
+        values = value if isinstance(value, tuple | list) else [value]
+        results = [[self.solver.fresh(int(n)) for n in one.shape] if isinstance(one, Tensor) else [] for one in values]
+        read = [axis for used in node.all_input_nodes for axis in _axes(labels[used])]
+        self.tensors[where] = (*(axis for result in results for axis in result), *read)
+        found = [Dims.plain(result) for result in results]
+        return found if isinstance(value, tuple | list) else found[0]
+
+    def _held_by(self) -> list[str]:
+        """A line for each set of units that stays because something else than an input has a value for each."""
+        if not self.others:
+            return []
+        supposed = _Derivation(self.model, self.program, self.name, self.movable, supposing=True)
+        supposed._follow()
+        places: dict[int, list[tuple[str, int]]] = {}
+        sizes: dict[int, int] = {}
+        for tensor, axes in supposed.tensors.items():
+            for axis, label in enumerate(axes):
+                for segment in supposed.solver.resolve(label):
+                    if segment.var != FIXED and self._stays(tensor, axis):
+                        places.setdefault(segment.var, []).append((tensor, axis))
+                        sizes[segment.var] = segment.size
+        lines = []
+        for var, those in places.items():
+            holders = dict.fromkeys(supposed.others[tensor] for tensor, _ in those if tensor in supposed.others)
+            of_parameters = [(tensor, axis) for tensor, axis in those if tensor in self.parameters]
+            if holders and of_parameters:
+                first = next((tensor for tensor, axis in of_parameters if axis == 0), of_parameters[0][0])
+                lines.append(f"{_module(first)} ({sizes[var]} units): held by {', '.join(holders)}")
+        return lines
+
+    def _said(self, spec: Any) -> str:
+        """What an input of the graph is that is neither parameter nor the user's."""
+        if spec.kind == InputKind.BUFFER and spec.persistent:
+            return f"buffer {spec.target!r}"
+        if spec.kind == InputKind.BUFFER:
+            return f"buffer {spec.target!r}, which is not in the state dict (persistent=False)"
+        if spec.target.startswith("lifted_tensor"):
+            return f"a constant of its forward pass ({spec.target})"
+        return f"attribute {spec.target!r}, which is not in the state dict (make it a buffer)"
+
+    def _stays(self, tensor: str, axis: int) -> bool:
+        return tensor not in self.tensors or self.solver.is_fixed(self.tensors[tensor][axis])
 
     def _fix_outputs(self, labels: dict[fx.Node, Any]) -> None:
         for spec in self.program.graph_signature.output_specs:
@@ -197,13 +330,19 @@ class _Derivation:
                             place = Member(name, axis, segment.inner, segment.outer, offset)
                             members.setdefault(segment.var, []).append(place)
                     offset += segment.length
+        learned = {var for var, places in members.items() if any(m.tensor in self.parameters for m in places)}
+        above = [self.solver.parent_of(var) for var in learned]
+        members = {  # not those of buffers alone, whose order then says nothing
+            var: places
+            for var, places in members.items()
+            if var in learned or any(found is not None and found[0].var == var for found in above)
+        }
         parents = {var: found[0] for var in members if (found := self.solver.parent_of(var)) is not None}
         taken: dict[str, int] = {}
         named: dict[int, str] = {}
         for var, places in members.items():
             producers = [m.tensor for m in places if m.axis == 0 and m.tensor in self.parameters]
-            module, _, leaf = (producers or [places[0].tensor])[0].rpartition(".")
-            named[var] = _numbered(module or leaf, taken)
+            named[var] = _numbered(_module((producers or [places[0].tensor])[0]), taken)
         for var, parent in parents.items():
             if parent.var not in named:
                 named[parent.var] = _numbered(f"{named[var].partition('#')[0]}:blocks", taken)
@@ -240,10 +379,21 @@ class _Derivation:
         return f"{node.target} (node {node.name}{where})"
 
 
+def _module(tensor: str) -> str:
+    """The module that a tensor is of; at the top, the tensor itself."""
+    module, _, leaf = tensor.rpartition(".")
+    return module or leaf
+
+
 def _numbered(base: str, taken: dict[str, int]) -> str:
     """`base`, or where it is taken `base#1`, `base#2` ..."""
     count = taken[base] = taken.get(base, -1) + 1
     return f"{base}#{count}" if count else base
+
+
+def _counts(factor: Factor) -> bool:
+    """Whether a factor has several positions that are not all alike."""
+    return not isinstance(factor, Copies) and factor_length(factor) > 1
 
 
 def _held(node: fx.Node) -> Any:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,13 +10,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map_only
 
+from fastar.states import attributes_kept, copied
+
 Batch = Tensor | tuple[Any, ...] | Mapping[str, Any]
 """What a model's forward takes: one tensor, several arguments, or arguments by name; tensors may lie deeper in them."""
 
 
 def without_statistics(model: nn.Module, device: torch.device) -> nn.Module:
     """A copy in evaluation mode on `device`, whose batch-norm normalises with the batch and keeps no statistics."""
-    twin = copy.deepcopy(model).to(device).eval()
+    twin = copied(model).to(device).eval()
     for module in twin.modules():
         if isinstance(module, _BatchNorm):
             module.train()
@@ -34,7 +35,8 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
 def forward(model: nn.Module, parameters: Mapping[str, Tensor], batch: Batch) -> Any:
     """What `model` makes of a batch with these parameters; it keeps its own."""
     arguments, named = arguments_of(batch)
-    return torch.func.functional_call(model, dict(parameters), arguments, named)
+    with attributes_kept(model):
+        return torch.func.functional_call(model, dict(parameters), arguments, named)
 
 
 def call(model: nn.Module, batch: Batch) -> Any:

@@ -11,6 +11,7 @@ from fastar.config import MatchingSettings
 from fastar.errors import FastarError
 from fastar.matching.derive import derive_symmetry
 from fastar.matching.methods import GiveExamples, match_by_settings
+from fastar.matching.same import check_same_function
 from fastar.matching.symmetry import Symmetry, without_groups
 from fastar.matching.verify import ExampleInputs
 from fastar.matching.weights import MatchResult
@@ -56,6 +57,9 @@ def match_modules(
     if not sources:
         raise FastarError("there are no sources to match: give at least one")
     settings = settings or MatchingSettings()
+    if settings.method != "none":
+        for n, source in enumerate(sources):
+            check_same_function(theta, source, example_inputs, ("theta", f"source {n}"))
     symmetry = symmetry_by_settings(settings, theta, example_inputs)
     states = [source.state_dict() for source in sources]
     for n, state in enumerate(states):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -77,8 +78,9 @@ class Symmetry:
         groups: in the order in which a forward pass reaches them; parents come before their children.
         parameters: name -> shape of every parameter, including those that no group moves.
         buffers: name -> shape of every buffer of the state dict.
-        tied: parameter name -> the other name of the same tensor; such a name is permuted, but counted once.
-        frozen: what was left in place because its symmetry could not be proven, a line of text each.
+        tied: name -> the other name of the same tensor; such a name is permuted, but counted once.
+        frozen: what was left in place because its symmetry could not be proven, or because something that cannot be
+            permuted has a value for each unit (a buffer that is not in the state dict, a table); a line of text each.
 
     Raises:
         FastarError: two groups of one name, a parent that does not come before its child, has a parent itself, or does
@@ -174,7 +176,8 @@ class Symmetry:
         """The state dict of one network with its units permuted: new tensors of the same memory format.
 
         Tensors that no group moves are copied too; names that this architecture does not have are an error. What is no
-        tensor (a module's `get_extra_state`) is handed on.
+        tensor (a module's `get_extra_state`), and the modules' versions (`_metadata`, as of `state_dict()`), are handed
+        on.
 
         Raises:
             FastarError: batched permutations, other groups, a missing tensor or one of another shape.
@@ -183,7 +186,9 @@ class Symmetry:
             raise FastarError("apply takes one network's permutations; select(n) one, or use apply_rows")
         self.check(permutations)
         self.check_state(state, "state")
-        out = dict(state)
+        out = OrderedDict(state)
+        if hasattr(state, "_metadata"):
+            out._metadata = state._metadata  # type: ignore[attr-defined]
         for name, tensor in state.items():
             if isinstance(tensor, Tensor):
                 out[name] = tensor.detach().clone(memory_format=torch.preserve_format)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import io
 import logging
 import os
@@ -19,6 +18,7 @@ from torch.nn.modules import module as hooks
 
 from fastar.errors import FastarError
 from fastar.matching.trials import ExampleInputs
+from fastar.states import copied
 
 # What torch says, in its several kinds of errors, of a forward pass that needs the value of a tensor.
 _VALUES = ("data-dependent", "data dependent", "GuardOnDataDependent", "unbacked")
@@ -32,13 +32,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs, name: str) -> torch.e
     """
     keywords = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
     arguments = () if keywords else tuple(example_inputs)
-    try:
-        twin = copy.deepcopy(model).eval()
-    except Exception as error:  # a module's own code may raise anything
-        raise FastarError(
-            f"cannot trace {name}: it cannot be copied: {_said(error)}; of torch.nn.utils.weight_norm, remove it first "
-            "(remove_weight_norm)"
-        ) from error
+    twin = copied(model).eval()
     try:
         with _quiet(), _hooks_kept(), torch.no_grad():
             program = torch.export.export(twin, arguments, keywords).run_decompositions({})
@@ -68,7 +62,7 @@ def _why(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any],
     """What kind of error it was, where, and what to do."""
     try:
         with _quiet(), torch.no_grad(), torch.random.fork_rng(devices=[]):
-            copy.deepcopy(model).eval()(*arguments, **keywords)
+            copied(model).eval()(*arguments, **keywords)
     except Exception as own:  # as above
         raise FastarError(
             f"cannot trace {type(model).__name__}: it does not run on the example inputs: {_said(own)}{_place(own)}; "

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -13,10 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastar.errors import FastarError
 from fastar.seeds import derive_seed
+from fastar.states import attributes_kept, copied, plain, tensors_in
 
 # What a model is called with: positional inputs, or keyword inputs. What is no tensor is a constant.
 ExampleInputs = tuple[Any, ...] | Mapping[str, Any]
 State = dict[str, Tensor]
+_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 class Trial:
@@ -29,12 +31,20 @@ class Trial:
         items = example_inputs.items() if isinstance(example_inputs, Mapping) else enumerate(example_inputs)
         self.inputs: dict[Any, Any] = {key: _as_double(value) for key, value in items}
 
-    def state(self, gain: float, *, positive: bool = False, buffers: bool = False, number: int = 0) -> State:
+    @cached_property
+    def has_buffers(self) -> bool:
+        """Whether the state has buffers that are no batch-norm's statistics."""
+        own = self.model.state_dict(keep_vars=True).items()
+        return any(
+            isinstance(t, Tensor) and not isinstance(t, nn.Parameter) and not n.endswith(_STATISTICS) for n, t in own
+        )
+
+    def state(self, gain: float, *, positive: bool = False, buffers: int = 0, number: int = 0) -> State:
         """Random weights of variance gain^2 / fan_in and vectors of variance 1; batch-norm variances are positive.
 
         `positive`: vectors too. `number`: each gives other values.
-        `buffers`: move the other floating buffers too, so that none hides what it scales. Those of whole numbers, and
-        with infinite values (masks), stay.
+        `buffers`: of 1, move the other floating buffers too, so that none hides what it scales; of 2, also draw those
+        of yes and no. Those of whole numbers, and with infinite values (masks), stay.
         """
         state: State = {}
         seen: dict[int, str] = {}
@@ -81,7 +91,7 @@ class Trial:
         arguments = () if self.keywords else tuple(self.inputs.values())
         keywords = self.inputs if self.keywords else {}
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]), _InFloat64():
+            with torch.no_grad(), torch.random.fork_rng(devices=[]), _InFloat64(), attributes_kept(self.twin):
                 before = torch.get_rng_state()
                 result = torch.func.functional_call(self.twin, values, arguments, keywords, tie_weights=False)
                 drew = not torch.equal(before, torch.get_rng_state())
@@ -107,10 +117,12 @@ class Trial:
         return found
 
 
-def _drawn(name: str, tensor: Tensor, generator: torch.Generator, gain: float, positive: bool, buffers: bool) -> Tensor:
+def _drawn(name: str, tensor: Tensor, generator: torch.Generator, gain: float, positive: bool, buffers: int) -> Tensor:
     def uniform(low: float, high: float) -> Tensor:
         return torch.empty(tensor.shape, dtype=torch.float64, device="cpu").uniform_(low, high, generator=generator)
 
+    if buffers > 1 and tensor.dtype == torch.bool:
+        return torch.rand(tensor.shape, dtype=torch.float64, generator=generator) < 0.5
     if not tensor.is_floating_point():
         return _constant(tensor)
     if name.endswith("running_var"):
@@ -126,16 +138,20 @@ def _drawn(name: str, tensor: Tensor, generator: torch.Generator, gain: float, p
 
 
 def _without_weights(model: nn.Module) -> nn.Module:
-    """A copy whose parameters and buffers of the state dict are left out, the other buffers in float64 on the CPU."""
+    """A copy whose parameters and buffers of the state dict are left out, all other tensors in float64 on the CPU."""
     memo: dict[int, Any] = {}
     for tensor in model.state_dict(keep_vars=True).values():
         if isinstance(tensor, Tensor):
             memo[id(tensor)] = torch.empty_like(tensor, device="meta")
     for tensor in model.buffers():
         memo.setdefault(id(tensor), _constant(tensor))
+    for module in model.modules():
+        for tensor in tensors_in([value for _, value in plain(module)]):
+            if not isinstance(tensor, nn.Parameter):
+                memo.setdefault(id(tensor), _constant(tensor))
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
-    return copy.deepcopy(model, memo)
+    return copied(model, memo)
 
 
 def _constant(tensor: Tensor) -> Tensor:

@@ -34,8 +34,9 @@ def verify_symmetry(
     """Permute every group at random in float64 and compare the outputs with the unpermuted network's.
 
     All parameters and batch-norm statistics are drawn at random first, so that nothing is hidden by weights that are
-    zero or equal (fresh batch-norms, zero-initialised scales), and whole-number inputs too. `model` is copied, not
-    touched. Each output may differ by 1e-8 of its largest value (`RELATIVE_TOLERANCE`).
+    zero or equal (fresh batch-norms, zero-initialised scales); so are other buffers where the model runs with them, and
+    whole-number inputs. `model` is copied, not touched. Each output may differ by 1e-8 of its largest value
+    (`RELATIVE_TOLERANCE`).
 
     Args:
         controls: also require that the comparison could have failed. Permuting any one place of a group in a parameter
@@ -87,7 +88,7 @@ class _Proof:
         self.left: list[str] = []
         self.seen: set[Member | str] = set()  # places, and parameters that no group is in
         self.varied = False
-        self.buffers = controls
+        self.buffers = 2 if trial.has_buffers else 0  # as `Trial.state` says
 
     def compare(self, draw: int) -> None:
         """Raise FastarError if all groups permuted change the outputs."""
@@ -114,8 +115,8 @@ class _Proof:
         """The outputs on one draw of weights, with the inputs and buffers that the model runs on."""
         self.draw = draw
         self.state = self._drawn()
-        if self.buffers and not self._runs():
-            self.buffers = False
+        while self.buffers and not self._runs():
+            self.buffers -= 1
             self.state = self._drawn()
         if not self.varied:
             self.trial.vary_integers(self.state)
@@ -186,7 +187,7 @@ class _Proof:
                 self.seen.add(member)
         held = [one for one in self._matrices() if not any(m.tensor == one for _, m in self.places)]
         gain, positive = DRAWS[self.draw]
-        other = self.trial.state(gain, positive=positive, buffers=False, number=-1) if held else {}
+        other = self.trial.state(gain, positive=positive, number=-1) if held else {}
         for name in held:
             if name in self.seen:
                 continue
