@@ -17,7 +17,16 @@ from cli_cases import tiny
 from data_samples import cifar_binary_files, raw_dataset, write_archive, write_idx
 from PIL import Image
 
-from fastar.data import ImageFiles, StreamingDataset, open_files, open_images, prepare, prepare_images, verify_folder
+from fastar.data import (
+    DatasetFiles,
+    ImageFiles,
+    StreamingDataset,
+    open_files,
+    open_images,
+    prepare,
+    prepare_images,
+    verify_folder,
+)
 from fastar.data.archives import train_archive
 from fastar.data.beton import front_bytes, image_table
 from fastar.data.cifar import find_cifar
@@ -32,7 +41,7 @@ SECONDS = 120  # a run that hangs is ended then; one that does not takes a few
 # Its processes see one CPU from the first line on, as in a job of one core.
 ON_ONE_CPU = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); "
 WRITE = "import sys, pathlib; from fastar.data import prepare; "
-WRITE += "prepare('digits', data_root=None, directory=pathlib.Path(sys.argv[1]), limit=20)"
+WRITE += "prepare('cifar100', data_root=pathlib.Path(sys.argv[1]), directory=pathlib.Path(sys.argv[2]))"
 
 
 def ends(code: str, cache: Path, *arguments: object) -> None:
@@ -49,9 +58,17 @@ def ends(code: str, cache: Path, *arguments: object) -> None:
     assert done.returncode == 0, done.stderr
 
 
-def test_a_process_on_one_cpu_that_wrote_data_ends(tmp_path: Path) -> None:
-    ends(WRITE, tmp_path / "cache", tmp_path / "data")
-    assert (tmp_path / "data" / "digits" / "train.beton").is_file()
+@pytest.fixture
+def cifar(tmp_path: Path) -> Path:
+    """The archive of a small CIFAR-100."""
+    raw, path = raw_dataset("cifar100", 12, 6), tmp_path / "raw" / "cifar-100-binary.tar.gz"
+    write_archive(path, "cifar-100-binary", cifar_binary_files(raw, "cifar100"))
+    return path
+
+
+def test_a_process_on_one_cpu_that_wrote_data_ends(tmp_path: Path, cifar: Path) -> None:
+    ends(WRITE, tmp_path / "cache", cifar, tmp_path / "data")
+    assert (tmp_path / "data" / "cifar100" / "train.beton").is_file()
 
 
 @pytest.mark.slow
@@ -95,6 +112,10 @@ def change(path: Path, place: int, bits: int = 1) -> None:
         file.write(bytes([byte ^ bits]))
 
 
+def refuse_to_write(path: Path, data: bytes) -> None:
+    raise FastarError(f"{path}: cannot be written (Read-only file system); choose another folder")
+
+
 def used_places(files: ImageFiles) -> np.ndarray:
     """Of the training file: every place whose byte says something."""
     data, table, sizes = image_table(files.train, files.layout("train"))
@@ -118,7 +139,9 @@ def test_no_changed_byte_of_a_streamed_file_is_trained_on(images: ImageFiles, mo
     assert verify_folder(folder) == []
 
 
-def test_a_streamed_file_without_checksums_is_read_once_to_make_them(images: ImageFiles) -> None:
+def test_a_streamed_file_without_checksums_is_read_once_to_make_them(
+    images: ImageFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Those that an earlier version wrote, or damaged ones."""
     folder, whole, told = images.folder, read(images), Listening()
     kept = folder / "train.checksums"
@@ -130,17 +153,31 @@ def test_a_streamed_file_without_checksums_is_read_once_to_make_them(images: Ima
         (line,) = told.lines
         assert line.endswith("train.beton: no checksums of its images are kept; it is read once to make them")
         assert kept.read_bytes() == content
+    kept.unlink()
+    with monkeypatch.context() as full:
+        full.setattr("fastar.data.images.write_atomically", refuse_to_write)
+        told.lines.clear()
+        files = open_images(folder)
+        assert read(files, told) == read(files, told) == whole  # where they cannot be kept: once in each run
+    assert [line.split(";")[-1] for line in told.lines] == [
+        " it is read once to make them",
+        " each run reads the whole file until they can be kept",
+    ]
     _, table, _ = image_table(images.train, images.layout("train"))
     change(images.train, int(table["data_ptr"][3]))
-    kept.unlink()
     with pytest.raises(FastarError, match="its images are not those that were written"):
         read(ImageFiles(folder, images.metadata))
     assert not kept.exists()
 
 
-@pytest.mark.parametrize("kind", ["images", "digits"])
-def test_verify_folder_names_what_is_damaged(kind: str, images: ImageFiles, tmp_path: Path) -> None:
-    files = images if kind == "images" else prepare("digits", data_root=None, directory=tmp_path, limit=20)
+@pytest.fixture
+def cifar_files(cifar: Path) -> DatasetFiles:
+    return prepare("cifar100", data_root=cifar, directory=cifar.parents[1] / "data")
+
+
+@pytest.mark.parametrize("kind", ["images", "cifar_files"])
+def test_verify_folder_names_what_is_damaged(kind: str, request: pytest.FixtureRequest) -> None:
+    files: ImageFiles | DatasetFiles = request.getfixturevalue(kind)
     folder = files.folder
     assert verify_folder(folder) == []
     _, table, _ = image_table(files.train, files.layout("train"))
@@ -148,7 +185,7 @@ def test_verify_folder_names_what_is_damaged(kind: str, images: ImageFiles, tmp_
     (line,) = verify_folder(folder)
     assert line.startswith(f"{files.train}: ")
     assert line.endswith(f"not what was written (first: sample 7); delete {folder} and write it again") or (
-        kind == "digits" and line.endswith(f"not those that were written; delete {folder} and write it again")
+        kind == "cifar_files" and line.endswith(f"not those that were written; delete {folder} and write it again")
     )
     files.test.unlink()
     assert [line.split(":")[0] for line in verify_folder(folder)] == [str(files.train), str(files.test)]
@@ -161,10 +198,9 @@ def test_verify_folder_names_what_is_damaged(kind: str, images: ImageFiles, tmp_
     assert line.startswith(f"{folder / 'metadata.json'}: ")
 
 
-def test_no_changed_word_of_the_metadata_is_believed(images: ImageFiles, tmp_path: Path) -> None:
+def test_no_changed_word_of_the_metadata_is_believed(images: ImageFiles, cifar_files: DatasetFiles) -> None:
     """What the dataset's digest does not cover, such as the augmentation, is covered by one of all."""
-    files = prepare("digits", data_root=None, directory=tmp_path, limit=20)
-    for folder, opened in ((files.folder, open_files), (images.folder, open_images)):
+    for folder, opened in ((cifar_files.folder, open_files), (images.folder, open_images)):
         path = folder / "metadata.json"
         text = path.read_text()
         metadata = json.loads(text)
@@ -179,16 +215,12 @@ def test_no_changed_word_of_the_metadata_is_believed(images: ImageFiles, tmp_pat
                     opened(folder)
         path.write_text(json.dumps({k: v for k, v in {**metadata, "format": 1}.items() if k != "sha256"}))
         assert opened(folder).digest == metadata["digest"]  # as an earlier version wrote it
+        for text_of_others in ("[" * 100_000, "null", "9" * 6000):
+            path.write_text(text_of_others)
+            with pytest.raises(FastarError, match="damaged"):
+                opened(folder)
         path.write_text(text)
         assert opened(folder).metadata == metadata
-
-
-@pytest.fixture
-def cifar(tmp_path: Path) -> Path:
-    """The archive of a small CIFAR-100."""
-    raw, path = raw_dataset("cifar100", 12, 6), tmp_path / "raw" / "cifar-100-binary.tar.gz"
-    write_archive(path, "cifar-100-binary", cifar_binary_files(raw, "cifar100"))
-    return path
 
 
 def test_no_archive_with_a_flipped_bit_is_read(cifar: Path) -> None:

@@ -92,7 +92,7 @@ class CropDecoder(SimpleRGBImageDecoder):
         if os.preadv(self._file, [content.data], int(row["data_ptr"])) != len(content):
             raise FastarError(f"sample {index} cannot be read whole: the file was cut off; write it again")
         if not self._checked[index]:
-            if zlib.crc32(content) != self._sums[index]:
+            if zlib.crc32(content.data) != self._sums[index]:
                 raise FastarError(f"sample {index} is not what was written; delete its folder and write it again")
             self._checked[index] = True
         if row["mode"] == JPEG_MODE:

@@ -117,7 +117,7 @@ def open_metadata(folder: Path, *kinds: type[Kind]) -> Kind:
         raise FastarError(f"{error.filename or path}: cannot be read ({error.strerror}); check the folder") from error
     except FastarError:
         raise
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise FastarError(f"{path}: damaged ({error}); {again}") from error
     return found(folder, metadata)
 
