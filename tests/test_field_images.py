@@ -33,7 +33,17 @@ from PIL import Image
 from test_data_archives import add, devkit, jpeg, tar
 
 from fastar.config import DatasetSettings
-from fastar.data import DATASETS, Encoding, StreamingDataset, archives, idx, images, prepare, prepare_images
+from fastar.data import (
+    DATASETS,
+    Encoding,
+    StreamingDataset,
+    archives,
+    idx,
+    images,
+    prepare,
+    prepare_images,
+    verify_folder,
+)
 from fastar.data import cifar as cifar_module
 from fastar.data.find import find_raw
 from fastar.data.imagefolder import count_images, find_images
@@ -689,3 +699,50 @@ def test_a_damaged_meta_mat_kills_a_process_of_its_own_alone(tmp_path: Path, mon
     monkeypatch.setattr(archives, "SECONDS", 0.2)
     with pytest.raises(FastarError, match=r"reading its meta\.mat takes more than 0\.2 s; get it again"):
         archives._synsets(meta, where)
+
+
+def test_a_folder_of_finished_data_may_hold_anything(tmp_path: Path) -> None:
+    root = make(tmp_path / "raw")
+    files = prepared(root)
+    whole = {path: path.read_bytes() for path in files.folder.iterdir()}
+    for path, word in ((files.folder / "metadata.json", "metadata.json: "), (files.train, "train.beton: is no file; ")):
+        for put_there in (os.mkfifo, os.mkdir):
+            path.unlink()
+            put_there(path)
+            for call in (lambda: images.open_images(files.folder), lambda: prepared(root)):
+                with pytest.raises(FastarError, match=word):
+                    call()
+            assert any(word in line for line in verify_folder(files.folder))
+            path.unlink() if path.is_fifo() else path.rmdir()
+            path.write_bytes(whole[path])
+    metadata = files.folder / "metadata.json"
+    for content in (b"[" * 100_000, b'{"format": 1' + b"0" * 5000 + b"}", b"7", b'{"kind": {}}'):
+        metadata.write_bytes(content)
+        with pytest.raises(FastarError, match=r"metadata\.json: "):
+            images.open_images(files.folder)
+    metadata.write_bytes(whole[metadata])
+    sums = files.folder / "train.checksums"
+    sums.unlink()
+    os.mkfifo(sums)
+    with pytest.raises(FastarError, match=r"train\.checksums: is no file"):
+        StreamingDataset(images.open_images(files.folder), "train", "cpu", size=4, threads=1)
+
+
+def test_what_stands_in_the_way_of_writing_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = make(tmp_path / "raw")
+    folder = tmp_path / "out" / "set"
+    (folder / "train.beton.partial").mkdir(parents=True)
+    with pytest.raises(FastarError, match=r"train\.beton\.partial: cannot be removed \(Is a directory\); move it away"):
+        prepared(root)
+    assert [path.name for path in folder.iterdir()] == ["train.beton.partial"]
+    (folder / "train.beton.partial").rmdir()
+    stat = os.stat
+
+    def refused(path: Any, **more: Any) -> Any:
+        if str(path).startswith(f"{folder}/"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, **more)
+
+    monkeypatch.setattr(os, "stat", refused)
+    with pytest.raises(FastarError, match=r"out/set/\S*: cannot be read \(Permission denied\)"):
+        prepared(root)

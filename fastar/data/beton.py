@@ -174,6 +174,8 @@ def check_beton(path: Path, layout: Layout) -> np.ndarray:
     def fault(what: str) -> FastarError:
         return FastarError(f"{path}: {what}; delete its folder and write it again")
 
+    if path.exists() and not path.is_file():
+        raise fault("is no file")  # opening a pipe would wait
     try:
         data = np.memmap(path, np.uint8, mode="r")
     except FileNotFoundError:

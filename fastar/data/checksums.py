@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from fastar.data.beton import Layout, front_bytes, image_table
+from fastar.data.raw import read_file
 from fastar.errors import FastarError
 from fastar.progress import Progress
 
@@ -96,7 +97,7 @@ def take_checksums(path: Path, layout: Layout, labels: np.ndarray, progress: Pro
 def kept_checksums(path: Path) -> Checksums | None:
     """The checksums beside the .beton `path`; None where there are none, or none that count."""
     try:
-        return Checksums.from_bytes(checksums_path(path).read_bytes())
+        return Checksums.from_bytes(read_file(checksums_path(path), path.stat().st_size))
     except FileNotFoundError:
         return None
     except OSError as error:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, TypeVar
 from fastar.atomic import write_atomically
 from fastar.data.beton import Layout, check_beton, fingerprint
 from fastar.data.checksums import Checksums, checksums_path
+from fastar.data.listing import readable
 from fastar.errors import FastarError
 from fastar.json_files import read_object
 
@@ -87,7 +88,8 @@ Kind = TypeVar("Kind", bound=Files)
 
 
 def is_finished(folder: Path) -> bool:
-    return all((folder / name).exists() for name in (METADATA, *(f"{split}.beton" for split in SPLITS)))
+    with readable(folder):
+        return all((folder / name).exists() for name in (METADATA, *(f"{split}.beton" for split in SPLITS)))
 
 
 def open_finished(folder: Path, kind: type[Kind]) -> Kind:
@@ -128,6 +130,8 @@ def check_unchanged(files: Files, split: str) -> None:
     try:
         if not path.exists():
             raise FastarError(f"{path}: missing; {again}")
+        if not path.is_file():  # a pipe would be waited for
+            raise FastarError(f"{path}: is no file; {again}")
         if fingerprint(path) != files.metadata["files"][split]:
             # The structural check comes first: it can say what is wrong.
             check_beton(path, files.layout(split))
@@ -205,7 +209,10 @@ def locked_folder(folder: Path) -> Iterator[None]:
 
 def _remove_partial(folder: Path) -> None:
     for path in folder.glob(f"*{PARTIAL}"):
-        path.unlink(missing_ok=True)
+        try:
+            path.unlink(missing_ok=True)
+        except OSError as error:  # a folder of that name, or one in which nothing may be removed
+            raise FastarError(f"{path}: cannot be removed ({error.strerror}); move it away") from error
 
 
 def refuse_foreign(folder: Path) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 
 from fastar.data.archives import TRAIN_ARCHIVE, VAL_ARCHIVE, train_archive, val_archive
 from fastar.data.listing import PassedOver, class_names, images_below, readable
-from fastar.data.raw import RawSplit, class_digest, decode_rgb
+from fastar.data.raw import RawSplit, class_digest, decode_rgb, read_file
 from fastar.errors import FastarError
 from fastar.progress import SILENT, Progress
 from fastar.seeds import derive_seed
@@ -80,10 +80,8 @@ def in_one_folder(root: Path, classes: tuple[str, ...], passed: PassedOver) -> L
     """The images of `root`/images, whose classes `root`/val_annotations.txt holds, as Tiny-ImageNet has it: lines of
     file, class, and a box, parted by tabs."""
     path = root / ANNOTATIONS
-    if not path.is_file():
-        raise FastarError(f"{path}: is no file; get it again")
     with readable(path):
-        lines = path.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+        lines = read_file(path, 1 << 28).decode("utf-8", "surrogateescape").splitlines()
     class_of = {}
     for number, line in enumerate(lines, 1):
         name, *rest = line.split("\t")
