@@ -54,8 +54,8 @@ def check_state(
         shown = "; ".join(f"{theirs!r} where the model has {own!r}" for theirs, own in pairs[:NAMED])
         more = f"; and {len(pairs) - NAMED} more" if len(pairs) > NAMED else ""
         raise FastarError(
-            f"{where} has the model's shapes under other names: {shown}{more}; rename its tensors, or save it from the "
-            "same class of network"
+            f"{where} has the model's shapes under other names: {shown}{more}; rename its tensors, or use one "
+            "class of network for both"
         )
     found = list(_differences(parameters, known, missing, strange, tensors, leading))
     if found:

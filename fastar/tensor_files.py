@@ -199,12 +199,18 @@ def read_torch(path: Path) -> Any:
 
 def _check_members(path: Path) -> None:
     """Raise ValueError unless each member of the zip file `path` has the checksum that is stored with it, which torch
-    does not look at. Older files are no zip files, and have none."""
+    does not look at, and none is marked as a folder, of which torch reads nothing and gives what memory held.
+
+    Older files are no zip files, and have no checksums.
+    """
     with path.open("rb") as file:
         if file.read(4) != b"PK\x03\x04":
             return
     with zipfile.ZipFile(path) as archive:
         bad = archive.testzip()
+        folders = [member.filename for member in archive.infolist() if member.is_dir() or member.external_attr & 0x10]
+    if folders:
+        raise ValueError(f"{folders[0]} is marked as a folder (damaged)")
     if bad is not None:
         raise ValueError(f"{bad} has another checksum than was saved (damaged)")
 

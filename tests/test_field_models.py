@@ -117,6 +117,20 @@ def test_no_changed_bit_of_a_zip_file_gives_other_values(tmp_path: Path) -> None
     assert not any("\n" in line for line in refused_with)
 
 
+def test_a_member_of_a_zip_file_that_is_marked_as_a_folder(tmp_path: Path) -> None:
+    """One bit of its directory: torch then gives tensors of whatever memory held."""
+    path = tmp_path / "a.pt"
+    torch.save(small(), path)
+    data = bytearray(path.read_bytes())
+    entry = data.index(b"PK\x01\x02")
+    while not data[entry + 46 :].startswith(b"a/data/0"):
+        entry = data.index(b"PK\x01\x02", entry + 1)
+    data[entry + 38] ^= 0x10
+    path.write_bytes(data)
+    with pytest.raises(FastarError, match="a/data/0 is marked as a folder"):
+        load_checkpoint(path)
+
+
 @pytest.mark.parametrize("own", [False, True])
 def test_no_changed_bit_of_fastars_file_is_read(tmp_path: Path, own: bool) -> None:
     """Its mark is under the digest too: a file whose mark is damaged is no other people's file."""

@@ -248,7 +248,7 @@ def test_names_alone_differ(tmp_path: Path) -> None:
     assert str(error.value) == (
         f"{tmp_path / 'a.pt'} has the model's shapes under other names: 'fc1.w' where the model has '0.weight'; "
         "'fc1.b' where the model has '0.bias'; 'fc2.w' where the model has '2.weight'; and 1 more; rename its tensors, "
-        "or save it from the same class of network"
+        "or use one class of network for both"
     )
 
 
