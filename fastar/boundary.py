@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
-from typing import Any, TextIO, cast
+from typing import IO, Any, TextIO, cast
 
 from fastar import __version__
 from fastar.errors import FastarError, printable
@@ -24,7 +24,7 @@ EXIT_UNREAD = 141
 class _Stream:
     """A text stream whose failures mean what `failed` makes of them."""
 
-    def __init__(self, stream: TextIO):
+    def __init__(self, stream: IO[str]):
         self._stream = stream
 
     def __getattr__(self, name: str) -> Any:
@@ -50,7 +50,7 @@ class _Stream:
 class _Forgiving(_Stream):
     """What cannot be written is not said, nor what comes after it."""
 
-    def __init__(self, stream: TextIO | None):
+    def __init__(self, stream: IO[str] | None):
         super().__init__(io.StringIO() if stream is None else stream)
         self._silent = stream is None
 
@@ -71,7 +71,7 @@ class _Result(_Stream):
         raise FastarError(f"the output cannot be written ({why}); files of a run are not touched by this") from error
 
 
-def forgiving(stream: TextIO | None) -> TextIO:
+def forgiving(stream: IO[str] | None) -> TextIO:
     """`stream`, silent from its first failure on; None (its descriptor was closed) is silent from the start."""
     return cast(TextIO, _Forgiving(stream))
 

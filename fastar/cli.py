@@ -52,8 +52,9 @@ Every setting of a run is a key of its YAML configuration (`configs/`); give any
 options, such as `train.epochs=30 model.width=32 star.t=beta`. What is already in the run folder and matches is reused:
 the same command goes on where it was stopped.
 
-Bad input ends with one line on stderr and exit code 2. Ctrl-C, SIGTERM and SIGUSR1 save what is being trained and end
-with a code that says so: 130 for Ctrl-C (a second one stops at once), 75 for the signals of batch schedulers. After
+Bad input ends with one line on stderr and exit code 2, as does output that cannot be written; a defect of fastar with
+one line that says where its traceback is, and exit code 70. Ctrl-C, SIGTERM and SIGUSR1 save what is being trained and
+end with a code that says so: 130 for Ctrl-C (a second one stops at once), 75 for the signals of batch schedulers. After
 either, and after a crash, the same command goes on to the same result. `fastar runs` lists runs and where they stand.
 """,
 )

@@ -16,6 +16,7 @@ from rich.progress import Task as RichTask
 from rich.text import Text
 
 from fastar.boundary import forgiving
+from fastar.errors import printable
 
 
 class Advance(Protocol):
@@ -112,7 +113,7 @@ class TerminalProgress:
         self.line(f"{description}: {done} {unit} in {seconds:.1f} s{rate}{', ' + last_note if last_note else ''}")
 
     def line(self, text: str) -> None:
-        self.console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
+        self.console.print(printable(text), highlight=False, markup=False, emoji=False, soft_wrap=True)
 
     @contextmanager
     def _bars(self) -> Iterator[RichProgress]:

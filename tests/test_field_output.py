@@ -10,6 +10,7 @@ import io
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import threading
@@ -22,12 +23,17 @@ from rich.console import Console
 
 from fastar import boundary, cli, config
 from fastar.cli import main
+from fastar.config import load_settings
+from fastar.errors import printable
 from fastar.experiments import star_domain
 from fastar.progress import TerminalProgress
+from fastar.recipes import read_yaml
 from fastar.report import barriers_table
+from fastar.runs import RunFolder
 
 COMMAND = [sys.executable, "-m", "fastar"]
-NAME = "[bold]wide :x:[/x]"  # a folder in a folder; as rich reads it: bold, an emoji, and an error
+# A folder in a folder; as rich reads it: bold, an emoji, and an error; and not UTF-8.
+NAME = os.fsdecode(b"[bold]wide :x: \xff[/x]")
 
 
 class Failing(io.StringIO):
@@ -169,13 +175,38 @@ def test_output_in_ascii_has_other_boxes_and_loses_nothing(
 
 
 def test_names_are_printed_as_they_are(run: Path, tmp_path: Path) -> None:
-    assert f" {NAME} " in fastar("runs", run.parent.parent).out
+    shown = fastar("runs", run.parent.parent).out
+    assert f" {NAME} " in shown
     path = {"first": f"{NAME}/a.pt", "second": f"{NAME}/b.pt", "train_loss": [0.5, 0.25]}
     path |= {"train_barrier": 0.125, "test_barrier": None}
     with contextlib.redirect_stdout(io.StringIO()) as out:
         cli._print_table(barriers_table([path]))
     assert f"Barriers from {NAME}/a.pt to {NAME}/" in " ".join(out.getvalue().split())
-    assert f"{NAME}/nothing" in refused("report", tmp_path / NAME / "nothing")
+    assert f"{printable(NAME)}/nothing" in refused("report", tmp_path / NAME / "nothing")
+
+
+def test_a_run_in_a_folder_that_is_not_utf8_works_and_is_printed_with_escapes(
+    run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first, second = (run / "sources" / f"seed-{number:04d}.safetensors" for number in (0, 1))
+    written = run.parent / "b.safetensors"
+    for arguments in (
+        ["report", run],
+        ["train-star", *tiny(data), "--out", run],
+        ["match", first, second, "--out", written],
+    ):
+        raw = io.BytesIO()
+        out, err = io.TextIOWrapper(raw, encoding="utf-8"), io.StringIO()
+        assert called(*arguments, out=out, err=err, monkeypatch=monkeypatch) == 0, err.getvalue()
+        assert printable(str(written.parent if arguments[0] == "match" else run)) in raw.getvalue().decode()
+        assert err.getvalue() == ""
+    (row,) = json.loads(fastar("runs", run.parent, "--json").out)
+    assert row["run"] == str(run)
+    _, taken = RunFolder(run).sources_to_take_over()
+    settings = load_settings(dataset="digits", overrides=shlex.split(taken))
+    assert settings.sources.folder == run / "sources"
+    with RunFolder(tmp_path / "new").open(settings) as new:
+        assert read_yaml(new.config.read_text())["sources"]["folder"] == str(run / "sources")
 
 
 def test_names_in_progress_are_as_they_are() -> None:
@@ -185,7 +216,8 @@ def test_names_in_progress_are_as_they_are() -> None:
         with progress.task(f"reading {NAME}", total=1) as advance:
             advance(1, note=NAME)
         progress.line(NAME)
-        assert stream.getvalue().count(NAME) >= 2
+        assert stream.getvalue().count(printable(NAME)) >= 1
+        assert stream.getvalue().replace("\udcff", "\\udcff").count(printable(NAME)) >= 2
         assert "❌" not in stream.getvalue()
 
 
@@ -245,7 +277,7 @@ def test_a_defect_within_a_run_is_kept_in_its_folder(
     outcome = fastar("report", run)
     assert outcome.code == 70
     (name,) = {path.name for path in run.iterdir()} - before
-    assert f"the traceback is in {run / name};" in outcome.err
+    assert f"the traceback is in {printable(str(run / name))};" in outcome.err
     (run / name).unlink()
 
     monkeypatch.setattr(star_domain, "train_star", fails)  # before there is a folder: it is not made for this
