@@ -54,8 +54,9 @@ $(VENV)/.installed: $(PINS)
 	sh tools/install.sh $(VENV)
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.installed requirements-dev.txt
+$(VENV)/.dev: $(VENV)/.installed requirements-dev.txt tools/install_torchvision.sh
 	$(BIN)/python -m pip --disable-pip-version-check install -q -r requirements-dev.txt
+	sh tools/install_torchvision.sh $(VENV)
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.installed requirements-bench.txt

@@ -34,6 +34,7 @@ def examine() -> list[Check]:
         ("assignment", _assignment, True),
         ("lapjv", _lapjv, False),
         ("ffcv", _ffcv, True),
+        ("torchvision", _torchvision, False),
         ("memory", _memory, False),
     ]
     checks = []
@@ -133,6 +134,20 @@ def _ffcv() -> str:
         files = prepare("digits", data_root=None, directory=Path(folder), workers=1)
         images = sum(files.count(split) for split in ("train", "test"))
         return f"{version}, wrote and read {images} images; {len(DATASETS)} datasets known"
+
+
+def _torchvision() -> str:
+    """fastar does not need it; networks of users' own do."""
+    try:
+        import torchvision
+    except ModuleNotFoundError:
+        return "not installed, and not needed"
+    except Exception as error:  # of another build, it fails in any way
+        raise RuntimeError(
+            f"is of another build than torch {metadata.version('torch')} ({error}): networks of yours that use it will "
+            "not load; install the one that goes with it, of the same ending (such as +cpu), from where torch came"
+        ) from error
+    return str(torchvision.__version__)
 
 
 def _memory() -> str:

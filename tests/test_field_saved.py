@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +16,7 @@ from cli_cases import contents, fastar, refused
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fastar import doctor
 from fastar.checkpoints import Checkpoint, load_checkpoint, load_into
 from fastar.errors import FastarError
 from fastar.experiments.finished import given_paths
@@ -314,3 +316,16 @@ def test_the_command_says_what_it_took(mynet: Path, tmp_path: Path) -> None:
         "match", a, tmp_path / "hub", "--model", f"{mynet}:build", "--out", inside, "device=cpu"
     )
     assert contents(tmp_path) == before
+
+
+def test_a_torchvision_of_another_build_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A CUDA build beside a CPU build of torch: whoever imports it is told by torch of an operator."""
+    for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+        monkeypatch.delitem(sys.modules, name)
+    (tmp_path / "torchvision.py").write_text("raise RuntimeError('operator torchvision::nms does not exist')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(RuntimeError, match="is of another build than torch"):
+        doctor._torchvision()
+    (tmp_path / "mynet.py").write_text("import torchvision\n")
+    with pytest.raises(FastarError, match="torchvision is of another build than torch"):
+        own_model(f"{tmp_path / 'mynet.py'}:build")

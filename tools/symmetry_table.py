@@ -10,7 +10,6 @@ Networks are built without weights. Seconds are of this machine, tracing and pro
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import platform
 import re
 import sys
@@ -104,17 +103,23 @@ _declared: list[torch.library.Library] = []
 
 
 def import_torchvision() -> None:
-    """Import torchvision also where its compiled operations are of another build of torch (a CPU build beside a wheel
-    made for CUDA): no network here uses them, but its import asks for two to be declared."""
+    """Import torchvision, or its Python files alone where tools/install_torchvision.sh found no build for this torch:
+    no network here uses its compiled operations, but its import asks for two to be declared.
+
+    Raises:
+        ModuleNotFoundError: neither is there.
+    """
     try:
         import torchvision
-    except RuntimeError:
+    except ModuleNotFoundError:
+        alone = Path(sys.prefix) / "share" / "torchvision"
+        if not alone.is_dir():
+            raise
+        sys.path.append(str(alone))
         library = torch.library.Library("torchvision", "DEF")
         for name in ("nms", "qnms"):
             library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         _declared.append(library)  # what it declares goes with it
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
         import torchvision  # noqa: F401
 
 
@@ -147,14 +152,15 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     names = options.names or list(NETWORKS)
-    installed = {p: importlib.util.find_spec(p) is not None for p in {n.package for n in NETWORKS.values()}}
     lines = [
         "| network | of | groups | units | of these in blocks | seconds (graph + proof) |",
         "|---|---|---|---|---|---|",
     ]
     for name in names:
-        package = NETWORKS[name].package
-        lines.append(row(name)[0] if installed[package] else f"| {name} | {package} | not installed | | | |")
+        try:
+            lines.append(row(name)[0])
+        except ModuleNotFoundError as missing:
+            lines.append(f"| {name} | {missing.name} | not installed | | | |")
         print(lines[-1], file=sys.stderr, flush=True)
     where = f"torch {torch.__version__}, Python {platform.python_version()}, {torch.get_num_threads()} CPU thread(s)"
     table = "\n".join([*lines, "", f"Seconds: {where}."])

@@ -77,7 +77,9 @@ def _function(reference: str) -> Any:
         module = importlib.import_module(name) if file is None else _module_in(file)
     except (Exception, SystemExit) as error:
         remedy = "run from the folder that holds it, or install it"
-        if file is not None:
+        if "torchvision::" in str(error):
+            remedy = "torchvision is of another build than torch: `fastar doctor` says more"
+        elif file is not None:
             remedy = "mend it; what is to run as a program alone belongs under `if __name__ == '__main__'`"
         raise FastarError(
             f"--model {reference}: cannot import {name} ({type(error).__name__}: {' '.join(str(error).split())}); "
