@@ -111,15 +111,14 @@ def import_torchvision() -> None:
     """
     try:
         import torchvision
-    except ModuleNotFoundError:
-        alone = Path(sys.prefix) / "share" / "torchvision"
-        if not alone.is_dir():
-            raise
-        sys.path.append(str(alone))
-        library = torch.library.Library("torchvision", "DEF")
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        _declared.append(library)  # what it declares goes with it
+    except (ModuleNotFoundError, RuntimeError):  # not there, or of another build than torch
+        if not _declared:
+            sys.path.append(str(Path(sys.prefix) / "share" / "torchvision"))
+            _declared.append(torch.library.Library("torchvision", "DEF"))  # what it declares goes with it
+            for name in ("nms", "qnms"):
+                _declared[0].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
+            del sys.modules[name]
         import torchvision  # noqa: F401
 
 
