@@ -202,7 +202,7 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
 
 def forget(model: nn.Module) -> None:
     """Let modules that know when they are trained drop what they computed from weights in evaluation mode."""
-    if all(type(module).train is nn.Module.train for module in model.modules()):
+    if not drops_caches(model):
         return
     modes = {module: module.training for module in model.modules()}
     model.train()
@@ -210,6 +210,11 @@ def forget(model: nn.Module) -> None:
         model.eval()
     for module, training in modes.items():
         module.training = training
+
+
+def drops_caches(model: nn.Module) -> bool:
+    """Whether a module does something of its own when it is set to training."""
+    return any(type(module).train is not nn.Module.train for module in model.modules())
 
 
 @contextmanager

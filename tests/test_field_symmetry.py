@@ -360,6 +360,17 @@ def test_caches_of_evaluation_mode_are_not_copied() -> None:
     torch.testing.assert_close(fastar.apply(by_activations, nearer)(TOKENS), before[1], rtol=1e-5, atol=1e-6)
 
 
+def test_each_point_of_a_path_computes_its_own_caches() -> None:
+    a, b, labels = draw(Caching(), 0), draw(Caching(), 1), torch.arange(7) % 3
+    found = fastar.barrier(a, b, [(TOKENS, labels)], points=3)
+    middle = fastar.apply(fastar.match(a, a, example_inputs=TOKENS[:2]), a)
+    with torch.no_grad():
+        for mine, one, two in zip(middle.parameters(), a.parameters(), b.parameters(), strict=True):
+            mine.copy_((one + two) / 2)
+    losses = [float(F.cross_entropy(model(TOKENS), labels)) for model in (a, middle, b)]
+    assert found.loss == pytest.approx(losses, rel=1e-5)
+
+
 class Keeping(nn.Module):
     """Computes its weight once, and never again."""
 

@@ -26,6 +26,7 @@ from fastar.flat import FlatLayout
 from fastar.graphs import CallGraph
 from fastar.matching.forwards import call
 from fastar.precision import full_precision
+from fastar.states import drops_caches, forget
 
 Batches = Callable[[], Iterable[tuple[Any, Tensor]]]
 """A fresh pass over (images, or whatever the model takes; labels); every sample exactly once."""
@@ -44,17 +45,19 @@ def bound(model: nn.Module, names: Sequence[str]) -> Iterator[Callable[[Mapping[
     """A function that makes given tensors the parameters of `model`; afterwards it has its own again."""
     parameters = dict(model.named_parameters())
     chosen = [parameters[name] for name in names]
-    own = [parameter.data for parameter in chosen]
+    own = {name: parameter.data for name, parameter in zip(names, chosen, strict=True)}
+    caches = drops_caches(model)
 
     def bind(tensors: Mapping[str, Tensor]) -> None:
         for name, parameter in zip(names, chosen, strict=True):
             parameter.data = tensors[name]
+        if caches:
+            forget(model)
 
     try:
         yield bind
     finally:
-        for parameter, data in zip(chosen, own, strict=True):
-            parameter.data = data
+        bind(own)
 
 
 @torch.no_grad()

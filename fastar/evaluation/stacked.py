@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from fastar.states import drops_caches
+
 # What the batched form is known to be equal and faster for; every leaf of a network must be one of these.
 _LEAVES = (nn.Linear, nn.ReLU, nn.GELU, nn.SiLU, nn.ELU, nn.Tanh, nn.Sigmoid, nn.Flatten, nn.Identity)
 # Activations of this many samples x networks are in the caches; beyond it batched products gain nothing on a CPU.
@@ -23,7 +25,8 @@ STACKED_BYTES = 256 << 20
 def stackable(model: nn.Module) -> bool:
     """The networks of this kind can be evaluated together: dense layers and activations only."""
     leaves = [module for module in model.modules() if not list(module.children())]
-    return all(isinstance(leaf, _LEAVES) and not list(leaf.buffers()) for leaf in leaves)
+    plain = all(isinstance(leaf, _LEAVES) and not list(leaf.buffers()) for leaf in leaves)
+    return plain and not drops_caches(model)
 
 
 def stacks(model: nn.Module, parameters: Mapping[str, Tensor], images: Tensor) -> bool:

@@ -331,11 +331,11 @@ class _Derivation:
                             members.setdefault(segment.var, []).append(place)
                     offset += segment.length
         learned = {var for var, places in members.items() if any(m.tensor in self.parameters for m in places)}
-        above = [self.solver.parent_of(var) for var in learned]
+        over = [self.solver.parent_of(var) for var in learned]
         members = {  # not those of buffers alone, whose order then says nothing
             var: places
             for var, places in members.items()
-            if var in learned or any(found is not None and found[0].var == var for found in above)
+            if var in learned or any(found is not None and found[0].var == var for found in over)
         }
         parents = {var: found[0] for var in members if (found := self.solver.parent_of(var)) is not None}
         taken: dict[str, int] = {}
