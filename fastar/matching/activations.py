@@ -15,7 +15,7 @@ from fastar.matching.forwards import Batch
 from fastar.matching.networks import check_networks
 from fastar.matching.permutations import Permutations
 from fastar.matching.rows import chosen
-from fastar.matching.seen import KEPT, SeenSources, Tables, UnitActivations, stacked
+from fastar.matching.seen import KEPT, SeenSources, Tables, UnitActivations, resampled, stacked
 from fastar.matching.solving import solve_rows
 from fastar.matching.symmetry import Symmetry
 from fastar.memory import free_bytes
@@ -181,10 +181,11 @@ def _pair_units(
             end = min(begin + size, count)
             theirs = tables(begin, end)
             (rows,) = chosen(np.arange(end - begin), end - begin, device=device)
-            for family in symmetry.families:
+            part = {name: index[begin:end] for name, index in indices.items()}
+            for family in (symmetry.families[f] for f in look.order):
                 groups = [symmetry.groups[g] for g in family]
                 scores = [
-                    own[group.name].mT @ theirs[group.name]
+                    own[group.name].mT @ resampled(theirs[group.name], look.rows(group.name, part))
                     if group.name in own
                     else torch.zeros(end - begin, group.size, group.size, device=device, dtype=torch.float32)
                     for group in groups

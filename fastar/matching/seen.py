@@ -8,10 +8,12 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastar.errors import FastarError
 from fastar.matching.forwards import Batch, forward, on_device, without_statistics
+from fastar.matching.moving import Along, Key, moving_axes, rows_moved, samples_of
 from fastar.matching.networks import check_finite
 from fastar.matching.observing import Kind, Observer
 from fastar.matching.permutations import Permutations
@@ -31,8 +33,6 @@ _PREFERRED: tuple[Kind, ...] = ("read", "made", "other")
 # A unit moves if it deviates from its mean by more than rounding of that mean.
 _STILL = 1e-6
 
-_Key = tuple[str, int]
-
 Tables = dict[str, Tensor]
 """Group -> [samples, size], or of N networks [N, samples, size]; groups that could not be observed are missing."""
 
@@ -45,6 +45,10 @@ class UnitActivations:
     parameter for each unit give out; what the first batch of the first network shows decides. Of each such place at
     most 4096 samples are taken each time a forward passes it, spread over images and positions, the same of every
     network. Batch-norm normalises with the batch, so no statistics are needed.
+
+    Samples of a place may move with another group (`moving_axes`: tokens' hidden units in a mixer are seen once for each
+    channel). Then all positions of that group are looked at, `order` has it matched first, and `rows` says where the
+    samples come from once it is. Places whose samples move in another way are left out.
 
     Args:
         model: of the architecture, with any weights; copied, not touched.
@@ -60,12 +64,15 @@ class UnitActivations:
             raise FastarError("matching by activations needs at least one batch of images; give some")
         self.symmetry, self.device = symmetry, device
         self._batches = list(batches)
+        self.order: list[int] = list(range(len(symmetry.families)))
+        self._along: dict[Key, tuple[Along, ...] | None] = {}
+        self._model: nn.Module | None = model  # until it has been looked at
         self._twin = without_statistics(model, device)
         for parameter in self._twin.parameters():  # never read: each network brings its own
             parameter.data = parameter.data.new_empty(0)
         self._wanted = {(member.tensor, member.axis) for group in symmetry.groups for member in group.members}
-        self._drawn: dict[tuple[_Key, int, int], Tensor] = {}
-        self._first: tuple[str, dict[_Key, torch.Size]] | None = None
+        self._drawn: dict[tuple[Key, int, int], Tensor] = {}
+        self._first: tuple[str, dict[Key, torch.Size]] | None = None
         self._members: dict[str, list[Member]] = {}
 
     def __call__(self, state: Mapping[str, Tensor], where: str) -> Tables:
@@ -103,21 +110,49 @@ class UnitActivations:
             if group.members and not self._members[group.name] and group.name not in shown
         )
 
-    def _rows(self, state: Mapping[str, Tensor], where: str) -> dict[_Key, Tensor]:
+    def rows(self, group: str, indices: Mapping[str, NDArray[np.int64]]) -> NDArray[np.int64] | None:
+        """Where the samples of a group's table come from, [samples] or [N, samples], once the network's units are
+        permuted by `indices` [size] or [N, size]; None: they stay."""
+        if not any(self._along.get((m.tensor, m.axis)) for m in self._members[group]):
+            return None
+        assert self._first is not None
+        parts, begin = [], 0
+        for member in self._members[group]:
+            key = member.tensor, member.axis
+            count, times = self._first[1][key][0], member.outer * member.inner
+            index = np.arange(count * times)
+            if along := self._along.get(key):
+                together = samples_of(along)
+                moved = rows_moved(along, indices)[..., None, :] + together * np.arange(count // together)[:, None]
+                index = moved.reshape(*moved.shape[:-2], -1)[..., None] * times + np.arange(times)
+                index = index.reshape(*index.shape[:-2], -1)
+            parts.append(begin + index)
+            begin += count * times
+        shape = np.broadcast_shapes(*(part.shape[:-1] for part in parts))
+        return np.concatenate([np.broadcast_to(part, (*shape, part.shape[-1])) for part in parts], -1)
+
+    def _rows(self, state: Mapping[str, Tensor], where: str) -> dict[Key, Tensor]:
         """Values [samples, positions] that run along axes of parameters, at the places that groups are looked at."""
-        seen: dict[_Key, list[Tensor]] = {}
-        kinds: dict[_Key, Kind] = {}
+        seen: dict[Key, list[Tensor]] = {}
+        kinds: dict[Key, Kind] = {}
         share = max(1, SAMPLES // len(self._batches))
 
         def keep(name: str, axis: int, kind: Kind, values: Tensor) -> None:
             key = name, axis
             if key not in self._wanted:
                 return
-            rows, kept = values.flatten(0, -2), seen.setdefault(key, [])
-            if len(rows) > (most := min(len(values) * POSITIONS, share)):
+            most, kept = min(len(values) * POSITIONS, share), seen.setdefault(key, [])
+            rows, together = _together(values, self._along.get(key) or ())
+            if len(rows) > (most := max(1, most // together)):
                 rows = rows[self._draw(key, len(kept), len(rows), most)]
-            kept.append(rows.float())
+            kept.append(rows.flatten(0, -2).float())
             kinds[key] = kind
+
+        if self._model is not None:
+            if self.device.type != "meta":  # shapes do not say what moves
+                self._along = moving_axes(self._model, self._twin, self.symmetry, self._batches[0], self.device)
+                self._wanted -= {key for key, along in self._along.items() if along is None}
+            self._model = None
 
         with torch.no_grad(), Observer({id(tensor): name for name, tensor in state.items()}, keep):
             for batch in self._batches:
@@ -130,14 +165,34 @@ class UnitActivations:
         self._check(rows, where)
         return rows
 
-    def _choose(self, kinds: Mapping[_Key, Kind], seen: dict[_Key, list[Tensor]]) -> None:
+    def _choose(self, kinds: Mapping[Key, Kind], seen: dict[Key, list[Tensor]]) -> None:
         """Of what the first batch of the first network has shown, where each group is looked at; the rest goes."""
-        self._members = {group.name: _chosen(group, kinds) for group in self.symmetry.groups}
+        left, shown = list(self.order), set[str]()
+        self.order = []
+        while left:
+            family = left[0]
+            for one in left:  # the first whose samples are along groups that have been matched by then
+                groups = [self.symmetry.groups[g] for g in self.symmetry.families[one]]
+                if all(self._usable(member, shown) for group in groups for member in _chosen(group, kinds)):
+                    family = one
+                    break
+            for group in (self.symmetry.groups[g] for g in self.symmetry.families[family]):
+                usable = [member for member in group.members if self._usable(member, shown)]
+                self._members[group.name] = _chosen(replace(group, members=tuple(usable)), kinds)
+            shown |= {self.symmetry.groups[g].name for g in self.symmetry.families[family]}
+            shown -= {name for name, members in self._members.items() if not members}
+            self.order.append(family)
+            left.remove(family)
         self._wanted = {(m.tensor, m.axis) for members in self._members.values() for m in members}
         for key in seen.keys() - self._wanted:
             del seen[key]
 
-    def _draw(self, key: _Key, batch: int, count: int, most: int) -> Tensor:
+    def _usable(self, member: Member, shown: set[str]) -> bool:
+        """Whether the samples of a place stay, or move with groups that are `shown` already."""
+        along = self._along.get((member.tensor, member.axis), ())
+        return along is not None and all(one.group in shown for one in along)
+
+    def _draw(self, key: Key, batch: int, count: int, most: int) -> Tensor:
         """Which of a place's rows are looked at, the same for every network; drawn, since even steps would always meet
         the same columns of an image."""
         known = self._drawn.get((key, batch, count))
@@ -147,7 +202,7 @@ class UnitActivations:
             self._drawn[key, batch, count] = known
         return known
 
-    def _check(self, rows: Mapping[_Key, Tensor], where: str) -> None:
+    def _check(self, rows: Mapping[Key, Tensor], where: str) -> None:
         assert self._first is not None
         first, shapes = self._first
         for key, shape in shapes.items():
@@ -278,8 +333,10 @@ class SeenSources:
         """As `KeptActivations.tables`, of these at `begin` to `end` - 1, with their units where they are now."""
         numbers = self.numbers[begin:end]
         tables, index = self.kept.tables(numbers), torch.tensor(list(numbers), dtype=torch.int64, device="cpu")
+        now = {name: one if one.ndim == 1 else one[index] for name, one in self.permutations.items()}
+        indices = {name: one.cpu().numpy() for name, one in now.items()}
         return {
-            group: _moved(table, (moved if (moved := self.permutations[group]).ndim == 1 else moved[index]))
+            group: resampled(_moved(table, now[group]), self.kept.look.rows(group, indices))
             for group, table in tables.items()
         }
 
@@ -314,7 +371,26 @@ def _moved(table: Tensor, index: Tensor) -> Tensor:
     return table.gather(2, index.to(table.device).expand(len(table), -1)[:, None].expand_as(table))
 
 
-def _chosen(group: Group, kinds: Mapping[_Key, Kind]) -> list[Member]:
+def resampled(tables: Tensor, rows: NDArray[np.int64] | None) -> Tensor:
+    """[n, samples, size] with its samples in the order of rows [n, samples], or [samples] for all; None: as it is."""
+    if rows is None:
+        return tables
+    index = torch.from_numpy(rows).to(tables.device).expand(len(tables), -1)
+    return tables.gather(1, index[:, :, None].expand_as(tables))
+
+
+def _together(values: Tensor, along: Sequence[Along]) -> tuple[Tensor, int]:
+    """Values [..., length] as [rows, samples, length], or [rows, length] where samples do not move: those of one row move
+    as one. And how many a row has."""
+    if not along:
+        return values.flatten(0, -2), 1
+    moving = [one.place.axis for one in along]
+    still = [axis for axis in range(values.ndim - 1) if axis not in moving]
+    together = samples_of(along)
+    return values.permute(*still, *moving, values.ndim - 1).reshape(-1, together, values.shape[-1]), together
+
+
+def _chosen(group: Group, kinds: Mapping[Key, Kind]) -> list[Member]:
     """The members at which a group is looked at."""
     for kind in _PREFERRED:
         members = [member for member in group.members if kinds.get((member.tensor, member.axis)) == kind]

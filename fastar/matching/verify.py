@@ -70,7 +70,7 @@ class _Proof:
 
     def __init__(self, trial: Trial, symmetry: Symmetry, controls: bool):
         self.trial, self.symmetry, self.controls = trial, symmetry, controls
-        self.permutations = _moving(symmetry, trial.seed)
+        self.permutations = moving(symmetry, trial.seed)
         self.names: dict[str, list[str]] = {}  # of one tensor
         for name in (*symmetry.parameters, *symmetry.buffers):
             self.names.setdefault(symmetry.tied.get(name, name), []).append(name)
@@ -237,7 +237,7 @@ class _Proof:
                 yield f"the order of group {group.name!r}"
 
 
-def _moving(symmetry: Symmetry, seed: int) -> Permutations:
+def moving(symmetry: Symmetry, seed: int) -> Permutations:
     """Random permutations in which every group moves, and inside its blocks too, as far as there is more than one."""
     chosen: dict[str, Tensor] = {}
     for attempt in range(100):
