@@ -83,7 +83,7 @@ def test_sources_are_matched_by_what_was_kept_as_by_what_they_do(name: str) -> N
     for epoch in range(2):
         centre = random_state(model, 100) if not epoch else symmetry.apply(symmetry.random(50), theta)
         wanted, left = correlate_units(model, symmetry, centre, stacked(symmetry, state), batches)
-        moves, unseen = correlate_seen(centre, SeenSources.all_of(kept, permutations), 5)
+        moves, unseen = correlate_seen(centre, stacked(symmetry, state), SeenSources.all_of(kept, permutations))
         assert unseen == left
         for group, index in moves.items():  # units that never fire are one as good as the other
             assert float((index == wanted[group]).float().mean()) >= 0.85, (group, epoch)
@@ -96,17 +96,17 @@ def test_chunks_and_threads_change_nothing() -> None:
     given = stacked(symmetry, sources)
     wanted, _ = correlate_units(model, symmetry, theta, given, batches, chunk=1)
     now = SeenSources.all_of(kept, symmetry.random(1, count=5))
-    of_kept, _ = correlate_seen(theta, now, 5, chunk=1)
+    of_kept, _ = correlate_seen(theta, given, now, chunk=1)
     for chunk, threads in ((2, 1), (5, 3), (None, 2)):
         assert correlate_units(model, symmetry, theta, given, batches, chunk=chunk, threads=threads)[0] == wanted
-        assert correlate_seen(theta, now, 5, chunk=chunk, threads=threads)[0] == of_kept
+        assert correlate_seen(theta, given, now, chunk=chunk, threads=threads)[0] == of_kept
 
 
 def test_settings_take_what_was_kept_and_need_no_examples() -> None:
     _, symmetry, _, theta, sources, kept = keep("mlp")
     given, now = stacked(symmetry, sources), SeenSources.all_of(kept, symmetry.identity(5))
     found = match_by_settings(MatchingSettings(method="activation"), symmetry, theta, given, seen=now)
-    assert found.permutations == correlate_seen(theta, now, 5)[0]
+    assert found.permutations == correlate_seen(theta, given, now)[0]
     for n in range(5):  # near copies: all that fires is found again
         assert float(found.objective[n]) > 1.2 * float(found.objective_start[n])
     start = match_by_settings(MatchingSettings(start="activations"), symmetry, theta, given, seen=now)
@@ -356,14 +356,21 @@ def test_a_gpu_pairs_as_the_cpu_does(name: str, cuda: torch.device) -> None:
     """What is kept may lie on the host; convolutions of a GPU may round inputs to ten bits."""
     model, symmetry, batches, theta, sources, kept = keep(name)
     moves = symmetry.random(7, count=5)
-    wanted, left = correlate_seen(theta, SeenSources.all_of(kept, moves), 5)
+    given = stacked(symmetry, [symmetry.apply(moves.select(n), one) for n, one in enumerate(sources)])
+    wanted, left = correlate_seen(theta, given, SeenSources.all_of(kept, moves))
     look = UnitActivations(model, symmetry, [batch.to(cuda) for batch in batches], cuda)
     there = {key: value.to(cuda) for key, value in theta.items()}
     for place in (None, lambda width, dtype: torch.zeros(5, width, dtype=dtype)):
         on_gpu = KeptActivations(look, sources, [f"source {n}" for n in range(5)], place=place)
         assert on_gpu.rows.device.type == ("cuda" if place is None else "cpu")
         for chunk in (None, 2):
-            found, unseen = correlate_seen(there, SeenSources.all_of(on_gpu, moves), 5, chunk=chunk, threads=2)
+            found, unseen = correlate_seen(
+                there,
+                {k: v.to(cuda) for k, v in given.items()},
+                SeenSources.all_of(on_gpu, moves),
+                chunk=chunk,
+                threads=2,
+            )
             assert unseen == left
             for group, index in found.items():
                 assert index.device.type == "cpu"

@@ -289,7 +289,7 @@ def match_many_files(
     figures = {
         "to": to,
         "groups": {group.name: group.size for group in network.symmetry.groups},
-        "left": list(network.symmetry.frozen),
+        "left": [*network.symmetry.frozen, *(f"group {name}: not observed, stays" for name in result.left)],
         "average": None if average is None else str(average),
         "rounds": result.rounds,
         "converged": result.converged,

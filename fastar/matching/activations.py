@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fastar.matching import ties
 from fastar.matching.assignment import Solver
 from fastar.matching.forwards import Batch
 from fastar.matching.networks import check_networks
 from fastar.matching.permutations import Permutations
+from fastar.matching.problem import Problem
 from fastar.matching.rows import chosen
 from fastar.matching.seen import KEPT, SeenSources, Tables, UnitActivations, resampled, stacked
 from fastar.matching.solving import solve_rows
@@ -75,8 +77,8 @@ def correlate_units(
     that could not be observed, whose units stay (inside their blocks, if these move).
 
     What is looked at: `UnitActivations`. Each source costs a forward pass of the batches. A family's assignment is
-    exact: blocks pair by their parent's own activations and the best pairing of the units inside. The weights are not
-    looked at: <theta, pi(theta_n)> may fall.
+    exact: blocks pair by their parent's own activations and the best pairing of the units inside. The weights only tell
+    apart units that do the same, such as those that never fire: <theta, pi(theta_n)> may fall.
 
     Args:
         model: of the architecture, with any weights; copied, not touched.
@@ -90,7 +92,7 @@ def correlate_units(
     Raises:
         FastarError: no batches, activations that are not finite, or not as many for a source as for theta.
     """
-    count, device = check_networks(symmetry, theta, sources)
+    _, device = check_networks(symmetry, theta, sources)
     look = UnitActivations(model, symmetry, batches, device)
     names = symmetry.counted(theta, sources)  # the model ties a tied tensor's other name to it
     own = look({name: theta[name] for name in names}, "theta")
@@ -99,25 +101,24 @@ def correlate_units(
         numbers = range(begin, end)
         return stacked(look({name: sources[name][n] for name in names}, f"source {n}") for n in numbers)
 
-    return _pair_units(look, own, tables, count, solver, chunk, threads, progress), look.unseen
+    return _pair_units(look, own, tables, theta, sources, solver, chunk, threads, progress), look.unseen
 
 
 def correlate_seen(
     theta: Mapping[str, Tensor],
+    sources: Mapping[str, Tensor],
     seen: SeenSources,
-    count: int,
     *,
     solver: Solver = "auto",
     chunk: int | None = None,
     threads: int = 1,
     progress: Progress = SILENT,
 ) -> tuple[Permutations, tuple[str, ...]]:
-    """As `correlate_units`, of `count` sources whose activations were kept: theta alone is looked at, if it was not."""
-    assert len(seen.numbers) == count
+    """As `correlate_units`, of sources whose activations were kept: theta alone is looked at, if it was not."""
     look, own = seen.kept.look, seen.own
     if own is None:
         own = look(theta, "theta")
-    return _pair_units(look, own, seen.tables, count, solver, chunk, threads, progress), look.unseen
+    return _pair_units(look, own, seen.tables, theta, sources, solver, chunk, threads, progress), look.unseen
 
 
 def bytes_of_one(symmetry: Symmetry, kept: int) -> int:
@@ -164,19 +165,23 @@ def _pair_units(
     look: UnitActivations,
     own: Tables,
     tables: Callable[[int, int], Tables],
-    count: int,
+    theta: Mapping[str, Tensor],
+    sources: Mapping[str, Tensor],
     solver: Solver,
     chunk: int | None,
     threads: int,
     progress: Progress,
 ) -> Permutations:
-    """The assignments of all families for sources 0 to `count` - 1, of theta's tables `own` and theirs [n, ...]."""
+    """The assignments of all families for each of the sources, of theta's tables `own` and theirs [n, ...]."""
     symmetry, device = look.symmetry, look.device
+    problem = Problem(symmetry, theta, sources)
+    count = len(sources[problem.names[0]])
     one = bytes_of_one(symmetry, KEPT.itemsize * sum(table.numel() for table in own.values()))
     size = chunk or _chunk_size(one, count, free_bytes(device) if device.type == "cuda" else None, threads)
     indices = {group.name: np.zeros((count, group.size), dtype=np.int64) for group in symmetry.groups}
     solving = ThreadPoolExecutor(threads) if threads > 1 else nullcontext()
     with torch.no_grad(), full_precision(), solving as pool, progress.task("matching", count, "sources") as advance:
+        alike = ties.classes(own)
         for begin in range(0, count, size):
             end = min(begin + size, count)
             theirs = tables(begin, end)
@@ -194,6 +199,14 @@ def _pair_units(
                 for n, solved in enumerate(solve_rows(scores, blank, rows, solver, pool), begin):
                     for group, answer in zip(groups, solved.answers, strict=True):
                         indices[group.name][n] = answer
+            same = ties.classes(theirs)
+            del theirs
+            for n in range(begin, end):
+                of_one = {name: units[n - begin] for name, units in same.items()}
+                found = [index[n] for index in indices.values()]
+                told_apart = ties.by_weights(problem, sources, n, alike, of_one, found, solver)
+                for index, units in zip(indices.values(), told_apart, strict=True):
+                    index[n] = units
             advance(end - begin)
     return Permutations({name: torch.from_numpy(index) for name, index in indices.items()})
 

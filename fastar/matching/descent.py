@@ -169,13 +169,13 @@ class Descent:
             if one.moves and not accepted[k] and (quadratic or one.gain > -_TRUSTED * one.scale)
         ]
         if doubted:
-            for k, improves in zip(doubted, self._improve(f, todo[doubted], _answers(solved, doubted)), strict=True):
+            for k, improves in zip(doubted, self.improves(f, todo[doubted], _answers(solved, doubted)), strict=True):
                 accepted[k] = improves
         steps = [k for k, one in enumerate(accepted) if one]
         if steps:
             self._take(f, todo[steps], _answers(solved, steps))
 
-    def _improve(self, f: int, numbers: Numbers, answers: Answers) -> list[bool]:
+    def improves(self, f: int, numbers: Numbers, answers: Answers) -> list[bool]:
         """Whether permuting family f of the sources `numbers` by `answers` raises <theta, permuted source> by more than
         rounding, computed from the parameters."""
         parts: list[tuple[Numbers, Tensor]] = []  # positions in `numbers`; [2, m]

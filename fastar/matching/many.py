@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -42,6 +42,7 @@ class ManyResult:
         history: of mean: the mean inner product of two permuted networks, at first and after each round.
         rounds: of mean: passes over all networks.
         converged: of mean: whether the last round changed nothing; else True.
+        left: groups whose units a method could not see, and left where they are.
     """
 
     permutations: Permutations | None
@@ -51,6 +52,7 @@ class ManyResult:
     history: tuple[float, ...]
     rounds: int
     converged: bool
+    left: tuple[str, ...] = ()
 
     def pair(self, i: int, j: int) -> Permutations:
         """What brings network j to network i, both as they were given."""
@@ -105,11 +107,13 @@ def match_many(
     kept = _look(symmetry, states, settings, examples, progress)
     networks = _Networks(symmetry, states, settings, examples, seed, threads, kept)
     if to == "pairwise":
-        return _pairwise(networks, progress)
-    if to == "star":
+        result = _pairwise(networks, progress)
+    elif to == "star":
         assert centre is not None
-        return _star(networks, centre, progress)
-    return _to_mean(networks, first, rounds, progress)
+        result = _star(networks, centre, progress)
+    else:
+        result = _to_mean(networks, first, rounds, progress)
+    return replace(result, left=kept.look.unseen) if kept is not None and settings.method == "activation" else result
 
 
 def average(symmetry: Symmetry, states: Sequence[State], permutations: Permutations) -> dict[str, Tensor]:

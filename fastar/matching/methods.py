@@ -86,7 +86,7 @@ def match_by_settings(
             "progress": progress,
         }
         if seen is not None:
-            return correlate_seen(theta, seen, count, **how)
+            return correlate_seen(theta, sources, seen, **how)
         given = _needed(examples, setting)
         return correlate_units(given.model, symmetry, theta, sources, given.inputs, **how)
 

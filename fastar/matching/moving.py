@@ -1,4 +1,4 @@
-"""Which axes of what is observed move with hidden units: in a mixer, a unit of the tokens is seen once for each channel,
+"""Axes of what is observed that move with hidden units: in a mixer, a unit of the tokens is seen once for each channel,
 and channels are hidden units themselves."""
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fastar.matching.forwards import Batch, forward, on_device
 from fastar.matching.observing import Kind, Observer
 from fastar.matching.permutations import Permutations
 from fastar.matching.symmetry import Group, Member, Symmetry
-from fastar.matching.trials import Trial
+from fastar.matching.trials import State, Trial
 from fastar.matching.verify import DRAWS, moving
 
 # Inputs that are looked at: one has no batch-norm's statistics, and two show as much as many.
@@ -31,7 +31,7 @@ Key = tuple[str, int]
 
 @dataclass(frozen=True)
 class Along:
-    """An axis of observed values that moves with a group: `place.axis` of the values, whose units lie as `place` says."""
+    """An axis of observed values, `place.axis`, that moves with a group whose units lie on it as `place` says."""
 
     group: str
     size: int
@@ -70,7 +70,9 @@ def moving_axes(
     names, here = symmetry.counted(state, state), on_device(inputs, device)
     wanted = {(member.tensor, member.axis) for group in symmetry.groups for member in group.members}
     everything = moving(symmetry, 0)
-    short = _Look(symmetry, {k: v.float().to(device) for k, v in state.items()}, names, lambda s: forward(twin, s, here))
+    short = _Look(
+        symmetry, {k: v.float().to(device) for k, v in state.items()}, names, lambda s: forward(twin, s, here)
+    )
     suspects = short.differing(everything, wanted)
     if not suspects:
         return {}
@@ -93,9 +95,9 @@ class _Look:
     def __init__(
         self,
         symmetry: Symmetry,
-        state: Mapping[str, Tensor],
+        state: State,
         names: Sequence[str],
-        run: Callable[[Mapping[str, Tensor]], object],
+        run: Callable[[State], object],
     ):
         self._symmetry, self._state, self._names, self._run = symmetry, state, names, run
         self._places: dict[Key, list[tuple[Group, Member]]] = {}
@@ -105,7 +107,7 @@ class _Look:
         self._first: dict[Key, list[Tensor]] = {}
         self._now: dict[Key, list[Tensor]] = {}
 
-    def _values(self, state: Mapping[str, Tensor], wanted: set[Key]) -> dict[Key, list[Tensor]]:
+    def _values(self, state: State, wanted: set[Key]) -> dict[Key, list[Tensor]]:
         """Of each place, call after call, values less what a unit's are on average, the largest of size 1."""
         seen: dict[Key, list[Tensor]] = {}
 
@@ -187,8 +189,10 @@ def rows_moved(along: Sequence[Along], indices: Mapping[str, NDArray[np.int64]])
     rows: NDArray[np.int64] | None = None
     for one in along:
         positions = one.positions(indices[one.group])
-        rows = positions if rows is None else (rows[..., None] * one.length + positions[..., None, :]).reshape(
-            *positions.shape[:-1], -1
+        rows = (
+            positions
+            if rows is None
+            else (rows[..., None] * one.length + positions[..., None, :]).reshape(*positions.shape[:-1], -1)
         )
     assert rows is not None
     return rows

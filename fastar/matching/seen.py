@@ -46,9 +46,9 @@ class UnitActivations:
     most 4096 samples are taken each time a forward passes it, spread over images and positions, the same of every
     network. Batch-norm normalises with the batch, so no statistics are needed.
 
-    Samples of a place may move with another group (`moving_axes`: tokens' hidden units in a mixer are seen once for each
-    channel). Then all positions of that group are looked at, `order` has it matched first, and `rows` says where the
-    samples come from once it is. Places whose samples move in another way are left out.
+    Samples of a place may move with another group (`moving_axes`: in a mixer, tokens' hidden units are seen once for
+    each channel). Then all positions of that group are looked at, `order` has it matched first, and `rows` says where
+    the samples come from once it is. Places whose samples move in another way are left out.
 
     Args:
         model: of the architecture, with any weights; copied, not touched.
@@ -380,8 +380,8 @@ def resampled(tables: Tensor, rows: NDArray[np.int64] | None) -> Tensor:
 
 
 def _together(values: Tensor, along: Sequence[Along]) -> tuple[Tensor, int]:
-    """Values [..., length] as [rows, samples, length], or [rows, length] where samples do not move: those of one row move
-    as one. And how many a row has."""
+    """Values [..., length] as [rows, samples, length], where the samples of a row move among themselves, or as
+    [rows, length] where none move; and how many samples a row has."""
     if not along:
         return values.flatten(0, -2), 1
     moving = [one.place.axis for one in along]

@@ -1,0 +1,124 @@
+"""Units that do the same on all that was looked at (those that never fire above all), told apart by their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastar.matching.assignment import Solver, solve_assignment
+from fastar.matching.descent import Descent
+from fastar.matching.families import Answers, solve_family
+from fastar.matching.problem import Problem
+from fastar.seeds import derive_seed
+
+# Numbers that a unit's samples become; of two units that do not do the same they are never all the same by chance.
+_PROBES = 8
+# Standardised samples have norm 1: units so near have correlations with others that float32 hardly tells apart.
+_SAME = 1e-5
+
+Classes = dict[str, NDArray[np.int64]]
+"""Group -> [size] or [N, size]: of each unit the first one that does the same."""
+
+
+def classes(tables: Mapping[str, Tensor]) -> Classes:
+    """Units that do the same, of tables [samples, size] or [N, samples, size]."""
+    out: Classes = {}
+    for group, table in tables.items():
+        generator = torch.Generator().manual_seed(derive_seed(0, "ties", group))
+        probes = torch.randn(_PROBES, table.shape[-2], generator=generator, dtype=torch.float32).to(table.device)
+        seen = (probes @ table).mT.cpu().numpy()  # [..., size, probes]
+        flat = seen.reshape(-1, *seen.shape[-2:])
+        out[group] = np.stack([_first_alike(one) for one in flat]).reshape(seen.shape[:-1])
+    return out
+
+
+def _first_alike(values: NDArray[np.float32]) -> NDArray[np.int64]:
+    """[size]: of each row of [size, probes] the first that is the same."""
+    size = len(values)
+    first = np.arange(size)
+    order = np.argsort(values[:, 0], kind="stable")
+    breaks = np.flatnonzero(np.diff(values[order, 0]) > _SAME) + 1
+    for run in np.split(order, breaks):
+        left = np.sort(run)
+        while len(left) > 1:
+            alike = (np.abs(values[left] - values[left[0]]) <= _SAME).all(1)
+            first[left[alike]] = left[0]
+            left = left[~alike]
+    return first
+
+
+def by_weights(
+    problem: Problem,
+    sources: Mapping[str, Tensor],
+    n: int,
+    own: Classes,
+    theirs: Classes,
+    found: Sequence[NDArray[np.int64]],
+    solver: Solver,
+) -> list[NDArray[np.int64]]:
+    """`found`, an index [size] of source n for each group, with units that do the same paired as raises
+    <theta, pi(theta_n)> most. No others move, so that the sum of correlations stays what it is.
+
+    Args:
+        own, theirs: [size], units of theta and of the source that do the same; of groups that were seen.
+    """
+    tied = [
+        f
+        for f, family in enumerate(problem.families)
+        if any(
+            _alike(one[problem.groups[g].name])
+            for g in family
+            for one in (own, theirs)
+            if problem.groups[g].name in own
+        )
+    ]
+    if not tied:
+        return list(found)
+    data = {name: problem.source(name, sources, n, n + 1) for name in problem.names}
+    descent = Descent(problem, data, [index[None] for index in found], solver, None)
+    changed = True
+    while changed:  # each step raises the objective
+        changed = False
+        for f in reversed(tied):
+            changed |= _step(descent, f, own, theirs)
+    return [index[0] for index in descent.permutations]
+
+
+def _alike(units: NDArray[np.int64]) -> bool:
+    return bool((units != np.arange(len(units))).any())
+
+
+def _step(descent: Descent, f: int, own: Classes, theirs: Classes) -> bool:
+    """Pair what is tied in family f anew; whether that raises the objective."""
+    groups = [descent.problem.groups[g] for g in descent.problem.families[f]]
+    tables = []
+    for group, g in zip(groups, descent.problem.families[f], strict=True):
+        score = descent.score(g)[0].double().cpu().numpy()
+        if group.name in own:
+            # Whatever two places do the same, or two units that are there now: such pairs are as good as each other in
+            # every assignment of the highest score.
+            here, there = own[group.name], theirs[group.name][descent.permutations[g][0]]
+            allowed = (here[:, None] == here) | (there[:, None] == there)
+        else:  # not seen: its units stay, inside their blocks if these move
+            blocks = group.size if group is groups[0] else groups[0].size
+            allowed = np.kron(np.ones((blocks, blocks)), np.eye(group.size // blocks)).astype(bool)
+        # Pairs that are not allowed cost more than all others together can gain.
+        tables.append(np.where(allowed, score, -(np.abs(score).sum() + 1)))
+    if len(tables) == 1:  # few are tied, the rule
+        rows = np.flatnonzero(allowed.sum(1) > 1)
+        answer = np.arange(groups[0].size)
+        answer[rows] = rows[solve_assignment(tables[0][np.ix_(rows, rows)], solver="scipy")]
+        answers: Answers = (answer,)
+    else:
+        answers = solve_family(tables, solver="scipy")
+    if all((answer == np.arange(len(answer))).all() for answer in answers):
+        return False
+    step = tuple(answer[None] for answer in answers)
+    if not descent.improves(f, descent.everyone, step)[0]:
+        return False
+    descent.force(f, step)
+    return True

@@ -1,0 +1,281 @@
+"""Matching by activations where samples move with other units or units do the same; what matching says and takes."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fastar
+from fastar.config import MatchingSettings
+from fastar.experiments.star import match_store
+from fastar.flat import FlatLayout
+from fastar.matching import (
+    Examples,
+    KeptActivations,
+    Permutations,
+    SeenSources,
+    Symmetry,
+    UnitActivations,
+    derive_symmetry,
+    kept_bytes,
+    match_many,
+    seen,
+)
+from fastar.training import SourcesStore
+
+CPU = torch.device("cpu")
+State = dict[str, Tensor]
+
+
+class Mixer(nn.Module):
+    """Patches; a layer that mixes 16 tokens, channel by channel; and one that mixes 16 channels, token by token."""
+
+    def __init__(self, layers: int = 1) -> None:
+        super().__init__()
+        self.patches = nn.Conv2d(3, 16, 4, 4)
+        self.norms = nn.ModuleList([nn.LayerNorm(16) for _ in range(2 * layers)])
+        self.tokens = nn.ModuleList(
+            [nn.Sequential(nn.Linear(16, 20), nn.GELU(), nn.Linear(20, 16)) for _ in range(layers)]
+        )
+        self.channels = nn.ModuleList(
+            [nn.Sequential(nn.Linear(16, 24), nn.GELU(), nn.Linear(24, 16)) for _ in range(layers)]
+        )
+        self.out = nn.Linear(16, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.patches(x).flatten(2).mT
+        for n, (tokens, channels) in enumerate(zip(self.tokens, self.channels, strict=True)):
+            x = x + tokens(self.norms[2 * n](x).mT).mT
+            x = x + channels(self.norms[2 * n + 1](x))
+        return self.out(x.mean(1))  # type: ignore[no-any-return]
+
+
+class Both(nn.Module):
+    """Each of two groups is read along the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows, self.columns = nn.Linear(6, 7), nn.Linear(6, 9)
+        self.of_rows, self.of_columns = nn.Linear(7, 4), nn.Linear(9, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        table = torch.tanh(self.rows(x)[:, :, None] * self.columns(x)[:, None])
+        return self.of_rows(table.mT).mean(1) + self.of_columns(table).mean(1)  # type: ignore[no-any-return]
+
+
+class Beside(nn.Module):
+    """Five places that stay and seven hidden ones on one axis, along which the last hidden units are seen alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.more, self.hidden, self.out = nn.Linear(5, 7), nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.cat([x, torch.tanh(self.more(x.mT)).mT], 1)
+        x = self.out(torch.tanh(self.hidden(x)))
+        return x[:, :5].mean(1) + x[:, 5:].square().mean(1)
+
+
+def mlp(*sizes: int) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for wide_in, wide in itertools.pairwise(sizes):
+        layers += [nn.Linear(wide_in, wide), nn.ReLU()]
+    return nn.Sequential(*layers[:-1])
+
+
+def seeded(model: Any, *args: Any) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return model(*args)
+
+
+def images(count: int = 512) -> Tensor:
+    return torch.randn(count, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def points(count: int, *shape: int) -> Tensor:
+    return torch.randn(count, *shape, generator=torch.Generator().manual_seed(0))
+
+
+def shuffled(model: nn.Module, inputs: Tensor, seed: int = 0) -> tuple[nn.Module, Symmetry, Permutations]:
+    """A shuffled copy, and the way back."""
+    symmetry = derive_symmetry(model, (inputs[:2],), cached=False)
+    shuffle, twin = symmetry.random(seed), copy.deepcopy(model)
+    twin.load_state_dict(symmetry.apply(shuffle, model.state_dict()))
+    return twin, symmetry, shuffle.inverse()
+
+
+def wrong(found: Permutations, wanted: Permutations) -> dict[str, int]:
+    """Of each group, the units in other places than they should be."""
+    return {name: int((found[name] != wanted[name]).sum()) for name in wanted}
+
+
+def by_activations(model: nn.Module, twin: nn.Module, inputs: Tensor) -> fastar.api.Matched:
+    labels = torch.zeros(len(inputs), dtype=torch.int64)
+    return fastar.match(model, twin, example_inputs=inputs[:2], method="activation", data=(inputs, labels))
+
+
+# Samples that move with other units
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_a_mixer_s_shuffled_copy_is_recovered(layers: int) -> None:
+    """Tokens' hidden units are seen once for each channel, and channels are in other places in the copy."""
+    model, inputs = seeded(Mixer, layers), images()
+    twin, symmetry, back = shuffled(model, inputs)
+    assert {group.size for group in symmetry.groups} == {16, 20, 24}
+    found = by_activations(model, twin, inputs)
+    assert wrong(found, back) == dict.fromkeys(back, 0)
+    assert found.result.left == ()
+
+
+def test_without_following_the_channels_tokens_are_mispaired(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control: what the count above is worth."""
+    model, inputs = seeded(Mixer), images()
+    twin, _, back = shuffled(model, inputs)
+    monkeypatch.setattr(seen, "moving_axes", lambda *args: {})
+    found = wrong(by_activations(model, twin, inputs), back)
+    assert found.pop("tokens.0.0") >= 15
+    assert set(found.values()) == {0}
+
+
+def test_near_copies_are_told_apart_by_all_that_channels_do() -> None:
+    """With noise as large as the weights, which an average over channels would not survive."""
+    model, inputs = seeded(Mixer), images()
+    twin, symmetry, back = shuffled(model, inputs)
+    generator = torch.Generator().manual_seed(3)
+    near = {k: v + 0.6 * v.std() * torch.randn(v.shape, generator=generator) for k, v in model.state_dict().items()}
+    twin.load_state_dict(symmetry.apply(back.inverse(), near))
+    assert wrong(by_activations(model, twin, inputs), back) == dict.fromkeys(back, 0)
+
+
+def test_a_store_of_mixers_is_matched_by_what_was_kept(tmp_path: Any) -> None:
+    """As a star does: sources are looked at once, and matched again after they have moved."""
+    model, batches = seeded(Mixer), list(images(256).split(128))
+    symmetry, theta = derive_symmetry(model, (batches[0][:2],), cached=False), model.state_dict()
+    sources = [symmetry.apply(symmetry.random(n), theta) for n in range(3)]
+    kept = KeptActivations(UnitActivations(model, symmetry, batches, CPU), sources, list("abc"))
+    assert kept_bytes(model, symmetry, batches) >= kept.rows[0].nbytes
+    layout = FlatLayout.from_module(model)
+    store = SourcesStore(layout, sources, list("abc"), CPU, store="file", folder=tmp_path)
+    now = symmetry.identity(3)
+    for centre in (symmetry.apply(symmetry.random(9), theta), theta):
+        moves, _, _ = match_store(
+            symmetry,
+            layout.flatten(centre),
+            store,
+            MatchingSettings(method="activation"),
+            start=symmetry.identity(),
+            seed=0,
+            threads=1,
+            seen=SeenSources.all_of(kept, now),
+        )
+        now = now.then(moves)
+        for row in store.rows:
+            assert torch.equal(row, layout.flatten(centre))
+    for n in range(3):
+        assert wrong(now.select(n), symmetry.random(n).inverse()) == dict.fromkeys(now, 0)
+
+
+def test_mixers_of_a_set_are_matched_pairwise_and_to_one() -> None:
+    model, inputs = seeded(Mixer), images(256)
+    symmetry, theta = derive_symmetry(model, (inputs[:2],), cached=False), model.state_dict()
+    shuffles = [symmetry.random(n) for n in range(3)]
+    states = [symmetry.apply(shuffle, theta) for shuffle in shuffles]
+    how: dict[str, Any] = {
+        "settings": MatchingSettings(method="activation"),
+        "examples": lambda: Examples(model, [(inputs, None)]),
+    }
+    pairs = match_many(symmetry, states, to="pairwise", **how).pairs
+    for (i, j), found in pairs.items():
+        assert wrong(found, shuffles[j].inverse().then(shuffles[i])) == dict.fromkeys(found, 0)
+    star = match_many(symmetry, states, to="star", centre=theta, **how)
+    assert star.permutations is not None
+    for n, shuffle in enumerate(shuffles):
+        assert wrong(star.permutations.select(n), shuffle.inverse()) == dict.fromkeys(shuffle, 0)
+
+
+def test_two_groups_that_are_read_along_each_other_are_recovered() -> None:
+    """One of the two is matched by what makes it, the other by what it is read as, along the first."""
+    model, inputs = seeded(Both), points(400, 6)
+    twin, _, back = shuffled(model, inputs)
+    found = by_activations(model, twin, inputs)
+    assert wrong(found, back) == dict.fromkeys(back, 0)
+    assert found.result.left == ()
+
+
+def test_what_moves_in_a_way_that_is_not_understood_is_left_and_named() -> None:
+    model, inputs = seeded(Beside), points(400, 5, 6)
+    twin, _, back = shuffled(model, inputs)
+    found = by_activations(model, twin, inputs)
+    assert found.result.left == ("hidden",)
+    assert wrong(found, back)["more"] == 0
+    assert torch.equal(found["hidden"], torch.arange(8))
+    labels = torch.zeros(400, dtype=torch.int64)
+    many = fastar.match_many(
+        [twin], to="star", centre=model, example_inputs=inputs[:2], method="activation", data=(inputs, labels)
+    )
+    assert many.result.left == ("hidden",)
+
+
+# Units that do the same
+
+
+def test_dead_units_are_told_apart_by_their_weights() -> None:
+    """10 of 64 units of each layer never fire."""
+    model, inputs = seeded(mlp, 20, 64, 64, 10), points(512, 20)
+    with torch.no_grad():
+        for layer in (0, 2):
+            model[layer].bias[:10] = -100
+    twin, _, back = shuffled(model, inputs)
+    assert wrong(by_activations(model, twin, inputs), back) == {"0": 0, "2": 0}
+
+
+def test_units_that_do_the_same_are_told_apart_by_what_reads_them() -> None:
+    model, inputs = seeded(mlp, 20, 32, 10), points(512, 20)
+    with torch.no_grad():
+        model[0].weight[5:10] = model[0].weight[5]
+        model[0].bias[5:10] = model[0].bias[5]
+    for seed in range(3):
+        twin, _, back = shuffled(model, inputs, seed)
+        assert wrong(by_activations(model, twin, inputs), back) == {"0": 0}
+
+
+def test_dead_heads_and_dead_units_of_heads_are_told_apart() -> None:
+    """Blocks of which nothing is seen, and units inside blocks, of sources whose activations were kept."""
+
+    class Blocks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.make, self.norm, self.out = nn.Linear(12, 24), nn.GroupNorm(6, 24), nn.Linear(24, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(F.relu(self.norm(self.make(x))))  # type: ignore[no-any-return]
+
+    model, inputs = seeded(Blocks), points(512, 12)
+    with torch.no_grad():
+        model.norm.bias[:8] = -100  # two blocks of four
+        model.norm.bias[[9, 10]] = -100
+        model.norm.weight.uniform_(0.5, 2, generator=torch.Generator().manual_seed(0))
+    twin, symmetry, back = shuffled(model, inputs)
+    assert len(symmetry.families) == 1
+    assert wrong(by_activations(model, twin, inputs), back) == dict.fromkeys(back, 0)
+
+
+def test_weights_decide_nothing_that_activations_do() -> None:
+    """Three dead units in one network, one in the other: of the live ones, those with partners keep them."""
+    model, inputs = seeded(mlp, 20, 16, 10), points(512, 20)
+    twin, _, back = shuffled(model, inputs)
+    with torch.no_grad():
+        model[0].bias[:3] = -100
+        twin[0].bias[back["0"][0]] = -100
+        twin[2].weight.mul_(-5)  # the weights say otherwise throughout
+    found = by_activations(model, twin, inputs)
+    assert torch.equal(found["0"][3:], back["0"][3:])
+    assert sorted(found["0"][:3].tolist()) == sorted(back["0"][:3].tolist())
