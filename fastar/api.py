@@ -249,15 +249,14 @@ def _examples(model: nn.Module, data: Data | None, settings: MatchingSettings) -
         found = list(islice(batches_of(data, device, "data")(), EXAMPLE_BATCHES))
         if not found:
             raise FastarError(f"method={method!r} needs data, and there is no batch in what was given as data")
-        if all(parameter.dtype == torch.float32 for parameter in model.parameters()):
-            twin, floats = float_copy(model, device), list(in_float(lambda: iter(found))())
-            (inputs, labels), *_ = floats
-            outputs_of(twin, inputs, "the model, on data,")
-            if method == "sinkhorn":  # by its losses
-                for inputs, labels in floats:
-                    check_loss(outputs_of(twin, inputs, "the model, on data,"), labels, "data")
-            if labels.ndim and layer_of_single_values(twin, inputs, len(labels)) is not None:
-                found = list(joined(found))
+        twin, floats = float_copy(model, device), list(in_float(lambda: iter(found))())
+        (inputs, labels), *_ = floats
+        outputs_of(twin, inputs, "the model, on data,")
+        if method == "sinkhorn":  # by its losses
+            for inputs, labels in floats:
+                check_loss(outputs_of(twin, inputs, "the model, on data,"), labels, "data")
+        if labels.ndim and layer_of_single_values(twin, inputs, len(labels)) is not None:
+            found = list(joined(found))
         return Examples(model, found)
 
     return examples

@@ -279,3 +279,75 @@ def test_weights_decide_nothing_that_activations_do() -> None:
     found = by_activations(model, twin, inputs)
     assert torch.equal(found["0"][3:], back["0"][3:])
     assert sorted(found["0"][:3].tolist()) == sorted(back["0"][:3].tolist())
+
+
+# What networks and data may be
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64], ids=str)
+def test_networks_and_data_of_any_precision_are_matched_by_data(dtype: torch.dtype) -> None:
+    model, inputs = seeded(mlp, 8, 16, 3).to(dtype), points(200, 8)
+    twin, _, back = shuffled(model, inputs.to(dtype))
+    data = (inputs, torch.arange(200) % 3)
+    for given in (inputs, inputs.to(dtype)):
+        found = fastar.match(
+            model, twin, example_inputs=inputs[:2].to(dtype), method="activation", data=(given, data[1])
+        )
+        assert wrong(found, back) == {"0": 0}
+    descended = [
+        fastar.match(
+            model,
+            twin,
+            example_inputs=inputs[:2].to(dtype),
+            method="sinkhorn",
+            sinkhorn={"objective": "mid", "steps": 2},
+            data=(given, data[1]),
+        )
+        for given in (inputs.to(dtype), inputs.to(dtype).float())
+    ]
+    assert descended[0] == descended[1]
+
+
+@pytest.mark.parametrize("objective", ["l2", "mid"])
+def test_sinkhorn_runs_inside_inference_mode(objective: str) -> None:
+    model, inputs = seeded(mlp, 8, 6, 3), points(64, 8)
+    twin, _, back = shuffled(model, inputs)
+    how: dict[str, Any] = {"method": "sinkhorn", "sinkhorn": {"objective": objective, "steps": 30}}
+    wanted = fastar.match(model, twin, example_inputs=inputs[:2], data=(inputs, torch.arange(64) % 3), **how)
+    with torch.inference_mode():
+        made_inside = copy.deepcopy(model)
+        data = inputs.clone(), torch.arange(64) % 3
+        for one in (model, made_inside):
+            found = fastar.match(one, twin, example_inputs=inputs[:2], data=data, **how)
+            assert found == wanted
+    if objective == "l2":
+        assert wrong(wanted, back) == {"0": 0}
+
+
+class Named(nn.Module):
+    """Takes its inputs in a mapping, tokens beside them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.hidden, self.out = nn.Embedding(9, 8), nn.Linear(8, 12), nn.Linear(12, 3)
+
+    def forward(self, batch: dict[str, Any]) -> Tensor:
+        x = batch["x"] + self.table(batch["tokens"][0])
+        return self.out(torch.tanh(self.hidden(x)))  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("keyword", [False, True])
+def test_inputs_may_lie_deeper(keyword: bool) -> None:
+    def given(count: int) -> Any:
+        inner = {"x": points(count, 8), "tokens": [torch.arange(count) % 9]}
+        return {"batch": inner} if keyword else (inner,)
+
+    model = seeded(Named)
+    symmetry = derive_symmetry(model, given(2), cached=False)
+    assert [(group.name, group.size) for group in symmetry.groups] == [("hidden", 12)]
+    shuffle, twin = symmetry.random(0), copy.deepcopy(model)
+    twin.load_state_dict(symmetry.apply(shuffle, model.state_dict()))
+    data = [(given(200), torch.zeros(200, dtype=torch.int64))]
+    for method in ("weight", "activation"):
+        found = fastar.match(model, twin, example_inputs=given(2), method=method, data=data)
+        assert wrong(found, shuffle.inverse()) == {"hidden": 0}

@@ -37,7 +37,8 @@ def derive_symmetry(
 
     Args:
         example_inputs: positional inputs as a tuple, or keyword inputs as a mapping; what is no tensor is a constant.
-            Every output is held in place: leave out what is not compared (`use_cache=False` for transformers).
+            Every output is held in place: leave out what is not compared. Where a module's `config.use_cache` is set
+            (Hugging Face), the copy is told to return no keys and values for later tokens.
         verify: also prove the result numerically (`verify_symmetry`).
         allow_partial: where the symmetry of an operation cannot be proven, hold all axes of its inputs in place and go
             on; `Symmetry.frozen` says where.

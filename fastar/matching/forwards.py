@@ -17,8 +17,9 @@ Batch = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
 
 def without_statistics(model: nn.Module, device: torch.device) -> nn.Module:
-    """A copy in evaluation mode on `device`, whose batch-norm normalises with the batch and keeps no statistics."""
-    twin = copied(model).to(device).eval()
+    """A copy in evaluation mode and float32 on `device`, whose batch-norm normalises with the batch and keeps no
+    statistics."""
+    twin = copied(model).to(device).float().eval()
     for module in twin.modules():
         if isinstance(module, _BatchNorm):
             module.train()
@@ -33,10 +34,16 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def forward(model: nn.Module, parameters: Mapping[str, Tensor], batch: Batch) -> Any:
-    """What `model` makes of a batch with these parameters; it keeps its own."""
-    arguments, named = arguments_of(batch)
+    """What `model`, in float32, makes of a batch with these parameters, both in float32 too; it keeps its own."""
+    arguments, named = arguments_of(tree_map_only(Tensor, in_float32, batch))
+    values = {name: in_float32(value) for name, value in parameters.items()}
     with attributes_kept(model):
-        return torch.func.functional_call(model, dict(parameters), arguments, named)
+        return torch.func.functional_call(model, values, arguments, named)
+
+
+def in_float32(tensor: Tensor) -> Tensor:
+    """The same in float32 if it holds floating-point numbers."""
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def call(model: nn.Module, batch: Batch) -> Any:

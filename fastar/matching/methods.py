@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
 
 from fastar.config import MatchingSettings
 from fastar.errors import FastarError
@@ -22,7 +23,7 @@ from fastar.matching.permutations import Permutations
 from fastar.matching.permuted import PermutedSources
 from fastar.matching.problem import Problem
 from fastar.matching.seen import SeenSources
-from fastar.matching.sinkhorn import Loss, match_sinkhorn
+from fastar.matching.sinkhorn import Loss, match_sinkhorn, recordable
 from fastar.matching.symmetry import Symmetry
 from fastar.matching.weights import MatchResult, Starts, chunk_size, match_weights, matching_threads
 from fastar.progress import SILENT, Progress
@@ -175,10 +176,12 @@ def _needed(examples: GiveExamples | None, setting: str) -> Examples:
 
 def _loss(examples: Examples, theta: Mapping[str, Tensor]) -> Loss:
     """Cross-entropy on the batches in turn; batch-norm normalises with the batch."""
-    model = without_statistics(examples.model, next(iter(theta.values())).device)
+    device = next(iter(theta.values())).device
+    with torch.inference_mode(False):
+        model = without_statistics(examples.model, device)
 
     def loss(parameters: Mapping[str, Tensor], step: int) -> Tensor:
-        inputs, labels = examples.batches[step % len(examples.batches)]
+        inputs, labels = tree_map_only(Tensor, recordable, examples.batches[step % len(examples.batches)])
         if labels is None:
             raise FastarError(
                 "matching.sinkhorn.objective=mid and random need labels, and these data have none; set l2"

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fastar.matching.forwards import Batch, forward, on_device
+from fastar.matching.forwards import Batch, arguments_of, forward, on_device
 from fastar.matching.observing import Kind, Observer
 from fastar.matching.permutations import Permutations
 from fastar.matching.symmetry import Group, Member, Symmetry
@@ -64,10 +64,10 @@ def moving_axes(
     Raises:
         FastarError: something seems to move, and the model does not run in float64.
     """
-    inputs = _few(batch)
-    trial = Trial(model, inputs, 0)
+    few = _few(batch)
+    trial = Trial(model, few if isinstance(few, Mapping) else arguments_of(few)[0], 0)
     state = trial.state(DRAWS[0][0])
-    names, here = symmetry.counted(state, state), on_device(inputs, device)
+    names, here = symmetry.counted(state, state), on_device(few, device)
     wanted = {(member.tensor, member.axis) for group in symmetry.groups for member in group.members}
     everything = moving(symmetry, 0)
     short = _Look(
@@ -165,18 +165,13 @@ class _Look:
         )
 
 
-def _few(batch: Batch) -> tuple[Tensor, ...] | Mapping[str, Tensor]:
-    """The first inputs of a batch, as a forward's positional or keyword inputs."""
-    given = batch if isinstance(batch, tuple | Mapping) else (batch,)
-    tensors = [one for one in (given.values() if isinstance(given, Mapping) else given) if one.ndim]
+def _few(batch: Batch) -> Batch:
+    """The first inputs of a batch."""
+    tensors = [one for one in tree_leaves(batch) if isinstance(one, Tensor) and one.ndim]
     if len({len(one) for one in tensors}) != 1:
-        return given  # they are not all [batch, ...]
-    few: tuple[Tensor, ...] | Mapping[str, Tensor] = tree_map_only(Tensor, _first_of, given)
+        return batch  # they are not all [batch, ...]
+    few: Batch = tree_map_only(Tensor, lambda one: one[:_INPUTS] if one.ndim else one, batch)
     return few
-
-
-def _first_of(tensor: Tensor) -> Tensor:
-    return tensor[:_INPUTS] if tensor.ndim else tensor
 
 
 def samples_of(along: Sequence[Along]) -> int:

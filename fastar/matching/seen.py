@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastar.errors import FastarError
-from fastar.matching.forwards import Batch, forward, on_device, without_statistics
+from fastar.matching.forwards import Batch, forward, in_float32, on_device, without_statistics
 from fastar.matching.moving import Along, Key, moving_axes, rows_moved, samples_of
 from fastar.matching.networks import check_finite
 from fastar.matching.observing import Kind, Observer
@@ -44,7 +44,8 @@ class UnitActivations:
     none, the outputs of those that make them; where there are none of these, what norms, scales and shifts with a
     parameter for each unit give out; what the first batch of the first network shows decides. Of each such place at
     most 4096 samples are taken each time a forward passes it, spread over images and positions, the same of every
-    network. Batch-norm normalises with the batch, so no statistics are needed.
+    network. Networks run in float32, whatever they and the batches are in. Batch-norm normalises with the batch, so no
+    statistics are needed.
 
     Samples of a place may move with another group (`moving_axes`: in a mixer, tokens' hidden units are seen once for
     each channel). Then all positions of that group are looked at, `order` has it matched first, and `rows` says where
@@ -86,7 +87,7 @@ class UnitActivations:
         Raises:
             FastarError: activations that are not finite, or not as many as the first network showed.
         """
-        rows = self._rows({name: state[name] for name in self.symmetry.counted(state, state)}, where)
+        rows = self._rows({name: in_float32(state[name]) for name in self.symmetry.counted(state, state)}, where)
         left = Counter((m.tensor, m.axis) for members in self._members.values() for m in members)
         tables = {}
         for group in self.symmetry.groups:

@@ -64,11 +64,15 @@ def match_sinkhorn(
         )
     count, device = check_networks(symmetry, theta, sources)
     names = symmetry.counted(theta, sources)
-    centre = {name: theta[name].detach().float() for name in names}
     found = []
-    with torch.enable_grad(), progress.task("sinkhorn", count * settings.steps, "steps") as advance:
+    with (
+        torch.inference_mode(False),
+        torch.enable_grad(),
+        progress.task("sinkhorn", count * settings.steps, "steps") as advance,
+    ):
+        centre = {name: recordable(theta[name].detach().float()) for name in names}
         for n in range(count):
-            source = {name: sources[name][n].detach().float() for name in names}
+            source = {name: recordable(sources[name][n].detach().float()) for name in names}
             soft = SoftPermutations(symmetry, settings, device, derive_seed(seed, "sinkhorn"))
             optimizer = torch.optim.Adam(soft.logits(), lr=settings.lr)
             draw = torch.Generator().manual_seed(derive_seed(seed, "sinkhorn", "t"))
@@ -79,6 +83,11 @@ def match_sinkhorn(
                 advance()
             found.append(soft.hard(solver))
     return Permutations.stack(found)
+
+
+def recordable(tensor: Tensor) -> Tensor:
+    """The same for autograd, which keeps no tensors that were made in inference mode."""
+    return tensor.clone() if tensor.is_inference() else tensor
 
 
 def _value(

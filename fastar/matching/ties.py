@@ -29,8 +29,8 @@ def classes(tables: Mapping[str, Tensor]) -> Classes:
     out: Classes = {}
     for group, table in tables.items():
         generator = torch.Generator().manual_seed(derive_seed(0, "ties", group))
-        probes = torch.randn(_PROBES, table.shape[-2], generator=generator, dtype=torch.float32).to(table.device)
-        seen = (probes @ table).mT.cpu().numpy()  # [..., size, probes]
+        probes = torch.randn(_PROBES, table.shape[-2], generator=generator, dtype=torch.float32, device="cpu")
+        seen = (probes.to(table.device) @ table).mT.cpu().numpy()  # [..., size, probes]
         flat = seen.reshape(-1, *seen.shape[-2:])
         out[group] = np.stack([_first_alike(one) for one in flat]).reshape(seen.shape[:-1])
     return out

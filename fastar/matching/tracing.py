@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
 from fastar.errors import FastarError
-from fastar.matching.trials import ExampleInputs
+from fastar.matching.trials import ExampleInputs, without_cache
 from fastar.states import copied
 
 # What torch says, in its several kinds of errors, of a forward pass that needs the value of a tensor.
@@ -32,7 +32,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs, name: str) -> torch.e
     """
     keywords = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
     arguments = () if keywords else tuple(example_inputs)
-    twin = copied(model).eval()
+    twin = without_cache(copied(model).eval())
     try:
         with _quiet(), _hooks_kept(), torch.no_grad():
             program = torch.export.export(twin, arguments, keywords).run_decompositions({})

@@ -10,12 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from fastar.errors import FastarError
 from fastar.seeds import derive_seed
 from fastar.states import attributes_kept, copied, plain, tensors_in
 
-# What a model is called with: positional inputs, or keyword inputs. What is no tensor is a constant.
+# What a model is called with: positional inputs, or keyword inputs. Tensors may lie deeper in them; what is none is a
+# constant.
 ExampleInputs = tuple[Any, ...] | Mapping[str, Any]
 State = dict[str, Tensor]
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -26,10 +28,10 @@ class Trial:
 
     def __init__(self, model: nn.Module, example_inputs: ExampleInputs, seed: int):
         self.model, self.seed, self.name = model, seed, type(model).__name__
-        self.twin = _without_weights(model).eval()
-        self.keywords = isinstance(example_inputs, Mapping)
-        items = example_inputs.items() if isinstance(example_inputs, Mapping) else enumerate(example_inputs)
-        self.inputs: dict[Any, Any] = {key: _as_double(value) for key, value in items}
+        self.twin = without_cache(_without_weights(model).eval())
+        named = isinstance(example_inputs, Mapping)
+        given = ((), dict(example_inputs)) if named else (tuple(example_inputs), {})
+        self.inputs, self._structure = tree_flatten(tree_map(_as_double, given))
 
     @cached_property
     def has_buffers(self) -> bool:
@@ -63,7 +65,7 @@ class Trial:
         """Replace inputs of whole numbers by random ones, where the model runs on them: tokens that are all alike hide
         what tells them apart. They are drawn up to the largest given, or the rows of the smallest embedding."""
         rows = [m.num_embeddings for m in self.model.modules() if isinstance(m, nn.Embedding)]
-        for key, given in self.inputs.items():
+        for key, given in enumerate(self.inputs):
             if not isinstance(given, Tensor) or given.dtype == torch.bool or given.is_floating_point():
                 continue
             if given.is_complex() or given.numel() < 2:
@@ -88,8 +90,7 @@ class Trial:
             FastarError: the model does not run, draws random numbers, or has no such outputs.
         """
         values = dict(state)  # functional_call writes into it where a module has two names
-        arguments = () if self.keywords else tuple(self.inputs.values())
-        keywords = self.inputs if self.keywords else {}
+        arguments, keywords = tree_unflatten(self.inputs, self._structure)
         try:
             with torch.no_grad(), torch.random.fork_rng(devices=[]), _InFloat64(), attributes_kept(self.twin):
                 before = torch.get_rng_state()
@@ -106,7 +107,7 @@ class Trial:
                 f"cannot verify the permutation groups of {self.name}: its forward draws random numbers in evaluation "
                 "mode (dropout that is left on?): make it a function of its inputs, F.dropout(x, p, self.training)"
             )
-        flat, _ = torch.utils._pytree.tree_flatten(result)
+        flat, _ = tree_flatten(result)
         tensors = [torch.view_as_real(x) if x.is_complex() else x for x in flat if isinstance(x, Tensor)]
         found = [out for out in tensors if out.is_floating_point() and out.numel()]
         if not found:
@@ -115,6 +116,16 @@ class Trial:
                 "floating-point numbers: let its forward return logits or features"
             )
         return found
+
+
+def without_cache(twin: nn.Module) -> nn.Module:
+    """`twin`, a copy, told to return no keys and values for later tokens (`past_key_values` of Hugging Face), which
+    would be held in place as its outputs are."""
+    for module in twin.modules():
+        config = getattr(module, "config", None)
+        if getattr(config, "use_cache", None) is True:
+            config.use_cache = False  # type: ignore[union-attr]
+    return twin
 
 
 def _drawn(name: str, tensor: Tensor, generator: torch.Generator, gain: float, positive: bool, buffers: int) -> Tensor:
