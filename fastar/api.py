@@ -116,7 +116,7 @@ def match(
         settings,
         symmetry,
         model_a.state_dict(),
-        {name: source[name][None].to(device) for name in symmetry.parameters},
+        {name: source[name][None].to(device) for name in symmetry.moved},
         examples=_examples(model_a, data, settings),
         seed=seed,
         progress=progress,

@@ -351,3 +351,29 @@ def test_inputs_may_lie_deeper(keyword: bool) -> None:
     for method in ("weight", "activation"):
         found = fastar.match(model, twin, example_inputs=given(2), method=method, data=data)
         assert wrong(found, shuffle.inverse()) == {"hidden": 0}
+
+
+class Masked(nn.Module):
+    """A value for each hidden unit that is no parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.out = nn.Linear(8, 12), nn.Linear(12, 3)
+        self.register_buffer("scale", torch.linspace(-2, 2, 12))
+        self.register_buffer("mask", torch.arange(12) % 3 > 0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(F.relu(self.hidden(x) * self.scale) * self.mask)  # type: ignore[no-any-return]
+
+
+def test_each_network_is_looked_at_with_its_own_values_for_units() -> None:
+    model, inputs = seeded(Masked), points(300, 8)
+    twin, symmetry, back = shuffled(model, inputs)
+    assert {member.tensor for member in symmetry.groups[0].members} >= {"scale", "mask"}
+    assert wrong(by_activations(model, twin, inputs), back) == {"hidden": 0}
+    data = (inputs, torch.zeros(300, dtype=torch.int64))
+    how: dict[str, Any] = {"example_inputs": inputs[:2], "method": "activation", "data": data}
+    star = fastar.match_many([twin], to="star", centre=model, **how)
+    assert wrong(star.permutations[0], back) == {"hidden": 0}
+    pairs = fastar.match_many([model, twin], to="pairwise", **how).result.pairs
+    assert wrong(pairs[0, 1], back) == {"hidden": 0}

@@ -202,8 +202,8 @@ def _match_file(
     result = match_by_settings(
         network.matching,
         symmetry,
-        layout.views(row),
-        layout.views(other[None]),
+        {**layout.views(row), **_beside(symmetry, theta, row.device)},
+        {**layout.views(other[None]), **{k: v[None] for k, v in _beside(symmetry, source, row.device).items()}},
         examples=network.examples,
         seed=network.settings.seed,
         threads=matching_threads(network.device, network.settings.workers),
@@ -226,6 +226,11 @@ def _match_file(
         "permutations": permutations.as_dict(),
     }
     return figures, state, dict(source.metadata)
+
+
+def _beside(symmetry: Symmetry, one: Checkpoint, device: torch.device) -> dict[str, torch.Tensor]:
+    """The buffers that groups permute."""
+    return {name: one.state[name].to(device) for name in symmetry.moved if name in symmetry.buffers}
 
 
 # What an average of checkpoints is of, as they all are.

@@ -82,8 +82,8 @@ def correlate_units(
 
     Args:
         model: of the architecture, with any weights; copied, not touched.
-        theta: parameter name -> tensor; buffers may be among them and do not count.
-        sources: parameter name -> [N, *shape], on theta's device.
+        theta: parameter name -> tensor; of buffers those are looked at with that groups permute.
+        sources: parameter name -> [N, *shape], on theta's device, and such buffers.
         batches: inputs [batch, ...] as the model takes them, on theta's device.
         chunk: sources that are compared together; bounds memory. None: as many as threads on a CPU, what fits a
             quarter of the free memory on a GPU.
@@ -94,7 +94,7 @@ def correlate_units(
     """
     _, device = check_networks(symmetry, theta, sources)
     look = UnitActivations(model, symmetry, batches, device)
-    names = symmetry.counted(theta, sources)  # the model ties a tied tensor's other name to it
+    names = symmetry.computed_with(theta, sources)  # the model ties a tied tensor's other name to it
     own = look({name: theta[name] for name in names}, "theta")
 
     def tables(begin: int, end: int) -> Tables:

@@ -171,7 +171,7 @@ class _Networks:
         self, theta: State, some: Sequence[int], start: Permutations | None = None, seen: SeenSources | None = None
     ) -> tuple[Permutations, Tensor]:
         """Permutations [n, size] of the networks `some`, and their objectives [n]."""
-        names = [name for name in self.symmetry.parameters if name in theta]
+        names = [name for name in self.symmetry.moved if name in theta and name in self.states[0]]
         if seen is None and self.kept is not None:
             seen = SeenSources(self.kept, self.symmetry.identity(), some)
         result = match_by_settings(

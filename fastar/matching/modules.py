@@ -64,7 +64,7 @@ def match_modules(
     states = [source.state_dict() for source in sources]
     for n, state in enumerate(states):
         symmetry.check_state(state, f"source {n}")
-    stacked = {name: torch.stack([state[name] for state in states]) for name in symmetry.parameters}
+    stacked = {name: torch.stack([state[name] for state in states]) for name in symmetry.moved}
     result = match_by_settings(
         settings, symmetry, theta.state_dict(), stacked, examples=examples, seed=seed, progress=progress
     )

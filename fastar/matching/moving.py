@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fastar.matching.forwards import Batch, arguments_of, forward, on_device
+from fastar.matching.forwards import Batch, arguments_of, forward, in_float32, on_device
 from fastar.matching.observing import Kind, Observer
 from fastar.matching.permutations import Permutations
 from fastar.matching.symmetry import Group, Member, Symmetry
@@ -67,11 +67,11 @@ def moving_axes(
     few = _few(batch)
     trial = Trial(model, few if isinstance(few, Mapping) else arguments_of(few)[0], 0)
     state = trial.state(DRAWS[0][0])
-    names, here = symmetry.counted(state, state), on_device(few, device)
+    names, here = symmetry.computed_with(state, state), on_device(few, device)
     wanted = {(member.tensor, member.axis) for group in symmetry.groups for member in group.members}
     everything = moving(symmetry, 0)
     short = _Look(
-        symmetry, {k: v.float().to(device) for k, v in state.items()}, names, lambda s: forward(twin, s, here)
+        symmetry, {k: in_float32(v).to(device) for k, v in state.items()}, names, lambda s: forward(twin, s, here)
     )
     suspects = short.differing(everything, wanted)
     if not suspects:

@@ -81,13 +81,14 @@ class UnitActivations:
         1 (0 for a unit that never changes), so that the product of two networks' tables is the sum of correlations.
 
         Args:
-            state: parameter name -> tensor, on the device; buffers may be among them and do not count.
+            state: parameter name -> tensor, on the device; of buffers those count that groups permute. Others are the
+                model's.
             where: what to call the network in errors.
 
         Raises:
             FastarError: activations that are not finite, or not as many as the first network showed.
         """
-        rows = self._rows({name: in_float32(state[name]) for name in self.symmetry.counted(state, state)}, where)
+        rows = self._rows({name: in_float32(state[name]) for name in self.symmetry.computed_with(state, state)}, where)
         left = Counter((m.tensor, m.axis) for members in self._members.values() for m in members)
         tables = {}
         for group in self.symmetry.groups:

@@ -118,6 +118,12 @@ class Symmetry:
             found.setdefault(group.parent or group.name, []).append(position)
         return tuple(tuple(positions) for positions in found.values())
 
+    @cached_property
+    def moved(self) -> tuple[str, ...]:
+        """Every parameter, and the buffers that groups permute: what networks differ in."""
+        permuted = (member.tensor for group in self.groups for member in group.members)
+        return tuple(dict.fromkeys((*self.parameters, *(name for name in permuted if name in self.buffers))))
+
     def group(self, name: str) -> Group:
         """The group called `name`."""
         for group in self.groups:
@@ -233,6 +239,11 @@ class Symmetry:
             for name in self.parameters
             if name in theta and name in sources and not (name in self.tied and self.tied[name] in theta)
         ]
+
+    def computed_with(self, theta: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> list[str]:
+        """The same, and the buffers that groups permute: what a forward pass is made with."""
+        buffers = (name for name in self.moved if name in self.buffers and name in theta and name in sources)
+        return [*self.counted(theta, sources), *buffers]
 
     def check_state(self, state: Mapping[str, Tensor], where: str, *, leading: int = 0) -> None:
         """Raise FastarError, naming the first differences, unless `state` has every parameter in its shape, and buffers
