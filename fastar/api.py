@@ -51,10 +51,11 @@ from fastar.matching import match_many as match_states
 from fastar.matching.forwards import Batch
 from fastar.matching.symmetry import Member
 from fastar.progress import SILENT, Progress
-from fastar.states import check_computed, check_state_of
+from fastar.states import check_computed, check_one_value, check_state_of
 
 EXAMPLE_BATCHES = 4
 """Of `data` that methods of matching look at."""
+TIE_ALIKE = "tie them in both networks or in neither"
 
 
 class Matched(Permutations):
@@ -184,7 +185,7 @@ def match_many(
     for n, state in enumerate(states):
         check_state_of(first, state, f"models[{n}]")
         if to != "pairwise":
-            _check_equal_ties(first, state, f"models[{n}]", "the network that their average is")
+            check_one_value(first, state, f"models[{n}]", f"their average can hold but one; {TIE_ALIKE}")
     called = {} if centre is None else {"centre": centre}
     called |= {f"models[{n}]": model for n, model in enumerate(models)}
     symmetry = _symmetry(called, example_inputs, settings, spec, allow_partial)
@@ -297,7 +298,7 @@ def _check_ties(symmetry: Symmetry, model: nn.Module, name: str) -> None:
         if symmetry.tied.get(own, own) != symmetry.tied.get(owner, owner):
             raise FastarError(
                 f"{name}: {own!r} and {owner!r} are one tensor, but two in the model that the groups were derived "
-                "from: tie them in both or in neither"
+                f"from: {TIE_ALIKE}"
             )
         if not tensor.numel():
             continue
@@ -397,7 +398,7 @@ def barrier(
     device, _ = (_device(given, name) for name, given in models.items())
     states = [given.state_dict() for given in models.values()]
     check_state_of(model_a, states[1], "model_b")
-    _check_equal_ties(model_a, states[1], "model_b", "model_a")
+    check_one_value(model_a, states[1], "model_b", f"a path can hold but one; {TIE_ALIKE}")
     _check_buffers(model_a, model_b)
     model = float_copy(model_a, device)
     layout = FlatLayout.from_module(model)
@@ -440,18 +441,6 @@ def _of_statistics(
     if layer_of_single_values(model, first[0], len(first[1])) is None:
         return batches
     return lambda: joined(batches())
-
-
-def _check_equal_ties(model: nn.Module, state: Mapping[str, Tensor], where: str, called: str) -> None:
-    """A FastarError where `state` has two values of what is one parameter in `model`, which can hold but one."""
-    first: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owner = first.setdefault(id(parameter), name)
-        if name in state and owner in state and not _equal(state[owner], state[name]):
-            raise FastarError(
-                f"{where}: {owner!r} and {name!r} have two values, but are one parameter of {called}: tie them in both "
-                "or in neither"
-            )
 
 
 def _equal(first: Tensor, second: Tensor) -> bool:

@@ -15,7 +15,7 @@ from safetensors.torch import save as serialize
 
 from fastar.atomic import write_atomically
 from fastar.errors import FastarError
-from fastar.states import check_state_of, ties_of
+from fastar.states import check_one_value, check_state_of, ties_of
 from fastar.tensor_files import (
     IN_FOLDERS,
     INDEX,
@@ -303,7 +303,14 @@ def load_into(model: torch.nn.Module, checkpoint: Checkpoint) -> Checkpoint:
             is not of a floating-point type that matching and interpolating can compute with.
     """
     checkpoint = _as_named_by(model, checkpoint)
-    check_state_of(model, checkpoint.state, str(checkpoint.path or "the checkpoint"))
+    where = str(checkpoint.path or "the checkpoint")
+    check_state_of(model, checkpoint.state, where)
+    check_one_value(
+        model,
+        checkpoint.state,
+        where,
+        "what it computes is not known; save it with the two tied, or name a network that does not tie them",
+    )
     names = {name: name for name in checkpoint.state}
     for name, other in ties_of(model, checkpoint.state).items():
         names.setdefault(name, other)

@@ -67,7 +67,7 @@ def check_state(
 
 def check_state_of(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
     """Raise FastarError, with the first differences, unless `state` is a whole state of `model`, of types that can be
-    computed with, and with one value for each tensor that has two names.
+    computed with.
 
     Only the counts of batches that batch-norms keep may be missing: they say nothing of the function.
     """
@@ -80,11 +80,14 @@ def check_state_of(model: nn.Module, state: Mapping[str, Tensor], where: str) ->
     tensors = {name: state[name] for name in state}  # once: they may lie in a file
     _check_types(own, tensors, where)
     check_state(parameters, buffers, tied, tensors, where, needed=needed)
-    for name, other in tied.items():
-        if name in tensors and other in tensors and not torch.equal(tensors[name], tensors[other]):
+
+
+def check_one_value(model: nn.Module, state: Mapping[str, Tensor], where: str, remedy: str) -> None:
+    """Raise FastarError, with what to do, where `state` has two values for what is one tensor in `model`."""
+    for name, other in ties_of(model, state).items():
+        if name in state and other in state and not torch.equal(state[name], state[other]):
             raise FastarError(
-                f"{where} has two values for {other!r} and {name!r}, which are one tensor in the model: what it "
-                "computes is not known; save it with the two tied, or name a network that does not tie them"
+                f"{where} has two values for {other!r} and {name!r}, which are one tensor in the model: {remedy}"
             )
 
 
