@@ -303,7 +303,7 @@ def test_two_values_of_what_is_one_parameter() -> None:
 def test_two_parameters_that_share_memory_move_in_one_way() -> None:
     """The permutations of two were applied to one memory, and the network computed something else."""
     shared, two = Words(0, "shared"), Words(1, "two")
-    said = "'out.weight' and 'table.weight' are two parameters that share memory, and would have to move in two ways"
+    said = "'out.weight' and 'table.weight' are two tensors that share memory, and would have to move in two ways"
     for pair, name in (((shared, two), "model_a"), ((two, shared), "model_b")):
         assert f"{name}: {said}" in said_by(lambda pair=pair: fastar.match(*pair, example_inputs=WORDS))
     matched = fastar.match(two, Words(2, "two"), example_inputs=WORDS)

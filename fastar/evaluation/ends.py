@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_leaves
+from torch.utils._pytree import tree_leaves
 
 from fastar.errors import FastarError
 from fastar.evaluation.batch_norm import Statistics, evaluating, set_statistics
 from fastar.evaluation.losses import bound
 from fastar.flat import FlatLayout
 from fastar.matching.forwards import Batch, call
+from fastar.matching.same import differences
 from fastar.precision import full_precision
+from fastar.states import NAMED
 
 # Sums in another order change outputs by less than this part of the largest one in networks of ordinary depth. Where
 # more is found, it is held against what a change of all weights in their last digits does, this many times.
@@ -24,8 +25,6 @@ RELATIVE_TOLERANCE, ROUNDING = 1e-5, 1e3
 # The same network on the same batch: only what a GPU adds up in no fixed order may differ.
 SAME = 1e-4
 LAST_DIGIT = 1.2e-7
-# Differences that a message names.
-NAMED = 3
 
 
 def outputs_of(model: nn.Module, batch: Batch, name: str) -> Any:
@@ -96,13 +95,12 @@ def check_end(
             gap = _gap(expected, _run(standing, batch, f"the end of the path that stands for {name}"))
     if gap <= RELATIVE_TOLERANCE * largest or gap <= ROUNDING * _rounding(own, batch, expected, name):
         return
-    unlike = list(_unlike(standing, own))
-    more = f" and {len(unlike) - NAMED} more" if len(unlike) > NAMED else ""
-    besides = f"the models differ besides in {', '.join(unlike[:NAMED])}{more}: make that equal in both"
+    unlike = list(differences(standing, own, ("the network of the path", name)))
+    more = f"; and {len(unlike) - NAMED} more differences" if len(unlike) > NAMED else ""
     raise FastarError(
         f"the end of the path is not {name}: on one batch their outputs differ by up to {gap:.2g}, where the largest "
-        f"is {largest:.2g}; a path has parameters and batch-norm statistics, and "
-        + (besides if unlike else "its forward computes with something else that is not the same in both models")
+        f"is {largest:.2g}; a path has parameters and batch-norm statistics, and {name} computes with something else: "
+        + (f"{'; '.join(unlike[:NAMED])}{more}; make them equal" if unlike else "nothing that its attributes show")
     )
 
 
@@ -140,42 +138,6 @@ def _rounding(own: nn.Module, batch: Batch, expected: Any, name: str) -> float:
         parameter.mul_(1 + LAST_DIGIT * noise.to(parameter.device))
     moved = _gap(expected, outputs_of(own, batch, name))
     return moved if math.isfinite(moved) else 0.0
-
-
-def _unlike(first: nn.Module, second: nn.Module) -> Iterator[str]:
-    """What two modules of one structure have set differently, beside parameters and buffers."""
-    torchs_own = {*vars(nn.Module()), "momentum"}
-    others = dict(second.named_modules())
-    for name, module in first.named_modules():
-        other, where = others.get(name), f"{name}." if name else ""
-        if other is None or type(module) is not type(other):
-            yield f"{name or 'the whole'} ({type(module).__name__} and {type(other).__name__})"
-            continue
-        for key in sorted({*vars(module), *vars(other)} - torchs_own):
-            values = vars(module).get(key), vars(other).get(key)
-            if not _alike(*values):
-                yield f"{where}{key} ({' and '.join(map(_short, values))})"
-
-
-def _alike(first: Any, second: Any) -> bool:
-    """Equal, as far as numbers, words and tensors can tell."""
-    (leaves, spec), (others, other_spec) = tree_flatten(first), tree_flatten(second)
-    if spec != other_spec:
-        return False
-    for one, other in zip(leaves, others, strict=True):
-        if isinstance(one, Tensor) and isinstance(other, Tensor):
-            if one.shape != other.shape or _gap(one, other.to(one.device)):
-                return False
-        elif type(one) is not type(other) or (isinstance(one, int | float | str | None) and one != other):
-            return False
-    return True
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"{float(value):g}" if value.numel() == 1 else f"a tensor {list(value.shape)}"
-    text = repr(value) if isinstance(value, int | float | str | None) else type(value).__name__
-    return text if len(text) <= 40 else f"{text[:37]}..."
 
 
 def _described(batch: Batch) -> str:

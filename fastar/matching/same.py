@@ -29,7 +29,7 @@ def check_same_function(
     Args:
         names: what messages call the two.
     """
-    found = list(_differences(first, other, names))
+    found = list(differences(first, other, names))
     if not found or _agree(first, other, example_inputs):
         return
     more = f"; and {len(found) - NAMED} more differences" if len(found) > NAMED else ""
@@ -54,7 +54,7 @@ def _agree(first: nn.Module, other: nn.Module, example_inputs: ExampleInputs) ->
     return True
 
 
-def _differences(first: nn.Module, other: nn.Module, names: tuple[str, str]) -> Iterator[str]:
+def differences(first: nn.Module, other: nn.Module, names: tuple[str, str]) -> Iterator[str]:
     """What two networks do not have in common, beside their states; more than what matters, but not less."""
     ours, theirs = (dict(model.named_modules(remove_duplicate=False)) for model in (first, other))
     known = tuple(

@@ -133,7 +133,7 @@ def _drawn(name: str, tensor: Tensor, generator: torch.Generator, gain: float, p
         return torch.empty(tensor.shape, dtype=torch.float64, device="cpu").uniform_(low, high, generator=generator)
 
     if buffers > 1 and tensor.dtype == torch.bool:
-        return torch.rand(tensor.shape, dtype=torch.float64, generator=generator) < 0.5
+        return torch.rand(tensor.shape, dtype=torch.float64, device="cpu", generator=generator) < 0.5
     if not tensor.is_floating_point():
         return _constant(tensor)
     if name.endswith("running_var"):
