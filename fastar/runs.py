@@ -366,7 +366,7 @@ def _entry(line: bytes) -> dict[str, Any] | None:
     except ValueError:
         return None
     name, checksum = next(reversed(entry.items()), ("", None))
-    if isinstance(checksum, str) and _CHECKSUM.fullmatch(checksum):
+    if name == "checksum" or (isinstance(checksum, str) and _CHECKSUM.fullmatch(checksum)):
         del entry[name]
         if name != "checksum" or checksum != _checksum(entry):
             return None
