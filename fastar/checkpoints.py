@@ -198,13 +198,18 @@ def checkpoint_files(path: Path) -> list[Path]:
         FastarError: a folder without a model, or an index that cannot be read.
     """
     if path.is_dir():
-        inside = next((path / name for name in IN_FOLDERS if (path / name).is_file()), None)
-        if inside is None:
+        inside = _models_in(path)
+        if not inside:
             raise FastarError(f"{path}: no such checkpoint: a folder with none of {', '.join(IN_FOLDERS)}")
-        return checkpoint_files(inside)
+        return checkpoint_files(path / inside[0])
     if suffix_of(path) == INDEX:
         return [path, *(path.with_name(file) for file in shards_of(path))]
     return [path]
+
+
+def _models_in(folder: Path) -> list[str]:
+    """The model files that a Hugging Face folder holds; they are of one model, and the first is read."""
+    return [name for name in IN_FOLDERS if (folder / name).is_file()]
 
 
 def load_checkpoint(path: Path, *, resident: bool = True, own: bool = False) -> Checkpoint:
@@ -250,7 +255,10 @@ def load_checkpoint(path: Path, *, resident: bool = True, own: bool = False) -> 
     kept: Mapping[str, torch.Tensor] = {name: state[stored] for name, stored in names.items()}
     if not resident and file is not None:
         kept = StoredState(file, names)
-    return Checkpoint(kept, metadata, path, found.under, prefix, found.left)
+    under, left = found.under, found.left
+    if path.is_dir():
+        under, left = (files[0].name, *under), (*left, *_models_in(path)[1:])
+    return Checkpoint(kept, metadata, path, under, prefix, left)
 
 
 def _read_shards(index: Path) -> dict[str, torch.Tensor]:

@@ -56,6 +56,12 @@ def suffix_of(path: Path) -> str | None:
     return max(found, key=len, default=None)
 
 
+def stem_of(path: Path) -> str:
+    """A checkpoint's name without the ending by which it is read; a folder's name as it is."""
+    name = path.name.removesuffix(INDEX)
+    return name.removesuffix(suffix_of(Path(name)) or "")
+
+
 def require_file(path: Path) -> None:
     """Raise FastarError unless `path` is a regular file: opening a pipe would wait for ever."""
     if not path.is_file():

@@ -234,6 +234,17 @@ def test_weights_that_cannot_be_computed_with_are_named(
     assert contents(tmp_path) == before
 
 
+def test_a_module_of_codes_is_named_in_python_too(made: dict[str, Any]) -> None:
+    a, inputs = made["build"]()
+    b, _ = made["build"]()
+    b[0].weight = torch.nn.Parameter(b[0].weight.to(torch.float8_e4m3fn), requires_grad=False)
+    for one, other, says in ((a, b, "model_b has '0.weight' as float8"), (b, a, "in the model '0.weight' is float8")):
+        with pytest.raises(FastarError, match=says):
+            library.match(one, other, example_inputs=inputs)
+        with pytest.raises(FastarError, match=says):
+            library.barrier(one, other, [(inputs, torch.zeros(2, dtype=torch.int64))])
+
+
 def test_a_complex_buffer_is_kept_and_never_cut(nets: Path, made: dict[str, Any], tmp_path: Path) -> None:
     a, b = (save(tmp_path / f"{n}.safetensors", state_of(made, "with_buffers", n)) for n in range(2))
     out, average = tmp_path / "o.safetensors", tmp_path / "m.safetensors"

@@ -21,6 +21,7 @@ from fastar.checkpoints import Checkpoint, load_checkpoint, load_into
 from fastar.errors import FastarError
 from fastar.experiments.finished import given_paths
 from fastar.experiments.own import own_model
+from fastar.tensor_files import stem_of
 
 NET = """
 import torch
@@ -231,6 +232,24 @@ def test_a_hugging_face_folder(tmp_path: Path, name: str) -> None:
         load_checkpoint(tmp_path)
     save_file(weights(), tmp_path / name) if name == "model.safetensors" else torch.save(weights(), tmp_path / name)
     assert same(loaded(tmp_path).state, weights())
+    assert loaded(tmp_path).taken() == f"{tmp_path}: took the tensors of {name!r}"
+    torch.save(weights(1), tmp_path / "pytorch_model.bin")
+    if name == "model.safetensors":
+        assert same(loaded(tmp_path).state, weights())
+        assert loaded(tmp_path).taken() == f"{tmp_path}: took the tensors of {name!r}; left over: pytorch_model.bin"
+
+
+@pytest.mark.parametrize(
+    ("name", "stem"),
+    [
+        ("a.b.pth.tar", "a.b"),
+        ("a.pt", "a"),
+        ("model.safetensors.index.json", "model"),
+        ("llama-3.1", "llama-3.1"),
+    ],
+)
+def test_what_a_permuted_checkpoint_is_called(name: str, stem: str) -> None:
+    assert stem_of(Path(name)) == stem
 
 
 def test_a_folder_s_sources_may_be_called_so(tmp_path: Path) -> None:

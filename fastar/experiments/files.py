@@ -33,6 +33,7 @@ from fastar.matching import (
 )
 from fastar.progress import SILENT, Progress
 from fastar.states import REAL
+from fastar.tensor_files import stem_of
 
 
 @dataclass(frozen=True)
@@ -168,7 +169,7 @@ def _written(others: Sequence[Path], out: Path | None) -> list[Path | None]:
         return [out]
     if out.suffix == ".safetensors" or out.is_file():
         raise FastarError(f"--out {out}: {len(others)} checkpoints are written into a folder; name one")
-    targets = [out / f"{path.stem}.safetensors" for path in others]
+    targets = [out / f"{stem_of(path)}.safetensors" for path in others]
     twice = sorted({str(target) for target in targets if targets.count(target) > 1})
     if twice:
         raise FastarError(f"--out {out}: several checkpoints would be written to {twice[0]}; match them one by one")
@@ -355,7 +356,9 @@ def _written_into(paths: Sequence[Path], out: Path | None) -> list[Path | None]:
     """Where each of a set goes: always into a folder."""
     if out is not None and out.suffix == ".safetensors":
         raise FastarError(f"--out {out}: the permuted checkpoints are written into a folder; name one")
-    return _written(paths, out) if len(paths) != 1 else [None if out is None else out / f"{paths[0].stem}.safetensors"]
+    return (
+        _written(paths, out) if len(paths) != 1 else [None if out is None else out / f"{stem_of(paths[0])}.safetensors"]
+    )
 
 
 def _weights_product(network: Network, one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> float:
