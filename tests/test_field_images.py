@@ -396,6 +396,7 @@ def header(name: str, size: int, kind: bytes = tarfile.REGTYPE) -> bytes:
     member = tarfile.TarInfo(name)
     member.type = kind
     block = bytearray(member.tobuf(tarfile.GNU_FORMAT))
+    block[482] = kind == tarfile.GNUTYPE_SPARSE  # its table goes on in the next block
     block[124:136] = (b"%011o\0" % size) if 0 <= size < 8**11 else size.to_bytes(12, "big", signed=True)
     block[124] |= 0 if 0 <= size < 8**11 else 0x80
     block[148:156] = b" " * 8
@@ -418,16 +419,16 @@ def pax(**records: str) -> bytes:
 
 LONG = header("././@LongLink", 2, tarfile.GNUTYPE_LONGNAME) + padded(b"x\0")
 HARMFUL = {
-    "size-2^95": header("a.JPEG", 1 << 94) + bytes(1024),
+    "size-2^87": header("a.JPEG", 1 << 87) + bytes(1024),
     "size-below-0": header("a.JPEG", -512) + bytes(1024),
     "size-2^61": header("a.JPEG", 1 << 61) + bytes(1024),
     "long-names": LONG * 5000 + header("a.JPEG", 0) + bytes(1024),
     "long-name-2^50": header("././@LongLink", 1 << 50, tarfile.GNUTYPE_LONGNAME) + bytes(1024),
     "long-name-1-MB": header("././@LongLink", 1 << 20, tarfile.GNUTYPE_LONGNAME) + bytes(1 << 20),
-    "pax-2^95": header("pax", 1 << 94, tarfile.XHDTYPE) + bytes(1024),
+    "pax-2^87": header("pax", 1 << 87, tarfile.XHDTYPE) + bytes(1024),
     "pax-size-2^95": pax(size=str(2**95)) + header("a.JPEG", 0) + bytes(1024),
     "pax-size-below-0": pax(size="-512") + header("a.JPEG", 0) + bytes(1024),
-    "sparse": header("a.JPEG", 0, tarfile.GNUTYPE_SPARSE)[:-30] + bytes(29) + b"\1",
+    "sparse": header("a.JPEG", 0, tarfile.GNUTYPE_SPARSE),
     "pax-sparse": pax(GNU__sparse__major="1", GNU__sparse__minor="0") + header("a.JPEG", 512) + b"9" * 512,
 }
 
