@@ -298,7 +298,7 @@ def tiny_imagenet(root: Path) -> Path:
     for each in range(6):
         put(root / "val" / "images" / f"val_{each}.JPEG", 100 + each)
         lines.append(f"val_{each}.JPEG\t{classes[5 * each % 3]}\t0\t0\t60\t60\n")
-    (root / "val" / "val_annotations.txt").write_text("".join(lines))
+    (root / "val" / "val_annotations.txt").write_text("".join(lines) + "\r\n")
     put(root / "test" / "images" / "test_0.JPEG")
     (root / "wnids.txt").write_text("n03\nn01\nn02\n")
     return root
@@ -325,9 +325,9 @@ def test_tiny_imagenet_is_read_as_it_is_unpacked(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("line", "message"),
     [
-        ("val_0.JPEG\tn09\t0\n", r"val_annotations\.txt, line 7: not an image's name and a class of train/"),
-        ("val_0.JPEG\n", r"line 7: not an image's name"),
-        ("../val_0.JPEG\tn01\n", r"line 7: not an image's name"),
+        ("val_0.JPEG\tn09\t0\n", r"val_annotations\.txt, line 8: not an image's name and a class of train/"),
+        ("val_0.JPEG\n", r"line 8: not an image's name"),
+        ("../val_0.JPEG\tn01\n", r"line 8: not an image's name"),
         ("val_6.JPEG\tn01\n", r"images/val_6\.JPEG: missing, val_annotations\.txt names it"),
     ],
 )

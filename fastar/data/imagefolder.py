@@ -84,6 +84,8 @@ def in_one_folder(root: Path, classes: tuple[str, ...], passed: PassedOver) -> L
         lines = read_file(path, 1 << 28).decode("utf-8", "surrogateescape").splitlines()
     class_of = {}
     for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
         name, *rest = line.split("\t")
         if not rest or rest[0] not in classes or Path(name).name != name:
             raise FastarError(f"{path}, line {number}: not an image's name and a class of train/; get the file again")
