@@ -267,7 +267,8 @@ KINDS: dict[str, Kind] = {
     "imagenet": Kind(make_imagenet, read_images, checked=("*.gz",)),
     "devkit": Kind(make_devkit_folder, read_images, damaged=("meta.mat", "*.txt")),
     "beton": Kind(make_data, read_data, checked=("*.beton", "metadata.json")),
-    "beton of any size": Kind(make_streaming, read_streaming, checked=("*.beton", "metadata.json")),
+    # Checksums that are damaged are made again, once the images have been compared with the metadata's digest.
+    "beton of any size": Kind(make_streaming, read_streaming, checked=("*",), writes=True),
     ".pt": Kind(make_pt, read_model, checked=("*",)),
     "legacy .pt": Kind(lambda folder: make_pt(folder, zipped=False), read_model),
     "foreign .safetensors": Kind(make_foreign, read_model),
