@@ -49,6 +49,14 @@ def check_state(
     known = {**buffers, **parameters}
     strange = [name for name in tensors if name not in known]
     missing = [name for name in (*parameters, *needed) if name not in tensors and tied.get(name) not in tensors]
+    for name in missing:
+        for ends, undo in _COMPUTED_FROM.items():
+            if all(name + end in strange for end in ends):
+                raise FastarError(
+                    f"{where} has {name + ends[0]!r} and {name + ends[1]!r} where the model has {name!r}, which is "
+                    f"computed from them: call torch.nn.utils.{undo}(module, {name.rpartition('.')[2]!r}) on its "
+                    "network, and save it again"
+                )
     pairs = _same_under_other_names(known, missing, strange, tensors, leading)
     if pairs:
         shown = "; ".join(f"{theirs!r} where the model has {own!r}" for theirs, own in pairs[:NAMED])
@@ -63,6 +71,13 @@ def check_state(
         raise FastarError(
             f"{where} {'; '.join(found[:NAMED])}{more}: it is of another architecture or width than the model"
         )
+
+
+_COMPUTED_FROM = {
+    ("_orig", "_mask"): "prune.remove",
+    ("_g", "_v"): "remove_weight_norm",
+    ("_orig", "_u"): "remove_spectral_norm",
+}
 
 
 def check_state_of(model: nn.Module, state: Mapping[str, Tensor], where: str) -> None:

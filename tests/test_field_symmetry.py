@@ -226,6 +226,10 @@ def test_a_buffer_under_two_names_moves_under_both_and_memory_that_is_shared_in_
     whole = derive_symmetry(Shared(slice(None)), (X,))
     assert tensors(whole) == [["a.weight", "a.bias", "mask", "other.mask", "b.weight"]]
     assert derive_symmetry(Shared(slice(0, 4)), (X,)).groups == ()
+    apart = Shared(slice(4, 8))
+    apart.other.mask = apart.mask[4:].clone()
+    assert len(derive_symmetry(apart, (X,)).groups) == 1  # a graph alone does not say whether memory is shared
+    assert derive_symmetry(Shared(slice(4, 8)), (X,)).groups == ()
     apart, b = Shared(slice(None)), Shared(slice(None))
     apart.other.mask = apart.mask.clone()
     with pytest.raises(FastarError, match=r"'other\.mask' and 'mask' are one tensor"):
@@ -443,6 +447,17 @@ def test_computed_weights_are_named_with_what_undoes_them(model: nn.Module, mess
     if "prune" in message:
         prune.remove(model.get_submodule("0"), "weight")
         assert len(fastar.match(model, model, example_inputs=X).symmetry.groups) == 1
+
+
+def test_a_file_of_a_pruned_network_is_named_as_one(tmp_path: Path) -> None:
+    model = changed(lambda module: prune.l1_unstructured(module, "weight", 0.3))
+    torch.save(model.state_dict(), tmp_path / "pruned.pt")
+    with pytest.raises(
+        FastarError, match=r"pruned\.pt has '0\.weight_orig' .*utils\.prune\.remove\(module, 'weight'\)"
+    ):
+        load_into(network(), load_checkpoint(tmp_path / "pruned.pt"))
+    with pytest.raises(FastarError, match=r"prune\.remove\(module, 'weight'\)"):
+        fastar.match(network(), model, example_inputs=X)
 
 
 @pytest.mark.parametrize("grad", [True, False])

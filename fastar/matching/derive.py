@@ -64,7 +64,10 @@ def derive_symmetry(
         return found
     program = trace(model, example_inputs, kind)
     if cached and verify:
-        by_graph = proofs.digest_of_graph(program, model, allow_partial=allow_partial)
+        movable = sorted(
+            _movable(model, program)
+        )  # which it is follows from more than the graph: memory that is shared
+        by_graph = proofs.digest_of_graph(program, model, allow_partial=allow_partial, movable=movable)
         found = proofs.find(by_graph)
     if found is None:
         found = _derived(model, program, kind, allow_partial)
