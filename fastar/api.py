@@ -142,12 +142,16 @@ class ManyMatched:
     symmetry: Symmetry
     result: ManyResult
 
+    def __repr__(self) -> str:
+        average = "no average" if self.average is None else f"average {type(self.average).__name__}"
+        return f"ManyMatched({self.result!r}, {self.symmetry!r}, {average})"
+
 
 def match_many(
     models: Sequence[nn.Module],
     *,
     example_inputs: Tensor | ExampleInputs,
-    to: To = "mean",
+    to: To | None = None,
     centre: nn.Module | None = None,
     method: str = "weight",
     data: Data | None = None,
@@ -164,7 +168,8 @@ def match_many(
 
     Args:
         models: of one architecture.
-        to: star, mean or pairwise (`fastar.matching.match_many` says what each does).
+        to: star, mean or pairwise (`fastar.matching.match_many` says what each does); None: star with a centre, else
+            mean. mean follows the weights: methods that look at data need one of the others.
         centre: of star: the network that all are matched to.
         rounds: of mean, at most.
         example_inputs, method, data, spec, allow_partial, seed, options: as of `match`.
@@ -192,7 +197,7 @@ def match_many(
     result = match_states(
         symmetry,
         [_tensors(state, device) for state in states],
-        to=to,
+        to=to or ("mean" if centre is None else "star"),
         centre=None if centre is None else centre.state_dict(),
         settings=settings,
         examples=_examples(first, data, settings),

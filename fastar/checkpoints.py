@@ -57,6 +57,11 @@ class Checkpoint:
     prefix: str = ""
     left: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        known = [f"{key}={self.metadata[key]!r}" for key in ("kind", "arch") if key in self.metadata]
+        path = [] if self.path is None else [repr(str(self.path))]
+        return f"Checkpoint({', '.join([*path, f'{len(self.state)} tensors', *known])})"
+
     def taken(self) -> str | None:
         """A line on what was taken of the file and what was left over; None: all, as it is."""
         parts = []

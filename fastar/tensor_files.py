@@ -10,7 +10,7 @@ import pickle
 import re
 import zipfile
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -231,7 +231,7 @@ class Found:
         left: what else was there, by name.
     """
 
-    state: dict[str, Tensor]
+    state: dict[str, Tensor] = field(repr=False)
     under: tuple[str, ...] = ()
     left: tuple[str, ...] = ()
 

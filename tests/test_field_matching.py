@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import itertools
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,7 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastar
+from fastar.checkpoints import Checkpoint
 from fastar.config import MatchingSettings
+from fastar.errors import FastarError
+from fastar.evaluation import Endpoint
 from fastar.experiments.star import match_store
 from fastar.flat import FlatLayout
 from fastar.matching import (
@@ -28,6 +33,7 @@ from fastar.matching import (
     seen,
 )
 from fastar.training import SourcesStore
+from fastar.training.epochs import Good
 
 CPU = torch.device("cpu")
 State = dict[str, Tensor]
@@ -377,3 +383,64 @@ def test_each_network_is_looked_at_with_its_own_values_for_units() -> None:
     assert wrong(star.permutations[0], back) == {"hidden": 0}
     pairs = fastar.match_many([model, twin], to="pairwise", **how).result.pairs
     assert wrong(pairs[0, 1], back) == {"hidden": 0}
+
+
+class Caching(nn.Module):
+    """As Hugging Face's do, it returns keys and values unless it is told not to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.config = SimpleNamespace(use_cache=True)
+        self.key, self.value, self.out = nn.Linear(8, 6), nn.Linear(8, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, use_cache: bool | None = None) -> dict[str, Any]:
+        key, value = self.key(x), self.value(x)
+        found = {"logits": self.out(torch.softmax(x[..., :6] @ key.mT, -1) @ value)}
+        if self.config.use_cache if use_cache is None else use_cache:
+            found["past_key_values"] = ((key, value),)
+        return found
+
+
+def test_a_network_that_returns_caches_is_traced_without() -> None:
+    model, x = seeded(Caching), points(2, 5, 8)
+    symmetry = derive_symmetry(model, {"x": x}, cached=False)
+    assert [group.name for group in symmetry.groups] == ["value"]
+    assert model.config.use_cache is True
+    asked = derive_symmetry(model, {"x": x, "use_cache": True}, cached=False)
+    assert asked.groups == ()  # whoever asks for outputs has them held
+
+
+# What is said
+
+
+def test_sets_are_told_what_methods_that_look_at_data_can_do() -> None:
+    """What the refusal advises works."""
+    models, inputs = [seeded(mlp, 8, 6, 3) for _ in range(2)], points(64, 8)
+    how: dict[str, Any] = {"example_inputs": inputs[:2], "data": (inputs, torch.arange(64) % 3)}
+    with pytest.raises(FastarError, match=r"not method=activation.*to=star.*to=pairwise.*method=weight, start=act"):
+        fastar.match_many(models, method="activation", **how)
+    with pytest.raises(FastarError, match=r"not sinkhorn's objective=mid.*set that objective to l2"):
+        fastar.match_many(models, method="sinkhorn", sinkhorn={"objective": "mid"}, **how)
+    assert fastar.match_many(models, method="activation", to="star", centre=models[0], **how).average is not None
+    assert fastar.match_many(models, method="activation", centre=models[0], **how).average is not None
+    assert len(fastar.match_many(models, method="activation", to="pairwise", **how).result.pairs) == 1
+    assert fastar.match_many(models, method="weight", start="activations", **how).average is not None
+
+
+def test_reprs_are_short() -> None:
+    models, inputs = [seeded(mlp, 8, 60, 3) for _ in range(2)], points(64, 8)
+    found = fastar.match(*models, example_inputs=inputs[:2])
+    many = fastar.match_many(models, example_inputs=inputs[:2])
+    pairs = fastar.match_many(models, example_inputs=inputs[:2], to="pairwise")
+    assert repr(found) == "Matched(1 groups, 60 units)"
+    assert repr(many.permutations[0]) == "Permutations(1 groups, 60 units)"
+    assert repr(found.symmetry) == "Symmetry(1 groups, 60 units, 4 parameters)"
+    assert repr(found.result).startswith("MatchResult(1 sources, mean objective ")
+    assert repr(pairs.result).startswith("ManyResult(1 pairs, mean objective ")
+    assert repr(many).startswith("ManyMatched(ManyResult(2 networks, mean objective ")
+    assert repr(many).endswith(", Symmetry(1 groups, 60 units, 4 parameters), average Sequential)")
+    checkpoint = Checkpoint(models[0].state_dict(), {"kind": "star"}, Path("a.safetensors"))
+    assert repr(checkpoint) == "Checkpoint('a.safetensors', 4 tensors, kind='star')"
+    assert repr(Examples(models[0], [(inputs, None)])) == "Examples(Sequential, 1 batches)"
+    ends = Endpoint("a", torch.zeros(1000)), Good({"a": torch.zeros(1000)}, 1, 0)
+    assert all("tensor" not in repr(one) and len(repr(one)) < 100 for one in (*ends, many.result, found.result))

@@ -26,8 +26,8 @@ class Endpoint:
     """
 
     name: str
-    row: Tensor | Callable[[], Tensor]
-    statistics: Statistics | None = None
+    row: Tensor | Callable[[], Tensor] = field(repr=False)
+    statistics: Statistics | None = field(default=None, repr=False)
     """Its own batch-norm statistics, permuted alike; used by the reference's way of evaluating only."""
 
     def row_on(self, device: torch.device) -> Tensor:

@@ -54,6 +54,12 @@ class ManyResult:
     converged: bool
     left: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        what = f"{len(self.pairs)} pairs" if self.permutations is None else f"{len(self.objective)} networks"
+        rounds = f", {self.rounds} rounds, {'' if self.converged else 'not '}converged" if self.history else ""
+        left = f", {len(self.left)} groups left" if self.left else ""
+        return f"ManyResult({what}, mean objective {float(self.objective.mean()):.6g}{rounds}{left})"
+
     def pair(self, i: int, j: int) -> Permutations:
         """What brings network j to network i, both as they were given."""
         if self.permutations is not None:
@@ -287,11 +293,16 @@ def _check(
         raise FastarError(f"matching many: to={to} {'needs' if to == 'star' else 'takes no'} centre")
     if len(states) < (1 if to == "star" else 2):
         raise FastarError(f"matching many: to={to} needs more than {len(states)} models")
-    by_data = settings.method == "activation" or (settings.method == "sinkhorn" and settings.sinkhorn.objective != "l2")
+    by_data, remedy = "", ""
+    if settings.method == "activation":
+        by_data, remedy = "method=activation", "let weights begin with activations (method=weight, start=activations)"
+    elif settings.method == "sinkhorn" and settings.sinkhorn.objective != "l2":
+        by_data, remedy = f"sinkhorn's objective={settings.sinkhorn.objective}", "set that objective to l2"
     if to == "mean" and by_data:
         raise FastarError(
-            "matching many: to=mean follows the weights, since the mean of networks that do not match yet computes "
-            "nothing of use; set matching.method=weight, or match to a star or pairwise"
+            f"matching many: to=mean follows the weights, not {by_data}, since the mean of networks that do not match "
+            "yet computes nothing of use: match to one of them (to=star, with it as the centre) or pairwise "
+            f"(to=pairwise), or {remedy}"
         )
     if rounds < 1:
         raise FastarError(f"matching many: rounds={rounds} must be at least 1")

@@ -42,6 +42,9 @@ class Examples:
     model: nn.Module
     batches: Sequence[tuple[Batch, Tensor | None]]
 
+    def __repr__(self) -> str:
+        return f"Examples({type(self.model).__name__}, {len(self.batches)} batches)"
+
     @property
     def inputs(self) -> list[Batch]:
         """The batches without their labels."""

@@ -58,7 +58,8 @@ class Permutations(Mapping[str, Tensor]):
 
     def __repr__(self) -> str:
         networks = "" if self.count is None else f" of {self.count} networks"
-        return f"Permutations({len(self)} groups{networks})"
+        units = sum(index.shape[-1] for index in self.values())
+        return f"{type(self).__name__}({len(self)} groups{networks}, {units} units)"
 
     def inverse(self) -> Permutations:
         """The permutations that undo these."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -303,7 +303,7 @@ class SeenSources:
     kept: KeptActivations
     permutations: Permutations
     numbers: Sequence[int]
-    own: Tables | None = None
+    own: Tables | None = field(default=None, repr=False)
 
     @staticmethod
     def all_of(kept: KeptActivations, permutations: Permutations) -> SeenSources:

@@ -110,6 +110,11 @@ class Symmetry:
                     )
             before[group.name] = group
 
+    def __repr__(self) -> str:
+        units = sum(group.size for group in self.groups)
+        frozen = f", {len(self.frozen)} places frozen" if self.frozen else ""
+        return f"Symmetry({len(self.groups)} groups, {units} units, {len(self.parameters)} parameters{frozen})"
+
     @cached_property
     def families(self) -> tuple[tuple[int, ...], ...]:
         """Positions in `groups` of those that are permuted together: a parent and its children, or a group alone."""

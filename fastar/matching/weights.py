@@ -58,6 +58,11 @@ class MatchResult:
     seconds: float
     left: tuple[str, ...] = ()
 
+    def __repr__(self) -> str:
+        before, after = float(self.objective_start.mean()), float(self.objective.mean())
+        left = f", {len(self.left)} groups left" if self.left else ""
+        return f"MatchResult({len(self.objective)} sources, mean objective {before:.6g} -> {after:.6g}{left})"
+
 
 def match_weights(
     symmetry: Symmetry,

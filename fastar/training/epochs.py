@@ -32,7 +32,7 @@ def check_batch(settings: TrainSettings, images: int) -> None:
 class Good:
     """A model's state dict after `epochs` whole epochs and `steps` steps of the next one, all of it finite."""
 
-    state: dict[str, Tensor]
+    state: dict[str, Tensor] = field(repr=False)
     epochs: int
     steps: int
 
