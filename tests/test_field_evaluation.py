@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from cli_cases import refused, tiny
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastar
+from fastar.config import load_settings
 from fastar.errors import FastarError
+from fastar.experiments import plan
+from fastar.experiments.context import Context
+from fastar.runs import RunFolder
 
 Batch = tuple[Tensor, Tensor]
 
@@ -219,3 +225,35 @@ def test_inputs_may_be_what_a_forward_takes(kind: str) -> None:
         floats = [(given(x, x * 2), labels) for x, labels in plain]
         found = fastar.match(*nets, example_inputs=floats[0][0], method="activation", data=floats)
         assert list(found) == ["net.inner.0"]
+
+
+def of_digits(folder: Path, *overrides: str) -> Context:
+    """A run of digits whose images become one pixel in resnet18, and more in resnet8."""
+    arch = "resnet8" if "resnet8" in overrides else "resnet18"
+    given = [f"dataset.directory={folder}", "model.width=0.125", "device=cpu", *overrides]
+    settings = load_settings(dataset="digits", arch=arch, overrides=[one for one in given if "=" in one])
+    return Context(settings, RunFolder(folder / "run"))
+
+
+def test_a_last_batch_of_one_image_is_said_before_training(tmp_path: Path) -> None:
+    """Training ended in torch's own error, after the data were written."""
+    options = [*tiny(tmp_path / "data"), "--arch", "resnet18", "model.width=0.125", "dataset.limit=101"]
+    said = refused("train-sources", *options, "train.drop_last=false", "--out", tmp_path / "run")
+    assert said == (
+        "train.drop_last=false: the last of 101 images in batches of 50 is alone, and batch-norm layer "
+        "stages.3.0.bn1 takes no variance of one image; set train.batch_size=51 or train.drop_last=true"
+    )
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(FastarError, match=r"train.batch_size=1: batch-norm layer stages.3.0.bn1 takes no variance"):
+        plan._check_last_batch(of_digits(tmp_path, "train.batch_size=1"), 101)
+    alone = ("train.batch_size=50", "train.drop_last=false")
+    for overrides in (alone[:1], (*alone, "train.batch_size=51"), (*alone, "resnet8")):
+        plan._check_last_batch(of_digits(tmp_path, *overrides), 101)
+
+
+@pytest.mark.parametrize(("arch", "size"), [("resnet18", 5), ("resnet8", 2)])
+def test_statistics_of_pairs_of_images_leave_none_alone(arch: str, size: int, tmp_path: Path) -> None:
+    """13 images in batches of 2, 3 or 4 leave one; where its variance is known the batches stay what they were."""
+    context = of_digits(tmp_path, arch, "train.batch_size=2")
+    context.__dict__["train"] = range(13)
+    assert context._statistics_size() == size

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ from fastar import data
 from fastar.checkpoints import Checkpoint
 from fastar.config import Settings
 from fastar.errors import FastarError
-from fastar.evaluation.batch_norm import batch_norm_layers
+from fastar.evaluation.batch_norm import batch_norm_layers, layer_of_single_values
 from fastar.figures import LiveFigures
 from fastar.flat import FlatLayout
 from fastar.matching import Examples, Symmetry, symmetry_by_settings
@@ -191,7 +192,19 @@ class Context:
         return self.train.batch_count(self._statistics_size(), drop_last=False)
 
     def _statistics_size(self) -> int:
-        return _leaving_no_single(len(self.train), self.settings.train.batch_size)
+        count = len(self.train)
+        size = _leaving_no_single(count, self.settings.train.batch_size)
+        if size == 2 and count % size == 1 and self.layer_of_single_values():
+            return next(larger for larger in itertools.count(size) if count % larger != 1)
+        return size
+
+    def layer_of_single_values(self, side: int | None = None) -> str | None:
+        """The first batch-norm layer that takes no variance of one image, of `side` x `side` pixels (None: of the
+        data's); None: there is none."""
+        channels, height, width = self.image
+        shape = (channels, height, width) if side is None else (channels, side, side)
+        pair = torch.zeros(2, *shape, dtype=torch.float32, device="cpu")
+        return layer_of_single_values(self.build(seed=0, device="cpu"), pair, len(pair))
 
     def build(self, seed: int | None = None, *, device: torch.device | str | None = None) -> nn.Module:
         """A fresh network of the run's architecture, on `device` (None: the run's)."""

@@ -137,6 +137,7 @@ def make_plan(
     on_gpu = context.device.type == "cuda" or (gpu_memory is not None and not here)
     dtype = _precision(settings.train.precision, context.device, on_gpu)
     context.known = Shape(context.image, facts.classes)  # the data need not be there
+    _check_last_batch(context, facts.train)
     if measure is not None:
         context.progress.line("planning: counting bytes")
     sizes = sizes_of(context, facts, dtype, _limits(context, gpu_memory, on_gpu), on_gpu)
@@ -215,6 +216,25 @@ def sizes_of(context: Context, facts: DataFacts, dtype: torch.dtype, limits: dic
         batch_norm=context.has_batch_norm,
         drop_last=settings.train.drop_last,
         threads=settings.workers,
+    )
+
+
+def _check_last_batch(context: Context, images: int) -> None:
+    """Raise FastarError where a batch of training is of one image, and a layer takes no variance of that."""
+    train = context.settings.train
+    size = train.batch_size
+    if size > 1 and (train.drop_last or images % size != 1):
+        return
+    layer = context.layer_of_single_values(min(training_sides(context)) if train.resolutions else None)
+    if layer is None:
+        return
+    none = f"batch-norm layer {layer} takes no variance of one image"
+    if size == 1:
+        raise FastarError(f"train.batch_size=1: {none}; raise it")
+    other = next(other for other in itertools.count(size + 1) if images % other != 1)
+    raise FastarError(
+        f"train.drop_last=false: the last of {images} images in batches of {size} is alone, and {none}; set "
+        f"train.batch_size={other} or train.drop_last=true"
     )
 
 
