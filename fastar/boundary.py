@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import sys
@@ -19,6 +20,11 @@ from fastar.errors import FastarError, printable
 EXIT_DEFECT = 70
 # What a shell makes of SIGPIPE: whoever read the output has read enough.
 EXIT_UNREAD = 141
+# What no program can help: names and places that a system does not give.
+_REFUSED_BY_THE_SYSTEM = (
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOSPC, errno.EDQUOT, errno.EIO),
+    *(errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ENOTDIR, errno.EISDIR),
+)
 
 
 class _Stream:
@@ -118,6 +124,14 @@ def _settle(stream: TextIO) -> None:
 def say(line: str) -> None:
     """One line on stderr, where that can be written."""
     print(printable(line), file=forgiving(sys.stderr), flush=True)
+
+
+def refused_by_the_system(error: BaseException) -> str | None:
+    """What to say of an error that names a file and is the system's, not a defect; None: it is none."""
+    if not isinstance(error, OSError) or error.filename is None or error.errno not in _REFUSED_BY_THE_SYSTEM:
+        return None
+    name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else str(error.filename)
+    return f"{name if len(name) <= 300 else name[:300] + '...'}: cannot be used ({error.strerror})"
 
 
 def unexpected(error: BaseException, folder: Path | None = None) -> str:

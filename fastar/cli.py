@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastar import __version__
-from fastar.boundary import EXIT_DEFECT, say, streams, unexpected
+from fastar.boundary import EXIT_DEFECT, refused_by_the_system, say, streams, unexpected
 from fastar.errors import FastarError
 from fastar.stopping import EXIT_INTERRUPTED, Stopped, signals_stop
 
@@ -805,8 +805,11 @@ def _outcome(arguments: list[str] | None) -> int:
     except SystemExit:
         raise
     except BaseException as error:  # noqa: BLE001  # the last to see it; panics of libraries in Rust are no Exception
+        refused = refused_by_the_system(error)
+        if refused is not None:
+            return _refused(refused)
         if not hasattr(error, "format_message"):
-            folder = next((run for run in _folders if (run / "config.yaml").is_file()), None)
+            folder = next((run for run in _folders if os.path.isfile(run / "config.yaml")), None)
             say(f"fastar: {unexpected(error, folder)}")
             return EXIT_DEFECT
         message = error.format_message()  # typer's own complaints about options

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from fastar.errors import FastarError
 from fastar.recipes import config_path, merge, read_recipe, read_yaml, recipe_path, shortened
@@ -63,6 +63,17 @@ def parse_bytes(text: str) -> int:
     return int(size)
 
 
+def _with_home(path: Path) -> Path:
+    try:
+        path.expanduser()
+    except RuntimeError:
+        raise ValueError("there is no such home folder; write the path out") from None
+    return path
+
+
+Folder = Annotated[Path, AfterValidator(_with_home)]
+
+
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -71,9 +82,9 @@ class DatasetSettings(_Section):
     """Which images, and where they are."""
 
     name: str
-    root: Path | None = None
+    root: Folder | None = None
     """Folder of the raw data; None looks where the dataset is usually found."""
-    directory: Path = Path(os.environ.get("FASTAR_DATA", "~/.cache/fastar/data"))
+    directory: Folder = Path(os.environ.get("FASTAR_DATA", "~/.cache/fastar/data"))
     """Folder of the .beton files, shared by runs."""
     limit: Positive | None = None
     """Train on this many images (class-balanced) instead of all."""
@@ -227,7 +238,7 @@ class SourcesSettings(_Section):
 
     number: Positive = 10
     heldout: Count = 3
-    folder: Path | None = None
+    folder: Folder | None = None
     """Take the sources from this folder of checkpoints instead of training them."""
     store: Literal["auto", "device", "host", "file"] = "auto"
     """Where the star's training keeps them. auto: on the device if they fill at most half of its free memory, else in

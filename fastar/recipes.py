@@ -73,6 +73,8 @@ class _StrictLoader(yaml.SafeLoader):
             raise _refused(node, f"{shortened(node.value)!r} is no {_PLAIN[node.tag]}") from error
         if isinstance(value, int) and abs(value) > LARGEST:
             raise _refused(node, f"{shortened(node.value)} is too large a number")
+        if isinstance(value, str) and "\0" in value:  # no name has it
+            raise _refused(node, "a NUL character")
         return value
 
     def _mapping(self, node: yaml.MappingNode, deep: int) -> dict[Any, Any]:

@@ -121,7 +121,7 @@ def test_training_goes_on_when_nobody_hears_of_its_progress(
     tmp_path: Path, run: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = [option for option in tiny(data) if option != "--quiet"]
-    out, err = io.StringIO(), Failing(errno.ENOSPC)
+    out, err = io.StringIO(), Failing(errno.EPIPE)
     code = called("train-star", *options, "--out", tmp_path / "run", out=out, err=err, monkeypatch=monkeypatch)
     assert (code, err.refusals) == (0, 1)
     assert out.getvalue().endswith(f"picture: {tmp_path}/run/barrier.png\n")
@@ -305,8 +305,8 @@ def test_python_code_still_gets_the_exception(monkeypatch: pytest.MonkeyPatch) -
     def fails(**arguments: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(config.Settings, "model_validate", fails)
-    with pytest.raises((ZeroDivisionError, TypeError)):
+    monkeypatch.setattr(config, "config_path", lambda *arguments: fails())
+    with pytest.raises(ZeroDivisionError):
         config.load_settings(dataset="digits")
 
 
@@ -341,3 +341,14 @@ def test_the_tool_that_writes_data_has_the_same_ends(tmp_path: Path, monkeypatch
     assert (
         said.getvalue() == f"error: unexpected error: ZeroDivisionError; the traceback is in {kept}; please report it\n"
     )
+
+
+def test_what_the_system_refuses_is_no_defect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(**arguments: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", tmp_path / "x")
+
+    monkeypatch.setattr(config, "load_settings", fails)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    said = refused("train-star", "--dataset", "digits")
+    assert said == f"{tmp_path}/x: cannot be used (Permission denied)"
+    assert list(tmp_path.iterdir()) == []

@@ -41,6 +41,7 @@ NO_PLAIN_VALUES = [
     pytest.param("&a [*a]", "nested more than 50 levels", id="in itself"),
     pytest.param("*a", "undefined alias", id="alias"),
     pytest.param("[1, 2", "expected ',' or ']'", id="open"),
+    pytest.param('"a\\0b"', "a NUL character", id="nul"),
     pytest.param("a\x07", "unacceptable character", id="bell"),
 ]
 
@@ -191,3 +192,29 @@ def test_a_path_of_any_bytes_is_taken_as_it_is() -> None:
     settings = load_settings(dataset="digits", overrides=[f"dataset.root={name}"])
     assert read_yaml(settings.to_yaml())["dataset"]["root"] == name
     assert settings.to_yaml().isascii()
+
+
+@pytest.mark.parametrize("key", ["dataset.root", "dataset.directory", "sources.folder"])
+def test_nobody_s_home_is_refused(key: str) -> None:
+    with pytest.raises(FastarError, match=rf"{key}=.*: there is no such home folder"):
+        load_settings(dataset="digits", overrides=[f"{key}=~nobody-is-called-so/x"])
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["train-star", "--config"],
+        ["train-star", "--dataset", "digits", "--arch"],
+        ["configs"],
+        ["runs"],
+        ["report"],
+        ["match", "a.pt"],
+    ],
+    ids=lambda arguments: arguments[0] + arguments[-1],
+)
+def test_a_name_longer_than_the_system_takes_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert len(refused(*arguments, "a" * 5000)) < 6000
+    assert list(tmp_path.iterdir()) == []

@@ -57,7 +57,7 @@ def signals_end() -> Iterator[None]:
 if __name__ == "__main__":
     handle(leave)  # importing takes seconds
 
-from fastar.boundary import EXIT_DEFECT, say, streams, unexpected  # noqa: E402
+from fastar.boundary import EXIT_DEFECT, refused_by_the_system, say, streams, unexpected  # noqa: E402
 from fastar.config import OF_ANY_SIZE  # noqa: E402
 from fastar.data import DATASETS, PRESETS, Encoding, Files, ImageFiles, prepare, prepare_images  # noqa: E402
 from fastar.data.images import size_text  # noqa: E402
@@ -213,8 +213,9 @@ def main(arguments: list[str] | None = None) -> int:
             say(f"{ended}; {LEFT_NOTHING}")
             return ended.code
         except Exception as error:  # noqa: BLE001  # the last to see it
-            say(f"error: {unexpected(error)}")
-            return EXIT_DEFECT
+            refused = refused_by_the_system(error)
+            say(f"error: {refused or unexpected(error)}")
+            return 2 if refused else EXIT_DEFECT
         return 0
 
 
