@@ -75,7 +75,9 @@ EXAMPLES = """examples:
 FOLDER may hold CIFAR python pickles, CIFAR binary files or their archives, IDX files (plain or gzipped), or
 train/CLASS/*.jpg and test/CLASS/*.jpg. For imagenet and imagefolder it holds train/CLASS/*.JPEG and val/CLASS/*.JPEG;
 ARCHIVES holds ILSVRC2012_img_train.tar, ILSVRC2012_img_val.tar and ILSVRC2012_devkit_t12.tar.gz, which are read where
-they lie. CLASSES holds CLASS/*.jpg alone. What is already written and matches is kept; what differs is refused.
+they lie. CLASSES holds CLASS/*.jpg alone. Folders below a class's are looked into; Tiny-ImageNet's val/images with
+val_annotations.txt is read as it is; what is no image is passed over and named. What is already written and matches is
+kept; what differs is refused.
 """
 
 MEANINGS = {

@@ -208,7 +208,7 @@ def is_packed(root: Path, *, val_share: float | None = None) -> bool:
 
 
 def count_images(root: Path, *, val_share: float | None = None) -> tuple[int, int, int] | None:
-    """(training images, test images, classes) of a data root, from names alone; None where any are in archives, which
+    """(training images, test images, classes) of a data root, decoding none; None where any are in archives, which
     take minutes to list. FastarError as `find_images`."""
     if is_packed(root, val_share=val_share):
         return None
