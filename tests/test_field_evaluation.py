@@ -13,10 +13,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastar
+from fastar.checkpoints import Checkpoint
 from fastar.config import load_settings
 from fastar.errors import FastarError
 from fastar.experiments import plan
-from fastar.experiments.context import Context
+from fastar.experiments.context import Context, Shape
+from fastar.experiments.measure import check_endpoint
+from fastar.matching import Symmetry
 from fastar.runs import RunFolder
 
 Batch = tuple[Tensor, Tensor]
@@ -257,3 +260,38 @@ def test_statistics_of_pairs_of_images_leave_none_alone(arch: str, size: int, tm
     context = of_digits(tmp_path, arch, "train.batch_size=2")
     context.__dict__["train"] = range(13)
     assert context._statistics_size() == size
+
+
+class Few:
+    """Some test images of 8x8."""
+
+    def __len__(self) -> int:
+        return 6
+
+    def sequential(self, size: int) -> list[Batch]:
+        assert size >= 6
+        return [(torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(6))]
+
+
+def test_checkpoints_at_the_ends_of_paths_are_run_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As `fastar barrier` does, permuted ones beside what they were."""
+    context = of_digits(tmp_path, "resnet8")
+    context.__dict__.update(files=None, test=Few(), known=Shape((1, 8, 8), 10))
+    model = context.build(seed=3)
+    for name, value in model.state_dict().items():
+        if name.endswith("running_mean"):
+            value.copy_(torch.rand(value.shape, generator=torch.Generator().manual_seed(1)) - 0.7)  # units live
+    checkpoint = Checkpoint(dict(model.state_dict()))
+    moved = context.symmetry.random(0)
+    assert not moved.is_identity()
+    for permutation in (None, moved):
+        check_endpoint(context, "b.pt", checkpoint, permutation)
+    whole = Symmetry.apply
+
+    def forgetful(*given: Any) -> dict[str, Tensor]:
+        state = whole(*given)
+        return {name: checkpoint.state[name] if name.endswith("running_mean") else v for name, v in state.items()}
+
+    monkeypatch.setattr(Symmetry, "apply", forgetful)
+    with pytest.raises(FastarError, match=r"the end of the path is not b\.pt: on one batch"):
+        check_endpoint(context, "b.pt", checkpoint, moved)

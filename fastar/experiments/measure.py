@@ -13,9 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastar.checkpoints import Checkpoint
+from fastar.checkpoints import Checkpoint, load_into
 from fastar.evaluation import Endpoint, Path, PathLosses, evaluate_paths, evaluate_rows
-from fastar.evaluation.batch_norm import batch_norm_layers
+from fastar.evaluation.batch_norm import batch_norm_layers, own_statistics
+from fastar.evaluation.ends import check_end
 from fastar.experiments.context import Context
 from fastar.experiments.facts import shown
 from fastar.experiments.regular import device_name
@@ -30,6 +31,8 @@ from fastar.training import PART_ROWS, limited
 
 # How many times `evaluation.bn_batches` it is compared with.
 TIMES = 8
+# Images that the ends of paths are run on.
+CHECKED_ON = 64
 KINDS = ("regular_regular", "star_heldout", "star_source", "regular_regular_unmatched")
 
 
@@ -53,6 +56,18 @@ def endpoint(context: Context, name: str, checkpoint: Checkpoint, permutation: P
     return Endpoint(name, row, own)
 
 
+def check_endpoint(context: Context, name: str, checkpoint: Checkpoint, permutation: Permutations | None) -> None:
+    """Raise FastarError unless the network at this end of a path computes what the checkpoint's own does, on the first
+    test images and with its own batch-norm statistics."""
+    own, standing = context.build(seed=0), context.build(seed=0)
+    load_into(own, checkpoint)
+    state = checkpoint.state if permutation is None else context.symmetry.apply(permutation, checkpoint.state)
+    statistics = {one: state[one].to(value) for one, value in own_statistics(standing).items()}
+    images, _ = next(iter(context.splits()["test"]()))
+    row = context.layout.flatten(state).to(context.device)
+    check_end(own, standing, context.layout, row, statistics, images[:CHECKED_ON], name)
+
+
 def matched_endpoints(
     context: Context,
     first: Checkpoint,
@@ -60,9 +75,13 @@ def matched_endpoints(
     names: Sequence[str],
     *,
     start: Permutations | None = None,
+    checked: bool = False,
     progress: Progress = SILENT,
 ) -> list[Endpoint]:
-    """`others` as ends of paths from `first`, each permuted to match it: weight matching, some dozen at a time."""
+    """`others` as ends of paths from `first`, each permuted to match it: weight matching, some dozen at a time.
+
+    `checked`: each is run beside its checkpoint's own network (`check_endpoint`).
+    """
     if not others:
         return []
     settings, symmetry, layout = context.settings, context.symmetry, context.layout
@@ -86,6 +105,8 @@ def matched_endpoints(
                 threads=matching_threads(context.device, settings.workers),
             ).permutations.to("cpu")
             for k, other in enumerate(some):
+                if checked:
+                    check_endpoint(context, names[begin + k], other, found.select(k))
                 ends.append(endpoint(context, names[begin + k], other, found.select(k)))
             advance(len(some))
     return ends

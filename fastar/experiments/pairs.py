@@ -13,7 +13,7 @@ from fastar.evaluation import Path as Segment
 from fastar.evaluation import evaluate_paths
 from fastar.experiments.context import DATA_KEYS, MEASURE_WITH_LESS, Context, Shape, resolve_device, within_memory
 from fastar.experiments.facts import shown
-from fastar.experiments.measure import endpoint, matched_endpoints, path_result, statistics_error
+from fastar.experiments.measure import check_endpoint, endpoint, matched_endpoints, path_result, statistics_error
 from fastar.experiments.regular import check_fits, device_name, tell
 from fastar.progress import SILENT, Progress
 from fastar.runs import RunFolder, versions
@@ -90,11 +90,14 @@ def barriers_of_files(
         start = load_whole(context, first, checkpoint, same_data=True)
         ends = [load_whole(context, path, same_data=True) for path in others]
         names = [str(path) for path in others]
+        check_endpoint(context, str(first), start, None)
         centre = endpoint(context, str(first), start)
         if matching:
-            points = matched_endpoints(context, start, ends, names, progress=progress)
+            points = matched_endpoints(context, start, ends, names, checked=True, progress=progress)
         else:
             points = [endpoint(context, name, end) for name, end in zip(names, ends, strict=True)]
+            for name, end in zip(names, ends, strict=True):
+                check_endpoint(context, name, end, None)
         paths = [Segment("path", centre, point) for point in points]
         measured = evaluate_paths(
             context.build(seed=0),
