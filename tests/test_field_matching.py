@@ -410,6 +410,25 @@ def test_a_network_that_returns_caches_is_traced_without() -> None:
     assert asked.groups == ()  # whoever asks for outputs has them held
 
 
+class Cache:
+    """As `DynamicCache`: what torch.export knows nothing of."""
+
+    def __init__(self, key: Tensor) -> None:
+        self.key = key
+
+
+def test_outputs_that_are_no_tensors_are_named() -> None:
+    class Returns(nn.Sequential):
+        def forward(self, x: Tensor) -> Any:
+            return super().forward(x), Cache(x)
+
+    model = Returns(*seeded(mlp, 8, 6, 3))
+    with pytest.raises(
+        FastarError, match=r"cannot trace Returns.* returns a Cache, .*: use_cache=False in the example"
+    ):
+        derive_symmetry(model, (points(2, 8),), cached=False)
+
+
 # What is said
 
 

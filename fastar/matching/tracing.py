@@ -6,6 +6,7 @@ import contextlib
 import io
 import logging
 import os
+import re
 import sysconfig
 import traceback
 import warnings
@@ -22,6 +23,8 @@ from fastar.states import copied
 
 # What torch says, in its several kinds of errors, of a forward pass that needs the value of a tensor.
 _VALUES = ("data-dependent", "data dependent", "GuardOnDataDependent", "unbacked")
+# What it says of an output that is none of tensors, tuples, lists, mappings and what is registered as such.
+_RETURNED = re.compile(r"Found <class '([^']+)'> in output, which is not a known type")
 
 
 def trace(model: nn.Module, example_inputs: ExampleInputs, name: str) -> torch.export.ExportedProgram:
@@ -70,6 +73,13 @@ def _why(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any],
         ) from own
     said, text = _said(error), f"{type(error).__name__} {error}"
     what = f" with torch.export to find its permutation groups: {said}{_place(error)}; "
+    returned = _RETURNED.search(text)
+    if returned is not None:
+        return (
+            f" with torch.export to find its permutation groups: it returns a {returned[1].rpartition('.')[2]}, whose "
+            "tensors torch.export does not see; leave it out (of Hugging Face's caches: use_cache=False in the example "
+            "inputs)"
+        )
     if any(one in text for one in _VALUES):
         return f"{what}its forward must not branch on values: change it, or write its groups down as a PermutationSpec"
     return f"{what}change that part, or write its groups down as a PermutationSpec"
