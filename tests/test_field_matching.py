@@ -287,6 +287,19 @@ def test_weights_decide_nothing_that_activations_do() -> None:
     assert sorted(found["0"][:3].tolist()) == sorted(back["0"][:3].tolist())
 
 
+@pytest.mark.gpu
+def test_a_gpu_recovers_the_same() -> None:
+    if not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+    mixer, dead = seeded(Mixer), seeded(mlp, 20, 64, 10)
+    with torch.no_grad():
+        dead[0].bias[:10] = -100
+    for model, inputs in ((mixer, images()), (dead, points(512, 20))):
+        twin, _, back = shuffled(model, inputs)
+        found = by_activations(model.to("cuda"), twin.to("cuda"), inputs)
+        assert wrong(found.to("cpu"), back) == dict.fromkeys(back, 0)
+
+
 # What networks and data may be
 
 
