@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import fastar
 from fastar.errors import FastarError
+from fastar.models import build_model
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = torch.zeros(2, 1, 4, 4)
@@ -96,8 +97,19 @@ def test_results_are_the_same_under_any_default_dtype_and_device(what: torch.dty
         assert_same(all_results(networks, data), expected)
 
 
+@pytest.mark.parametrize("arch", ["mlp", "resnet8", "vit"])
+def test_models_are_made_in_float32_under_any_default_dtype(arch: str) -> None:
+    def made() -> dict[str, Tensor]:
+        return dict(build_model(arch, input_shape=(1, 8, 8), classes=3, seed=1).state_dict())
+
+    expected = made()
+    with torch_set_to(torch.float64):
+        assert_same(made(), expected)
+        assert torch.get_default_dtype() == torch.float64
+
+
 def test_every_tensor_that_is_made_says_its_dtype_and_device() -> None:
-    """Models aside, whose parameters are torch's layers' and follow its defaults."""
+    """Models aside, whose layers are torch's: they are made under a default of their own, on the device that is set."""
     floating = {"zeros", "ones", "empty", "rand", "randn", "full", "tensor", "linspace", "eye", "empty_strided"}
     whole = {"arange", "randint", "randperm", "as_tensor", "asarray"}
     silent = []

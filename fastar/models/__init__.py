@@ -76,7 +76,7 @@ def build_model(
             raise FastarError(f"model.{name} is not a setting of {arch}: {hint}it takes {', '.join(valid) or 'none'}")
         _check_value(arch, name, options[name], valid[name])
     try:
-        with _seeded(seed):
+        with _seeded(seed), _in_float32():
             model = MODELS[arch](input_shape=input_shape, classes=classes, **options)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
@@ -114,6 +114,17 @@ def _check_value(arch: str, name: str, value: object, default: object) -> None:
         raise FastarError(f"model.{name}={value!r} of {arch} must be a {'whole ' if whole else ''}number")
     if abs(value) > LARGEST:
         raise FastarError(f"model.{name}={value:.3g} of {arch} must be at most {LARGEST:,}")
+
+
+@contextmanager
+def _in_float32() -> Iterator[None]:
+    """Inside, layers are made in float32, whatever torch's default is: in others they would draw other values."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float32)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(default)
 
 
 @contextmanager
