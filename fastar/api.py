@@ -27,6 +27,7 @@ from fastar.batches import (
     in_float,
     labelled,
     tried,
+    with_parameters,
 )
 from fastar.config import MatchingSettings, matching_settings
 from fastar.errors import FastarError
@@ -51,7 +52,7 @@ from fastar.matching import match_many as match_states
 from fastar.matching.forwards import Batch
 from fastar.matching.symmetry import Member
 from fastar.progress import SILENT, Progress
-from fastar.states import check_computed, check_one_value, check_state_of
+from fastar.states import check_computed, check_one_value, check_state_of, is_vector
 
 EXAMPLE_BATCHES = 4
 """Of `data` that methods of matching look at."""
@@ -376,9 +377,10 @@ def barrier(
     """The loss barrier between two models of one architecture, as they are (paper, eq. 10).
 
     Models are evaluated in float32 on the device of `model_a`, whatever their dtype and that of their inputs; neither
-    is changed. Parameters are interpolated; batch-norm statistics are re-estimated at every point, ends included
-    (paper, appendix B.3). All else that a model computes with has to be the same in both, since nothing says what it is
-    between two models. Other buffers are compared, also those that no state dict has (`persistent=False`). The rest
+    is changed. Parameters are interpolated, and buffers of the state dict that hold a value for each unit (those of
+    frozen batch-norms) and differ; batch-norm statistics are re-estimated at every point, ends included (paper,
+    appendix B.3). All else that a model computes with has to be the same in both, since nothing says what it is between
+    two models. Other buffers are compared, also those that no state dict has (`persistent=False`). The rest
     (tensors and numbers that are plain attributes, kinds of layers, caches) is held by running each model once, on the
     first batch and with its own batch-norm statistics, beside the network that stands for it at its end of the path.
 
@@ -404,8 +406,8 @@ def barrier(
     states = [given.state_dict() for given in models.values()]
     check_state_of(model_a, states[1], "model_b")
     check_one_value(model_a, states[1], "model_b", f"a path can hold but one; {TIE_ALIKE}")
-    _check_buffers(model_a, model_b)
-    model = float_copy(model_a, device)
+    between = _interpolated_buffers(model_a, model_b)
+    model = with_parameters(float_copy(model_a, device), between)
     layout = FlatLayout.from_module(model)
     floats = in_float(batches_of(data, device, "data"))
     first = next(floats(), None)
@@ -456,17 +458,24 @@ def _equal(first: Tensor, second: Tensor) -> bool:
     return any(bool(((a == b) | ((a != a) & (b != b))).all()) for a, b in pairs)
 
 
-def _check_buffers(model_a: nn.Module, model_b: nn.Module) -> None:
-    """A FastarError where the two differ in a buffer that is not a statistic of a batch-norm."""
+def _interpolated_buffers(model_a: nn.Module, model_b: nn.Module) -> list[str]:
+    """The buffers that differ and can be interpolated; a FastarError where another one differs that is not a statistic
+    of a batch-norm."""
     norms = [name for name, module in model_a.named_modules(remove_duplicate=False) if isinstance(module, _BatchNorm)]
     buffers = [dict(model.named_buffers(remove_duplicate=False)) for model in (model_a, model_b)]
+    persistent, found = model_a.state_dict().keys() & model_b.state_dict().keys(), []
     for name in dict.fromkeys((*buffers[0], *buffers[1])):
         module, _, leaf = name.rpartition(".")
         if leaf == "num_batches_tracked" or (leaf in ("running_mean", "running_var") and module in norms):
             continue
         first, second = (own.get(name) for own in buffers)
-        if first is None or second is None or not _equal(first, second):
-            raise FastarError(
-                f"model_a and model_b differ in buffer {name!r}, which is neither a parameter to interpolate nor a "
-                "batch-norm's statistic to re-estimate: make it equal in both, or a parameter"
-            )
+        if first is not None and second is not None and _equal(first, second):
+            continue
+        if name in persistent and first is not None and first.is_floating_point() and is_vector(first):
+            found.append(name)
+            continue
+        raise FastarError(
+            f"model_a and model_b differ in buffer {name!r}, which is neither a parameter to interpolate nor a "
+            "batch-norm's statistic to re-estimate: make it equal in both, or a parameter"
+        )
+    return found

@@ -64,6 +64,18 @@ def float_copy(model: nn.Module, device: torch.device) -> nn.Module:
     return copy_of(model).float().to(device).eval()
 
 
+def with_parameters(model: nn.Module, buffers: Iterable[str]) -> nn.Module:
+    """`model` itself, these of its buffers made parameters of the same names."""
+    for name in buffers:
+        path, _, leaf = name.rpartition(".")
+        module = model.get_submodule(path)
+        if leaf in module._buffers:  # not yet made under another name of the module
+            value = module._buffers.pop(leaf)
+            assert value is not None
+            module.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
+    return model
+
+
 def in_float(batches: Batches) -> Batches:
     """The same with floating-point inputs in float32."""
 

@@ -301,3 +301,8 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif isinstance(value, Mapping | tuple | list):
         for one in value.values() if isinstance(value, Mapping) else value:
             yield from tensors_in(one)
+
+
+def is_vector(tensor: Tensor) -> bool:
+    """Tell whether a tensor has one axis that is longer than one, and so may hold a value for each of some units."""
+    return sum(size > 1 for size in tensor.shape) == 1

@@ -512,3 +512,27 @@ def test_differences_that_change_nothing_are_none() -> None:
     b.train()
     b.get_submodule("0").register_forward_hook(lambda module, inputs, output: None)
     assert len(fastar.match(a, b, example_inputs=X).symmetry.groups) == 1
+
+
+def test_a_path_between_matched_networks_interpolates_buffers_that_moved() -> None:
+    """The same frozen statistics in both, in another order after matching: at its ends the path is the models."""
+    generator = torch.Generator().manual_seed(0)
+    frozen = {name: value + torch.rand(8, generator=generator) for name, value in Frozen(8).state_dict().items()}
+    a, b = (with_frozen(seed, frozen) for seed in (0, 1))
+    inputs, labels = torch.randn(32, 3, 8, 8, generator=generator), torch.arange(32) % 4
+    matched = fastar.match(a, b, example_inputs=torch.zeros(1, 3, 8, 8))
+    nearer = fastar.apply(matched, b)
+    assert not torch.equal(nearer[1].running_var, b[1].running_var)
+    measured = fastar.barrier(a, nearer, [(inputs, labels)], points=3)
+    halfway = with_frozen(0, frozen)
+    halfway.load_state_dict({n: (v + nearer.state_dict()[n]) / 2 for n, v in a.state_dict().items()})
+    for model, loss in zip((a, halfway, b), measured.loss, strict=True):
+        wanted = torch.nn.functional.cross_entropy(model(inputs), labels).item()
+        assert loss == pytest.approx(wanted, rel=1e-5)
+
+
+def with_frozen(seed: int, statistics: dict[str, torch.Tensor]) -> nn.Sequential:
+    torch.manual_seed(seed)
+    frozen = Frozen(8)
+    frozen.load_state_dict(statistics)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), frozen, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))

@@ -19,6 +19,7 @@ from fastar.matching.tracing import trace
 from fastar.matching.trials import ExampleInputs
 from fastar.matching.verify import verify_symmetry
 from fastar.matching.views import Copies, Dims, Factor, factor_length
+from fastar.states import is_vector
 
 
 def derive_symmetry(
@@ -111,7 +112,7 @@ def _movable(model: nn.Module, program: torch.export.ExportedProgram) -> frozens
         and not isinstance(tensor, nn.Parameter)
         and (tensor.is_floating_point() or tensor.dtype == torch.bool)
         and id(tensor) not in shared
-        and sum(n > 1 for n in tensor.shape) == 1
+        and is_vector(tensor)
     )
 
 
