@@ -230,6 +230,26 @@ def test_what_moves_in_a_way_that_is_not_understood_is_left_and_named() -> None:
     assert many.result.left == ("hidden",)
 
 
+class OfOneSize(nn.Module):
+    """Its forward is written for batches of 100."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.out = nn.Linear(6, 8), nn.Linear(8, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.tanh(self.hidden(x.view(100, 6))))  # type: ignore[no-any-return]
+
+
+def test_a_forward_may_be_written_for_one_batch_size() -> None:
+    model, inputs = seeded(OfOneSize), points(100, 6)
+    symmetry, twin = derive_symmetry(model, (inputs,), cached=False), copy.deepcopy(model)
+    twin.load_state_dict(symmetry.apply(symmetry.random(0), model.state_dict()))
+    data = [(inputs, torch.zeros(100, dtype=torch.int64))]
+    found = fastar.match(model, twin, example_inputs=inputs, method="activation", data=data)
+    assert wrong(found, symmetry.random(0).inverse()) == {"hidden": 0}
+
+
 # Units that do the same
 
 

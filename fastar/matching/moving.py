@@ -17,7 +17,7 @@ from fastar.matching.forwards import Batch, arguments_of, forward, in_float32, o
 from fastar.matching.observing import Kind, Observer
 from fastar.matching.permutations import Permutations
 from fastar.matching.symmetry import Group, Member, Symmetry
-from fastar.matching.trials import State, Trial
+from fastar.matching.trials import ExampleInputs, State, Trial
 from fastar.matching.verify import DRAWS, moving
 
 # Inputs that are looked at: one has no batch-norm's statistics, and two show as much as many.
@@ -64,16 +64,20 @@ def moving_axes(
     Raises:
         FastarError: something seems to move, and the model does not run in float64.
     """
-    few = _few(batch)
-    trial = Trial(model, few if isinstance(few, Mapping) else arguments_of(few)[0], 0)
+    trial = Trial(model, _arguments(_few(batch)), 0)
     state = trial.state(DRAWS[0][0])
-    names, here = symmetry.computed_with(state, state), on_device(few, device)
+    names, short = symmetry.computed_with(state, state), {k: in_float32(v).to(device) for k, v in state.items()}
     wanted = {(member.tensor, member.axis) for group in symmetry.groups for member in group.members}
     everything = moving(symmetry, 0)
-    short = _Look(
-        symmetry, {k: in_float32(v).to(device) for k, v in state.items()}, names, lambda s: forward(twin, s, here)
-    )
-    suspects = short.differing(everything, wanted)
+
+    def suspected(inputs: Batch) -> set[Key]:
+        look = _Look(symmetry, short, names, lambda s: forward(twin, s, on_device(inputs, device)))
+        return look.differing(everything, wanted)
+
+    try:
+        suspects = suspected(_few(batch))
+    except RuntimeError:  # a forward may be written for batches of one size
+        trial, suspects = Trial(model, _arguments(batch), 0), suspected(batch)
     if not suspects:
         return {}
     look = _Look(symmetry, state, list(state), trial.outputs)
@@ -172,6 +176,10 @@ def _few(batch: Batch) -> Batch:
         return batch  # they are not all [batch, ...]
     few: Batch = tree_map_only(Tensor, lambda one: one[:_INPUTS] if one.ndim else one, batch)
     return few
+
+
+def _arguments(batch: Batch) -> ExampleInputs:
+    return batch if isinstance(batch, Mapping) else arguments_of(batch)[0]
 
 
 def samples_of(along: Sequence[Along]) -> int:

@@ -97,21 +97,25 @@ def _step(descent: Descent, f: int, own: Classes, theirs: Classes) -> bool:
     groups = [descent.problem.groups[g] for g in descent.problem.families[f]]
     tables = []
     for group, g in zip(groups, descent.problem.families[f], strict=True):
-        score = descent.score(g)[0].double().cpu().numpy()
+        score, rows = descent.score(g)[0], np.arange(group.size)
         if group.name in own:
             # Whatever two places do the same, or two units that are there now: such pairs are as good as each other in
             # every assignment of the highest score.
             here, there = own[group.name], theirs[group.name][descent.permutations[g][0]]
+            if len(groups) == 1:  # few are tied, the rule
+                rows = np.flatnonzero((np.bincount(here)[here] > 1) | (np.bincount(there)[there] > 1))
+                at = torch.from_numpy(rows).to(score.device)
+                score, here, there = score[at][:, at], here[rows], there[rows]
             allowed = (here[:, None] == here) | (there[:, None] == there)
         else:  # not seen: its units stay, inside their blocks if these move
             blocks = group.size if group is groups[0] else groups[0].size
             allowed = np.kron(np.ones((blocks, blocks)), np.eye(group.size // blocks)).astype(bool)
         # Pairs that are not allowed cost more than all others together can gain.
-        tables.append(np.where(allowed, score, -(np.abs(score).sum() + 1)))
-    if len(tables) == 1:  # few are tied, the rule
-        rows = np.flatnonzero(allowed.sum(1) > 1)
+        table = score.double().cpu().numpy()
+        tables.append(np.where(allowed, table, -(np.abs(table).sum() + 1)))
+    if len(groups) == 1:
         answer = np.arange(groups[0].size)
-        answer[rows] = rows[solve_assignment(tables[0][np.ix_(rows, rows)], solver="scipy")]
+        answer[rows] = rows[solve_assignment(tables[0], solver="scipy")]
         answers: Answers = (answer,)
     else:
         answers = solve_family(tables, solver="scipy")
