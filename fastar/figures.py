@@ -146,6 +146,8 @@ def is_event_file_whole(path: Path) -> bool:
     Raises:
         OSError: it cannot be read.
     """
+    if not path.is_file():  # a pipe would be waited for
+        return False
     data, place = path.read_bytes(), 0
     while len(data) - place >= 12:
         length = data[place : place + 8]

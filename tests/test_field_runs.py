@@ -479,6 +479,14 @@ def test_a_folder_among_given_sources_is_no_source(run: RunFolder, data: Path, t
     assert results["sources"] == 2
 
 
+def test_a_pipe_named_as_a_checkpoint_is_not_waited_for(run: RunFolder, data: Path) -> None:
+    run.star.unlink()
+    run.in_training("star", 0).mkdir(parents=True)
+    os.mkfifo(run.in_training("star", 0) / "epoch-00001-step-00000000.safetensors")
+    with pytest.raises(FastarError, match="is not a file, and has the name of a checkpoint"):
+        train_star(small(data), run.path)
+
+
 def test_checkpoints_go_and_the_rest_stays(tmp_path: Path) -> None:
     folder = tmp_path / IN_TRAINING / "source-0000"
     folder.mkdir(parents=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -155,6 +156,17 @@ def test_each_damage_has_a_line(run: RunFolder) -> None:
     for path in (run.model("source", 0), run.model("source", 1), run.star, run.results):
         flipped(path, 8 * path.stat().st_size - 80)
     assert len(recheck(run.path).damaged) == 4
+
+
+@pytest.mark.parametrize(
+    "name", ["config.yaml", "barrier.png", "tensorboard", "in-training", "results.json", "sources"]
+)
+def test_a_pipe_is_not_waited_for(run: RunFolder, name: str) -> None:
+    path = run.path / name
+    path = path if path.is_file() else next(file for file in sorted(path.rglob("*")) if file.is_file())
+    path.unlink()
+    os.mkfifo(path)
+    assert any(path.name in line for line in recheck(run.path).damaged)
 
 
 def test_a_stopped_run_is_well(run: RunFolder) -> None:

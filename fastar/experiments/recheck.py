@@ -122,6 +122,8 @@ def _models(run: RunFolder) -> Iterator[tuple[Path, str, int]]:
 
 
 def _config(run: RunFolder) -> str | None:
+    if not run.config.is_file():
+        raise FastarError(f"{run.config}: missing; restore it")
     whole = run.is_config_whole()
     if whole is None:
         run.saved_settings()
@@ -146,7 +148,7 @@ def _picture(run: RunFolder) -> str | None:
     """PNG has a checksum for each of its chunks."""
     if not run.picture.exists():
         return None
-    data = run.picture.read_bytes()
+    data = run.picture.read_bytes() if run.picture.is_file() else b""
     place, whole = len(PNG), data.startswith(PNG) and data[-8:-4] == b"IEND"
     while whole and place < len(data):
         size = int.from_bytes(data[place : place + 4], "big")

@@ -248,6 +248,8 @@ _SAVED = {"recipe", "attempt", "epoch", "step", "history", "so_far"}
 
 
 def _check_readable(path: Path) -> None:
+    if path.exists() and not path.is_file():
+        raise FastarError(f"{path}: is not a file, and has the name of a checkpoint; move it away")
     try:
         with path.open("rb") as file:
             file.read(1)
