@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import itertools
 import json
@@ -262,6 +263,8 @@ class RunFolder:
             FastarError: no readable `config.yaml`.
         """
         try:
+            if self.config.exists() and not self.config.is_file():  # a pipe would be waited for
+                raise OSError(errno.EINVAL, "not a file", str(self.config))
             content = read_yaml(self.config.read_text(encoding="utf-8"))
         except OSError as error:
             raise FastarError(f"{self.path}: is no run folder (config.yaml: {error.strerror})") from error
