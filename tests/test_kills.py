@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -196,9 +197,8 @@ def present(paths: Iterable[Path]) -> Iterator[Path]:
 def newest(folder: Path) -> int:
     """When something was last written for training to go on from, in ns."""
     times = [0]
-    for path in folder.rglob("*.safetensors"):
-        try:
-            times.append(path.stat().st_mtime_ns)
-        except FileNotFoundError:  # pruned meanwhile
-            continue
+    for place, _, names in os.walk(folder):  # which passes over what is gone meanwhile
+        for path in (Path(place) / name for name in names if name.endswith(".safetensors")):
+            with contextlib.suppress(FileNotFoundError):
+                times.append(path.stat().st_mtime_ns)
     return max(times)
