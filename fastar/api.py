@@ -22,7 +22,6 @@ from fastar.batches import (
     check_loss,
     check_network,
     classes_of,
-    copy_of,
     float_copy,
     in_float,
     labelled,
@@ -52,7 +51,7 @@ from fastar.matching import match_many as match_states
 from fastar.matching.forwards import Batch
 from fastar.matching.symmetry import Member
 from fastar.progress import SILENT, Progress
-from fastar.states import check_computed, check_one_value, check_state_of, is_vector
+from fastar.states import check_computed, check_one_value, check_state_of, copied, is_vector, tensors_of
 
 EXAMPLE_BATCHES = 4
 """Of `data` that methods of matching look at."""
@@ -209,7 +208,7 @@ def match_many(
     found = [] if result.permutations is None else [result.permutations.select(n) for n in range(len(models))]
     average = None
     if result.mean is not None:
-        average = copy_of(first)
+        average = copied(first)
         state = average.state_dict()  # with its modules' versions
         state.update(result.mean)
         average.load_state_dict(state)
@@ -230,7 +229,7 @@ def _symmetry(
 ) -> Symmetry:
     """The groups of the first of `models`, as the caller wants them found; they are checked to be those of all."""
     (name, model), *others = models.items()
-    twin = copy_of(model).cpu()
+    twin = copied(model).cpu()
     given = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs
     inputs = tree_map_only(Tensor, Tensor.cpu, given)
     if settings.method != "none":
@@ -297,9 +296,7 @@ def _check_ties(symmetry: Symmetry, model: nn.Module, name: str) -> None:
             moves.setdefault(member.tensor, set()).add((group.name, replace(member, tensor="")))
     first: dict[object, str] = {}
     in_memory: dict[object, str] = {}
-    for own, tensor in model.state_dict(keep_vars=True).items():
-        if not isinstance(tensor, Tensor):
-            continue  # a module's get_extra_state
+    for own, tensor in tensors_of(model).items():
         owner = first.setdefault(id(tensor), own)
         if symmetry.tied.get(own, own) != symmetry.tied.get(owner, owner):
             raise FastarError(
@@ -340,7 +337,7 @@ def apply(permutations: Permutations, model: nn.Module, *, symmetry: Symmetry | 
             raise FastarError("these permutations do not know their groups: give symmetry=matched.symmetry")
         symmetry = permutations.symmetry
     _check_ties(symmetry, model, "model")
-    twin = copy_of(model)
+    twin = copied(model)
     twin.load_state_dict(symmetry.apply(permutations, twin.state_dict()))
     return twin
 

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import Dataset, IterableDataset
 
-from fastar.errors import FastarError
+from fastar.errors import FastarError, first_line
 from fastar.evaluation.ends import outputs_of
 from fastar.matching.forwards import Batch, on_device
 from fastar.states import copied
@@ -51,17 +51,9 @@ def check_network(model: object, name: str) -> None:
     raise FastarError(f"{name} is {kind}, not a network: {remedy}")
 
 
-def copy_of(model: nn.Module) -> nn.Module:
-    """A copy without gradients, which belong to the original."""
-    twin = copied(model)
-    for parameter in twin.parameters():
-        parameter.grad = None
-    return twin
-
-
 def float_copy(model: nn.Module, device: torch.device) -> nn.Module:
     """A copy in float32 and evaluation mode, on `device`."""
-    return copy_of(model).float().to(device).eval()
+    return copied(model).float().to(device).eval()
 
 
 def with_parameters(model: nn.Module, buffers: Iterable[str]) -> nn.Module:
@@ -141,10 +133,9 @@ def check_loss(outputs: Any, labels: Tensor, name: str) -> None:
     try:
         F.cross_entropy(outputs, labels)
     except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise FastarError(
             f"{name}: no loss can be taken of the model's outputs and labels {labels.dtype} {list(labels.shape)} "
-            f"({lines[0].rstrip('.')}): give logits [batch, classes], and whole numbers [batch] from 0 to classes - 1"
+            f"({first_line(error)}): give logits [batch, classes], and whole numbers [batch] from 0 to classes - 1"
         ) from error
 
 

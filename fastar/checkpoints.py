@@ -15,6 +15,7 @@ from safetensors.torch import save as serialize
 
 from fastar.atomic import write_atomically
 from fastar.errors import FastarError
+from fastar.json_files import content_digest
 from fastar.states import check_one_value, check_state_of, ties_of
 from fastar.tensor_files import (
     IN_FOLDERS,
@@ -114,13 +115,8 @@ def save_checkpoint(path: Path, state: Mapping[str, torch.Tensor], metadata: Map
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     # One text: several would be written in an order that changes from run to run.
     content = json.loads(json.dumps({**metadata, _DIGEST: tensors_digest(tensors)}))
-    text = json.dumps({**content, _ALL: _metadata_digest(content)}, sort_keys=True)
+    text = json.dumps({**content, _ALL: content_digest(content)}, sort_keys=True)
     write_atomically(path, serialize(tensors, {"fastar": text}))
-
-
-def _metadata_digest(content: Mapping[str, Any]) -> str:
-    """A digest of metadata as JSON gives them back; the tensors' own digest is among them, so it is of all."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -183,7 +179,7 @@ def _metadata_and_digest(file: TensorFile, own: bool) -> tuple[dict[str, Any], s
     if not isinstance(content, dict) or not isinstance(content.get("model", {}), dict):
         raise FastarError(f"{path}: its fastar metadata are damaged; delete it or restore it")
     whole = content.pop(_ALL, None)
-    if whole != _metadata_digest(content):
+    if whole != content_digest(content):
         raise FastarError(f"{path}: its metadata are not those that were saved (damaged); delete it or restore it")
     digest = content.pop(_DIGEST, None)
     if not isinstance(digest, str):

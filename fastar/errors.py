@@ -5,6 +5,11 @@ class FastarError(ValueError):
     """Bad input or an unusable environment. The command line prints the message and exits with code 2."""
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, without a full stop; of an empty one the error's type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".;:")
+
+
 def printable(text: str) -> str:
     r"""`text` on one line that every stream takes: bytes that are not UTF-8, and control characters, as escapes.
 

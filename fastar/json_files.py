@@ -61,7 +61,7 @@ def read_object(path: Path) -> dict[str, Any]:
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
     """`content` and a digest of it, for a file; `unsealed` is the way back."""
     whole = json.loads(json.dumps({"format": FORMAT, **content}))  # as it will be read
-    return {**whole, "digest": _digest(whole)}
+    return {**whole, "digest": content_digest(whole)}
 
 
 def unsealed(content: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
@@ -74,11 +74,12 @@ def unsealed(content: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
     digest = rest.pop("digest", None)
     if digest is None and "format" not in rest:
         return rest, False
-    if digest != _digest(rest):
+    if digest != content_digest(rest):
         raise ValueError("its content is not what was written")
     rest.pop("format", None)
     return rest, True
 
 
-def _digest(content: Mapping[str, Any]) -> str:
+def content_digest(content: Mapping[str, Any]) -> str:
+    """SHA-256, hexadecimal, of what JSON can hold, the order of keys left aside."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

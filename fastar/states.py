@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch.nn.utils import prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from fastar.errors import FastarError
+from fastar.errors import FastarError, first_line
 
 # Differences that a message names; the others are counted.
 NAMED = 3
@@ -59,18 +59,20 @@ def check_state(
                 )
     pairs = _same_under_other_names(known, missing, strange, tensors, leading)
     if pairs:
-        shown = "; ".join(f"{theirs!r} where the model has {own!r}" for theirs, own in pairs[:NAMED])
-        more = f"; and {len(pairs) - NAMED} more" if len(pairs) > NAMED else ""
+        found = [f"{theirs!r} where the model has {own!r}" for theirs, own in pairs]
         raise FastarError(
-            f"{where} has the model's shapes under other names: {shown}{more}; rename its tensors, or use one "
-            "class of network for both"
+            f"{where} has the model's shapes under other names: {first_few(found, 'more')}; rename its tensors, or use "
+            "one class of network for both"
         )
     found = list(_differences(parameters, known, missing, strange, tensors, leading))
     if found:
-        more = f"; and {len(found) - NAMED} more differences" if len(found) > NAMED else ""
-        raise FastarError(
-            f"{where} {'; '.join(found[:NAMED])}{more}: it is of another architecture or width than the model"
-        )
+        raise FastarError(f"{where} {first_few(found)}: it is of another architecture or width than the model")
+
+
+def first_few(found: Sequence[str], others: str = "more differences") -> str:
+    """The first of what was found, and how many there are of `others`."""
+    more = [f"and {len(found) - NAMED} {others}"] if len(found) > NAMED else []
+    return "; ".join([*found[:NAMED], *more])
 
 
 _COMPUTED_FROM = {
@@ -86,7 +88,7 @@ def check_state_of(model: nn.Module, state: Mapping[str, Tensor], where: str) ->
 
     Only the counts of batches that batch-norms keep may be missing: they say nothing of the function.
     """
-    own = _tensors_of(model)
+    own = tensors_of(model)
     shapes = {name: tuple(tensor.shape) for name, tensor in own.items()}
     parameters = {name: shapes[name] for name, tensor in own.items() if isinstance(tensor, nn.Parameter)}
     buffers = {name: shapes[name] for name in own if name not in parameters}
@@ -109,7 +111,7 @@ def check_one_value(model: nn.Module, state: Mapping[str, Tensor], where: str, r
 def ties_of(model: nn.Module, state: Collection[str]) -> dict[str, str]:
     """Name -> another name of the same tensor of `model`, one that is in `state` if any is."""
     names_of: dict[int, list[str]] = {}
-    for name, tensor in _tensors_of(model).items():
+    for name, tensor in tensors_of(model).items():
         names_of.setdefault(id(tensor), []).append(name)
     tied: dict[str, str] = {}
     for names in names_of.values():
@@ -118,7 +120,8 @@ def ties_of(model: nn.Module, state: Collection[str]) -> dict[str, str]:
     return tied
 
 
-def _tensors_of(model: nn.Module) -> dict[str, Tensor]:
+def tensors_of(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of the state dict, the model's own objects, without what `get_extra_state` adds."""
     return {name: value for name, value in model.state_dict(keep_vars=True).items() if isinstance(value, Tensor)}
 
 
@@ -193,7 +196,7 @@ def _differences(
 
 
 def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
-    """A copy of `model`, without what its modules drop when they are set to training (caches of evaluation mode).
+    """A copy of `model`, without gradients and what modules drop when they are set to training (evaluation caches).
 
     Args:
         memo: as of `copy.deepcopy`: what stands for which object.
@@ -203,17 +206,18 @@ def copied(model: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
     """
     check_computed(model)
     memo = {} if memo is None else memo
-    for module in model.modules():
-        for tensor in tensors_in([value for _, value in plain(module)]):
-            if tensor.grad_fn is not None:  # a kept activation: torch refuses to copy its history
-                memo.setdefault(id(tensor), tensor.detach().clone())
+    for tensor in attribute_tensors(model):
+        if tensor.grad_fn is not None:  # a kept activation: torch refuses to copy its history
+            memo.setdefault(id(tensor), tensor.detach().clone())
     try:
         twin = copy.deepcopy(model, memo)
     except Exception as error:  # a module's own code may raise anything
-        first_line = (str(error).strip().splitlines() or [type(error).__name__])[0].split(".")[0]
+        why = first_line(error).split(".")[0]
         raise FastarError(
-            f"{type(model).__name__} cannot be copied ({first_line}): hold no computed tensors, locks or files in it"
+            f"{type(model).__name__} cannot be copied ({why}): hold no computed tensors, locks or files in it"
         ) from error
+    for parameter in twin.parameters():
+        parameter.grad = None
     forget(twin)
     return twin
 
@@ -240,7 +244,8 @@ def attributes_kept(model: nn.Module) -> Iterator[None]:
     """Inside, modules may keep what they compute as attributes (caches, activations); afterwards these are as before,
     so that the next pass, with other weights, does not see them."""
     before = [
-        (vars(module), {key: (value, _content(value)) for key, value in plain(module)}) for module in model.modules()
+        (vars(module), {key: (value, _content(value)) for key, value in _plain(module).items()})
+        for module in model.modules()
     ]
     try:
         yield
@@ -289,18 +294,22 @@ _UNDO: dict[type, str] = {
 }
 
 
-def plain(module: nn.Module) -> Iterator[tuple[str, Any]]:
+def _plain(module: nn.Module) -> dict[str, Any]:
     """The attributes of a module that are its own, by name: no parameters, buffers or modules."""
-    return ((key, value) for key, value in vars(module).items() if key not in _OWN)
+    return {key: value for key, value in vars(module).items() if key not in _OWN}
 
 
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """A tensor, or those in a container of containers."""
+def attribute_tensors(model: nn.Module) -> Iterator[Tensor]:
+    """The tensors that modules keep as plain attributes, in containers of containers too."""
+    return (tensor for module in model.modules() for tensor in _tensors_in(_plain(module)))
+
+
+def _tensors_in(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping | tuple | list):
         for one in value.values() if isinstance(value, Mapping) else value:
-            yield from tensors_in(one)
+            yield from _tensors_in(one)
 
 
 def is_vector(tensor: Tensor) -> bool:

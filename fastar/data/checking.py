@@ -44,9 +44,8 @@ def _damages(files: Files, split: str, progress: Progress) -> list[str]:
             if digest.hexdigest() != content:
                 found.append(f"{path}: its images or labels are not those that were written; {again}")
         else:
-            now, kept = take_checksums(path, files.layout(split), labels, progress, description), kept_checksums(path)
-            if kept is not None and kept.content != content:
-                kept = None
+            now = take_checksums(path, files.layout(split), labels, progress, description)
+            kept = kept_checksums(path, content)
             if kept is None and checksums_path(path).exists():
                 found.append(f"{checksums_path(path)}: damaged; delete it, and the next run makes it again")
             if kept is not None and (bad := np.flatnonzero(now.images != kept.images)).size:

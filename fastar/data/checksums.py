@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from fastar.data.beton import Layout, front_bytes, image_table
+from fastar.data.listing import readable
 from fastar.data.raw import read_file
 from fastar.errors import FastarError
 from fastar.progress import Progress
@@ -55,18 +56,12 @@ def stored_images(path: Path, layout: Layout) -> Iterator[tuple[np.ndarray, byte
     cannot be read. (A mapped file would end the process where the disk fails.)"""
     _, table, sizes = image_table(path, layout)
     pointers = layout.pointers(table)
-    try:
-        file = os.open(path, os.O_RDONLY)
-        try:
-            for position, (pointer, size) in enumerate(zip(pointers.tolist(), sizes.tolist(), strict=True)):
-                content = os.pread(file, size, pointer)
-                if len(content) != size:
-                    raise FastarError(f"{path}: is cut off in sample {position}; delete its folder and write it again")
-                yield table[position], content
-        finally:
-            os.close(file)
-    except OSError as error:
-        raise FastarError(f"{path}: cannot be read ({error.strerror}); check the disk") from error
+    with readable(path), path.open("rb", buffering=0) as file:
+        for position, (pointer, size) in enumerate(zip(pointers.tolist(), sizes.tolist(), strict=True)):
+            content = os.pread(file.fileno(), size, pointer)
+            if len(content) != size:
+                raise FastarError(f"{path}: is cut off in sample {position}; delete its folder and write it again")
+            yield table[position], content
 
 
 def tables_digest(path: Path, layout: Layout) -> str:
@@ -94,11 +89,11 @@ def take_checksums(path: Path, layout: Layout, labels: np.ndarray, progress: Pro
     return Checksums(digest.hexdigest(), tables_digest(path, layout), sums)
 
 
-def kept_checksums(path: Path) -> Checksums | None:
-    """The checksums beside the .beton `path`; None where there are none, or none that count."""
-    try:
-        return Checksums.from_bytes(read_file(checksums_path(path), path.stat().st_size))
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise FastarError(f"{checksums_path(path)}: cannot be read ({error.strerror}); check the file") from error
+def kept_checksums(path: Path, content: str) -> Checksums | None:
+    """The checksums beside the .beton `path`; None where there are none, or they are damaged or of other `content`."""
+    with readable(path):
+        try:
+            kept = Checksums.from_bytes(read_file(checksums_path(path), path.stat().st_size))
+        except FileNotFoundError:
+            return None
+    return kept if kept is not None and kept.content == content else None

@@ -1,7 +1,6 @@
 """A data set's folder: two .beton files and a metadata file that says what they must be; finished, or not there."""
 
 import fcntl
-import hashlib
 import json
 import os
 from abc import ABC, abstractmethod
@@ -16,7 +15,7 @@ from fastar.data.beton import Layout, check_beton, fingerprint
 from fastar.data.checksums import Checksums, checksums_path
 from fastar.data.listing import readable
 from fastar.errors import FastarError
-from fastar.json_files import read_object
+from fastar.json_files import content_digest, read_object
 
 SPLITS = ("train", "test")
 METADATA = "metadata.json"
@@ -80,8 +79,7 @@ class Files(ABC):
 
     @classmethod
     def digest_of(cls, metadata: dict[str, Any]) -> str:
-        chosen = {key: metadata[key] for key in cls.DIGESTED}
-        return hashlib.sha256(json.dumps(chosen, sort_keys=True).encode()).hexdigest()
+        return content_digest({key: metadata[key] for key in cls.DIGESTED})
 
 
 Kind = TypeVar("Kind", bound=Files)
@@ -119,7 +117,7 @@ def open_metadata(folder: Path, *kinds: type[Kind]) -> Kind:
         raise FastarError(f"{error.filename or path}: cannot be read ({error.strerror}); check the folder") from error
     except FastarError:
         raise
-    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise FastarError(f"{path}: damaged ({error}); {again}") from error
     return found(folder, metadata)
 
@@ -128,24 +126,20 @@ def check_unchanged(files: Files, split: str) -> None:
     """Raise FastarError where a split's file is not the one that was written, as far as its fingerprint tells."""
     path, again = files.path(split), f"delete {files.folder} and write it again"
     try:
-        if not path.exists():
-            raise FastarError(f"{path}: missing; {again}")
-        if not path.is_file():  # a pipe would be waited for
-            raise FastarError(f"{path}: is no file; {again}")
-        if fingerprint(path) != files.metadata["files"][split]:
-            # The structural check comes first: it can say what is wrong.
-            check_beton(path, files.layout(split))
-            raise FastarError(f"{path}: not the file that {METADATA} describes (replaced or damaged); {again}")
-    except OSError as error:
-        raise FastarError(f"{error.filename or path}: cannot be read ({error.strerror}); check the folder") from error
+        known, layout = files.metadata["files"][split], files.layout(split)
     except (KeyError, TypeError, ValueError) as error:
         raise FastarError(f"{files.folder / METADATA}: damaged ({error}); {again}") from error
+    with readable(path):
+        if not path.is_file():  # a pipe would be waited for
+            raise FastarError(f"{path}: {'is no file' if path.exists() else 'missing'}; {again}")
+        if fingerprint(path) != known:
+            check_beton(path, layout)  # first: it can say what is wrong
+            raise FastarError(f"{path}: not the file that {METADATA} describes (replaced or damaged); {again}")
 
 
 def _sha256(metadata: dict[str, Any]) -> str:
-    """Of all that the metadata say but this itself."""
-    others = {key: value for key, value in metadata.items() if key != "sha256"}
-    return hashlib.sha256(json.dumps(others, sort_keys=True).encode()).hexdigest()
+    """The digest of all metadata but itself."""
+    return content_digest({key: value for key, value in metadata.items() if key != "sha256"})
 
 
 def publish(

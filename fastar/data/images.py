@@ -74,7 +74,7 @@ class ImageFiles(Files):
 
     @property
     def exif(self) -> Exif:
-        """Whether the images were turned as their EXIF orientation says."""
+        """apply: the images were turned as their EXIF orientation says."""
         return self.metadata["settings"].get("exif", "ignore")
 
     def layout(self, split: str) -> VariedLayout:
@@ -84,16 +84,13 @@ class ImageFiles(Files):
         """Those kept beside the split's file. Where there are none that count (an earlier version wrote the file, or
         they are damaged), all of it is read once, compared with the digest of its content, and they are kept."""
         if split not in self._checksums:
-            self._checksums[split] = self._kept_checksums(split) or self._new_checksums(split, progress)
+            kept = kept_checksums(self.path(split), self.metadata["content"][split])
+            self._checksums[split] = kept or self._new_checksums(split, progress)
         return self._checksums[split]
 
     @cached_property
     def _checksums(self) -> dict[str, Checksums]:
         return {}
-
-    def _kept_checksums(self, split: str) -> Checksums | None:
-        kept = kept_checksums(self.path(split))
-        return kept if kept is not None and kept.content == self.metadata["content"][split] else None
 
     def _new_checksums(self, split: str, progress: Progress) -> Checksums:
         path, layout = self.path(split), self.layout(split)

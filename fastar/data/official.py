@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from fastar.errors import FastarError
+from fastar.data.listing import readable
 from fastar.progress import SILENT, Progress
 
 PUBLISHED: dict[str, dict[str, str]] = {
@@ -71,13 +71,10 @@ def note_other_files(dataset: str, files: Iterable[Path], progress: Progress) ->
 
 def _md5(path: Path, progress: Progress) -> str:
     digest = hashlib.md5(usedforsecurity=False)
-    try:
+    with readable(path), path.open("rb") as file:
         size = path.stat().st_size
-        told = progress if size >= _LONG else SILENT
-        with path.open("rb") as file, told.task(f"hashing {path.name}", size, "bytes") as advance:
+        with (progress if size >= _LONG else SILENT).task(f"hashing {path.name}", size, "bytes") as advance:
             while block := file.read(_BLOCK):
                 digest.update(block)
                 advance(len(block))
-    except OSError as error:
-        raise FastarError(f"{path}: cannot be read ({error.strerror}); check the file") from error
     return digest.hexdigest()

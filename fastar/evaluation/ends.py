@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from fastar.errors import FastarError
+from fastar.errors import FastarError, first_line
 from fastar.evaluation.batch_norm import Statistics, evaluating, set_statistics
 from fastar.evaluation.losses import bound
 from fastar.flat import FlatLayout
 from fastar.matching.forwards import Batch, call
 from fastar.matching.same import differences
 from fastar.precision import full_precision
-from fastar.states import NAMED
+from fastar.states import NAMED, first_few
 
 # Sums in another order change outputs by less than this part of the largest one in networks of ordinary depth. Where
 # more is found, it is held against what a change of all weights in their last digits does, this many times.
@@ -48,9 +48,8 @@ def _run(model: nn.Module, batch: Batch, name: str) -> Any:
         with torch.no_grad(), full_precision():
             return call(model, batch)
     except Exception as error:  # the user's own code may raise anything
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise FastarError(
-            f"{name} does not run on a batch of inputs ({_described(batch)}): {lines[0].rstrip('.')}; give what its "
+            f"{name} does not run on a batch of inputs ({_described(batch)}): {first_line(error)}; give what its "
             f"forward takes{_layout_hint(model, batch)}"
         ) from error
 
@@ -96,11 +95,10 @@ def check_end(
     if gap <= RELATIVE_TOLERANCE * largest or gap <= ROUNDING * _rounding(own, batch, expected, name):
         return
     unlike = list(differences(standing, own, ("the network of the path", name)))
-    more = f"; and {len(unlike) - NAMED} more differences" if len(unlike) > NAMED else ""
     raise FastarError(
         f"the end of the path is not {name}: on one batch their outputs differ by up to {gap:.2g}, where the largest "
         f"is {largest:.2g}; a path has parameters and batch-norm statistics, and {name} computes with something else: "
-        + (f"{'; '.join(unlike[:NAMED])}{more}; make them equal" if unlike else "nothing that its attributes show")
+        + (f"{first_few(unlike)}; make them equal" if unlike else "nothing that its attributes show")
     )
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,6 +9,7 @@ from typing import Any
 from fastar.checkpoints import Checkpoint, is_checkpoint, read_metadata, stored_digest, tensors_digest
 from fastar.config import Settings
 from fastar.errors import FastarError
+from fastar.json_files import content_digest
 from fastar.progress import SILENT, Progress
 from fastar.runs import RunFolder
 
@@ -93,7 +92,7 @@ def measured_digest(settings: Settings, run: RunFolder, data: str) -> str:
     }
     if settings.dataset.validation:
         parts["validation"] = settings.dataset.validation
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    return content_digest(parts)
 
 
 def given_paths(folder: Path, count: int) -> list[Path]:

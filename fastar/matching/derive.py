@@ -19,7 +19,7 @@ from fastar.matching.tracing import trace
 from fastar.matching.trials import ExampleInputs
 from fastar.matching.verify import verify_symmetry
 from fastar.matching.views import Copies, Dims, Factor, factor_length
-from fastar.states import is_vector
+from fastar.states import is_vector, tensors_of
 
 
 def derive_symmetry(
@@ -98,7 +98,7 @@ def _movable(model: nn.Module, program: torch.export.ExportedProgram) -> frozens
     """The buffers that may have a value for each unit: of one axis, as what goes beyond is a table (`_hold_table`); of
     the state dict, as others cannot be written permuted; of real numbers or yes and no, as whole numbers are indices or
     counts; and with memory of their own."""
-    tensors = {name: t for name, t in model.state_dict(keep_vars=True).items() if isinstance(t, Tensor)}
+    tensors = tensors_of(model)
     at: dict[int, set[int]] = {}
     for tensor in (*tensors.values(), *model.buffers()):
         if tensor.numel() and tensor.device.type != "meta":
@@ -137,9 +137,8 @@ class _Derivation:
     ):
         self.model, self.name, self.program, self.solver = model, name, program, AxisSolver()
         self.allow_partial, self.movable, self.supposing = allow_partial, movable, supposing
-        persistent = model.state_dict(keep_vars=True)
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
-        self.buffers = {n: t for n, t in persistent.items() if n not in self.parameters and isinstance(t, Tensor)}
+        self.buffers = {n: t for n, t in tensors_of(model).items() if n not in self.parameters}
         first_name: dict[int, str] = {}
         self.canonical = {n: first_name.setdefault(id(t), n) for n, t in {**self.parameters, **self.buffers}.items()}
         self.tensors: dict[str, tuple[Axis, ...]] = {}

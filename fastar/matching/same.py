@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fastar.errors import FastarError
 from fastar.matching.trials import ExampleInputs, Trial
 from fastar.matching.verify import DRAWS, RELATIVE_TOLERANCE
-from fastar.states import NAMED
+from fastar.states import first_few, tensors_of
 
 # Of a module's own attributes, those that say nothing of what it computes in evaluation mode, or are looked at apart.
 _APART = frozenset({"training", "_modules", "_parameters", "_buffers", "_backward_hooks", "_backward_pre_hooks"})
@@ -32,10 +32,9 @@ def check_same_function(
     found = list(differences(first, other, names))
     if not found or _agree(first, other, example_inputs):
         return
-    more = f"; and {len(found) - NAMED} more differences" if len(found) > NAMED else ""
     raise FastarError(
-        f"{names[0]} and {names[1]} compute something else with the same weights: {'; '.join(found[:NAMED])}{more}: "
-        "match networks of one architecture, or make them alike"
+        f"{names[0]} and {names[1]} compute something else with the same weights: {first_few(found)}: match networks "
+        "of one architecture, or make them alike"
     )
 
 
@@ -57,9 +56,7 @@ def _agree(first: nn.Module, other: nn.Module, example_inputs: ExampleInputs) ->
 def differences(first: nn.Module, other: nn.Module, names: tuple[str, str]) -> Iterator[str]:
     """What two networks do not have in common, beside their states; more than what matters, but not less."""
     ours, theirs = (dict(model.named_modules(remove_duplicate=False)) for model in (first, other))
-    known = tuple(
-        {id(tensor): name for name, tensor in model.state_dict(keep_vars=True).items()} for model in (first, other)
-    )
+    known = tuple({id(tensor): name for name, tensor in tensors_of(model).items()} for model in (first, other))
     for name in ours.keys() ^ theirs.keys():
         yield f"{names[0] if name in ours else names[1]} alone has a module {name!r}"
     for name in (name for name in ours if name in theirs):
@@ -67,9 +64,8 @@ def differences(first: nn.Module, other: nn.Module, names: tuple[str, str]) -> I
         where = f"module {name!r}" if name else "the whole"
         if type(one) is not type(two):
             kinds = [type(module).__qualname__ for module in (one, two)]
-            kinds = (
-                kinds if kinds[0] != kinds[1] else [f"{type(m).__module__}.{type(m).__qualname__}" for m in (one, two)]
-            )
+            if kinds[0] == kinds[1]:
+                kinds = [f"{type(module).__module__}.{kinds[0]}" for module in (one, two)]
             yield f"{where} is {kinds[0]} in {names[0]} and {kinds[1]} in {names[1]}"
             continue
         held = [{**vars(module), **module._buffers} for module in (one, two)]

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
-from fastar.errors import FastarError
+from fastar.errors import FastarError, first_line
 from fastar.matching.trials import ExampleInputs, without_cache
 from fastar.states import copied
 
@@ -68,10 +68,10 @@ def _why(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any],
             copied(model).eval()(*arguments, **keywords)
     except Exception as own:  # as above
         raise FastarError(
-            f"cannot trace {type(model).__name__}: it does not run on the example inputs: {_said(own)}{_place(own)}; "
-            "give what its forward takes"
+            f"cannot trace {type(model).__name__}: it does not run on the example inputs: {first_line(own)}"
+            f"{_place(own)}; give what its forward takes"
         ) from own
-    said, text = _said(error), f"{type(error).__name__} {error}"
+    said, text = first_line(error), f"{type(error).__name__} {error}"
     what = f" with torch.export to find its permutation groups: {said}{_place(error)}; "
     returned = _RETURNED.search(text)
     if returned is not None:
@@ -83,10 +83,6 @@ def _why(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any],
     if any(one in text for one in _VALUES):
         return f"{what}its forward must not branch on values: change it, or write its groups down as a PermutationSpec"
     return f"{what}change that part, or write its groups down as a PermutationSpec"
-
-
-def _said(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".;:")
 
 
 def _place(error: BaseException) -> str:

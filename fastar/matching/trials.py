@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from fastar.errors import FastarError
+from fastar.errors import FastarError, first_line
 from fastar.seeds import derive_seed
-from fastar.states import attributes_kept, copied, plain, tensors_in
+from fastar.states import attribute_tensors, attributes_kept, copied, tensors_of
 
 # What a model is called with: positional inputs, or keyword inputs. Tensors may lie deeper in them; what is none is a
 # constant.
@@ -35,11 +35,9 @@ class Trial:
 
     @cached_property
     def has_buffers(self) -> bool:
-        """Whether the state has buffers that are no batch-norm's statistics."""
-        own = self.model.state_dict(keep_vars=True).items()
-        return any(
-            isinstance(t, Tensor) and not isinstance(t, nn.Parameter) and not n.endswith(_STATISTICS) for n, t in own
-        )
+        """Tell whether the state has buffers that are no batch-norm's statistics."""
+        own = tensors_of(self.model).items()
+        return any(not isinstance(tensor, nn.Parameter) and not name.endswith(_STATISTICS) for name, tensor in own)
 
     def state(self, gain: float, *, positive: bool = False, buffers: int = 0, number: int = 0) -> State:
         """Random weights of variance gain^2 / fan_in and vectors of variance 1; batch-norm variances are positive.
@@ -50,9 +48,7 @@ class Trial:
         """
         state: State = {}
         seen: dict[int, str] = {}
-        for name, tensor in self.model.state_dict(keep_vars=True).items():
-            if not isinstance(tensor, Tensor):
-                continue  # a module's get_extra_state
+        for name, tensor in tensors_of(self.model).items():
             if id(tensor) in seen:
                 state[name] = state[seen[id(tensor)]].clone()  # each name is permuted by itself
                 continue
@@ -97,10 +93,9 @@ class Trial:
                 result = torch.func.functional_call(self.twin, values, arguments, keywords, tie_weights=False)
                 drew = not torch.equal(before, torch.get_rng_state())
         except (RuntimeError, TypeError, ValueError, IndexError, NotImplementedError) as error:
-            first_line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
             raise FastarError(
                 f"cannot verify the permutation groups of {self.name}: it does not run on the example inputs in "
-                f"float64: {first_line}; give inputs that it runs on"
+                f"float64: {first_line(error)}; give inputs that it runs on"
             ) from error
         if drew:
             raise FastarError(
@@ -150,16 +145,10 @@ def _drawn(name: str, tensor: Tensor, generator: torch.Generator, gain: float, p
 
 def _without_weights(model: nn.Module) -> nn.Module:
     """A copy whose parameters and buffers of the state dict are left out, all other tensors in float64 on the CPU."""
-    memo: dict[int, Any] = {}
-    for tensor in model.state_dict(keep_vars=True).values():
-        if isinstance(tensor, Tensor):
-            memo[id(tensor)] = torch.empty_like(tensor, device="meta")
-    for tensor in model.buffers():
-        memo.setdefault(id(tensor), _constant(tensor))
-    for module in model.modules():
-        for tensor in tensors_in([value for _, value in plain(module)]):
-            if not isinstance(tensor, nn.Parameter):
-                memo.setdefault(id(tensor), _constant(tensor))
+    memo: dict[int, Any] = {id(t): torch.empty_like(t, device="meta") for t in tensors_of(model).values()}
+    for tensor in (*model.buffers(), *attribute_tensors(model)):
+        if not isinstance(tensor, nn.Parameter):
+            memo.setdefault(id(tensor), _constant(tensor))
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
     return copied(model, memo)
