@@ -8,7 +8,7 @@ import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from pathlib import Path
 from typing import IO, Any, TextIO, cast
@@ -16,6 +16,7 @@ from typing import IO, Any, TextIO, cast
 from fastar import __version__
 from fastar.errors import FastarError, printable
 
+EXIT_BAD_INPUT = 2
 # EX_SOFTWARE of sysexits.h.
 EXIT_DEFECT = 70
 # What a shell makes of SIGPIPE: whoever read the output has read enough.
@@ -27,59 +28,46 @@ _REFUSED_BY_THE_SYSTEM = (
 )
 
 
-class _Stream:
-    """A text stream whose failures mean what `failed` makes of them."""
+class _Nothing(io.TextIOBase):
+    def write(self, text: str) -> int:
+        return len(text)
 
-    def __init__(self, stream: IO[str]):
-        self._stream = stream
+
+class _Stream:
+    """A text stream, up to its first failure, of which `failed` is told; what comes after it is dropped."""
+
+    def __init__(self, stream: Any, failed: Callable[[OSError | ValueError], None]):
+        self._stream, self._failed = stream, failed
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
     def write(self, text: str) -> int:
-        try:
-            return self._stream.write(text)
-        except (OSError, ValueError) as error:  # ValueError: it is closed
-            self.failed(error)
-            return len(text)
+        self._try(self._stream.write, text)
+        return len(text)
 
     def flush(self) -> None:
+        self._try(self._stream.flush)
+
+    def _try(self, act: Callable[..., object], *given: str) -> None:
         try:
-            self._stream.flush()
-        except (OSError, ValueError) as error:
-            self.failed(error)
-
-    def failed(self, error: OSError | ValueError) -> None:
-        raise NotImplementedError
+            act(*given)
+        except (OSError, ValueError) as error:  # ValueError: it is closed
+            self._stream = _Nothing()
+            self._failed(error)
 
 
-class _Forgiving(_Stream):
-    """What cannot be written is not said, nor what comes after it."""
-
-    def __init__(self, stream: IO[str] | None):
-        super().__init__(io.StringIO() if stream is None else stream)
-        self._silent = stream is None
-
-    def write(self, text: str) -> int:
-        return len(text) if self._silent else super().write(text)
-
-    def failed(self, error: OSError | ValueError) -> None:
-        self._silent = True
-
-
-class _Result(_Stream):
-    """Output that a command was called for."""
-
-    def failed(self, error: OSError | ValueError) -> None:
-        if isinstance(error, BrokenPipeError):
-            raise SystemExit(EXIT_UNREAD) from error
-        why = getattr(error, "strerror", None) or error
-        raise FastarError(f"the output cannot be written ({why}); files of a run are not touched by this") from error
+def _end(error: OSError | ValueError) -> None:
+    """End a command whose output cannot be written."""
+    if isinstance(error, BrokenPipeError):
+        raise SystemExit(EXIT_UNREAD) from error
+    why = getattr(error, "strerror", None) or error
+    raise FastarError(f"the output cannot be written ({why}); files of a run are not touched by this") from error
 
 
 def forgiving(stream: IO[str] | None) -> TextIO:
     """`stream`, silent from its first failure on; None (its descriptor was closed) is silent from the start."""
-    return cast(TextIO, _Forgiving(stream))
+    return cast(TextIO, _Stream(_Nothing() if stream is None else stream, lambda error: None))
 
 
 @contextmanager
@@ -103,7 +91,7 @@ def streams() -> Iterator[None]:
     if isinstance(sys.stdout, io.TextIOWrapper):  # a name that is not UTF-8, a ± where output is ASCII
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        with redirect_stdout(cast(TextIO, _Result(sys.stdout))):
+        with redirect_stdout(cast(TextIO, _Stream(sys.stdout, _end))):
             yield
     finally:
         for stream in (sys.stdout, sys.stderr):
@@ -126,16 +114,24 @@ def say(line: str) -> None:
     print(printable(line), file=forgiving(sys.stderr), flush=True)
 
 
-def refused_by_the_system(error: BaseException) -> str | None:
-    """What to say of an error that names a file and is the system's, not a defect; None: it is none."""
+def failure(error: BaseException, folder: Path | None = None) -> tuple[str, int]:
+    """The line to say of an error that ends a command, and the exit code; `folder` keeps the traceback of a defect."""
+    if isinstance(error, FastarError):
+        return " ".join(str(error).split()), EXIT_BAD_INPUT
+    refused = _refused_by_the_system(error)
+    return (_unexpected(error, folder), EXIT_DEFECT) if refused is None else (refused, EXIT_BAD_INPUT)
+
+
+def _refused_by_the_system(error: BaseException) -> str | None:
+    """The line for an error that names a file and is the system's, not a defect; None: it is none."""
     if not isinstance(error, OSError) or error.filename is None or error.errno not in _REFUSED_BY_THE_SYSTEM:
         return None
     name = os.fsdecode(error.filename) if isinstance(error.filename, str | bytes) else str(error.filename)
     return f"{name if len(name) <= 300 else name[:300] + '...'}: cannot be used ({error.strerror})"
 
 
-def unexpected(error: BaseException, folder: Path | None = None) -> str:
-    """One line to say of a defect; its traceback goes to a file in `folder`, else a temporary one, else to stderr."""
+def _unexpected(error: BaseException, folder: Path | None) -> str:
+    """The line for a defect; its traceback goes to a file in `folder`, else a temporary one, else to stderr."""
     found = f"unexpected error: {type(error).__name__}: {' '.join(str(error).split())[:300]}".rstrip(": ")
     text = "".join(traceback.format_exception(error))
     for place in (folder, None):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastar import __version__
-from fastar.boundary import EXIT_DEFECT, refused_by_the_system, say, streams, unexpected
+from fastar.boundary import failure, say, streams
 from fastar.errors import FastarError
 from fastar.stopping import EXIT_INTERRUPTED, Stopped, signals_stop
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     from fastar.config import Settings
     from fastar.progress import Progress
 
-EXIT_BAD_INPUT = 2
 WIDE = 1000
 SETTING = re.compile(r"[a-z_]+(\.[a-z_]+)*=")
 # Folders of the run that this command is about: a defect's traceback is kept there.
@@ -795,8 +794,6 @@ def _outcome(arguments: list[str] | None) -> int:
         with signals_stop():
             result: Any = app(args=arguments, standalone_mode=False)
             sys.stdout.flush()  # what cannot be written is an error of this command
-    except FastarError as error:
-        return _refused(str(error))
     except Stopped as stopped:
         say(f"fastar: {stopped}")
         return stopped.code
@@ -805,21 +802,14 @@ def _outcome(arguments: list[str] | None) -> int:
     except SystemExit:
         raise
     except BaseException as error:  # noqa: BLE001  # the last to see it; panics of libraries in Rust are no Exception
-        refused = refused_by_the_system(error)
-        if refused is not None:
-            return _refused(refused)
-        if not hasattr(error, "format_message"):
-            folder = next((run for run in _folders if os.path.isfile(run / "config.yaml")), None)
-            say(f"fastar: {unexpected(error, folder)}")
-            return EXIT_DEFECT
-        message = error.format_message()  # typer's own complaints about options
-        # `fastar` alone: the help has been printed
-        return _refused(f"{message} (see `fastar --help`)") if message else 0
+        if hasattr(error, "format_message"):  # typer's own complaints about options
+            message = error.format_message()
+            if not message:  # `fastar` alone: the help has been printed
+                return 0
+            error = FastarError(f"{message} (see `fastar --help`)")
+        line, code = failure(error, next((run for run in _folders if os.path.isfile(run / "config.yaml")), None))
+        say(f"fastar: {line}")
+        return code
     if result == EXIT_INTERRUPTED:  # typer makes this of Ctrl-C, older ones an Abort
         say("fastar: interrupted; the same command goes on from what is finished")
     return result if isinstance(result, int) else 0
-
-
-def _refused(message: str) -> int:
-    say(f"fastar: {' '.join(message.split())}")
-    return EXIT_BAD_INPUT

@@ -57,7 +57,7 @@ def signals_end() -> Iterator[None]:
 if __name__ == "__main__":
     handle(leave)  # importing takes seconds
 
-from fastar.boundary import EXIT_DEFECT, refused_by_the_system, say, streams, unexpected  # noqa: E402
+from fastar.boundary import failure, say, streams  # noqa: E402
 from fastar.config import OF_ANY_SIZE  # noqa: E402
 from fastar.data import DATASETS, PRESETS, Encoding, Files, ImageFiles, prepare, prepare_images  # noqa: E402
 from fastar.data.images import size_text  # noqa: E402
@@ -208,16 +208,13 @@ def main(arguments: list[str] | None = None) -> int:
                 files = convert(options, TerminalProgress())
             show(files)
             sys.stdout.flush()
-        except FastarError as error:
-            say(f"error: {error}")
-            return 2
         except Ended as ended:
             say(f"{ended}; {LEFT_NOTHING}")
             return ended.code
         except Exception as error:  # noqa: BLE001  # the last to see it
-            refused = refused_by_the_system(error)
-            say(f"error: {refused or unexpected(error)}")
-            return 2 if refused else EXIT_DEFECT
+            line, code = failure(error)
+            say(f"error: {line}")
+            return code
         return 0
 
 

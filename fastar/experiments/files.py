@@ -28,9 +28,7 @@ from fastar.matching import (
     matching_threads,
     symmetry_by_settings,
 )
-from fastar.matching import (
-    average as mean_of,
-)
+from fastar.matching import average as mean_of
 from fastar.progress import SILENT, Progress
 from fastar.states import REAL
 from fastar.tensor_files import stem_of
@@ -326,9 +324,8 @@ def match_many_files(
         first, *others = (one.metadata for one in loaded)
         known = {key: first[key] for key in _SAME if key in first and all(o.get(key) == first[key] for o in others)}
         metadata = {"kind": "average", "of": [path.name for path in paths]}
-        # Of the files' own numbers, in their type, where they were matched in another.
-        of = [one.state for one in loaded]
-        mean = result.mean if _alike(of, states) else mean_of(network.symmetry, of, result.permutations)
+        # The mean of the files' own numbers, in their type: they may have been matched in another.
+        mean = mean_of(network.symmetry, [one.state for one in loaded], result.permutations.to("cpu"))
         save_checkpoint(average, mean, {**known, **metadata})
     return {**figures, "files": files}
 
@@ -347,18 +344,13 @@ def _check_mean(loaded: Sequence[Checkpoint]) -> None:
                 raise FastarError(f"{one.path}: {name} is {kind}, of which no average is made; leave out --average")
 
 
-def _alike(some: Sequence[Mapping[str, torch.Tensor]], others: Sequence[Mapping[str, torch.Tensor]]) -> bool:
-    """Tell whether states are of the same types."""
-    return all(one[name].dtype == other[name].dtype for one, other in zip(some, others, strict=True) for name in one)
-
-
 def _written_into(paths: Sequence[Path], out: Path | None) -> list[Path | None]:
     """Where each of a set goes: always into a folder."""
     if out is not None and out.suffix == ".safetensors":
         raise FastarError(f"--out {out}: the permuted checkpoints are written into a folder; name one")
-    return (
-        _written(paths, out) if len(paths) != 1 else [None if out is None else out / f"{stem_of(paths[0])}.safetensors"]
-    )
+    if out is None or len(paths) != 1:
+        return _written(paths, out)
+    return [out / f"{stem_of(paths[0])}.safetensors"]
 
 
 def _weights_product(network: Network, one: Mapping[str, torch.Tensor], other: Mapping[str, torch.Tensor]) -> float:

@@ -10,14 +10,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from fastar.checkpoints import checkpoint_files, is_checkpoint, load_checkpoint, read_metadata
 from fastar.errors import FastarError
 from fastar.experiments.finished import check_permutations, state_digest
 from fastar.figures import event_files, is_event_file_whole
 from fastar.json_files import read_object, unsealed
 from fastar.lock import is_held, read_holder
+from fastar.matching import Permutations
 from fastar.progress import SILENT, Progress
 from fastar.runs import CHECKPOINT, LAST_GOOD, RETRY, RunFolder
 
@@ -27,14 +26,14 @@ PNG = b"\x89PNG\r\n\x1a\n"
 
 @dataclass
 class Rechecked:
-    """What was found in a folder or file."""
+    """The outcome of checking a folder or file."""
 
     kind: str
     """run, data set or model."""
     damaged: list[str] = field(default_factory=list)
     """A line for each thing that is not as it was written."""
     notes: list[str] = field(default_factory=list)
-    """What could not be checked, and why."""
+    """A line for each thing that could not be checked, and why."""
 
 
 def recheck(path: Path, progress: Progress = SILENT) -> Rechecked:
@@ -94,7 +93,7 @@ def _run(run: RunFolder, progress: Progress) -> Rechecked:
     checks += [partial(model, *named) for named in _models(run)]
     checks += [partial(_permutations, run)] if run.permutations.is_file() else []
     checks += [partial(_training, path) for folder, _, _ in run.trainings() for path in sorted(folder.iterdir())]
-    checks += [partial(_left, path) for path in sorted((run.path / LAST_GOOD).glob("*.safetensors"))]
+    checks += [partial(_training, path) for path in sorted((run.path / LAST_GOOD).glob("*.safetensors"))]
     checks += [partial(_events, path) for path in event_files(run.path)]
     checks += [partial(_sources, run, metadata, digests), partial(_results, run)]
     with progress.task("checking", total=len(checks), unit="files") as advance:
@@ -164,11 +163,12 @@ def _permutations(run: RunFolder) -> str | None:
     kept = load_checkpoint(run.permutations, own=True)
     if kept.metadata.get("kind") != "matching" or "matched" not in kept.state:
         raise FastarError(f"{run.permutations}: holds no permutations (damaged, or another's file); restore it")
-    for name, index in kept.state.items():
-        if name != "matched" and not torch.equal(
-            index.long().sort(dim=-1).values, torch.arange(index.shape[-1], device=index.device).expand_as(index)
-        ):
-            raise FastarError(f"{run.permutations}: {name} is no permutation of its units (damaged); restore it")
+    try:
+        Permutations.from_dict({name: index for name, index in kept.state.items() if name != "matched"})
+    except FastarError as error:
+        raise FastarError(
+            f"{run.permutations}: an index is no permutation of its units ({error}); restore it"
+        ) from error
     if run.star.is_file():
         check_permutations(run, read_metadata(run.star, own=True))
     if "star" not in kept.metadata:
@@ -176,24 +176,18 @@ def _permutations(run: RunFolder) -> str | None:
     return None
 
 
-def _training(path: Path) -> str | None:
+def _training(path: Path) -> None:
+    """Check a file that a training keeps, or has left behind."""
     try:
-        if CHECKPOINT.fullmatch(path.name):
+        if CHECKPOINT.fullmatch(path.name) or path.parent.name == LAST_GOOD:
             load_checkpoint(path, own=True)
+        elif path.name == RETRY:
+            unsealed(read_object(path))
     except FastarError:
         if path.exists():  # else a run in use has gone on to the next one
             raise
-    if path.name == RETRY:
-        try:
-            unsealed(read_object(path))
-        except ValueError as error:
-            raise FastarError(f"{path}: damaged ({error}); delete it") from error
-    return None
-
-
-def _left(path: Path) -> str | None:
-    load_checkpoint(path, own=True)
-    return None
+    except ValueError as error:
+        raise FastarError(f"{path}: damaged ({error}); delete it") from error
 
 
 def _events(path: Path) -> str | None:
@@ -223,8 +217,8 @@ def _results(run: RunFolder) -> str | None:
         return None
     said: list[str] = []
     results = run.read_results(said.append)
-    heldouts = results.get("heldout", 0)
-    missing = [path for i in range(heldouts) if not (path := run.model("heldout", i)).exists()]
-    for path in [*missing, *(path for path in (run.star, run.permutations) if not path.exists())]:
-        raise FastarError(f"{path}: missing, and {run.results.name} is of it; restore it")
+    models = [run.model("heldout", i) for i in range(results.get("heldout", 0))]
+    missing = next((path for path in (*models, run.star, run.permutations) if not path.exists()), None)
+    if missing is not None:
+        raise FastarError(f"{missing}: missing, and {run.results.name} is of it; restore it")
     return said[0] if said else None
