@@ -20,7 +20,15 @@ from PIL import Image
 
 from fastar.data import PRESETS, Encoding, StreamingDataset, images, open_images, prepare_images, streaming, writing
 from fastar.data.crops import random_boxes
-from fastar.data.imagefolder import ImageFolderSplit, class_names, count_images, find_images, split_class
+from fastar.data.imagefolder import (
+    ImageFolderSplit,
+    class_names,
+    count_images,
+    find_images,
+    in_class_folders,
+    split_class,
+)
+from fastar.data.listing import PassedOver
 from fastar.data.registry import IMAGENET_MEAN, IMAGENET_STD
 from fastar.data.sampling import draw, file_order, paged_order
 from fastar.errors import FastarError
@@ -49,6 +57,11 @@ def prepared(root: Path, name: str = "set", **changes: Any) -> images.ImageFiles
     return prepare_images(name, data_root=root, directory=root.parent / "out", **options)
 
 
+def in_folders(root: Path) -> ImageFolderSplit:
+    classes = class_names(root)
+    return ImageFolderSplit(root, classes, in_class_folders(root, classes, PassedOver()))
+
+
 def shown(data: StreamingDataset, **options: Any) -> tuple[np.ndarray, np.ndarray]:
     """An augmented epoch: pixels back in 0..255, and labels."""
     parts = list(data.batches(7, seed=3, epoch=1, drop_last=False, **options))
@@ -62,7 +75,7 @@ def test_training_images_are_the_boxes_resized_and_mirrored(root: Path, crop: An
     files = prepared(root)
     data = StreamingDataset(files, "train", "cpu", size=24, crop=crop, threads=2)
     pixels, labels = shown(data)
-    raw = ImageFolderSplit(root / "train", class_names(root / "train"))
+    raw = in_folders(root / "train")
     stored = [raw[int(index)] for index in file_order(COUNT, "train")]
     key = derive_seed(3, "augmentation", 1)
     index = np.arange(COUNT)
@@ -157,7 +170,7 @@ def test_images_that_cannot_be_used_are_left_out_and_listed(root: Path) -> None:
         assert str(root) not in reason
         assert not re.search("replace|convert", reason)
     assert files.skipped["test"] == []
-    raw = ImageFolderSplit(root / "train", class_names(root / "train"))
+    raw = in_folders(root / "train")
     kept = [int(k) for k in file_order(COUNT, "train") if not raw.where(int(k)).endswith(tuple(reasons))]
     parts = list(StreamingDataset(files, "train", "cpu", size=20, threads=1).sequential(4))
     assert torch.cat([labels for _, labels in parts]).tolist() == raw.labels[kept].tolist()
@@ -176,7 +189,7 @@ def test_a_png_named_jpeg_and_a_palette_come_out_rgb(root: Path) -> None:
     palette = root / "train" / "c1" / "01.png"
     want = Image.open(palette).quantize(16)
     want.save(palette)
-    raw = ImageFolderSplit(root / "train", class_names(root / "train"))
+    raw = in_folders(root / "train")
     named = [Path(raw.where(k)).name for k in range(len(raw))]
     assert np.array_equal(raw[named.index("00.JPEG")][0], rgb)
     assert np.array_equal(raw[named.index("01.png")][0], np.array(want.convert("RGB")))

@@ -44,15 +44,15 @@ class ArchiveSplit:
     """Images of any size inside an uncompressed tar archive, decoded to RGB; in order of class and name.
 
     `members` are (class, file name, offset of its bytes in the archive, size). Several processes may read at once.
-    With `upright` images are turned as their EXIF orientation says.
     """
 
-    def __init__(
-        self, path: Path, classes: tuple[str, ...], members: list[tuple[str, str, int, int]], *, upright: bool = False
-    ):
+    upright = False
+    """Images are turned as their EXIF orientation says."""
+
+    def __init__(self, path: Path, classes: tuple[str, ...], members: list[tuple[str, str, int, int]]):
         if not members:
             raise FastarError(f"{path}: holds no images; get it again")
-        self.path, self.classes, self.upright = path, classes, upright
+        self.path, self.classes = path, classes
         label_of = {name: label for label, name in enumerate(classes)}
         unknown = next((name for name, *_ in members if name not in label_of), None)
         if unknown is not None:
@@ -81,8 +81,7 @@ class ArchiveSplit:
             if not more:
                 raise FastarError(f"{self.path}: is cut off inside {self.names[index]}; get it again")
             content += more
-        pixels = decode_rgb(io.BytesIO(content), self.where(index), upright=self.upright)
-        return pixels, int(self.labels[index])
+        return decode_rgb(io.BytesIO(content), self.where(index), upright=self.upright), int(self.labels[index])
 
     def where(self, index: int) -> str:
         return f"{self.path}/{self.names[index]}"
@@ -93,15 +92,12 @@ class ArchiveSplit:
         return class_digest(self.classes, entries)
 
 
-def train_archive(
-    path: Path, progress: Progress = SILENT, passed: PassedOver | None = None, *, upright: bool = False
-) -> ArchiveSplit:
+def train_archive(path: Path, passed: PassedOver, progress: Progress = SILENT) -> ArchiveSplit:
     """The training images of an archive of one archive per class, such as n01440764.tar; that is the class's name.
 
     What is no image goes to `passed`.
     """
     members = []
-    passed = PassedOver() if passed is None else passed
     with _opened(path) as archive:
         inner = []
         for member in archive:
@@ -129,21 +125,14 @@ def train_archive(
                     ) from error
                 advance()
     _check_whole(path, members)
-    return ArchiveSplit(path, tuple(sorted({name for name, *_ in members})), members, upright=upright)
+    return ArchiveSplit(path, tuple(sorted({name for name, *_ in members})), members)
 
 
-def val_archive(
-    root: Path,
-    classes: tuple[str, ...],
-    progress: Progress = SILENT,
-    passed: PassedOver | None = None,
-    *,
-    upright: bool = False,
-) -> ArchiveSplit:
+def val_archive(root: Path, classes: tuple[str, ...], passed: PassedOver, progress: Progress = SILENT) -> ArchiveSplit:
     """The validation images in `root`, with the labels of the development kit beside them; see `train_archive`."""
     path = root / VAL_ARCHIVE
     with progress.task(f"listing {path.name}", 1, "archives") as advance, _opened(path) as archive:
-        images = sorted(_images(archive, path.name, PassedOver() if passed is None else passed))
+        images = sorted(_images(archive, path.name, passed))
         advance()
     names = _validation_classes(root)
     if len(names) != len(images):
@@ -151,7 +140,7 @@ def val_archive(
     # Label number k is of the image whose name ends in k: sorted by name, the k-th.
     members = [(name, *image) for name, image in zip(names, images, strict=True)]
     _check_whole(path, members)
-    return ArchiveSplit(path, classes, members, upright=upright)
+    return ArchiveSplit(path, classes, members)
 
 
 @contextmanager

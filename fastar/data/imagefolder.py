@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from fastar.data.archives import TRAIN_ARCHIVE, VAL_ARCHIVE, train_archive, val_archive
+from fastar.data.archives import TRAIN_ARCHIVE, VAL_ARCHIVE, ArchiveSplit, train_archive, val_archive
 from fastar.data.listing import PassedOver, class_names, images_below, readable
-from fastar.data.raw import RawSplit, class_digest, decode_rgb, read_file
+from fastar.data.raw import class_digest, decode_rgb, read_file
 from fastar.errors import FastarError
 from fastar.progress import SILENT, Progress
 from fastar.seeds import derive_seed
@@ -17,19 +17,17 @@ Listed = list[tuple[str, list[Path]]]
 
 
 class ImageFolderSplit:
-    """Images in files below `root`, any size, decoded to RGB; by default those of its class folders, in order of class
-    and name.
+    """Images in files below `root`, any size, decoded to RGB, as they are `listed` (`in_class_folders`)."""
 
-    `listed` are the classes' images (see `in_class_folders`). With `upright` they are turned as their EXIF orientation
-    says.
-    """
+    upright = False
+    """Images are turned as their EXIF orientation says."""
 
-    def __init__(self, root: Path, classes: tuple[str, ...], listed: Listed | None = None, *, upright: bool = False):
-        self.root, self.classes, self.upright = root, classes, upright
+    def __init__(self, root: Path, classes: tuple[str, ...], listed: Listed):
+        self.root, self.classes = root, classes
         label_of = {name: label for label, name in enumerate(classes)}
         self.paths: list[Path] = []
         labels: list[int] = []
-        for name, paths in in_class_folders(root, classes, PassedOver()) if listed is None else listed:
+        for name, paths in listed:
             self.paths += paths
             labels += [label_of[name]] * len(paths)
         if not self.paths:
@@ -56,7 +54,7 @@ class ImageFolderSplit:
 
 
 def _size(path: Path) -> int:
-    """In bytes; -1 for an image that is not there or not to be had: where such are left out, the others are known."""
+    """Bytes of a file; -1 for an image that is not there or not to be had: such may be left out."""
     try:
         return path.stat().st_size
     except OSError:
@@ -101,9 +99,12 @@ def in_one_folder(root: Path, classes: tuple[str, ...], passed: PassedOver) -> L
     return sorted(listed.items())
 
 
+Split = ImageFolderSplit | ArchiveSplit
+
+
 def find_images(
     root: Path, progress: Progress = SILENT, *, val_share: float | None = None, upright: bool = False
-) -> dict[str, RawSplit]:
+) -> dict[str, Split]:
     """The splits "train" and "test" of a data root; FastarError where they are not.
 
     Each is a folder of class folders, `root`/train and `root`/val (or test), or where there is none one of ImageNet's
@@ -116,24 +117,26 @@ def find_images(
     passed = PassedOver()
     with readable(root):
         if val_share is not None:
-            splits = _split_folder(root, val_share, upright, passed)
+            splits = _split_folder(root, val_share, passed)
         else:
-            splits = _both_splits(root, progress, upright, passed)
+            splits = _both_splits(root, passed, progress)
+    for split in splits.values():
+        split.upright = upright
     if passed.count:
         progress.line(f"{root}: {passed}")
     return splits
 
 
-def _both_splits(root: Path, progress: Progress, upright: bool, passed: PassedOver) -> dict[str, RawSplit]:
+def _both_splits(root: Path, passed: PassedOver, progress: Progress) -> dict[str, Split]:
     if not root.is_dir():
         raise FastarError(f"{root}: no such folder; give the one that holds train/ and val/, or ImageNet's archives")
-    train: RawSplit
+    train: Split
     if (root / "train").is_dir():
         classes = class_names(root / "train")
         listed = in_class_folders(root / "train", classes, passed)
-        train = ImageFolderSplit(root / "train", classes, listed, upright=upright)
+        train = ImageFolderSplit(root / "train", classes, listed)
     elif (root / TRAIN_ARCHIVE).is_file():
-        train = train_archive(root / TRAIN_ARCHIVE, progress, passed, upright=upright)
+        train = train_archive(root / TRAIN_ARCHIVE, passed, progress)
     else:
         raise FastarError(
             f"{root}: has no train/ folder; expected train/<class>/*.JPEG and val/<class>/*.JPEG, or {TRAIN_ARCHIVE}"
@@ -143,9 +146,9 @@ def _both_splits(root: Path, progress: Progress, upright: bool, passed: PassedOv
     if test is not None:
         annotated = (test / ANNOTATIONS).exists() and class_names(test) == ("images",)
         listed = (in_one_folder if annotated else in_class_folders)(test, train.classes, passed)
-        return {"train": train, "test": ImageFolderSplit(test, train.classes, listed, upright=upright)}
+        return {"train": train, "test": ImageFolderSplit(test, train.classes, listed)}
     if (root / VAL_ARCHIVE).is_file():
-        return {"train": train, "test": val_archive(root, train.classes, progress, passed, upright=upright)}
+        return {"train": train, "test": val_archive(root, train.classes, passed, progress)}
     hint = _HINT if isinstance(train, ImageFolderSplit) else ""
     raise FastarError(f"{root}: has neither val/ nor test/ nor {VAL_ARCHIVE}; put the test images there{hint}")
 
@@ -155,7 +158,7 @@ ANNOTATIONS = "val_annotations.txt"
 _HINT = ", or of your own set (imagefolder) keep a share of each class for testing: --val-share 0.1"
 
 
-def _split_folder(root: Path, share: float, upright: bool, passed: PassedOver) -> dict[str, RawSplit]:
+def _split_folder(root: Path, share: float, passed: PassedOver) -> dict[str, Split]:
     """Both splits of one folder of class folders."""
     if not root.is_dir():
         raise FastarError(f"{root}: no such folder; give the one that holds the class folders")
@@ -171,10 +174,7 @@ def _split_folder(root: Path, share: float, upright: bool, passed: PassedOver) -
         left_out = set(kept)
         test.append((name, kept))
         train.append((name, [path for path in paths if path not in left_out]))
-    return {
-        split: ImageFolderSplit(folder, classes, listed, upright=upright)
-        for split, listed in (("train", train), ("test", test))
-    }
+    return {"train": ImageFolderSplit(folder, classes, train), "test": ImageFolderSplit(folder, classes, test)}
 
 
 def split_class(paths: list[Path], share: float, root: Path) -> list[Path]:
@@ -194,7 +194,7 @@ def split_class(paths: list[Path], share: float, root: Path) -> list[Path]:
 
 
 def _escaped(path: Path) -> str:
-    """As it is where it is UTF-8, else the other bytes as escapes."""
+    """A path as text, bytes that are not UTF-8 as escapes."""
     return path.as_posix().encode("utf-8", "backslashreplace").decode()
 
 
