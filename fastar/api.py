@@ -245,7 +245,7 @@ def _symmetry(
 
 
 def _examples(model: nn.Module, data: Data | None, settings: MatchingSettings) -> Callable[[], Examples]:
-    """What methods that look at data see: the first batches."""
+    """The first batches, for methods that look at data."""
     method = settings.method
 
     def examples() -> Examples:
@@ -256,11 +256,12 @@ def _examples(model: nn.Module, data: Data | None, settings: MatchingSettings) -
         if not found:
             raise FastarError(f"method={method!r} needs data, and there is no batch in what was given as data")
         twin, floats = float_copy(model, device), list(in_float(lambda: iter(found))())
-        (inputs, labels), *_ = floats
-        outputs_of(twin, inputs, "the model, on data,")
-        if method == "sinkhorn":  # by its losses
-            for inputs, labels in floats:
-                check_loss(outputs_of(twin, inputs, "the model, on data,"), labels, "data")
+        by_loss = method == "sinkhorn"
+        for inputs, labels in floats if by_loss else floats[:1]:
+            outputs = outputs_of(twin, inputs, "the model, on data,")
+            if by_loss:
+                check_loss(outputs, labels, "data")
+        inputs, labels = floats[0]
         if labels.ndim and layer_of_single_values(twin, inputs, len(labels)) is not None:
             found = list(joined(found))
         return Examples(model, found)
@@ -269,7 +270,7 @@ def _examples(model: nn.Module, data: Data | None, settings: MatchingSettings) -
 
 
 def _device(model: nn.Module, name: str) -> torch.device:
-    """Where the parameters of a network are.
+    """The device of a network's parameters.
 
     Raises:
         FastarError: it is no network, or one without weights.
@@ -448,7 +449,7 @@ def _of_statistics(
 
 
 def _equal(first: Tensor, second: Tensor) -> bool:
-    """Of one shape and, in the coarser of their dtypes, of one value; NaN is itself."""
+    """Tell whether two tensors have one shape and, in the coarser of their dtypes, one value; NaN equals itself."""
     if first.shape != second.shape:
         return False
     pairs = ((first, second.to(first)), (first.to(second), second))

@@ -16,7 +16,7 @@ from torch.utils.data import Dataset, IterableDataset
 
 from fastar.errors import FastarError, first_line
 from fastar.evaluation.ends import outputs_of
-from fastar.matching.forwards import Batch, on_device
+from fastar.matching.forwards import Batch, in_float32, on_device
 from fastar.states import copied
 
 Data = Iterable[tuple[Any, Tensor]] | Callable[[], Iterable[tuple[Any, Tensor]]] | tuple[Tensor, Tensor]
@@ -73,7 +73,7 @@ def in_float(batches: Batches) -> Batches:
 
     def one_pass() -> Iterator[tuple[Batch, Tensor]]:
         for inputs, labels in batches():
-            yield tree_map_only(Tensor, lambda x: x.float() if x.is_floating_point() else x, inputs), labels
+            yield tree_map_only(Tensor, in_float32, inputs), labels
 
     return one_pass
 
@@ -113,7 +113,7 @@ def _whole(labels: Tensor) -> bool:
 
 
 def classes_of(model: nn.Module, inputs: Batch, labels: Tensor, name: str) -> int:
-    """How many classes the logits have that `model`, a copy in evaluation mode, gives for a batch.
+    """The number of classes in the logits that `model`, a copy in evaluation mode, gives for a batch.
 
     Raises:
         FastarError: it gives no logits.

@@ -292,7 +292,7 @@ def _check_values(path: Path, name: str, value: torch.Tensor) -> None:
 
 
 def _wrappers(names: Collection[str]) -> str:
-    """What wrappers put before all names."""
+    """The prefix that wrappers put before all names."""
     prefix = ""
     while True:
         more = next((one for one in _WRAPPERS if all(name.startswith(prefix + one) for name in names)), None)
@@ -331,7 +331,7 @@ def load_into(model: torch.nn.Module, checkpoint: Checkpoint) -> Checkpoint:
 
 
 def load_whole_into(model: torch.nn.Module, checkpoint: Checkpoint) -> Checkpoint:
-    """As `load_into`; the checkpoint that is returned has all that the model has, each tensor in the type of its file.
+    """Do as `load_into`, and return a checkpoint of all that the model has, each tensor in the type of its file.
 
     Raises:
         FastarError: as `load_into`.

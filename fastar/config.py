@@ -110,8 +110,8 @@ class DatasetSettings(_Section):
     """How the files are written where they are not there yet: longer side at most 500, 400 or 512 pixels, 50 %, 10 % or
     all as JPEG, the rest raw (larger, and faster to load). None: as they are, or rn50."""
     exif: Literal["ignore", "apply"] | None = None
-    """Where the files are not there yet: apply turns images as their EXIF orientation says, ignore keeps them as they
-    are stored, as torchvision does. None: as the files are, or ignore."""
+    """When the files are written: apply turns images as their EXIF orientation says, ignore keeps them as they are
+    stored, as torchvision does. None: as the files are, or ignore."""
     threads: Positive | None = None
     """Threads that decode; None is one per CPU."""
 

@@ -141,7 +141,7 @@ def event_files(folder: Path) -> list[Path]:
 
 
 def is_event_file_whole(path: Path) -> bool:
-    """Whether all records of an event file have their checksums. A last one that a kill has cut is left aside.
+    """Tell whether all records of an event file have their checksums. A last one that a kill has cut does not count.
 
     Raises:
         OSError: it cannot be read.

@@ -13,9 +13,9 @@ from typing import Any
 DEPTH = 64
 """Deeper than anything that fastar writes, and far from Python's own limit."""
 LARGEST = 10**300
-"""Of whole numbers: a float holds them."""
+"""The largest whole number; a float holds it."""
 FORMAT = 2
-"""Of files with a digest of their own content; files without a format are of older versions, and have none."""
+"""The format of files with a digest of their content; those of older versions have neither."""
 
 
 def parse_object(text: bytes) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def unsealed(content: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
-    """What was sealed, and whether it had a digest: a file of an older version has none.
+    """The content that was sealed, and whether it had a digest: a file of an older version has none.
 
     Raises:
         ValueError: the content is not what the digest is of.

@@ -78,7 +78,7 @@ def _told(folder: Path) -> RunOverview:
 
 
 def overview(folder: Path) -> RunOverview:
-    """Where the run in `folder` stands.
+    """The state of the run in `folder`.
 
     Raises:
         FastarError: its settings, results or log are damaged.
@@ -126,7 +126,7 @@ def _settings(run: RunFolder) -> dict[str, Any]:
 
 
 def _written(path: Path) -> float:
-    """When a file was written to, in seconds since 1970; 0: it is not there, or not any more."""
+    """The time of a file's last change, in seconds since 1970; 0: it is not there, or not any more."""
     try:
         return path.stat().st_mtime
     except OSError:

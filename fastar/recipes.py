@@ -38,7 +38,7 @@ class Paper:
 DEEPEST = 50
 MOST = 100_000
 LARGEST = 10**300
-"""What settings are at most: levels, values (each alias counts as what it stands for), and an integer."""
+"""Limits of settings: levels, values (each alias counts as what it stands for), and an integer."""
 
 _PLAIN = {f"tag:yaml.org,2002:{name}": name for name in ("null", "bool", "int", "float", "str")}
 
@@ -108,7 +108,7 @@ def _refused(place: yaml.Node | yaml.Event, problem: str) -> yaml.MarkedYAMLErro
 
 
 def read_yaml(text: str) -> Any:
-    """What `text` says, as settings are written: null, booleans, numbers and strings (a date is one), in lists and
+    """The settings in `text`: null, booleans, numbers and strings (a date is one), in lists and
     mappings that have no key twice.
 
     Raises:
@@ -127,7 +127,7 @@ def read_yaml(text: str) -> Any:
 
 
 def shortened(text: str) -> str:
-    """Of what may be thousands of characters long, as much as a line has room for."""
+    """As much of a text as a line has room for."""
     return text if len(text) <= 100 else f"{text[:80]}... ({len(text):,} characters)"
 
 

@@ -177,7 +177,7 @@ def _differences(
     state: Mapping[str, Tensor],
     leading: int,
 ) -> Iterator[str]:
-    """What differs; the nearest names are looked up for the first differences, which are shown, alone."""
+    """The differences; nearest names are looked up for the first few alone, which are shown."""
     told = 0
 
     def nearest(name: str, names: list[str]) -> str:
@@ -235,7 +235,7 @@ def forget(model: nn.Module) -> None:
 
 
 def drops_caches(model: nn.Module) -> bool:
-    """Whether a module does something of its own when it is set to training."""
+    """Tell whether a module does something of its own when it is set to training."""
     return any(type(module).train is not nn.Module.train for module in model.modules())
 
 
@@ -264,7 +264,7 @@ _OWN = frozenset(vars(nn.Module()))
 
 
 def _content(value: Any) -> Any:
-    """What a container holds now; None of others."""
+    """A copy of a container; None of others."""
     return value.copy() if isinstance(value, dict | list | set) else None
 
 

@@ -74,7 +74,7 @@ class _Place:
     dtype: torch.dtype
     shape: tuple[int, ...]
     begin: int
-    """In bytes from the beginning of the file."""
+    """Bytes from the beginning of the file."""
     size: int
 
 
@@ -125,7 +125,7 @@ def _identity(file: BinaryIO) -> tuple[int, int]:
 
 
 def _header(file: BinaryIO) -> tuple[dict[str, str], dict[str, _Place]]:
-    """What a safetensors file says of itself: metadata, and tensors that fill the rest of it without gaps.
+    """The header of a safetensors file: metadata, and places of tensors that fill the rest of it without gaps.
 
     Raises:
         ValueError: it is none, or cut short.
@@ -184,7 +184,7 @@ def _tensor(file: BinaryIO, place: _Place) -> Tensor:
 
 
 def read_torch(path: Path) -> Any:
-    """What torch.save wrote to `path`, on the CPU; no code of it runs, and its own checksums hold.
+    """The content of a file of torch.save, on the CPU; no code of it runs, and its own checksums hold.
 
     Raises:
         FastarError: missing or damaged, or more than weights.

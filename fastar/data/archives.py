@@ -16,7 +16,7 @@ import numpy as np
 from fastar.data.listing import SUFFIXES, PassedOver, reason_to_pass
 from fastar.data.raw import RawSplit, class_digest, decode_rgb, is_image, read_file
 from fastar.data.tars import TarArchive, read_members
-from fastar.errors import FastarError, printable
+from fastar.errors import FastarError, first_line, printable
 from fastar.progress import SILENT, Progress
 
 TRAIN_ARCHIVE = "ILSVRC2012_img_train.tar"
@@ -217,8 +217,7 @@ def _devkit_file(root: Path, name: str) -> bytes:
         member = f"{DEVKIT}/{name}"
         return read_members(packed, (member,), _LARGEST)[member]
     except (OSError, tarfile.TarError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise FastarError(f"{packed}: {name} cannot be read ({reason}); get it again") from error
+        raise FastarError(f"{packed}: {name} cannot be read ({first_line(error)}); get it again") from error
 
 
 def official_files(splits: Iterable[RawSplit]) -> list[Path]:

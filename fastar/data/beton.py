@@ -237,7 +237,7 @@ def check_beton(path: Path, layout: Layout) -> np.ndarray:
 
 
 def front_bytes(data: np.ndarray, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
-    """Of the bytes of a checked file: what lies before its pages, and its allocation table."""
+    """The bytes of a checked file before its pages, and those of its allocation table."""
     fields = layout.fields()
     rows = layout.count * get_metadata_type(list(fields.values())).itemsize
     header = data[: HeaderType.itemsize].view(HeaderType)[0]

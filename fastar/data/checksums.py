@@ -25,7 +25,7 @@ _MAGIC = b"fastar checksums 1\n"
 
 @dataclass(frozen=True)
 class Checksums:
-    """What a split's file holds: SHA-256 of its `content` (as the metadata has it) and of its `tables`, hexadecimal,
+    """A split's file in numbers: SHA-256 of its `content` (as the metadata has it) and of its `tables`, hexadecimal,
     and the CRC-32 of each image's bytes (`images`, uint32 [n])."""
 
     content: str

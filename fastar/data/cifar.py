@@ -14,7 +14,7 @@ import numpy as np
 from fastar.data.raw import ArraySplit, RawDataset, read_file
 from fastar.data.registry import DatasetSpec
 from fastar.data.tars import read_members
-from fastar.errors import FastarError, printable
+from fastar.errors import FastarError, first_line, printable
 
 _PIXELS = 3 * 32 * 32
 _LARGEST = 1 << 30  # bytes of an archive, unpacked; the official ones have 180 MB
@@ -110,8 +110,7 @@ def _read_archive(path: Path, wanted: list[str]) -> dict[str, bytes]:
     try:
         contents = read_members(path, wanted, _LARGEST, lambda name: Path(name).name)
     except (OSError, tarfile.TarError) as error:
-        reason = " ".join(str(error).split())
-        raise FastarError(f"{path}: cannot be read ({reason}); get the archive again") from error
+        raise FastarError(f"{path}: cannot be read ({first_line(error)}); get the archive again") from error
     missing = [name for name in wanted if name not in contents]
     if missing:
         raise FastarError(f"{path}: holds no {', '.join(missing)}; get the archive again")

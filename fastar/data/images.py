@@ -1,6 +1,7 @@
 """Making sure that the .beton files of a set of images of any size (ImageNet, class folders) exist and are whole."""
 
 import shutil
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -185,7 +186,7 @@ def open_images(folder: Path) -> ImageFiles:
 
 def _reuse(
     folder: Path,
-    splits: dict[str, RawSplit] | None,
+    splits: Mapping[str, RawSplit] | None,
     encoding: Encoding | None,
     limit: int | None,
     shuffled: bool | None,
@@ -211,7 +212,7 @@ def _reuse(
 def _write(
     folder: Path,
     name: str,
-    splits: dict[str, RawSplit],
+    splits: Mapping[str, RawSplit],
     encoding: Encoding,
     workers: int,
     shuffled: bool,

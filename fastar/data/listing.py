@@ -18,7 +18,7 @@ _NAMED = 3
 
 
 class PassedOver:
-    """What lies among the images and is none: how much of it, and the first few by name and reason."""
+    """Things among the images that are none: their number, and the first few by name and reason."""
 
     def __init__(self) -> None:
         self.count = 0
@@ -31,7 +31,7 @@ class PassedOver:
             named.append(printable(name))
 
     def __str__(self) -> str:
-        """In words, for one line.
+        """A line of words.
 
         >>> passed = PassedOver()
         >>> passed.add("cat/notes.txt", "no image")
@@ -47,7 +47,7 @@ class PassedOver:
 
 
 def reason_to_pass(name: str) -> str | None:
-    """Why a file called so is no image, whatever it holds; None: that is not known."""
+    """The reason why a file of this name is no image, whatever it holds; None: its content decides."""
     return "a copy, or a part of one" if name.lower().endswith(_COPIES) else None
 
 
@@ -112,7 +112,7 @@ def _kind(entry: "os.DirEntry[str]") -> str:
 
 
 def _reason(entry: "os.DirEntry[str]", kind: str) -> str | None:
-    """Why what is no folder is passed over; None: it is an image."""
+    """The reason why an entry that is no folder is passed over; None: it is an image."""
     known = os.path.splitext(entry.name)[1].lower() in SUFFIXES and not entry.name.startswith(".")
     if kind == "other":
         return "no file"

@@ -43,7 +43,7 @@ def read_file(path: Path, most: int) -> bytes:
 
 
 def is_image(stream: IO[bytes]) -> bool:
-    """Whether `stream` begins as one of the image formats that are read."""
+    """Tell whether `stream` begins as one of the image formats that are read."""
     try:
         with Image.open(stream, formats=FORMATS):
             return True
@@ -165,7 +165,7 @@ class RawDataset:
     kind: str
     where: Path | None
     note: str | None = None
-    """What its reader has to say of it."""
+    """A line that its reader has for the user."""
     files: tuple[Path, ...] = ()
     """Those that were read, where they have official names."""
 

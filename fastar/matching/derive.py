@@ -291,7 +291,7 @@ class _Derivation:
         return lines
 
     def _said(self, spec: Any) -> str:
-        """What an input of the graph is that is neither parameter nor the user's."""
+        """A name for an input of the graph that is neither a parameter nor the user's."""
         if spec.kind == InputKind.BUFFER and spec.persistent:
             return f"buffer {spec.target!r}"
         if spec.kind == InputKind.BUFFER:
@@ -396,7 +396,7 @@ def _numbered(base: str, taken: dict[str, int]) -> str:
 
 
 def _counts(factor: Factor) -> bool:
-    """Whether a factor has several positions that are not all alike."""
+    """Tell whether a factor has several positions that are not all alike."""
     return not isinstance(factor, Copies) and factor_length(factor) > 1
 
 

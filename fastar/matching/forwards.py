@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_map_only
 from fastar.states import attributes_kept, copied
 
 Batch = Tensor | tuple[Any, ...] | Mapping[str, Any]
-"""What a model's forward takes: one tensor, several arguments, or arguments by name; tensors may lie deeper in them."""
+"""The inputs of a forward: one tensor, several arguments, or arguments by name; tensors may lie deeper in them."""
 
 
 def without_statistics(model: nn.Module, device: torch.device) -> nn.Module:
@@ -34,7 +34,7 @@ def on_device(batch: Batch, device: torch.device) -> Batch:
 
 
 def forward(model: nn.Module, parameters: Mapping[str, Tensor], batch: Batch) -> Any:
-    """What `model`, in float32, makes of a batch with these parameters, both in float32 too; it keeps its own."""
+    """The outputs of `model`, in float32, for a batch with these parameters, both in float32 too; it keeps its own."""
     arguments, named = arguments_of(tree_map_only(Tensor, in_float32, batch))
     values = {name: in_float32(value) for name, value in parameters.items()}
     with attributes_kept(model):
@@ -47,7 +47,7 @@ def in_float32(tensor: Tensor) -> Tensor:
 
 
 def call(model: nn.Module, batch: Batch) -> Any:
-    """What `model` makes of a batch as it is."""
+    """The outputs of `model` for a batch as it is."""
     arguments, named = arguments_of(batch)
     return model(*arguments, **named)
 

@@ -1,5 +1,5 @@
-"""Whether two networks are the same function of their state: of one class, but with another activation, say, they are
-not, and permuting or interpolating the one as if it were the other would be wrong without a word."""
+"""Comparison of two networks as functions of their state: of one class, but with another activation, say, they differ,
+and permuting or interpolating the one as if it were the other would be wrong without a word."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def check_same_function(
 
 
 def _agree(first: nn.Module, other: nn.Module, example_inputs: ExampleInputs) -> bool:
-    """Whether outputs are the same on several draws of weights: small ones, and such that saturate."""
+    """Tell whether outputs are the same on several draws of weights: small ones, and such that saturate."""
     one, two = (Trial(model, example_inputs, seed=0) for model in (first, other))
     for number, (gain, positive) in enumerate(DRAWS[:3]):
         state = one.state(gain, positive=positive, number=number)
@@ -54,7 +54,7 @@ def _agree(first: nn.Module, other: nn.Module, example_inputs: ExampleInputs) ->
 
 
 def differences(first: nn.Module, other: nn.Module, names: tuple[str, str]) -> Iterator[str]:
-    """What two networks do not have in common, beside their states; more than what matters, but not less."""
+    """The differences of two networks, their states aside; more than those that matter, but not fewer."""
     ours, theirs = (dict(model.named_modules(remove_duplicate=False)) for model in (first, other))
     known = tuple({id(tensor): name for name, tensor in tensors_of(model).items()} for model in (first, other))
     for name in ours.keys() ^ theirs.keys():
@@ -78,7 +78,7 @@ def differences(first: nn.Module, other: nn.Module, names: tuple[str, str]) -> I
 
 
 def _same(one: Any, two: Any, known: tuple[dict[int, str], ...]) -> bool:
-    """Whether two values are surely alike."""
+    """Tell whether two values are surely alike."""
     if one is two:
         return True
     if type(one) is not type(two):
