@@ -48,10 +48,10 @@ def runs_below(folder: Path) -> list[RunOverview]:
     """
     if not folder.is_dir():
         raise FastarError(f"{folder}: no such folder; give the one that holds your run folders")
-    return sorted((_told(path) for path in run_folders(folder)), key=lambda run: run.age)
+    return sorted((_told(path) for path in _run_folders(folder)), key=lambda run: run.age)
 
 
-def run_folders(folder: Path) -> Iterator[Path]:
+def _run_folders(folder: Path) -> Iterator[Path]:
     """All run folders in `folder`, and itself if it is one. Other programs call their files config.yaml too."""
     for place, inner, files in os.walk(folder):
         run = RunFolder(Path(place))
