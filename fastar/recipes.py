@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from fastar.errors import FastarError
+from fastar.json_files import LARGEST
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 if not CONFIGS.is_dir():  # installed, not a checkout: setup.py maps the folder into the package
@@ -37,8 +38,7 @@ class Paper:
 
 DEEPEST = 50
 MOST = 100_000
-LARGEST = 10**300
-"""Limits of settings: levels, values (each alias counts as what it stands for), and an integer."""
+"""Limits of settings: levels, and values (each alias counts as what it stands for)."""
 
 _PLAIN = {f"tag:yaml.org,2002:{name}": name for name in ("null", "bool", "int", "float", "str")}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -64,14 +65,13 @@ def derive_symmetry(
     if found is not None:
         return found
     program = trace(model, example_inputs, kind)
+    movable = _movable(model, program)
     if cached and verify:
-        movable = sorted(
-            _movable(model, program)
-        )  # which it is follows from more than the graph: memory that is shared
-        by_graph = proofs.digest_of_graph(program, model, allow_partial=allow_partial, movable=movable)
+        # What may move follows from more than the graph: from memory that is shared.
+        by_graph = proofs.digest_of_graph(program, model, allow_partial=allow_partial, movable=sorted(movable))
         found = proofs.find(by_graph)
     if found is None:
-        found = _derived(model, program, kind, allow_partial)
+        found = _derived(model, program, kind, movable, allow_partial)
         if verify:
             verify_symmetry(model, found, example_inputs, controls=False)
             proofs.keep(by_graph, found)
@@ -79,19 +79,17 @@ def derive_symmetry(
     return found
 
 
-def _derived(model: nn.Module, program: torch.export.ExportedProgram, name: str, allow_partial: bool) -> Symmetry:
+def _derived(
+    model: nn.Module, program: torch.export.ExportedProgram, name: str, movable: frozenset[str], allow_partial: bool
+) -> Symmetry:
     """The symmetry of a traced graph; where it is refused with buffers that move, they stay, as constants do."""
-    movable = _movable(model, program)
-    ways = [(movable, allow_partial)]
+    *ways, last = [(movable, allow_partial)]
     if movable:
-        ways = [(movable, False), (frozenset(), False), *(ways if allow_partial else [])]
-    refused = []
+        *ways, last = [(movable, False), (frozenset[str](), False), *([(movable, True)] if allow_partial else [])]
     for buffers, partial in ways:
-        try:
+        with suppress(FastarError):
             return _Derivation(model, program, name, buffers, allow_partial=partial).symmetry()
-        except FastarError as why:
-            refused.append(why)
-    raise refused[-1]
+    return _Derivation(model, program, name, last[0], allow_partial=last[1]).symmetry()
 
 
 def _movable(model: nn.Module, program: torch.export.ExportedProgram) -> frozenset[str]:

@@ -56,4 +56,4 @@ def arguments_of(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The positional and the keyword arguments that a batch stands for."""
     if isinstance(batch, Mapping):
         return (), dict(batch)
-    return batch if isinstance(batch, tuple) else (batch,), {}
+    return tuple(batch) if isinstance(batch, tuple | list) else (batch,), {}

@@ -10,7 +10,7 @@ import re
 import sysconfig
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
 from fastar.errors import FastarError, first_line
+from fastar.matching.forwards import arguments_of
 from fastar.matching.trials import ExampleInputs, without_cache
 from fastar.states import copied
 
@@ -33,8 +34,7 @@ def trace(model: nn.Module, example_inputs: ExampleInputs, name: str) -> torch.e
     Raises:
         FastarError: the model does not run on the inputs, branches on values, or cannot be traced; says where.
     """
-    keywords = dict(example_inputs) if isinstance(example_inputs, Mapping) else {}
-    arguments = () if keywords else tuple(example_inputs)
+    arguments, keywords = arguments_of(example_inputs)
     twin = without_cache(copied(model).eval())
     try:
         with _quiet(), _hooks_kept(), torch.no_grad():

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from fastar.errors import FastarError, first_line
+from fastar.matching.forwards import arguments_of
 from fastar.seeds import derive_seed
 from fastar.states import attribute_tensors, attributes_kept, copied, tensors_of
 
@@ -29,9 +30,7 @@ class Trial:
     def __init__(self, model: nn.Module, example_inputs: ExampleInputs, seed: int):
         self.model, self.seed, self.name = model, seed, type(model).__name__
         self.twin = without_cache(_without_weights(model).eval())
-        named = isinstance(example_inputs, Mapping)
-        given = ((), dict(example_inputs)) if named else (tuple(example_inputs), {})
-        self.inputs, self._structure = tree_flatten(tree_map(_as_double, given))
+        self.inputs, self._structure = tree_flatten(tree_map(_as_double, arguments_of(example_inputs)))
 
     @cached_property
     def has_buffers(self) -> bool:
