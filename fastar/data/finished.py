@@ -157,7 +157,7 @@ def publish(
     metadata["digest"] = kind.digest_of(metadata)
     metadata["sha256"] = _sha256(metadata)
     try:
-        replace_text(folder / METADATA, json.dumps(metadata, indent=1) + "\n")
+        write_atomically(folder / METADATA, (json.dumps(metadata, indent=1) + "\n").encode())
         for split, sums in (checksums or {}).items():
             write_atomically(checksums_path(folder / f"{split}.beton"), sums.to_bytes())
         for split in SPLITS:
@@ -202,7 +202,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
 
 
 def _remove_partial(folder: Path) -> None:
-    for path in folder.glob(f"*{PARTIAL}"):
+    for path in (*folder.glob(f"*{PARTIAL}"), *folder.glob(".*.tmp")):  # the latter of `write_atomically`
         try:
             path.unlink(missing_ok=True)
         except OSError as error:  # a folder of that name, or one in which nothing may be removed
@@ -217,12 +217,3 @@ def refuse_foreign(folder: Path) -> None:
         path = folder / f"{split}.beton"
         if path.exists():
             raise FastarError(f"{path}: has no {METADATA} beside it, so fastar did not write it; move it away")
-
-
-def replace_text(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + PARTIAL)
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, path)
