@@ -46,16 +46,21 @@ def parse_object(text: bytes) -> dict[str, Any]:
     raise ValueError("nested too deeply")
 
 
+def read_file(path: Path) -> bytes:
+    """The content of a file; OSError where it cannot be read, or is no file: a pipe would be waited for."""
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "not a file", str(path))
+    return path.read_bytes()
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """The object in the JSON file `path`.
 
     Raises:
-        OSError: it cannot be read, or is no file.
+        OSError: see `read_file`.
         ValueError: see `parse_object`.
     """
-    if path.exists() and not path.is_file():  # a pipe would be waited for
-        raise OSError(errno.EINVAL, "not a file", str(path))
-    return parse_object(path.read_bytes())
+    return parse_object(read_file(path))
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,7 +87,7 @@ def overview(folder: Path) -> RunOverview:
     run = RunFolder(folder)
     settings = _settings(run)
     sources, heldout = settings["sources"], settings["sources"].get("heldout", 0)
-    there = {kind: len(list((folder / name).glob("seed-*.safetensors"))) for kind, name in _FOLDERS.items()}
+    there = Counter(kind for _, kind, _ in run.models())
     given = sources.get("folder") is not None
     running = is_held(folder)
     results = _results(run, running=running)
@@ -131,9 +132,6 @@ def _written(path: Path) -> float:
         return path.stat().st_mtime
     except OSError:
         return 0.0
-
-
-_FOLDERS = {"source": "sources", "heldout": "heldout"}
 
 
 def _where(

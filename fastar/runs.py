@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import hashlib
 import itertools
 import json
@@ -23,7 +22,7 @@ from fastar import __version__
 from fastar.atomic import delete, write_atomically
 from fastar.config import Settings, as_override, completed, differences
 from fastar.errors import FastarError
-from fastar.json_files import parse_object, read_object, sealed, unsealed
+from fastar.json_files import parse_object, read_file, read_object, sealed, unsealed
 from fastar.lock import NAME as LOCK
 from fastar.lock import check_held, hold, lost
 from fastar.progress import SILENT, Progress
@@ -49,10 +48,12 @@ FREE_KEYS = (
 LAST_GOOD = "last-good"
 # Folder of the checkpoints of models in training.
 IN_TRAINING = "in-training"
-# Names of a training's checkpoints (epochs, steps), and of its folder (kind, number). Others are the user's own.
+# Names of a training's checkpoints (epochs, steps), of models (number), and of a training's folder (kind, number).
+# Others are the user's own.
 CHECKPOINT = re.compile(r"epoch-([0-9]{5,})-step-([0-9]{8,})\.safetensors")
 # File of how often a training has gone back, and where to.
 RETRY = "retry.json"
+_MODEL = re.compile(r"seed-([0-9]{4,})\.safetensors")
 _TRAINING = re.compile(r"(source|heldout|star)-([0-9]{4,})")
 _TEMPORARY = re.compile(r"\..+\.[0-9]+(-[0-9a-f]{8})?\.tmp")
 _CHECKSUM = re.compile(r"[0-9a-f]{8}")
@@ -116,6 +117,12 @@ class RunFolder:
     def in_training(self, kind: str, index: int) -> Path:
         """Folder of the checkpoints of a model while it is trained."""
         return self.path / IN_TRAINING / f"{kind}-{index:04d}"
+
+    def models(self) -> list[tuple[Path, str, int]]:
+        """Files of sources and heldouts that are there, each with its kind and number."""
+        kinds = {"source": "sources", "heldout": "heldout"}
+        found = ((path, kind) for kind, name in kinds.items() for path in sorted((self.path / name).glob("seed-*")))
+        return [(path, kind, int(name[1])) for path, kind in found if (name := _MODEL.fullmatch(path.name))]
 
     def trainings(self) -> list[tuple[Path, str, int]]:
         """Folders of models in training, each with the model's kind and number."""
@@ -234,7 +241,7 @@ class RunFolder:
 
     def _check_names(self) -> None:
         """Raise FastarError where something else has the name of a file or folder that a run writes."""
-        models = (path for name in ("sources", "heldout") for path in (self.path / name).glob("seed-*.safetensors"))
+        models = (path for path, _, _ in self.models())
         for path in (self.star, self.permutations, self.results, self.picture, self.log_file, *models):
             if path.exists() and not path.is_file():
                 raise FastarError(f"{path}: is not a file, and the run has one of this name; move it away")
@@ -263,9 +270,7 @@ class RunFolder:
             FastarError: no readable `config.yaml`.
         """
         try:
-            if self.config.exists() and not self.config.is_file():  # a pipe would be waited for
-                raise OSError(errno.EINVAL, "not a file", str(self.config))
-            content = read_yaml(self.config.read_text(encoding="utf-8"))
+            content = read_yaml(read_file(self.config).decode())
         except OSError as error:
             raise FastarError(f"{self.path}: is no run folder (config.yaml: {error.strerror})") from error
         except (FastarError, UnicodeDecodeError) as error:
@@ -275,7 +280,7 @@ class RunFolder:
         return content
 
     def is_config_whole(self) -> bool | None:
-        """Whether `config.yaml` is as it was written; None: an older fastar wrote it, without a digest."""
+        """Tell whether `config.yaml` is as it was written; None: an older fastar wrote it, without a digest."""
         text = self.config.read_bytes()
         settings, found, digest = text.rpartition(_CONFIG_DIGEST.encode())
         if not found:
@@ -286,7 +291,7 @@ class RunFolder:
     def log(self, **entry: Any) -> None:
         """Append one line to `log.jsonl`, with a checksum as its last value."""
         check_held(self.log_file)
-        line = (json.dumps({**entry, "checksum": _checksum(entry)}) + "\n").encode()
+        line = _line(entry)
         try:
             with self.log_file.open("ab+") as file:
                 if file.seek(0, os.SEEK_END):
@@ -311,7 +316,7 @@ class RunFolder:
         return [_entry(line) for line in lines if line.strip()]
 
     def is_log_cut(self) -> bool:
-        """Whether a kill has cut the last line of `log.jsonl`: its end is missing."""
+        """Tell whether a kill has cut the last line of `log.jsonl`: its end is missing."""
         return not _LINE_END.search(self.log_file.read_bytes())
 
     def read_log(self) -> list[dict[str, Any]]:
@@ -329,15 +334,14 @@ class RunFolder:
         if list(kept.values()) == wanted and once and None not in lines:
             return
         others = [entry for entry in entries if entry.get("model") != model or "epoch" not in entry]
-        whole = [json.dumps({**entry, "checksum": _checksum(entry)}) + "\n" for entry in [*others, *wanted]]
-        write_atomically(self.log_file, "".join(whole).encode())
+        write_atomically(self.log_file, b"".join(_line(entry) for entry in [*others, *wanted]))
 
     def write_results(self, results: Mapping[str, Any]) -> None:
         """Write `results.json`, atomically and unrounded, with a digest of it."""
         write_atomically(self.results, (json.dumps(sealed(results), indent=1) + "\n").encode())
 
     def read_results(self, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
-        """What was written to `results.json`; `say` is told of results without a digest.
+        """The results in `results.json`; `say` is told of results without a digest.
 
         Raises:
             FastarError: missing or damaged.
@@ -362,6 +366,11 @@ def _checksum(entry: Mapping[str, Any]) -> str:
     return f"{zlib.crc32(json.dumps(entry).encode()):08x}"
 
 
+def _line(entry: Mapping[str, Any]) -> bytes:
+    """A line of the log, with a checksum as its last value."""
+    return (json.dumps({**entry, "checksum": _checksum(entry)}) + "\n").encode()
+
+
 def _entry(line: bytes) -> dict[str, Any] | None:
     """The entry in a line of the log; None: not a whole one. Lines of older versions have no checksum."""
     try:
@@ -377,7 +386,7 @@ def _entry(line: bytes) -> dict[str, Any] | None:
 
 
 def _is_of_kind(name: str, value: object) -> bool:
-    """Whether a value of the log is of the type that values of this name have."""
+    """Tell whether a value of the log is of the type that values of this name have."""
     if name in ("epoch", "attempt"):
         return type(value) is int
     if name in ("loss", "lr", "images", "seconds", "begin_seconds", "peak_bytes"):

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,7 +19,6 @@ from fastar.matching import Permutations
 from fastar.progress import SILENT, Progress
 from fastar.runs import CHECKPOINT, LAST_GOOD, RETRY, RunFolder
 
-NAMED = re.compile(r"seed-[0-9]{4,}")
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -90,7 +88,8 @@ def _run(run: RunFolder, progress: Progress) -> Rechecked:
         metadata[path], digests[path] = checkpoint.metadata, state_digest(checkpoint)
 
     checks: list[Callable[[], str | None]] = [partial(_config, run), partial(_log, run), partial(_picture, run)]
-    checks += [partial(model, *named) for named in _models(run)]
+    checks += [partial(model, *named) for named in run.models()]
+    checks += [partial(model, run.star, "star", 0)] if run.star.exists() else []
     checks += [partial(_permutations, run)] if run.permutations.is_file() else []
     checks += [partial(_training, path) for folder, _, _ in run.trainings() for path in sorted(folder.iterdir())]
     checks += [partial(_training, path) for path in sorted((run.path / LAST_GOOD).glob("*.safetensors"))]
@@ -108,16 +107,6 @@ def _run(run: RunFolder, progress: Progress) -> Rechecked:
             finally:
                 advance(1)
     return found
-
-
-def _models(run: RunFolder) -> Iterator[tuple[Path, str, int]]:
-    """Models' files that are there, each with the kind and number that its name says."""
-    for kind, folder in (("source", "sources"), ("heldout", "heldout")):
-        for path in sorted((run.path / folder).glob("seed-*.safetensors")):
-            if NAMED.fullmatch(path.stem):  # others are copies that people made
-                yield path, kind, int(path.stem.removeprefix("seed-"))
-    if run.star.exists():
-        yield run.star, "star", 0
 
 
 def _config(run: RunFolder) -> str | None:
