@@ -31,7 +31,7 @@ from fastar.batches import (
 from fastar.config import MatchingSettings, matching_settings
 from fastar.errors import FastarError
 from fastar.evaluation import Endpoint, Path, evaluate_paths
-from fastar.evaluation.batch_norm import batch_norm_layers, joined, layer_of_single_values, own_statistics
+from fastar.evaluation.batch_norm import batch_norm_layers, joined, layer_of_single_values
 from fastar.evaluation.ends import check_end, outputs_of
 from fastar.flat import FlatLayout
 from fastar.matching import (
@@ -413,25 +413,20 @@ def barrier(
         raise FastarError("there is no data to measure on: no batch in what was given as data")
     check_labels(*first, "data")
     classes = classes_of(model, *first, "model_a")
-    rows = [layout.flatten(state).to(device) for state in states]
-    for (name, given), state, row in zip(models.items(), states, rows, strict=True):
-        check_end(float_copy(given, device), model, layout, row, _statistics(model, state), first[0], name)
+    for (name, given), state in zip(models.items(), states, strict=True):
+        check_end(float_copy(given, device), model, layout, state, first[0], name)
     batches = labelled(floats, classes, "data")
+    ends = [Endpoint(name, layout.flatten(state).to(device)) for name, state in zip("ab", states, strict=True)]
     (measured,) = evaluate_paths(
         model,
         layout,
-        [Path("path", *map(Endpoint, "ab", rows))],
+        [Path("path", *ends)],
         {"data": batches},
         points=int(points),
         statistics_batches=_of_statistics(model, batches, first, statistics_data),
         progress=progress,
     )
     return Barrier(measured.t, measured.loss["data"], measured.accuracy["data"], measured.barrier("data"))
-
-
-def _statistics(model: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The batch-norm statistics of a state, as `model` keeps them."""
-    return {name: state[name].to(value) for name, value in own_statistics(model).items()}
 
 
 def _of_statistics(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -45,7 +45,7 @@ def own_statistics(model: nn.Module) -> Statistics:
 
 
 def values_per_channel(given: Tensor) -> int:
-    """Of what a batch-norm layer is given, [b, C, ...]: the numbers that a statistic is taken of."""
+    """The numbers that one statistic of a batch-norm layer is taken of, where it is given [b, C, ...]."""
     return given.numel() // max(given.shape[1], 1)
 
 
@@ -57,22 +57,18 @@ def layer_of_single_values(model: nn.Module, batch: Batch, samples: int) -> str 
         model: run once in evaluation mode, and left as it was.
         batch: of so many `samples`.
     """
-    found = []
-    hooks = []
-    for name, layer in batch_norm_layers(model).items():
+    layers, found = batch_norm_layers(model), []
+    if not layers:
+        return None
+    with ExitStack() as hooks, torch.no_grad(), evaluating(model):
+        for name, layer in layers.items():
 
-        def look(_: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
-            if args and values_per_channel(args[0]) == samples:
-                found.append(name)
+            def look(_: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
+                if args and values_per_channel(args[0]) == samples:
+                    found.append(name)
 
-        hooks.append(layer.register_forward_pre_hook(look))
-    try:
-        if hooks:
-            with torch.no_grad(), evaluating(model):
-                call(model, batch)
-    finally:
-        for hook in hooks:
-            hook.remove()
+            hooks.enter_context(layer.register_forward_pre_hook(look))
+        call(model, batch)
     return found[0] if found else None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from fastar.errors import FastarError, first_line
-from fastar.evaluation.batch_norm import Statistics, evaluating, set_statistics
+from fastar.evaluation.batch_norm import evaluating, own_statistics, set_statistics
 from fastar.evaluation.losses import bound
 from fastar.flat import FlatLayout
 from fastar.matching.forwards import Batch, call
@@ -28,7 +29,7 @@ LAST_DIGIT = 1.2e-7
 
 
 def outputs_of(model: nn.Module, batch: Batch, name: str) -> Any:
-    """What `model` makes of a batch, as it is; it is in evaluation mode. No caller's generator of numbers moves.
+    """The outputs of `model`, in evaluation mode, for a batch as it is. No caller's generator of numbers moves.
 
     Raises:
         FastarError: it does not run on it; says what it was given.
@@ -59,8 +60,7 @@ def check_end(
     own: nn.Module,
     standing: nn.Module,
     layout: FlatLayout,
-    row: Tensor,
-    statistics: Statistics,
+    state: Mapping[str, Tensor],
     batch: Batch,
     name: str,
 ) -> None:
@@ -68,19 +68,22 @@ def check_end(
 
     Args:
         own: the model in float32, on the batch's device; its weights are changed.
-        standing: the network that is measured: with the parameters `row` [P] and the batch-norm statistics of the
-            model, which are not re-estimated here. It is left as it was.
+        standing: the network that is measured, on the batch's device: with the parameters and batch-norm statistics of
+            `state`; the latter are not re-estimated here. It is left as it was.
+        state: of the model, its units where they are measured.
         name: of the model.
 
     Raises:
         FastarError: two runs of the model differ, or the end's outputs from the model's, by more than rounding.
     """
     own.eval()
-    with _numbers_kept(row.device):
-        before = _random_states(row.device)
+    statistics = {one: state[one].to(value) for one, value in own_statistics(standing).items()}
+    device = next(standing.parameters()).device
+    with _numbers_kept(device):
+        before = _random_states(device)
         expected = _run(own, batch, name)
         again = _run(own, batch, name)
-        drew = any(not torch.equal(a, b) for a, b in zip(before, _random_states(row.device), strict=True))
+        drew = any(not torch.equal(a, b) for a, b in zip(before, _random_states(device), strict=True))
         gap, largest = _gap(expected, again), _largest(expected)
         if gap > (0 if drew else SAME * largest):
             raise FastarError(
@@ -89,7 +92,7 @@ def check_end(
                 "F.dropout(x, p, self.training)"
             )
         with bound(standing, [entry.name for entry in layout.entries]) as bind, evaluating(standing):
-            bind(layout.unflatten(row))
+            bind(layout.unflatten(layout.flatten(state).to(device)))
             set_statistics(standing, statistics)
             gap = _gap(expected, _run(standing, batch, f"the end of the path that stands for {name}"))
     if gap <= RELATIVE_TOLERANCE * largest or gap <= ROUNDING * _rounding(own, batch, expected, name):
@@ -109,11 +112,11 @@ def _random_states(device: torch.device) -> list[Tensor]:
 
 def _gap(first: Any, second: Any) -> float:
     """The largest difference between two outputs; infinite where they cannot be compared, or one is not finite."""
-    pairs = list(zip(_numbers(first), _numbers(second), strict=False))
-    if len(_numbers(first)) != len(_numbers(second)) or any(a.shape != b.shape for a, b in pairs):
+    ours, theirs = _numbers(first), _numbers(second)
+    if [a.shape for a in ours] != [b.shape for b in theirs]:
         return math.inf
     gaps = [0.0]
-    for a, b in pairs:
+    for a, b in zip(ours, theirs, strict=True):
         same = (a == b) | (a.isnan() & b.isnan())
         gaps += [float(torch.where(same, 0, (a - b).abs().nan_to_num(nan=math.inf)).max())] if a.numel() else []
     return max(gaps)
@@ -129,7 +132,7 @@ def _numbers(outputs: Any) -> list[Tensor]:
 
 
 def _rounding(own: nn.Module, batch: Batch, expected: Any, name: str) -> float:
-    """How far the outputs move when all weights change in their last digits, which they do here."""
+    """The change of the outputs when all weights change in their last digits, which they do here."""
     generator = torch.Generator().manual_seed(0)
     for parameter in own.parameters():
         noise = torch.rand(parameter.shape, generator=generator, dtype=torch.float32, device="cpu")
@@ -146,7 +149,7 @@ def _described(batch: Batch) -> str:
 
 
 def _layout_hint(model: nn.Module, batch: Batch) -> str:
-    """What to do about images whose channels are the last axis, where convolutions take them as the first."""
+    """Advice for images whose channels are the last axis, where convolutions take them as the first."""
     first = next((one for one in model.modules() if isinstance(one, nn.Conv2d)), None)
     if first is None or not isinstance(batch, Tensor) or batch.ndim != 4 or batch.shape[1] == first.in_channels:
         return ""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastar.checkpoints import Checkpoint, load_into
 from fastar.evaluation import Endpoint, Path, PathLosses, evaluate_paths, evaluate_rows
-from fastar.evaluation.batch_norm import batch_norm_layers, own_statistics
+from fastar.evaluation.batch_norm import batch_norm_layers
 from fastar.evaluation.ends import check_end
 from fastar.experiments.context import Context
 from fastar.experiments.facts import shown
@@ -62,10 +62,8 @@ def check_endpoint(context: Context, name: str, checkpoint: Checkpoint, permutat
     own, standing = context.build(seed=0), context.build(seed=0)
     load_into(own, checkpoint)
     state = checkpoint.state if permutation is None else context.symmetry.apply(permutation, checkpoint.state)
-    statistics = {one: state[one].to(value) for one, value in own_statistics(standing).items()}
     images, _ = next(iter(context.splits()["test"]()))
-    row = context.layout.flatten(state).to(context.device)
-    check_end(own, standing, context.layout, row, statistics, images[:CHECKED_ON], name)
+    check_end(own, standing, context.layout, state, images[:CHECKED_ON], name)
 
 
 def matched_endpoints(
