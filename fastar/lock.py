@@ -149,11 +149,11 @@ class _Lease:
     folder: Path
     """Absolute."""
     handle: int
-    """Of the open folder."""
+    """The open folder's file descriptor."""
     holder: Holder
 
     def lost(self) -> str | None:
-        """What became of it, for users; None: it is still held."""
+        """Say what became of it, for users; None: it is still held."""
         try:
             opened, there = os.fstat(self.handle), self.folder.stat()
             same = (opened.st_dev, opened.st_ino) == (there.st_dev, there.st_ino)
@@ -175,7 +175,7 @@ _leases: list[_Lease] = []
 
 
 def lost(path: Path) -> str | None:
-    """What became of the folder around `path` that this process began to hold; None: still held, or none of its own."""
+    """Say what became of the folder around `path` that this process began to hold; None: held, or none of its own."""
     whole = Path(os.path.abspath(path))
     return next((lease.lost() for lease in reversed(_leases) if whole.is_relative_to(lease.folder)), None)
 

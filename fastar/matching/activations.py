@@ -114,7 +114,7 @@ def correlate_seen(
     threads: int = 1,
     progress: Progress = SILENT,
 ) -> tuple[Permutations, tuple[str, ...]]:
-    """As `correlate_units`, of sources whose activations were kept: theta alone is looked at, if it was not."""
+    """Pair units as `correlate_units` of sources whose activations were kept: theta alone is run, if it was not."""
     look, own = seen.kept.look, seen.own
     if own is None:
         own = look(theta, "theta")

@@ -83,13 +83,14 @@ def _derived(
     model: nn.Module, program: torch.export.ExportedProgram, name: str, movable: frozenset[str], allow_partial: bool
 ) -> Symmetry:
     """The symmetry of a traced graph; where it is refused with buffers that move, they stay, as constants do."""
-    *ways, last = [(movable, allow_partial)]
+    ways = [(movable, allow_partial)]
     if movable:
-        *ways, last = [(movable, False), (frozenset[str](), False), *([(movable, True)] if allow_partial else [])]
-    for buffers, partial in ways:
+        ways = [(movable, False), (frozenset(), False), *(ways if allow_partial else [])]
+    for buffers, partial in ways[:-1]:
         with suppress(FastarError):
             return _Derivation(model, program, name, buffers, allow_partial=partial).symmetry()
-    return _Derivation(model, program, name, last[0], allow_partial=last[1]).symmetry()
+    buffers, partial = ways[-1]
+    return _Derivation(model, program, name, buffers, allow_partial=partial).symmetry()
 
 
 def _movable(model: nn.Module, program: torch.export.ExportedProgram) -> frozenset[str]:

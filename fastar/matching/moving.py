@@ -43,7 +43,7 @@ class Along:
         return self.place.outer * self.size * self.place.inner
 
     def positions(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Where the axis' positions come from, [..., length], once its group is permuted by `index` [..., size]."""
+        """Sources of the axis' positions, [..., length], once its group is permuted by `index` [..., size]."""
         return self.place.positions(index, self.size)
 
 
@@ -94,7 +94,7 @@ def moving_axes(
 
 
 class _Look:
-    """What a network shows at places of groups, and what once its units have been permuted."""
+    """Values at places of a network's groups, before and after its units are permuted."""
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class _Look:
         self._now: dict[Key, list[Tensor]] = {}
 
     def _values(self, state: State, wanted: set[Key]) -> dict[Key, list[Tensor]]:
-        """Of each place, call after call, values less what a unit's are on average, the largest of size 1."""
+        """Values of each place, call after call, less the mean of each unit, the largest of size 1."""
         seen: dict[Key, list[Tensor]] = {}
 
         def keep(name: str, axis: int, kind: Kind, values: Tensor) -> None:
@@ -151,7 +151,7 @@ class _Look:
         return None
 
     def _units(self, key: Key, permutations: Permutations) -> list[Tensor]:
-        """What was shown first at a place, its units permuted."""
+        """The values at a place before, its units permuted."""
         first = self._first[key]
         at = np.arange(first[0].shape[-1])
         for group, member in self._places[key]:
@@ -188,14 +188,9 @@ def samples_of(along: Sequence[Along]) -> int:
 
 
 def rows_moved(along: Sequence[Along], indices: Mapping[str, NDArray[np.int64]]) -> NDArray[np.int64]:
-    """Where these samples come from, [..., samples], once the axes' groups are permuted by `indices` [..., size]."""
-    rows: NDArray[np.int64] | None = None
+    """Sources of these samples, [..., samples], once the axes' groups are permuted by `indices` [..., size]."""
+    rows = np.zeros(1, np.int64)
     for one in along:
         positions = one.positions(indices[one.group])
-        rows = (
-            positions
-            if rows is None
-            else (rows[..., None] * one.length + positions[..., None, :]).reshape(*positions.shape[:-1], -1)
-        )
-    assert rows is not None
+        rows = (rows[..., None] * one.length + positions[..., None, :]).reshape(*positions.shape[:-1], -1)
     return rows

@@ -113,7 +113,7 @@ class UnitActivations:
         )
 
     def rows(self, group: str, indices: Mapping[str, NDArray[np.int64]]) -> NDArray[np.int64] | None:
-        """Where the samples of a group's table come from, [samples] or [N, samples], once the network's units are
+        """Sources of the samples of a group's table, [samples] or [N, samples], once the network's units are
         permuted by `indices` [size] or [N, size]; None: they stay."""
         if not any(self._along.get((m.tensor, m.axis)) for m in self._members[group]):
             return None
@@ -122,13 +122,11 @@ class UnitActivations:
         for member in self._members[group]:
             key = member.tensor, member.axis
             count, times = self._first[1][key][0], member.outer * member.inner
-            index = np.arange(count * times)
-            if along := self._along.get(key):
-                together = samples_of(along)
-                moved = rows_moved(along, indices)[..., None, :] + together * np.arange(count // together)[:, None]
-                index = moved.reshape(*moved.shape[:-2], -1)[..., None] * times + np.arange(times)
-                index = index.reshape(*index.shape[:-2], -1)
-            parts.append(begin + index)
+            along = self._along.get(key) or ()
+            together = samples_of(along)
+            moved = rows_moved(along, indices)[..., None, :] + together * np.arange(count // together)[:, None]
+            index = moved.reshape(*moved.shape[:-2], -1)[..., None] * times + np.arange(times)
+            parts.append(begin + index.reshape(*index.shape[:-2], -1))
             begin += count * times
         shape = np.broadcast_shapes(*(part.shape[:-1] for part in parts))
         return np.concatenate([np.broadcast_to(part, (*shape, part.shape[-1])) for part in parts], -1)
@@ -170,19 +168,16 @@ class UnitActivations:
     def _choose(self, kinds: Mapping[Key, Kind], seen: dict[Key, list[Tensor]]) -> None:
         """Of what the first batch of the first network has shown, where each group is looked at; the rest goes."""
         left, shown = list(self.order), set[str]()
+        groups_of = [[self.symmetry.groups[g] for g in family] for family in self.symmetry.families]
         self.order = []
         while left:
-            family = left[0]
-            for one in left:  # the first whose samples are along groups that have been matched by then
-                groups = [self.symmetry.groups[g] for g in self.symmetry.families[one]]
-                if all(self._usable(member, shown) for group in groups for member in _chosen(group, kinds)):
-                    family = one
-                    break
-            for group in (self.symmetry.groups[g] for g in self.symmetry.families[family]):
-                usable = [member for member in group.members if self._usable(member, shown)]
-                self._members[group.name] = _chosen(replace(group, members=tuple(usable)), kinds)
-            shown |= {self.symmetry.groups[g].name for g in self.symmetry.families[family]}
-            shown -= {name for name, members in self._members.items() if not members}
+            # The first whose samples are along groups that have been matched by then.
+            ready = (f for f in left if all(self._usable(m, shown) for g in groups_of[f] for m in _chosen(g, kinds)))
+            family = next(ready, left[0])
+            for group in groups_of[family]:
+                usable = tuple(member for member in group.members if self._usable(member, shown))
+                self._members[group.name] = _chosen(replace(group, members=usable), kinds)
+            shown |= {group.name for group in groups_of[family] if self._members[group.name]}
             self.order.append(family)
             left.remove(family)
         self._wanted = {(m.tensor, m.axis) for members in self._members.values() for m in members}
@@ -190,7 +185,7 @@ class UnitActivations:
             del seen[key]
 
     def _usable(self, member: Member, shown: set[str]) -> bool:
-        """Whether the samples of a place stay, or move with groups that are `shown` already."""
+        """Tell whether the samples of a place stay, or move with groups that are `shown` already."""
         along = self._along.get((member.tensor, member.axis), ())
         return along is not None and all(one.group in shown for one in along)
 
@@ -382,10 +377,8 @@ def resampled(tables: Tensor, rows: NDArray[np.int64] | None) -> Tensor:
 
 
 def _together(values: Tensor, along: Sequence[Along]) -> tuple[Tensor, int]:
-    """Values [..., length] as [rows, samples, length], where the samples of a row move among themselves, or as
-    [rows, length] where none move; and how many samples a row has."""
-    if not along:
-        return values.flatten(0, -2), 1
+    """Values [..., length] as [rows, samples, length], where the samples of a row (one, where none move) move among
+    themselves; and how many samples a row has."""
     moving = [one.place.axis for one in along]
     still = [axis for axis in range(values.ndim - 1) if axis not in moving]
     together = samples_of(along)

@@ -69,12 +69,7 @@ def by_weights(
     tied = [
         f
         for f, family in enumerate(problem.families)
-        if any(
-            _alike(one[problem.groups[g].name])
-            for g in family
-            for one in (own, theirs)
-            if problem.groups[g].name in own
-        )
+        if any(_alike(one[name]) for g in family if (name := problem.groups[g].name) in own for one in (own, theirs))
     ]
     if not tied:
         return list(found)
