@@ -190,8 +190,10 @@ def test_batches_of_one_sample_alone_are_refused() -> None:
 
 def test_images_of_which_one_is_enough_are_not_joined() -> None:
     """Their statistics are of each place of an image: such batches gave numbers, and give the same."""
-    nets = [nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 3)) for _ in range(2)]
-    images, labels = torch.randn(5, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)  # of 3 % of draws the losses are the same to the last digit
+        nets = [nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(144, 3)) for _ in range(2)]
+        images, labels = torch.randn(5, 1, 8, 8), torch.tensor([0, 1, 2, 0, 1])
     ones = list(zip(images.split(4), labels.split(4), strict=True))
     found = fastar.barrier(nets[0], nets[1], ones, points=3)
     joined = fastar.barrier(nets[0], nets[1], ones, statistics_data=[(images, labels)], points=3)
