@@ -13,6 +13,7 @@ from matching_models import CASES, IMAGES, derived
 from test_matching_weights import hard_problem, objective, problem_of, stacked
 from torch import Tensor, nn
 
+from fastar.api import match
 from fastar.config import MatchingSettings, load_settings
 from fastar.errors import FastarError
 from fastar.matching import (
@@ -21,7 +22,6 @@ from fastar.matching import (
     Symmetry,
     match_activations,
     match_by_settings,
-    match_modules,
     match_weights,
 )
 from fastar.matching.descent import Descent
@@ -283,25 +283,12 @@ def test_whole_modules_as_a_new_user_would() -> None:
         x = torch.randn(5, 3, 8, 8)
     before = [{n: t.clone() for n, t in b.state_dict().items()} for b in others]
     outputs = [b(x) for b in others]
-    states, result = match_modules(a, others, IMAGES)
-    assert bool((result.objective > result.objective_start).all())
-    for b, state, old, expected in zip(others, states, before, outputs, strict=True):
+    for b, old, expected in zip(others, before, outputs, strict=True):
+        matched = match(a, b, example_inputs=IMAGES)
+        assert bool((matched.result.objective > matched.result.objective_start).all())
+        state = matched.symmetry.apply(matched, b.state_dict())
         assert all(torch.equal(t, old[n]) for n, t in b.state_dict().items())
         assert not torch.equal(state["0.weight"], old["0.weight"])
         b.load_state_dict(state)
         # The sum over permuted units, in another order.
         torch.testing.assert_close(b(x), expected, rtol=1e-5, atol=1e-5)
-
-
-def test_bad_modules_are_named() -> None:
-    a = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
-    example = (torch.zeros(2, 4),)
-    with pytest.raises(FastarError, match="no sources"):
-        match_modules(a, [], example)
-    narrow = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
-    with pytest.raises(FastarError, match=r"source 1 has '0\.weight' of shape \[3, 4\]"):
-        match_modules(a, [a, narrow], example)
-    alone = nn.Linear(4, 2)
-    states, result = match_modules(alone, [nn.Linear(4, 2)], example)  # no groups: as it is
-    assert set(states[0]) == {"weight", "bias"}
-    assert len(result.permutations) == 0

@@ -25,9 +25,9 @@ from fastar.matching import (
     Symmetry,
     correlate_units,
     match_by_settings,
-    match_modules,
     match_sinkhorn,
     match_weights,
+    symmetry_by_settings,
     without_groups,
 )
 from fastar.matching.observing import Observer
@@ -368,7 +368,11 @@ def test_none_derives_nothing_and_moves_nothing(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr("fastar.matching.modules.derive_symmetry", refuse)
     models = [ResNet((3, 4), 1) for _ in range(3)]
-    states, result = match_modules(models[0], models[1:], (), settings=MatchingSettings(method="none"))
+    settings = MatchingSettings(method="none")
+    symmetry = symmetry_by_settings(settings, models[0], ())
+    sources = {name: torch.stack([model.state_dict()[name] for model in models[1:]]) for name in symmetry.moved}
+    result = match_by_settings(settings, symmetry, models[0].state_dict(), sources)
+    states = [symmetry.apply(result.permutations.select(n), model.state_dict()) for n, model in enumerate(models[1:])]
     assert len(result.permutations) == 0
     assert result.left == ()
     for model, state in zip(models[1:], states, strict=True):

@@ -6,7 +6,7 @@ from fastar.matching.derive import derive_symmetry
 from fastar.matching.forwards import on_device
 from fastar.matching.many import ManyResult, To, average, match_many
 from fastar.matching.methods import Examples, GiveExamples, match_by_settings
-from fastar.matching.modules import match_modules, symmetry_by_settings
+from fastar.matching.modules import symmetry_by_settings
 from fastar.matching.permutations import Permutations
 from fastar.matching.same import check_same_function
 from fastar.matching.seen import KeptActivations, SeenSources, UnitActivations, kept_bytes
@@ -43,7 +43,6 @@ __all__ = [
     "match_activations",
     "match_by_settings",
     "match_many",
-    "match_modules",
     "match_sinkhorn",
     "match_weights",
     "matching_threads",
