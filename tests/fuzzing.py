@@ -29,12 +29,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from cli_cases import fastar
 from data_samples import cifar_binary_files, cifar_python_files, raw_dataset, write_archive, write_files, write_folders
 from data_samples import write_idx as write_idx_files
-from run_cases import small
+from run_cases import Killed, kill, small
 from test_data_archives import devkit, jpeg, tar
+from test_stopping import at_call
 
 from fastar.checkpoints import load_checkpoint
 from fastar.config import load_settings
@@ -44,6 +46,7 @@ from fastar.data.imagefolder import find_images
 from fastar.data.raw import RawSplit
 from fastar.errors import FastarError
 from fastar.experiments.star_domain import train_star
+from fastar.training import StarStep
 
 HANG_SECONDS = 120
 MEMORY = 6 << 30
@@ -195,6 +198,22 @@ def make_run(folder: Path) -> None:
     shutil.rmtree(data)
 
 
+def make_stopped(folder: Path) -> None:
+    """A run that was killed in its star's second epoch."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(Killed):
+        at_call(patch, StarStep, 5, kill)
+        train_star(small(folder / "data", *STOPPED), folder / "run")
+
+
+def read_stopped(folder: Path) -> object:
+    """It goes on: whatever checkpoint it goes on from, the star is the same."""
+    train_star(small(folder / "data", *STOPPED), folder / "run")
+    return digest(*(value.numpy() for value in load_checkpoint(folder / "run" / "star.safetensors").state.values()))
+
+
+STOPPED = ("star.epochs=2",)
+
+
 def command(*arguments: object, codes: tuple[int, ...] = (0,)) -> str:
     """What a command prints; FastarError where it ends with the code of bad input.
 
@@ -274,6 +293,9 @@ KINDS: dict[str, Kind] = {
     "legacy .pt": Kind(lambda folder: make_pt(folder, zipped=False), read_model),
     "foreign .safetensors": Kind(make_foreign, read_model),
     "run": Kind(make_run, read_run, checked=("*.safetensors", "results.json"), writes=True),  # report draws its picture
+    "stopped run": Kind(
+        make_stopped, read_stopped, checked=("*",), damaged=("in-training/*/*", "sources/*", "log.jsonl"), writes=True
+    ),
     "settings": Kind(make_settings, read_settings),
     "pair": Kind(make_pair, read_pair, checked=("*.pt",), damaged=("*.pt",), writes=True),
 }
@@ -376,8 +398,16 @@ class Fuzz:
         if name not in self.good:
             place.mkdir(parents=True)
             self.kinds[name].make(place)
-            self.good[name] = self.kinds[name].read(place)
-            assert self.good[name] == self.kinds[name].read(place), f"{name}: not read the same twice"
+            values = [self.kinds[name].read(self.copy(place)) for _ in range(2)]
+            assert values[0] == values[1], f"{name}: not read the same twice"
+            self.good[name] = values[0]
+        return place
+
+    def copy(self, good: Path) -> Path:
+        place = self.folder / "case"
+        if place.exists():
+            shutil.rmtree(place)
+        shutil.copytree(good, place)
         return place
 
     def case(self, seed: int, number: int) -> str:
@@ -385,10 +415,7 @@ class Fuzz:
         chance = random.Random(f"{seed} {number}")
         name = chance.choice(sorted(self.kinds))
         kind, good = self.kinds[name], self.prepared(name)
-        place = self.folder / "case"
-        if place.exists():
-            shutil.rmtree(place)
-        shutil.copytree(good, place)
+        place = self.copy(good)
         files = sorted(path for path in place.rglob("*") if path.is_file() and matches(path, kind.damaged))
         path = chance.choice(files)
         what = "damaged"
