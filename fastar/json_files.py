@@ -6,6 +6,7 @@ import errno
 import hashlib
 import json
 import math
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ DEPTH = 64
 """Deeper than anything that fastar writes, and far from Python's own limit."""
 LARGEST = 10**300
 """The largest whole number; a float holds it."""
+FILE_SIZE = 10**9
+"""The largest file that is read as a whole, in bytes."""
 FORMAT = 2
 """The format of files with a digest of their content; those of older versions have neither."""
 
@@ -47,9 +50,16 @@ def parse_object(text: bytes) -> dict[str, Any]:
 
 
 def read_file(path: Path) -> bytes:
-    """The content of a file; OSError where it cannot be read, or is no file: a pipe would be waited for."""
-    if path.exists() and not path.is_file():
+    """The content of a file that is kept in memory as a whole, as those of run folders are.
+
+    Raises:
+        OSError: it cannot be read, is no file (a pipe would be waited for), or is larger than any that fastar writes.
+    """
+    there = path.stat()
+    if not stat.S_ISREG(there.st_mode):
         raise OSError(errno.EINVAL, "not a file", str(path))
+    if there.st_size > FILE_SIZE:
+        raise OSError(errno.EFBIG, f"larger than {FILE_SIZE:,} bytes", str(path))
     return path.read_bytes()
 
 

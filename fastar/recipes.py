@@ -38,7 +38,8 @@ class Paper:
 
 DEEPEST = 50
 MOST = 100_000
-"""Limits of settings: levels, and values (each alias counts as what it stands for)."""
+TEXT = 10_000_000
+"""Limits of settings: levels, values (each alias counts as what it stands for), and characters of a file."""
 
 _PLAIN = {f"tag:yaml.org,2002:{name}": name for name in ("null", "bool", "int", "float", "str")}
 
@@ -211,7 +212,11 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
 
 def _load(path: Path) -> dict[str, Any]:
     try:
-        content = read_yaml(path.read_text(encoding="utf-8"))
+        with path.open(encoding="utf-8") as file:
+            text = file.read(TEXT + 1)  # of a pipe too: the shell's <(...)
+        if len(text) > TEXT:
+            raise FastarError(f"longer than {TEXT:,} characters")
+        content = read_yaml(text)
     except OSError as error:
         raise FastarError(f"{path}: cannot read the configuration ({error.strerror})") from error
     except (FastarError, UnicodeDecodeError) as error:

@@ -281,7 +281,7 @@ class RunFolder:
 
     def is_config_whole(self) -> bool | None:
         """Tell whether `config.yaml` is as it was written; None: an older fastar wrote it, without a digest."""
-        text = self.config.read_bytes()
+        text = read_file(self.config)
         settings, found, digest = text.rpartition(_CONFIG_DIGEST.encode())
         if not found:
             last = text.rstrip().rpartition(b"\n")[2]
@@ -310,14 +310,14 @@ class RunFolder:
             FastarError: it cannot be read.
         """
         try:
-            lines = self.log_file.read_bytes().splitlines() if self.log_file.is_file() else []
+            lines = read_file(self.log_file).splitlines() if self.log_file.exists() else []
         except OSError as error:
             raise FastarError(f"{self.log_file}: cannot be read ({error.strerror}); make it readable") from error
         return [_entry(line) for line in lines if line.strip()]
 
     def is_log_cut(self) -> bool:
         """Tell whether a kill has cut the last line of `log.jsonl`: its end is missing."""
-        return not _LINE_END.search(self.log_file.read_bytes())
+        return not _LINE_END.search(read_file(self.log_file))
 
     def read_log(self) -> list[dict[str, Any]]:
         """All whole lines of `log.jsonl` (what a kill cut is left out)."""

@@ -507,3 +507,16 @@ def test_event_files_of_others_are_left_out(tmp_path: Path) -> None:
     file.add(1, {"loss": 1.0})
     file.close()
     assert (tmp_path / "events.out.tfevents.0000000004").stat().st_size > 0
+
+
+def test_a_file_far_too_large_is_not_read(tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    for name in ("config.yaml", "log.jsonl"):
+        with (run / name).open("wb") as file:
+            file.truncate(1 << 40)  # a hole: it takes no space
+    assert "larger than" in refused("train-star", "--dataset", "digits", "--out", run)
+    (run / "config.yaml").unlink()
+    assert "longer than" in refused("train-star", "--config", run / "log.jsonl")
+    with pytest.raises(FastarError, match="larger than"):
+        RunFolder(run).read_log()
