@@ -73,13 +73,13 @@ def images_below(folder: Path, passed: PassedOver) -> list[Path]:
     found: list[tuple[str, str]] = []
     waiting = deque([str(folder)])
     with readable(folder):
-        seen = {_identity(str(folder.parent))}
+        visited = {_identity(str(folder.parent))}
         while waiting:
             place = waiting.popleft()
-            if _identity(place) in seen:
+            if _identity(place) in visited:
                 passed.add(_shown(place, folder), "a link to a folder that is read already")
                 continue
-            seen.add(_identity(place))
+            visited.add(_identity(place))
             below = []
             for entry in sorted(os.scandir(place), key=lambda entry: entry.name):
                 kind = _kind(entry)

@@ -57,12 +57,7 @@ def _run(model: nn.Module, batch: Batch, name: str) -> Any:
 
 @torch.no_grad()
 def check_end(
-    own: nn.Module,
-    standing: nn.Module,
-    layout: FlatLayout,
-    state: Mapping[str, Tensor],
-    batch: Batch,
-    name: str,
+    own: nn.Module, standing: nn.Module, layout: FlatLayout, state: Mapping[str, Tensor], batch: Batch, name: str
 ) -> None:
     """Run a model, and the network that stands for it at the end of a path: they have to compute the same.
 

@@ -201,8 +201,11 @@ def _match_file(
     result = match_by_settings(
         network.matching,
         symmetry,
-        {**layout.views(row), **_beside(symmetry, theta, row.device)},
-        {**layout.views(other[None]), **{k: v[None] for k, v in _beside(symmetry, source, row.device).items()}},
+        {**layout.views(row), **_permuted_buffers(symmetry, theta, row.device)},
+        {
+            **layout.views(other[None]),
+            **{k: v[None] for k, v in _permuted_buffers(symmetry, source, row.device).items()},
+        },
         examples=network.examples,
         seed=network.settings.seed,
         threads=matching_threads(network.device, network.settings.workers),
@@ -227,8 +230,8 @@ def _match_file(
     return figures, state, dict(source.metadata)
 
 
-def _beside(symmetry: Symmetry, one: Checkpoint, device: torch.device) -> dict[str, torch.Tensor]:
-    """The buffers that groups permute."""
+def _permuted_buffers(symmetry: Symmetry, one: Checkpoint, device: torch.device) -> dict[str, torch.Tensor]:
+    """The buffers of a network that groups permute."""
     return {name: one.state[name].to(device) for name in symmetry.moved if name in symmetry.buffers}
 
 

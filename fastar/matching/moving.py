@@ -96,13 +96,7 @@ def moving_axes(
 class _Look:
     """Values at places of a network's groups, before and after its units are permuted."""
 
-    def __init__(
-        self,
-        symmetry: Symmetry,
-        state: State,
-        names: Sequence[str],
-        run: Callable[[State], object],
-    ):
+    def __init__(self, symmetry: Symmetry, state: State, names: Sequence[str], run: Callable[[State], object]):
         self._symmetry, self._state, self._names, self._run = symmetry, state, names, run
         self._places: dict[Key, list[tuple[Group, Member]]] = {}
         for group in symmetry.groups:

@@ -30,9 +30,9 @@ def classes(tables: Mapping[str, Tensor]) -> Classes:
     for group, table in tables.items():
         generator = torch.Generator().manual_seed(derive_seed(0, "ties", group))
         probes = torch.randn(_PROBES, table.shape[-2], generator=generator, dtype=torch.float32, device="cpu")
-        seen = (probes.to(table.device) @ table).mT.cpu().numpy()  # [..., size, probes]
-        flat = seen.reshape(-1, *seen.shape[-2:])
-        out[group] = np.stack([_first_alike(one) for one in flat]).reshape(seen.shape[:-1])
+        values = (probes.to(table.device) @ table).mT.cpu().numpy()  # [..., size, probes]
+        flat = values.reshape(-1, *values.shape[-2:])
+        out[group] = np.stack([_first_alike(one) for one in flat]).reshape(values.shape[:-1])
     return out
 
 
