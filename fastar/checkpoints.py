@@ -313,21 +313,16 @@ def load_into(model: torch.nn.Module, checkpoint: Checkpoint) -> Checkpoint:
     """
     checkpoint = _as_named_by(model, checkpoint)
     where = str(checkpoint.path or "the checkpoint")
-    check_state_of(model, checkpoint.state, where)
-    check_one_value(
-        model,
-        checkpoint.state,
-        where,
-        "what it computes is not known; save it with the two tied, or name a network that does not tie them",
-    )
-    names = {name: name for name in checkpoint.state}
-    for name, other in ties_of(model, checkpoint.state).items():
-        names.setdefault(name, other)
-    checkpoint = replace(checkpoint, state=_renamed(checkpoint.state, names))
-    state = OrderedDict(checkpoint.state)
+    found = dict(checkpoint.state)  # once: it may lie in a file
+    check_state_of(model, found, where)
+    remedy = "what it computes is not known; save it with the two tied, or name a network that does not tie them"
+    check_one_value(model, found, where, remedy)
+    ties = {name: other for name, other in ties_of(model, found).items() if name not in found and other in found}
+    names = {name: name for name in found} | ties
+    state = OrderedDict((name, found[other]) for name, other in names.items())
     state._metadata = getattr(model.state_dict(), "_metadata", None)  # type: ignore[attr-defined]  # modules' versions
     model.load_state_dict(state, strict=False)  # what may be missing was checked above
-    return checkpoint
+    return replace(checkpoint, state=_renamed(checkpoint.state, names))
 
 
 def load_whole_into(model: torch.nn.Module, checkpoint: Checkpoint) -> Checkpoint:

@@ -128,7 +128,7 @@ def read_yaml(text: str) -> Any:
 
 
 def shortened(text: str) -> str:
-    """As much of a text as a line has room for."""
+    """The part of a text that a line has room for."""
     return text if len(text) <= 100 else f"{text[:80]}... ({len(text):,} characters)"
 
 

@@ -94,9 +94,8 @@ def check_state_of(model: nn.Module, state: Mapping[str, Tensor], where: str) ->
     buffers = {name: shapes[name] for name in own if name not in parameters}
     needed = [name for name in buffers if not name.endswith("num_batches_tracked")]
     tied = ties_of(model, state)
-    tensors = {name: state[name] for name in state}  # once: they may lie in a file
-    _check_types(own, tensors, where)
-    check_state(parameters, buffers, tied, tensors, where, needed=needed)
+    _check_types(own, state, where)
+    check_state(parameters, buffers, tied, state, where, needed=needed)
 
 
 def check_one_value(model: nn.Module, state: Mapping[str, Tensor], where: str, remedy: str) -> None:
