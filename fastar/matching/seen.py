@@ -142,8 +142,8 @@ class UnitActivations:
             if key not in self._wanted:
                 return
             most, kept = min(len(values) * POSITIONS, share), seen.setdefault(key, [])
-            rows, together = _together(values, self._along.get(key) or ())
-            if len(rows) > (most := max(1, most // together)):
+            rows = _together(values, self._along.get(key) or ())
+            if len(rows) > (most := max(1, most // rows.shape[1])):
                 rows = rows[self._draw(key, len(kept), len(rows), most)]
             kept.append(rows.flatten(0, -2).float())
             kinds[key] = kind
@@ -376,13 +376,12 @@ def resampled(tables: Tensor, rows: NDArray[np.int64] | None) -> Tensor:
     return tables.gather(1, index[:, :, None].expand_as(tables))
 
 
-def _together(values: Tensor, along: Sequence[Along]) -> tuple[Tensor, int]:
-    """Values [..., length] as [rows, samples, length], where the samples of a row (one, where none move) move among
-    themselves; and how many samples a row has."""
+def _together(values: Tensor, along: Sequence[Along]) -> Tensor:
+    """Values [..., length] as [rows, samples, length], where the samples of a row move among themselves: one sample
+    where none move."""
     moving = [one.place.axis for one in along]
     still = [axis for axis in range(values.ndim - 1) if axis not in moving]
-    together = samples_of(along)
-    return values.permute(*still, *moving, values.ndim - 1).reshape(-1, together, values.shape[-1]), together
+    return values.permute(*still, *moving, values.ndim - 1).reshape(-1, samples_of(along), values.shape[-1])
 
 
 def _chosen(group: Group, kinds: Mapping[Key, Kind]) -> list[Member]:
