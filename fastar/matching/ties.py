@@ -41,8 +41,10 @@ def _first_alike(values: NDArray[np.float32]) -> NDArray[np.int64]:
     size = len(values)
     first = np.arange(size)
     order = np.argsort(values[:, 0], kind="stable")
-    breaks = np.flatnonzero(np.diff(values[order, 0]) > _SAME) + 1
-    for run in np.split(order, breaks):
+    apart = np.diff(values[order, 0]) > _SAME
+    if apart.all():  # the rule
+        return first
+    for run in np.split(order, np.flatnonzero(apart) + 1):
         left = np.sort(run)
         while len(left) > 1:
             alike = (np.abs(values[left] - values[left[0]]) <= _SAME).all(1)
