@@ -55,12 +55,11 @@ def class_names(root: Path, passed: PassedOver | None = None) -> tuple[str, ...]
     """The class folders of `root`, sorted by name; what else lies there goes to `passed`."""
     with readable(root):
         entries = sorted(os.scandir(root), key=lambda entry: entry.name)
-        folders = [entry for entry in entries if _kind(entry) == "folder" and not entry.name.startswith(".")]
+        names = [entry.name for entry in entries if _kind(entry) == "folder" and not entry.name.startswith(".")]
     if passed is not None:
-        for entry in entries:
-            if entry not in folders:
-                passed.add(os.path.relpath(entry.path, root.parent), "in no class folder")
-    return tuple(entry.name for entry in folders)
+        for name in sorted({entry.name for entry in entries} - set(names)):
+            passed.add(os.path.relpath(root / name, root.parent), "in no class folder")
+    return tuple(names)
 
 
 def images_below(folder: Path, passed: PassedOver) -> list[Path]:
@@ -83,13 +82,8 @@ def images_below(folder: Path, passed: PassedOver) -> list[Path]:
             below = []
             for entry in sorted(os.scandir(place), key=lambda entry: entry.name):
                 kind = _kind(entry)
-                if kind == "folder":
-                    if entry.name.startswith("."):
-                        passed.add(_shown(entry.path, folder), "hidden")
-                    elif entry.is_symlink():
-                        waiting.append(entry.path)
-                    else:
-                        below.append(entry.path)
+                if kind == "folder" and not entry.name.startswith("."):
+                    (waiting if entry.is_symlink() else below).append(entry.path)
                 elif (reason := _reason(entry, kind)) is None:
                     found.append((place, entry.name))
                 else:
@@ -112,11 +106,12 @@ def _kind(entry: "os.DirEntry[str]") -> str:
 
 
 def _reason(entry: "os.DirEntry[str]", kind: str) -> str | None:
-    """The reason why an entry that is no folder is passed over; None: it is an image."""
-    known = os.path.splitext(entry.name)[1].lower() in SUFFIXES and not entry.name.startswith(".")
-    if kind == "other":
-        return "no file"
-    if known:  # a link to nothing too: an image that is missing is an error, or left out, where it is decoded
+    """The reason why an entry that is no folder to look into is passed over; None: it is an image."""
+    hidden = entry.name.startswith(".")
+    if kind in ("folder", "other"):
+        return "hidden" if kind == "folder" else "no file"
+    # A link to nothing too: an image that is missing is an error, or left out, where it is decoded.
+    if not hidden and os.path.splitext(entry.name)[1].lower() in SUFFIXES:
         return None
     if kind == "nothing":
         return "a link to nothing"
@@ -128,7 +123,7 @@ def _reason(entry: "os.DirEntry[str]", kind: str) -> str | None:
                 return None
     except OSError as error:
         return f"cannot be read: {error.strerror}"
-    return "hidden" if entry.name.startswith(".") else "no image"
+    return "hidden" if hidden else "no image"
 
 
 def _identity(path: str) -> tuple[int, int]:
