@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fastar.matching.forwards import Batch, arguments_of, forward, in_float32, on_device
+from fastar.matching.forwards import Batch, forward, in_float32, on_device
 from fastar.matching.observing import Kind, Observer
 from fastar.matching.permutations import Permutations
 from fastar.matching.symmetry import Group, Member, Symmetry
-from fastar.matching.trials import ExampleInputs, State, Trial
+from fastar.matching.trials import State, Trial
 from fastar.matching.verify import DRAWS, moving
 
 # Inputs that are looked at: one has no batch-norm's statistics, and two show as much as many.
@@ -64,7 +64,7 @@ def moving_axes(
     Raises:
         FastarError: something seems to move, and the model does not run in float64.
     """
-    trial = Trial(model, _arguments(_few(batch)), 0)
+    trial = Trial(model, _few(batch), 0)
     state = trial.state(DRAWS[0][0])
     names, short = symmetry.computed_with(state, state), {k: in_float32(v).to(device) for k, v in state.items()}
     wanted = {(member.tensor, member.axis) for group in symmetry.groups for member in group.members}
@@ -77,7 +77,7 @@ def moving_axes(
     try:
         suspects = suspected(_few(batch))
     except RuntimeError:  # a forward may be written for batches of one size
-        trial, suspects = Trial(model, _arguments(batch), 0), suspected(batch)
+        trial, suspects = Trial(model, batch, 0), suspected(batch)
     if not suspects:
         return {}
     look = _Look(symmetry, state, list(state), trial.outputs)
@@ -170,10 +170,6 @@ def _few(batch: Batch) -> Batch:
         return batch  # they are not all [batch, ...]
     few: Batch = tree_map_only(Tensor, lambda one: one[:_INPUTS] if one.ndim else one, batch)
     return few
-
-
-def _arguments(batch: Batch) -> ExampleInputs:
-    return batch if isinstance(batch, Mapping) else arguments_of(batch)[0]
 
 
 def samples_of(along: Sequence[Along]) -> int:

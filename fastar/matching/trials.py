@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 from fastar.errors import FastarError, first_line
-from fastar.matching.forwards import arguments_of
+from fastar.matching.forwards import Batch, arguments_of
 from fastar.seeds import derive_seed
 from fastar.states import attribute_tensors, attributes_kept, copied, tensors_of
 
@@ -27,7 +27,7 @@ _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 class Trial:
     """`model` as a function of a state, on example inputs that are made to count. The model is copied, not touched."""
 
-    def __init__(self, model: nn.Module, example_inputs: ExampleInputs, seed: int):
+    def __init__(self, model: nn.Module, example_inputs: Batch, seed: int):
         self.model, self.seed, self.name = model, seed, type(model).__name__
         self.twin = without_cache(_without_weights(model).eval())
         self.inputs, self._structure = tree_flatten(tree_map(_as_double, arguments_of(example_inputs)))
