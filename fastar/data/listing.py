@@ -79,7 +79,7 @@ def images_below(folder: Path, passed: PassedOver) -> list[Path]:
                 passed.add(_shown(place, folder), "a link to a folder that is read already")
                 continue
             visited.add(_identity(place))
-            below = []
+            below: list[str] = []
             for entry in sorted(os.scandir(place), key=lambda entry: entry.name):
                 kind = _kind(entry)
                 if kind == "folder" and not entry.name.startswith("."):
