@@ -261,9 +261,10 @@ def _examples(model: nn.Module, data: Data | None, settings: MatchingSettings) -
             outputs = outputs_of(twin, inputs, "the model, on data,")
             if by_loss:
                 check_loss(outputs, labels, "data")
-        inputs, labels = floats[0]
-        if labels.ndim and layer_of_single_values(twin, inputs, len(labels)) is not None:
-            found = list(joined(found))
+        if any(labels.ndim and len(labels) == 1 for _, labels in found):
+            inputs, labels = floats[0]
+            if layer_of_single_values(twin, inputs, len(labels)) is not None:
+                found = list(joined(found))
         return Examples(model, found)
 
     return examples

@@ -188,6 +188,19 @@ def test_batches_of_one_sample_alone_are_refused() -> None:
     assert list(fastar.match(a, b, data=data, **matching)) == ["inner.0"]
 
 
+def test_only_a_batch_of_one_sample_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matching by activations ran the network once more where no batch was to be joined."""
+
+    def asked(*_: Any) -> None:
+        raise AssertionError("the network is run for nothing")
+
+    monkeypatch.setattr("fastar.api.layer_of_single_values", asked)
+    matching = {"example_inputs": batches()[0][0], "method": "activation"}
+    assert list(fastar.match(Net(0), Net(1), data=batches((16, 2)), **matching)) == ["inner.0"]
+    with pytest.raises(AssertionError, match="for nothing"):
+        fastar.match(Net(0), Net(1), data=batches((16, 1)), **matching)
+
+
 def test_images_of_which_one_is_enough_are_not_joined() -> None:
     """Their statistics are of each place of an image: such batches gave numbers, and give the same."""
     with torch.random.fork_rng():
