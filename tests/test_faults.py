@@ -102,7 +102,7 @@ def test_a_folder_that_becomes_read_only(
     opened = Path.open
 
     def refuse(self: Path, mode: str = "r", *arguments: Any, **more: Any) -> Any:
-        if run in self.parents and mode != "r":
+        if run in self.parents and mode not in ("r", "rb"):
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
         return opened(self, mode, *arguments, **more)
 
