@@ -158,6 +158,12 @@ def test_each_damage_has_a_line(run: RunFolder) -> None:
     assert len(recheck(run.path).damaged) == 4
 
 
+def test_a_star_with_a_damaged_header_has_one_line(run: RunFolder) -> None:
+    """It was read once more for the permutations, and said twice."""
+    flipped(run.star, 8 * 40)
+    assert [str(run.star) in line for line in recheck(run.path).damaged] == [True]
+
+
 @pytest.mark.parametrize(
     "name", ["config.yaml", "barrier.png", "tensorboard", "in-training", "results.json", "sources"]
 )

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastar.checkpoints import checkpoint_files, is_checkpoint, load_checkpoint, read_metadata
+from fastar.checkpoints import checkpoint_files, is_checkpoint, load_checkpoint
 from fastar.errors import FastarError
 from fastar.experiments.finished import check_permutations, state_digest
 from fastar.figures import event_files, is_event_file_whole
@@ -90,7 +90,7 @@ def _run(run: RunFolder, progress: Progress) -> Rechecked:
     checks: list[Callable[[], str | None]] = [partial(_config, run), partial(_log, run), partial(_picture, run)]
     checks += [partial(model, *named) for named in run.models()]
     checks += [partial(model, run.star, "star", 0)] if run.star.exists() else []
-    checks += [partial(_permutations, run)] if run.permutations.is_file() else []
+    checks += [partial(_permutations, run, metadata)] if run.permutations.is_file() else []
     checks += [partial(_training, path) for folder, _, _ in run.trainings() for path in sorted(folder.iterdir())]
     checks += [partial(_training, path) for path in sorted((run.path / LAST_GOOD).glob("*.safetensors"))]
     checks += [partial(_events, path) for path in event_files(run.path)]
@@ -147,7 +147,7 @@ def _picture(run: RunFolder) -> str | None:
     return None
 
 
-def _permutations(run: RunFolder) -> str | None:
+def _permutations(run: RunFolder, metadata: Mapping[Path, Mapping[str, Any]]) -> str | None:
     """Every source's units must each have one place, and the star must be the one that they were found for."""
     kept = load_checkpoint(run.permutations, own=True)
     if kept.metadata.get("kind") != "matching" or "matched" not in kept.state:
@@ -158,8 +158,8 @@ def _permutations(run: RunFolder) -> str | None:
         raise FastarError(
             f"{run.permutations}: an index is no permutation of its units ({error}); restore it"
         ) from error
-    if run.star.is_file():
-        check_permutations(run, read_metadata(run.star, own=True))
+    if run.star in metadata:  # else it is missing, or damaged, which has been said
+        check_permutations(run, metadata[run.star])
     if "star" not in kept.metadata:
         return f"{run.permutations}: by an older fastar; it does not say which star it belongs to"
     return None
