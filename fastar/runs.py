@@ -57,6 +57,7 @@ _MODEL = re.compile(r"seed-([0-9]{4,})\.safetensors")
 _TRAINING = re.compile(r"(source|heldout|star)-([0-9]{4,})")
 _TEMPORARY = re.compile(r"\..+\.[0-9]+(-[0-9a-f]{8})?\.tmp")
 _CHECKSUM = re.compile(r"[0-9a-f]{8}")
+_MARK = b', "checksum": "'
 # The end of a whole line of the log, whatever its last byte has become.
 _LINE_END = re.compile(rb'"checksum": "[0-9a-f]{8}"\}.?\Z|\n\Z', re.DOTALL)
 _CONFIG_DIGEST = "# digest: "
@@ -362,26 +363,30 @@ def _digest(text: bytes) -> str:
     return hashlib.sha256(text).hexdigest()
 
 
-def _checksum(entry: Mapping[str, Any]) -> str:
-    return f"{zlib.crc32(json.dumps(entry).encode()):08x}"
+def _checksum(text: bytes) -> bytes:
+    return f"{zlib.crc32(text):08x}".encode()
 
 
 def _line(entry: Mapping[str, Any]) -> bytes:
-    """A line of the log, with a checksum as its last value."""
-    return (json.dumps({**entry, "checksum": _checksum(entry)}) + "\n").encode()
+    """A line of the log, with a checksum of the rest as its last value."""
+    text = json.dumps(entry).encode()
+    return text[:-1] + _MARK + _checksum(text) + b'"}\n'
 
 
 def _entry(line: bytes) -> dict[str, Any] | None:
     """The entry in a line of the log; None: not a whole one. Lines of older versions have no checksum."""
+    front, _, rest = line.rpartition(_MARK)
+    text = front + b"}"
+    whole = rest == _checksum(text) + b'"}'
     try:
-        entry = parse_object(line)
+        entry = parse_object(text if whole else line)
     except ValueError:
         return None
-    name, checksum = next(reversed(entry.items()), ("", None))
-    if name == "checksum" or (isinstance(checksum, str) and _CHECKSUM.fullmatch(checksum)):
-        del entry[name]
-        if name != "checksum" or checksum != _checksum(entry):
-            return None
+    if whole:
+        return entry
+    name, value = next(reversed(entry.items()), ("", None))
+    if name == "checksum" or (isinstance(value, str) and _CHECKSUM.fullmatch(value)):
+        return None
     return entry if all(_is_of_kind(name, value) for name, value in entry.items()) else None
 
 
