@@ -19,9 +19,9 @@ from fastar.errors import FastarError, printable
 EXIT_BAD_INPUT = 2
 # EX_SOFTWARE of sysexits.h.
 EXIT_DEFECT = 70
-# What a shell makes of SIGPIPE: whoever read the output has read enough.
+# A shell's code for SIGPIPE: whoever read the output has read enough.
 EXIT_UNREAD = 141
-# What no program can help: names and places that a system does not give.
+# Refusals of the system that no program can help: names and places.
 _REFUSED_BY_THE_SYSTEM = (
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP, errno.ENOSPC, errno.EDQUOT, errno.EIO),
     *(errno.EMFILE, errno.ENFILE, errno.ESTALE, errno.ENOTDIR, errno.EISDIR),

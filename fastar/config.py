@@ -29,7 +29,7 @@ OF_ANY_SIZE = ("imagenet", "imagefolder")
 # Architectures whose parameters depend on the side of the images.
 OF_ONE_SIDE = ("mlp", "vit")
 
-# What is more is a slip, and ends in a size that torch or Python does not take, or never.
+# Anything larger is a slip: torch or Python does not take the size, or it never ends.
 MOST = 10**9
 Positive = Annotated[int, Field(ge=1, le=MOST)]
 Count = Annotated[int, Field(ge=0, le=MOST)]

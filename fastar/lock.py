@@ -20,7 +20,7 @@ NAME = "lock.json"
 # A living holder touches its file this often; one on another host that has not for so long is taken for dead.
 TOUCH_SECONDS = 20.0
 DEAD_SECONDS = 120.0
-# Of a lock file's keys, those of whole numbers.
+# The keys of a lock file that are whole numbers.
 _NUMBERS = {"started", "device", "inode"}
 
 

@@ -4,7 +4,7 @@ import tarfile
 from collections.abc import Callable, Container
 from pathlib import Path
 
-# What may stand before a member: Python reads such headers whole, one inside the other.
+# Headers that may stand before a member: Python reads them whole, one inside the other.
 _HEADERS = 16
 _HEADER_BYTES = 1 << 16
 _EXTENDED = (

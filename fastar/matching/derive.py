@@ -67,7 +67,7 @@ def derive_symmetry(
     program = trace(model, example_inputs, kind)
     movable = _movable(model, program)
     if cached and verify:
-        # What may move follows from more than the graph: from memory that is shared.
+        # The graph alone does not tell which buffers may move: shared memory counts too.
         by_graph = proofs.digest_of_graph(program, model, allow_partial=allow_partial, movable=sorted(movable))
         found = proofs.find(by_graph)
     if found is None:
