@@ -17,7 +17,7 @@ from typing import Any
 from fastar.atomic import write_atomically
 from fastar.config import FiguresSettings
 from fastar.errors import FastarError
-from fastar.json_files import read_object
+from fastar.json_files import read_file, read_object
 from fastar.lock import check_held
 
 # Folders of event files end in these numbers, one more with every attempt; TensorBoard reads them in this order.
@@ -146,9 +146,7 @@ def is_event_file_whole(path: Path) -> bool:
     Raises:
         OSError: it cannot be read.
     """
-    if not path.is_file():  # a pipe would be waited for
-        return False
-    data, place = path.read_bytes(), 0
+    data, place = read_file(path), 0
     while len(data) - place >= 12:
         length = data[place : place + 8]
         if masked_crc(length) != int.from_bytes(data[place + 8 : place + 12], "little"):

@@ -13,7 +13,7 @@ from fastar.checkpoints import checkpoint_files, is_checkpoint, load_checkpoint
 from fastar.errors import FastarError
 from fastar.experiments.finished import check_permutations, state_digest
 from fastar.figures import event_files, is_event_file_whole
-from fastar.json_files import read_object, unsealed
+from fastar.json_files import read_file, read_object, unsealed
 from fastar.lock import is_held, read_holder
 from fastar.matching import Permutations
 from fastar.progress import SILENT, Progress
@@ -136,7 +136,7 @@ def _picture(run: RunFolder) -> str | None:
     """PNG has a checksum for each of its chunks."""
     if not run.picture.exists():
         return None
-    data = run.picture.read_bytes() if run.picture.is_file() else b""
+    data = read_file(run.picture)
     place, whole = len(PNG), data.startswith(PNG) and data[-8:-4] == b"IEND"
     while whole and place < len(data):
         size = int.from_bytes(data[place : place + 4], "big")
