@@ -18,7 +18,7 @@ from fastar.errors import FastarError, first_line
 
 # Differences that a message names; the others are counted.
 NAMED = 3
-# What parameters are computed with.
+# The dtypes that parameters are computed with.
 REAL = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -22,7 +22,7 @@ from fastar.errors import FastarError
 SAFETENSORS = ".safetensors"
 PICKLES = (".pt", ".pth", ".ckpt", ".bin", ".pth.tar")
 INDEX = ".index.json"
-# What a Hugging Face folder calls its model, the first one that is there.
+# Names of the model in a Hugging Face folder; the first one that is there is read.
 IN_FOLDERS = ("model.safetensors", f"model.safetensors{INDEX}", "pytorch_model.bin", f"pytorch_model.bin{INDEX}")
 
 _HEADER_AT_MOST = 100_000_000  # bytes, as the format's own reader has it

@@ -15,7 +15,7 @@ from fastar.matching.trials import ExampleInputs, Trial
 from fastar.matching.verify import DRAWS, RELATIVE_TOLERANCE
 from fastar.states import first_few, tensors_of
 
-# Of a module's own attributes, those that say nothing of what it computes in evaluation mode, or are looked at apart.
+# Attributes of a module that do not change its outputs in evaluation mode, or are compared elsewhere.
 _APART = frozenset({"training", "_modules", "_parameters", "_buffers", "_backward_hooks", "_backward_pre_hooks"})
 
 

@@ -24,7 +24,7 @@ from fastar.states import copied
 
 # What torch says, in its several kinds of errors, of a forward pass that needs the value of a tensor.
 _VALUES = ("data-dependent", "data dependent", "GuardOnDataDependent", "unbacked")
-# What it says of an output that is none of tensors, tuples, lists, mappings and what is registered as such.
+# torch.export's words for an output that is no tensor, tuple, list, mapping, nor registered as one.
 _RETURNED = re.compile(r"Found <class '([^']+)'> in output, which is not a known type")
 
 

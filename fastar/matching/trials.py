@@ -17,7 +17,7 @@ from fastar.matching.forwards import Batch, arguments_of
 from fastar.seeds import derive_seed
 from fastar.states import attribute_tensors, attributes_kept, copied, tensors_of
 
-# What a model is called with: positional inputs, or keyword inputs. Tensors may lie deeper in them; what is none is a
+# Arguments of a forward pass: positional or keyword inputs. Tensors may lie deeper in them; anything else is a
 # constant.
 ExampleInputs = tuple[Any, ...] | Mapping[str, Any]
 State = dict[str, Tensor]

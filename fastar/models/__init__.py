@@ -34,7 +34,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     **{f"wrn{depth}": wide_resnet(depth) for depth in (16, 22, 28, 34, 40)},
 }
 
-# What is larger ends in a size that torch does not take, or never.
+# Anything larger is a size that torch does not take, or never ends.
 LARGEST = 10**6
 
 
