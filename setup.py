@@ -2,9 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import setup
-
-ROOMS = ["flat", "models", "data", "matching", "evaluation", "training", "experiments", "benchmarks"]
+from setuptools import find_packages, setup
 
 setup(
     name="fastar",
@@ -14,7 +12,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=["fastar", *(f"fastar.{room}" for room in ROOMS), "fastar.kernels", "fastar.configs"],
+    packages=[*find_packages(include=["fastar", "fastar.*"]), "fastar.kernels", "fastar.configs"],
     package_dir={"fastar": "fastar", "fastar.kernels": "kernels", "fastar.configs": "configs"},
     package_data={"fastar": ["py.typed"], "fastar.configs": ["*.yaml"]},
     install_requires=[
@@ -41,5 +39,5 @@ setup(
         "check": ["mypy>=1.11", "ruff>=0.9", "types-PyYAML"],
         "bench": ["rebasin==0.0.47"],
     },
-    entry_points={"console_scripts": ["fastar = fastar.cli:main"]},
+    entry_points={"console_scripts": ["fastar = fastar.cli.main:main"]},
 )

@@ -12,10 +12,11 @@ from importlib.util import spec_from_file_location
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fastar._version import __version__
+
 if TYPE_CHECKING:
     from fastar.api import Barrier, Matched, apply, barrier, match, match_many
 
-__version__ = "0.1.0"
 __all__ = ["Barrier", "Matched", "__version__", "apply", "barrier", "match", "match_many"]
 
 

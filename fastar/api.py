@@ -14,7 +14,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedParameter
 from torch.utils._pytree import tree_map_only
 
-from fastar.batches import (
+from fastar.config import MatchingSettings, matching_settings
+from fastar.errors import FastarError
+from fastar.evaluation import Endpoint, Path, evaluate_paths
+from fastar.evaluation.batch_norm import batch_norm_layers, joined, layer_of_single_values
+from fastar.evaluation.batches import (
     Batches,
     Data,
     batches_of,
@@ -28,30 +32,22 @@ from fastar.batches import (
     tried,
     with_parameters,
 )
-from fastar.config import MatchingSettings, matching_settings
-from fastar.errors import FastarError
-from fastar.evaluation import Endpoint, Path, evaluate_paths
-from fastar.evaluation.batch_norm import batch_norm_layers, joined, layer_of_single_values
 from fastar.evaluation.ends import check_end, outputs_of
 from fastar.flat import FlatLayout
-from fastar.matching import (
+from fastar.flat.forward import Batch
+from fastar.flat.state_check import check_computed, check_one_value, check_state_of, copied, is_vector, tensors_of
+from fastar.matching import Examples, ManyResult, MatchResult, To, match_by_settings
+from fastar.matching import match_many as match_states
+from fastar.runtime.progress import SILENT, Progress
+from fastar.symmetry import (
     ExampleInputs,
-    Examples,
-    ManyResult,
-    MatchResult,
     Permutations,
     PermutationSpec,
     Symmetry,
-    To,
     check_same_function,
-    match_by_settings,
     symmetry_by_settings,
 )
-from fastar.matching import match_many as match_states
-from fastar.matching.forwards import Batch
-from fastar.matching.symmetry import Member
-from fastar.progress import SILENT, Progress
-from fastar.states import check_computed, check_one_value, check_state_of, copied, is_vector, tensors_of
+from fastar.symmetry.symmetry import Member
 
 EXAMPLE_BATCHES = 4
 """Of `data` that methods of matching look at."""

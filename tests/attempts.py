@@ -22,7 +22,7 @@ import torch
 from run_cases import small
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastar.experiments import beforehand
+from fastar.experiments import preflight as beforehand
 from fastar.experiments.plan import Plan, check_fits
 from fastar.experiments.star_domain import prepare_context, train_star
 from fastar.training import RegularStep, StarStep

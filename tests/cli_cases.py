@@ -7,7 +7,7 @@ import io
 from dataclasses import dataclass
 from pathlib import Path
 
-from fastar.cli import main
+from fastar.cli.main import main
 
 
 @dataclass(frozen=True)

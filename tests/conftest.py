@@ -3,9 +3,14 @@
 import importlib
 import os
 import signal
+import sys
 import tempfile
+from pathlib import Path
 
 import torch
+
+# What the scripts in tools/ share is imported as they import it.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
 # A shell without job control starts background commands with SIGINT ignored, and children inherit that: tests of Ctrl-C
 # would wait for ever. With Python's own handler set, children get the default again.

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from fastar.data.raw import ArraySplit, RawDataset
+from fastar.data.raw.raw_split import ArraySplit, RawDataset
 from fastar.data.registry import DATASETS
 
 

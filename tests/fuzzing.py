@@ -38,14 +38,14 @@ from run_cases import Killed, kill, small
 from test_data_archives import devkit, jpeg, tar
 from test_stopping import at_call
 
-from fastar.checkpoints import load_checkpoint
 from fastar.config import load_settings
 from fastar.data import StreamingDataset, dataset_spec, load, open_files, open_images, prepare, prepare_images
-from fastar.data.find import find_raw
-from fastar.data.imagefolder import find_images
-from fastar.data.raw import RawSplit
+from fastar.data.raw.find import find_raw
+from fastar.data.raw.imagefolder import find_images
+from fastar.data.raw.raw_split import RawSplit
 from fastar.errors import FastarError
 from fastar.experiments.star_domain import train_star
+from fastar.runs.model_files import load_checkpoint
 from fastar.training import StarStep
 
 HANG_SECONDS = 120

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastar.matching import Group, Member, Symmetry
+from fastar.symmetry import Group, Member, Symmetry
 
 
 class Attention(nn.Module):

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastar.matching import Symmetry, derive_symmetry
+from fastar.symmetry import Symmetry, derive_symmetry
 
 
 class Block(nn.Module):

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from fastar.config import Settings, load_settings
-from fastar.matching import Symmetry, modules
-from fastar.progress import SilentProgress
 from fastar.runs import RunFolder
+from fastar.runtime.progress import SilentProgress
+from fastar.symmetry import Symmetry, modules
 
 SMALL = [
     "dataset.limit=300",

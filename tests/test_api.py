@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import fastar
 from fastar.errors import FastarError
-from fastar.matching import Permutations, PermutationSpec, Symmetry
+from fastar.symmetry import Permutations, PermutationSpec, Symmetry
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastar.data import dataset_spec
-from fastar.data.digits import read_digits
-from fastar.data.subsets import chosen_images
+from fastar.data.raw.digits import read_digits
+from fastar.data.splits import chosen_images
 from fastar.models import build_model
 
 OPTIONS = {"mlp": {"width": 12}, "resnet8": {"width": 0.25}}

@@ -16,11 +16,13 @@ from PIL import Image
 from fastar import data
 from fastar.config import Settings, load_settings
 from fastar.errors import FastarError
-from fastar.experiments import beforehand, context, plan, star_domain
-from fastar.experiments.context import Context
-from fastar.experiments.finished import finished_results
-from fastar.progress import SilentProgress
+from fastar.experiments import plan, star_domain
+from fastar.experiments import preflight as beforehand
+from fastar.experiments import session as context
+from fastar.experiments.reuse import finished_results
+from fastar.experiments.session import Context
 from fastar.runs import RunFolder
+from fastar.runtime.progress import SilentProgress
 
 FITS = "this run does not fit: disk: "
 

@@ -11,16 +11,16 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import bench as benchmarks
 import pytest
 import torch
+from bench import CannotRun, Case, Timing, built_when_run, failing_alone, in_one_graph, line, time_in_turns
+from bench.trained import digits
 
-from fastar import benchmarks
-from fastar.benchmarks import CannotRun, Case, Timing, built_when_run, failing_alone, in_one_graph, line, time_in_turns
-from fastar.benchmarks.trained import digits
 from fastar.config import TrainSettings
 from fastar.flat import FlatLayout
-from fastar.matching import derive_symmetry
 from fastar.models import build_model
+from fastar.symmetry import derive_symmetry
 
 CPU = torch.device("cpu")
 TOOLS = Path(__file__).resolve().parent.parent / "tools"

@@ -16,7 +16,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fastar.checkpoints import (
+from fastar.errors import FastarError
+from fastar.runs.model_files import (
     Checkpoint,
     load_checkpoint,
     load_into,
@@ -26,7 +27,6 @@ from fastar.checkpoints import (
     tensors_digest,
     write_atomically,
 )
-from fastar.errors import FastarError
 
 
 def state() -> dict[str, torch.Tensor]:

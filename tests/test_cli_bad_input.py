@@ -14,8 +14,8 @@ from cli_cases import contents, fastar, refused, tiny
 from safetensors.torch import load_file, save_file
 from test_checkpoints import Malicious, files_at_most
 
-from fastar.checkpoints import load_checkpoint, save_checkpoint
 from fastar.runs import RunFolder
+from fastar.runs.model_files import load_checkpoint, save_checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import yaml
 from cli_cases import fastar, refused
 
 from fastar.config import load_settings
-from fastar.recipes import names
+from fastar.config.recipes import names
 
 
 def test_the_list_has_every_configuration_and_the_papers_figures() -> None:

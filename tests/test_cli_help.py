@@ -11,8 +11,9 @@ import pytest
 import typer
 from cli_cases import fastar
 
-from fastar import __version__, doctor
-from fastar.cli import app
+from fastar._version import __version__
+from fastar.cli import doctor
+from fastar.cli.main import app
 from fastar.config import flatten, load_settings
 
 ROOT = Path(__file__).resolve().parent.parent

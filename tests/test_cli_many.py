@@ -10,8 +10,8 @@ import torch
 from cli_cases import contents, fastar, refused, tiny
 from safetensors.torch import load_file
 
-from fastar.checkpoints import load_checkpoint, read_metadata
-from fastar.matching import Permutations
+from fastar.runs.model_files import load_checkpoint, read_metadata
+from fastar.symmetry import Permutations
 
 PLACE = "device=cpu"
 NETS = """

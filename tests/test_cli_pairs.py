@@ -11,8 +11,8 @@ import torch
 from cli_cases import contents, fastar, refused, tiny
 from safetensors.torch import load_file
 
-from fastar.checkpoints import load_checkpoint
 from fastar.models import build_model
+from fastar.runs.model_files import load_checkpoint
 
 PLACE = "device=cpu"
 

@@ -15,7 +15,7 @@ import pytest
 from cli_cases import contents, fastar, tiny
 from safetensors.torch import load_file
 
-COMMAND = [sys.executable, "-c", "from fastar.cli import main; main()"]
+COMMAND = [sys.executable, "-c", "from fastar.cli.main import main; main()"]
 SECONDS = 120  # for a machine with everything else to do; nothing is asserted on time
 
 

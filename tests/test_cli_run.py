@@ -14,10 +14,11 @@ import pytest
 from cli_cases import contents, fastar, refused, tiny
 from safetensors import safe_open
 
-from fastar import checkpoints, report
 from fastar.errors import FastarError
 from fastar.experiments import star_domain
+from fastar.report import results as report
 from fastar.runs import RunFolder
+from fastar.runs import model_files as checkpoints
 
 SPREAD = {"mean", "std", "min", "max", "n"}
 SHORT = {"mean", "std", "n"}

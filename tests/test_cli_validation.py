@@ -15,12 +15,12 @@ import yaml
 from cli_cases import contents, fastar, refused, tiny
 from PIL import Image
 
-from fastar.checkpoints import read_metadata
 from fastar.config import completed, load_settings
-from fastar.experiments.context import Context
 from fastar.experiments.facts import data_facts
 from fastar.experiments.plan import plan_run
+from fastar.experiments.session import Context
 from fastar.runs import RunFolder
+from fastar.runs.model_files import read_metadata
 
 SHARE = ("--validation", 0.2)
 KEPT = 287  # of 1,437 images of digits

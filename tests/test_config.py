@@ -19,9 +19,9 @@ from fastar.config import (
     parse_overrides,
     validate,
 )
+from fastar.config.recipes import CONFIGS, config_path
 from fastar.errors import FastarError
 from fastar.models import build_model
-from fastar.recipes import CONFIGS, config_path
 
 
 def digits(*overrides: str) -> Settings:

@@ -13,7 +13,7 @@ from PIL import Image
 from scipy.io import savemat
 
 from fastar.data import Encoding, prepare_images
-from fastar.data.imagefolder import find_images
+from fastar.data.raw.imagefolder import find_images
 from fastar.errors import FastarError
 
 CLASSES = ("n01", "n02", "n03")

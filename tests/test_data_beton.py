@@ -17,16 +17,16 @@ import torch
 from data_samples import cifar_python_files, raw_dataset, write_files, write_folders, write_idx
 from ffcv.fields.rgb_image import SimpleRGBImageDecoder
 
+import fastar.data.ffcv.write as writing
 import fastar.data.files as files_module
-import fastar.data.writing as writing
 from fastar.data import DATASETS, load, open_files, prepare
-from fastar.data import reading as reading_module
-from fastar.data.beton import BetonLayout, check_beton
-from fastar.data.ffcv_names import ALLOC_TABLE_TYPE, FieldDescType, HeaderType, get_metadata_type
-from fastar.data.raw import ArraySplit, RawDataset
-from fastar.data.reading import read_batches
-from fastar.data.verify import verify_beton
-from fastar.data.writing import write_beton
+from fastar.data.ffcv import read as reading_module
+from fastar.data.ffcv.format import BetonLayout, check_beton
+from fastar.data.ffcv.names import ALLOC_TABLE_TYPE, FieldDescType, HeaderType, get_metadata_type
+from fastar.data.ffcv.read import read_batches
+from fastar.data.ffcv.verify import verify_beton
+from fastar.data.ffcv.write import write_beton
+from fastar.data.raw.raw_split import ArraySplit, RawDataset
 from fastar.errors import FastarError
 
 

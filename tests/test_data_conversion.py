@@ -18,9 +18,10 @@ import pytest
 import torch
 from PIL import Image
 
-from fastar.data import PRESETS, Encoding, StreamingDataset, images, open_images, prepare_images, streaming, writing
+from fastar.data import PRESETS, Encoding, StreamingDataset, images, open_images, prepare_images, streaming
 from fastar.data.crops import random_boxes
-from fastar.data.imagefolder import (
+from fastar.data.ffcv import write as writing
+from fastar.data.raw.imagefolder import (
     ImageFolderSplit,
     class_names,
     count_images,
@@ -28,12 +29,12 @@ from fastar.data.imagefolder import (
     in_class_folders,
     split_class,
 )
-from fastar.data.listing import PassedOver
+from fastar.data.raw.listing import PassedOver
 from fastar.data.registry import IMAGENET_MEAN, IMAGENET_STD
 from fastar.data.sampling import draw, file_order, paged_order
 from fastar.errors import FastarError
-from fastar.progress import SilentProgress
-from fastar.seeds import derive_seed
+from fastar.runtime.progress import SilentProgress
+from fastar.runtime.seeds import derive_seed
 
 RAW = Encoding(max_resolution=None, compress_probability=0)
 COUNT = 24

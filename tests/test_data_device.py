@@ -8,13 +8,13 @@ import pytest
 import torch
 from data_samples import arrays, raw_dataset
 
-import fastar.data.device as device_module
 import fastar.data.files as files_module
+import fastar.data.in_memory as device_module
 from fastar.data import Augmentation, DeviceDataset, load, prepare
 from fastar.data.augment import crop_and_mirror
 from fastar.data.sampling import draw, draw_below
 from fastar.errors import FastarError
-from fastar.seeds import derive_seed
+from fastar.runtime.seeds import derive_seed
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 CROP_AND_FLIP = Augmentation(pad=2, flip=True)

@@ -21,9 +21,9 @@ from data_samples import (
 from PIL import Image
 
 from fastar.data import DATASETS, dataset_spec, load, prepare
-from fastar.data.cifar import CifarUnpickler
-from fastar.data.find import find_raw
-from fastar.data.raw import ArraySplit
+from fastar.data.raw.cifar import CifarUnpickler
+from fastar.data.raw.find import find_raw
+from fastar.data.raw.raw_split import ArraySplit
 from fastar.errors import FastarError
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")

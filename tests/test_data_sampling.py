@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fastar.data.sampling import balanced_subset, draw, draw_below, epoch_order, stratified_split
-from fastar.seeds import derive_seed
+from fastar.runtime.seeds import derive_seed
 
 KEY = derive_seed(7, "test")
 GOLDEN_ORDER = [2, 8, 0, 7, 3, 9, 4, 6, 1, 5]

@@ -14,10 +14,10 @@ from fastar.data import Augmentation, Encoding, StreamingDataset, load, prepare,
 from fastar.data import files as files_module
 from fastar.data.files import DatasetFiles
 from fastar.data.images import ImageFiles
-from fastar.data.raw import RawDataset
+from fastar.data.raw.raw_split import RawDataset
 from fastar.data.registry import IMAGENET_MEAN, IMAGENET_STD
 from fastar.data.sampling import balanced_subset
-from fastar.data.subsets import chosen_images, held_out
+from fastar.data.splits import chosen_images, held_out
 from fastar.errors import FastarError
 
 LETTERS = tuple("abcdefghij")

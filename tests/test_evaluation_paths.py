@@ -13,7 +13,8 @@ from fastar.errors import FastarError
 from fastar.evaluation import Endpoint, Path, PathLosses, barrier, barrier_gaps, evaluate_paths, evaluate_rows
 from fastar.evaluation.batch_norm import own_statistics
 from fastar.flat import FlatLayout
-from fastar.matching import derive_symmetry, match_weights
+from fastar.matching import match_weights
+from fastar.symmetry import derive_symmetry
 
 BUILDERS: dict[str, Callable[[int], nn.Module]] = {"mlp": mlp, "resnet8": resnet}
 both = pytest.mark.parametrize("arch", sorted(BUILDERS))

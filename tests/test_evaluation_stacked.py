@@ -9,8 +9,8 @@ from torch import nn
 
 from fastar.evaluation import evaluate_rows, losses, stacked
 from fastar.flat import FlatLayout
-from fastar.footprint import LiveBytes
 from fastar.models import build_model
+from fastar.runtime.footprint import LiveBytes
 
 CPU = torch.device("cpu")
 

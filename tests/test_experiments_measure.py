@@ -11,13 +11,13 @@ import torch
 from cli_cases import fastar, refused, tiny
 from torch.nn import functional as F
 
-from fastar.checkpoints import Checkpoint
 from fastar.config import load_settings
 from fastar.evaluation import evaluate_rows
-from fastar.experiments.context import Context, Shape
 from fastar.experiments.measure import choose, endpoint
-from fastar.report import statistics_lines
+from fastar.experiments.session import Context, Shape
+from fastar.report.results import statistics_lines
 from fastar.runs import RunFolder
+from fastar.runs.model_files import Checkpoint
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import torch
 
 from fastar.config import load_settings
 from fastar.data import Augmentation, DeviceDataset
-from fastar.experiments.context import Context
+from fastar.experiments.session import Context
 from fastar.runs import RunFolder
 
 

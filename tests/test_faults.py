@@ -25,12 +25,12 @@ from run_cases import (
 from test_checkpoints import files_at_most
 from test_stopping import at_call
 
-from fastar import checkpoints as files
-from fastar.checkpoints import load_checkpoint, save_checkpoint
-from fastar.data.reading import GuardedIterator
+from fastar.data.ffcv.read import GuardedIterator
 from fastar.errors import FastarError
 from fastar.experiments import star
 from fastar.experiments.star_domain import train_star
+from fastar.runs import model_files as files
+from fastar.runs.model_files import load_checkpoint, save_checkpoint
 from fastar.training import RegularStep, SourcesStore, StarStep
 
 

@@ -27,15 +27,15 @@ from fastar.data import (
     prepare_images,
     verify_folder,
 )
-from fastar.data.archives import train_archive
-from fastar.data.beton import front_bytes, image_table
-from fastar.data.cifar import find_cifar
-from fastar.data.idx import read_idx
-from fastar.data.listing import PassedOver
-from fastar.data.official import PUBLISHED
+from fastar.data.ffcv.format import front_bytes, image_table
+from fastar.data.raw.archives import train_archive
+from fastar.data.raw.cifar import find_cifar
+from fastar.data.raw.idx import read_idx
+from fastar.data.raw.listing import PassedOver
+from fastar.data.raw.official import PUBLISHED
 from fastar.data.registry import DATASETS
 from fastar.errors import FastarError
-from fastar.progress import SILENT, Progress, SilentProgress
+from fastar.runtime.progress import SILENT, Progress, SilentProgress
 
 SECONDS = 120  # a run that hangs is ended then; one that does not takes a few
 
@@ -74,7 +74,7 @@ def test_a_process_on_one_cpu_that_wrote_data_ends(tmp_path: Path, cifar: Path) 
 
 @pytest.mark.slow
 def test_a_run_on_one_cpu_with_nothing_there_before_ends(tmp_path: Path) -> None:
-    run = "from fastar.cli import main; main()"
+    run = "from fastar.cli.main import main; main()"
     ends(run, tmp_path / "cache", "train-star", *tiny(tmp_path / "data"), "--out", tmp_path / "run")
     assert (tmp_path / "run" / "results.json").is_file()
 
@@ -128,7 +128,7 @@ def used_places(files: ImageFiles) -> np.ndarray:
 
 def test_no_changed_byte_of_a_streamed_file_is_trained_on(images: ImageFiles, monkeypatch: pytest.MonkeyPatch) -> None:
     # As if the file were larger than what its fingerprint reads: those of images of any size are.
-    monkeypatch.setattr("fastar.data.finished.check_unchanged", lambda files, split: None)
+    monkeypatch.setattr("fastar.data.ffcv.folder.check_unchanged", lambda files, split: None)
     folder, whole = images.folder, read(images)
     places = used_places(images)
     for place in places[np.linspace(0, len(places) - 1, 60).astype(int)].tolist():
@@ -282,6 +282,6 @@ def test_official_names_with_other_content_are_said_once(cifar: Path, monkeypatc
         told, directory = Listening(), cifar.parents[1] / str(number)
         prepare("cifar100", data_root=cifar.parent, directory=directory, progress=told)
         assert [f": {cifar.name}: not as published (by MD5)" in line for line in told.lines] == [True] * number
-    monkeypatch.setattr("fastar.data.official._md5", None)  # what is written already is not hashed again
+    monkeypatch.setattr("fastar.data.raw.official._md5", None)  # what is written already is not hashed again
     prepare("cifar100", data_root=cifar.parent, directory=directory, progress=told)
     assert len(told.lines) == 1

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fastar
-from fastar.checkpoints import Checkpoint
 from fastar.config import load_settings
 from fastar.errors import FastarError
 from fastar.experiments import plan
-from fastar.experiments.context import Context, Shape
 from fastar.experiments.measure import check_endpoint
-from fastar.matching import Symmetry
+from fastar.experiments.session import Context, Shape
 from fastar.runs import RunFolder
+from fastar.runs.model_files import Checkpoint
+from fastar.symmetry import Symmetry
 
 Batch = tuple[Tensor, Tensor]
 

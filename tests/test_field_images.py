@@ -33,24 +33,15 @@ from PIL import Image
 from test_data_archives import add, devkit, jpeg, tar
 
 from fastar.config import DatasetSettings
-from fastar.data import (
-    DATASETS,
-    Encoding,
-    StreamingDataset,
-    archives,
-    idx,
-    images,
-    prepare,
-    prepare_images,
-    verify_folder,
-)
-from fastar.data import cifar as cifar_module
-from fastar.data.find import find_raw
-from fastar.data.imagefolder import count_images, find_images
-from fastar.data.listing import PassedOver, images_below
-from fastar.data.raw import UnusableImage, decode_rgb
+from fastar.data import DATASETS, Encoding, StreamingDataset, images, prepare, prepare_images, verify_folder
+from fastar.data.raw import archives, idx
+from fastar.data.raw import cifar as cifar_module
+from fastar.data.raw.find import find_raw
+from fastar.data.raw.imagefolder import count_images, find_images
+from fastar.data.raw.listing import PassedOver, images_below
+from fastar.data.raw.raw_split import UnusableImage, decode_rgb
 from fastar.errors import FastarError
-from fastar.progress import SilentProgress
+from fastar.runtime.progress import SilentProgress
 
 RAW = Encoding(max_resolution=None, compress_probability=0)
 LATIN = os.fsdecode(b"caf\xe9")

@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import fastar as library
-from fastar.checkpoints import load_checkpoint, load_into, read_metadata, save_checkpoint, stored_digest
 from fastar.errors import FastarError
 from fastar.runs import RunFolder
+from fastar.runs.model_files import load_checkpoint, load_into, read_metadata, save_checkpoint, stored_digest
 
 NETS = """
 import torch

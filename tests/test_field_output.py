@@ -21,15 +21,16 @@ import pytest
 from cli_cases import fastar, refused, tiny
 from rich.console import Console
 
-from fastar import boundary, cli, config
-from fastar.cli import main
+from fastar import cli, config
+from fastar.cli.main import main
 from fastar.config import load_settings
+from fastar.config.recipes import read_yaml
 from fastar.errors import printable
 from fastar.experiments import star_domain
-from fastar.progress import TerminalProgress
-from fastar.recipes import read_yaml
-from fastar.report import barriers_table
+from fastar.report.results import barriers_table
 from fastar.runs import RunFolder
+from fastar.runtime import boundary
+from fastar.runtime.progress import TerminalProgress
 
 COMMAND = [sys.executable, "-m", "fastar"]
 # A folder in a folder; as rich reads it: bold, an emoji, and an error; and not UTF-8.
@@ -272,7 +273,7 @@ def test_a_defect_within_a_run_is_kept_in_its_folder(
     def fails(*arguments: object, **named: object) -> None:
         raise KeyError("x")
 
-    monkeypatch.setattr("fastar.report.barrier_picture", fails)
+    monkeypatch.setattr("fastar.report.results.barrier_picture", fails)
     before = {path.name for path in run.iterdir()}
     outcome = fastar("report", run)
     assert outcome.code == 70

@@ -18,22 +18,21 @@ from cli_cases import contents, fastar, refused
 from run_cases import Heard, one_symmetry, small  # noqa: F401 (a fixture)
 from test_stopping import at_call
 
-from fastar import lock
-from fastar.atomic import delete, write_atomically
-from fastar.checkpoints import load_checkpoint, save_checkpoint
 from fastar.config import load_settings
 from fastar.errors import FastarError
-from fastar.experiments.finished import finished_results
 from fastar.experiments.measure import epoch_seconds, speed
+from fastar.experiments.reuse import finished_results
 from fastar.experiments.star_domain import train_star
-from fastar.figures import EventFile
-from fastar.json_files import parse_object, read_object, sealed, unsealed
-from fastar.lock import hold, is_held, read_holder
-from fastar.overview import overview, runs_below
-from fastar.report import check_results
-from fastar.runs import IN_TRAINING, RETRY, RunFolder, remove_checkpoints
+from fastar.report.results import check_results
+from fastar.report.run_list import overview, runs_below
+from fastar.runs import IN_TRAINING, RETRY, RunFolder, lock, remove_checkpoints
+from fastar.runs.atomic import delete, write_atomically
+from fastar.runs.live_metrics import EventFile
+from fastar.runs.lock import hold, is_held, read_holder
+from fastar.runs.model_files import load_checkpoint, save_checkpoint
+from fastar.runtime.json_files import parse_object, read_object, sealed, unsealed
 from fastar.training import RegularStep, StarStep
-from fastar.training.checkpoints import TrainingCheckpoints
+from fastar.training.resume import TrainingCheckpoints
 
 
 @pytest.fixture(scope="module")

@@ -16,12 +16,12 @@ from cli_cases import contents, fastar, refused
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fastar import doctor
-from fastar.checkpoints import Checkpoint, load_checkpoint, load_into
+from fastar.cli import doctor
 from fastar.errors import FastarError
-from fastar.experiments.finished import given_paths
-from fastar.experiments.own import own_model
-from fastar.tensor_files import stem_of
+from fastar.experiments.reuse import given_paths
+from fastar.models.user_network import own_model
+from fastar.runs.model_files import Checkpoint, load_checkpoint, load_into
+from fastar.runs.tensor_files import stem_of
 
 NET = """
 import torch

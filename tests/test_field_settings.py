@@ -11,10 +11,10 @@ import torch
 from cli_cases import refused
 
 from fastar.config import as_override, load_settings, parse_overrides
+from fastar.config.recipes import read_recipe, read_yaml
 from fastar.errors import FastarError
 from fastar.models import build_model
-from fastar.overview import runs_below
-from fastar.recipes import read_recipe, read_yaml
+from fastar.report.run_list import runs_below
 from fastar.runs import RunFolder
 
 SETTINGS = "dataset: {name: digits}\nmodel: {arch: mlp}\n"

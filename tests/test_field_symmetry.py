@@ -17,9 +17,9 @@ from torch.nn import functional as F
 from torch.nn.utils import prune
 
 import fastar
-from fastar.checkpoints import Checkpoint, load_checkpoint, load_into, read_metadata, save_checkpoint
 from fastar.errors import FastarError
-from fastar.matching import Symmetry, derive_symmetry, verify_symmetry
+from fastar.runs.model_files import Checkpoint, load_checkpoint, load_into, read_metadata, save_checkpoint
+from fastar.symmetry import Symmetry, derive_symmetry, verify_symmetry
 
 X = torch.zeros(2, 6)
 Apply = Callable[[Tensor, Tensor], Tensor]

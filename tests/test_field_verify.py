@@ -15,13 +15,13 @@ from cli_cases import contents, fastar, refused
 from run_cases import Killed, kill, one_symmetry, small  # noqa: F401 (a fixture)
 from test_stopping import at_call
 
-from fastar.checkpoints import load_checkpoint, save_checkpoint
-from fastar.experiments.recheck import recheck
 from fastar.experiments.star_domain import train_star
-from fastar.figures import EventFile
-from fastar.lock import hold
-from fastar.report import barrier_picture
+from fastar.experiments.verify_files import recheck
+from fastar.report.results import barrier_picture
 from fastar.runs import RETRY, RunFolder
+from fastar.runs.live_metrics import EventFile
+from fastar.runs.lock import hold
+from fastar.runs.model_files import load_checkpoint, save_checkpoint
 from fastar.training import StarStep
 
 

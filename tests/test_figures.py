@@ -16,8 +16,8 @@ from run_cases import one_symmetry, small  # noqa: F401 (a fixture)
 from fastar.config import FiguresSettings
 from fastar.errors import FastarError
 from fastar.experiments.star_domain import train_star
-from fastar.figures import EventFile, LiveFigures, event
 from fastar.runs import RunFolder
+from fastar.runs.live_metrics import EventFile, LiveFigures, event
 
 events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator", reason="reads event files")
 
@@ -121,7 +121,7 @@ def test_tensorboard_can_be_left_out(tmp_path: Path) -> None:
 
 def test_writing_figures_imports_neither_tensorboard_nor_tensorflow(tmp_path: Path) -> None:
     code = (
-        "import sys; from pathlib import Path; from fastar.figures import EventFile; "
+        "import sys; from pathlib import Path; from fastar.runs.live_metrics import EventFile; "
         "EventFile(Path(sys.argv[1])).add(1, {'loss': 1.0}); "
         "print([name for name in ('torch', 'tensorboard', 'tensorflow', 'wandb') if name in sys.modules])"
     )

@@ -17,12 +17,12 @@ from training_cases import batches
 import fastar
 from fastar.config import StarSettings, TrainSettings
 from fastar.data import Encoding, StreamingDataset, prepare_images
-from fastar.devices import simulated
 from fastar.errors import FastarError
 from fastar.experiments.star_domain import train_star
 from fastar.flat import FlatLayout
-from fastar.memory import cap_gpu
 from fastar.models import build_model
+from fastar.runtime.device import simulated
+from fastar.runtime.memory import cap_gpu
 from fastar.training import RegularStep, SourcesStore, StarStep
 
 pytestmark = pytest.mark.gpu

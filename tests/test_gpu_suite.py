@@ -12,7 +12,7 @@ from types import ModuleType
 
 import pytest
 
-from fastar import __version__
+from fastar._version import __version__
 
 ROOT = Path(__file__).resolve().parent.parent
 

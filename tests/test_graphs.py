@@ -18,8 +18,8 @@ from fastar.config import StarSettings, TrainSettings
 from fastar.errors import FastarError
 from fastar.evaluation import Measured, evaluate_rows
 from fastar.flat import FlatLayout
-from fastar.graphs import WARM_UP, CallGraph
 from fastar.models import build_model
+from fastar.runtime.cuda_graph import WARM_UP, CallGraph
 from fastar.training import RegularStep, SourcesStore, StarStep, steps
 
 SHAPE = (3, 8, 8)

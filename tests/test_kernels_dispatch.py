@@ -12,7 +12,7 @@ import torch
 from fastar.kernels import backend, dispatch, interpolate
 from triton.errors import TritonError
 
-from fastar.devices import simulated
+from fastar.runtime.device import simulated
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import pytest
 import torch
 from fastar.kernels import NextPoint, adam_update, find_nonfinite, interpolate, operations, reference, sgd_update
 
-from fastar.devices import simulated
+from fastar.runtime.device import simulated
 
 # One element, an odd tail, a prime over one Triton block (1024), an exact number of blocks.
 SIZES = (1, 1023, 1361, 2048)

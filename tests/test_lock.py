@@ -17,9 +17,9 @@ from typing import Any
 
 import pytest
 
-from fastar import lock
 from fastar.errors import FastarError
-from fastar.lock import NAME, Holder, hold, is_held, read_holder
+from fastar.runs import lock
+from fastar.runs.lock import NAME, Holder, hold, is_held, read_holder
 
 
 def left_by(folder: Path, *, age: float = 0.0, **changes: Any) -> None:
@@ -68,7 +68,7 @@ def test_the_file_names_host_and_process_and_goes_with_the_lock(tmp_path: Path) 
 
 
 def test_another_process_is_named(tmp_path: Path) -> None:
-    code = "import sys; from pathlib import Path; from fastar.lock import hold\nwith hold(Path(sys.argv[1])):\n"
+    code = "import sys; from pathlib import Path; from fastar.runs.lock import hold\nwith hold(Path(sys.argv[1])):\n"
     code += " print('held', flush=True); sys.stdin.read()"
     with subprocess.Popen(
         [sys.executable, "-c", code, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
@@ -97,7 +97,7 @@ def test_without_the_kernel_s_lock_the_file_is_the_guard(tmp_path: Path, ended: 
 
 def refusal_of_a_child(folder: Path) -> str:
     code = (
-        "import errno, fcntl, sys; from pathlib import Path; from fastar.lock import hold\n"
+        "import errno, fcntl, sys; from pathlib import Path; from fastar.runs.lock import hold\n"
         "def refuse(*arguments): raise OSError(errno.ENOTSUP, 'no locks')\n"
         "fcntl.flock = refuse\n"
         "with hold(Path(sys.argv[1])): pass"

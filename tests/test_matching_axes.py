@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fastar.matching.axes import FIXED, Axis, AxisSolver, CannotSplit, Segment, fixed, length_of
+from fastar.symmetry.axes import FIXED, Axis, AxisSolver, CannotSplit, Segment, fixed, length_of
 
 
 def draw(solver: AxisSolver, var: int, size: int, drawn: dict[int, Tensor]) -> Tensor:

@@ -15,16 +15,17 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastar.errors import FastarError
-from fastar.matching import MatchResult, Symmetry, derive_symmetry, match_weights
-from fastar.matching import descent as descent_module
+from fastar.matching import MatchResult, match_weights
 from fastar.matching import solving as solving_module
-from fastar.matching.descent import Descent
+from fastar.matching.checks import check_networks
 from fastar.matching.families import solve_family
-from fastar.matching.layout import dots
-from fastar.matching.networks import check_networks
-from fastar.matching.problem import Problem
-from fastar.matching.rows import Rows, along, chosen, download, put_along, upload
 from fastar.matching.solving import solve_rows
+from fastar.matching.weight import descent as descent_module
+from fastar.matching.weight.descent import Descent
+from fastar.matching.weight.problem import Problem
+from fastar.symmetry import Symmetry, derive_symmetry
+from fastar.symmetry.batched_index import Rows, along, chosen, download, put_along, upload
+from fastar.symmetry.memory_layout import dots
 
 CPU = torch.device("cpu")
 State = dict[str, Tensor]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastar.errors import FastarError
-from fastar.matching import Group, Symmetry, derive_symmetry, verify_symmetry
+from fastar.symmetry import Group, Symmetry, derive_symmetry, verify_symmetry
 
 TOKENS = (torch.zeros(2, 5, 6),)  # batch, length, features
 STREAM, HEADS, INSIDE = 8, 3, 4

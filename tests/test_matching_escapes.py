@@ -16,17 +16,11 @@ from torch import Tensor, nn
 from fastar.api import match
 from fastar.config import MatchingSettings, load_settings
 from fastar.errors import FastarError
-from fastar.matching import (
-    Examples,
-    Permutations,
-    Symmetry,
-    match_activations,
-    match_by_settings,
-    match_weights,
-)
-from fastar.matching.descent import Descent
-from fastar.matching.problem import Problem
-from fastar.matching.weights import _starts
+from fastar.matching import Examples, match_activations, match_by_settings, match_weights
+from fastar.matching.weight.descent import Descent
+from fastar.matching.weight.match_weights import _starts
+from fastar.matching.weight.problem import Problem
+from fastar.symmetry import Permutations, Symmetry
 
 
 @pytest.fixture(scope="module")

@@ -14,10 +14,11 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from fastar.errors import FastarError
-from fastar.matching import Group, Member, Permutations, Symmetry, match, match_weights, verify_symmetry
-from fastar.matching.descent import Descent
+from fastar.matching import match, match_weights
 from fastar.matching.families import solve_family
-from fastar.matching.problem import Problem
+from fastar.matching.weight.descent import Descent
+from fastar.matching.weight.problem import Problem
+from fastar.symmetry import Group, Member, Permutations, Symmetry, verify_symmetry
 
 State = dict[str, Tensor]
 

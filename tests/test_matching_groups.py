@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastar.errors import FastarError
-from fastar.matching import Group, Member, Permutations, PermutationSpec, Symmetry, derive_symmetry, verify_symmetry
-from fastar.states import check_state_of
+from fastar.flat.state_check import check_state_of
+from fastar.symmetry import Group, Member, Permutations, PermutationSpec, Symmetry, derive_symmetry, verify_symmetry
 
 
 @pytest.fixture(scope="module")

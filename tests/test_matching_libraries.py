@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fastar.errors import FastarError
-from fastar.matching import derive_symmetry, verify_symmetry
+from fastar.symmetry import derive_symmetry, verify_symmetry
 
 _spec = importlib.util.spec_from_file_location(
     "symmetry_table", Path(__file__).resolve().parent.parent / "tools" / "symmetry_table.py"

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from fastar.config import MatchingSettings
 from fastar.errors import FastarError
-from fastar.matching import Permutations, Symmetry, match_many, match_weights
+from fastar.matching import match_many, match_weights
+from fastar.symmetry import Permutations, Symmetry
 
 State = dict[str, Tensor]
 

@@ -17,21 +17,10 @@ from torch.nn import functional as F
 
 from fastar.config import MatchingSettings, SinkhornSettings, load_settings
 from fastar.errors import FastarError
-from fastar.matching import (
-    Examples,
-    Group,
-    Member,
-    Permutations,
-    Symmetry,
-    correlate_units,
-    match_by_settings,
-    match_sinkhorn,
-    match_weights,
-    symmetry_by_settings,
-    without_groups,
-)
-from fastar.matching.observing import Observer
+from fastar.matching import Examples, correlate_units, match_by_settings, match_sinkhorn, match_weights
+from fastar.matching.activation.record import Observer
 from fastar.matching.sinkhorn import SoftPermutations, sinkhorn
+from fastar.symmetry import Group, Member, Permutations, Symmetry, symmetry_by_settings, without_groups
 
 State = dict[str, Tensor]
 
@@ -277,7 +266,7 @@ def test_units_that_cannot_be_observed_stay_and_are_named() -> None:
 
     class Lines:
         def task(self, *args: Any, **kwargs: Any) -> Any:
-            from fastar.progress import SILENT
+            from fastar.runtime.progress import SILENT
 
             return SILENT.task(*args, **kwargs)
 
@@ -366,7 +355,7 @@ def test_none_derives_nothing_and_moves_nothing(monkeypatch: pytest.MonkeyPatch)
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("a symmetry was derived")
 
-    monkeypatch.setattr("fastar.matching.modules.derive_symmetry", refuse)
+    monkeypatch.setattr("fastar.symmetry.modules.derive_symmetry", refuse)
     models = [ResNet((3, 4), 1) for _ in range(3)]
     settings = MatchingSettings(method="none")
     symmetry = symmetry_by_settings(settings, models[0], ())
@@ -424,7 +413,7 @@ def test_keys_of_methods() -> None:
 def test_a_run_by_each_method(method: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if method == ("none",):
         # The context is what derives a run's symmetry.
-        monkeypatch.setattr("fastar.matching.modules.derive_symmetry", None)
+        monkeypatch.setattr("fastar.symmetry.modules.derive_symmetry", None)
     name, *more = method
     outcome = fastar(
         "train-star", *tiny(tmp_path / "data"), "--out", tmp_path / "run", f"matching.method={name}",

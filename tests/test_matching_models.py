@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fastar.matching import derive_symmetry, match
+from fastar.matching import match
 from fastar.models import MODELS, build_model
+from fastar.symmetry import derive_symmetry
 
 Count = tuple[int, int]  # groups, units of all of them together
 

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook
 
-from fastar.matching import Group, Member, Symmetry, derive, derive_symmetry, proofs
 from fastar.models import build_model
+from fastar.symmetry import Group, Member, Symmetry, derive, derive_symmetry
+from fastar.symmetry import cache as proofs
 
 INPUTS = (torch.zeros(2, 6),)
 SCALE: Any = 1.0  # a global that a forward pass reads

@@ -24,18 +24,17 @@ from fastar.matching import (
     Examples,
     KeptActivations,
     SeenSources,
-    Symmetry,
     UnitActivations,
     correlate_units,
-    derive_symmetry,
     kept_bytes,
     match_by_settings,
     match_many,
-    seen,
 )
-from fastar.matching.activations import correlate_seen
+from fastar.matching.activation import statistics as seen
+from fastar.matching.activation.match_activations import correlate_seen
+from fastar.symmetry import Symmetry, derive_symmetry
 from fastar.training import SourcesStore, StarStep
-from fastar.training import store as store_module
+from fastar.training import sources as store_module
 
 __all__ = ["one_symmetry"]
 

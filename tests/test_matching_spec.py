@@ -11,7 +11,7 @@ from matching_models import CASES, IMAGES, derived
 from torch import Tensor, nn
 
 from fastar.errors import FastarError
-from fastar.matching import Group, PermutationSpec, Span, Symmetry
+from fastar.symmetry import Group, PermutationSpec, Span, Symmetry
 
 FLATTEN: dict[str, Any] = {
     "conv.weight": ("conv", None, None, None),

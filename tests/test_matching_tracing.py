@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 
 from fastar.errors import FastarError
-from fastar.matching import derive_symmetry
-from fastar.matching.tracing import trace
+from fastar.symmetry import derive_symmetry
+from fastar.symmetry.trace import trace
 
 X = (torch.zeros(2, 6),)
 

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastar.errors import FastarError
-from fastar.matching import PermutationSpec, Symmetry, derive_symmetry, verify_symmetry
-from fastar.matching.trials import Trial
+from fastar.symmetry import PermutationSpec, Symmetry, derive_symmetry, verify_symmetry
+from fastar.symmetry.random_network import Trial
 
 X = (torch.zeros(2, 6),)
 Axes = dict[str, Any]

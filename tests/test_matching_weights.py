@@ -12,9 +12,10 @@ from matching_models import CASES, Mlp, derived, random_state
 from torch import Tensor
 
 from fastar.errors import FastarError
-from fastar.matching import MatchResult, Permutations, Symmetry, derive_symmetry, match, match_weights
-from fastar.matching.descent import Descent
-from fastar.matching.problem import Problem
+from fastar.matching import MatchResult, match, match_weights
+from fastar.matching.weight.descent import Descent
+from fastar.matching.weight.problem import Problem
+from fastar.symmetry import Permutations, Symmetry, derive_symmetry
 
 State = dict[str, Tensor]
 

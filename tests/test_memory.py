@@ -15,10 +15,10 @@ import torch
 from evaluation_cases import Batches, data, resnet, row
 from torch import Tensor
 
-from fastar import memory
 from fastar.evaluation import Endpoint, Path, evaluate_paths
 from fastar.evaluation.forward import statistics_bytes
 from fastar.flat import FlatLayout
+from fastar.runtime import memory
 
 CPU = torch.device("cpu")
 

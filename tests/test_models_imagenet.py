@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastar.errors import FastarError
-from fastar.matching import derive_symmetry, match
+from fastar.matching import match
 from fastar.models import MODELS, build_model, parameter_count
+from fastar.symmetry import derive_symmetry
 
 # Parameters; tensors of the state dict; digest of its names and shapes; logits 0 to 3 of `fixed_state` (float64).
 TORCHVISION = {

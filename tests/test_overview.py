@@ -17,11 +17,11 @@ from rich.console import Console
 from run_cases import one_symmetry, small  # noqa: F401 (a fixture)
 from test_stopping import at_call
 
-from fastar import overview as overview_module
 from fastar.experiments.star_domain import train_star
-from fastar.lock import hold
-from fastar.overview import RunOverview, overview, overview_table, runs_below
+from fastar.report import run_list as overview_module
+from fastar.report.run_list import RunOverview, overview, overview_table, runs_below
 from fastar.runs import RunFolder
+from fastar.runs.lock import hold
 from fastar.training import RegularStep, StarStep
 
 
@@ -173,7 +173,8 @@ def test_damaged_files_do_not_hide_the_others(runs: Path, tmp_path: Path) -> Non
 
 
 def test_it_does_not_wait_for_torch(runs: Path) -> None:
-    code = "import sys, fastar.overview; from pathlib import Path; fastar.overview.runs_below(Path(sys.argv[1])); "
+    code = "import sys; from pathlib import Path; from fastar.report.run_list import runs_below; "
+    code += "runs_below(Path(sys.argv[1])); "
     code += "print([name for name in ('torch', 'numba') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code, str(runs)], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from fastar.errors import FastarError
-from fastar.experiments.own import own_model
+from fastar.models.user_network import own_model
 
 SOURCE = """
 import torch

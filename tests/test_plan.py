@@ -25,22 +25,14 @@ from fastar.errors import FastarError
 from fastar.evaluation.forward import forward_bytes
 from fastar.experiments import facts, hours, needs
 from fastar.experiments import plan as plan_room
-from fastar.experiments.context import Context, Shape
 from fastar.experiments.plan import Plan, check_fits, make_plan
-from fastar.footprint import Footprint, LiveBytes
-from fastar.matching import (
-    Group,
-    MatchResult,
-    Member,
-    Symmetry,
-    derive_symmetry,
-    match_by_settings,
-    match_weights,
-    working_bytes,
-)
+from fastar.experiments.session import Context, Shape
+from fastar.matching import MatchResult, match_by_settings, match_weights, working_bytes
 from fastar.models import build_model
-from fastar.progress import SilentProgress
 from fastar.runs import RunFolder
+from fastar.runtime.footprint import Footprint, LiveBytes
+from fastar.runtime.progress import SilentProgress
+from fastar.symmetry import Group, Member, Symmetry, derive_symmetry
 from fastar.training.footprint import training_footprint
 
 CPU = torch.device("cpu")

@@ -17,16 +17,18 @@ import pytest
 import torch
 from PIL import Image
 
-from fastar import devices
 from fastar.config import TrainSettings, load_settings
 from fastar.data import Augmentation, DeviceDataset
 from fastar.experiments import facts, measure, regular, star
-from fastar.experiments.context import Context
 from fastar.experiments.plan import Plan, make_plan
-from fastar.matching import derive_symmetry, match_weights, weights
-from fastar.matching.weights import bytes_of_one
+from fastar.experiments.session import Context
+from fastar.matching import match_weights
+from fastar.matching.weight import match_weights as weights
+from fastar.matching.weight.match_weights import bytes_of_one
 from fastar.models import build_model
 from fastar.runs import RunFolder
+from fastar.runtime import device as devices
+from fastar.symmetry import derive_symmetry
 from fastar.training import RegularStep, fit
 
 TRAIN, TEST = 96, 48

@@ -10,7 +10,7 @@ import torch
 from evaluation_cases import data, resnet
 
 import fastar
-from fastar.precision import full_precision
+from fastar.runtime.full_precision import full_precision
 
 BACKENDS = torch.backends
 PLACES = {

@@ -8,7 +8,7 @@ import re
 import pytest
 from rich.console import Console
 
-from fastar.progress import SILENT, TerminalProgress
+from fastar.runtime.progress import SILENT, TerminalProgress
 
 
 def plain() -> tuple[TerminalProgress, io.StringIO]:
@@ -56,7 +56,7 @@ def test_plain_tells_of_tasks_within_others_only_if_they_were_long(monkeypatch: 
     for seconds, told in ((9.0, ["all"]), (11.0, ["part", "all"])):
         progress, stream = plain()
         clock = iter([0.0, 0.0, seconds, seconds])
-        monkeypatch.setattr("fastar.progress.time.perf_counter", lambda clock=clock: next(clock))
+        monkeypatch.setattr("fastar.runtime.progress.time.perf_counter", lambda clock=clock: next(clock))
         with progress.task("all", total=1) as outer, progress.task("part", total=1) as inner:
             inner()
             outer()

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import yaml
 
-from fastar.catalogue import catalogue
 from fastar.config import OF_ANY_SIZE, Settings, load_settings
+from fastar.config.recipes import CONFIGS, names, read_paper, read_recipe, recipe_path
+from fastar.config.scales import SCALES, WIDTHS, scaled
 from fastar.errors import FastarError
 from fastar.models import model_options
-from fastar.recipes import CONFIGS, names, read_paper, read_recipe, recipe_path
-from fastar.scales import SCALES, WIDTHS, scaled
+from fastar.report.recipe_list import catalogue
 
 TABLES = Path(__file__).resolve().parents[2] / "shared" / "paper" / "tables.json"
 

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from fastar.errors import FastarError
 from fastar.experiments.measure import speed
-from fastar.report import (
+from fastar.report.results import (
     STYLES,
     barrier_picture,
     barriers_table,

@@ -14,10 +14,10 @@ import pytest
 import torch
 import yaml
 
-from fastar.checkpoints import save_checkpoint
 from fastar.config import Settings, load_settings
 from fastar.errors import FastarError
 from fastar.runs import RunFolder, commit, versions
+from fastar.runs.model_files import save_checkpoint
 
 
 def settings(*overrides: str) -> Settings:

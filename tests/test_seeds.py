@@ -7,7 +7,7 @@ import sys
 
 from scipy import stats
 
-from fastar.seeds import derive_seed
+from fastar.runtime.seeds import derive_seed
 
 
 def test_values_never_change() -> None:
@@ -18,7 +18,7 @@ def test_values_never_change() -> None:
 
 def test_nothing_depends_on_the_process() -> None:
     """Python's own hashes are salted; this must not be."""
-    code = "from fastar.seeds import derive_seed; print(derive_seed(5, 'star', 'draws', 12))"
+    code = "from fastar.runtime.seeds import derive_seed; print(derive_seed(5, 'star', 'draws', 12))"
     found = {
         int(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env).stdout)
         for env in ({"PYTHONHASHSEED": "1"}, {"PYTHONHASHSEED": "2"})

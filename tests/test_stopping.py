@@ -13,7 +13,7 @@ from cli_cases import fastar
 from run_cases import SMALL, assert_log_is_whole, assert_same_models, one_symmetry, small  # noqa: F401 (a fixture)
 
 from fastar.experiments.star_domain import train_star
-from fastar.stopping import Stopped, deferred, requested, signals_stop
+from fastar.runtime.signals import Stopped, deferred, requested, signals_stop
 from fastar.training import RegularStep, StarStep
 
 TERM, USR1, INT = signal.SIGTERM, signal.SIGUSR1, signal.SIGINT

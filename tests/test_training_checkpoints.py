@@ -19,8 +19,8 @@ from fastar.config import CheckpointSettings, StarSettings, TrainSettings
 from fastar.errors import FastarError
 from fastar.flat import FlatLayout
 from fastar.training import RegularStep, SourcesStore, StarStep, fit, loop
-from fastar.training import checkpoints as module
-from fastar.training.checkpoints import Saved, TrainingCheckpoints
+from fastar.training import resume as module
+from fastar.training.resume import Saved, TrainingCheckpoints
 
 SETTINGS = TrainSettings(epochs=3, batch_size=16, lr=0.05, precision="fp32")  # six steps an epoch
 ALWAYS = CheckpointSettings(epochs=1, seconds=0, minutes=1e-9)

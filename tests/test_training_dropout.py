@@ -16,9 +16,10 @@ from training_cases import CPU, dataset, network, store
 
 from fastar.config import StarSettings, TrainSettings
 from fastar.flat import FlatLayout
-from fastar.graphs import CallGraph
-from fastar.training import RegularStep, StarStep, draws, fit, steps
-from fastar.training.draws import StepDraws
+from fastar.runtime.cuda_graph import CallGraph
+from fastar.training import RegularStep, StarStep, fit, steps
+from fastar.training import step_rng as draws
+from fastar.training.step_rng import StepDraws
 
 SETTINGS = TrainSettings(epochs=3, batch_size=16, lr=0.05, precision="fp32")  # six steps an epoch
 

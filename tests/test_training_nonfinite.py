@@ -24,10 +24,10 @@ from run_cases import (
 )
 from test_stopping import at_call
 
-from fastar.checkpoints import load_checkpoint
 from fastar.errors import FastarError
 from fastar.experiments.star_domain import train_star
 from fastar.runs import RunFolder
+from fastar.runs.model_files import load_checkpoint
 from fastar.training import RegularStep, SourcesStore, StarStep, epochs
 
 

@@ -13,11 +13,11 @@ from training_cases import CPU, PlainConvNet, batches, clipped, network, store
 from fastar.config import StarSettings, TrainSettings, load_settings
 from fastar.errors import FastarError
 from fastar.flat import FlatLayout
-from fastar.footprint import LiveBytes
+from fastar.runtime.footprint import LiveBytes
 from fastar.training import RegularStep, StarStep
+from fastar.training.amp import LossScale
 from fastar.training.clipping import shortening
 from fastar.training.optimizer import PLAIN_ROWS, FlatAdam, rows_of_an_update
-from fastar.training.precision import LossScale
 
 SETTINGS = TrainSettings(lr=0.01, weight_decay=0.02, betas=(0.8, 0.95), eps=1e-3, precision="fp32")
 SHAPE = (3, 5, 5)

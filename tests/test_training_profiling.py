@@ -14,17 +14,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import bench as benchmarks
 import pytest
 import torch
 from training_cases import CPU, PlainMlp, dataset, network, store
 
-from fastar import benchmarks, parts
 from fastar.config import StarSettings, TrainSettings
-from fastar.data import device as device_data
+from fastar.data import in_memory as device_data
 from fastar.errors import FastarError
 from fastar.flat import FlatLayout
-from fastar.parts import EpochClock, PartClock, part
-from fastar.progress import SilentProgress
+from fastar.runtime import timing as parts
+from fastar.runtime.progress import SilentProgress
+from fastar.runtime.timing import EpochClock, PartClock, part
 from fastar.training import Epoch, Recording, RegularStep, StarStep, StepsProfile, fit, profiling
 from fastar.training.loop import timed_batches
 

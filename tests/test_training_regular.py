@@ -20,7 +20,7 @@ from fastar.errors import FastarError
 from fastar.flat import FlatLayout
 from fastar.models import build_model
 from fastar.training import Epoch, RegularStep, StarStep, fit, learning_rate, resolve_precision
-from fastar.training.precision import LossScale
+from fastar.training.amp import LossScale
 
 SETTINGS = TrainSettings(epochs=3, batch_size=16, lr=0.1, weight_decay=5e-3, precision="fp32")
 

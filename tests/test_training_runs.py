@@ -10,12 +10,12 @@ import pytest
 import torch
 from training_cases import dataset
 
-from fastar.checkpoints import load_checkpoint
 from fastar.config import Settings, TrainSettings, load_settings
 from fastar.data import DeviceDataset
 from fastar.errors import FastarError
 from fastar.experiments.star_domain import train_star
 from fastar.models import build_model
+from fastar.runs.model_files import load_checkpoint
 from fastar.training import NonFiniteLoss, RegularStep, SourcesStore, StarStep, fit
 
 
@@ -45,7 +45,7 @@ def test_a_run_with_sources_in_a_file(data: Path, tmp_path: Path, monkeypatch: p
     wanted = train_star(settings(data), tmp_path / "auto")
     # As on a GPU: two sources at a time, copied there and back.
     monkeypatch.setattr(SourcesStore, "_usable_in_place", False)
-    monkeypatch.setattr("fastar.training.store.free_bytes", lambda device: 8 * 4 * 2 * 2000)
+    monkeypatch.setattr("fastar.training.sources.free_bytes", lambda device: 8 * 4 * 2 * 2000)
     found = train_star(settings(data, "sources.store=file"), tmp_path / "file")
     for path in ("star", "permutations", "sources/seed-0002"):
         one, other = (load_checkpoint(tmp_path / run / f"{path}.safetensors").state for run in ("auto", "file"))

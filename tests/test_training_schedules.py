@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from fastar.config import TrainSettings, load_settings
+from fastar.config.recipes import CONFIGS
 from fastar.errors import FastarError
-from fastar.graphs import CallGraph
 from fastar.models import build_model
-from fastar.recipes import CONFIGS
+from fastar.runtime.cuda_graph import CallGraph
 from fastar.training import RegularStep, fit, learning_rate, resolution, steps
 
 

@@ -23,8 +23,9 @@ from training_cases import (
 from fastar.config import StarSettings, TrainSettings
 from fastar.errors import FastarError
 from fastar.flat import FlatLayout
-from fastar.matching import derive_symmetry, match_weights
-from fastar.seeds import derive_seed
+from fastar.matching import match_weights
+from fastar.runtime.seeds import derive_seed
+from fastar.symmetry import derive_symmetry
 from fastar.training import RegularStep, SourcesStore, StarStep, draw
 
 SHAPES = {PlainMlp: (12,), PlainConvNet: (3, 5, 5)}

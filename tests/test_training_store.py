@@ -16,9 +16,9 @@ from fastar.config import MatchingSettings, StarSettings, TrainSettings
 from fastar.errors import FastarError
 from fastar.experiments.star import match_store
 from fastar.flat import FlatLayout
-from fastar.matching import derive_symmetry
+from fastar.symmetry import derive_symmetry
 from fastar.training import SourcesStore, StarStep, placement
-from fastar.training.feed import FetchedRows, Slots
+from fastar.training.prefetch import FetchedRows, Slots
 
 SETTINGS = TrainSettings(precision="fp32")
 SHAPE = (3, 5, 5)
@@ -63,7 +63,7 @@ def test_what_matching_reaches_is_told_with_and_without_vectors(
 ) -> None:
     """Part by part: inner products of theta with the rows as they then are, each in its place."""
     monkeypatch.setattr(SourcesStore, "_usable_in_place", False)  # as on a GPU: parts are copied there and back
-    monkeypatch.setattr("fastar.training.store.free_bytes", lambda device: 8 * 4 * 3 * LAYOUT.numel)  # three rows each
+    monkeypatch.setattr("fastar.training.sources.free_bytes", lambda device: 8 * 4 * 3 * LAYOUT.numel)  # three rows
     model = network(PlainConvNet, 0)
     symmetry = derive_symmetry(model, (torch.zeros(2, *SHAPE),))
     sources, theta = make_store("file", folder=tmp_path), LAYOUT.flatten(model.state_dict())
@@ -137,9 +137,9 @@ def test_parts_cover_all_rows_in_order_and_are_written_back(monkeypatch: pytest.
 def test_few_rows_at_a_time_where_the_device_is_nearly_full(monkeypatch: pytest.MonkeyPatch) -> None:
     sources = make_store("host", 7)
     monkeypatch.setattr(SourcesStore, "_usable_in_place", False)
-    monkeypatch.setattr("fastar.training.store.free_bytes", lambda device: 8 * 4 * LAYOUT.numel * 2)
+    monkeypatch.setattr("fastar.training.sources.free_bytes", lambda device: 8 * 4 * LAYOUT.numel * 2)
     assert [len(views["out.bias"]) for views in sources.parts()] == [2, 2, 2, 1]
-    monkeypatch.setattr("fastar.training.store.free_bytes", lambda device: 0)
+    monkeypatch.setattr("fastar.training.sources.free_bytes", lambda device: 0)
     assert len(list(sources.parts())) == 7
 
 

@@ -23,16 +23,16 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from bench import failing_alone, quantiles, where
+from bench.fake_images import link_images, make_images
 from fastar.kernels import interpolate
 from torch import Tensor, nn
 
-from fastar.benchmarks import failing_alone, quantiles, where
 from fastar.data import Encoding, StreamingDataset, prepare_images
-from fastar.data.stand_in import link_images, make_images
 from fastar.errors import FastarError
 from fastar.evaluation import Endpoint, PathLosses, evaluate_paths, evaluate_rows
 from fastar.evaluation import Path as Segment
-from fastar.experiments.context import resolve_device
+from fastar.experiments.session import resolve_device
 from fastar.flat import FlatLayout
 from fastar.models import build_model
 

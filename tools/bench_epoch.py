@@ -19,9 +19,9 @@ from dataclasses import replace
 from typing import Any, get_args
 
 import torch
+from bench import Case, Problem, Timing, add_problem_arguments, line, problem_of, quantiles, ratio, where
+from bench.problem import Method
 
-from fastar.benchmarks import Case, Problem, Timing, add_problem_arguments, line, problem_of, quantiles, ratio, where
-from fastar.benchmarks.problem import Method
 from fastar.data import Dataset
 from fastar.errors import FastarError
 from fastar.training import Epoch, Step, fit

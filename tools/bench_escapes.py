@@ -17,15 +17,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench import timed, where
+from bench.trained import EXAMPLE, digits, trained
 from torch import Tensor, nn
 
-from fastar.benchmarks import timed, where
-from fastar.benchmarks.trained import EXAMPLE, digits, trained
 from fastar.errors import FastarError
-from fastar.experiments.context import resolve_device
+from fastar.experiments.session import resolve_device
 from fastar.flat import FlatLayout
-from fastar.matching import Symmetry, derive_symmetry, match_activations, match_weights, solver_name
-from fastar.seeds import derive_seed
+from fastar.matching import match_activations, match_weights, solver_name
+from fastar.runtime.seeds import derive_seed
+from fastar.symmetry import Symmetry, derive_symmetry
 
 
 def escapes(

@@ -30,8 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
-from fastar.benchmarks import (
+from bench import (
     Case,
     Problem,
     add_problem_arguments,
@@ -45,17 +44,18 @@ from fastar.benchmarks import (
     time_in_turns,
     where,
 )
+from bench.fake_images import link_images
+
 from fastar.config import Settings, StarSettings, load_settings, parse_bytes
 from fastar.data import StreamingDataset, prepare_images
-from fastar.data.stand_in import link_images
 from fastar.errors import FastarError
-from fastar.experiments.context import Context
 from fastar.experiments.plan import make_plan
+from fastar.experiments.session import Context
 from fastar.experiments.star import match_store
 from fastar.flat import FlatLayout
-from fastar.matching import derive_symmetry
-from fastar.memory import cap_gpu
 from fastar.runs import RunFolder
+from fastar.runtime.memory import cap_gpu
+from fastar.symmetry import derive_symmetry
 from fastar.training import RegularStep, SourcesStore, StarStep, fit
 
 TOOLS = Path(__file__).resolve().parent

@@ -22,9 +22,8 @@ from importlib import import_module
 from typing import Any
 
 import torch
+from bench import Case, Timing, built_when_run, failure, in_one_graph, line, time_in_turns
 from fastar.kernels import NextPoint, adam_update, backend, find_nonfinite, interpolate, sgd_update
-
-from fastar.benchmarks import Case, Timing, built_when_run, failure, in_one_graph, line, time_in_turns
 
 SGD = {"weight_decay": 5e-4, "momentum": 0.9, "nesterov": True}
 ADAM = {"weight_decay": 5e-4, "betas": (0.9, 0.999), "eps": 1e-8, "decoupled": True}

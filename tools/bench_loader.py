@@ -28,14 +28,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from bench import quantiles, where
+from bench.fake_images import link_images, make_images
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from fastar.benchmarks import quantiles, where
 from fastar.data import DATASETS, PRESETS, StreamingDataset, load, prepare, prepare_images
-from fastar.data.listing import SUFFIXES
+from fastar.data.raw.listing import SUFFIXES
 from fastar.data.registry import IMAGENET_MEAN, IMAGENET_STD
-from fastar.data.stand_in import link_images, make_images
 from fastar.errors import FastarError
 
 Epoch = Callable[[int], Iterable[tuple[torch.Tensor, torch.Tensor]]]

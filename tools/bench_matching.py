@@ -34,15 +34,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from bench import failing_alone, gpu_work, matching_threads, profiler_sees_gpu, timed, where
+from bench.trained import BATCH, EXAMPLE, digits, train, trained
 from torch import Tensor, nn
 
-from fastar.benchmarks import failing_alone, gpu_work, matching_threads, profiler_sees_gpu, timed, where
-from fastar.benchmarks.trained import BATCH, EXAMPLE, digits, train, trained
 from fastar.errors import FastarError
-from fastar.experiments.context import resolve_device
+from fastar.experiments.session import resolve_device
 from fastar.flat import FlatLayout
-from fastar.matching import Permutations, Symmetry, derive_symmetry, match_weights, solver_name
-from fastar.seeds import derive_seed
+from fastar.matching import match_weights, solver_name
+from fastar.runtime.seeds import derive_seed
+from fastar.symmetry import Permutations, Symmetry, derive_symmetry
 from fastar.training import SourcesStore
 
 

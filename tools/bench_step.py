@@ -32,10 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-
-from fastar.benchmarks import (
+from bench import (
     EPOCH,
     Case,
     Problem,
@@ -48,6 +45,9 @@ from fastar.benchmarks import (
     ratio,
     time_in_turns,
 )
+from torch import Tensor, nn
+from torch.nn import functional as F
+
 from fastar.config import StarSettings, TrainSettings
 from fastar.errors import FastarError
 from fastar.training import draw, resolve_precision

@@ -31,23 +31,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench import where
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fastar.benchmarks import where
-from fastar.checkpoints import Checkpoint
 from fastar.config import MatchingSettings, Settings, as_override, load_settings
 from fastar.errors import FastarError
 from fastar.evaluation import Path as Segment
 from fastar.evaluation import PathLosses, evaluate_paths
-from fastar.experiments.context import Context
 from fastar.experiments.measure import choose_pairs, endpoint
 from fastar.experiments.regular import regular_models
+from fastar.experiments.session import Context
 from fastar.experiments.star_domain import prepare_context
 from fastar.matching import KeptActivations, SeenSources, UnitActivations, match_by_settings
-from fastar.progress import SILENT, Progress, TerminalProgress
-from fastar.seeds import derive_seed
+from fastar.runs.model_files import Checkpoint
+from fastar.runtime.progress import SILENT, Progress, TerminalProgress
+from fastar.runtime.seeds import derive_seed
 from fastar.training import SourcesStore, StarStep, fit
 
 State = dict[str, Tensor]

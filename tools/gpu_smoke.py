@@ -22,21 +22,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench import CannotRun, Problem, failure, matching_threads, profiler_sees_gpu, where
+from bench.fake_images import make_images
 from fastar.kernels import NextPoint, adam_update, backend, find_nonfinite, interpolate, sgd_update
 from torch import Tensor
 
 import fastar
-from fastar.benchmarks import CannotRun, Problem, failure, matching_threads, profiler_sees_gpu, where
 from fastar.config import TrainSettings, parse_bytes
 from fastar.data import Encoding, StreamingDataset, prepare_images
-from fastar.data.stand_in import make_images
-from fastar.devices import simulated, synchronize
 from fastar.errors import FastarError
 from fastar.evaluation import evaluate_rows
-from fastar.experiments.context import resolve_device
+from fastar.experiments.session import resolve_device
 from fastar.flat import FlatLayout
-from fastar.matching import derive_symmetry, match_weights
-from fastar.memory import cap_gpu, peak_bytes
+from fastar.matching import match_weights
+from fastar.runtime.device import simulated, synchronize
+from fastar.runtime.memory import cap_gpu, peak_bytes
+from fastar.symmetry import derive_symmetry
 from fastar.training import RegularStep, StarStep, fit
 from fastar.training.profiling import profile
 

@@ -47,9 +47,10 @@ ROOT = TOOLS.parent
 # This checkout's fastar, installed or not: an offline machine has the checkout and wheels.
 sys.path.insert(0, str(ROOT))
 
-from fastar.benchmarks import where  # noqa: E402
-from fastar.checkpoints import write_atomically  # noqa: E402
+from bench import where  # noqa: E402
+
 from fastar.errors import FastarError  # noqa: E402
+from fastar.runs.model_files import write_atomically  # noqa: E402
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ import numpy as np
 from PIL import Image
 
 from fastar.errors import FastarError
-from fastar.progress import TerminalProgress
-from fastar.seeds import derive_seed
+from fastar.runtime.progress import TerminalProgress
+from fastar.runtime.seeds import derive_seed
 
 CLASSES = ("checks", "crosses", "dots", "grid", "rays", "rings", "spiral", "stripes", "triangles", "waves")
 # Width, height and weight: ImageNet's most frequent sizes, and some small, large and long ones as it has.

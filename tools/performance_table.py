@@ -15,10 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from fastar.benchmarks.promises import GROUPS, Group, Lines, Measured
-from fastar.checkpoints import write_atomically
-from fastar.devices import SIMULATED
+from bench.promises import GROUPS, Group, Lines, Measured
+
 from fastar.errors import FastarError
+from fastar.runs.model_files import write_atomically
+from fastar.runtime.device import SIMULATED
 
 ROOT = Path(__file__).resolve().parent.parent
 START, END = "<!-- performance: made by tools/performance_table.py -->", "<!-- /performance -->"

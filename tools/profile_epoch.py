@@ -12,10 +12,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from fastar.benchmarks import add_problem_arguments, problem_of, where
+from bench import add_problem_arguments, problem_of, where
+
 from fastar.errors import FastarError
 from fastar.evaluation import evaluate_rows
-from fastar.parts import part
+from fastar.runtime.timing import part
 from fastar.training import fit
 from fastar.training.profiling import profile
 

@@ -13,8 +13,8 @@ import argparse
 from pathlib import Path
 
 import torch
+from bench import add_problem_arguments, problem_of, where
 
-from fastar.benchmarks import add_problem_arguments, problem_of, where
 from fastar.errors import FastarError
 from fastar.training.profiling import profile
 

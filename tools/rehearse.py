@@ -2,7 +2,7 @@
 
     python tools/rehearse.py [COMMAND...]        default: python -m pytest -m gpu
 
-The device (rehearsal/simulated_cuda.cpp) is the host's memory under another name: it shows whether GPU code is right
+The device (tests/simulated_cuda/) is the host's memory under another name: it shows whether GPU code is right
 (devices, streams, graphs, waits, memory), and nothing of its speed. All processes that COMMAND starts have it. The
 plain-torch kernels are used unless FASTAR_KERNELS says otherwise; FASTAR_KERNELS=auto interprets the Triton ones,
 outside of graphs. FASTAR_REHEARSAL_COUNTS=1 prints launches and waits. Needs a C++ compiler and a CPU build of torch;
@@ -23,7 +23,7 @@ import torch
 from torch.utils import cpp_extension
 
 ROOT = Path(__file__).resolve().parent.parent
-HERE = ROOT / "tools" / "rehearsal"
+HERE = ROOT / "tests" / "simulated_cuda"
 SOURCE = HERE / "simulated_cuda.cpp"
 
 

@@ -27,12 +27,12 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from fastar.cli import main as fastar
+from fastar.cli.main import main as fastar
 from fastar.config import Settings, load_settings
+from fastar.config.recipes import names, recipe_path
+from fastar.config.scales import CLASSES
 from fastar.data.registry import DATASETS
 from fastar.errors import FastarError
-from fastar.recipes import names, recipe_path
-from fastar.scales import CLASSES
 
 TRAIN, TEST = 400, 200
 MOST_SECONDS = 60.0  # of CPU: how long that takes depends on what else runs

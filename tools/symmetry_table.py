@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from fastar.errors import FastarError
-from fastar.matching import Symmetry, derive_symmetry, verify_symmetry
+from fastar.symmetry import Symmetry, derive_symmetry, verify_symmetry
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "symmetries.md"
 BEGIN, END = "<!-- table: python tools/symmetry_table.py --write -->", "<!-- end of table -->"

@@ -57,12 +57,12 @@ def signals_end() -> Iterator[None]:
 if __name__ == "__main__":
     handle(leave)  # importing takes seconds
 
-from fastar.boundary import failure, say, streams  # noqa: E402
 from fastar.config import OF_ANY_SIZE  # noqa: E402
 from fastar.data import DATASETS, PRESETS, Encoding, Files, ImageFiles, prepare, prepare_images  # noqa: E402
 from fastar.data.images import size_text  # noqa: E402
 from fastar.errors import FastarError, printable  # noqa: E402
-from fastar.progress import Progress, TerminalProgress  # noqa: E402
+from fastar.runtime.boundary import failure, say, streams  # noqa: E402
+from fastar.runtime.progress import Progress, TerminalProgress  # noqa: E402
 
 EXAMPLES = """examples:
   python tools/write_ffcv.py --dataset digits --out betons

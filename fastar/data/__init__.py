@@ -1,16 +1,16 @@
 """Data: from raw files to .beton files, and from those to batches on the device. The only importer of FFCV."""
 
-from fastar.data.checking import verify_folder
+from fastar.data.check import verify_folder
 from fastar.data.dataset import Batch, Dataset
-from fastar.data.device import DeviceDataset, load
+from fastar.data.ffcv.folder import Files, is_finished
 from fastar.data.files import DatasetFiles, open_files, prepare
-from fastar.data.finished import Files, is_finished
-from fastar.data.imagefolder import count_images, is_packed
 from fastar.data.images import ImageFiles, open_images, prepare_images
+from fastar.data.in_memory import DeviceDataset, load
+from fastar.data.raw.imagefolder import count_images, is_packed
 from fastar.data.registry import DATASETS, Augmentation, DatasetSpec, dataset_spec
+from fastar.data.splits import check_limit, held_out
 from fastar.data.streaming import StreamingDataset
-from fastar.data.subsets import check_limit, held_out
-from fastar.data.varied import PRESETS, Encoding
+from fastar.data.variable_size import PRESETS, Encoding
 
 __all__ = [
     "DATASETS",

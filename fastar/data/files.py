@@ -7,25 +7,17 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from fastar import __version__
-from fastar.data.beton import BetonLayout
-from fastar.data.find import find_raw
-from fastar.data.finished import (
-    PARTIAL,
-    Files,
-    is_finished,
-    locked_folder,
-    open_finished,
-    publish,
-    refuse_foreign,
-)
-from fastar.data.official import note_other_files
-from fastar.data.raw import RawDataset, RawSplit
+from fastar._version import __version__
+from fastar.data.ffcv.folder import PARTIAL, Files, is_finished, locked_folder, open_finished, publish, refuse_foreign
+from fastar.data.ffcv.format import BetonLayout
+from fastar.data.ffcv.verify import SplitSummary, verify_beton
+from fastar.data.raw.find import find_raw
+from fastar.data.raw.official import note_other_files
+from fastar.data.raw.raw_split import RawDataset, RawSplit
 from fastar.data.registry import Augmentation, DatasetSpec, dataset_spec
 from fastar.data.sampling import balanced_subset
-from fastar.data.verify import SplitSummary, verify_beton
 from fastar.errors import FastarError
-from fastar.progress import SILENT, Progress
+from fastar.runtime.progress import SILENT, Progress
 
 
 @dataclass(frozen=True)
@@ -134,7 +126,7 @@ def _write(
     folder: Path, spec: DatasetSpec, raw: RawDataset, limit: int | None, workers: int, progress: Progress
 ) -> DatasetFiles:
     # Imported here: reading finished files needs none of it.
-    from fastar.data.writing import write_beton
+    from fastar.data.ffcv.write import write_beton
 
     summaries = {}
     splits: dict[str, RawSplit] = {"train": raw.train, "test": raw.test}

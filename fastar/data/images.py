@@ -10,28 +10,20 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 
-from fastar import __version__
-from fastar.atomic import write_atomically
-from fastar.data.archives import official_files
-from fastar.data.beton import check_beton
-from fastar.data.checksums import Checksums, checksums_path, kept_checksums, take_checksums
-from fastar.data.finished import (
-    PARTIAL,
-    Files,
-    is_finished,
-    locked_folder,
-    open_finished,
-    publish,
-    refuse_foreign,
-)
-from fastar.data.imagefolder import find_images
-from fastar.data.official import note_other_files
-from fastar.data.raw import RawSplit, UnusableImage
+from fastar._version import __version__
+from fastar.data.ffcv.checksums import Checksums, checksums_path, kept_checksums, take_checksums
+from fastar.data.ffcv.folder import PARTIAL, Files, is_finished, locked_folder, open_finished, publish, refuse_foreign
+from fastar.data.ffcv.format import check_beton
+from fastar.data.raw.archives import official_files
+from fastar.data.raw.imagefolder import find_images
+from fastar.data.raw.official import note_other_files
+from fastar.data.raw.raw_split import RawSplit, UnusableImage
 from fastar.data.registry import IMAGENET_MEAN, IMAGENET_STD
 from fastar.data.sampling import balanced_subset, file_order
-from fastar.data.varied import Encoding, VariedLayout, verify_varied
+from fastar.data.variable_size import Encoding, VariedLayout, verify_varied
 from fastar.errors import FastarError
-from fastar.progress import SILENT, Progress, size_text
+from fastar.runs.atomic import write_atomically
+from fastar.runtime.progress import SILENT, Progress, size_text
 
 OnError = Literal["stop", "skip"]
 Exif = Literal["ignore", "apply"]
@@ -220,7 +212,7 @@ def _write(
     progress: Progress,
 ) -> ImageFiles:
     # Imported here: reading finished files needs none of it.
-    from fastar.data.writing import predicted_bytes, write_beton
+    from fastar.data.ffcv.write import predicted_bytes, write_beton
 
     skip = settings["on_error"] == "skip"
     chosen = {split: _chosen(split, raw, settings["limit"], shuffled) for split, raw in splits.items()}

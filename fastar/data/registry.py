@@ -26,7 +26,7 @@ class Augmentation:
 class DatasetSpec:
     """A dataset's fixed facts. `mean` and `std` are per channel for pixels in 0..1; None: measured when written.
 
-    `reader` names the family of raw formats (see `fastar.data.find`), `folders` the folder or archive names that hold
+    `reader` names the family of raw formats (see `raw/find.py`), `folders` the folder or archive names that hold
     them inside a data root, `usual` further places to look when no data root is given, `obtain` how to get the data.
     """
 

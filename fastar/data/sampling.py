@@ -8,7 +8,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from fastar.seeds import derive_seed
+from fastar.runtime.seeds import derive_seed
 
 Integers = TypeVar("Integers", np.ndarray, torch.Tensor)
 

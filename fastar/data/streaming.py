@@ -11,15 +11,15 @@ import torch
 from fastar.data.augment import Normalisation, mirrored_and_normalised
 from fastar.data.crops import KEPT, Crop, centre, random_boxes
 from fastar.data.dataset import Batch, chosen_batches, count_batches
-from fastar.data.decoding import Plan
+from fastar.data.ffcv.decode import Plan
+from fastar.data.ffcv.read import ImageReader
 from fastar.data.images import ImageFiles
-from fastar.data.reading import ImageReader
 from fastar.data.sampling import draw, epoch_order, paged_order
-from fastar.data.subsets import chosen_images, stored_in
+from fastar.data.splits import chosen_images, stored_in
 from fastar.errors import FastarError
-from fastar.parts import part
-from fastar.progress import SILENT, Progress
-from fastar.seeds import derive_seed
+from fastar.runtime.progress import SILENT, Progress
+from fastar.runtime.seeds import derive_seed
+from fastar.runtime.timing import part
 
 Order = Literal["random", "pages"]
 Batches = Generator[Batch, None, None]
@@ -46,7 +46,7 @@ class StreamingDataset:
         threads: that decode (None: one per CPU of this process).
         limit: at most so many samples, classes balanced.
         validation: the share of the training images that are the split "validation" and not in "train"
-            (`fastar.data.subsets`).
+            (`fastar.data.splits`).
         progress: told where checksums of the images must be made first (`ImageFiles.checksums`).
     """
 

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_map
 
 from fastar.errors import FastarError
-from fastar.matching.forwards import Batch, call
+from fastar.flat.forward import Batch, call
 
 Statistics = dict[str, Tensor]
 """Buffer name (`bn1.running_mean`, `bn1.running_var`) to tensor."""

@@ -15,10 +15,10 @@ from fastar.errors import FastarError, first_line
 from fastar.evaluation.batch_norm import evaluating, own_statistics, set_statistics
 from fastar.evaluation.losses import bound
 from fastar.flat import FlatLayout
-from fastar.matching.forwards import Batch, call
-from fastar.matching.same import differences
-from fastar.precision import full_precision
-from fastar.states import NAMED, first_few
+from fastar.flat.forward import Batch, call
+from fastar.flat.state_check import NAMED, first_few
+from fastar.runtime.full_precision import full_precision
+from fastar.symmetry.same_function import differences
 
 # Sums in another order change outputs by less than this part of the largest one in networks of ordinary depth. Where
 # more is found, it is held against what a change of all weights in their last digits does, this many times.

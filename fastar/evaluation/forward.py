@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from fastar.evaluation.batch_norm import batch_norm_layers, evaluating
 from fastar.evaluation.stacked import networks_at_once, stackable, stacked_bytes
-from fastar.footprint import Footprint, Network, count_bytes
+from fastar.runtime.footprint import Footprint, Network, count_bytes
 
 # Rows of the ends of paths that are kept on the device, since the next path may end in them too.
 ENDS = 4

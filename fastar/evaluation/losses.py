@@ -23,10 +23,10 @@ from fastar.evaluation.batch_norm import (
 )
 from fastar.evaluation.stacked import networks_at_once, stackable, stacked_logits, stacks
 from fastar.flat import FlatLayout
-from fastar.graphs import CallGraph
-from fastar.matching.forwards import call
-from fastar.precision import full_precision
-from fastar.states import drops_caches, forget
+from fastar.flat.forward import call
+from fastar.flat.state_check import drops_caches, forget
+from fastar.runtime.cuda_graph import CallGraph
+from fastar.runtime.full_precision import full_precision
 
 Batches = Callable[[], Iterable[tuple[Any, Tensor]]]
 """A fresh pass over (images, or whatever the model takes; labels); every sample exactly once."""

@@ -13,8 +13,8 @@ from fastar.evaluation.forward import ENDS, Shown, beside_models, forward_bytes,
 from fastar.evaluation.losses import Batches, evaluate_rows
 from fastar.flat import FlatLayout, check_kernels
 from fastar.kernels import interpolate
-from fastar.memory import resident_models
-from fastar.progress import SILENT, Progress
+from fastar.runtime.memory import resident_models
+from fastar.runtime.progress import SILENT, Progress
 
 
 @dataclass(frozen=True, eq=False)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from fastar.states import drops_caches
+from fastar.flat.state_check import drops_caches
 
 # What the batched form is known to be equal and faster for; every leaf of a network must be one of these.
 _LEAVES = (nn.Linear, nn.ReLU, nn.GELU, nn.SiLU, nn.ELU, nn.Tanh, nn.Sigmoid, nn.Flatten, nn.Identity)

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 
 from fastar import data
 from fastar.config import Settings
-from fastar.data.device import BLOCK_BYTES, NORMALISED_BYTES
-from fastar.data.reading import BATCH as READ_AT_ONCE
-from fastar.data.reading import BUFFERS
+from fastar.data.ffcv.read import BATCH as READ_AT_ONCE
+from fastar.data.ffcv.read import BUFFERS
+from fastar.data.in_memory import BLOCK_BYTES, NORMALISED_BYTES
 from fastar.errors import FastarError
 from fastar.evaluation.forward import Pass, Shown
-from fastar.experiments.context import Context
+from fastar.experiments.session import Context
 from fastar.training import resolution
 
 # Published sizes (train, test) and classes, for sets that are not written yet.

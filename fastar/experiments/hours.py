@@ -9,18 +9,12 @@ from dataclasses import dataclass
 import torch
 
 from fastar import data
-from fastar.devices import synchronize
-from fastar.experiments.context import EXAMPLE_BATCHES, LOOKED_AT, Context
 from fastar.experiments.facts import DataFacts, evaluated_models, training_sides
-from fastar.matching import (
-    KeptActivations,
-    Permutations,
-    SeenSources,
-    UnitActivations,
-    match_by_settings,
-    matching_threads,
-)
-from fastar.seeds import derive_seed
+from fastar.experiments.session import EXAMPLE_BATCHES, LOOKED_AT, Context
+from fastar.matching import KeptActivations, SeenSources, UnitActivations, match_by_settings, matching_threads
+from fastar.runtime.device import synchronize
+from fastar.runtime.seeds import derive_seed
+from fastar.symmetry import Permutations
 from fastar.training.footprint import seconds_per_image
 
 # A step is timed with a whole batch, or what takes this much memory of it.

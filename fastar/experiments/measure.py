@@ -13,20 +13,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastar.checkpoints import Checkpoint, load_into
 from fastar.evaluation import Endpoint, Path, PathLosses, evaluate_paths, evaluate_rows
 from fastar.evaluation.batch_norm import batch_norm_layers
 from fastar.evaluation.ends import check_end
-from fastar.experiments.context import Context
 from fastar.experiments.facts import shown
 from fastar.experiments.regular import device_name
+from fastar.experiments.session import Context
 from fastar.kernels import interpolate
-from fastar.matching import Permutations, match_by_settings, matching_threads
-from fastar.memory import peak_bytes, resident_models
-from fastar.parts import shares
-from fastar.progress import SILENT, Progress
+from fastar.matching import match_by_settings, matching_threads
 from fastar.runs import versions
-from fastar.seeds import derive_seed
+from fastar.runs.model_files import Checkpoint, load_into
+from fastar.runtime.memory import peak_bytes, resident_models
+from fastar.runtime.progress import SILENT, Progress
+from fastar.runtime.seeds import derive_seed
+from fastar.runtime.timing import shares
+from fastar.symmetry import Permutations
 from fastar.training import PART_ROWS, limited
 
 # How many times `evaluation.bn_batches` it is compared with.

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from fastar.evaluation.forward import ENDS, ForwardBytes, Shown, beside_models, passes_bytes
-from fastar.experiments.context import EXAMPLE_BATCHES, LOOKED_AT
 from fastar.experiments.facts import (
     DRAWN_BESIDE,
     DataFacts,
@@ -23,12 +22,14 @@ from fastar.experiments.facts import (
     short_batch,
     shown_bytes,
 )
-from fastar.footprint import Footprint
-from fastar.matching import Symmetry, comparing_bytes, working_bytes
-from fastar.memory import models_that_fit
+from fastar.experiments.session import EXAMPLE_BATCHES, LOOKED_AT
+from fastar.matching import comparing_bytes, working_bytes
+from fastar.runtime.footprint import Footprint
+from fastar.runtime.memory import models_that_fit
+from fastar.symmetry import Symmetry
 from fastar.training import PART_ROWS
-from fastar.training.feed import SLOTS
 from fastar.training.placement import automatic, pinned_bytes
+from fastar.training.prefetch import SLOTS
 
 PHASES = ("reading", "training", "matching", "evaluation")
 # Files of a training kept at a time: two, the best, one new.

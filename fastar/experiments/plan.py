@@ -1,7 +1,7 @@
 """What a run will take, before anything runs: memory of the GPU and the host, disk, and hours.
 
 Bytes of weights, gradients, moments, sources and of matching follow from the number of parameters; activations are
-counted tensor by tensor (`fastar.footprint`); seconds are measured on the present device, or stated.
+counted tensor by tensor (`fastar.runtime.footprint`); seconds are measured on the present device, or stated.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from fastar.config import Settings, as_override, parse_bytes
 from fastar.data import PRESETS
 from fastar.errors import FastarError
 from fastar.evaluation.forward import forward_bytes, statistics_bytes
-from fastar.experiments.context import EXAMPLE_BATCHES, Context, Shape
 from fastar.experiments.facts import DataFacts, data_facts, evaluated_models, published_gigabytes, training_sides
 from fastar.experiments.hours import Asked, Work, measured_rates, work_of
 from fastar.experiments.needs import PHASES, Choice, Item, Sizes, during, items_of, remedy
+from fastar.experiments.session import EXAMPLE_BATCHES, Context, Shape
 from fastar.matching import kept_bytes
-from fastar.memory import free_bytes, gpu_bytes
-from fastar.progress import SILENT, Progress, size_text
 from fastar.runs import RunFolder
+from fastar.runtime.memory import free_bytes, gpu_bytes
+from fastar.runtime.progress import SILENT, Progress, size_text
 from fastar.training import check_batch, resolve_precision
-from fastar.training.feed import SLOTS
 from fastar.training.footprint import training_footprint
 from fastar.training.optimizer import rows_of_an_update
+from fastar.training.prefetch import SLOTS
 
 
 @dataclass(frozen=True)

@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastar import __version__
-from fastar.checkpoints import Checkpoint, load_checkpoint, load_into, read_metadata, save_checkpoint
+from fastar._version import __version__
 from fastar.config import completed, differences
 from fastar.errors import FastarError
 from fastar.evaluation import Measured, evaluate_rows
 from fastar.evaluation.batch_norm import own_statistics
-from fastar.experiments.attempts import Prepared, Subject, Trained, difference, trained
-from fastar.experiments.context import MEASURE_WITH_LESS, Context, within_memory
-from fastar.experiments.finished import given_paths
-from fastar.progress import Progress
+from fastar.experiments.resumable import Prepared, Subject, Trained, difference, trained
+from fastar.experiments.reuse import given_paths
+from fastar.experiments.session import MEASURE_WITH_LESS, Context, within_memory
 from fastar.runs import commit, versions
-from fastar.seeds import derive_seed
+from fastar.runs.model_files import Checkpoint, load_checkpoint, load_into, read_metadata, save_checkpoint
+from fastar.runtime.progress import Progress
+from fastar.runtime.seeds import derive_seed
 from fastar.training import RegularStep, resolve_precision
 
 # Keys of `train` that say how, not what.

@@ -8,31 +8,37 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastar.atomic import delete, write_atomically
-from fastar.checkpoints import Checkpoint, load_checkpoint, load_into, read_metadata, save_checkpoint, tensors_digest
 from fastar.config import MatchingSettings
 from fastar.errors import FastarError
 from fastar.evaluation import evaluate_rows, re_estimate
 from fastar.evaluation.batch_norm import set_statistics
-from fastar.experiments.attempts import Prepared, Subject, attempt_seed, trained
-from fastar.experiments.context import MEASURE_WITH_LESS, Context, within_memory
-from fastar.experiments.finished import check_permutations, state_digest
 from fastar.experiments.regular import check_recipe, recipe, save_model
+from fastar.experiments.resumable import Prepared, Subject, attempt_seed, trained
+from fastar.experiments.reuse import check_permutations, state_digest
+from fastar.experiments.session import MEASURE_WITH_LESS, Context, within_memory
+from fastar.flat.forward import on_device
 from fastar.matching import (
     GiveExamples,
     KeptActivations,
-    Permutations,
     SeenSources,
-    Symmetry,
     UnitActivations,
     kept_bytes,
     match_by_settings,
     matching_threads,
-    on_device,
 )
-from fastar.precision import full_precision
-from fastar.progress import SILENT, Progress
-from fastar.seeds import derive_seed
+from fastar.runs.atomic import delete, write_atomically
+from fastar.runs.model_files import (
+    Checkpoint,
+    load_checkpoint,
+    load_into,
+    read_metadata,
+    save_checkpoint,
+    tensors_digest,
+)
+from fastar.runtime.full_precision import full_precision
+from fastar.runtime.progress import SILENT, Progress
+from fastar.runtime.seeds import derive_seed
+from fastar.symmetry import Permutations, Symmetry
 from fastar.training import Recording, SourcesStore, StarStep, StepsProfile
 
 

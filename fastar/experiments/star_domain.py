@@ -9,17 +9,17 @@ from typing import Any
 
 from fastar.config import Settings
 from fastar.errors import FastarError
-from fastar.experiments.beforehand import check_network, prepare_data, use_device_early
-from fastar.experiments.context import MEASURE_WITH_LESS, Context, within_memory
-from fastar.experiments.finished import finished_results, kept_results, measured_digest
 from fastar.experiments.measure import measure, speed
 from fastar.experiments.plan import Plan
+from fastar.experiments.preflight import check_network, prepare_data, use_device_early
 from fastar.experiments.regular import device_name, given_sources, regular_models
+from fastar.experiments.reuse import finished_results, kept_results, measured_digest
+from fastar.experiments.session import MEASURE_WITH_LESS, Context, within_memory
 from fastar.experiments.star import star_model, steps_profile
-from fastar.figures import LiveFigures, import_wandb
-from fastar.memory import peak_bytes
-from fastar.progress import SILENT, Progress, size_text
 from fastar.runs import RunFolder
+from fastar.runs.live_metrics import LiveFigures, import_wandb
+from fastar.runtime.memory import peak_bytes
+from fastar.runtime.progress import SILENT, Progress, size_text
 
 
 def prepare_context(settings: Settings, out: Path, progress: Progress = SILENT) -> Context:

@@ -12,13 +12,13 @@ from torch import Tensor
 
 from fastar.config import MatchingSettings
 from fastar.errors import FastarError
+from fastar.matching.activation.statistics import KeptActivations, SeenSources, UnitActivations
+from fastar.matching.checks import check_finite
 from fastar.matching.methods import GiveExamples, match_by_settings
-from fastar.matching.networks import check_finite
-from fastar.matching.permutations import Permutations
-from fastar.matching.seen import KeptActivations, SeenSources, UnitActivations
-from fastar.matching.symmetry import Symmetry
-from fastar.progress import SILENT, Progress
-from fastar.seeds import derive_seed
+from fastar.runtime.progress import SILENT, Progress
+from fastar.runtime.seeds import derive_seed
+from fastar.symmetry.permutations import Permutations
+from fastar.symmetry.symmetry import Symmetry
 
 To = Literal["star", "mean", "pairwise"]
 State = Mapping[str, Tensor]

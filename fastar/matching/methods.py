@@ -15,18 +15,18 @@ from torch.utils._pytree import tree_map_only
 
 from fastar.config import MatchingSettings
 from fastar.errors import FastarError
-from fastar.matching.activations import correlate_seen, correlate_units, not_worse
+from fastar.flat.forward import Batch, forward, without_statistics
+from fastar.matching.activation.match_activations import correlate_seen, correlate_units, not_worse
+from fastar.matching.activation.statistics import SeenSources
 from fastar.matching.assignment import solver_name
-from fastar.matching.forwards import Batch, forward, without_statistics
-from fastar.matching.networks import check_networks
-from fastar.matching.permutations import Permutations
-from fastar.matching.permuted import PermutedSources
-from fastar.matching.problem import Problem
-from fastar.matching.seen import SeenSources
+from fastar.matching.checks import check_networks
 from fastar.matching.sinkhorn import Loss, match_sinkhorn, recordable
-from fastar.matching.symmetry import Symmetry
-from fastar.matching.weights import MatchResult, Starts, chunk_size, match_weights, matching_threads
-from fastar.progress import SILENT, Progress
+from fastar.matching.weight.match_weights import MatchResult, Starts, chunk_size, match_weights, matching_threads
+from fastar.matching.weight.permuted_sources import PermutedSources
+from fastar.matching.weight.problem import Problem
+from fastar.runtime.progress import SILENT, Progress
+from fastar.symmetry.permutations import Permutations
+from fastar.symmetry.symmetry import Symmetry
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from torch import Tensor
 from fastar.config import SinkhornSettings
 from fastar.errors import FastarError
 from fastar.matching.assignment import Solver
+from fastar.matching.checks import check_networks
 from fastar.matching.families import solve_family
-from fastar.matching.networks import check_networks
-from fastar.matching.permutations import Permutations
-from fastar.matching.symmetry import Member, Symmetry
-from fastar.progress import SILENT, Progress
-from fastar.seeds import derive_seed
+from fastar.runtime.progress import SILENT, Progress
+from fastar.runtime.seeds import derive_seed
+from fastar.symmetry.permutations import Permutations
+from fastar.symmetry.symmetry import Member, Symmetry
 
 Loss = Callable[[Mapping[str, Tensor], int], Tensor]
 """(parameters, step) -> mean loss of that network on a batch: what `objective` mid and random descend on."""

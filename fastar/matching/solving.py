@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fastar.matching.assignment import Solver
 from fastar.matching.families import Answers, solve_family
-from fastar.matching.rows import Rows, chosen, download
+from fastar.symmetry.batched_index import Rows, chosen, download
 
 Floats = NDArray[np.float32]
 

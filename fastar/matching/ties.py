@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastar.matching.assignment import Solver, solve_assignment
-from fastar.matching.descent import Descent
 from fastar.matching.families import Answers, solve_family
-from fastar.matching.problem import Problem
-from fastar.seeds import derive_seed
+from fastar.matching.weight.descent import Descent
+from fastar.matching.weight.problem import Problem
+from fastar.runtime.seeds import derive_seed
 
 # Numbers that a unit's samples become; of two units that do not do the same they are never all the same by chance.
 _PROBES = 8

@@ -19,7 +19,7 @@ from fastar.models.mlp import Mlp
 from fastar.models.vgg import DEPTHS, normalised, plain
 from fastar.models.vit import VisionTransformer
 from fastar.models.wrn import wide_resnet
-from fastar.seeds import derive_seed
+from fastar.runtime.seeds import derive_seed
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "densenet40": densenet(40),

@@ -1,12 +1,12 @@
 """Training of regular and star models over flat parameters."""
 
+from fastar.training.amp import resolve_precision
 from fastar.training.epochs import Epoch, Good, NonFiniteLoss, check_batch, limited
 from fastar.training.loop import Step, fit
-from fastar.training.precision import resolve_precision
 from fastar.training.profiling import Profile, Recording, StepsProfile
 from fastar.training.schedule import learning_rate, resolution
+from fastar.training.sources import PART_ROWS, SourcesStore
 from fastar.training.steps import RegularStep, StarStep, draw
-from fastar.training.store import PART_ROWS, SourcesStore
 from fastar.training.threads import suitable_threads
 
 __all__ = [

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastar.devices import synchronize
-from fastar.footprint import Footprint, Network, count_bytes
+from fastar.runtime.device import synchronize
+from fastar.runtime.footprint import Footprint, Network, count_bytes
 
 # Timed after a first one, and for no longer than this many seconds in all.
 TIMES, SECONDS = 3, 2.0

@@ -13,18 +13,18 @@ from torch import Tensor
 
 from fastar.config import TrainSettings
 from fastar.data import Dataset
-from fastar.devices import synchronize
 from fastar.errors import FastarError
-from fastar.memory import peak_bytes
-from fastar.parts import EpochClock
-from fastar.progress import SILENT, Progress
-from fastar.stopping import deferred, requested
-from fastar.training.checkpoints import Saved, TrainingCheckpoints
-from fastar.training.draws import StepDraws
+from fastar.runtime.device import synchronize
+from fastar.runtime.memory import peak_bytes
+from fastar.runtime.progress import SILENT, Progress
+from fastar.runtime.signals import deferred, requested
+from fastar.runtime.timing import EpochClock
+from fastar.training.amp import resolve_precision
 from fastar.training.epochs import Epoch, Good, NonFiniteLoss, SoFar, check_batch
-from fastar.training.precision import resolve_precision
 from fastar.training.profiling import StepsProfile
+from fastar.training.resume import Saved, TrainingCheckpoints
 from fastar.training.schedule import learning_rate, resolution
+from fastar.training.step_rng import StepDraws
 
 
 class Step(Protocol):

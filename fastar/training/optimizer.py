@@ -11,7 +11,7 @@ from torch import Tensor
 
 from fastar.config import TrainSettings
 from fastar.kernels import NextPoint, adam_update, backend, sgd_update
-from fastar.training.precision import LossScale
+from fastar.training.amp import LossScale
 
 # Copies of theta that an update by torch's own operations takes on a GPU for a moment.
 PLAIN_ROWS = {"sgd": 4, "adam": 5, "adamw": 6}

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 
 from fastar.errors import FastarError
-from fastar.memory import free_bytes
+from fastar.runtime.memory import free_bytes
 
 Placement = Literal["device", "host", "file"]
 # At most this share of what is free now: activations, matching and evaluation need the rest.

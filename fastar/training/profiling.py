@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity
 
-from fastar.devices import synchronize
 from fastar.errors import FastarError
-from fastar.memory import peak_bytes
-from fastar.parts import PartClock
+from fastar.runtime.device import synchronize
+from fastar.runtime.memory import peak_bytes
+from fastar.runtime.timing import PartClock
 
 
 @dataclass(frozen=True)

@@ -13,18 +13,18 @@ from torch.nn import functional as F
 from fastar.config import StarSettings, TrainSettings
 from fastar.errors import FastarError
 from fastar.flat import FlatLayout, FlatParameters, WorkingWeights
-from fastar.graphs import CallGraph
 from fastar.kernels import NextPoint
-from fastar.parts import part
-from fastar.seeds import derive_seed
+from fastar.runtime.cuda_graph import CallGraph
+from fastar.runtime.seeds import derive_seed
+from fastar.runtime.timing import part
+from fastar.training.amp import LossScale, resolve_precision
 from fastar.training.batch_counts import BatchCounts
-from fastar.training.checkpoints import copy_into
 from fastar.training.clipping import shortening
 from fastar.training.compiled import CompiledNetwork
-from fastar.training.feed import ResidentRows, RowFeed
 from fastar.training.optimizer import flat_optimizer
-from fastar.training.precision import LossScale, resolve_precision
-from fastar.training.store import SourcesStore
+from fastar.training.prefetch import ResidentRows, RowFeed
+from fastar.training.resume import copy_into
+from fastar.training.sources import SourcesStore
 
 
 class _FlatStep:

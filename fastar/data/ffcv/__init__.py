@@ -1,0 +1,1 @@
+""".beton files: the only importer of FFCV."""

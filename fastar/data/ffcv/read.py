@@ -1,0 +1,195 @@
+"""The one way from a .beton file to batches: FFCV's loader, kept from hanging, leaking and changing the process."""
+
+import copy
+import queue
+import weakref
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fastar.data.ffcv.checksums import Checksums, tables_digest
+from fastar.data.ffcv.decode import CropDecoder, Plan
+from fastar.data.ffcv.format import BetonLayout, check_beton, image_table
+from fastar.data.ffcv.names import Compiler, EpochIterator, Loader, OrderOption, torch_threads_kept
+from fastar.data.variable_size import VariedLayout
+from fastar.errors import FastarError
+
+Batches = Generator[tuple[np.ndarray, np.ndarray], None, None]
+
+BATCH = 1024
+# Batches that FFCV's loader has buffers for: three ahead (its default), the one in use and the one being filled.
+BUFFERS = 5
+# Compiling FFCV's loops takes 1 to 2 s a file; running them as plain Python costs 15 to 30 us a sample.
+COMPILE_FROM = 100_000
+
+
+class GuardedIterator(EpochIterator):
+    """FFCV's epoch, whose thread hands over its own error instead of leaving the reader waiting for ever."""
+
+    def __init__(self, loader: Loader, order: np.ndarray, plan: Plan | None = None):
+        self.failure: BaseException | None = None
+        self.plan = plan
+        super().__init__(loader, order)
+
+    def run_pipeline(self, b_ix: int, batch_indices: Any, batch_slot: int, cuda_event: Any) -> Any:
+        if self.plan is not None:
+            # The one argument of a decoder that can differ between epochs of one loader.
+            self.storage_state = (*self.memory_context.state, self.plan)
+        return super().run_pipeline(b_ix, batch_indices, batch_slot, cuda_event)
+
+    def run(self) -> None:
+        try:
+            super().run()
+        except BaseException as error:  # noqa: BLE001 (raised again where the batches are read)
+            self.failure = error
+            while not self.terminate_event.is_set():
+                try:
+                    self.output_queue.put(None, timeout=0.1)
+                    return
+                except queue.Full:
+                    continue
+
+    def __next__(self) -> Any:
+        try:
+            return super().__next__()
+        except StopIteration:
+            if self.failure is not None:
+                raise self.failure from None
+            raise
+
+    def close(self) -> None:
+        """Stop the thread, wherever it is, and wait for it. Safe to call again."""
+        super().close()
+        self.closed = True
+        while self.is_alive():
+            # The thread may be waiting for room in the queue, without a time limit when it has just finished.
+            try:
+                self.output_queue.get_nowait()
+            except queue.Empty:
+                self.join(0.01)
+
+    def __del__(self) -> None:
+        # FFCV's own closes here; by then the thread has ended, because it holds a reference to this object.
+        return
+
+
+class GuardedLoader(Loader):
+    """FFCV's loader whose iterators are `GuardedIterator`s."""
+
+    def __iter__(self) -> GuardedIterator:
+        order = self.next_traversal_order()
+        self.next_epoch += 1
+        return self.epoch(order[: len(self) * self.batch_size])
+
+    def epoch(self, order: np.ndarray, batch_size: int | None = None, plan: Plan | None = None) -> GuardedIterator:
+        """An epoch of the samples `order` (uint64), in that order; `batch_size` None is the loader's own."""
+        Compiler.set_num_threads(self.num_workers)
+        loader = self
+        if batch_size is not None:
+            loader = copy.copy(self)  # shares all that took time to make
+            loader.batch_size = batch_size
+        return GuardedIterator(loader, order, plan)
+
+
+@contextmanager
+def _compiling(enabled: bool) -> Iterator[None]:
+    before = Compiler.is_enabled
+    Compiler.set_enabled(enabled)
+    try:
+        yield
+    finally:
+        Compiler.set_enabled(before)
+
+
+def read_batches(path: Path, layout: BetonLayout, batch_size: int = BATCH) -> Batches:
+    """Yield (images uint8 [b, H, W, C], labels int64 [b]) in file order, every sample exactly once.
+
+    The arrays are FFCV's own buffers: copy them before asking for the next batch. The file is checked first; an error
+    in the loader's thread is raised here as FastarError. Close the generator to leave early.
+    """
+    check_beton(path, layout)
+    with torch_threads_kept():
+        try:
+            with _compiling(layout.count >= COMPILE_FROM):
+                loader = GuardedLoader(
+                    str(path),
+                    batch_size=min(batch_size, layout.count),
+                    num_workers=1,
+                    os_cache=True,
+                    order=OrderOption.SEQUENTIAL,
+                    seed=0,
+                    drop_last=False,
+                )
+                batches = iter(loader)
+            try:
+                with closing(batches):
+                    for images, labels in batches:
+                        yield images.numpy(), labels.numpy().reshape(-1)
+            finally:
+                # FFCV's objects refer to each other; until they are collected the whole file would count as memory.
+                loader.memory_manager.context.mmap, batches.storage_state = None, ()
+        # Whatever FFCV's thread or compiler ran into belongs to this file; the cause stays attached.
+        except Exception as error:
+            raise FastarError(f"{path}: FFCV's loader failed ({type(error).__name__}: {error})") from error
+
+
+class ImageReader:
+    """Epochs of a .beton file of images of differing sizes, cut and resized while they are decoded, on `threads`.
+
+    The file is checked here, but for its images: each is compared with its checksum when it is first read. `labels`
+    int64 [n]; `pages` int64 [n] is the page of the file that each lies in.
+    """
+
+    def __init__(self, path: Path, layout: VariedLayout, checksums: Checksums, *, threads: int):
+        self.path = path
+        self.labels = check_beton(path, layout)
+        if tables_digest(path, layout) != checksums.tables:
+            raise FastarError(
+                f"{path}: its tables are not those that were written; delete its folder and write it again"
+            )
+        _, table, sizes = image_table(path, layout)
+        self.page_size = layout.page_size
+        self.pages = (table["data_ptr"] // np.uint64(layout.page_size)).astype(np.int64)
+        try:
+            decoder = CropDecoder(path, sizes, checksums.images, threads)
+            weakref.finalize(self, decoder.close)
+            with torch_threads_kept(), _compiling(False):
+                self._loader = GuardedLoader(
+                    str(path),
+                    batch_size=1,
+                    num_workers=1,
+                    os_cache=True,
+                    order=OrderOption.SEQUENTIAL,
+                    seed=0,
+                    drop_last=False,
+                    batches_ahead=2,
+                    pipelines={"image": [decoder], "label": None},
+                )
+        # Whatever FFCV's compiler ran into belongs to this file; the cause stays attached.
+        except Exception as error:
+            raise FastarError(f"{path}: FFCV's loader failed ({type(error).__name__}: {error})") from error
+
+    def epoch(self, order: np.ndarray, batch_size: int, plan: Plan) -> Generator[torch.Tensor, None, None]:
+        """Yield images uint8 [b, size, size, 3] of the samples `order`, in that order, three batches ahead.
+
+        torch's threads stay as they are. Close the generator to leave early.
+        """
+        try:
+            with torch_threads_kept():
+                batches = self._loader.epoch(order.astype(np.uint64), batch_size, plan)
+            with closing(batches):
+                while True:
+                    # FFCV's thread sets torch's thread count when it starts, which is before its first batch.
+                    with torch_threads_kept():
+                        batch = next(batches, None)
+                    if batch is None:
+                        return
+                    yield batch[0]
+        except FastarError as error:
+            raise FastarError(f"{self.path}: {error}") from error
+        except Exception as error:
+            raise FastarError(f"{self.path}: FFCV's loader failed ({type(error).__name__}: {error})") from error

@@ -1,0 +1,1 @@
+"""Raw data as their publishers offer them: files and folders, read into images and labels."""

@@ -1,0 +1,53 @@
+"""Finding a dataset's raw data: in the data root that is given, else where it usually lies."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from fastar.data.raw.cifar import find_cifar
+from fastar.data.raw.class_folders import find_folders
+from fastar.data.raw.digits import read_digits
+from fastar.data.raw.idx import find_idx
+from fastar.data.raw.listing import readable
+from fastar.data.raw.raw_split import RawDataset
+from fastar.data.registry import DatasetSpec
+from fastar.errors import FastarError
+
+Finder = Callable[[Path, DatasetSpec], RawDataset | None]
+
+FINDERS: dict[str, tuple[Finder, ...]] = {
+    "idx": (find_idx, find_folders),
+    "cifar10": (find_cifar, find_folders),
+    "cifar100": (find_cifar, find_folders),
+}
+
+
+def find_raw(spec: DatasetSpec, data_root: Path | None) -> RawDataset:
+    """The raw data of `spec`; FastarError says where it looked and how to get it."""
+    if spec.reader == "digits":
+        return read_digits(spec)
+    places = _places(spec, data_root)
+    for place, finders in places:
+        with readable(place):
+            if not place.exists():
+                continue
+            for finder in finders:
+                found = finder(place, spec)
+                if found is not None:
+                    return found
+    looked = ", ".join(str(place) for place, _ in places)
+    advice = "" if data_root is not None else " and point at it with --data-root"
+    raise FastarError(f"{spec.name}: no raw data found (looked in {looked}); {spec.obtain}{advice}")
+
+
+def _places(spec: DatasetSpec, data_root: Path | None) -> list[tuple[Path, tuple[Finder, ...]]]:
+    """Where to look, and for what. A folder that was not named by the user may belong to another dataset: only the
+    dataset's own folders in it are searched for every format, the folder itself for official file names alone."""
+    finders = FINDERS[spec.reader]
+    if data_root is not None:
+        return [(data_root, finders), *((data_root / folder, finders) for folder in spec.folders)]
+    places: list[tuple[Path, tuple[Finder, ...]]] = []
+    for root in ("data", *spec.usual):
+        if spec.reader.startswith("cifar"):
+            places.append((Path(root), finders[:1]))
+        places += [(Path(root) / folder, finders) for folder in spec.folders]
+    return places

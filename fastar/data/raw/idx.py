@@ -1,0 +1,79 @@
+"""IDX files, plain or gzipped: the format of MNIST and Fashion-MNIST."""
+
+import gzip
+import zlib
+from io import BufferedReader
+from pathlib import Path
+
+import numpy as np
+
+from fastar.data.raw.raw_split import ArraySplit, RawDataset
+from fastar.data.registry import DatasetSpec
+from fastar.errors import FastarError
+
+_STEMS = {"train": "train", "test": "t10k"}
+_LARGEST = 1 << 30  # bytes; MNIST's images have 47 million
+
+
+def find_idx(root: Path, spec: DatasetSpec) -> RawDataset | None:
+    """The four IDX files in `root`, or None where there is none of them."""
+    paths = {(split, part): _find(root, split, part) for split in _STEMS for part in ("images", "labels")}
+    if not any(paths.values()):
+        return None
+    for (split, part), path in paths.items():
+        if path is None:
+            raise FastarError(f"{root}: {_name(split, part)}[.gz] is missing; put all four IDX files there")
+    splits = {}
+    for split in _STEMS:
+        images, labels = paths[split, "images"], paths[split, "labels"]
+        assert images is not None
+        assert labels is not None
+        pixels = read_idx(images, 3)
+        if pixels.shape[1:] != (spec.height, spec.width):
+            size = f"{pixels.shape[1]}x{pixels.shape[2]}"
+            raise FastarError(
+                f"{images}: images are {size}, {spec.name} has {spec.height}x{spec.width}; check --dataset"
+            )
+        splits[split] = ArraySplit(pixels[..., None], read_idx(labels, 1), spec.classes, str(images))
+    read = tuple(path for path in paths.values() if path is not None)
+    return RawDataset(splits["train"], splits["test"], "IDX files", root, files=read)
+
+
+def _name(split: str, part: str) -> str:
+    return f"{_STEMS[split]}-{part}-idx{3 if part == 'images' else 1}-ubyte"
+
+
+def _find(root: Path, split: str, part: str) -> Path | None:
+    name = _name(split, part)
+    for candidate in (name, name + ".gz", name.replace("-idx", ".idx"), name.replace("-idx", ".idx") + ".gz"):
+        if (root / candidate).is_file():
+            return root / candidate
+    return None
+
+
+def read_idx(path: Path, dimensions: int) -> np.ndarray:
+    """The uint8 array of an IDX file with that many dimensions; FastarError names a file that is damaged."""
+    front = 4 + 4 * dimensions
+    try:
+        with path.open("rb") as file:
+            zipped = file.read(2) == b"\x1f\x8b"
+            file.seek(0)
+            stream: gzip.GzipFile | BufferedReader = gzip.GzipFile(fileobj=file) if zipped else file
+            head = stream.read(front)
+            if len(head) < front or head[:4] != bytes((0, 0, 8, dimensions)):
+                raise FastarError(
+                    f"{path}: not an IDX file of unsigned bytes in {dimensions} dimensions; get the file again"
+                )
+            shape = tuple(int(size) for size in np.frombuffer(head, ">u4", dimensions, 4))
+            size = int(np.prod(shape, dtype=object))
+            if size > _LARGEST:
+                raise FastarError(f"{path}: its front says that it holds {size:,} bytes; damaged, get the file again")
+            data = stream.read(size + 1)  # beyond the end: there gzip compares its checksum
+    except (OSError, EOFError, zlib.error) as error:
+        raise FastarError(f"{path}: cannot be read ({error}); get the file again") from error
+    if len(data) > size:
+        raise FastarError(f"{path}: more than the {front + size:,} bytes that are due; damaged, get the file again")
+    if len(data) < size:
+        has = front + len(data)
+        raise FastarError(f"{path}: {has:,} bytes where {front + size:,} are due; truncated, get the file again")
+    return np.frombuffer(data, np.uint8).reshape(shape)

@@ -1,0 +1,124 @@
+"""Barriers of single checkpoints, whoever trained them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from fastar.config import OF_ANY_SIZE, as_override, load_settings
+from fastar.errors import FastarError
+from fastar.evaluation import Path as Segment
+from fastar.evaluation import evaluate_paths
+from fastar.experiments.facts import shown
+from fastar.experiments.measure import check_endpoint, endpoint, matched_endpoints, path_result, statistics_error
+from fastar.experiments.regular import check_fits, device_name, tell
+from fastar.experiments.session import DATA_KEYS, MEASURE_WITH_LESS, Context, Shape, resolve_device, within_memory
+from fastar.runs import RunFolder, versions
+from fastar.runs.model_files import Checkpoint, load_checkpoint, load_whole_into
+from fastar.runtime.progress import SILENT, Progress
+
+
+def context_of(
+    first: Checkpoint,
+    *,
+    dataset: str | None,
+    arch: str | None,
+    overrides: Sequence[str],
+    data_root: Path | None = None,
+    progress: Progress = SILENT,
+) -> Context:
+    """The surroundings of a checkpoint: from its metadata, or named by the caller."""
+    known = first.metadata
+    dataset = dataset or known.get("dataset")
+    arch = arch or known.get("arch")
+    for option, value in (("--dataset", dataset), ("--arch", arch)):
+        if value is None:
+            raise FastarError(f"{first.path}: does not say what it is; give {option}")
+    options = [as_override(f"model.{key}", value) for key, value in known.get("model", {}).items()]
+    shape = None
+    if dataset == known.get("dataset"):
+        options += [as_override(f"dataset.{key}", known[key]) for key in DATA_KEYS if known.get(key) is not None]
+        batch = known.get("train", {}).get("batch_size")
+        if batch is not None:  # batch-norm statistics are taken in batches as in its training
+            options.append(f"train.batch_size={batch}")
+        if dataset in OF_ANY_SIZE and "input_shape" in known and "classes" in known:
+            shape = Shape(tuple(known["input_shape"]), known["classes"])
+            options.append(f"dataset.resolution={shape.image[1]}")
+    if data_root is not None:
+        options.append(as_override("dataset.root", data_root))
+    settings = load_settings(dataset=dataset, arch=arch, overrides=[*options, *overrides])
+    # What the checkpoint says of its images will do where they are not needed, as in matching.
+    context = Context(settings, RunFolder(Path(".")), progress, known=shape)
+    resolve_device(settings.device)
+    return context
+
+
+def load_whole(context: Context, path: Path, checkpoint: Checkpoint | None = None, *, same_data: bool) -> Checkpoint:
+    """A checkpoint as a whole state of the context's architecture."""
+    checkpoint = checkpoint or load_checkpoint(path)
+    check_fits(context, checkpoint, same_data=same_data)
+    whole = load_whole_into(context.build(seed=0).cpu(), checkpoint)
+    tell(whole, context.progress)
+    return whole
+
+
+def barriers_of_files(
+    first: Path,
+    others: Sequence[Path],
+    *,
+    dataset: str | None,
+    arch: str | None,
+    matching: bool,
+    data_root: Path | None,
+    overrides: Sequence[str],
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """Barriers from the checkpoint `first` to each of `others` on train, test and, where `first` was trained without
+    them (`dataset.validation`), validation images.
+
+    Returns:
+        dataset, arch, t, paths (as in `results.json`, each with train_barrier and test_barrier), versions, device.
+    """
+    if not others:
+        raise FastarError("a barrier needs a second checkpoint")
+    checkpoint = load_checkpoint(first)
+    context = context_of(
+        checkpoint, dataset=dataset, arch=arch, overrides=overrides, data_root=data_root, progress=progress
+    )
+    with context.threads(), within_memory("measuring barriers", MEASURE_WITH_LESS):
+        start = load_whole(context, first, checkpoint, same_data=True)
+        ends = [load_whole(context, path, same_data=True) for path in others]
+        names = [str(path) for path in others]
+        check_endpoint(context, str(first), start, None)
+        centre = endpoint(context, str(first), start)
+        if matching:
+            points = matched_endpoints(context, start, ends, names, checked=True, progress=progress)
+        else:
+            points = [endpoint(context, name, end) for name, end in zip(names, ends, strict=True)]
+            for name, end in zip(names, ends, strict=True):
+                check_endpoint(context, name, end, None)
+        paths = [Segment("path", centre, point) for point in points]
+        measured = evaluate_paths(
+            context.build(seed=0),
+            context.layout,
+            paths,
+            context.splits(),
+            points=context.settings.evaluation.points,
+            statistics_batches=context.statistics_batches,
+            method=context.settings.evaluation.batch_norm,
+            shown=shown(context),
+            graph=context.settings.evaluation.graph,
+            progress=progress,
+        )
+        error = statistics_error(context, paths)
+    return {
+        "dataset": context.settings.dataset.label,
+        "arch": context.settings.model.arch,
+        "matched": matching,
+        "t": measured[0].t,
+        "paths": [{**path_result(path), **{f"{s}_barrier": path.barrier(s) for s in path.loss}} for path in measured],
+        "versions": versions(),
+        "device": device_name(context.device),
+        "batch_norm_error": error,
+    }

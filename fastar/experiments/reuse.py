@@ -1,0 +1,111 @@
+"""Whether a run is finished: from its files' digests, without data, memory, or anything that is slow to import."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from fastar.config import Settings
+from fastar.errors import FastarError
+from fastar.runs import RunFolder
+from fastar.runs.model_files import Checkpoint, is_checkpoint, read_metadata, stored_digest, tensors_digest
+from fastar.runtime.json_files import content_digest
+from fastar.runtime.progress import SILENT, Progress
+
+
+def finished_results(settings: Settings, run: RunFolder, progress: Progress = SILENT) -> dict[str, Any] | None:
+    """The results of a run whose models are all there and have been measured as `settings` say; else None.
+
+    The models' own digests are compared, not their tensors, and the data's is what the star was trained on.
+
+    Raises:
+        FastarError: the folder belongs to another run, or a model that is there is truncated or says of itself
+            what was not saved.
+    """
+    run.check(settings)
+    numbers = {"heldout": settings.sources.heldout}
+    if settings.sources.folder is None:
+        numbers["source"] = settings.sources.number
+    # One after the other: the first that is missing is the answer, whatever number was asked for.
+    if not run.results.is_file() or not run.finished("star", 0):
+        return None
+    if not all(run.finished(kind, index) for kind, number in numbers.items() for index in range(number)):
+        return None
+    metadata = read_metadata(run.star, own=True)
+    check_permutations(run, metadata)
+    trained_on = metadata.get("dataset_digest")
+    return kept_results(run, measured_digest(settings, run, str(trained_on)), progress)
+
+
+def kept_results(run: RunFolder, measured: str, progress: Progress = SILENT) -> dict[str, Any] | None:
+    """What `results.json` holds, if it is of what has the digest `measured`; `progress` is told."""
+    try:
+        heard: list[str] = []
+        results = run.read_results(heard.append)
+    except FastarError:  # none, or damaged: they are measured again, and written anew
+        return None
+    if results.get("measured") != measured:
+        return None
+    for line in heard:
+        progress.line(line)
+    progress.line(f"{run.path}: finished already; these are its results")
+    return results
+
+
+def check_permutations(run: RunFolder, star: Mapping[str, Any]) -> None:
+    """Raise FastarError unless the permutations are those that the star (`star`: its metadata) was trained with.
+
+    Those of older versions do not say which star they belong to, and pass.
+    """
+    of = read_metadata(run.permutations, own=True)
+    if "star" not in of:
+        return
+    sources = star.get("recipe", {}).get("sources")
+    if (of["star"], of.get("sources")) != (stored_digest(run.star, own=True), sources):
+        raise FastarError(
+            f"{run.permutations}: belongs to another star than {run.star.name}; restore the one that was written with "
+            "it, or delete it to train the star again"
+        )
+
+
+def state_digest(checkpoint: Checkpoint) -> str:
+    """A digest of a model's tensors, whatever file they came from."""
+    counted = {name: value for name, value in checkpoint.state.items() if not name.endswith("num_batches_tracked")}
+    return tensors_digest(counted)[:16]
+
+
+def measured_digest(settings: Settings, run: RunFolder, data: str) -> str:
+    """A digest of all that results depend on: the models, the data (by their digest), and how they are measured."""
+    number, folder = settings.sources.number, settings.sources.folder
+    given = [] if folder is None else given_paths(folder.expanduser(), number)
+    sources = given or [run.model("source", i) for i in range(number)]
+    heldouts = [run.model("heldout", i) for i in range(settings.sources.heldout)]
+    parts: dict[str, Any] = {
+        "models": [stored_digest(path, own=path not in given) for path in (run.star, *sources, *heldouts)],
+        "data": data,
+        "permutations": stored_digest(run.permutations, own=True),
+        "evaluation": settings.evaluation.model_dump(mode="json", exclude={"graph"}),
+        "matching": settings.matching.model_dump(mode="json", exclude={"chunk"}),
+        "limit": settings.dataset.limit,
+        "seed": settings.seed,
+    }
+    if settings.dataset.validation:
+        parts["validation"] = settings.dataset.validation
+    return content_digest(parts)
+
+
+def given_paths(folder: Path, count: int) -> list[Path]:
+    """The first `count` checkpoints of `folder`, in the order of their names.
+
+    Raises:
+        FastarError: no such folder, or too few of them.
+    """
+    if not folder.is_dir():
+        raise FastarError(f"sources.folder={folder}: no such folder")
+    paths = sorted(path for path in folder.iterdir() if is_checkpoint(path) and path.is_file())
+    if len(paths) < count:
+        raise FastarError(
+            f"{folder}: holds {len(paths)} checkpoints, sources.number={count} asks for more; add some or lower it"
+        )
+    return paths[:count]

@@ -1,0 +1,213 @@
+"""All that is on disk of a run, a data set or a model, read and checked again: `fastar verify`."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from fastar.errors import FastarError
+from fastar.experiments.reuse import check_permutations, state_digest
+from fastar.runs import CHECKPOINT, LAST_GOOD, RETRY, RunFolder
+from fastar.runs.live_metrics import event_files, is_event_file_whole
+from fastar.runs.lock import is_held, read_holder
+from fastar.runs.model_files import checkpoint_files, is_checkpoint, load_checkpoint
+from fastar.runtime.json_files import read_file, read_object, unsealed
+from fastar.runtime.progress import SILENT, Progress
+from fastar.symmetry import Permutations
+
+PNG = b"\x89PNG\r\n\x1a\n"
+
+
+@dataclass
+class Rechecked:
+    """The outcome of checking a folder or file."""
+
+    kind: str
+    """run, data set or model."""
+    damaged: list[str] = field(default_factory=list)
+    """A line for each thing that is not as it was written."""
+    notes: list[str] = field(default_factory=list)
+    """A line for each thing that could not be checked, and why."""
+
+
+def recheck(path: Path, progress: Progress = SILENT) -> Rechecked:
+    """Read and check all of a run folder, a data set's folder or a model's file.
+
+    Raises:
+        FastarError: it is none of them.
+    """
+    run = RunFolder(path)
+    if any(file.is_file() for file in (run.config, run.star, run.results, run.log_file)):
+        return _run(run, progress)
+    if (path / "metadata.json").is_file() or any(path.glob("*.beton")):
+        from fastar.data import verify_folder
+
+        return Rechecked("data set", verify_folder(path, progress))
+    if path.exists() and _is_model(path):
+        return _model(path)
+    what = "neither a run, a data set nor a model" if path.exists() else "no such folder or file"
+    raise FastarError(f"{path}: {what}; give a run folder, a data set's folder or a checkpoint")
+
+
+def _is_model(path: Path) -> bool:
+    try:
+        return any(is_checkpoint(file) for file in checkpoint_files(path))
+    except FastarError:
+        return False
+
+
+def _model(path: Path) -> Rechecked:
+    found = Rechecked("model")
+    try:
+        if not load_checkpoint(path).metadata:
+            found.notes.append(f"{path}: not by fastar, so without a digest: readable, and all values are finite")
+    except FastarError as error:
+        found.damaged.append(str(error))
+    return found
+
+
+def _run(run: RunFolder, progress: Progress) -> Rechecked:
+    found = Rechecked("run")
+    if is_held(run.path):
+        found.notes.append(f"{run.path}: in use ({read_holder(run.path)}); what it writes meanwhile may be missed")
+    metadata: dict[Path, dict[str, Any]] = {}
+    digests: dict[Path, str] = {}
+
+    def model(path: Path, kind: str, index: int) -> None:
+        checkpoint = load_checkpoint(path, own=True)
+        recipe = checkpoint.metadata.get("recipe")
+        if not isinstance(recipe, Mapping):
+            raise FastarError(f"{path}: says nothing of what it is (damaged, or another's file); restore it")
+        if (recipe.get("kind"), recipe.get("index")) != (kind, index):
+            said = f"{recipe.get('kind')} {recipe.get('index')}"
+            raise FastarError(f"{path}: is {said} by what it says, and has another one's name; restore both")
+        metadata[path], digests[path] = checkpoint.metadata, state_digest(checkpoint)
+
+    checks: list[Callable[[], str | None]] = [partial(_config, run), partial(_log, run), partial(_picture, run)]
+    checks += [partial(model, *named) for named in run.models()]
+    checks += [partial(model, run.star, "star", 0)] if run.star.exists() else []
+    checks += [partial(_permutations, run, metadata)] if run.permutations.is_file() else []
+    checks += [partial(_training, path) for folder, _, _ in run.trainings() for path in sorted(folder.iterdir())]
+    checks += [partial(_training, path) for path in sorted((run.path / LAST_GOOD).glob("*.safetensors"))]
+    checks += [partial(_events, path) for path in event_files(run.path)]
+    checks += [partial(_sources, run, metadata, digests), partial(_results, run)]
+    with progress.task("checking", total=len(checks), unit="files") as advance:
+        for check in checks:
+            try:
+                note = check()
+                found.notes += [note] if note else []
+            except FastarError as error:
+                found.damaged.append(str(error))
+            except OSError as error:
+                found.damaged.append(f"{error.filename or run.path}: cannot be read ({error.strerror})")
+            finally:
+                advance(1)
+    return found
+
+
+def _config(run: RunFolder) -> str | None:
+    if not run.config.is_file():
+        raise FastarError(f"{run.config}: missing; restore it")
+    whole = run.is_config_whole()
+    if whole is None:
+        run.saved_settings()
+        return f"{run.config}: by an older fastar, without a digest, so that damage to it is not seen"
+    if not whole:
+        raise FastarError(f"{run.config}: is not as it was written; restore it, or run the same command again")
+    return None
+
+
+def _log(run: RunFolder) -> str | None:
+    lines = run.log_lines()
+    if lines and lines[-1] is None and run.is_log_cut():
+        lines.pop()  # by a kill: nothing whole is lost
+    damaged = [number for number, entry in enumerate(lines, 1) if entry is None]
+    if damaged:
+        count = f"{len(damaged)} of {len(lines)} lines are damaged, the first is number {damaged[0]}"
+        raise FastarError(f"{run.log_file}: {count}; its figures are left out")
+    return None
+
+
+def _picture(run: RunFolder) -> str | None:
+    """PNG has a checksum for each of its chunks."""
+    if not run.picture.exists():
+        return None
+    data = read_file(run.picture)
+    place, whole = len(PNG), data.startswith(PNG) and data[-8:-4] == b"IEND"
+    while whole and place < len(data):
+        size = int.from_bytes(data[place : place + 4], "big")
+        chunk, checksum = data[place + 4 : place + 8 + size], data[place + 8 + size : place + 12 + size]
+        whole, place = zlib.crc32(chunk).to_bytes(4, "big") == checksum, place + 12 + size
+    if not whole:
+        raise FastarError(f"{run.picture}: damaged; `fastar report {run.path}` draws it again")
+    return None
+
+
+def _permutations(run: RunFolder, metadata: Mapping[Path, Mapping[str, Any]]) -> str | None:
+    """Every source's units must each have one place, and the star must be the one that they were found for."""
+    kept = load_checkpoint(run.permutations, own=True)
+    if kept.metadata.get("kind") != "matching" or "matched" not in kept.state:
+        raise FastarError(f"{run.permutations}: holds no permutations (damaged, or another's file); restore it")
+    try:
+        Permutations.from_dict({name: index for name, index in kept.state.items() if name != "matched"})
+    except FastarError as error:
+        raise FastarError(
+            f"{run.permutations}: an index is no permutation of its units ({error}); restore it"
+        ) from error
+    if run.star in metadata:  # else it is missing, or damaged, which has been said
+        check_permutations(run, metadata[run.star])
+    if "star" not in kept.metadata:
+        return f"{run.permutations}: by an older fastar; it does not say which star it belongs to"
+    return None
+
+
+def _training(path: Path) -> None:
+    """Check a file that a training keeps, or has left behind."""
+    try:
+        if CHECKPOINT.fullmatch(path.name) or path.parent.name == LAST_GOOD:
+            load_checkpoint(path, own=True)
+        elif path.name == RETRY:
+            unsealed(read_object(path))
+    except FastarError:
+        if path.exists():  # else a run in use has gone on to the next one
+            raise
+    except ValueError as error:
+        raise FastarError(f"{path}: damaged ({error}); delete it") from error
+
+
+def _events(path: Path) -> str | None:
+    if not is_event_file_whole(path):
+        raise FastarError(f"{path}: damaged; TensorBoard shows what is before that place; the log has all figures")
+    return None
+
+
+def _sources(run: RunFolder, metadata: Mapping[Path, Mapping[str, Any]], digests: Mapping[Path, str]) -> str | None:
+    """A star's sources must be those that it was trained on, where they lie in the run folder."""
+    if run.star not in metadata:
+        return None
+    recorded = metadata[run.star]["recipe"].get("sources", [])
+    if run.saved_settings().get("sources", {}).get("folder") is not None:
+        return f"{run.star}: its sources lie elsewhere, and are not checked"
+    for index, digest in enumerate(recorded):
+        path = run.model("source", index)
+        if not path.exists():
+            raise FastarError(f"{path}: missing, and the star was trained on it; restore it")
+        if digests.get(path, digest) != digest:
+            raise FastarError(f"{path}: is not the source that the star was trained on; restore it")
+    return None
+
+
+def _results(run: RunFolder) -> str | None:
+    if not run.results.exists():
+        return None
+    said: list[str] = []
+    results = run.read_results(said.append)
+    models = [run.model("heldout", i) for i in range(results.get("heldout", 0))]
+    missing = next((path for path in (*models, run.star, run.permutations) if not path.exists()), None)
+    if missing is not None:
+        raise FastarError(f"{missing}: missing, and {run.results.name} is of it; restore it")
+    return said[0] if said else None

@@ -1,0 +1,285 @@
+"""Coordinate descent over permutation groups (git re-basin's weight matching) for a chunk of sources against one theta.
+
+The objective of source n is <theta, pi(theta_n)> over all parameters. With every group but g held, it is linear in g's
+permutation: sum_i S_g[i, perm[i]], where S_g[i, j] is the inner product of what unit i of theta and unit j of the
+permuted source own. Groups that are permuted together (a parent and its children) are one step; a group without a
+parent is a family by itself.
+
+What makes it fast: the sources are kept permuted; S_g stays in memory and, when a neighbouring group moves k of its n
+units, is corrected by a product over those k units only; a group whose S_g did not change since it was solved is not
+solved again. All sources of a chunk that a visit to a family moves are moved together, so that a GPU is given as many
+operations for all of them as for one; decisions are the host's, from one or two small copies a visit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastar.matching.assignment import Solver
+from fastar.matching.families import Answers
+from fastar.matching.solving import Solved, solve_rows
+from fastar.matching.weight.permuted_sources import Change, PermutedSources, gains
+from fastar.matching.weight.problem import Problem
+from fastar.symmetry.batched_index import Rows, along, chosen, download
+from fastar.symmetry.memory_layout import add_products
+
+# Gains read off S_g are trusted when this far above float32 rounding of its sums, relative to the sizes of the terms;
+# smaller ones are computed again from the parameters themselves.
+_TRUSTED = 1e-4
+# Rounding of a difference computed from the parameters, relative to the root of the sum of squares of its terms.
+_ROUNDING = 4 * 2.0**-23
+
+OrderOfSweep = Callable[[int], Sequence[int]]
+Numbers = NDArray[np.int64]
+
+
+class Descent:
+    """One chunk of sources: parameters as permuted so far, S_g of each group, and what is still to be solved.
+
+    `answers` of several sources are an [m, size] index for each group of a family.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        sources: Mapping[str, Tensor],
+        start: Sequence[NDArray[np.int64]],
+        solver: Solver,
+        pool: ThreadPoolExecutor | None,
+    ):
+        """`sources`: name -> [n, ...] in memory order, not written to. `start`: an [n, size] index per group."""
+        self.problem, self.solver, self.pool = problem, solver, pool
+        self.sources = PermutedSources(problem, sources)
+        self.count = self.sources.count
+        self.permutations = [np.array(index) for index in start]
+        self.scores: list[Tensor | None] = [None] * len(problem.groups)
+        self.unsolved = np.ones((len(problem.groups), self.count), dtype=bool)
+        self.solves = 0
+        self.sweeps = np.zeros(self.count, dtype=np.int64)
+        for f, family in enumerate(problem.families):
+            self.sources.permute(f, self.everyone, tuple(self.permutations[g] for g in family))
+
+    @property
+    def everyone(self) -> Numbers:
+        """The numbers of all sources."""
+        return np.arange(self.count)
+
+    def run(self, order_of_sweep: OrderOfSweep, max_sweeps: int) -> None:
+        """Sweep over the families until none's best assignment improves any source, at most `max_sweeps` times."""
+        for sweep in range(max_sweeps):
+            pending = self.unsolved.any(0)
+            if not pending.any():
+                return
+            self.sweeps += pending
+            for f in order_of_sweep(sweep):
+                self._visit(f)
+
+    def add(self, score: Tensor, name: str, g: int) -> None:
+        """Add what one parameter contributes to S_g of every source."""
+        everyone, size = Rows.every(self.count), self.problem.groups[g].size
+        for place in self.problem.places[name]:
+            if place.group == g:
+                theta, own = self.problem.theta[name][None], self.sources.data[name]
+                add_products(score, theta, own, place.member, place.axis, size, everyone)
+
+    def solve(self, f: int, scores: Sequence[Tensor], numbers: Numbers) -> list[Solved]:
+        """The best assignments of family f, given the S_g of its groups, for each of the sources `numbers`."""
+        self.solves += len(numbers)
+        (rows,) = chosen(numbers, self.count, device=self.sources.device)
+        blank = [not self.problem.tensors[g] for g in self.problem.families[f]]
+        return solve_rows(scores, blank, rows, self.solver, self.pool)
+
+    def score(self, g: int) -> Tensor:
+        """S_g of every source, [n, size, size]: computed where it is not known."""
+        known = self.scores[g]
+        if known is None:
+            known = self.scores[g] = self._full_score(g)
+        return known
+
+    def force(self, f: int, answers: Answers) -> None:
+        """Permute family f of every source by `answers` whatever that does to the objective; it is to be solved again.
+
+        Its S_g must be up to date (`score`).
+        """
+        self._take(f, self.everyone, answers)
+        self.unsolved[list(self.problem.families[f])] = True
+
+    def mark(self) -> Mark:
+        """Where the descent stands, to `go_back` to."""
+        return Mark(
+            [index.copy() for index in self.permutations],
+            [None if score is None else score.clone() for score in self.scores],
+            self.unsolved.copy(),
+        )
+
+    def go_back(self, mark: Mark, numbers: Numbers) -> None:
+        """The sources `numbers` as they were at `mark`: the very same numbers, since permuting back only moves them."""
+        if not len(numbers):
+            return
+        for f, family in enumerate(self.problem.families):
+            back = tuple(
+                np.take_along_axis(np.argsort(self.permutations[g][numbers], 1), mark.permutations[g][numbers], 1)
+                for g in family
+            )
+            self.sources.permute(f, numbers, back)
+        (rows,) = chosen(numbers, self.count, device=self.sources.device)
+        for g, index in enumerate(mark.permutations):
+            self.permutations[g][numbers] = index[numbers]
+            before, now = mark.scores[g], self.scores[g]
+            if before is None or now is None:
+                self.scores[g] = None
+            else:
+                rows.put(now, rows.of(before))
+        self.unsolved[:, numbers] = mark.unsolved[:, numbers]
+
+    def taken(self, f: int, numbers: Numbers, answers: Answers) -> None:
+        """Note that family f of the sources `numbers` has been permuted by `answers`."""
+        for g, answer in zip(self.problem.families[f], answers, strict=True):
+            self.permutations[g][numbers] = np.take_along_axis(self.permutations[g][numbers], answer, 1)
+
+    def _full_score(self, g: int) -> Tensor:
+        size = self.problem.groups[g].size
+        score = torch.zeros(self.count, size, size, device=self.sources.device, dtype=torch.float32)
+        for name in self.problem.tensors[g]:
+            self.add(score, name, g)
+        return score
+
+    def _visit(self, f: int) -> None:
+        """Solve family f for the sources whose S_g changed, and take the steps that improve."""
+        family = list(self.problem.families[f])
+        todo = np.flatnonzero(self.unsolved[family].any(0))
+        if not len(todo):
+            return
+        solved = self.solve(f, [self.score(g) for g in family], todo)
+        for g in family:
+            self.unsolved[g, todo] = False
+        quadratic = self.problem.quadratic[f]  # S_g is its slope only, which says nothing sure
+        accepted = [one.moves and not quadratic and one.gain >= _TRUSTED * one.scale for one in solved]
+        doubted = [
+            k
+            for k, one in enumerate(solved)
+            if one.moves and not accepted[k] and (quadratic or one.gain > -_TRUSTED * one.scale)
+        ]
+        if doubted:
+            for k, improves in zip(doubted, self.improves(f, todo[doubted], _answers(solved, doubted)), strict=True):
+                accepted[k] = improves
+        steps = [k for k, one in enumerate(accepted) if one]
+        if steps:
+            self._take(f, todo[steps], _answers(solved, steps))
+
+    def improves(self, f: int, numbers: Numbers, answers: Answers) -> list[bool]:
+        """Whether permuting family f of the sources `numbers` by `answers` raises <theta, permuted source> by more than
+        rounding, computed from the parameters."""
+        parts: list[tuple[Numbers, Tensor]] = []  # positions in `numbers`; [2, m]
+        if self.problem.quadratic[f]:
+            parts.append((np.arange(len(numbers)), gains(self._differences(f, numbers, answers))))
+        else:
+            for g, moving, answer in self._moving(f, answers):
+                step = self.sources.step(g, numbers[moving], answer)
+                pairs = ((c.theta, c.difference) for c in step.changes(lambda name: True))
+                parts.append((moving, gains((a, b) for a, b in pairs if a is not None and b is not None)))
+        totals, begin = np.zeros((2, len(numbers))), 0
+        found = download(torch.cat([part for _, part in parts], 1))
+        for positions, part in parts:
+            totals[:, positions] += found[:, begin : begin + part.shape[1]]
+            begin += part.shape[1]
+        return [gain > _ROUNDING * math.sqrt(squares) for gain, squares in totals.T.tolist()]
+
+    def _take(self, f: int, numbers: Numbers, answers: Answers) -> None:
+        """Permute family f of the sources `numbers` by `answers`."""
+        if self.problem.quadratic[f]:
+            self._take_quadratic(f, numbers, answers)
+            return
+        for g, moving, answer in self._moving(f, answers):
+            step = self.sources.step(g, numbers[moving], answer)
+            for change in step.changes(lambda name, g=g: self._is_known(g, name)):  # type: ignore[misc]
+                self._correct_scores(g, change)
+                self.sources.write(change)
+                del change  # before the next is made
+            score = self.scores[g]
+            assert score is not None
+            columns = along(step.rows.of(score), 1, step.answer)
+            if step.rows.everything:
+                self.scores[g] = columns
+            else:
+                step.rows.put(score, columns)
+        self.taken(f, numbers, answers)
+
+    def _moving(self, f: int, answers: Answers) -> Iterator[tuple[int, Numbers, NDArray[np.int64]]]:
+        """Each group of family f that some sources move: the group, positions of these sources, their answers.
+
+        No two of them overlap: groups of a family that is not quadratic share an axis of a parameter, or none.
+        """
+        for g, answer in zip(self.problem.families[f], answers, strict=True):
+            moving = np.flatnonzero((answer != np.arange(answer.shape[1])).any(1))
+            if len(moving):
+                yield g, moving, answer[moving]
+
+    def _is_known(self, g: int, name: str) -> bool:
+        """Whether permuting group g corrects an S_h that is known, of a group on another axis of this parameter."""
+        own = {place.axis for place in self.problem.places[name] if place.group == g}
+        return any(p.axis not in own and self.scores[p.group] is not None for p in self.problem.places[name])
+
+    def _correct_scores(self, g: int, change: Change) -> None:
+        """Bring the S_h of the other groups on this parameter up to date, and have them solved again."""
+        for place in self.problem.places[change.name]:
+            if place.group == g or place.axis == change.axis:
+                continue
+            self.unsolved[place.group, change.rows.numbers] = True
+            score = self.scores[place.group]
+            if score is not None:
+                assert change.theta is not None
+                assert change.difference is not None
+                size = self.problem.groups[place.group].size
+                add_products(score, change.theta, change.difference, place.member, place.axis, size, change.rows)
+
+    def _differences(self, f: int, numbers: Numbers, answers: Answers) -> Iterator[tuple[Tensor, Tensor]]:
+        """theta [1, ...] and what permuting family f adds [m, ...], of whole parameters."""
+        rows, parameters = self.sources.permuted(f, numbers, answers)
+        for name, row in parameters:
+            yield self.problem.theta[name][None], row - rows.of(self.sources.data[name])
+
+    def _take_quadratic(self, f: int, numbers: Numbers, answers: Answers) -> None:
+        """The same for a family that lies on two axes of one tensor: whole tensors, and its S_g anew."""
+        family = self.problem.families[f]
+        rows, parameters = self.sources.permuted(f, numbers, answers)
+        for name, row in parameters:
+            theta, difference = self.problem.theta[name][None], row - rows.of(self.sources.data[name])
+            self.sources.put(name, rows, row)
+            for place in self.problem.places[name]:
+                self.unsolved[place.group, numbers] = True
+                score = self.scores[place.group]
+                if score is not None and place.group not in family:
+                    size = self.problem.groups[place.group].size
+                    add_products(score, theta, difference, place.member, place.axis, size, rows)
+        for g in family:
+            self.scores[g] = None
+            self.unsolved[g, numbers] = True
+        self.taken(f, numbers, answers)
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Where a descent stood: permutations, S_g and what was still to be solved."""
+
+    permutations: list[NDArray[np.int64]]
+    scores: list[Tensor | None]
+    unsolved: NDArray[np.bool_]
+
+
+def _answers(solved: Sequence[Solved], some: Sequence[int]) -> Answers:
+    """Those of some sources, [m, size] of each group."""
+    return stacked([solved[k] for k in some])
+
+
+def stacked(solved: Sequence[Solved]) -> Answers:
+    """[m, size] of each group."""
+    return tuple(np.stack(index) for index in zip(*(one.answers for one in solved), strict=True))

@@ -1,0 +1,60 @@
+"""What all descents against one theta share: its parameters in memory order, and which group touches which of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fastar.symmetry.memory_layout import in_memory_order, memory_order
+from fastar.symmetry.symmetry import Member, Symmetry
+
+
+@dataclass(frozen=True)
+class Place:
+    """A member of a group, with its axis in memory order."""
+
+    group: int
+    member: Member
+    axis: int
+
+
+class Problem:
+    """What all chunks share. Read-only.
+
+    `tensors` of a group and `touched` of a family are the names of the parameters that it permutes.
+    """
+
+    def __init__(self, symmetry: Symmetry, theta: Mapping[str, Tensor], sources: Mapping[str, Tensor]):
+        self.groups = symmetry.groups
+        self.families = symmetry.families
+        self.names = symmetry.counted(theta, sources)
+        self.orders = {name: memory_order(sources[name][0]) for name in self.names}
+        self.theta = {name: in_memory_order(theta[name], self.orders[name]).float() for name in self.names}
+        self.places: dict[str, list[Place]] = {name: [] for name in self.names}
+        for g, group in enumerate(self.groups):
+            for member in group.members:
+                if member.tensor in self.places:
+                    axis = self.orders[member.tensor].index(member.axis)
+                    self.places[member.tensor].append(Place(g, member, axis))
+        self.tensors = [sorted({m.tensor for m in group.members if m.tensor in self.places}) for group in self.groups]
+        self.touched = [sorted({name for g in family for name in self.tensors[g]}) for family in self.families]
+        # On a tensor that a family permutes along two axes at once the objective is quadratic, and S_g only its slope.
+        self.quadratic = [any(self.twice(f, name) for name in touched) for f, touched in enumerate(self.touched)]
+
+    def of_family(self, f: int, name: str) -> list[Place]:
+        """Where the groups of family f lie on a parameter."""
+        return [place for place in self.places[name] if place.group in self.families[f]]
+
+    def twice(self, f: int, name: str) -> bool:
+        """Whether family f lies on two axes of this parameter."""
+        return len({place.axis for place in self.of_family(f, name)}) > 1
+
+    def source(self, name: str, sources: Mapping[str, Tensor], begin: int, end: int) -> Tensor:
+        """sources[name][begin:end] in memory order, [n, ...]; a view where nothing has to be converted."""
+        order = [0, *(axis + 1 for axis in self.orders[name])]
+        rows = sources[name][begin:end].detach().permute(order)
+        # Rows may lie far apart (one row of a store per source), but each must be contiguous for the products.
+        contiguous = rows[0].is_contiguous()
+        return (rows if contiguous else rows.contiguous()).float()

@@ -1,0 +1,257 @@
+"""Tables and pictures from results; computes nothing that is not in them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from io import BytesIO
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from fastar.errors import FastarError
+from fastar.runs.model_files import write_atomically
+from fastar.runtime.progress import size_text
+
+# Okabe-Ito colours, which the colour-blind can tell apart; markers and dashes tell the curves apart in grey print.
+STYLES = {
+    "star_heldout": ("star to heldouts", "#D55E00", "-", "o"),
+    "star_source": ("star to sources", "#009E73", "--", "s"),
+    "regular_regular": ("regular to regular", "#0072B2", "-.", "^"),
+    "path": ("path", "#D55E00", "-", "o"),
+}
+ROWS = (
+    ("star_heldout", "star to heldouts"),
+    ("star_source", "star to sources"),
+    ("regular_regular", "regular to regular"),
+    ("regular_regular_unmatched", "regular, unmatched"),
+)
+
+
+SPLITS = ("train", "validation", "test")
+"""Columns; validation where images are kept for it."""
+
+
+def check_results(results: Mapping[str, Any], where: Path) -> None:
+    """Raise FastarError unless `results` (read from `where`) has all that the table and the picture show."""
+    try:
+        for split in [split for split in SPLITS if split in results or split != "validation"]:
+            _ = results["accuracy"][split]["regular"]["mean"], results["accuracy"][split]["star"]
+            _ = results[split]["regular_loss"]["mean"], results[split]["star_loss"]
+            _ = [results[split][kind][key] for kind, _ in ROWS for key in ("mean", "std", "n")]
+        _ = [results[key] for key in ("dataset", "arch", "sources", "t")]
+        _ = results_table(results), speed_lines(results), statistics_lines(results)
+        curves = [path[key] for path in results["paths"] for key in ("train_loss", "train_accuracy")]
+        whole = (
+            bool(curves)
+            and all(len(curve) == len(results["t"]) for curve in curves)
+            and all(math.isfinite(value) for curve in (results["t"], *curves) for value in curve)
+            and all(isinstance(path["kind"], str) for path in results["paths"])
+        )
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
+        whole = False
+    if not whole:
+        raise FastarError(f"{where}: not the results of a run, or damaged; delete it and run `fastar train-star` again")
+
+
+def shown(value: Mapping[str, Any] | float | None, digits: int = 3) -> str:
+    """A number, or mean and standard deviation, rounded for people."""
+    if value is None or (isinstance(value, Mapping) and value["mean"] is None):
+        return "-"
+    if isinstance(value, Mapping):
+        if value["std"] is None:
+            return f"{value['mean']:.{digits}f}"
+        return f"{value['mean']:.{digits}f} ± {value['std']:.{digits}f}"
+    return f"{value:.{digits}f}"
+
+
+def results_table(results: Mapping[str, Any]) -> Table:
+    """Losses, accuracies and barriers of a run on each split."""
+    title = f"{results['dataset']}, {results['arch']}: star model of {results['sources']} sources"
+    table = Table(title=title, title_justify="left")
+    table.add_column("", overflow="fold")
+    table.add_column("n", justify="right")
+    regular = results["train"]["regular_loss"]
+    splits = [split for split in SPLITS if split in results]
+    for split in splits:
+        table.add_column(split, justify="right")
+    table.add_row("loss, regular", str(regular["n"]), *(shown(results[s]["regular_loss"]) for s in splits))
+    table.add_row("loss, star", "1", *(shown(results[s]["star_loss"]) for s in splits))
+    accuracy = results["accuracy"]
+    table.add_row("accuracy, regular", str(regular["n"]), *(shown(accuracy[s]["regular"]) for s in splits))
+    table.add_row("accuracy, star", "1", *(shown(accuracy[s]["star"]) for s in splits), end_section=True)
+    for kind, name in ROWS:
+        if results["train"][kind]["n"]:
+            n = str(results["train"][kind]["n"])
+            table.add_row(f"barrier, {name}", n, *(shown(results[s][kind]) for s in splits))
+    return table
+
+
+def speed_lines(results: Mapping[str, Any]) -> list[str]:
+    """What a run's time went into, and its peak memory, as lines of text; nothing where the results do not know."""
+    lines = []
+    for kind, found in results.get("speed", {}).items():
+        if found is not None:
+            parts = sorted(found["shares"].items(), key=lambda item: -item[1])
+            said = ", ".join(f"{name} {share:.0%}" for name, share in parts if share >= 0.005)
+            limit = f", {found['limited']}" if "limited" in found else ""
+            lines.append(f"{kind + ' training:':<18}{found['images_per_second']:,.0f} images/s{limit} ({said})")
+    if lines:
+        planned = f", {size_text(results['planned_bytes'])} planned" if "planned_bytes" in results else ""
+        lines.append(f"{'peak memory:':<18}{size_text(results['peak_bytes'])} ({results['device']}){planned}")
+    return lines
+
+
+def statistics_lines(results: Mapping[str, Any]) -> list[str]:
+    """How well batch-norm statistics from a part of the data are known, as a line of text where that was measured."""
+    found = results.get("batch_norm_error")
+    if found is None:
+        return []
+    return [
+        f"batch-norm:       statistics from {found['batches']} batches; {found['against']} change a test loss of "
+        f"{found['test_loss']:.4f} by {-found['error']:+.2g}"
+    ]
+
+
+def plan_table(plan: Mapping[str, Any]) -> Table:
+    """What a run will take in each place, phase by phase."""
+    table = Table(title=f"{plan['title']}, on {plan['device']}", title_justify="left")
+    table.add_column("", overflow="fold")
+    phases = list(next(iter(plan["needed"].values())))
+    for phase in phases:
+        table.add_column(phase, justify="right")
+    for place, limit in plan["limits"].items():
+        items: dict[str, dict[str | None, int]] = {}
+        for item in plan["items"]:
+            if item["place"] == place and item["bytes"]:
+                items.setdefault(item["what"], {})[item["phase"]] = item["bytes"]
+        for what, sizes in items.items():
+            found = [sizes.get(phase, sizes.get(None)) for phase in phases]
+            table.add_row(f"{place}: {what}", *("" if size is None else size_text(size) for size in found))
+        totals = [size_text(size) for size in plan["needed"][place].values()]
+        table.add_row(Text(f"{place}, of {size_text(limit)}", style="bold"), *totals, end_section=True)
+    return table
+
+
+def plan_lines(plan: Mapping[str, Any]) -> list[str]:
+    """Hours, notes, and what does not fit, as lines of text."""
+    lines = []
+    for work in plan["work"]:
+        if work["seconds"] is not None:
+            whole = _duration(work["times"] * work["seconds"])
+            lines.append(f"time: {work['times']:,} x {work['what']}, {work['seconds']:,.3g} s each: {whole}")
+    known = "not known" if plan["seconds"] is None else f"{_duration(plan['seconds'])} in all"
+    lines.append(f"time: {known} ({plan['rates']})")
+    return [*lines, *plan["notes"], *(f"does not fit: {problem}" for problem in plan["problems"])]
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds / 3600:,.1f} h" if seconds >= 3600 else f"{seconds / 60:,.1f} min"
+
+
+def barriers_table(paths: Sequence[Mapping[str, Any]]) -> Table:
+    """One row per path: barrier on each split, and the losses at its ends. What all names start with is said once."""
+    folders = {Path(path["second"]).parent for path in paths}
+    shared = f" {folders.pop()}/" if len(folders) == 1 else ""
+    table = Table(title=f"Barriers from {paths[0]['first']} to{shared}", title_justify="left")
+    table.add_column("", overflow="fold")
+    splits = [split for split in SPLITS if f"{split}_barrier" in paths[0]]
+    for column in (*splits, "loss at t=0", "at t=1"):
+        table.add_column(column, justify="right")
+    for path in paths:
+        table.add_row(
+            Path(path["second"]).name if shared else path["second"],
+            *(shown(path[f"{split}_barrier"], 4) for split in splits),
+            shown(path["train_loss"][0], 4),
+            shown(path["train_loss"][-1], 4),
+        )
+    return table
+
+
+def many_table(result: Mapping[str, Any]) -> Table:
+    """One row per checkpoint, or per pair: objective (also without 1-D parameters); L2 distance, before and after."""
+    rows = result.get("files") or result["pairs"]
+    names = [Path(row[key]) for row in rows for key in ("file", "first", "second") if key in row]
+    folders = {path.parent for path in names}
+    where = f" in {folders.pop()}/" if len(folders) == 1 else ""
+    to = {"mean": "to their mean", "star": "to the centre", "pairwise": "to each other"}[result["to"]]
+    table = Table(title=f"Checkpoints{where}, matched {to}", title_justify="left")
+    table.add_column("", overflow="fold")
+    for column in ("objective", "without 1-D", "distance before", "matched (L2)"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        shown_names = [Path(row[key]).stem if where else row[key] for key in ("file", "first", "second") if key in row]
+        numbers = [f"{row[key]:.6g}" for key in ("objective", "objective_weights", "distance_start", "distance")]
+        table.add_row(" ← ".join(shown_names), *numbers)
+    return table
+
+
+def check_picture(path: Path) -> None:
+    """Raise FastarError unless `path` is named as what will be in it."""
+    if path.suffix.lower() != ".png":
+        raise FastarError(f"{path}: the picture is written as .png; name it so")
+
+
+def barrier_picture(results: Mapping[str, Any], path: Path) -> None:
+    """Write a PNG of train loss and accuracy along the paths: mean and a band of one standard deviation.
+
+    Args:
+        results: what `results.json` holds.
+        path: the file to write, atomically.
+
+    Raises:
+        FastarError: it is not called .png, or cannot be written.
+    """
+    check_picture(path)
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9.5, 4.0), layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = figure.subplots(1, 2)
+    star = any(p["kind"].startswith("star") for p in results["paths"])
+    for panel, key, name in ((panels[0], "train_loss", "train loss"), (panels[1], "train_accuracy", "train accuracy")):
+        for kind, (label, colour, dashes, marker) in STYLES.items():
+            curves = [p[key] for p in results["paths"] if p["kind"] == kind]
+            if not curves:
+                continue
+            columns = list(zip(*curves, strict=True))
+            mean = [fmean(column) for column in columns]
+            band = [stdev(column) if len(column) > 1 else 0.0 for column in columns]
+            panel.plot(
+                results["t"],
+                mean,
+                color=colour,
+                linestyle=dashes,
+                marker=marker,
+                markersize=4,
+                linewidth=1.8,
+                label=f"{label} (n={len(curves)})",
+            )
+            low = [m - b for m, b in zip(mean, band, strict=True)]
+            high = [m + b for m, b in zip(mean, band, strict=True)]
+            if key == "train_loss":
+                low = [max(value, 0.0) for value in low]
+            else:
+                high = [min(value, 1.0) for value in high]
+            panel.fill_between(results["t"], low, high, color=colour, alpha=0.14, linewidth=0)
+            if len(curves) > 1:  # edges, since overlapping bands cannot be told apart in grey print
+                for edge in (low, high):
+                    panel.plot(results["t"], edge, color=colour, linestyle=dashes, linewidth=0.7, alpha=0.6)
+        panel.set_xlabel("t   (0: star or first model, 1: other model)" if star else "t   (0: first model, 1: second)")
+        panel.set_ylabel(name)
+        panel.grid(alpha=0.3)
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[0].set_ylim(bottom=0)
+    # Below the panels, where it hides nothing.
+    figure.legend(
+        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9
+    )
+    title = f"{results['dataset']}, {results['arch']}"
+    figure.suptitle(f"{title}: {results['sources']} sources" if star else title, fontsize=11)
+    buffer = BytesIO()
+    figure.savefig(buffer, format="png", dpi=160)
+    write_atomically(path, buffer.getvalue())

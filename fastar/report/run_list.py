@@ -1,0 +1,236 @@
+"""Run folders at a glance, read from their files alone: `fastar runs`. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.table import Table
+
+from fastar.errors import FastarError
+from fastar.runs import CHECKPOINT, RunFolder
+from fastar.runs.lock import is_held
+
+
+@dataclass(frozen=True)
+class RunOverview:
+    """Where a run stands."""
+
+    run: str
+    """Its folder."""
+    state: str
+    """running, stopped, finished or damaged."""
+    where: str
+    """The model in training and its epoch, or what is missing or damaged; empty where it is finished."""
+    age: float
+    """Seconds since something was written."""
+    sources: str
+    """How many there are, of how many."""
+    heldout: str
+    loss: float | None
+    """Of the last epoch that the log knows."""
+    barrier: float | None
+    """Mean train barrier from the star to the heldouts, or to the sources where there are none."""
+    star_accuracy: float | None
+    """On the test set."""
+
+
+def runs_below(folder: Path) -> list[RunOverview]:
+    """All run folders in `folder`, and itself if it is one; the one written to last comes first.
+
+    Raises:
+        FastarError: no such folder.
+    """
+    if not folder.is_dir():
+        raise FastarError(f"{folder}: no such folder; give the one that holds your run folders")
+    return sorted((_told(path) for path in _run_folders(folder)), key=lambda run: run.age)
+
+
+def _run_folders(folder: Path) -> Iterator[Path]:
+    """All run folders in `folder`, and itself if it is one. Other programs call their files config.yaml too."""
+    for place, inner, files in os.walk(folder):
+        run = RunFolder(Path(place))
+        if "config.yaml" not in files or not run.config.is_file():
+            continue
+        try:
+            saved = run.saved_settings()
+            found = isinstance(saved.get("sources"), Mapping) and isinstance(saved.get("train"), Mapping)
+        except FastarError:
+            found = False
+        if found or run.log_file.is_file() or run.star.is_file():
+            yield run.path
+            inner.clear()  # a run holds no runs
+
+
+def _told(folder: Path) -> RunOverview:
+    """The run in `folder`, or what is damaged of it: the others are told all the same."""
+    try:
+        return overview(folder)
+    except (FastarError, OSError) as error:
+        where = " ".join(str(error).removeprefix(f"{folder}{os.sep}").split())
+        age = max(time.time() - _written(folder), 0.0)
+        return RunOverview(str(folder), "damaged", where, age, "-", "-", None, None, None)
+
+
+def overview(folder: Path) -> RunOverview:
+    """The state of the run in `folder`.
+
+    Raises:
+        FastarError: its settings, results or log are damaged.
+    """
+    run = RunFolder(folder)
+    settings = _settings(run)
+    sources, heldout = settings["sources"], settings["sources"].get("heldout", 0)
+    there = Counter(kind for _, kind, _ in run.models())
+    given = sources.get("folder") is not None
+    running = is_held(folder)
+    results = _results(run, running=running)
+    finished = (
+        results.get("sources") == sources.get("number")
+        and results.get("heldout") == heldout
+        and run.star.is_file()
+        and there["heldout"] >= heldout
+    )
+    log = run.read_log()
+    written = max(_written(path) for path in (run.log_file, run.results, run.config, run.star))
+    losses = [entry["loss"] for entry in log if isinstance(entry.get("loss"), float)]
+    return RunOverview(
+        run=str(folder),
+        state="running" if running else "finished" if finished else "stopped",
+        where="" if finished and not running else _where(run, settings, log, there, running=running),
+        age=max(time.time() - written, 0.0),
+        sources="given" if given else f"{there['source']}/{sources.get('number')}",
+        heldout=f"{there['heldout']}/{heldout}",
+        loss=losses[-1] if losses else None,
+        barrier=_barrier(results),
+        star_accuracy=_number(results, "accuracy", "test", "star"),
+    )
+
+
+def _settings(run: RunFolder) -> dict[str, Any]:
+    """The settings of a run, those that are looked at here of the right types; older versions may not know all."""
+    settings = run.saved_settings()
+    for section in ("sources", "train", "star"):
+        if not isinstance(settings.setdefault(section, {}), Mapping):
+            raise FastarError(f"{run.config}: {section} is no section of settings; restore it")
+    for section, key in (("sources", "number"), ("sources", "heldout"), ("train", "epochs"), ("star", "epochs")):
+        value = settings[section].get(key)
+        if value is not None and type(value) is not int:
+            raise FastarError(f"{run.config}: {section}.{key}={value!r} is no number; restore it")
+    return settings
+
+
+def _written(path: Path) -> float:
+    """The time of a file's last change, in seconds since 1970; 0: it is not there, or not any more."""
+    try:
+        return path.stat().st_mtime
+    except OSError:
+        return 0.0
+
+
+def _where(
+    run: RunFolder,
+    settings: Mapping[str, Any],
+    log: Sequence[Mapping[str, Any]],
+    there: Mapping[str, int],
+    *,
+    running: bool,
+) -> str:
+    """The model in training: a running one's by the log, a stopped one's by its last checkpoint."""
+    epochs = settings["train"].get("epochs")
+    star_epochs = settings["star"].get("epochs") or epochs
+    last = next((entry for entry in reversed(log) if "epoch" in entry and "model" in entry), None)
+    if running and last is not None:
+        whole = star_epochs if last.get("kind") == "star" else epochs
+        if last["epoch"] + 1 != whole:
+            return f"{last['model']}, epoch {last['epoch'] + 2} of {whole}"
+    saved = [
+        (_written(path), kind, number, int(found[1]), int(found[2]))
+        for folder, kind, number in run.trainings()
+        for path in folder.glob("epoch-*")
+        if (found := CHECKPOINT.fullmatch(path.name))
+    ]
+    if saved:
+        _, kind, number, done, steps = max(saved)
+        name = "star" if kind == "star" else f"{kind} {number}"
+        whole = star_epochs if kind == "star" else epochs
+        step = f", step {steps + 1}" if steps else ""
+        epoch = min(done + 1, whole or done + 1)
+        return f"{name}, epoch {epoch}{step} of {whole}"
+    asked = settings["sources"]
+    for kind, wanted in (("source", asked.get("number")), ("heldout", asked.get("heldout"))):
+        given = kind == "source" and asked.get("folder") is not None
+        if not given and there[kind] < (wanted or 0):
+            return f"{kind} {there[kind]}"
+    return "star" if not run.star.is_file() else "results"
+
+
+def _results(run: RunFolder, *, running: bool) -> dict[str, Any]:
+    try:
+        return run.read_results() if run.results.exists() else {}
+    except FastarError:
+        if running:  # they are measured anew
+            return {}
+        raise
+
+
+def _number(results: Mapping[str, Any], *keys: str) -> float | None:
+    place: Any = results
+    for key in keys:
+        place = place.get(key) if isinstance(place, Mapping) else None
+    return float(place) if isinstance(place, int | float) and not isinstance(place, bool) else None
+
+
+def _barrier(results: Mapping[str, Any]) -> float | None:
+    found = _number(results, "train", "star_heldout", "mean")
+    return found if found is not None else _number(results, "train", "star_source", "mean")
+
+
+def overview_table(runs: Sequence[RunOverview], below: Path) -> Table:
+    """One row per run, named from the folder `below` on; models are sources and heldouts."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("run", overflow="fold", min_width=8)
+    table.add_column("state", min_width=9)
+    shown = [_figures(run) for run in runs]
+    for n, name in enumerate(("age", "models", "loss", "barrier", "accuracy")):
+        # Names give way where there is no room: a figure that is cut looks like another one.
+        widest = max(len(text) for text in (name, *(row[n] for row in shown)))
+        table.add_column(name, justify="right", no_wrap=True, min_width=widest)
+    for run, figures in zip(runs, shown, strict=True):
+        name = os.path.relpath(run.run, below)
+        joined = {"running": " in ", "damaged": ": "}.get(run.state, " at ")
+        state = f"{run.state}{joined}{run.where}" if run.where else run.state
+        table.add_row(run.run if name == "." else name, state, *figures)
+    return table
+
+
+def _figures(run: RunOverview) -> list[str]:
+    numbers = ("-" if value is None else _figure(value) for value in (run.loss, run.barrier, run.star_accuracy))
+    return [duration(run.age), "-" if run.state == "damaged" else f"{run.sources} + {run.heldout}", *numbers]
+
+
+def _figure(value: float) -> str:
+    """Of a training that diverges too.
+
+    >>> _figure(0.25), _figure(123.4), _figure(2.5e28)
+    ('0.250', '123.400', '2.5e+28')
+    """
+    return f"{value:.3f}" if abs(value) < 1e4 else f"{value:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the largest unit that fits.
+
+    >>> duration(59), duration(60), duration(7300), duration(200000)
+    ('59 s', '1 min', '2 h', '2 d')
+    """
+    for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
+        if seconds >= size:
+            return f"{seconds // size:.0f} {unit}"
+    return f"{seconds:.0f} s"

@@ -1,0 +1,50 @@
+"""Files that are either as they were or complete, in folders that are still this process's."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from contextlib import suppress
+from pathlib import Path
+
+from fastar.errors import FastarError
+from fastar.runs.lock import check_held
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `data` so that `path` is either as it was or complete, and survives a power cut.
+
+    Raises:
+        FastarError: the disk is full or the folder not writable, or it was this process's and is no longer
+            (`check_held`); nothing is left behind.
+    """
+    check_held(path)
+    # No two writers share it: threads have one process id, and so may processes of two containers or hosts.
+    temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        check_held(path)  # again: writing may have taken long
+        temporary.replace(path)
+    except OSError as error:
+        what = f"{path}: cannot be written ({error.strerror}); free space or choose another folder"
+        raise FastarError(what) from error
+    finally:
+        with suppress(OSError):  # gone after the rename; else best effort
+            temporary.unlink()
+
+
+def delete(path: Path) -> None:
+    """Delete a file, if it is there.
+
+    Raises:
+        FastarError: see `write_atomically`.
+    """
+    check_held(path)
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        raise FastarError(f"{path}: cannot be deleted ({error.strerror}); delete it or move it away") from error

@@ -1,0 +1,456 @@
+"""Run folders: resolved settings, what produced them, one writer at a time, a log, results."""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from functools import lru_cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from fastar._version import __version__
+from fastar.config import Settings, as_override, completed, differences
+from fastar.config.recipes import read_yaml
+from fastar.errors import FastarError
+from fastar.runs.atomic import delete, write_atomically
+from fastar.runs.lock import NAME as LOCK
+from fastar.runs.lock import check_held, hold, lost
+from fastar.runtime.json_files import parse_object, read_file, read_object, sealed, unsealed
+from fastar.runtime.progress import SILENT, Progress
+
+# Settings that say how or where work is done, or what is measured afterwards: a run may go on with others.
+FREE_KEYS = (
+    "checkpoint.",
+    "dataset.root",
+    "dataset.directory",
+    "dataset.threads",
+    "device",
+    "evaluation.",
+    "figures.",
+    "gpu_memory",
+    "sources.store",
+    "train.compile",
+    "train.graph",
+    "train.on_nonfinite",
+    "workers",
+)
+# Folder of what was left of models whose training became NaN or infinite: nothing finished.
+LAST_GOOD = "last-good"
+# Folder of the checkpoints of models in training.
+IN_TRAINING = "in-training"
+# Names of a training's checkpoints (epochs, steps), of models (number), and of a training's folder (kind, number).
+# Others are the user's own.
+CHECKPOINT = re.compile(r"epoch-([0-9]{5,})-step-([0-9]{8,})\.safetensors")
+# File of how often a training has gone back, and where to.
+RETRY = "retry.json"
+_MODEL = re.compile(r"seed-([0-9]{4,})\.safetensors")
+_TRAINING = re.compile(r"(source|heldout|star)-([0-9]{4,})")
+_TEMPORARY = re.compile(r"\..+\.[0-9]+(-[0-9a-f]{8})?\.tmp")
+_CHECKSUM = re.compile(r"[0-9a-f]{8}")
+_MARK = b', "checksum": "'
+# The end of a whole line of the log, whatever its last byte has become.
+_LINE_END = re.compile(rb'"checksum": "[0-9a-f]{8}"\}.?\Z|\n\Z', re.DOTALL)
+_CONFIG_DIGEST = "# digest: "
+
+
+class RunFolder:
+    """A folder that holds one run: `config.yaml`, `sources/`, `heldout/`, `star.safetensors`, `log.jsonl`, results."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def star(self) -> Path:
+        return self.path / "star.safetensors"
+
+    @property
+    def results(self) -> Path:
+        return self.path / "results.json"
+
+    @property
+    def picture(self) -> Path:
+        return self.path / "barrier.png"
+
+    def is_drawn(self) -> bool:
+        """Whether the picture is there, and no older than the results it shows."""
+        try:
+            return self.picture.stat().st_mtime_ns >= self.results.stat().st_mtime_ns
+        except OSError:
+            return False
+
+    @property
+    def log_file(self) -> Path:
+        return self.path / "log.jsonl"
+
+    def profile(self, name: str) -> Path:
+        """File `name` of what `--profile` found."""
+        return self.path / "profile" / name
+
+    def model(self, kind: str, index: int) -> Path:
+        """File of source or heldout number `index`, or of the star."""
+        if kind == "star":
+            return self.star
+        folder = {"source": "sources", "heldout": "heldout"}[kind]
+        return self.path / folder / f"seed-{index:04d}.safetensors"
+
+    @property
+    def permutations(self) -> Path:
+        return self.path / "permutations.safetensors"
+
+    def finished(self, kind: str, index: int) -> bool:
+        """Whether a model's training is over; a star without its permutations is trained again."""
+        return self.model(kind, index).is_file() and (kind != "star" or self.permutations.is_file())
+
+    def in_training(self, kind: str, index: int) -> Path:
+        """Folder of the checkpoints of a model while it is trained."""
+        return self.path / IN_TRAINING / f"{kind}-{index:04d}"
+
+    def models(self) -> list[tuple[Path, str, int]]:
+        """Files of sources and heldouts that are there, each with its kind and number."""
+        kinds = {"source": "sources", "heldout": "heldout"}
+        found = ((path, kind) for kind, name in kinds.items() for path in sorted((self.path / name).glob("seed-*")))
+        return [(path, kind, int(name[1])) for path, kind in found if (name := _MODEL.fullmatch(path.name))]
+
+    def trainings(self) -> list[tuple[Path, str, int]]:
+        """Folders of models in training, each with the model's kind and number."""
+        found = ((path, _TRAINING.fullmatch(path.name)) for path in (self.path / IN_TRAINING).glob("*"))
+        return [(path, name[1], int(name[2])) for path, name in found if name and path.is_dir()]
+
+    def last_good(self, kind: str, index: int) -> Path:
+        """File of what was left of a model whose training became NaN or infinite."""
+        return self.path / LAST_GOOD / f"{kind}-{index:04d}.safetensors"
+
+    @contextmanager
+    def open(self, settings: Settings, progress: Progress = SILENT) -> Iterator[RunFolder]:
+        """Create the folder or go on with it, and keep other processes out until the block ends.
+
+        Raises:
+            FastarError: the folder belongs to another run (the differing settings are named), holds something
+                else, cannot be written, or is in use.
+        """
+        self.check(settings)
+        made = not self.path.exists()
+        lock = ExitStack()
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            lock.enter_context(hold(self.path, progress.line))
+        except OSError as error:
+            raise self._unusable(error) from error
+        nothing_done = False
+        try:
+            with lock:
+                self.check(settings)  # again: another process may have finished in between
+                self._remove_debris()
+                new = not self.config.exists()
+                try:
+                    text = settings.to_yaml()
+                    write_atomically(self.config, f"{text}{_CONFIG_DIGEST}{_digest(text.encode())}\n".encode())
+                    yield self
+                except BaseException:
+                    undone = new and not self.log_file.exists() and not self._has_models()
+                    nothing_done = undone and lost(self.path) is None
+                    raise
+        finally:
+            if nothing_done:  # leave no trace
+                self._remove_empty(made)
+
+    def _unusable(self, error: OSError) -> FastarError:
+        return FastarError(f"{self.path}: cannot be used as run folder ({error.strerror}); choose another --out")
+
+    def _has_models(self) -> bool:
+        return any(path.parent.name != LAST_GOOD and not self.failed(path) for path in self.path.rglob("*.safetensors"))
+
+    def failed(self, path: Path) -> bool:
+        """Whether `path` is a checkpoint of a training that ended where it became NaN or infinite, and did not go on
+        since: another recipe may take over."""
+        folder = path.parent
+        left = self.path / LAST_GOOD / f"{folder.name}.safetensors"
+        if folder.parent != self.path / IN_TRAINING or not left.is_file():
+            return False
+        from fastar.runs.model_files import read_metadata  # imports torch
+
+        try:
+            kept, found = read_metadata(left, own=True), read_metadata(path, own=True)
+        except FastarError:  # damaged: nobody's to throw away
+            return False
+        ended, saved = ((kept.get("epochs", 0), kept.get("steps", 0)), (found.get("epoch", 0), found.get("step", 0)))
+        return ended >= saved and all(kept.get(key) == value for key, value in found.get("recipe", {}).items())
+
+    def _remove_debris(self) -> None:
+        """Delete what killed processes left: of atomic writes (the lock is held: nobody is writing now), and the
+        checkpoints of models that were finished meanwhile."""
+        for path in self.path.rglob(".*.tmp"):
+            if _TEMPORARY.fullmatch(path.name) and path.is_file():
+                delete(path)
+        for folder, kind, number in self.trainings():
+            if self.finished(kind, number):
+                remove_checkpoints(folder)
+
+    def _remove_empty(self, made: bool) -> None:
+        self.config.unlink(missing_ok=True)
+        folders = [path for name in ("sources", "heldout", IN_TRAINING) for path in self.path.glob(f"{name}/**/")]
+        for folder in [*sorted(folders, reverse=True), *([self.path] if made else [])]:
+            with suppress(OSError):  # not empty: then it stays
+                folder.rmdir()
+
+    def check(self, settings: Settings) -> None:
+        """Raise FastarError unless the folder is empty, missing, or a run with these settings; writes nothing."""
+        try:
+            for path in (self.path, *self.path.parents):
+                if path.exists() and not path.is_dir():
+                    raise FastarError(f"{path}: is a file; choose a folder for --out")
+            if not self.config.is_file():
+                foreign = [p.name for p in self.path.iterdir()] if self.path.is_dir() else []
+                foreign = sorted(name for name in foreign if not name.endswith(".tmp") and name != LOCK)
+                if foreign:
+                    raise FastarError(
+                        f"{self.path}: holds {foreign[0]} but no config.yaml: no run folder; choose another --out"
+                    )
+                return
+            self._check_names()
+            old = self.saved_settings()
+            if not self._has_models():
+                return  # nothing of it was finished: it may become any run
+        except OSError as error:
+            raise self._unusable(error) from error
+        new = settings.model_dump(mode="json")
+        changed = differences(completed(old, new), new)
+        fixed = {k: v for k, v in changed.items() if not k.startswith(FREE_KEYS) and not self._may_grow(k, v)}
+        if fixed:
+            shown = "; ".join(f"{key} was {was!r}, now {now!r}" for key, (was, now) in list(fixed.items())[:4])
+            count, others = self.sources_to_take_over()
+            taken = ""
+            if count and all(key.startswith("train.") for key in fixed):
+                taken = f" ({others} takes over the {'source that is' if count == 1 else 'sources that are'} finished)"
+            raise FastarError(
+                f"{self.path}: holds another run ({shown}); choose another --out{taken} or the same settings"
+            )
+
+    def _check_names(self) -> None:
+        """Raise FastarError where something else has the name of a file or folder that a run writes."""
+        models = (path for path, _, _ in self.models())
+        for path in (self.star, self.permutations, self.results, self.picture, self.log_file, *models):
+            if path.exists() and not path.is_file():
+                raise FastarError(f"{path}: is not a file, and the run has one of this name; move it away")
+        for name in ("sources", "heldout", IN_TRAINING, LAST_GOOD, "tensorboard"):
+            path = self.path / name
+            if path.exists() and not path.is_dir():
+                raise FastarError(f"{path}: is not a folder, and the run has one of this name; move it away")
+
+    def sources_to_take_over(self) -> tuple[int, str]:
+        """How many sources are finished here, and the settings by which another run takes them over, for a shell."""
+        count = next(number for number in itertools.count() if not self.finished("source", number))
+        folder = as_override("sources.folder", self.path / "sources")
+        return count, shlex.join([folder, f"sources.number={count}"])
+
+    def _may_grow(self, key: str, change: tuple[Any, Any]) -> bool:
+        """More heldouts can always be added; sources and star settings may change while there is no star yet."""
+        was, now = change
+        if key == "sources.heldout":
+            return isinstance(was, int) and bool(now >= was)
+        return key.startswith(("sources.", "star.", "matching.")) and not self.star.exists()
+
+    def saved_settings(self) -> dict[str, Any]:
+        """The settings the folder was made with, nested.
+
+        Raises:
+            FastarError: no readable `config.yaml`.
+        """
+        try:
+            content = read_yaml(read_file(self.config).decode())
+        except OSError as error:
+            raise FastarError(f"{self.path}: is no run folder (config.yaml: {error.strerror})") from error
+        except (FastarError, UnicodeDecodeError) as error:
+            raise FastarError(f"{self.config}: not valid YAML ({error}); restore it or choose another --out") from error
+        if not isinstance(content, dict):
+            raise FastarError(f"{self.config}: holds no settings; restore it or choose another --out")
+        return content
+
+    def is_config_whole(self) -> bool | None:
+        """Tell whether `config.yaml` is as it was written; None: an older fastar wrote it, without a digest."""
+        text = read_file(self.config)
+        settings, found, digest = text.rpartition(_CONFIG_DIGEST.encode())
+        if not found:
+            last = text.rstrip().rpartition(b"\n")[2]
+            return False if last.startswith(b"#") or b" digest: " in last else None
+        return digest == f"{_digest(settings)}\n".encode()
+
+    def log(self, **entry: Any) -> None:
+        """Append one line to `log.jsonl`, with a checksum as its last value."""
+        check_held(self.log_file)
+        line = _line(entry)
+        try:
+            with self.log_file.open("ab+") as file:
+                if file.seek(0, os.SEEK_END):
+                    file.seek(-1, os.SEEK_END)
+                    if file.read(1) != b"\n":  # cut by a kill: that line is lost, not this one too
+                        line = b"\n" + line
+                file.write(line)
+        except OSError as error:
+            what = f"{self.log_file}: cannot be written ({error.strerror}); free space or choose another folder"
+            raise FastarError(what) from error
+
+    def log_lines(self) -> list[dict[str, Any] | None]:
+        """All lines of `log.jsonl` that are not empty; None: one that was cut by a kill, or is damaged.
+
+        Raises:
+            FastarError: it cannot be read.
+        """
+        try:
+            lines = read_file(self.log_file).splitlines() if self.log_file.exists() else []
+        except OSError as error:
+            raise FastarError(f"{self.log_file}: cannot be read ({error.strerror}); make it readable") from error
+        return [_entry(line) for line in lines if line.strip()]
+
+    def is_log_cut(self) -> bool:
+        """Tell whether a kill has cut the last line of `log.jsonl`: its end is missing."""
+        return not _LINE_END.search(read_file(self.log_file))
+
+    def read_log(self) -> list[dict[str, Any]]:
+        """All whole lines of `log.jsonl` (what a kill cut is left out)."""
+        return [entry for entry in self.log_lines() if entry is not None]
+
+    def repair_log(self, model: str, epochs: Sequence[Mapping[str, Any]]) -> None:
+        """Make the log's epochs of `model` those that its training goes on from: lines of epochs that were done after
+        its last checkpoint go (they are done again), lines that a power cut took come back."""
+        lines = self.log_lines()
+        entries = [entry for entry in lines if entry is not None]
+        kept = {entry["epoch"]: entry for entry in entries if entry.get("model") == model and "epoch" in entry}
+        wanted = [kept.get(entry["epoch"], dict(entry)) for entry in epochs]
+        once = len(kept) == sum(entry.get("model") == model and "epoch" in entry for entry in entries)
+        if list(kept.values()) == wanted and once and None not in lines:
+            return
+        others = [entry for entry in entries if entry.get("model") != model or "epoch" not in entry]
+        write_atomically(self.log_file, b"".join(_line(entry) for entry in [*others, *wanted]))
+
+    def write_results(self, results: Mapping[str, Any]) -> None:
+        """Write `results.json`, atomically and unrounded, with a digest of it."""
+        write_atomically(self.results, (json.dumps(sealed(results), indent=1) + "\n").encode())
+
+    def read_results(self, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
+        """The results in `results.json`; `say` is told of results without a digest.
+
+        Raises:
+            FastarError: missing or damaged.
+        """
+        try:
+            results, checked = unsealed(read_object(self.results))
+        except OSError as error:
+            what = f"{self.results}: no results ({error.strerror}); run `fastar train-star` first"
+            raise FastarError(what) from error
+        except ValueError as error:
+            raise FastarError(f"{self.results}: holds no results ({error}); run `fastar train-star` again") from error
+        if not checked:
+            say(f"{self.results}: by an older fastar, without a digest, so that damage to it is not seen")
+        return results
+
+
+def _digest(text: bytes) -> str:
+    return hashlib.sha256(text).hexdigest()
+
+
+def _checksum(text: bytes) -> bytes:
+    return f"{zlib.crc32(text):08x}".encode()
+
+
+def _line(entry: Mapping[str, Any]) -> bytes:
+    """A line of the log, with a checksum of the rest as its last value."""
+    text = json.dumps(entry).encode()
+    return text[:-1] + _MARK + _checksum(text) + b'"}\n'
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    """The entry in a line of the log; None: not a whole one. Lines of older versions have no checksum."""
+    front, _, rest = line.rpartition(_MARK)
+    text = front + b"}"
+    whole = rest == _checksum(text) + b'"}'
+    try:
+        entry = parse_object(text if whole else line)
+    except ValueError:
+        return None
+    if whole:
+        return entry
+    name, value = next(reversed(entry.items()), ("", None))
+    if name == "checksum" or (isinstance(value, str) and _CHECKSUM.fullmatch(value)):
+        return None
+    return entry if all(_is_of_kind(name, value) for name, value in entry.items()) else None
+
+
+def _is_of_kind(name: str, value: object) -> bool:
+    """Tell whether a value of the log is of the type that values of this name have."""
+    if name in ("epoch", "attempt"):
+        return type(value) is int
+    if name in ("loss", "lr", "images", "seconds", "begin_seconds", "peak_bytes"):
+        return _is_number(value)
+    if name in ("parts", "figures"):
+        return isinstance(value, Mapping) and all(_is_number(one) for one in value.values())
+    return isinstance(value, str) if name in ("kind", "model", "reason", "back_to") else True
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def default_run_folder(settings: Settings, *, recipe: str | None = None, scale: str = "full") -> Path:
+    """`runs/<dataset>-<arch>-seed<seed>`, or for a configuration that was named `runs/<its name>-seed<seed>`; a scale
+    other than the full one is named too."""
+    name = recipe or f"{settings.dataset.label}-{settings.model.arch}"
+    return Path("runs") / "-".join([name, *([] if scale == "full" else [scale]), f"seed{settings.seed}"])
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Delete the checkpoints of a training, and its folder and the one that it is in where they are then empty."""
+    for path in folder.glob("*"):
+        if CHECKPOINT.fullmatch(path.name) or path.name == RETRY:
+            delete(path)
+    remove_if_empty(folder)
+    remove_if_empty(folder.parent)
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Delete a folder unless something is in it."""
+    with suppress(OSError):
+        folder.rmdir()
+
+
+@lru_cache(maxsize=1)
+def versions() -> dict[str, str]:
+    """Versions of fastar (with its commit, where known) and of the packages that results depend on."""
+    found = {"fastar": __version__, "commit": commit(), "python": platform.python_version()}
+    for package in ("torch", "numpy", "scipy", "ffcv", "lapjv", "triton", "numba"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+@lru_cache(maxsize=1)
+def commit() -> str:
+    """The checkout's commit, with `+changes` if it is not clean; outside a checkout FASTAR_COMMIT or `unknown`."""
+    elsewhere = os.environ.get("FASTAR_COMMIT") or "unknown"  # of a copy that travelled without its .git
+    here = Path(__file__).resolve().parent
+    git = ["git", "-C", str(here)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=10)
+        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=10)
+        status = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return elsewhere
+    if head.returncode != 0 or tracked.returncode != 0:  # a checkout of something else around an installed fastar
+        return elsewhere
+    return head.stdout.strip() + ("+changes" if status.stdout.strip() else "")

@@ -1,0 +1,1 @@
+"""What every room stands on: devices, memory, clocks, signals, progress, seeds."""

@@ -1,0 +1,134 @@
+"""Work on a batch captured once as a CUDA graph and replayed: the host launches one thing a batch."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from types import MethodType
+from weakref import WeakMethod
+
+import torch
+from torch import Tensor
+
+from fastar.errors import FastarError
+from fastar.runtime.timing import no_parts, part
+
+# Kernels are compiled, and libraries choose theirs and take their workspaces, in the first calls.
+WARM_UP = 3
+
+Body = Callable[..., Tensor]
+Record = Callable[[Callable[[], None], Callable[[], None]], Callable[[], None]]
+
+
+@functools.cache
+def _capture_stream(device: int) -> torch.cuda.Stream:
+    """The one stream on which everything is captured.
+
+    Of high priority, since torch hands out a few streams in turn: of its priority there is no other, and work that is
+    queued elsewhere cannot come into a capture.
+    """
+    return torch.cuda.Stream(device, priority=-1)
+
+
+def record_cuda_graph(warm_up: Callable[[], None], run: Callable[[], None]) -> Callable[[], None]:
+    """Capture what `run` launches, after `warm_up` on the same stream; what replays it."""
+    stream = _capture_stream(torch.cuda.current_device())
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        warm_up()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    # The thread that reads sources ahead may call CUDA meanwhile; only this thread's calls must be capturable.
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        run()
+    return graph.replay
+
+
+class CallGraph:
+    """Runs `body(*inputs) -> result` as a graph, for tensors of the first ones' shapes.
+
+    Capturing changes nothing: everything in `moved` is put back after the warm-up, batch-norm's running statistics too,
+    and torch's generators (dropout) stand where they stood; a replay draws as a call without the graph does.
+
+    Args:
+        body: a step, or the evaluation of a batch; never waits for the device, and what else it reads stays in place.
+            A method's object is not kept alive.
+        moved: every tensor that `body` changes.
+        device: a GPU.
+        setting: what asked for a graph, for errors.
+        record: captures; None: as a CUDA graph.
+
+    Raises:
+        FastarError: no GPU, or the capture failed.
+    """
+
+    def __init__(
+        self,
+        body: Body,
+        moved: Sequence[Tensor],
+        device: torch.device,
+        *,
+        setting: str = "train.graph",
+        record: Record | None = None,
+    ) -> None:
+        if device.type != "cuda" and record is None:
+            raise FastarError(f"{setting}=true: CUDA graphs need a GPU, this run is on {device}; set it to false")
+        # A step holds its graph: held in turn, its memory would wait for the garbage collector.
+        self._body: Callable[[], Body | None] = WeakMethod(body) if isinstance(body, MethodType) else lambda: body
+        self._moved = list(moved)
+        self._device = device
+        self._setting = setting
+        self._record = record or record_cuda_graph
+        self._inputs: tuple[Tensor, ...] | None = None
+        self._result: Tensor | None = None
+        self._replay: Callable[[], None] | None = None
+
+    def fits(self, *given: Tensor) -> bool:
+        """Whether these (the first of the inputs) can be replayed: the first ones always, others if they are alike."""
+        if self._inputs is None:
+            return True
+        return all(
+            one.shape == static.shape and one.dtype == static.dtype
+            for one, static in zip(given, self._inputs, strict=False)
+        )
+
+    def forget(self) -> None:
+        """Give up what was captured: the next inputs are the first again."""
+        self._inputs = self._result = self._replay = None
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        """Run on inputs that fit; a copy of what `body` returned."""
+        if self._inputs is None:
+            self._inputs = tuple(one.clone() for one in inputs)
+            self._replay = self._capture(self._inputs)
+        for static, given in zip(self._inputs, inputs, strict=True):
+            static.copy_(given)
+        assert self._replay is not None
+        with part("graph"):
+            self._replay()
+        assert self._result is not None
+        return self._result.clone()  # the graph writes the next one over it
+
+    def _capture(self, inputs: tuple[Tensor, ...]) -> Callable[[], None]:
+        body = self._body()
+        assert body is not None
+        before = [tensor.detach().clone() for tensor in self._moved]
+
+        def warm_up() -> None:
+            for _ in range(WARM_UP):
+                body(*inputs)
+            with torch.no_grad():
+                for tensor, saved in zip(self._moved, before, strict=True):
+                    tensor.copy_(saved)
+
+        def run() -> None:
+            self._result = body(*inputs)
+
+        try:
+            with no_parts(), torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
+                return self._record(warm_up, run)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())
+            raise FastarError(
+                f"{self._setting}=true: the work could not be captured ({reason}); set {self._setting}=false"
+            ) from error

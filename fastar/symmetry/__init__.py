@@ -1,0 +1,25 @@
+"""Symmetry: which axes of a network's parameters are permuted together, derived from its graph and proven."""
+
+from fastar.symmetry.derive import derive_symmetry
+from fastar.symmetry.modules import symmetry_by_settings
+from fastar.symmetry.permutations import Permutations
+from fastar.symmetry.random_network import ExampleInputs
+from fastar.symmetry.same_function import check_same_function
+from fastar.symmetry.spec import PermutationSpec, Span
+from fastar.symmetry.symmetry import Group, Member, Symmetry, without_groups
+from fastar.symmetry.verify import verify_symmetry
+
+__all__ = [
+    "ExampleInputs",
+    "Group",
+    "Member",
+    "PermutationSpec",
+    "Permutations",
+    "Span",
+    "Symmetry",
+    "check_same_function",
+    "derive_symmetry",
+    "symmetry_by_settings",
+    "verify_symmetry",
+    "without_groups",
+]

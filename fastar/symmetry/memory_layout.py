@@ -1,0 +1,77 @@
+"""Parameters as matrices with one row per unit, without copies where the memory layout allows it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from fastar.symmetry.batched_index import Rows
+
+if TYPE_CHECKING:
+    from fastar.symmetry.symmetry import Member
+
+_DOT_BLOCK = 1 << 16  # float32 partial sums this long, added up in float64
+
+
+def memory_order(tensor: Tensor) -> list[int]:
+    """The axes of `tensor` from the slowest to the fastest in memory, so that `tensor.permute(order)` is contiguous.
+
+    Channels-last convolution weights of shape (O, I, H, W) give [0, 2, 3, 1].
+    """
+    strides = tensor.stride()
+    return sorted(range(tensor.ndim), key=lambda axis: (-strides[axis], axis))
+
+
+def add_products(
+    score: Tensor, theta: Tensor, sources: Tensor, member: Member, axis: int, size: int, rows: Rows
+) -> None:
+    """score[n, u, v] += inner product of what unit u owns of `theta` and what unit v owns of source n, of `rows`.
+
+    Args:
+        score: [N, size, size], float32.
+        theta: a parameter (or a part of it, along other axes) in memory order, [1, ...]; or [m, ...], one for each.
+        sources: [m, ...], likewise, of as many sources as there are rows.
+        axis: the member's axis, in memory order.
+    """
+    length = size * member.inner * member.outer
+    left, right = (x.narrow(axis + 1, member.offset, length) for x in (theta, sources))
+    before = math.prod(sources.shape[1 : axis + 1]) * member.outer
+    after = math.prod(sources.shape[axis + 2 :]) * member.inner
+    a, b = _per_unit(left, before, size, after), _per_unit(right, before, size, after).mT
+    if len(rows) == 1:
+        rows.of(score)[0].addmm_(a[0], b[0])
+        return
+    a = a.expand(len(rows), *a.shape[1:])
+    if rows.index is None:
+        rows.of(score).baddbmm_(a, b)
+    else:
+        score.index_add_(0, rows.index, torch.bmm(a, b))
+
+
+def _per_unit(x: Tensor, before: int, size: int, after: int) -> Tensor:
+    """[m, size, everything that a unit owns] of [m, ...]."""
+    if before == 1:
+        return x.reshape(len(x), size, after)
+    if after == 1:
+        return x.reshape(len(x), before, size).mT
+    return x.reshape(len(x), before, size, after).transpose(1, 2).reshape(len(x), size, -1)
+
+
+def dot(first: Tensor, second: Tensor) -> float:
+    """Inner product of two contiguous tensors on a CPU, accumulated in float64."""
+    blocks = zip(first.reshape(-1).split(_DOT_BLOCK), second.reshape(-1).split(_DOT_BLOCK), strict=True)
+    return math.fsum(float(torch.dot(x, y)) for x, y in blocks)
+
+
+def dots(theta: Tensor, sources: Tensor) -> Tensor:
+    """[N] float64, inner products of `theta` with each of sources [N, *theta.shape]; nothing waits for the device."""
+    return (sources * theta).reshape(len(sources), -1).sum(1, dtype=torch.float64)  # theta may have no axis
+
+
+def in_memory_order(tensor: Tensor, order: Sequence[int]) -> Tensor:
+    """`tensor` with its axes in `order` and contiguous: a view where the memory allows it."""
+    return tensor.detach().permute(list(order)).contiguous()

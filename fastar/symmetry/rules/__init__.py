@@ -1,0 +1,1 @@
+"""Rules for operations: which axes of inputs and outputs move together."""

@@ -1,0 +1,73 @@
+"""One operation of a traced graph, as the rules of `fastar.symmetry.rules.operations` see it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from torch import fx
+
+from fastar.symmetry.axes import Axis, AxisSolver, length_of
+from fastar.symmetry.axis_views import Dims, plain
+
+Labels = tuple[Axis, ...]
+Result = Labels | Dims | list[Any] | None
+
+
+class Refused(Exception):
+    """The symmetry of an operation cannot be proven; the text says what stands in the way."""
+
+
+class Call:
+    """One operation of the graph: its arguments by schema name, their labels, and the shape of its result."""
+
+    def __init__(self, node: fx.Node, labels: dict[fx.Node, Any], solver: AxisSolver):
+        self.node, self.solver, self._labels = node, solver, labels
+        schema = getattr(node.target, "_schema", None)
+        names = [] if schema is None else [argument.name for argument in schema.arguments]
+        defaults = (
+            {} if schema is None else {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
+        )
+        self.arguments: dict[str, Any] = {**defaults, **dict(zip(names, node.args, strict=False)), **node.kwargs}
+
+    def __getitem__(self, name: str) -> Any:
+        """The argument called `name` as it stands in the graph."""
+        return self.arguments[name]
+
+    def dims(self, argument: Any) -> Dims:
+        """Labels of a tensor argument (a graph node, or its schema name), in which axes may be seen in parts."""
+        node = self.arguments[argument] if isinstance(argument, str) else argument
+        found = self._labels[node]
+        if not isinstance(found, Dims):
+            raise Refused(f"uses {node}, which is not one tensor")
+        return found
+
+    def labels(self, argument: Any) -> Labels:
+        """Labels of a tensor argument with one axis per dimension: parts of views are made independent."""
+        return plain(self.solver, self.dims(argument))
+
+    def tensors(self) -> list[fx.Node]:
+        """The tensor arguments in order, lists included."""
+        return list(_nodes([*self.node.args, *self.node.kwargs.values()]))
+
+    def shape(self, node: fx.Node | None = None) -> tuple[int, ...]:
+        """Shape of the result, or of an argument."""
+        value = (node or self.node).meta["val"]
+        value = value[0] if isinstance(value, tuple | list) else value
+        return tuple(int(n) for n in value.shape)
+
+    def require_fixed(self, axis: Axis) -> None:
+        self.solver.fix(axis)
+
+    def unmoved(self, axis: Axis, what: str) -> None:
+        """Refuse unless `axis` is already known not to move: its units may not be cut, reversed or reordered."""
+        if not self.solver.is_fixed(axis):
+            raise Refused(f"{what} an axis of {length_of(axis)} hidden units")
+
+
+def _nodes(values: Sequence[Any]) -> Iterator[fx.Node]:
+    for value in values:
+        if isinstance(value, fx.Node):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _nodes(value)

@@ -1,0 +1,152 @@
+"""Rules of products: linear maps, matrix products and attention. See `fastar.symmetry.rules.operations`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import fx
+
+from fastar.symmetry import axis_views as views
+from fastar.symmetry.axes import fixed
+from fastar.symmetry.axis_views import Dim, Dims
+from fastar.symmetry.rules.broadcasting import combine
+from fastar.symmetry.rules.call import Call, Refused
+
+Letter = str | int
+
+
+def pointwise(call: Call) -> Dims:
+    """Any number of tensors, broadcast against each other."""
+    return broadcast(call, [(call.dims(node), call.shape(node)) for node in call.tensors()], call.shape())
+
+
+def broadcast(call: Call, operands: Sequence[tuple[Dims, Sequence[int]]], shape: Sequence[int]) -> Dims:
+    """Labels of a pointwise function of tensors given by their labels and shapes."""
+    out: list[Dim | None] = [None] * len(shape)
+    for labels, lengths in operands:
+        missing = len(shape) - len(lengths)
+        dims = [
+            None if d < missing or lengths[d - missing] != n else labels.dims[d - missing] for d, n in enumerate(shape)
+        ]
+        out = combine(call.solver, out, dims)
+    return Dims(tuple((fixed(n),) if dim is None else dim for dim, n in zip(out, shape, strict=True)))
+
+
+def contract(call: Call, operands: Sequence[tuple[Dims, Sequence[Letter]]], out: Sequence[Letter]) -> Dims:
+    """Labels of a sum of products: dimensions of one letter are multiplied, letters not in `out` summed over."""
+    letters = list(out)
+    for _, names in operands:
+        if len(set(names)) != len(names):
+            raise Refused("a product that reads the diagonal of a tensor")
+        letters += [name for name in names if name not in letters]
+    dims: list[Dim | None] = [None] * len(letters)
+    for labels, names in operands:
+        mine = dict(zip(names, labels.dims, strict=True))
+        dims = combine(call.solver, dims, [mine.get(name) for name in letters])
+    product = Dims(tuple((fixed(1),) if dim is None else dim for dim in dims))
+    return views.reduce(call.solver, product, range(len(out), len(letters)))
+
+
+def linear(call: Call) -> Dims:
+    x, weight = call.dims("input"), call.dims("weight")
+    batch = list(range(len(x.dims) - 1))
+    units: list[Letter] = ["o"] if len(weight.dims) == 2 else []
+    out = contract(call, [(x, [*batch, "i"]), (weight, [*units, "i"])], [*batch, *units])
+    if call["bias"] is None:
+        return out
+    return _added(call, out, [call["bias"]])
+
+
+def _added(call: Call, out: Dims, nodes: Sequence[fx.Node]) -> Dims:
+    operands = [(out, call.shape()), *((call.dims(node), call.shape(node)) for node in nodes)]
+    return broadcast(call, operands, call.shape())
+
+
+def matmul(call: Call) -> Dims:
+    """mm, bmm, matmul, and what is added by addmm and baddbmm."""
+    *added, left, right = call.tensors()
+    out = _matmul(call, (call.dims(left), call.shape(left)), (call.dims(right), call.shape(right)))
+    return _added(call, out, added)
+
+
+def _matmul(call: Call, left: tuple[Dims, Sequence[int]], right: tuple[Dims, Sequence[int]]) -> Dims:
+    (a, a_shape), (b, b_shape) = left, right
+    if min(len(a.dims), len(b.dims)) < 2:
+        raise Refused("matrix product with a vector")
+    batch = max(len(a.dims), len(b.dims)) - 2
+    a_names: list[Letter] = [*range(batch - len(a.dims) + 2, batch), "m", "k"]
+    b_names: list[Letter] = [*range(batch - len(b.dims) + 2, batch), "k", "n"]
+    operands: list[tuple[Dims, Sequence[Letter]]] = []
+    sizes: dict[Letter, int] = {}
+    for names, shape in ((a_names, a_shape), (b_names, b_shape)):
+        sizes.update({name: n for name, n in zip(names, shape, strict=True) if n > sizes.get(name, 0)})
+    for labels, names, shape in ((a, a_names, a_shape), (b, b_names, b_shape)):
+        keep = [d for d, name in enumerate(names) if not (isinstance(name, int) and shape[d] < sizes[name])]
+        operands.append((Dims(tuple(labels.dims[d] for d in keep)), [names[d] for d in keep]))
+    return contract(call, operands, [*range(batch), "m", "n"])
+
+
+def einsum(call: Call) -> Dims:
+    equation = call["equation"].replace(" ", "")
+    left, arrow, out = equation.partition("->")
+    if "." in equation:
+        raise Refused("einsum with an ellipsis")
+    names = left.split(",")
+    if not arrow:
+        flat = "".join(names)
+        out = "".join(sorted(letter for letter in set(flat) if flat.count(letter) == 1))
+    nodes = call.tensors()
+    sizes: dict[str, int] = {}
+    for node, letters in zip(nodes, names, strict=True):
+        for letter, n in zip(letters, call.shape(node), strict=True):
+            if sizes.setdefault(letter, n) != n:
+                raise Refused("einsum that broadcasts an axis of length 1")
+    return contract(call, [(call.dims(node), letters) for node, letters in zip(nodes, names, strict=True)], out)
+
+
+def hold(call: Call, x: Dims, *at: int) -> Dims:
+    """`x` with some dimensions, counted from the back, held in place."""
+    parts = views.Parts(call.solver, x.dims)
+    for d in at:
+        call.require_fixed(parts.flatten(d % len(x.dims)))
+    return parts.settled()
+
+
+def attention(call: Call) -> Dims:
+    """scaled_dot_product_attention: softmax(q k^T + mask) v over [..., heads, length, units].
+
+    Where heads are parts of an axis, queries and keys move in blocks, as do values; the inside of a head moves by
+    itself, queries with keys. Where several heads share one of keys and values, they stay together.
+    """
+    if call.arguments.get("dropout_p"):
+        raise Refused("dropout that stays active in evaluation mode")
+    q, k, v = (call.dims(name) for name in ("query", "key", "value"))
+    shapes = {name: list(call.shape(call[name])) for name in ("query", "key", "value")}
+    if call.arguments.get("enable_gqa"):
+        times = shapes["query"][-3] // shapes["key"][-3]
+        if times > 1:
+            k, v = (_repeated(call, x, times) for x in (k, v))
+            shapes["key"][-3] = shapes["value"][-3] = shapes["query"][-3]
+    if call.arguments.get("is_causal"):
+        q, k, v = (hold(call, x, -2) for x in (q, k, v))
+    turned = Dims((*k.dims[:-2], k.dims[-1], k.dims[-2]))
+    turned_shape = [*shapes["key"][:-2], shapes["key"][-1], shapes["key"][-2]]
+    scores = _matmul(call, (q, shapes["query"]), (turned, turned_shape))
+    shape = [*call.shape()[:-1], shapes["key"][-2]]
+    mask = call.arguments.get("attn_mask")
+    if mask is not None:
+        scores = broadcast(call, [(scores, shape), (call.dims(mask), call.shape(mask))], shape)
+    weights = views.inside(call.solver, scores, {len(shape) - 1})
+    return _matmul(call, (weights, shape), (v, shapes["value"]))
+
+
+def _repeated(call: Call, x: Dims, times: int) -> Dims:
+    dims = list(x.dims)
+    dims[-3] = (*dims[-3], fixed(times))
+    return views.Parts(call.solver, dims).settled()
+
+
+def softmax(call: Call) -> Dims:
+    """A function along one axis that treats its units alike."""
+    x = call.dims(call.tensors()[0])
+    return views.inside(call.solver, x, {call["dim"] % len(x.dims)})

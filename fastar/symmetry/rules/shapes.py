@@ -1,0 +1,211 @@
+"""Rules of operations that rearrange axes: see `fastar.symmetry.rules.operations`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastar.symmetry import axis_views as views
+from fastar.symmetry.axes import fixed
+from fastar.symmetry.axis_views import Dim, Dims
+from fastar.symmetry.rules.broadcasting import combine
+from fastar.symmetry.rules.call import Call, Labels, Refused
+
+
+def dims_of(value: Any, ndim: int) -> list[int]:
+    if value is None or value == []:
+        return list(range(ndim))
+    return sorted(d % ndim for d in ([value] if isinstance(value, int) else value))
+
+
+def reshape(call: Call) -> Dims:
+    return views.reshape(call.solver, call.dims(call.tensors()[0]), call.shape())
+
+
+def permute(call: Call) -> Dims:
+    x = call.dims(call.tensors()[0]).dims
+    return Dims(tuple(x[d] for d in call["dims"]))
+
+
+def transpose(call: Call) -> Dims:
+    x = list(call.dims(call.tensors()[0]).dims)
+    if len(x) > 1:
+        a, b = call.arguments.get("dim0", 0), call.arguments.get("dim1", 1)
+        x[a], x[b] = x[b], x[a]
+    return Dims(tuple(x))
+
+
+def movedim(call: Call) -> Dims:
+    """Dimensions `source` come to stand at `destination`, the others keep their order."""
+    x = call.dims(call.tensors()[0]).dims
+    pairs = [[v] if isinstance(v, int) else v for v in (call["source"], call["destination"])]
+    source, destination = ([d % len(x) for d in dims] for dims in pairs)
+    rest = iter(d for d in range(len(x)) if d not in source)
+    order = [source[destination.index(d)] if d in destination else next(rest) for d in range(len(x))]
+    return Dims(tuple(x[d] for d in order))
+
+
+def squeeze(call: Call) -> Dims:
+    node = call.tensors()[0]
+    x, shape = call.dims(node).dims, call.shape(node)
+    drop = [d for d in dims_of(call.arguments.get("dim"), len(x)) if shape[d] == 1]
+    return Dims(tuple(dim for d, dim in enumerate(x) if d not in drop))
+
+
+def unsqueeze(call: Call) -> Dims:
+    x = list(call.dims(call.tensors()[0]).dims)
+    x.insert(call["dim"] % (len(x) + 1), (fixed(1),))
+    return Dims(tuple(x))
+
+
+def expand(call: Call) -> Dims:
+    """Copies along an axis that was not there are alike, in whatever order."""
+    node = call.tensors()[0]
+    x, old, new = call.dims(node).dims, call.shape(node), call.shape()
+    added = len(new) - len(old)
+    return Dims(
+        tuple(x[d - added] if d >= added and old[d - added] == n else (views.Copies(n),) for d, n in enumerate(new))
+    )
+
+
+def repeat(call: Call) -> Dims:
+    """Whole copies of an axis after each other."""
+    node = call.tensors()[0]
+    x, times = list(call.dims(node).dims), call["repeats"]
+    x = [(fixed(1),)] * (len(times) - len(x)) + x
+    parts = [(fixed(n), *dim) if n > 1 else dim for n, dim in zip(times, x, strict=True)]
+    return views.Parts(call.solver, parts).settled()
+
+
+def repeat_interleave(call: Call) -> Dims:
+    """Copies of every position beside each other."""
+    node = call.tensors()[0]
+    times, dim = call.arguments.get("repeats"), call.arguments.get("dim")
+    if not isinstance(times, int) or dim is None:
+        raise Refused("repeats positions by numbers that are not constant")
+    x = list(call.dims(node).dims)
+    x[dim] = (*x[dim], fixed(times))
+    return views.Parts(call.solver, x).settled()
+
+
+def concatenate(call: Call) -> Dims:
+    nodes = [node for node in call.tensors() if len(call.shape(node)) == len(call.shape())]
+    at = call.arguments.get("dim", 0) % len(call.shape())
+    parts = [views.Parts(call.solver, call.dims(node).dims) for node in nodes]
+    joined = tuple(segment for one in parts for segment in one.flatten(at))
+    merged: list[Dim | None] = []
+    for one in parts:
+        dims: list[Dim | None] = [None if dim is None or d == at else tuple(dim) for d, dim in enumerate(one.dims)]
+        merged = combine(call.solver, merged, dims) if merged else dims
+    return Dims(tuple((joined,) if d == at else dim or () for d, dim in enumerate(merged)))
+
+
+def stack(call: Call) -> Dims:
+    first, *others = (call.dims(node).dims for node in call.tensors())
+    merged: list[Dim | None] = list(first)
+    for other in others:
+        merged = combine(call.solver, merged, other)
+    out, dim = [dim or () for dim in merged], call.arguments.get("dim", 0) % (len(merged) + 1)
+    out.insert(dim, (fixed(call.shape()[dim]),))
+    return Dims(tuple(out))
+
+
+def slice_axis(call: Call) -> Dims | Labels:
+    node = call.tensors()[0]
+    length = call.shape(node)
+    dim = call["dim"] % len(length)
+    start, stop, step = slice(call["start"] or 0, call["end"], call["step"]).indices(length[dim])
+    if step == 1:
+        return views.cut(call.solver, call.dims(node), dim, start, max(start, stop))
+    x = list(call.labels(node))
+    call.unmoved(x[dim], "takes every other unit of")
+    x[dim] = fixed(call.shape()[dim])
+    return tuple(x)
+
+
+def split_axis(call: Call) -> list[Dims]:
+    """chunk, split and split_with_sizes: the pieces' lengths are read off the results."""
+    x = call.dims(call.tensors()[0])
+    dim = call.arguments.get("dim", 0) % len(x.dims)
+    out, start = [], 0
+    for piece in call.node.meta["val"]:
+        length = int(piece.shape[dim])
+        out.append(views.cut(call.solver, x, dim, start, start + length))
+        start += length
+    return out
+
+
+def halves(call: Call) -> Dims:
+    """A gated unit (glu): the first half of an axis times a function of the second, unit by unit."""
+    node = call.tensors()[0]
+    x = call.dims(node)
+    dim = call["dim"] % len(x.dims)
+    half = call.shape(node)[dim] // 2
+    first, second = (views.cut(call.solver, x, dim, start, start + half) for start in (0, half))
+    return Dims(tuple(dim or () for dim in combine(call.solver, first.dims, second.dims)))
+
+
+def select(call: Call) -> Dims:
+    node = call.tensors()[0]
+    dim, length = call["dim"] % len(call.shape(node)), call.shape(node)
+    return _pick(call, call.dims(node), dim, call["index"] % length[dim])
+
+
+def unbind(call: Call) -> list[Dims]:
+    node = call.tensors()[0]
+    dim = call.arguments.get("dim", 0) % len(call.shape(node))
+    return [_pick(call, call.dims(node), dim, i) for i in range(call.shape(node)[dim])]
+
+
+def _pick(call: Call, x: Dims, dim: int, index: int) -> Dims:
+    """One position of an axis, which stays where it is from then on; of the outermost part of a view, its inside."""
+    dims = views.cut(call.solver, x, dim, index, index + 1).dims
+    return Dims((*dims[:dim], *dims[dim + 1 :]))
+
+
+def pad(call: Call) -> Labels:
+    """Padding with a constant adds positions that are all alike; other modes need an axis that does not move."""
+    x = list(call.labels(call.tensors()[0]))
+    amounts, constant = call["pad"], call.arguments.get("mode", "constant") == "constant"
+    for pair in range(len(amounts) // 2):
+        before, after = amounts[2 * pair : 2 * pair + 2]
+        d = len(x) - 1 - pair
+        if call.solver.is_fixed(x[d]):
+            x[d] = fixed(call.shape()[d])
+        elif constant and min(before, after) >= 0:
+            x[d] = (*call.solver.fresh(before), *x[d], *call.solver.fresh(after))
+        elif before or after:
+            call.unmoved(x[d], "crops or reflects")
+    return tuple(x)
+
+
+def index(call: Call) -> Labels:
+    """Indexed axes are held in place; the others pass, as do those of the indices."""
+    x, indices = call.labels("self"), call["indices"]
+    given = [d for d, one in enumerate(indices) if one is not None]
+    for axis in (*(x[d] for d in given), *(axis for d in given for axis in call.labels(indices[d]))):
+        call.require_fixed(axis)
+    rest = [axis for d, axis in enumerate(x) if d not in given]
+    adjacent = given == list(range(given[0], given[-1] + 1))
+    before = given[0] if adjacent else 0  # indices that are apart put their result in front
+    shape = call.shape()
+    new = [fixed(n) for n in shape[before : before + len(shape) - len(rest)]]
+    return (*rest[:before], *new, *rest[before:])
+
+
+def index_select(call: Call) -> Labels:
+    x, dim = list(call.labels("self")), call["dim"]
+    call.require_fixed(x[dim])
+    for axis in call.labels("index"):
+        call.require_fixed(axis)
+    x[dim] = fixed(call.shape()[dim])
+    return tuple(x)
+
+
+def along(call: Call) -> Labels:
+    """Functions of the order along some axes (flip, roll, cumsum): those must not move."""
+    node = call.tensors()[0]
+    x = call.labels(node)
+    dims = call.arguments.get("dims", call.arguments.get("dim"))
+    for d in dims_of(dims, len(x)):
+        call.unmoved(x[d], "depends on the order along")
+    return x

@@ -1,0 +1,182 @@
+"""Permutation groups written by hand, for networks whose graph cannot be traced."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from torch import nn
+
+from fastar.errors import FastarError
+from fastar.symmetry.random_network import ExampleInputs
+from fastar.symmetry.symmetry import Group, Member, Symmetry, without_groups
+from fastar.symmetry.verify import verify_symmetry
+
+
+@dataclass(frozen=True)
+class Span:
+    """A stretch of an axis: `outer` copies of a group's units after each other, each unit `inner` positions wide.
+
+    `Span("conv1", inner=49)` is what flattening [channels, 7, 7] gives.
+    """
+
+    group: str
+    inner: int = 1
+    outer: int = 1
+
+
+# A group whose units fill the axis, a span of one, None for an axis that stays, or after each other: groups, spans, and
+# numbers of positions that stay.
+AxisSpec = str | Span | None | Sequence[str | Span | int]
+
+
+@dataclass(frozen=True)
+class PermutationSpec:
+    """Which hidden units of a network move together, as names of groups on the axes of its parameters and buffers.
+
+        PermutationSpec({
+            "fc1.weight": ("hidden", None), "fc1.bias": ("hidden",),
+            "fc2.weight": (None, "hidden"), "fc2.bias": (None,),
+        })
+
+    Args:
+        axes: name -> one entry per axis: a group, a `Span`, None, or a sequence of groups, spans and numbers of
+            positions that stay, which lie after each other. Every parameter has to be there, and batch-norm statistics
+            (`running_mean`, `running_var`); other buffers may be. Of parameters that are tied, one name is enough.
+        blocks: group -> its parent: the group's units lie in as many blocks as the parent has units, and whole blocks
+            move with them (attention heads). A parent has no parent.
+        sizes: group -> units, for groups that never fill an axis by themselves.
+    """
+
+    axes: Mapping[str, Sequence[AxisSpec]]
+    blocks: Mapping[str, str] = field(default_factory=dict)
+    sizes: Mapping[str, int] = field(default_factory=dict)
+
+    def symmetry(self, model: nn.Module, example_inputs: ExampleInputs, *, verify: bool = True) -> Symmetry:
+        """The symmetry that is written down, proven like a derived one by running `model` (it is not traced).
+
+        Raises:
+            FastarError: a name the model does not have (with the nearest), parameters left out, an axis of another
+                length, or permuting the groups changes the model's outputs.
+        """
+        empty = without_groups(model)
+        name = type(model).__name__
+        shapes = {**empty.parameters, **empty.buffers}
+        self._check_names(name, empty)
+        sizes = self._sizes(shapes)
+        members: dict[str, list[Member]] = {}
+        owners = [empty.tied.get(tensor, tensor) for tensor in self.axes]
+        for (tensor, spans), owner in zip(self._spans(shapes, sizes), owners, strict=True):
+            if tensor != owner and owner in self.axes:
+                continue  # it says the same as its owner, which places both
+            names = [owner, *(other for other, whose in empty.tied.items() if whose == owner)]
+            for member, group in spans:
+                members.setdefault(group, []).extend(replace(member, tensor=one) for one in names)
+        groups = [Group(one, sizes[one], tuple(places), self.blocks.get(one)) for one, places in members.items()]
+        known = {group.name for group in groups}
+        bare = [Group(one, sizes[one], ()) for one in dict.fromkeys(self.blocks.values()) if one not in known]
+        groups.sort(key=lambda group: group.parent is not None)  # parents come before their children
+        symmetry = replace(empty, groups=(*bare, *groups))
+        if verify:
+            verify_symmetry(model, symmetry, example_inputs)
+        return symmetry
+
+    def _check_names(self, model: str, empty: Symmetry) -> None:
+        names = {**empty.parameters, **empty.buffers}
+        for name in self.axes:
+            if name not in names:
+                near = difflib.get_close_matches(name, names, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else "see model.state_dict()"
+                raise FastarError(f"PermutationSpec: {model} has no parameter or buffer {name!r}: {hint}")
+        needed = [*empty.parameters, *(n for n in empty.buffers if n.endswith(("running_mean", "running_var")))]
+        placed = {empty.tied.get(name, name) for name in self.axes}
+        missing = [name for name in needed if empty.tied.get(name, name) not in placed]
+        if missing:
+            more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+            listed = ", ".join(map(repr, missing[:3]))
+            raise FastarError(
+                f"PermutationSpec leaves out {listed}{more} of {model}: write None for each axis that stays in place"
+            )
+        for name, owner in empty.tied.items():
+            if name in self.axes and self.axes.get(owner, self.axes[name]) != self.axes[name]:
+                raise FastarError(f"PermutationSpec: {name!r} and {owner!r} are one tensor: give both the same axes")
+        for child, parent in self.blocks.items():
+            if parent in self.blocks:
+                raise FastarError(f"PermutationSpec.blocks: {parent!r}, the parent of {child!r}, has a parent itself")
+
+    def _entries(self, tensor: str, axis: int) -> list[Span | int] | None:
+        """What lies on an axis, one after the other; None: it stays."""
+        entry = self.axes[tensor][axis]
+        if entry is None:
+            return None
+        several = [entry] if isinstance(entry, str | Span) else list(entry)
+        out: list[Span | int] = []
+        for one in several:
+            if isinstance(one, str):
+                one = Span(one)
+            if isinstance(one, Span):
+                valid = min(one.inner, one.outer) >= 1
+            else:
+                valid = isinstance(one, int) and not isinstance(one, bool) and one >= 0
+            if not valid:
+                raise FastarError(
+                    f"PermutationSpec[{tensor!r}], axis {axis}: {one!r} is neither a group, a Span nor a number of "
+                    "positions that stay"
+                )
+            out.append(one)
+        return out
+
+    def _sizes(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+        """Units of every group: as given, or the length of an axis that holds the group alone."""
+        sizes = dict(self.sizes)
+        source = {group: "sizes" for group in sizes}
+        used: dict[str, str] = {}
+        for tensor, axes in self.axes.items():
+            if len(axes) != len(shapes[tensor]):
+                raise FastarError(
+                    f"PermutationSpec[{tensor!r}] names {len(axes)} axes; it has {len(shapes[tensor])}: "
+                    f"{list(shapes[tensor])}"
+                )
+            for axis, length in enumerate(shapes[tensor]):
+                entries = self._entries(tensor, axis) or []
+                used |= {one.group: tensor for one in entries if isinstance(one, Span)}
+                if len(entries) != 1 or not isinstance(entries[0], Span):
+                    continue
+                span = entries[0]
+                units, rest = divmod(length, span.inner * span.outer)
+                where = f"axis {axis} of {tensor!r}"
+                if rest or sizes.setdefault(span.group, units) != units:
+                    said = f"has {sizes[span.group]} units ({source[span.group]})" if span.group in source else "fits"
+                    raise FastarError(
+                        f"PermutationSpec: {where} has {length} positions, {span.inner * span.outer} to a unit, but "
+                        f"group {span.group!r} {said if not rest else 'needs whole units'}: correct one of them"
+                    )
+                source.setdefault(span.group, where)
+        for group in [*used, *self.blocks, *self.blocks.values()]:
+            if group not in sizes:
+                raise FastarError(
+                    f"PermutationSpec: no axis tells how many units group {group!r} has: give sizes={{{group!r}: ...}}"
+                )
+        return sizes
+
+    def _spans(
+        self, shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int]
+    ) -> Iterator[tuple[str, list[tuple[Member, str]]]]:
+        """For each tensor, its members and their groups."""
+        for tensor in self.axes:
+            out = []
+            for axis, length in enumerate(shapes[tensor]):
+                entries, offset = self._entries(tensor, axis), 0
+                for one in entries or ():
+                    if isinstance(one, Span):
+                        out.append((Member(tensor, axis, one.inner, one.outer, offset), one.group))
+                        offset += sizes[one.group] * one.inner * one.outer
+                    else:
+                        offset += one
+                if entries is not None and offset != length:
+                    raise FastarError(
+                        f"PermutationSpec: what is written for axis {axis} of {tensor!r} has {offset} positions; the "
+                        f"axis has {length}"
+                    )
+            yield tensor, out

@@ -1,0 +1,286 @@
+"""Permutation symmetries of an architecture: which axes of which tensors must be permuted together."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from fastar.errors import FastarError
+from fastar.flat.state_check import check_state
+from fastar.runtime.seeds import derive_seed
+from fastar.symmetry.batched_index import Rows, along, chosen
+from fastar.symmetry.memory_layout import memory_order
+from fastar.symmetry.permutations import Permutations
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One place where a group's units lie: positions offset .. offset + outer * size * inner of an axis of a tensor.
+
+    Args:
+        tensor: parameter or buffer name.
+        axis: axis of that tensor.
+        inner: neighbouring positions that belong to one unit (H * W after flattening [C, H, W]).
+        outer: how many times the whole run of units is repeated along the axis.
+        offset: where the group starts on the axis (after a concatenation).
+    """
+
+    tensor: str
+    axis: int
+    inner: int = 1
+    outer: int = 1
+    offset: int = 0
+
+    def positions(self, units: NDArray[np.int64], size: int) -> NDArray[np.int64]:
+        """Positions on the axis, [..., outer * len * inner], of `units` [..., len] of a group of `size` units."""
+        if self.inner == self.outer == 1:
+            return units + self.offset if self.offset else units
+        outer, inner = np.arange(self.outer) * (size * self.inner), np.arange(self.inner)
+        index: NDArray[np.int64] = outer[:, None, None] + (units * self.inner)[..., None, :, None] + inner
+        return index.reshape(*units.shape[:-1], -1) + self.offset
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Hidden units that are permuted together, named after the first module that produces them.
+
+    A group whose `parent` has a units is made of a blocks of b units: unit g * b + d is the d-th of block g. Whole
+    blocks move as the parent's units do, and the units of a block among themselves: index[g * b + d] = sigma(g) * b +
+    tau_g(d), where sigma is the parent's permutation and tau_g any of b. So attention heads are a parent, and the units
+    inside them a child for queries and keys and another for values; the groups of a group-norm are a parent, their
+    channels a child.
+
+    Args:
+        name: unique in a symmetry.
+        size: units; of a child, a multiple of its parent's.
+        members: where the units lie. A parent may have none of its own.
+        parent: the name of the group that moves whole blocks of this one. A parent has no parent itself.
+    """
+
+    name: str
+    size: int
+    members: tuple[Member, ...]
+    parent: str | None = None
+
+
+@dataclass(frozen=True)
+class Symmetry:
+    """All groups of one architecture.
+
+    Args:
+        groups: in the order in which a forward pass reaches them; parents come before their children.
+        parameters: name -> shape of every parameter, including those that no group moves.
+        buffers: name -> shape of every buffer of the state dict.
+        tied: name -> the other name of the same tensor; such a name is permuted, but counted once.
+        frozen: what was left in place because its symmetry could not be proven, or because something that cannot be
+            permuted has a value for each unit (a buffer that is not in the state dict, a table); a line of text each.
+
+    Raises:
+        FastarError: two groups of one name, a parent that does not come before its child, has a parent itself, or does
+            not divide the child's units.
+    """
+
+    groups: tuple[Group, ...]
+    parameters: Mapping[str, tuple[int, ...]]
+    buffers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    tied: Mapping[str, str] = field(default_factory=dict)
+    frozen: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        before: dict[str, Group] = {}
+        for group in self.groups:
+            if group.name in before:
+                raise FastarError(f"two groups are called {group.name!r}: give each a name of its own")
+            if group.parent is not None:
+                parent = before.get(group.parent)
+                if parent is None or parent.parent is not None:
+                    why = "does not come before it" if parent is None else "has a parent itself"
+                    raise FastarError(f"group {group.name!r}: its parent {group.parent!r} {why}")
+                if parent.size == 0 or group.size % parent.size:
+                    raise FastarError(
+                        f"group {group.name!r} has {group.size} units: its parent {parent.name!r} must divide them "
+                        f"into {parent.size} blocks"
+                    )
+            before[group.name] = group
+
+    def __repr__(self) -> str:
+        units = sum(group.size for group in self.groups)
+        frozen = f", {len(self.frozen)} places frozen" if self.frozen else ""
+        return f"Symmetry({len(self.groups)} groups, {units} units, {len(self.parameters)} parameters{frozen})"
+
+    @cached_property
+    def families(self) -> tuple[tuple[int, ...], ...]:
+        """Positions in `groups` of those that are permuted together: a parent and its children, or a group alone."""
+        found: dict[str, list[int]] = {}
+        for position, group in enumerate(self.groups):
+            found.setdefault(group.parent or group.name, []).append(position)
+        return tuple(tuple(positions) for positions in found.values())
+
+    @cached_property
+    def moved(self) -> tuple[str, ...]:
+        """Every parameter, and the buffers that groups permute: what networks differ in."""
+        permuted = (member.tensor for group in self.groups for member in group.members)
+        return tuple(dict.fromkeys((*self.parameters, *(name for name in permuted if name in self.buffers))))
+
+    def group(self, name: str) -> Group:
+        """The group called `name`."""
+        for group in self.groups:
+            if group.name == name:
+                return group
+        raise FastarError(f"no group {name!r}: the groups are {', '.join(g.name for g in self.groups)}")
+
+    def identity(self, count: int | None = None) -> Permutations:
+        """Permutations that move nothing, [size] or, with `count`, [count, size]."""
+        shape = () if count is None else (count,)
+        return Permutations(
+            {g.name: torch.arange(g.size, device="cpu").expand(*shape, g.size).contiguous() for g in self.groups}
+        )
+
+    def random(self, seed: int, count: int | None = None) -> Permutations:
+        """Uniformly random permutations, a function of `seed` alone; blocks move with their parent's units."""
+        out: dict[str, Tensor] = {}
+        for group in self.groups:
+            generator = torch.Generator().manual_seed(derive_seed(seed, "permutation", group.name))
+            blocks = 1 if group.parent is None else self.group(group.parent).size
+            inside = torch.stack(
+                [
+                    torch.randperm(group.size // blocks, generator=generator, device="cpu")
+                    for _ in range((1 if count is None else count) * blocks)
+                ]
+            ).unflatten(0, (-1, blocks))
+            sigma = torch.zeros(len(inside), 1, dtype=torch.int64, device="cpu")
+            if group.parent is not None:
+                sigma = out[group.parent].reshape(len(inside), blocks)
+            index = (sigma[:, :, None] * inside.shape[-1] + inside).flatten(1)
+            out[group.name] = index[0] if count is None else index
+        return Permutations(out)
+
+    def check(self, permutations: Permutations) -> None:
+        """Raise FastarError unless `permutations` are of these groups, and move whole blocks as their parents say."""
+        sizes = {group.name: group.size for group in self.groups}
+        given = {name: index.shape[-1] for name, index in permutations.items()}
+        if sizes != given:
+            wrong = sorted(set(sizes.items()) ^ set(given.items()))[0]
+            raise FastarError(
+                f"permutations do not fit this architecture (group {wrong[0]!r} of {wrong[1]} units): "
+                "derive the symmetry and the permutations from one model"
+            )
+        for group in self.groups:
+            if group.parent is None:
+                continue
+            sigma = permutations[group.parent]
+            index = permutations[group.name].unflatten(-1, (sigma.shape[-1], -1))
+            if bool((index // index.shape[-1] != sigma[..., None]).any()):
+                raise FastarError(
+                    f"permutation of group {group.name!r} does not move its blocks of {index.shape[-1]} units as "
+                    f"its parent {group.parent!r} moves them: take both from one matching"
+                )
+
+    def apply(self, permutations: Permutations, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The state dict of one network with its units permuted: new tensors of the same memory format.
+
+        Tensors that no group moves are copied too; names that this architecture does not have are an error. What is no
+        tensor (a module's `get_extra_state`), and the modules' versions (`_metadata`, as of `state_dict()`), are handed
+        on.
+
+        Raises:
+            FastarError: batched permutations, other groups, a missing tensor or one of another shape.
+        """
+        if permutations.count is not None:
+            raise FastarError("apply takes one network's permutations; select(n) one, or use apply_rows")
+        self.check(permutations)
+        self.check_state(state, "state")
+        out = OrderedDict(state)
+        if hasattr(state, "_metadata"):
+            out._metadata = state._metadata  # type: ignore[attr-defined]
+        for name, tensor in state.items():
+            if isinstance(tensor, Tensor):
+                out[name] = tensor.detach().clone(memory_format=torch.preserve_format)
+        self.apply_rows(permutations, {n: tensor[None] for n, tensor in out.items() if isinstance(tensor, Tensor)})
+        return out
+
+    def apply_rows(self, permutations: Permutations, sources: Mapping[str, Tensor]) -> None:
+        """Permute N networks in place.
+
+        Args:
+            permutations: [N, size] per group; [size] permutes all N alike.
+            sources: name -> [N, *shape], usually views of one [N, P] store. Names may be missing.
+        """
+        self.check(permutations)
+        one = sum(rows[0].numel() for rows in sources.values() if len(rows))
+        for group in self.groups:
+            index = permutations[group.name].cpu().numpy()
+            of_axes: dict[tuple[torch.device, int, Member], list[Member]] = {}  # those whose positions are the same
+            for member in group.members:
+                rows = sources.get(member.tensor)
+                if rows is None:
+                    continue
+                if index.ndim == 2 and index.shape[0] != rows.shape[0]:
+                    raise FastarError(
+                        f"{index.shape[0]} permutations for {rows.shape[0]} sources of {member.tensor!r}: give one each"
+                    )
+                alike = replace(member, tensor="", axis=0, offset=0)
+                of_axes.setdefault((rows.device, len(rows), alike), []).append(member)
+            for (device, count, alike), members in of_axes.items():
+                each = np.broadcast_to(index, (count, group.size))
+                moving = np.flatnonzero((each != np.arange(group.size)).any(1))
+                if not len(moving):
+                    continue
+                some, at = chosen(moving, count, alike.positions(each[moving], group.size), device=device)
+                for member in members:
+                    _permute(sources[member.tensor], some, at, member, one)
+
+    def counted(self, theta: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> list[str]:
+        """The parameters that both have; of a tied tensor's names only the first one given."""
+        return [
+            name
+            for name in self.parameters
+            if name in theta and name in sources and not (name in self.tied and self.tied[name] in theta)
+        ]
+
+    def computed_with(self, theta: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> list[str]:
+        """The same, and the buffers that groups permute: what a forward pass is made with."""
+        buffers = (name for name in self.moved if name in self.buffers and name in theta and name in sources)
+        return [*self.counted(theta, sources), *buffers]
+
+    def check_state(self, state: Mapping[str, Tensor], where: str, *, leading: int = 0) -> None:
+        """Raise FastarError, naming the first differences, unless `state` has every parameter in its shape, and buffers
+        at most besides; `leading` counts batch axes to ignore."""
+        check_state(self.parameters, self.buffers, self.tied, state, where, leading)
+
+
+def _permute(sources: Tensor, rows: Rows, positions: Tensor, member: Member, one: int) -> None:
+    """`rows` of sources [N, *shape] with `positions` [m, length] of the member's stretch of its axis after each other.
+
+    On a GPU as many rows at a time as make a copy of at most `one` numbers, a network's.
+    """
+    x = sources.narrow(member.axis + 1, member.offset, positions.shape[1])
+    if x.device.type == "cpu":
+        for n, at in zip(rows.numbers.tolist(), positions, strict=True):
+            x[n].copy_(x[n].index_select(member.axis, at))
+        return
+    order = memory_order(sources[0])
+    x, axis = x.permute(0, *(axis + 1 for axis in order)), order.index(member.axis)
+    for some, part in rows.split(max(1, one // x[0].numel())):
+        part.put(x, along(part.of(x), axis, positions[some]))
+
+
+def without_groups(model: nn.Module) -> Symmetry:
+    """A symmetry of `model`'s architecture that permutes nothing, for networks that are not matched: not derived."""
+    first: dict[int, str] = {}
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    canonical = {name: first.setdefault(id(parameter), name) for name, parameter in parameters.items()}
+    state = model.state_dict()
+    return Symmetry(
+        groups=(),
+        parameters={name: tuple(parameter.shape) for name, parameter in parameters.items()},
+        buffers={n: tuple(t.shape) for n, t in state.items() if n not in parameters and isinstance(t, Tensor)},
+        tied={name: owner for name, owner in canonical.items() if name != owner},
+    )

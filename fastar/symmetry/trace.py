@@ -1,0 +1,142 @@
+"""The graph of a model's forward pass (torch.export), and what is said where there is none."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import re
+import sysconfig
+import traceback
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as hooks
+
+from fastar.errors import FastarError, first_line
+from fastar.flat import forward
+from fastar.flat.forward import arguments_of
+from fastar.flat.state_check import copied
+from fastar.symmetry.random_network import ExampleInputs, without_cache
+
+# What torch says, in its several kinds of errors, of a forward pass that needs the value of a tensor.
+_VALUES = ("data-dependent", "data dependent", "GuardOnDataDependent", "unbacked")
+# torch.export's words for an output that is no tensor, tuple, list, mapping, nor registered as one.
+_RETURNED = re.compile(r"Found <class '([^']+)'> in output, which is not a known type")
+
+
+def trace(model: nn.Module, example_inputs: ExampleInputs, name: str) -> torch.export.ExportedProgram:
+    """A functional graph of ATen operations, with linear, convolution and normalisation kept whole.
+
+    Raises:
+        FastarError: the model does not run on the inputs, branches on values, or cannot be traced; says where.
+    """
+    arguments, keywords = arguments_of(example_inputs)
+    twin = without_cache(copied(model).eval())
+    try:
+        with _quiet(), _hooks_kept(), torch.no_grad():
+            program = torch.export.export(twin, arguments, keywords).run_decompositions({})
+    except Exception as error:
+        # torch.export raises many kinds of errors, also from the model's own code; what tells them apart is whether
+        # the model itself runs.
+        raise FastarError(f"cannot trace {name}{_why(model, arguments, keywords, error)}") from error
+    for node in program.graph.nodes:
+        if any(not isinstance(n, int) for n in _sizes(node.meta.get("val"))):
+            raise FastarError(
+                f"cannot trace {name} with torch.export to find its permutation groups: the size of {node.target} "
+                f"(node {node.name}) depends on values of tensors; change that part, or write its groups down as a "
+                "PermutationSpec"
+            )
+    return program
+
+
+def _sizes(value: Any) -> Iterator[Any]:
+    if isinstance(value, Tensor):
+        yield from value.shape
+    elif isinstance(value, tuple | list):
+        for one in value:
+            yield from _sizes(one)
+
+
+def _why(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], error: Exception) -> str:
+    """What kind of error it was, where, and what to do."""
+    try:
+        with _quiet(), torch.no_grad(), torch.random.fork_rng(devices=[]):
+            copied(model).eval()(*arguments, **keywords)
+    except Exception as own:  # as above
+        raise FastarError(
+            f"cannot trace {type(model).__name__}: it does not run on the example inputs: {first_line(own)}"
+            f"{_place(own)}; give what its forward takes"
+        ) from own
+    said, text = first_line(error), f"{type(error).__name__} {error}"
+    what = f" with torch.export to find its permutation groups: {said}{_place(error)}; "
+    returned = _RETURNED.search(text)
+    if returned is not None:
+        return (
+            f" with torch.export to find its permutation groups: it returns a {returned[1].rpartition('.')[2]}, whose "
+            "tensors torch.export does not see; leave it out (of Hugging Face's caches: use_cache=False in the example "
+            "inputs)"
+        )
+    if any(one in text for one in _VALUES):
+        return f"{what}its forward must not branch on values: change it, or write its groups down as a PermutationSpec"
+    return f"{what}change that part, or write its groups down as a PermutationSpec"
+
+
+def _place(error: BaseException) -> str:
+    """Where in the user's code an error of tracing came from, as far as its traceback shows."""
+    inside = os.path.dirname(torch.__file__), os.path.dirname(__file__), forward.__file__, "<"
+    library = sysconfig.get_paths()["stdlib"]
+    frames = [
+        frame
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith(inside)
+        and ("site-packages" in frame.filename or not frame.filename.startswith(library))
+    ]
+    return f" ({frames[-1].filename}:{frames[-1].lineno}, in {frames[-1].name})" if frames else ""
+
+
+@contextlib.contextmanager
+def _hooks_kept() -> Iterator[None]:
+    """Take away what is left of a failed export: torch 2.11 forgets a hook that then sees every buffer that any
+    module of the process registers, and with which no architecture is known by its name (`proofs.digest_of_name`)."""
+    registered = hooks._global_buffer_registration_hooks
+    before = set(registered)
+    try:
+        yield
+    finally:
+        for key in set(registered) - before:
+            del registered[key]
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside, torch neither warns nor logs nor prints to stderr: what it says of a failure is in the error, and pages
+    of its own traceback would come before that. Whoever set TORCH_LOGS asked for them."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if os.environ.get("TORCH_LOGS"):
+            yield
+            return
+        names = [one for one in logging.root.manager.loggerDict if one.partition(".")[0] == "torch"]
+        loggers = [logger for logger in map(logging.getLogger, names) if not logger.disabled]
+        handlers = [handler for logger in loggers for handler in logger.handlers]
+        for logger in loggers:
+            logger.disabled = True
+        for handler in handlers:  # of loggers that are made inside
+            handler.addFilter(_nothing)
+        try:
+            with contextlib.redirect_stderr(io.StringIO()):
+                yield
+        finally:
+            for logger in loggers:
+                logger.disabled = False
+            for handler in handlers:
+                handler.removeFilter(_nothing)
+
+
+def _nothing(record: logging.LogRecord) -> bool:
+    return False

@@ -1,0 +1,264 @@
+"""Numerical proof that the groups of a symmetry leave the network's function unchanged."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from fastar.errors import FastarError
+from fastar.runtime.seeds import derive_seed
+from fastar.symmetry.permutations import Permutations
+from fastar.symmetry.random_network import ExampleInputs, State, Trial
+from fastar.symmetry.symmetry import Group, Member, Symmetry
+
+# float64 rounding through a few hundred layers stays below 1e-12 of the outputs' size; a wrong group changes them by
+# their own size. In between there is room for either to be unlucky.
+RELATIVE_TOLERANCE = 1e-8
+# An output that is a difference of large values, or of a chaotic network, shows more rounding: it may differ by this
+# many times what a change of all weights in their last digits does.
+ROUNDING = 1e3
+# By how many tolerances a wrong permutation has to change the outputs, so that a right one says something.
+SEEN = 1e3
+# How weights are drawn: their gain, and whether vectors are positive. With the first, ReLU keeps the size of
+# activations; sigmoid needs the third; positive biases leave few units of narrow layers dead. Later ones are tried for
+# what is not seen with those before.
+DRAWS = ((math.sqrt(2), False), (1.0, False), (4.0, False), (math.sqrt(2), True), (1.0, True), (math.sqrt(2), True))
+
+
+def verify_symmetry(
+    model: nn.Module, symmetry: Symmetry, example_inputs: ExampleInputs, seed: int = 0, *, controls: bool = True
+) -> None:
+    """Permute every group at random in float64 and compare the outputs with the unpermuted network's.
+
+    All parameters and batch-norm statistics are drawn at random first, so that nothing is hidden by weights that are
+    zero or equal (fresh batch-norms, zero-initialised scales); so are other buffers where the model runs with them, and
+    whole-number inputs. `model` is copied, not touched. Each output may differ by 1e-8 of its largest value
+    (`RELATIVE_TOLERANCE`).
+
+    Args:
+        controls: also require that the comparison could have failed. Permuting any one place of a group in a parameter
+            of two axes or more, by itself, has to change the outputs; so has another draw of such a parameter in which
+            no group is, if the outputs are computed from it; and so has one place of each group at least. (Vectors by
+            themselves may do nothing, as the bias of keys in attention.) False for symmetries that are derived: where
+            a unit has no effect the derivation is the proof.
+
+    Raises:
+        FastarError: the outputs differ (names the groups), are not finite, do not depend on what is permuted, or are
+            drawn at random; the model does not run on the inputs.
+    """
+    if not symmetry.groups:
+        return
+    proof = _Proof(Trial(model, example_inputs, seed), symmetry, controls)
+    for draw in range(len(DRAWS)):
+        proof.compare(draw)
+        if not controls or not proof.unseen():
+            return
+    what = proof.left[0]
+    more = f" and {len(proof.left) - 1} more" if len(proof.left) > 1 else ""
+    raise FastarError(
+        f"the permutation groups of {type(model).__name__} cannot be proven: its outputs do not depend on "
+        f"{what}{more}, with random weights and these example inputs: give inputs for which they do, and write None "
+        "for the axes of parameters that are not used in evaluation mode"
+    )
+
+
+class _Proof:
+    """Comparisons on one model, and what is still to be seen by them."""
+
+    def __init__(self, trial: Trial, symmetry: Symmetry, controls: bool):
+        self.trial, self.symmetry, self.controls = trial, symmetry, controls
+        self.permutations = moving(symmetry, trial.seed)
+        self.names: dict[str, list[str]] = {}  # of one tensor
+        for name in (*symmetry.parameters, *symmetry.buffers):
+            self.names.setdefault(symmetry.tied.get(name, name), []).append(name)
+        self.places = [
+            (group, member)
+            for group in symmetry.groups
+            for member in group.members
+            if group.size > 1 and member.tensor in self.names
+        ]
+        self.draw = 0
+        self.state: State = {}
+        self.expected: list[Tensor] = []
+        self.scales: list[float] = []
+        self.noise: list[float] | None = None
+        self.left: list[str] = []
+        self.seen: set[Member | str] = set()  # places, and parameters that no group is in
+        self.varied = False
+        self.buffers = 2 if trial.has_buffers else 0  # as `Trial.state` says
+
+    def compare(self, draw: int) -> None:
+        """Raise FastarError if all groups permuted change the outputs."""
+        self.begin(draw)
+        if not all(scale < math.inf for scale in self.scales):
+            if draw:
+                return  # too large weights: nothing is seen with them
+            raise FastarError(
+                f"cannot verify the permutation groups of {self.trial.name}: random weights give outputs that are not "
+                "finite"
+            )
+        # In place, because a second copy of a large network takes longer than its forward pass.
+        self.symmetry.apply_rows(self.permutations, {key: tensor[None] for key, tensor in self.state.items()})
+        different = self.differs(self.state)
+        self.state = self._drawn()
+        if different:
+            self.refuse()
+
+    def _drawn(self) -> State:
+        gain, positive = DRAWS[self.draw]
+        return self.trial.state(gain, positive=positive, buffers=self.buffers, number=self.draw)
+
+    def begin(self, draw: int) -> None:
+        """The outputs on one draw of weights, with the inputs and buffers that the model runs on."""
+        self.draw = draw
+        self.state = self._drawn()
+        while self.buffers and not self._runs():
+            self.buffers -= 1
+            self.state = self._drawn()
+        if not self.varied:
+            self.trial.vary_integers(self.state)
+            self.varied = True
+        self.expected = self.trial.outputs(self.state)
+        self.scales = [_largest(out) for out in self.expected]
+        self.noise = None
+
+    def _runs(self) -> bool:
+        try:
+            return all(_largest(out) < math.inf for out in self.trial.outputs(self.state))
+        except FastarError:
+            return False
+
+    def differs(self, state: State, times: float = 1.0) -> bool:
+        """Whether any output is not what is expected, by more than `times` the tolerance."""
+        after = self.trial.outputs(state)
+        if [out.shape for out in after] != [out.shape for out in self.expected]:
+            return True
+        gaps = [_largest(a - b) for a, b in zip(self.expected, after, strict=True)]
+        if all(gap <= times * RELATIVE_TOLERANCE * scale for gap, scale in zip(gaps, self.scales, strict=True)):
+            return False
+        if self.noise is None:
+            self.noise = self._rounding()
+        tolerances = [max(RELATIVE_TOLERANCE * s, ROUNDING * n) for s, n in zip(self.scales, self.noise, strict=True)]
+        return not all(gap <= times * tolerance for gap, tolerance in zip(gaps, tolerances, strict=True))
+
+    def _rounding(self) -> list[float]:
+        """How far each output moves when all weights change in their last digits."""
+        generator = torch.Generator().manual_seed(derive_seed(self.trial.seed, "verify", "rounding"))
+        begun = self._drawn()
+        for tensor in begun.values():
+            if tensor.is_floating_point():
+                tensor.mul_(
+                    1 + 1e-15 * torch.rand(tensor.shape, generator=generator, dtype=torch.float64, device="cpu")
+                )
+        after = self.trial.outputs(begun)
+        return [_largest(a - b) for a, b in zip(self.expected, after, strict=True)]
+
+    def refuse(self) -> None:
+        """Raise FastarError, naming the groups that change the outputs."""
+        identity = self.symmetry.identity()
+
+        def wrong(families: tuple[tuple[int, ...], ...]) -> list[str]:
+            """Names of the families that change the outputs, found by halving: a forward pass may take long."""
+            names = [self.symmetry.groups[position].name for family in families for position in family]
+            moved = Permutations({**identity, **{one: self.permutations[one] for one in names}})
+            if not families or not self.differs(self.symmetry.apply(moved, self.state)):
+                return []
+            if len(families) == 1:
+                return [" with ".join(names)]
+            half = len(families) // 2
+            return wrong(families[:half]) + wrong(families[half:])
+
+        named = wrong(self.symmetry.families)
+        raise FastarError(
+            f"permuting the groups found in {self.trial.name} changes its outputs (groups "
+            f"{', '.join(named) or 'together'}): it is not matched; an axis is left out or wrong, or its forward "
+            "depends on the order of units in a way its graph does not show"
+        )
+
+    def unseen(self) -> list[str]:
+        """What could be permuted wrongly, in this draw and those before, without changing the outputs."""
+        if not all(scale < math.inf for scale in self.scales):
+            return self.left
+        for group, member in self.places:
+            if member not in self.seen and self.differs(self._apart(group, member), SEEN):
+                self.seen.add(member)
+        held = [one for one in self._matrices() if not any(m.tensor == one for _, m in self.places)]
+        gain, positive = DRAWS[self.draw]
+        other = self.trial.state(gain, positive=positive, number=-1) if held else {}
+        for name in held:
+            if name in self.seen:
+                continue
+            if self.differs(self._with(name, other[name]), SEEN) or not self._reads(name):
+                self.seen.add(name)
+        self.left = list(self._left(held))
+        return self.left
+
+    def _reads(self, name: str) -> bool:
+        """Whether the outputs are computed from a parameter at all, a factor of 0 included: NaN passes it."""
+        try:
+            return self.differs(self._with(name, torch.full_like(self.state[name], math.nan)))
+        except FastarError:
+            return True  # the model noticed
+
+    def _matrices(self) -> list[str]:
+        """Parameters of two axes or more, by one name each."""
+        return [
+            name
+            for name, shape in self.symmetry.parameters.items()
+            if len(shape) > 1 and 0 not in shape and name in self.names
+        ]
+
+    def _with(self, name: str, tensor: Tensor) -> State:
+        """The state with another tensor under all its names."""
+        return {**self.state, **dict.fromkeys(self.names[name], tensor)}
+
+    def _apart(self, group: Group, member: Member) -> State:
+        """The state with one place of a group permuted by itself."""
+        tensor = self.state[member.tensor].clone()
+        positions = torch.from_numpy(member.positions(self.permutations[group.name].numpy(), group.size))
+        row = tensor.narrow(member.axis, member.offset, len(positions))
+        row.copy_(self.state[member.tensor].index_select(member.axis, positions))
+        return self._with(member.tensor, tensor)
+
+    def _left(self, held: list[str]) -> Iterator[str]:
+        matrices = set(self._matrices())
+        for group, member in self.places:
+            if member.tensor in matrices and member not in self.seen:
+                yield f"the order of group {group.name!r} in axis {member.axis} of {member.tensor!r}"
+        for name in held:
+            if name not in self.seen:
+                yield repr(name)
+        for group in self.symmetry.groups:
+            places = [member for whose, member in self.places if whose is group]
+            if places and not any(member in self.seen for member in places):
+                yield f"the order of group {group.name!r}"
+
+
+def moving(symmetry: Symmetry, seed: int) -> Permutations:
+    """Random permutations in which every group moves, and inside its blocks too, as far as there is more than one."""
+    chosen: dict[str, Tensor] = {}
+    for attempt in range(100):
+        drawn = symmetry.random(derive_seed(seed, "verify", attempt))
+        for family in symmetry.families:
+            groups = [symmetry.groups[position] for position in family]
+            if not all(group.name in chosen for group in groups) and all(_moves(g, drawn, symmetry) for g in groups):
+                chosen |= {group.name: drawn[group.name] for group in groups}
+        if len(chosen) == len(symmetry.groups):
+            break
+    return Permutations({group.name: chosen.get(group.name, drawn[group.name]) for group in symmetry.groups})
+
+
+def _moves(group: Group, permutations: Permutations, symmetry: Symmetry) -> bool:
+    inside = group.size if group.parent is None else group.size // symmetry.group(group.parent).size
+    if inside < 2:
+        return True
+    return bool((permutations[group.name] % inside != torch.arange(group.size, device="cpu") % inside).any())
+
+
+def _largest(values: Tensor) -> float:
+    """The largest size of a value; infinite where any is no finite number."""
+    largest = float(values.abs().max())
+    return largest if math.isfinite(largest) else math.inf

@@ -1,0 +1,272 @@
+"""What a model in training is saved as, and where its training goes on from."""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fastar.config import CheckpointSettings
+from fastar.errors import FastarError
+from fastar.runs import CHECKPOINT, RETRY, remove_checkpoints
+from fastar.runs.atomic import delete, write_atomically
+from fastar.runs.model_files import load_checkpoint, read_metadata, save_checkpoint
+from fastar.runtime.json_files import read_object, sealed, unsealed
+
+FORMAT = 1
+# Beside the best: the newest may be damaged.
+KEPT = 2
+
+
+class Resumable(Protocol):
+    """Something whose state belongs to a training."""
+
+    def save(self) -> dict[str, Tensor]:
+        """Its state; the tensors may go on changing afterwards."""
+        ...
+
+    def load(self, state: Mapping[str, Tensor]) -> None:
+        """Become what was saved."""
+        ...
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A training after `epoch` whole epochs and `step` steps of the next one."""
+
+    path: Path
+    recipe: dict[str, Any]
+    """Of the model: only the same one may go on from here."""
+    attempt: int
+    """How often the training has gone back because of losses that were not finite: part of its seeds."""
+    epoch: int
+    step: int
+    history: list[dict[str, Any]]
+    """What is known of each whole epoch."""
+    so_far: dict[str, Any]
+    """What is known of the epoch that is not whole."""
+    tensors: dict[str, Tensor]
+    """By name: a part's own names after the part's and a slash; losses [step]; random generators' states."""
+
+    def of(self, part: str) -> dict[str, Tensor]:
+        """The tensors of one part."""
+        return {name.partition("/")[2]: value for name, value in self.tensors.items() if name.startswith(f"{part}/")}
+
+
+class TrainingCheckpoints:
+    """The checkpoints of one model in training: files `epoch-..-step-...safetensors` in a folder of its own.
+
+    The last two are kept, and that with the lowest loss over an epoch. `parts` is what belongs to the training beside
+    the step, by name; `attempt` is of the training that is saved, and `back_to` the checkpoint that it last went back
+    to (None: to the beginning, or never); `remember` keeps both, since no checkpoint may follow.
+
+    Args:
+        folder: made with the first checkpoint.
+        recipe: of the model.
+        settings: when to save.
+        say: told of damaged checkpoints.
+        clock: seconds.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        recipe: Mapping[str, Any],
+        settings: CheckpointSettings,
+        *,
+        say: Callable[[str], None] = lambda line: None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.folder = folder
+        self.attempt = 0
+        self.back_to: str | None = None
+        self.parts: Mapping[str, Resumable] = {}
+        self._recipe = dict(recipe)
+        self._settings = settings
+        self._say = say
+        self._clock = clock
+        self._last = clock()
+        self._losses: dict[Path, float] | None = None
+
+    def paths(self) -> list[Path]:
+        """The checkpoints that are there, the oldest first."""
+        return sorted(path for path in self.folder.glob("epoch-*") if CHECKPOINT.fullmatch(path.name))
+
+    def newest(self) -> Saved | None:
+        """The newest whole checkpoint; damaged ones after it are deleted. None: there is none.
+
+        Raises:
+            FastarError: one that may be whole, but is of another version of fastar or cannot be read now.
+        """
+        for path in reversed(self.paths()):
+            _check_readable(path)
+            try:
+                found = load_checkpoint(path, own=True)
+                metadata = found.metadata
+                if metadata.get("format") != FORMAT:
+                    break
+                saved = Saved(path, **{k: v for k, v in metadata.items() if k in _SAVED}, tensors=dict(found.state))
+                losses = saved.tensors.get("losses")
+                if losses is None or len(losses) != saved.step or len(saved.history) != saved.epoch:
+                    raise FastarError(f"{path}: its epochs and steps are not those that its losses are of (damaged)")
+                return saved
+            except (FastarError, TypeError) as error:
+                self._say(f"{error}; going on from the one before")
+                self.drop(path)
+        else:
+            return None
+        what = "saved by another version of fastar; go on with that one"
+        raise FastarError(f"{path}: {what}, or delete the file to go on from the one before")
+
+    def remember(self) -> None:
+        """Write down `attempt` and `back_to`: a process that is killed before the next checkpoint goes on with them.
+
+        Raises:
+            FastarError: the file cannot be written.
+        """
+        content = {"recipe": self._recipe, "attempt": self.attempt, "back_to": self.back_to}
+        write_atomically(self.folder / RETRY, (json.dumps(sealed(content)) + "\n").encode())
+
+    def recall(self, saved: Saved | None) -> None:
+        """Take `attempt` and `back_to` from what was written down for this recipe, or from `saved` if that is later."""
+        self.attempt, self.back_to = (0 if saved is None else saved.attempt), None
+        try:
+            content, _ = unsealed(read_object(self.folder / RETRY))
+            attempt, back_to, of = content["attempt"], content["back_to"], content["recipe"]
+            if type(attempt) is not int or not isinstance(back_to, str | None):
+                raise TypeError("attempt is to be a number, back_to a name")
+        except FileNotFoundError:
+            return
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            self._say(f"{self.folder / RETRY}: damaged ({error}); going on without it")
+            return
+        if of == json.loads(json.dumps(self._recipe)) and attempt >= self.attempt:
+            self.attempt, self.back_to = attempt, back_to
+
+    def due_within(self) -> bool:
+        """Whether it is time to save within an epoch."""
+        minutes = self._settings.minutes
+        return minutes > 0 and self._clock() - self._last >= 60 * minutes
+
+    def due_after(self, epochs: int) -> bool:
+        """Whether it is time to save after so many whole epochs."""
+        every = self._settings.epochs
+        return every > 0 and epochs % every == 0 and self._clock() - self._last >= self._settings.seconds
+
+    def save(
+        self,
+        step: Resumable,
+        device: torch.device,
+        *,
+        epoch: int,
+        steps: int,
+        history: Sequence[Mapping[str, Any]],
+        so_far: Mapping[str, Any],
+        losses: Tensor,
+        loss: float = math.inf,
+    ) -> bool:
+        """Save the training after `epoch` whole epochs and `steps` steps of the next; whether it was worth it.
+
+        A state that is not finite is not: the next loss will tell.
+
+        Args:
+            losses: [steps], of these steps.
+            loss: mean over the epoch that has just become whole.
+
+        Raises:
+            FastarError: the file cannot be written; those before it are kept.
+        """
+        tensors = {"losses": losses, "random/cpu": torch.get_rng_state()}
+        if device.type == "cuda":
+            tensors["random/cuda"] = torch.cuda.get_rng_state(device)
+        for part, of in {**self.parts, "step": step}.items():
+            tensors |= {f"{part}/{name}": value for name, value in of.save().items()}
+        tensors = {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
+        self._last = self._clock()
+        if not all(bool(torch.isfinite(value).all()) for value in tensors.values() if value.is_floating_point()):
+            return False
+        path = self.folder / f"epoch-{epoch:05d}-step-{steps:08d}.safetensors"
+        metadata = {
+            "format": FORMAT,
+            "recipe": self._recipe,
+            "attempt": self.attempt,
+            "epoch": epoch,
+            "step": steps,
+            "history": [dict(entry) for entry in history],
+            "so_far": dict(so_far),
+            "loss": None if math.isinf(loss) else loss,
+        }
+        save_checkpoint(path, tensors, metadata)
+        known = self._known_losses()
+        known[path] = loss
+        best = min(known, key=lambda one: known[one])
+        for old in self.paths()[:-KEPT]:
+            if old != best or math.isinf(known[best]):
+                self.drop(old)
+        self._last = self._clock()
+        return True
+
+    def restore(self, saved: Saved, step: Resumable, device: torch.device) -> None:
+        """Bring the step, the other parts and torch's random generators back to what was saved."""
+        for part, of in {**self.parts, "step": step}.items():
+            of.load(saved.of(part))
+        generators = saved.of("random")
+        torch.set_rng_state(generators["cpu"])
+        if device.type == "cuda" and "cuda" in generators:
+            torch.cuda.set_rng_state(generators["cuda"], device)
+        self._last = self._clock()
+
+    def drop(self, path: Path) -> None:
+        """Delete one checkpoint."""
+        delete(path)
+        self._known_losses().pop(path, None)
+
+    def remove(self) -> None:
+        """Delete all: the model is finished."""
+        remove_checkpoints(self.folder)
+
+    def _known_losses(self) -> dict[Path, float]:
+        if self._losses is None:
+            self._losses = {}
+            for path in self.paths():
+                try:
+                    loss = read_metadata(path, own=True).get("loss")
+                except FastarError:  # damaged: never the best
+                    loss = None
+                self._losses[path] = math.inf if loss is None else float(loss)
+        return self._losses
+
+
+_SAVED = {"recipe", "attempt", "epoch", "step", "history", "so_far"}
+
+
+def _check_readable(path: Path) -> None:
+    if path.exists() and not path.is_file():
+        raise FastarError(f"{path}: is not a file, and has the name of a checkpoint; move it away")
+    try:
+        with path.open("rb") as file:
+            file.read(1)
+    except OSError as error:
+        raise FastarError(
+            f"{path}: cannot be read ({error.strerror}); make it readable, or delete it to go on from the one before"
+        ) from error
+
+
+def copy_into(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    """Copy `state` into `tensors` of the same names and shapes, in place.
+
+    Raises:
+        FastarError: names or shapes differ.
+    """
+    if tensors.keys() != state.keys() or any(state[name].shape != value.shape for name, value in tensors.items()):
+        raise FastarError("a checkpoint of a training does not fit it; delete it to begin this model anew")
+    with torch.no_grad():
+        for name, value in tensors.items():
+            value.copy_(state[name])

@@ -1,0 +1,243 @@
+"""What is timed: steps and epochs of networks of one architecture on random images."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from bench.lines import CannotRun
+from fastar import matching
+from fastar.config import MatchingSettings, StarSettings, TrainSettings
+from fastar.data import Augmentation, DeviceDataset
+from fastar.errors import FastarError
+from fastar.experiments.session import EXAMPLE_BATCHES, LOOKED_AT, resolve_device
+from fastar.experiments.star import match_store
+from fastar.flat import FlatLayout
+from fastar.matching import KeptActivations, SeenSources, UnitActivations, kept_bytes
+from fastar.models import build_model, parameter_count
+from fastar.runtime.device import simulated
+from fastar.symmetry import derive_symmetry
+from fastar.training import RegularStep, SourcesStore, StarStep, fit, resolve_precision
+
+Method = Literal["weight", "activation"]
+# Steps of a benchmark's epoch: a star step draws anew after so many.
+EPOCH = 1000
+
+
+def matching_threads(device: torch.device) -> int:
+    """CPU threads to match with: as a run has them, but on a CPU as many as torch."""
+    return matching.matching_threads(device, torch.get_num_threads())
+
+
+def add_problem_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of a tool that times or profiles training; `problem_of` reads them."""
+    parser.add_argument("--arch", default="resnet18")
+    parser.add_argument("--width", type=float, help="the architecture's width setting")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--size", type=int, default=32, help="height and width of the images")
+    parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
+    parser.add_argument("--optimizer", default="sgd", choices=["sgd", "adam", "adamw"])
+    parser.add_argument("--sources", type=int, default=3)
+    parser.add_argument("--store", default="auto", choices=["auto", "device", "host", "file"])
+    parser.add_argument("--cudnn-benchmark", action="store_true", help="let cuDNN time its algorithms, in every case")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def problem_of(arguments: argparse.Namespace) -> Problem:
+    """The problem that the options describe.
+
+    Raises:
+        FastarError: a value out of range, or a precision that the device lacks.
+    """
+    if arguments.batch < 2 or arguments.sources < 1 or arguments.size < 1:
+        raise FastarError("--batch must be at least 2, --sources and --size at least 1")
+    device = resolve_device(arguments.device)
+    resolve_precision(arguments.precision, device)
+    torch.backends.cudnn.benchmark = arguments.cudnn_benchmark
+    settings = TrainSettings(
+        lr=1e-3,
+        batch_size=arguments.batch,
+        precision=arguments.precision,
+        optimizer=arguments.optimizer,
+        schedule="constant",
+    )
+    return Problem(
+        arguments.arch, device, settings, arguments.sources, arguments.size, arguments.width, arguments.store
+    )
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Networks of one architecture on random images: what steps and epochs are timed on."""
+
+    arch: str
+    device: torch.device
+    settings: TrainSettings
+    sources: int
+    size: int = 32
+    width: float | None = None
+    store: str = "auto"
+    classes: int = 10
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return (3, self.size, self.size)
+
+    def network(self, seed: int) -> nn.Module:
+        """A fresh network on the device."""
+        width = self.width
+        options = {} if width is None else {"width": int(width) if width == int(width) else width}
+        model = build_model(self.arch, input_shape=self.shape, classes=self.classes, seed=seed, **options)
+        return model.to(self.device)
+
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """One batch of images (channels-last) and labels."""
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(
+            self.settings.batch_size, *self.shape, generator=generator, dtype=torch.float32, device="cpu"
+        )
+        labels = torch.randint(self.classes, (len(images),), generator=generator, device="cpu")
+        return images.to(self.device).to(memory_format=torch.channels_last), labels.to(self.device)
+
+    def dataset(self, count: int) -> DeviceDataset:
+        """Random images with CIFAR's augmentation; each class is brighter than the one before, so as to be learnt."""
+        generator = torch.Generator().manual_seed(1)
+        labels = torch.randint(self.classes, (count,), generator=generator, device="cpu")
+        images = torch.randint(
+            0, 156, (count, self.size, self.size, 3), generator=generator, device="cpu"
+        ) + 10 * labels.view(-1, 1, 1, 1)
+        return DeviceDataset(
+            images.to(torch.uint8).to(self.device),
+            labels.to(self.device),
+            classes=self.classes,
+            mean=(0.5,) * 3,
+            std=(0.25,) * 3,
+            augmentation=Augmentation(pad=4, flip=True),
+        )
+
+    def endless(self, step: RegularStep | StarStep) -> Callable[[], object]:
+        """`step` again and again on one batch, epochs begun as needed."""
+        images, labels = self.batch()
+        lr = torch.tensor(self.settings.lr, device=self.device, dtype=torch.float32)
+        numbers = itertools.count()
+
+        def run() -> object:
+            number = next(numbers)
+            if number % EPOCH == 0:
+                step.begin_epoch(number // EPOCH, EPOCH)
+            return step(images, labels, lr)
+
+        return run
+
+    def changed(self, **changes: Any) -> TrainSettings:
+        """The settings with these changes.
+
+        Raises:
+            CannotRun: this machine cannot do what they ask for.
+        """
+        settings = self.settings.model_copy(update=changes)
+        if self.device.type == "cpu" and settings.graph:
+            raise CannotRun("CUDA graphs need a GPU")
+        if self.device.type == "cpu" and settings.precision == "fp16":
+            raise CannotRun("fp16 needs a GPU")
+        if self.device.type == "cuda" and settings.compile and simulated():
+            raise CannotRun("nothing is compiled for the simulated GPU")
+        return settings
+
+    def regular_step(self, **changes: Any) -> RegularStep:
+        """A regular step on a fresh network; `changes` of `settings`."""
+        return RegularStep(self.network(0), self.changed(**changes))
+
+    def trained(self, data: DeviceDataset | None) -> list[dict[str, Tensor]]:
+        """State dicts of fresh networks, theta and then the sources, that have seen an epoch of `data` each, if any."""
+        models = [self.network(n) for n in range(1 + self.sources)]
+        if data is not None:
+            for n, model in enumerate(models):
+                fit(RegularStep(model, self.settings), data, self.settings, name=str(n), seed=n, epochs=1)
+        return [{name: value.detach().float() for name, value in model.state_dict().items()} for model in models]
+
+    def star_step(
+        self,
+        *,
+        fuse: bool = True,
+        matching: Method | None = None,
+        states: Sequence[dict[str, Tensor]] | None = None,
+        **changes: Any,
+    ) -> StarStep:
+        """A star step on `states` (theta's and the sources'; fresh ones by default), matched at the start of every
+        epoch by the method `matching`, or never."""
+        settings = self.changed(**changes)
+        theta, *others = self.trained(None) if states is None else states
+        model = self.network(0)
+        model.load_state_dict(theta)
+        store, match = self._matched_by(matching, model, others)
+        star = StarSettings(match_every_epochs=int(matching is not None))
+        return StarStep(model, settings, star, store, seed=0, match=match, fuse=fuse)
+
+    def _matched_by(
+        self, method: Method | None, model: nn.Module, states: list[dict[str, Tensor]]
+    ) -> tuple[SourcesStore, Callable[[Tensor, SourcesStore, int], None]]:
+        """The sources, and what matches them to theta as a run does."""
+        names = [str(n) for n in range(self.sources)]
+        layout = FlatLayout.from_module(model)
+        if method is None:
+            return SourcesStore(
+                layout, states, names, self.device, store=self.store
+            ), lambda theta, sources, epoch: None
+        name = [self.arch, {"width": self.width}, list(self.shape), self.classes]
+        symmetry = derive_symmetry(
+            self.network(0).cpu(), (torch.zeros(2, *self.shape, dtype=torch.float32, device="cpu"),), name=name
+        )
+        chosen = MatchingSettings(method=method)
+        images = []
+        if chosen.by_activations:
+            size = min(self.settings.batch_size, LOOKED_AT)
+            images = [batch.cpu() for batch, _ in self.dataset(EXAMPLE_BATCHES * size).sequential(size)]
+        beside = kept_bytes(model, symmetry, images) if images else 0
+        store = SourcesStore(layout, states, names, self.device, store=self.store, beside=beside)
+        seen = None
+        if images:
+            look = UnitActivations(model, symmetry, images, self.device)
+            kept = KeptActivations(look, states, names, place=store.make_beside)
+            seen = SeenSources.all_of(kept, symmetry.identity(self.sources))
+        calls = itertools.count()
+
+        def match(theta: Tensor, sources: SourcesStore, epoch: int) -> None:
+            nonlocal seen
+            moves, _, _ = match_store(
+                symmetry,
+                theta,
+                sources,
+                chosen,
+                start=symmetry.identity() if next(calls) else None,
+                seed=epoch,
+                threads=matching_threads(self.device),
+                seen=seen,
+            )
+            seen = None if seen is None else seen.then(moves)
+
+        return store, match
+
+    @cached_property
+    def parameters(self) -> int:
+        """How many the network has."""
+        return parameter_count(self.network(0))
+
+    def facts(self) -> dict[str, Any]:
+        """What a line says of the problem."""
+        return {
+            "arch": self.arch,
+            "parameters": self.parameters,
+            "batch": self.settings.batch_size,
+            "size": self.size,
+            "precision": str(resolve_precision(self.settings.precision, self.device)).removeprefix("torch."),
+            "sources": self.sources,
+            "cudnn_benchmark": torch.backends.cudnn.benchmark,
+        }
