@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -91,3 +92,31 @@ def test_kernels_of_another_fastar_are_not_taken(tmp_path: Path) -> None:
 def test_python_m_fastar_is_the_command() -> None:
     done = subprocess.run([sys.executable, "-m", "fastar", "--version"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, f"fastar {__version__}\n", "")
+
+
+def test_results_are_shown_as_tables(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    quantiles = {"median": 1.04, "q25": 1.02, "q75": 1.0512}
+    lines = [
+        {"bench": "step", "case": "star", "arch": "resnet18", "batch": 128, "n": 5, "of_regular": quantiles},
+        {"bench": "step", "case": "graph", "error": "no luck"},
+    ]
+    record = {
+        "device": "a GPU",
+        "date": "2026-01-02",
+        "versions": {"torch": "2.13.0", "commit": "abc"},
+        "parts": [{"part": "steps", "exit_code": 1, "lines": lines}],
+    }
+    file = tmp_path / "results.json"
+    file.write_text(json.dumps(record))
+    tool = str(ROOT / "tools" / "show_results.py")
+    monkeypatch.setattr(sys, "argv", [tool, str(file)])
+    runpy.run_path(tool, run_name="__main__")
+    shown = capsys.readouterr().out
+    assert "| step | star | arch resnet18, batch 128 | 5 | of_regular 1.04 (1.02 to 1.05) |" in shown
+    assert "| step | graph |  |  | no luck |" in shown
+    assert "Failed or not finished: steps." in shown
+    file.write_text('{"parts": []}')
+    with pytest.raises(SystemExit, match=r"results\.json: not a file of"):
+        runpy.run_path(tool, run_name="__main__")

@@ -338,24 +338,24 @@ def test_benchmarks_print_a_line_per_case(
 
 
 @pytest.mark.parametrize(
-    ("name", "arguments", "parts"),
+    ("what", "arguments", "parts"),
     [
-        ("profile_step.py", ["--steps", "3"], ["interpolate", "forward", "backward", "update"]),
+        ("step", ["--steps", "3"], ["interpolate", "forward", "backward", "update"]),
         (
-            "profile_epoch.py",
+            "epoch",
             ["--images", "40"],
             ["matching", "load", "augment", "interpolate", "forward", "backward", "update", "evaluation"],
         ),
     ],
 )
 def test_profiles_print_their_parts(
-    name: str,
+    what: str,
     arguments: list[str],
     parts: list[str],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    printed = run_tool(name, [*TINY, *arguments], monkeypatch, capsys)
+    printed = run_tool("profile_training.py", [what, *TINY, *arguments], monkeypatch, capsys)
     table = printed[printed.index("\npart ") :].splitlines()[2:]
     assert [line.split()[0] for line in table] == [*parts, "other", "all", "idle", "peak"]
     assert "aten::addmm" in printed

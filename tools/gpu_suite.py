@@ -12,8 +12,8 @@ that it started, and keeps the lines it had: run it again with --only and a larg
 Every line is written to `OUT/<device>-<date>[-call-N].json` as it comes, with device, driver, versions, commit and
 date; what fails, or cannot be done on this machine, is recorded as that. Needs no network, and fastar need not be
 installed: what it imports may be wheels on PYTHONPATH (tools/pack_wheels.sh); in a copy without .git, --commit (or
-FASTAR_COMMIT) names the commit. Put the files into tools/results; `python tools/performance_table.py --write` then
-writes README's table. `--small` tries the suite itself with small problems, `--cpu` the same on a CPU; nothing of that
+FASTAR_COMMIT) names the commit. Put the files into tools/results; `python tools/show_results.py FILE` prints them as
+tables. `--small` tries the suite itself with small problems, `--cpu` the same on a CPU; nothing of that
 is published as a GPU's figure. Exit code 1: a part failed, or was not finished.
 """
 
@@ -50,7 +50,7 @@ sys.path.insert(0, str(ROOT))
 from bench import where  # noqa: E402
 
 from fastar.errors import FastarError  # noqa: E402
-from fastar.runs.model_files import write_atomically  # noqa: E402
+from fastar.runs.atomic import write_atomically  # noqa: E402
 
 
 @dataclass(frozen=True)
