@@ -6,7 +6,6 @@ import torch
 import triton
 import triton.language as tl
 
-from .dispatch import launch_device
 from .next_point import NextPoint
 from .update import next_arguments, write_block
 
@@ -52,7 +51,6 @@ def _adam_update_kernel(
     GUARDED: tl.constexpr,
     NEXT: tl.constexpr,
     INDEXED: tl.constexpr,
-    CLEAR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -79,7 +77,6 @@ def _adam_update_kernel(
     updated = shrunk - size * (first / (tl.sqrt(second) / root + eps))
     write_block(
         theta_ptr,
-        gradient_ptr,
         source_ptr,
         t_ptr,
         index_ptr,
@@ -93,7 +90,6 @@ def _adam_update_kernel(
         row_stride,
         NEXT,
         INDEXED,
-        CLEAR,
     )
 
 
@@ -112,12 +108,11 @@ def launch(
     decoupled: bool,
     found_nonfinite: torch.Tensor | None,
     next_point: NextPoint | None,
-    clear_gradient: bool,
 ) -> None:
     """The kernel over arguments that `operations.adam_update` has checked."""
     numel = theta.numel()
     beta1, beta2 = betas
-    with launch_device(theta.device):
+    with torch.cuda.device_of(theta):  # Triton launches on the current device
         _adam_update_kernel[(triton.cdiv(numel, BLOCK),)](
             theta,
             gradient,
@@ -140,7 +135,6 @@ def launch(
             eps=eps,
             DECOUPLED=decoupled,
             GUARDED=found_nonfinite is not None,
-            CLEAR=clear_gradient,
             BLOCK=BLOCK,
             **next_arguments(theta, next_point),
             # Named, because Triton's default changes with its version.

@@ -4,7 +4,6 @@ import functools
 import logging
 import os
 import subprocess
-from contextlib import AbstractContextManager, nullcontext
 from typing import Literal
 
 import torch
@@ -25,11 +24,6 @@ def backend(device: torch.device | str) -> Backend:
     setting = os.environ.get(SETTING, "auto")
     interpreted = os.environ.get("TRITON_INTERPRET", "0") in ("1", "true", "on", "yes", "y")
     return _choose(torch.device(device).type, setting, interpreted)
-
-
-def launch_device(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current CUDA device: make `device` the current one."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 @functools.cache

@@ -4,8 +4,6 @@ import torch
 import triton
 import triton.language as tl
 
-from .dispatch import launch_device
-
 BLOCK = 1024
 
 
@@ -59,7 +57,7 @@ def launch(
     """The kernel over arguments that `operations.interpolate` has checked."""
     numel = theta.numel()
     rows, row_stride = (1, 0) if index is None else (source.shape[0], source.stride(0))
-    with launch_device(theta.device):
+    with torch.cuda.device_of(theta):  # Triton launches on the current device
         _interpolate_kernel[(triton.cdiv(numel, BLOCK),)](
             theta,
             source,

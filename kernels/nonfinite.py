@@ -4,8 +4,6 @@ import torch
 import triton
 import triton.language as tl
 
-from .dispatch import launch_device
-
 BLOCK = 4096
 
 
@@ -22,5 +20,5 @@ def _find_nonfinite_kernel(values_ptr, found_ptr, numel, BLOCK: tl.constexpr):
 def launch(values: torch.Tensor, found: torch.Tensor) -> None:
     """The kernel over arguments that `operations.find_nonfinite` has checked."""
     numel = values.numel()
-    with launch_device(values.device):
+    with torch.cuda.device_of(values):  # Triton launches on the current device
         _find_nonfinite_kernel[(triton.cdiv(numel, BLOCK),)](values, found, numel, BLOCK=BLOCK)

@@ -58,7 +58,6 @@ def sgd_update(
     nesterov: bool,
     found_nonfinite: torch.Tensor | None = None,
     next_point: NextPoint | None = None,
-    clear_gradient: bool = False,
 ) -> None:
     """One pass of SGD over the star parameters, in place (Algorithm 1, the update; torch.optim.SGD with dampening 0).
 
@@ -67,7 +66,7 @@ def sgd_update(
         theta = theta - lr * (v + momentum * buf if nesterov else buf)
 
     theta, momentum_buffer: fp32 [P], updated; the buffer starts as zeros (with momentum 0 it is left alone, or None).
-    gradient: fp32, bf16 or fp16 [P], unchanged, or zeros afterwards with `clear_gradient`. lr, scale (1 - t; 1 in
+    gradient: fp32, bf16 or fp16 [P], unchanged. lr, scale (1 - t; 1 in
     regular training), inverse_loss_scale: fp32 0-d tensors on the device. Weight decay is not scaled by 1 - t.
     found_nonfinite: fp32 0-d; where it is not zero neither theta nor the buffer changes, so that a step whose scaled
     loss overflowed is skipped without a host synchronisation. next_point: also written, from the theta that is left;
@@ -102,7 +101,6 @@ def sgd_update(
             bool(nesterov),
             found_nonfinite,
             next_point,
-            bool(clear_gradient),
         )
 
 
@@ -122,7 +120,6 @@ def adam_update(
     decoupled: bool,
     found_nonfinite: torch.Tensor | None = None,
     next_point: NextPoint | None = None,
-    clear_gradient: bool = False,
 ) -> None:
     """One pass of Adam (L2 decay) or, `decoupled`, AdamW over the star parameters, in place (torch.optim.Adam, AdamW).
 
@@ -170,7 +167,6 @@ def adam_update(
             bool(decoupled),
             found_nonfinite,
             next_point,
-            bool(clear_gradient),
         )
 
 

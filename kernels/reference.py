@@ -51,7 +51,6 @@ def sgd_update(
     nesterov: bool,
     found_nonfinite: torch.Tensor | None,
     next_point: NextPoint | None,
-    clear_gradient: bool,
 ) -> None:
     """`operations.sgd_update` over checked arguments."""
     factor = scale * inverse_loss_scale
@@ -59,7 +58,8 @@ def sgd_update(
         _sgd_update_on_device(
             theta, gradient, momentum_buffer, lr, factor, weight_decay, momentum, nesterov, found_nonfinite
         )
-        _finish_on_device(theta, gradient, next_point, clear_gradient)
+        if next_point is not None:
+            _interpolate_on_device(theta, next_point)
         return
     rate = float(lr)
 
@@ -78,7 +78,7 @@ def sgd_update(
             is_first_step=False,
         )
 
-    _update_in_blocks(update, theta, gradient, float(factor), found_nonfinite, next_point, clear_gradient)
+    _update_in_blocks(update, theta, gradient, float(factor), found_nonfinite, next_point)
 
 
 def adam_update(
@@ -96,7 +96,6 @@ def adam_update(
     decoupled: bool,
     found_nonfinite: torch.Tensor | None,
     next_point: NextPoint | None,
-    clear_gradient: bool,
 ) -> None:
     """`operations.adam_update` over checked arguments."""
     factor = scale * inverse_loss_scale
@@ -114,7 +113,8 @@ def adam_update(
             decoupled,
             found_nonfinite,
         )
-        _finish_on_device(theta, gradient, next_point, clear_gradient)
+        if next_point is not None:
+            _interpolate_on_device(theta, next_point)
         return
     rate, steps = float(lr), [steps_done + 1]
     fused = torch._fused_adamw_ if decoupled else torch._fused_adam_
@@ -137,7 +137,7 @@ def adam_update(
             maximize=False,
         )
 
-    _update_in_blocks(update, theta, gradient, float(factor), found_nonfinite, next_point, clear_gradient)
+    _update_in_blocks(update, theta, gradient, float(factor), found_nonfinite, next_point)
 
 
 def find_nonfinite(values: torch.Tensor, found: torch.Tensor) -> None:
@@ -154,13 +154,12 @@ def _update_in_blocks(
     factor: float,
     found_nonfinite: torch.Tensor | None,
     next_point: NextPoint | None,
-    clear_gradient: bool,
 ) -> None:
-    """`update(block, factor * gradient[block])`, the next point and the clearing, while each block is in cache."""
+    """`update(block, factor * gradient[block])`, and the next point, while each block is in cache."""
     point = None if next_point is None else _PointOnCpu.of(next_point)  # refuses before anything changes
     skipped = found_nonfinite is not None and float(found_nonfinite) != 0
     ready = gradient.dtype == torch.float32 and factor == 1  # as in regular training: no scratch
-    whole = ready and point is None and not clear_gradient  # one call is enough
+    whole = ready and point is None  # one call is enough
     size = theta.numel() if whole else min(BLOCK, theta.numel())
     scratch = torch.empty(0 if whole else size, dtype=torch.float32, device="cpu")
     for block in _blocks(theta.numel(), size):
@@ -173,8 +172,6 @@ def _update_in_blocks(
             elif not ready:
                 torch.mul(given, factor, out=step)
             update(block, step)
-        if clear_gradient:
-            given.zero_()
         if point is not None:
             point.write(theta, block, scratch)
 
@@ -222,15 +219,6 @@ def _interpolate_on_device(theta: torch.Tensor, point: NextPoint) -> None:
         torch.lerp(theta, row.float(), point.t, out=point.out)
     else:
         point.out.copy_(torch.lerp(theta, row.float(), point.t))
-
-
-def _finish_on_device(
-    theta: torch.Tensor, gradient: torch.Tensor, next_point: NextPoint | None, clear_gradient: bool
-) -> None:
-    if clear_gradient:
-        gradient.zero_()
-    if next_point is not None:
-        _interpolate_on_device(theta, next_point)
 
 
 def _sgd_update_on_device(

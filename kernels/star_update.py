@@ -4,7 +4,6 @@ import torch
 import triton
 import triton.language as tl
 
-from .dispatch import launch_device
 from .next_point import NextPoint
 from .update import next_arguments, write_block
 
@@ -34,7 +33,6 @@ def _sgd_update_kernel(
     GUARDED: tl.constexpr,
     NEXT: tl.constexpr,
     INDEXED: tl.constexpr,
-    CLEAR: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -54,7 +52,6 @@ def _sgd_update_kernel(
     updated = theta - lr * step
     write_block(
         theta_ptr,
-        gradient_ptr,
         source_ptr,
         t_ptr,
         index_ptr,
@@ -68,7 +65,6 @@ def _sgd_update_kernel(
         row_stride,
         NEXT,
         INDEXED,
-        CLEAR,
     )
 
 
@@ -84,11 +80,10 @@ def launch(
     nesterov: bool,
     found_nonfinite: torch.Tensor | None,
     next_point: NextPoint | None,
-    clear_gradient: bool,
 ) -> None:
     """The kernel over arguments that `operations.sgd_update` has checked."""
     numel = theta.numel()
-    with launch_device(theta.device):
+    with torch.cuda.device_of(theta):  # Triton launches on the current device
         _sgd_update_kernel[(triton.cdiv(numel, BLOCK),)](
             theta,
             gradient,
@@ -103,7 +98,6 @@ def launch(
             MOMENTUM=momentum_buffer is not None,
             NESTEROV=nesterov,
             GUARDED=found_nonfinite is not None,
-            CLEAR=clear_gradient,
             BLOCK=BLOCK,
             **next_arguments(theta, next_point),
             # Named, because Triton's default changes with its version.

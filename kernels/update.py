@@ -13,7 +13,6 @@ from .next_point import NextPoint
 @triton.jit
 def write_block(
     theta_ptr,
-    gradient_ptr,
     source_ptr,
     t_ptr,
     index_ptr,
@@ -27,15 +26,12 @@ def write_block(
     row_stride,
     NEXT: tl.constexpr,
     INDEXED: tl.constexpr,
-    CLEAR: tl.constexpr,
 ):
-    """Store the updated theta; with CLEAR zero the gradient; with NEXT write the next point, of the theta now stored.
+    """Store the updated theta; with NEXT write the next point, of the theta now stored.
 
     kept: where the step counts (`mask`, or nowhere in a step that is skipped); the rest is done all the same.
     """
     tl.store(theta_ptr + offsets, updated, mask=kept)
-    if CLEAR:
-        tl.store(gradient_ptr + offsets, 0.0, mask=mask)
     if NEXT:
         theta = tl.where(kept, updated, theta)
         source = read_source(source_ptr, index_ptr, offsets, mask, rows, row_stride, INDEXED)

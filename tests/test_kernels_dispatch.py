@@ -152,8 +152,8 @@ for capability in (80, 90):
               "log_beta2", "eps")
     types = {"gradient_ptr": "*bf16", "numel": "i32", "rows": "i32", "row_stride": "i32", "index_ptr": "*i64",
              "out_ptr": "*bf16", **dict.fromkeys(floats, "fp32")}
-    plain = {"NEXT": False, "INDEXED": False, "CLEAR": False, "BLOCK": 1024}
-    following = {"NEXT": True, "INDEXED": True, "CLEAR": True, "BLOCK": 1024}
+    plain = {"NEXT": False, "INDEXED": False, "BLOCK": 1024}
+    following = {"NEXT": True, "INDEXED": True, "BLOCK": 1024}
     for guarded in (False, True):
         for also in (plain, following):
             name = f"{guarded} {also['NEXT']} {capability}"
@@ -170,7 +170,7 @@ ptx(_interpolate_kernel, {"index_ptr": "*i64", "source_ptr": "*bf16", "out_ptr":
 types = {**types, "gradient_ptr": "*fp16", "source_ptr": "*bf16", "out_ptr": "*fp16"}
 for next_point in (False, True):
     single = {"numel": 1, "rows": 1, "row_stride": 1, "GUARDED": True, "BLOCK": 1024,
-              "NEXT": next_point, "INDEXED": next_point, "CLEAR": next_point}
+              "NEXT": next_point, "INDEXED": next_point}
     ptx(_sgd_update_kernel, types, {**single, "MOMENTUM": False, "NESTEROV": False}, 80, wide=())
     ptx(_adam_update_kernel, types, {**single, "DECOUPLED": False}, 80, wide=())
 ptx(_find_nonfinite_kernel, {"values_ptr": "*fp16"}, {"numel": 1, "BLOCK": 4096}, 80, wide=())

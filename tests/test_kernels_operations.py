@@ -453,25 +453,6 @@ def test_an_update_writes_the_next_point(
                 assert_only_inside_written(whole, size)
 
 
-@pytest.mark.parametrize("found", [0.0, 1.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["sgd", "adam"])
-def test_an_update_clears_the_gradient(
-    device: torch.device, random: Callable[..., torch.Tensor], kind: str, dtype: torch.dtype, found: float
-) -> None:
-    for size in SIZES:
-        theta, state = random(size), [random(size), random(size).abs()]
-        whole, gradient = guarded(size, dtype, device)
-        gradient.copy_(random(size))
-        apart, apart_state = theta.clone(), [buffer.clone() for buffer in state]
-        guard = {"found_nonfinite": scalar(found, device)}
-        update_with(kind, apart, gradient, apart_state, **guard)
-        update_with(kind, theta, gradient, state, clear_gradient=True, **guard)
-        assert torch.equal(theta, apart)
-        assert (gradient == 0).all()  # of a skipped step too: it must not be added to the next one's
-        assert_only_inside_written(whole, size)
-
-
 @pytest.mark.parametrize("kind", ["sgd", "adam"])
 def test_a_next_point_outside_the_store_is_refused_or_shown(path: str, device: torch.device, kind: str) -> None:
     theta, sources = torch.ones(50, device=device), torch.ones(3, 50, device=device)
@@ -530,7 +511,7 @@ def test_empty_buffers_are_left_alone(device: torch.device) -> None:
     assert interpolate(empty, empty, one, empty) is empty
     scalars = {"lr": one, "scale": one, "inverse_loss_scale": one}
     point = NextPoint(empty, one, empty)
-    sgd_update(empty, empty, empty, **scalars, **SETTINGS[0], next_point=point, clear_gradient=True)
+    sgd_update(empty, empty, empty, **scalars, **SETTINGS[0], next_point=point)
     adam_update(empty, empty, empty, empty, steps_done=one, **scalars, **ADAM_SETTINGS[0], next_point=point)
     found = scalar(0.0, device)
     find_nonfinite(empty, found)

@@ -5,16 +5,13 @@ in such a row (fp32 training in place), and `WorkingWeights` makes it live in a 
 step (the star step, and AMP), while the caller keeps the fp32 master row.
 """
 
-from fastar.flat.fused import check_kernels
 from fastar.flat.layout import FlatEntry, FlatLayout
-from fastar.flat.parameters import FlatParameters, GradientMode, WorkingWeights, default_gradient_mode
+from fastar.flat.parameters import FlatParameters, WorkingWeights, check_kernels
 
 __all__ = [
     "FlatEntry",
     "FlatLayout",
     "FlatParameters",
-    "GradientMode",
     "WorkingWeights",
     "check_kernels",
-    "default_gradient_mode",
 ]

@@ -1,6 +1,5 @@
 """Where each parameter of an architecture lies in a flat buffer."""
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import zip_longest
@@ -132,13 +131,6 @@ class FlatLayout:
             for name, view in self.views(buffer).items()
         }
         return {**copies, **{alias: copies[name] for alias, name in self.aliases}}
-
-    @property
-    def digest(self) -> str:
-        """A hex digest of names, shapes and ties: equal for models of the same architecture, on any machine."""
-        text = "\n".join(f"{entry.name} {entry.shape}" for entry in self.entries)
-        ties = "\n".join(f"{alias} = {name}" for alias, name in self.aliases)
-        return hashlib.sha256(f"{text}\n{ties}".encode()).hexdigest()
 
     def check_compatible(self, other: "FlatLayout") -> None:
         """Raise FastarError naming the first parameter in which `other` differs from this layout."""
