@@ -70,7 +70,7 @@ def test_help_has_examples(tool, capsys):
 
 SLOW = """
 import os, runpy, sys
-import fastar.data.writing as writing
+import fastar.data.ffcv.write as writing
 true = writing.handle_sample
 def slow(*arguments):
     os.write(2, b"writing a sample")

@@ -21,7 +21,8 @@ import pytest
 from cli_cases import fastar, refused, tiny
 from rich.console import Console
 
-from fastar import cli, config
+from fastar import config
+from fastar.cli import main as cli
 from fastar.cli.main import main
 from fastar.config import load_settings
 from fastar.config.recipes import read_yaml
@@ -306,7 +307,7 @@ def test_python_code_still_gets_the_exception(monkeypatch: pytest.MonkeyPatch) -
     def fails(**arguments: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(config, "config_path", lambda *arguments: fails())
+    monkeypatch.setattr("fastar.config.settings.config_path", lambda *arguments: fails())
     with pytest.raises(ZeroDivisionError):
         config.load_settings(dataset="digits")
 

@@ -308,7 +308,7 @@ def test_a_name_counts_for_fastar_s_own_modules_alone(done: list[str]) -> None:
 def test_another_process_finds_the_record(tmp_path: Path) -> None:
     first = own()
     code = (
-        "import torch\nfrom fastar.matching import derive, derive_symmetry\nfrom fastar.models import build_model\n"
+        "import torch\nfrom fastar.symmetry import derive, derive_symmetry\nfrom fastar.models import build_model\n"
         "model = build_model('mlp', input_shape=(1, 4, 4), classes=3, seed=5)\n"
         "def fail(*a, **k): raise SystemExit('proven again')\n"
         "derive.verify_symmetry = fail\n"
