@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from fastar.config.datasets import DATASETS
 from fastar.data.raw.raw_split import ArraySplit, RawDataset
-from fastar.data.registry import DATASETS
 
 
 def arrays(count: int, shape: tuple[int, int, int], classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -18,6 +18,7 @@ import pytest
 import torch
 from PIL import Image
 
+from fastar.config.datasets import IMAGENET_MEAN, IMAGENET_STD
 from fastar.data import PRESETS, Encoding, StreamingDataset, images, open_images, prepare_images, streaming
 from fastar.data.crops import random_boxes
 from fastar.data.ffcv import write as writing
@@ -30,7 +31,6 @@ from fastar.data.raw.imagefolder import (
     split_class,
 )
 from fastar.data.raw.listing import PassedOver
-from fastar.data.registry import IMAGENET_MEAN, IMAGENET_STD
 from fastar.data.sampling import draw, file_order, paged_order
 from fastar.errors import FastarError
 from fastar.runtime.progress import SilentProgress

@@ -13,10 +13,10 @@ import pytest
 import torch
 from PIL import Image
 
+from fastar.config.datasets import IMAGENET_MEAN, IMAGENET_STD
 from fastar.data import PRESETS, Encoding, ImageFiles, StreamingDataset, open_images, prepare_images, streaming
 from fastar.data.crops import centre
 from fastar.data.ffcv.format import JPEG_MODE, RAW_MODE, image_table
-from fastar.data.registry import IMAGENET_MEAN, IMAGENET_STD
 from fastar.data.sampling import file_order
 from fastar.errors import FastarError
 

@@ -10,12 +10,12 @@ import torch
 from data_samples import raw_dataset
 from PIL import Image
 
+from fastar.config.datasets import IMAGENET_MEAN, IMAGENET_STD
 from fastar.data import Augmentation, Encoding, StreamingDataset, load, prepare, prepare_images
 from fastar.data import files as files_module
 from fastar.data.files import DatasetFiles
 from fastar.data.images import ImageFiles
 from fastar.data.raw.raw_split import RawDataset
-from fastar.data.registry import IMAGENET_MEAN, IMAGENET_STD
 from fastar.data.sampling import balanced_subset
 from fastar.data.splits import chosen_images, held_out
 from fastar.errors import FastarError

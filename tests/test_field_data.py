@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from cli_cases import tiny
 from data_samples import cifar_binary_files, raw_dataset, write_archive, write_idx
 from PIL import Image
 
+from fastar.config.datasets import DATASETS
 from fastar.data import (
     DatasetFiles,
     ImageFiles,
@@ -32,8 +34,6 @@ from fastar.data.raw.archives import train_archive
 from fastar.data.raw.cifar import find_cifar
 from fastar.data.raw.idx import read_idx
 from fastar.data.raw.listing import PassedOver
-from fastar.data.raw.official import PUBLISHED
-from fastar.data.registry import DATASETS
 from fastar.errors import FastarError
 from fastar.runtime.progress import SILENT, Progress, SilentProgress
 
@@ -278,7 +278,7 @@ def test_a_damaged_header_is_not_the_end_of_an_archive(tmp_path: Path, inner: bo
 
 def test_official_names_with_other_content_are_said_once(cifar: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for number, published in enumerate((hashlib.md5(cifar.read_bytes()).hexdigest(), "0" * 32)):
-        monkeypatch.setitem(PUBLISHED["cifar100"], cifar.name, published)
+        monkeypatch.setitem(DATASETS, "cifar100", replace(DATASETS["cifar100"], md5={cifar.name: published}))
         told, directory = Listening(), cifar.parents[1] / str(number)
         prepare("cifar100", data_root=cifar.parent, directory=directory, progress=told)
         assert [f": {cifar.name}: not as published (by MD5)" in line for line in told.lines] == [True] * number

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,8 +19,8 @@ import torch
 from PIL import Image
 
 from fastar.config import TrainSettings, load_settings
-from fastar.data import Augmentation, DeviceDataset
-from fastar.experiments import facts, measure, regular, star
+from fastar.data import DATASETS, Augmentation, DeviceDataset
+from fastar.experiments import measure, regular, star
 from fastar.experiments.plan import Plan, make_plan
 from fastar.experiments.session import Context
 from fastar.matching import match_weights
@@ -132,7 +133,7 @@ def held_images(
 
 def of_held_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arch: str, *overrides: str) -> Context:
     """A run on made images, as if they were CIFAR-10."""
-    monkeypatch.setitem(facts.PUBLISHED, "cifar10", (TRAIN, TEST, 10))
+    monkeypatch.setitem(DATASETS, "cifar10", replace(DATASETS["cifar10"], train=TRAIN, test=TEST))
     settings = load_settings(
         dataset="cifar10",
         arch=arch,

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from fastar.config import OF_ANY_SIZE, Settings, load_settings
+from fastar.config import Settings, load_settings
 from fastar.config.recipes import CONFIGS, names, read_paper, read_recipe, recipe_path
 from fastar.config.scales import SCALES, WIDTHS, scaled
 from fastar.errors import FastarError
@@ -134,7 +134,7 @@ def test_epochs_and_learning_rate_shrink_in_proportion() -> None:
         },
         "star": {"epochs": 40},
     }
-    out = scaled(content, "small", defaults={"train": {"optimizer": "sgd"}, "dataset": {}}, of_any_size=OF_ANY_SIZE)
+    out = scaled(content, "small", defaults={"train": {"optimizer": "sgd"}, "dataset": {}})
     assert out["train"] == {
         "epochs": 12,
         "batch_size": 64,
@@ -147,7 +147,7 @@ def test_epochs_and_learning_rate_shrink_in_proportion() -> None:
     assert out["star"]["epochs"] == 4
     assert out["dataset"]["resolution"] == 96
     assert content["train"]["epochs"] == 120  # the settings given are not changed
-    adam = scaled(content, "small", defaults={"train": {"optimizer": "adam"}}, of_any_size=OF_ANY_SIZE)
+    adam = scaled(content, "small", defaults={"train": {"optimizer": "adam"}})
     assert adam["train"]["lr"] == 0.4
 
 

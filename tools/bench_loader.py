@@ -33,9 +33,9 @@ from bench.fake_images import link_images, make_images
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from fastar.config.datasets import IMAGENET_MEAN, IMAGENET_STD
 from fastar.data import DATASETS, PRESETS, StreamingDataset, load, prepare, prepare_images
 from fastar.data.raw.listing import SUFFIXES
-from fastar.data.registry import IMAGENET_MEAN, IMAGENET_STD
 from fastar.errors import FastarError
 
 Epoch = Callable[[int], Iterable[tuple[torch.Tensor, torch.Tensor]]]

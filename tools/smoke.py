@@ -28,10 +28,8 @@ import numpy as np
 from PIL import Image
 
 from fastar.cli.main import main as fastar
-from fastar.config import Settings, load_settings
+from fastar.config import Settings, dataset_spec, load_settings
 from fastar.config.recipes import names, recipe_path
-from fastar.config.scales import CLASSES
-from fastar.data.registry import DATASETS
 from fastar.errors import FastarError
 
 TRAIN, TEST = 400, 200
@@ -78,15 +76,14 @@ def made_data(dataset: str, folder: Path) -> list[str]:
     root = folder / "raw" / dataset
     if not root.is_dir():
         partial = root.with_name(f"{dataset}.partial")
-        if dataset in DATASETS:
-            spec = DATASETS[dataset]
-            shape = (spec.height, spec.width, spec.channels)
-            if spec.reader == "idx":
-                make_idx(partial, len(spec.classes), shape)
-            else:
-                make_folders(partial, len(spec.classes), shape, "test", "png")
+        spec = dataset_spec(dataset)
+        shape, classes = (spec.height, spec.width, spec.channels), spec.class_count or 2
+        if spec.variable_size:
+            make_folders(partial, classes, (90, 110, 3), "val", "JPEG")
+        elif spec.reader == "idx":
+            make_idx(partial, classes, shape)
         else:
-            make_folders(partial, CLASSES[dataset], (90, 110, 3), "val", "JPEG")
+            make_folders(partial, classes, shape, "test", "png")
         partial.rename(root)
     return ["--data-root", str(root)]
 

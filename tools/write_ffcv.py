@@ -57,7 +57,7 @@ def signals_end() -> Iterator[None]:
 if __name__ == "__main__":
     handle(leave)  # importing takes seconds
 
-from fastar.config import OF_ANY_SIZE  # noqa: E402
+from fastar.config import variable_size_names  # noqa: E402
 from fastar.data import DATASETS, PRESETS, Encoding, Files, ImageFiles, prepare, prepare_images  # noqa: E402
 from fastar.data.images import size_text  # noqa: E402
 from fastar.errors import FastarError, printable  # noqa: E402
@@ -91,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLES, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    names = ", ".join((*DATASETS, *OF_ANY_SIZE))
+    names = ", ".join(DATASETS)
     result.add_argument("--dataset", required=True, metavar="NAME", help=f"one of: {names}")
     result.add_argument("--name", metavar="NAME", help="what your imagefolder is called: its files go to OUT/NAME/")
     result.add_argument(
@@ -100,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write OUT/NAME/ in")
     result.add_argument("--workers", type=int, default=2, metavar="N", help="writer processes (default 2)")
     result.add_argument("--limit", type=int, metavar="N", help="at most N images per split, classes balanced")
-    images = result.add_argument_group(f"of {' and '.join(OF_ANY_SIZE)}")
+    images = result.add_argument_group(f"of {' and '.join(variable_size_names())}")
     presets = "; ".join(
         f"{name}: {preset.max_resolution} pixels, {preset.compress_probability:.0%} as JPEG of quality "
         f"{preset.jpeg_quality} ({MEANINGS[name]})"
@@ -153,12 +153,10 @@ def encoding(options: argparse.Namespace) -> Encoding | None:
 
 
 def convert(options: argparse.Namespace, progress: Progress) -> Files:
-    if options.dataset in OF_ANY_SIZE:
+    if options.dataset in variable_size_names():
         if (options.name is not None) != (options.dataset == "imagefolder"):
             raise FastarError("--dataset imagefolder needs --name NAME, and no other dataset takes one")
-        if options.name is not None and (
-            options.name in (*DATASETS, *OF_ANY_SIZE) or Path(options.name).name != options.name
-        ):
+        if options.name is not None and (options.name in DATASETS or Path(options.name).name != options.name):
             raise FastarError(
                 f"--name {options.name}: is another dataset's, or not a plain name; choose one of your own"
             )
@@ -189,7 +187,9 @@ def convert(options: argparse.Namespace, progress: Progress) -> Files:
         "exif",
     ):
         if getattr(options, key) is not None:
-            raise FastarError(f"--{key.replace('_', '-')} belongs to {' and '.join(OF_ANY_SIZE)}; leave it out")
+            raise FastarError(
+                f"--{key.replace('_', '-')} belongs to {' and '.join(variable_size_names())}; leave it out"
+            )
     return prepare(
         options.dataset,
         data_root=options.source,

@@ -155,14 +155,12 @@ def _settings(
     gpu_memory: str | None = None,
     scale: str = "full",
 ) -> Settings:
-    from fastar.config import DEFAULT_ARCH, as_override, load_settings
+    from fastar.config import as_override, dataset_spec, load_settings
     from fastar.config.scales import require_scale
 
     require_scale(scale)
 
-    if dataset is not None and dataset not in DEFAULT_ARCH:  # known ones need no slow import to be told a typo
-        from fastar.data.registry import dataset_spec
-
+    if dataset is not None:
         dataset_spec(dataset)
     named: dict[str, object] = {
         "sources.number": sources,

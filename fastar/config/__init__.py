@@ -1,8 +1,7 @@
 """Settings: typed, from strict YAML and `key=value`; recipes and their smaller versions."""
 
+from fastar.config.datasets import DATASETS, Augmentation, DatasetSpec, dataset_spec, register, variable_size_names
 from fastar.config.settings import (
-    DEFAULT_ARCH,
-    OF_ANY_SIZE,
     OF_ONE_SIDE,
     CheckpointSettings,
     DatasetSettings,
@@ -25,11 +24,12 @@ from fastar.config.settings import (
 )
 
 __all__ = [
-    "DEFAULT_ARCH",
-    "OF_ANY_SIZE",
+    "DATASETS",
     "OF_ONE_SIDE",
+    "Augmentation",
     "CheckpointSettings",
     "DatasetSettings",
+    "DatasetSpec",
     "FiguresSettings",
     "MatchingSettings",
     "Settings",
@@ -39,11 +39,14 @@ __all__ = [
     "as_override",
     "completed",
     "config_path",
+    "dataset_spec",
     "differences",
     "flatten",
     "load_settings",
     "matching_settings",
     "parse_bytes",
     "parse_overrides",
+    "register",
     "validate",
+    "variable_size_names",
 ]

@@ -7,11 +7,12 @@ matched. What is cut: epochs, images, models, width, and how much is measured. I
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from typing import Any
 
+from fastar.config.datasets import dataset_spec
 from fastar.errors import FastarError
 
 
@@ -63,14 +64,6 @@ SCALES = {
 }
 
 
-SMALL_SETS = {"digits": 1437}
-"""Training images of sets that have fewer than a scale leaves."""
-
-
-CLASSES = {"cifar100": 100, "imagenet": 1000}
-"""Of sets that have many: there is at least one image of each."""
-
-
 @dataclass(frozen=True)
 class Width:
     """The setting of an architecture that says how wide its layers are, its default, and what a scale leaves of it."""
@@ -102,14 +95,12 @@ def scaled(
     name: str,
     *,
     defaults: Mapping[str, Mapping[str, Any]],
-    of_any_size: Collection[str] = (),
 ) -> dict[str, Any]:
     """Nested settings at scale `name`.
 
     Args:
         content: settings, as a YAML file holds them.
         defaults: of the sections' keys that `content` does not have.
-        of_any_size: datasets that have a resolution.
 
     Nothing becomes larger than it was. The learning rate of SGD falls with the batch size, in proportion.
 
@@ -131,22 +122,23 @@ def scaled(
         value = known(section, key)
         out.setdefault(section, {})[key] = most if value is None else min(value, most)
 
-    if out.get("dataset", {}).get("name") in of_any_size:
+    dataset = dataset_spec(str(known("dataset", "name")))
+    if dataset.variable_size:
         at_most("dataset", "resolution", scale.resolution)
     _shorten(out.setdefault("train", {}), out.setdefault("star", {}), scale, known)
     batch = known("train", "batch_size")
     if batch > scale.batch_size and known("train", "optimizer") == "sgd":
         out["train"]["lr"] = known("train", "lr") * scale.batch_size / batch
     at_most("train", "batch_size", scale.batch_size)
-    dataset = str(known("dataset", "name"))
-    if dataset not in SMALL_SETS or scale.images < SMALL_SETS[dataset]:
-        at_most("dataset", "limit", max(scale.images, CLASSES.get(dataset, 1)))
+    # A set that has fewer images anyway takes no limit; there is at least one image of each class.
+    if dataset.train is None or scale.images < dataset.train:
+        at_most("dataset", "limit", max(scale.images, dataset.class_count or 1))
     at_most("sources", "number", scale.sources)
     at_most("sources", "heldout", scale.heldout)
     for key in ("points", "regular_pairs"):
         at_most("evaluation", key, getattr(scale, key))
     for key in ("limit", "test_limit"):
-        at_most("evaluation", key, max(scale.measured, CLASSES.get(dataset, 1)))
+        at_most("evaluation", key, max(scale.measured, dataset.class_count or 1))
     at_most("evaluation", "bn_batches", scale.bn_batches)
     model = dict(out.get("model", {}))
     arch = str(model.pop("arch", ""))

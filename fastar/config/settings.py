@@ -11,21 +11,11 @@ from typing import Annotated, Any, Literal
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from fastar.config.datasets import DATASETS, DatasetSpec, dataset_spec, variable_size_names
 from fastar.config.recipes import config_path, merge, read_recipe, read_yaml, recipe_path, shortened
 from fastar.config.scales import scaled
 from fastar.errors import FastarError
 
-DEFAULT_ARCH = {
-    "digits": "mlp",
-    "mnist": "mlp",
-    "fashion-mnist": "mlp",
-    "cifar10": "resnet18",
-    "cifar100": "resnet18",
-    "imagenet": "imagenet-resnet18",
-    "imagefolder": "imagenet-resnet18",
-}
-# Sets whose images are of any size: decoded, cut out and resized as they are read.
-OF_ANY_SIZE = ("imagenet", "imagefolder")
 # Architectures whose parameters depend on the side of the images.
 OF_ONE_SIDE = ("mlp", "vit")
 
@@ -116,8 +106,9 @@ class DatasetSettings(_Section):
     """Threads that decode; None is one per CPU."""
 
     @property
-    def of_any_size(self) -> bool:
-        return self.name in OF_ANY_SIZE
+    def spec(self) -> DatasetSpec:
+        """The set's fixed facts."""
+        return dataset_spec(self.name)
 
     @property
     def label(self) -> str:
@@ -137,13 +128,15 @@ class DatasetSettings(_Section):
                 if self.called is None
                 else f"called={self.called!r} names a set of --dataset imagefolder, not of {self.name}; leave it out"
             )
-        if self.called in DEFAULT_ARCH:
+        if self.called in DATASETS:
             raise ValueError(f"called={self.called!r} is another dataset's name; choose one of your own")
         if self.val_share is not None and self.name != "imagefolder":
             raise ValueError(f"val_share belongs to imagefolder; {self.name} has test images of its own: leave it out")
         for key in ("resolution", "crop", "order", "encoding", "exif", "threads"):
-            if not self.of_any_size and getattr(self, key) != type(self).model_fields[key].default:
-                raise ValueError(f"{key} belongs to {' and '.join(OF_ANY_SIZE)}; {self.name} has images of one size")
+            if not self.spec.variable_size and getattr(self, key) != type(self).model_fields[key].default:
+                raise ValueError(
+                    f"{key} belongs to {' and '.join(variable_size_names())}; {self.name} has images of one size"
+                )
         return self
 
 
@@ -382,10 +375,10 @@ class Settings(_Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Settings:
-        if self.train.resolutions and not self.dataset.of_any_size:
+        if self.train.resolutions and not self.dataset.spec.variable_size:
             raise ValueError(
-                f"train.resolutions needs images of any size ({', '.join(OF_ANY_SIZE)}), those of {self.dataset.name} "
-                "have one: leave it out"
+                f"train.resolutions needs images of any size ({', '.join(variable_size_names())}), those of "
+                f"{self.dataset.name} have one: leave it out"
             )
         if self.train.resolutions and self.model.arch in OF_ONE_SIDE:
             raise ValueError(
@@ -515,7 +508,7 @@ def load_settings(
     else:
         if dataset is None:
             raise FastarError("no dataset: give --dataset NAME or --config FILE")
-        arch = arch or DEFAULT_ARCH.get(dataset, "resnet18")
+        arch = arch or dataset_spec(dataset).arch
         path = config_path(dataset, arch)
         content = read_recipe(path) if path else {}
     named: dict[str, Any] = {}
@@ -534,7 +527,7 @@ def load_settings(
         sections = {
             name: one.model_dump(mode="json") for name, one in _defaults().items() if isinstance(one, BaseModel)
         }
-        content = scaled(content, scale, defaults=sections, of_any_size=OF_ANY_SIZE)
+        content = scaled(content, scale, defaults=sections)
     return validate(merge(content, changes), source=str(file or "settings"))
 
 

@@ -8,7 +8,7 @@ import numba
 import numpy as np
 import torch
 
-from fastar.data.registry import Augmentation
+from fastar.config.datasets import Augmentation
 from fastar.data.sampling import draw, draw_below
 
 

@@ -8,13 +8,13 @@ from typing import Any, ClassVar
 import numpy as np
 
 from fastar._version import __version__
+from fastar.config.datasets import Augmentation, DatasetSpec, dataset_spec
 from fastar.data.ffcv.folder import PARTIAL, Files, is_finished, locked_folder, open_finished, publish, refuse_foreign
 from fastar.data.ffcv.format import BetonLayout
 from fastar.data.ffcv.verify import SplitSummary, verify_beton
 from fastar.data.raw.find import find_raw
 from fastar.data.raw.official import note_other_files
 from fastar.data.raw.raw_split import RawDataset, RawSplit
-from fastar.data.registry import Augmentation, DatasetSpec, dataset_spec
 from fastar.data.sampling import balanced_subset
 from fastar.errors import FastarError
 from fastar.runtime.progress import SILENT, Progress
@@ -76,7 +76,7 @@ def prepare(
     raw = find_raw(spec, Path(data_root) if data_root is not None else None)
     if raw.note is not None:
         progress.line(raw.note)
-    note_other_files(name, raw.files, progress)
+    note_other_files(spec.md5, raw.files, progress)
     with locked_folder(folder):
         if is_finished(folder):
             return _reuse(folder, spec, data_root, limit)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from fastar._version import __version__
+from fastar.config.datasets import IMAGENET_MEAN, IMAGENET_STD, dataset_spec
 from fastar.data.ffcv.checksums import Checksums, checksums_path, kept_checksums, take_checksums
 from fastar.data.ffcv.folder import PARTIAL, Files, is_finished, locked_folder, open_finished, publish, refuse_foreign
 from fastar.data.ffcv.format import check_beton
@@ -18,7 +19,6 @@ from fastar.data.raw.archives import official_files
 from fastar.data.raw.imagefolder import find_images
 from fastar.data.raw.official import note_other_files
 from fastar.data.raw.raw_split import RawSplit, UnusableImage
-from fastar.data.registry import IMAGENET_MEAN, IMAGENET_STD
 from fastar.data.sampling import balanced_subset, file_order
 from fastar.data.variable_size import Encoding, VariedLayout, verify_varied
 from fastar.errors import FastarError
@@ -225,7 +225,7 @@ def _write(
         raise FastarError(f"{folder}: {needs}, the disk has {size_text(free)} free; free some, or use a smaller preset")
     progress.line(f"{name}: {needs} in {folder} ({size_text(free)} free)")
     if settings["limit"] is None:  # of a few images most of an archive is not read
-        note_other_files("imagenet", official_files(splits.values()), progress)
+        note_other_files(dataset_spec("imagenet").md5, official_files(splits.values()), progress)
     checksums, counts = {}, {}
     skipped: dict[str, list[dict[str, str]]] = {}
     for split, raw in splits.items():

@@ -6,13 +6,13 @@ from contextlib import closing
 import numpy as np
 import torch
 
+from fastar.config.datasets import Augmentation
 from fastar.data.augment import Draws, Normalisation, augmented, draw_augmentation
 from fastar.data.dataset import Batch, chosen_batches, count_batches
 from fastar.data.ffcv.format import check_beton
 from fastar.data.ffcv.read import read_batches
 from fastar.data.ffcv.verify import ContentDigest
 from fastar.data.files import DatasetFiles
-from fastar.data.registry import Augmentation
 from fastar.data.sampling import epoch_order
 from fastar.data.splits import VALIDATION, chosen_images, stored_in
 from fastar.errors import FastarError

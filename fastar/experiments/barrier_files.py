@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from fastar.config import OF_ANY_SIZE, as_override, load_settings
+from fastar.config import as_override, dataset_spec, load_settings
 from fastar.errors import FastarError
 from fastar.evaluation import Path as Segment
 from fastar.evaluation import evaluate_paths
@@ -42,7 +42,7 @@ def context_of(
         batch = known.get("train", {}).get("batch_size")
         if batch is not None:  # batch-norm statistics are taken in batches as in its training
             options.append(f"train.batch_size={batch}")
-        if dataset in OF_ANY_SIZE and "input_shape" in known and "classes" in known:
+        if dataset_spec(str(dataset)).variable_size and "input_shape" in known and "classes" in known:
             shape = Shape(tuple(known["input_shape"]), known["classes"])
             options.append(f"dataset.resolution={shape.image[1]}")
     if data_root is not None:

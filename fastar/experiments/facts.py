@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fastar import data
-from fastar.config import Settings
+from fastar.config import Settings, dataset_spec
 from fastar.data.ffcv.read import BATCH as READ_AT_ONCE
 from fastar.data.ffcv.read import BUFFERS
 from fastar.data.in_memory import BLOCK_BYTES, NORMALISED_BYTES
@@ -17,18 +17,6 @@ from fastar.evaluation.forward import Pass, Shown
 from fastar.experiments.session import Context
 from fastar.training import resolution
 
-# Published sizes (train, test) and classes, for sets that are not written yet.
-PUBLISHED = {
-    "digits": (1_437, 360, 10),
-    "fashion-mnist": (60_000, 10_000, 10),
-    "mnist": (60_000, 10_000, 10),
-    "cifar10": (50_000, 10_000, 10),
-    "cifar100": (50_000, 10_000, 100),
-    "imagenet": (1_281_167, 50_000, 1000),
-}
-# Gigabytes of ImageNet's training set as FFCV files, all raw and all as JPEG of quality 90, by the longest side in
-# pixels: https://docs.ffcv.io/benchmarks.html, "Dataset sizes".
-FFCV_GIGABYTES = {256: (169.79, 22.01), 384: (371.20, 40.31), 512: (616.18, 65.47)}
 # Of an image in a set that is held: its label and place (int64), and in an epoch its place in the order and its draws.
 HELD_BESIDE, DRAWN_BESIDE = 16, 33
 # Of a number of the next images, while the last ones are still there: in fp32; as gathered bytes, if they are not held
@@ -75,19 +63,21 @@ def data_facts(context: Context) -> DataFacts:
         FastarError: a set of the user's own whose files are not written yet.
     """
     chosen = context.settings.dataset
+    spec = chosen.spec
     folder = chosen.directory.expanduser() / chosen.label
     files: data.Files | None = None
     listed = None
     if data.is_finished(folder):
-        files = data.open_images(folder) if chosen.of_any_size else data.open_files(folder)
-    elif chosen.of_any_size and chosen.root is not None:
+        files = data.open_images(folder) if spec.variable_size else data.open_files(folder)
+    elif spec.variable_size and chosen.root is not None:
         listed = data.count_images(chosen.root.expanduser(), val_share=chosen.val_share)
     if files is not None:
         train, test, classes = files.count("train"), files.count("test"), len(files.classes)
         disk = sum(files.path(split).stat().st_size for split in ("train", "test"))
-    elif listed is not None or chosen.name in PUBLISHED:
-        train, test, classes = listed or PUBLISHED[chosen.name]
-        disk = None
+    elif listed is not None:
+        (train, test, classes), disk = listed, None
+    elif spec.train is not None and spec.test is not None and spec.class_count is not None:
+        train, test, classes, disk = spec.train, spec.test, spec.class_count, None
     else:
         raise FastarError(
             f"{folder}: not written yet; `python tools/write_ffcv.py --dataset {chosen.name} "
@@ -101,10 +91,9 @@ def data_facts(context: Context) -> DataFacts:
     train = min(train, chosen.limit or train)
     resident = reading = 0
     normalised, coming = False, COMING_STREAMED
-    if not chosen.of_any_size:
-        spec = data.dataset_spec(chosen.name)
+    if not spec.variable_size:
         pixels = spec.channels * spec.height * spec.width
-        whole = {"train": PUBLISHED[chosen.name][0] * pixels, "test": PUBLISHED[chosen.name][1] * pixels}
+        whole = {"train": (spec.train or train) * pixels, "test": (spec.test or test) * pixels}
         if files is None:
             disk = sum(whole.values())
         else:
@@ -129,14 +118,14 @@ def published_gigabytes(encoding: data.Encoding) -> float | None:
     >>> round(published_gigabytes(data.Encoding(512, 1.0, 90)), 2)
     65.47
     """
-    side = encoding.max_resolution
-    sides = sorted(FFCV_GIGABYTES)
+    side, published = encoding.max_resolution, dataset_spec("imagenet").gigabytes
+    sides = sorted(published)
     if side is None or encoding.jpeg_quality != 90 or not sides[0] <= side <= sides[-1]:
         return None
     above = next(i for i, other in enumerate(sides) if other >= side) or 1
     low, high = sides[above - 1], sides[above]
     share = (side - low) / (high - low)
-    raw, jpeg = (a + share * (b - a) for a, b in zip(FFCV_GIGABYTES[low], FFCV_GIGABYTES[high], strict=True))
+    raw, jpeg = (a + share * (b - a) for a, b in zip(published[low], published[high], strict=True))
     return raw + encoding.compress_probability * (jpeg - raw)
 
 

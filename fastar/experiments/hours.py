@@ -104,7 +104,9 @@ def _steps(context: Context, dtype: torch.dtype, per_image: float) -> tuple[floa
     def build() -> torch.nn.Module:
         return context.build(seed=0, device="cpu")
 
-    largest = (context.image[0], max(sides), max(sides)) if context.settings.dataset.of_any_size else context.image
+    largest = (
+        (context.image[0], max(sides), max(sides)) if context.settings.dataset.spec.variable_size else context.image
+    )
     training, evaluation = seconds_per_image(build, largest, dtype, device, timed)
     if largest != context.image:
         _, evaluation = seconds_per_image(build, context.image, dtype, device, timed)

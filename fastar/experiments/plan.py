@@ -174,7 +174,7 @@ def sizes_of(context: Context, facts: DataFacts, dtype: torch.dtype, limits: dic
     settings = context.settings
     model, layout = context.build(seed=0, device="cpu"), context.layout
     sides = training_sides(context)
-    image = (context.image[0], max(sides), max(sides)) if context.settings.dataset.of_any_size else context.image
+    image = (context.image[0], max(sides), max(sides)) if context.settings.dataset.spec.variable_size else context.image
     row = 4 * layout.numel
     largest = max(settings.evaluation.batch_size, settings.train.batch_size)
     given = 0

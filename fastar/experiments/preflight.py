@@ -84,6 +84,8 @@ def check_beforehand(context: Context) -> None:
         FastarError: the run cannot go on.
     """
     chosen = context.settings.dataset
+    if chosen.spec.train is None and not chosen.spec.variable_size:
+        return  # how many images there are is known when they are written
     if chosen.name == "imagefolder":
         if chosen.root is None:
             return  # there is nothing to write them from
@@ -92,7 +94,7 @@ def check_beforehand(context: Context) -> None:
             return
     if context.device.type == "cpu" or torch.cuda.is_initialized():
         _check(context)
-    elif chosen.of_any_size:
+    elif chosen.spec.variable_size:
         _check_elsewhere(context)
     else:
         check_batch(context.settings.train, data_facts(context).train)

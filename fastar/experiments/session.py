@@ -94,7 +94,7 @@ class Context:
         chosen = self.settings.dataset
         root, directory = chosen.root.expanduser() if chosen.root else None, chosen.directory.expanduser()
         more: dict[str, Any] = {"workers": self.settings.workers, "progress": self.progress}
-        if not chosen.of_any_size:
+        if not chosen.spec.variable_size:
             return data.prepare(chosen.name, data_root=root, directory=directory, **more)
         if self.known is None:  # a conversion takes hours: what is wrong with the network is said before
             build_model(self.settings.model.arch, input_shape=self.image, classes=2, **self.settings.model.options)
@@ -106,9 +106,9 @@ class Context:
     def image(self) -> tuple[int, int, int]:
         """(channels, height, width) of the images."""
         chosen = self.settings.dataset
-        if chosen.of_any_size:
+        if chosen.spec.variable_size:
             return 3, chosen.side, chosen.side
-        spec = data.dataset_spec(chosen.name)
+        spec = chosen.spec
         return spec.channels, spec.height, spec.width
 
     @cached_property
@@ -117,9 +117,7 @@ class Context:
         if self.known is not None:
             return self.known
         chosen = self.settings.dataset
-        return Shape(
-            self.image, len(self.files.classes if chosen.of_any_size else data.dataset_spec(chosen.name).classes)
-        )
+        return Shape(self.image, len(self.files.classes if chosen.spec.variable_size else chosen.spec.classes))
 
     @cached_property
     def train(self) -> data.Dataset:
@@ -248,7 +246,7 @@ class Context:
         """Inside, CPU work uses as many threads as a training batch of this network is worth."""
         # On a GPU there is nothing to choose, and its memory is not held by what would be counted. A network for images
         # of any size is worth all there are, and counting is worth seconds.
-        if self.device.type == "cuda" or self.settings.dataset.of_any_size:
+        if self.device.type == "cuda" or self.settings.dataset.spec.variable_size:
             yield
             return
         images = torch.zeros(self.settings.train.batch_size, *self.shape.image, device=self.device, dtype=torch.float32)
@@ -270,7 +268,7 @@ class Context:
         found: dict[str, Any] = {"dataset": chosen.name, "dataset_digest": self.files.digest, "limit": chosen.limit}
         if chosen.validation:  # without, models are what they were before there was such a setting
             found["validation"] = chosen.validation
-        if chosen.of_any_size:
+        if chosen.spec.variable_size:
             found |= {"called": chosen.called, "crop": chosen.crop, "order": chosen.order}
         return found
 

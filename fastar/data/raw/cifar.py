@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from fastar.config.datasets import DatasetSpec
 from fastar.data.raw.raw_split import ArraySplit, RawDataset, read_file
 from fastar.data.raw.tars import read_members
-from fastar.data.registry import DatasetSpec
 from fastar.errors import FastarError, first_line, printable
 
 _PIXELS = 3 * 32 * 32

@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from fastar.config.datasets import DatasetSpec
 from fastar.data.raw.listing import PassedOver, class_names, images_below, readable
 from fastar.data.raw.raw_split import FORMATS, RawDataset
-from fastar.data.registry import DatasetSpec
 from fastar.errors import FastarError
 
 _TEST_NAMES = ("test", "val")

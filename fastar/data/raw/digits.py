@@ -4,8 +4,8 @@ import math
 
 import numpy as np
 
+from fastar.config.datasets import DatasetSpec
 from fastar.data.raw.raw_split import ArraySplit, RawDataset
-from fastar.data.registry import DatasetSpec
 from fastar.data.sampling import stratified_split
 from fastar.errors import FastarError
 

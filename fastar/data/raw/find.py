@@ -1,15 +1,16 @@
 """Finding a dataset's raw data: in the data root that is given, else where it usually lies."""
 
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
+from fastar.config.datasets import DatasetSpec
 from fastar.data.raw.cifar import find_cifar
 from fastar.data.raw.class_folders import find_folders
 from fastar.data.raw.digits import read_digits
 from fastar.data.raw.idx import find_idx
 from fastar.data.raw.listing import readable
 from fastar.data.raw.raw_split import RawDataset
-from fastar.data.registry import DatasetSpec
 from fastar.errors import FastarError
 
 Finder = Callable[[Path, DatasetSpec], RawDataset | None]
@@ -39,10 +40,15 @@ def find_raw(spec: DatasetSpec, data_root: Path | None) -> RawDataset:
     raise FastarError(f"{spec.name}: no raw data found (looked in {looked}); {spec.obtain}{advice}")
 
 
+def _finders(spec: DatasetSpec) -> tuple[Finder, ...]:
+    module, _, function = spec.reader.partition(":")
+    return (getattr(import_module(module), function),) if function else FINDERS[spec.reader]
+
+
 def _places(spec: DatasetSpec, data_root: Path | None) -> list[tuple[Path, tuple[Finder, ...]]]:
     """Where to look, and for what. A folder that was not named by the user may belong to another dataset: only the
     dataset's own folders in it are searched for every format, the folder itself for official file names alone."""
-    finders = FINDERS[spec.reader]
+    finders = _finders(spec)
     if data_root is not None:
         return [(data_root, finders), *((data_root / folder, finders) for folder in spec.folders)]
     places: list[tuple[Path, tuple[Finder, ...]]] = []

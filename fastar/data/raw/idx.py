@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
+from fastar.config.datasets import DatasetSpec
 from fastar.data.raw.raw_split import ArraySplit, RawDataset
-from fastar.data.registry import DatasetSpec
 from fastar.errors import FastarError
 
 _STEMS = {"train": "train", "test": "t10k"}
