@@ -17,16 +17,16 @@ import torch
 from safetensors.torch import save_file
 
 from fastar.errors import FastarError
+from fastar.runs import read_metadata, stored_digest, write_atomically
 from fastar.runs.model_files import (
     Checkpoint,
     load_checkpoint,
     load_into,
-    read_metadata,
     save_checkpoint,
-    stored_digest,
+    state_digest,
     tensors_digest,
-    write_atomically,
 )
+from fastar.runs.safetensors_file import SafetensorsFile
 
 
 def state() -> dict[str, torch.Tensor]:
@@ -377,7 +377,7 @@ def test_tensors_can_stay_in_their_file(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     state = {"a.weight": torch.randn(3, 2), "b": torch.arange(4)}
     save_checkpoint(path, state, {"kind": "source"})
-    found = load_checkpoint(path, resident=False)
+    found = load_checkpoint(path).released()
     assert found.metadata == {"kind": "source"}
     assert sorted(found.state) == sorted(state)
     assert all(torch.equal(found.state[name], value) for name, value in state.items())
@@ -388,10 +388,23 @@ def test_tensors_can_stay_in_their_file(tmp_path: Path) -> None:
         _ = found.state["b"]
 
 
+def test_a_file_that_is_released_keeps_its_digest(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, model = tmp_path / "a.safetensors", network()
+    save_checkpoint(path, model.state_dict(), {})
+    counted = {name: value for name, value in model.state_dict().items() if "num_batches" not in name}
+    wanted = tensors_digest(counted)[:16]
+    for found in (load_checkpoint(path), load_into(network(), load_checkpoint(path))):
+        assert state_digest(found) == wanted
+        left = found.released()
+        monkeypatch.setattr(SafetensorsFile, "read", lambda *arguments: pytest.fail("read again"))
+        assert state_digest(left) == wanted
+        monkeypatch.undo()
+
+
 def test_what_stays_in_its_file_is_checked_first(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     save_checkpoint(path, {"a": torch.tensor([1.0, float("nan")])}, {})
     with pytest.raises(FastarError, match="NaN or infinite"):
-        load_checkpoint(path, resident=False)
+        load_checkpoint(path).released()
     save_checkpoint(path, {"module.a": torch.ones(2)}, {})
-    assert dict(load_checkpoint(path, resident=False).state).keys() == {"a"}
+    assert dict(load_checkpoint(path).released().state).keys() == {"a"}

@@ -10,7 +10,7 @@ import pytest
 from cli_cases import fastar, refused
 from PIL import Image
 
-from fastar.runs.model_files import read_metadata
+from fastar.runs import read_metadata
 
 
 @pytest.fixture(scope="module")

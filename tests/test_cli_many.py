@@ -10,7 +10,8 @@ import torch
 from cli_cases import contents, fastar, refused, tiny
 from safetensors.torch import load_file
 
-from fastar.runs.model_files import load_checkpoint, read_metadata
+from fastar.runs import read_metadata
+from fastar.runs.model_files import load_checkpoint
 from fastar.symmetry import Permutations
 
 PLACE = "device=cpu"

@@ -18,7 +18,7 @@ from fastar.errors import FastarError
 from fastar.experiments import star_domain
 from fastar.report import results as report
 from fastar.runs import RunFolder
-from fastar.runs import model_files as checkpoints
+from fastar.runs.safetensors_file import SafetensorsFile
 
 SPREAD = {"mean", "std", "min", "max", "n"}
 SHORT = {"mean", "std", "n"}
@@ -232,8 +232,7 @@ def test_a_finished_run_needs_neither_data_nor_memory_nor_tensors(
     before = contents(copied)
     for what in ("prepare_context", "prepare_data", "regular_models", "star_model", "measure"):
         monkeypatch.setattr(star_domain, what, refuse)
-    for what in ("load_checkpoint", "tensors_digest", "StoredState"):
-        monkeypatch.setattr(checkpoints, what, refuse)
+    monkeypatch.setattr(SafetensorsFile, "read", refuse)
     monkeypatch.setattr(report, "check_picture", refuse)
     options = [*tiny(data), f"dataset.directory={tmp_path / 'gone'}", f"dataset.root={tmp_path / 'gone'}"]
     outcome = fastar("train-star", *options, "--out", copied)

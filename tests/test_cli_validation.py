@@ -19,8 +19,7 @@ from fastar.config import completed, load_settings
 from fastar.experiments.facts import data_facts
 from fastar.experiments.plan import plan_run
 from fastar.experiments.session import Context
-from fastar.runs import RunFolder
-from fastar.runs.model_files import read_metadata
+from fastar.runs import RunFolder, read_metadata
 
 SHARE = ("--validation", 0.2)
 KEPT = 287  # of 1,437 images of digits

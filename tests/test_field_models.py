@@ -19,8 +19,8 @@ from torch import Tensor
 
 import fastar as library
 from fastar.errors import FastarError
-from fastar.runs import RunFolder
-from fastar.runs.model_files import load_checkpoint, load_into, read_metadata, save_checkpoint, stored_digest
+from fastar.runs import RunFolder, read_metadata, stored_digest
+from fastar.runs.model_files import load_checkpoint, load_into, save_checkpoint
 
 NETS = """
 import torch
@@ -329,7 +329,7 @@ def test_a_file_that_is_cut_short_while_it_is_read(tmp_path: Path) -> None:
     """A mapped one ended the process."""
     path = tmp_path / "a.safetensors"
     save_checkpoint(path, {"w": torch.arange(100_000.0)}, {})
-    state = load_checkpoint(path, resident=False).state
+    state = load_checkpoint(path).released().state
     assert torch.equal(state["w"], torch.arange(100_000.0))
     os.truncate(path, 8192)
     with pytest.raises(FastarError, match=r"a\.safetensors: was changed while it was in use"):
@@ -400,7 +400,7 @@ def test_sources_under_other_names_stay_in_their_files(tmp_path: Path) -> None:
     model = torch.nn.Sequential(torch.nn.Linear(2, 3))
     wanted = {name: torch.randn_like(value) for name, value in model.state_dict().items()}
     save_file({f"model.net.{name}": value for name, value in wanted.items()}, tmp_path / "a.safetensors")
-    found = load_into(model, load_checkpoint(tmp_path / "a.safetensors", resident=False))
+    found = load_into(model, load_checkpoint(tmp_path / "a.safetensors")).released()
     assert type(found.state).__name__ == "StoredState"
     assert same(dict(found.state), wanted)
     assert same(model.state_dict(), wanted)

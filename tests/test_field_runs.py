@@ -25,8 +25,7 @@ from fastar.experiments.reuse import finished_results
 from fastar.experiments.star_domain import train_star
 from fastar.report.results import check_results
 from fastar.report.run_list import overview, runs_below
-from fastar.runs import IN_TRAINING, RETRY, RunFolder, lock, remove_checkpoints
-from fastar.runs.atomic import delete, write_atomically
+from fastar.runs import IN_TRAINING, RETRY, RunFolder, delete, lock, remove_checkpoints, write_atomically
 from fastar.runs.live_metrics import EventFile
 from fastar.runs.lock import hold, is_held, read_holder
 from fastar.runs.model_files import load_checkpoint, save_checkpoint

@@ -20,8 +20,8 @@ from fastar.cli import doctor
 from fastar.errors import FastarError
 from fastar.experiments.reuse import given_paths
 from fastar.models.user_network import own_model
+from fastar.runs import stem_of
 from fastar.runs.model_files import Checkpoint, load_checkpoint, load_into
-from fastar.runs.tensor_files import stem_of
 
 NET = """
 import torch

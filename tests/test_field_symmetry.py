@@ -18,7 +18,8 @@ from torch.nn.utils import prune
 
 import fastar
 from fastar.errors import FastarError
-from fastar.runs.model_files import Checkpoint, load_checkpoint, load_into, read_metadata, save_checkpoint
+from fastar.runs import read_metadata
+from fastar.runs.model_files import Checkpoint, load_checkpoint, load_into, save_checkpoint
 from fastar.symmetry import Symmetry, derive_symmetry, verify_symmetry
 
 X = torch.zeros(2, 6)

@@ -172,12 +172,23 @@ def test_damaged_files_do_not_hide_the_others(runs: Path, tmp_path: Path) -> Non
     assert found["star"].where.startswith("config.yaml: not valid YAML")
 
 
-def test_it_does_not_wait_for_torch(runs: Path) -> None:
-    code = "import sys; from pathlib import Path; from fastar.report.run_list import runs_below; "
-    code += "runs_below(Path(sys.argv[1])); "
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from fastar.cli.main import main; assert main(['runs', str(folder)]) == 0",
+        "from fastar.cli.main import main; assert main(['report', str(folder)]) == 0",
+        "from fastar.experiments.reuse import finished_results; from fastar.config import load_settings; "
+        "from fastar.runs import RunFolder; run = RunFolder(folder); "
+        "assert finished_results(load_settings(file=run.config), run)",
+    ],
+    ids=["runs", "report", "finished"],
+)
+def test_what_is_there_is_told_without_torch(runs: Path, tmp_path: Path, code: str) -> None:
+    folder = shutil.copytree(runs / "old" / "finished", tmp_path / "run")
+    code = f"import sys; from pathlib import Path; folder = Path(sys.argv[1]); {code}; "
     code += "print([name for name in ('torch', 'numba') if name in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code, str(runs)], capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[]"
 
 
 def test_examples_of_figures() -> None:

@@ -22,7 +22,7 @@ from fastar.data.raw.raw_split import RawSplit, UnusableImage
 from fastar.data.sampling import balanced_subset, file_order
 from fastar.data.variable_size import Encoding, VariedLayout, verify_varied
 from fastar.errors import FastarError
-from fastar.runs.atomic import write_atomically
+from fastar.runs import write_atomically
 from fastar.runtime.progress import SILENT, Progress, size_text
 
 OnError = Literal["stop", "skip"]

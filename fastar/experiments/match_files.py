@@ -21,8 +21,8 @@ from fastar.flat.state_check import REAL
 from fastar.matching import Examples, ManyResult, match_by_settings, match_many, matching_threads
 from fastar.matching import average as mean_of
 from fastar.models.user_network import own_model
-from fastar.runs.model_files import Checkpoint, checkpoint_files, load_checkpoint, load_whole_into, save_checkpoint
-from fastar.runs.tensor_files import stem_of
+from fastar.runs import checkpoint_files, stem_of
+from fastar.runs.model_files import Checkpoint, load_checkpoint, load_whole_into, save_checkpoint
 from fastar.runtime.progress import SILENT, Progress
 from fastar.symmetry import Symmetry, symmetry_by_settings
 

@@ -17,8 +17,8 @@ from fastar.evaluation.batch_norm import own_statistics
 from fastar.experiments.resumable import Prepared, Subject, Trained, difference, trained
 from fastar.experiments.reuse import given_paths
 from fastar.experiments.session import MEASURE_WITH_LESS, Context, within_memory
-from fastar.runs import commit, versions
-from fastar.runs.model_files import Checkpoint, load_checkpoint, load_into, read_metadata, save_checkpoint
+from fastar.runs import commit, read_metadata, versions
+from fastar.runs.model_files import Checkpoint, load_checkpoint, load_into, save_checkpoint
 from fastar.runtime.progress import Progress
 from fastar.runtime.seeds import derive_seed
 from fastar.training import RegularStep, resolve_precision
@@ -68,7 +68,7 @@ def regular_models(context: Context, kind: str, count: int) -> list[Checkpoint]:
             if not path.is_file():
                 train_regular(context, kind, index)
                 advance(1)
-            found.append(load_checkpoint(path, resident=False, own=True))
+            found.append(load_checkpoint(path, own=True).released())
     return found
 
 
@@ -133,11 +133,11 @@ def given_sources(context: Context, folder: Path, count: int) -> list[Checkpoint
     model = context.build(seed=0)
     found = []
     for path in given_paths(folder, count):
-        checkpoint = load_checkpoint(path, resident=False)  # of .safetensors; others stay in the host's memory
+        checkpoint = load_checkpoint(path)
         check_fits(context, checkpoint)
         checkpoint = load_into(model, checkpoint)
         tell(checkpoint, context.progress)
-        found.append(checkpoint)
+        found.append(checkpoint.released())  # files that are no .safetensors stay in the host's memory
     return found
 
 

@@ -12,8 +12,7 @@ import torch
 from fastar.config import differences
 from fastar.errors import FastarError
 from fastar.experiments.session import Context
-from fastar.runs import remove_if_empty
-from fastar.runs.atomic import delete
+from fastar.runs import delete, remove_if_empty
 from fastar.runs.live_metrics import finite
 from fastar.runs.model_files import save_checkpoint
 from fastar.runtime.seeds import derive_seed

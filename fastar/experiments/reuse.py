@@ -8,8 +8,7 @@ from typing import Any
 
 from fastar.config import Settings
 from fastar.errors import FastarError
-from fastar.runs import RunFolder
-from fastar.runs.model_files import Checkpoint, is_checkpoint, read_metadata, stored_digest, tensors_digest
+from fastar.runs import RunFolder, is_checkpoint, read_metadata, stored_digest
 from fastar.runtime.json_files import content_digest
 from fastar.runtime.progress import SILENT, Progress
 
@@ -67,12 +66,6 @@ def check_permutations(run: RunFolder, star: Mapping[str, Any]) -> None:
             f"{run.permutations}: belongs to another star than {run.star.name}; restore the one that was written with "
             "it, or delete it to train the star again"
         )
-
-
-def state_digest(checkpoint: Checkpoint) -> str:
-    """A digest of a model's tensors, whatever file they came from."""
-    counted = {name: value for name, value in checkpoint.state.items() if not name.endswith("num_batches_tracked")}
-    return tensors_digest(counted)[:16]
 
 
 def measured_digest(settings: Settings, run: RunFolder, data: str) -> str:

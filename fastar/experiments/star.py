@@ -14,7 +14,7 @@ from fastar.evaluation import evaluate_rows, re_estimate
 from fastar.evaluation.batch_norm import set_statistics
 from fastar.experiments.regular import check_recipe, recipe, save_model
 from fastar.experiments.resumable import Prepared, Subject, attempt_seed, trained
-from fastar.experiments.reuse import check_permutations, state_digest
+from fastar.experiments.reuse import check_permutations
 from fastar.experiments.session import MEASURE_WITH_LESS, Context, within_memory
 from fastar.flat.forward import on_device
 from fastar.matching import (
@@ -26,13 +26,13 @@ from fastar.matching import (
     match_by_settings,
     matching_threads,
 )
-from fastar.runs.atomic import delete, write_atomically
+from fastar.runs import delete, read_metadata, write_atomically
 from fastar.runs.model_files import (
     Checkpoint,
     load_checkpoint,
     load_into,
-    read_metadata,
     save_checkpoint,
+    state_digest,
     tensors_digest,
 )
 from fastar.runtime.full_precision import full_precision

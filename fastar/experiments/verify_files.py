@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from fastar.errors import FastarError
-from fastar.experiments.reuse import check_permutations, state_digest
-from fastar.runs import CHECKPOINT, LAST_GOOD, RETRY, RunFolder
+from fastar.experiments.reuse import check_permutations
+from fastar.runs import CHECKPOINT, LAST_GOOD, RETRY, RunFolder, checkpoint_files, is_checkpoint
 from fastar.runs.live_metrics import event_files, is_event_file_whole
 from fastar.runs.lock import is_held, read_holder
-from fastar.runs.model_files import checkpoint_files, is_checkpoint, load_checkpoint
+from fastar.runs.model_files import load_checkpoint, state_digest
 from fastar.runtime.json_files import read_file, read_object, unsealed
 from fastar.runtime.progress import SILENT, Progress
 from fastar.symmetry import Permutations

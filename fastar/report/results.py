@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastar.errors import FastarError
-from fastar.runs.model_files import write_atomically
+from fastar.runs import write_atomically
 from fastar.runtime.progress import size_text
 
 # Okabe-Ito colours, which the colour-blind can tell apart; markers and dashes tell the curves apart in grey print.

@@ -1,5 +1,9 @@
-"""Run folders and the files in them: who holds one, what it keeps, where it stands."""
+"""Run folders and the files in them: who holds one, what it keeps, where it stands. Imports no torch.
 
+What needs torch, reading and writing models, is `fastar.runs.model_files`.
+"""
+
+from fastar.runs.atomic import delete, write_atomically
 from fastar.runs.folder import (
     CHECKPOINT,
     IN_TRAINING,
@@ -12,6 +16,8 @@ from fastar.runs.folder import (
     remove_if_empty,
     versions,
 )
+from fastar.runs.model_names import checkpoint_files, is_checkpoint, stem_of
+from fastar.runs.safetensors_file import read_metadata, stored_digest
 
 __all__ = [
     "CHECKPOINT",
@@ -19,9 +25,16 @@ __all__ = [
     "LAST_GOOD",
     "RETRY",
     "RunFolder",
+    "checkpoint_files",
     "commit",
     "default_run_folder",
+    "delete",
+    "is_checkpoint",
+    "read_metadata",
     "remove_checkpoints",
     "remove_if_empty",
+    "stem_of",
+    "stored_digest",
     "versions",
+    "write_atomically",
 ]

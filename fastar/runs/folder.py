@@ -25,6 +25,7 @@ from fastar.errors import FastarError
 from fastar.runs.atomic import delete, write_atomically
 from fastar.runs.lock import NAME as LOCK
 from fastar.runs.lock import check_held, hold, lost
+from fastar.runs.safetensors_file import read_metadata
 from fastar.runtime.json_files import parse_object, read_file, read_object, sealed, unsealed
 from fastar.runtime.progress import SILENT, Progress
 
@@ -181,8 +182,6 @@ class RunFolder:
         left = self.path / LAST_GOOD / f"{folder.name}.safetensors"
         if folder.parent != self.path / IN_TRAINING or not left.is_file():
             return False
-        from fastar.runs.model_files import read_metadata  # imports torch
-
         try:
             kept, found = read_metadata(left, own=True), read_metadata(path, own=True)
         except FastarError:  # damaged: nobody's to throw away

@@ -16,23 +16,11 @@ from safetensors.torch import save as serialize
 from fastar.errors import FastarError
 from fastar.flat.state_check import check_one_value, check_state_of, ties_of
 from fastar.runs.atomic import write_atomically
-from fastar.runs.tensor_files import (
-    IN_FOLDERS,
-    INDEX,
-    SAFETENSORS,
-    Found,
-    TensorFile,
-    is_averaged,
-    read_torch,
-    require_file,
-    shards_of,
-    state_within,
-    suffix_of,
-)
+from fastar.runs.model_names import INDEX, SAFETENSORS, checkpoint_files, models_in, shards_of, suffix_of
+from fastar.runs.safetensors_file import METADATA_DIGEST, TENSORS_DIGEST, SafetensorsFile
+from fastar.runs.torch_files import Found, is_averaged, read_torch, state_within
 from fastar.runtime.json_files import content_digest
 
-_DIGEST = "tensors_digest"
-_ALL = "digest"
 # Wrappers of a whole network: DataParallel and its like, and torch.compile.
 _WRAPPERS = ("module.", "_orig_mod.")
 _NAMED = 4
@@ -49,6 +37,8 @@ class Checkpoint:
         under: the entries of a larger file that led to the state, outermost first.
         prefix: what was taken off all names.
         left: what else the file holds.
+        in_file: the same tensors in their file, where that is a .safetensors.
+        digest: see `state_digest`; None: not known yet.
     """
 
     state: Mapping[str, torch.Tensor]
@@ -57,6 +47,13 @@ class Checkpoint:
     under: tuple[str, ...] = ()
     prefix: str = ""
     left: tuple[str, ...] = ()
+    in_file: StoredState | None = None
+    digest: str | None = None
+
+    def released(self) -> Checkpoint:
+        """The same with the tensors left in their file, to be read again at each use, and the digest kept. Of a file
+        that is no .safetensors: as it is."""
+        return self if self.in_file is None else replace(self, state=self.in_file, digest=state_digest(self))
 
     def __repr__(self) -> str:
         known = [f"{key}={self.metadata[key]!r}" for key in ("kind", "arch") if key in self.metadata]
@@ -65,18 +62,18 @@ class Checkpoint:
 
     def taken(self) -> str | None:
         """A line on what was taken of the file and what was left over; None: all, as it is."""
-        parts = []
+        said = []
         if self.under or self.prefix:
             within = f" of {'.'.join(self.under)!r}" if self.under else ""
             averaged = ", an average of the weights (EMA)" if any(map(is_averaged, self.under)) else ""
             without = f", without the prefix {self.prefix!r} of their names" if self.prefix else ""
-            parts.append(f"took the tensors{within}{averaged}{without}")
+            said.append(f"took the tensors{within}{averaged}{without}")
         if self.left:
             more = f" and {len(self.left) - _NAMED} more" if len(self.left) > _NAMED else ""
             averages = [name for name in self.left[_NAMED:] if is_averaged(name)]
             ema = f", an average (EMA) {averages[0]!r} among them" if averages else ""
-            parts.append(f"left over: {', '.join(self.left[:_NAMED])}{more}{ema}")
-        return f"{self.path}: {'; '.join(parts)}" if parts else None
+            said.append(f"left over: {', '.join(self.left[:_NAMED])}{more}{ema}")
+        return f"{self.path}: {'; '.join(said)}" if said else None
 
 
 class StoredState(Mapping[str, torch.Tensor]):
@@ -86,7 +83,7 @@ class StoredState(Mapping[str, torch.Tensor]):
         names: what they are called here -> in the file.
     """
 
-    def __init__(self, file: TensorFile, names: Mapping[str, str]):
+    def __init__(self, file: SafetensorsFile, names: Mapping[str, str]):
         self._file = file
         self._names = names
 
@@ -114,9 +111,20 @@ def save_checkpoint(path: Path, state: Mapping[str, torch.Tensor], metadata: Map
     """
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
     # One text: several would be written in an order that changes from run to run.
-    content = json.loads(json.dumps({**metadata, _DIGEST: tensors_digest(tensors)}))
-    text = json.dumps({**content, _ALL: content_digest(content)}, sort_keys=True)
+    content = json.loads(json.dumps({**metadata, TENSORS_DIGEST: tensors_digest(tensors)}))
+    text = json.dumps({**content, METADATA_DIGEST: content_digest(content)}, sort_keys=True)
     write_atomically(path, serialize(tensors, {"fastar": text}))
+
+
+def state_digest(checkpoint: Checkpoint) -> str:
+    """A digest of a model's tensors, whatever file they came from; the counts of batches say nothing of it."""
+    if checkpoint.digest is not None:
+        return checkpoint.digest
+    return tensors_digest({name: value for name, value in checkpoint.state.items() if not _is_count(name)})[:16]
+
+
+def _is_count(name: str) -> bool:
+    return name.endswith("num_batches_tracked")
 
 
 def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
@@ -130,90 +138,7 @@ def tensors_digest(tensors: Mapping[str, torch.Tensor]) -> str:
     return digest.hexdigest()
 
 
-def read_metadata(path: Path, *, own: bool = False) -> dict[str, Any]:
-    """The metadata of a .safetensors file, without reading its tensors.
-
-    Args:
-        own: fastar must have written it: of files in run folders.
-
-    Raises:
-        FastarError: missing, truncated, damaged or foreign file.
-    """
-    return _metadata_and_digest(TensorFile(path), own)[0]
-
-
-def stored_digest(path: Path, *, own: bool = False) -> str:
-    """A digest of what a checkpoint holds, without reading the tensors where they were given one when it was saved.
-
-    Raises:
-        FastarError: missing, truncated or damaged file; with `own` one that fastar did not write.
-    """
-    stored = _metadata_and_digest(TensorFile(path), own)[1] if path.suffix == SAFETENSORS else None
-    if stored is not None:
-        return stored
-    require_file(path)
-    digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-    except OSError as error:
-        raise FastarError(f"{path}: cannot be read ({error.strerror}); restore it") from error
-    return digest.hexdigest()
-
-
-def _metadata_and_digest(file: TensorFile, own: bool) -> tuple[dict[str, Any], str | None]:
-    """The metadata, and the digest that the tensors must have (None: of another's file)."""
-    path, text = file.path, file.metadata.get("fastar")
-    if text is None:
-        # One changed byte hides the mark, but not what stands under it.
-        if own or any(f'"{_DIGEST}"' in value for value in file.metadata.values()):
-            raise FastarError(
-                f"{path}: is not as fastar writes its files (damaged, or another's); restore it or delete it"
-            )
-        return {}, None
-    try:
-        content = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise FastarError(f"{path}: its fastar metadata are damaged ({error}); delete it or restore it") from error
-    if not isinstance(content, dict) or not isinstance(content.get("model", {}), dict):
-        raise FastarError(f"{path}: its fastar metadata are damaged; delete it or restore it")
-    whole = content.pop(_ALL, None)
-    if whole != content_digest(content):
-        raise FastarError(f"{path}: its metadata are not those that were saved (damaged); delete it or restore it")
-    digest = content.pop(_DIGEST, None)
-    if not isinstance(digest, str):
-        raise FastarError(f"{path}: has no digest of its tensors (damaged); delete it or restore it")
-    return content, digest
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Tell by its name whether `path` is a single file that `load_checkpoint` reads."""
-    return suffix_of(path) not in (None, INDEX)
-
-
-def checkpoint_files(path: Path) -> list[Path]:
-    """The files that `load_checkpoint(path)` reads: one, or those of a folder or of an index of shards.
-
-    Raises:
-        FastarError: a folder without a model, or an index that cannot be read.
-    """
-    if path.is_dir():
-        inside = _models_in(path)
-        if not inside:
-            raise FastarError(f"{path}: no such checkpoint: a folder with none of {', '.join(IN_FOLDERS)}")
-        return checkpoint_files(path / inside[0])
-    if suffix_of(path) == INDEX:
-        return [path, *(path.with_name(file) for file in shards_of(path))]
-    return [path]
-
-
-def _models_in(folder: Path) -> list[str]:
-    """The model files that a Hugging Face folder holds; they are of one model, and the first is read."""
-    return [name for name in IN_FOLDERS if (folder / name).is_file()]
-
-
-def load_checkpoint(path: Path, *, resident: bool = True, own: bool = False) -> Checkpoint:
+def load_checkpoint(path: Path, *, own: bool = False) -> Checkpoint:
     """Read a checkpoint: fastar's .safetensors, or other people's: safetensors, what torch.save wrote (a state dict,
     bare or in what a training keeps beside it), either in several files with an index, or a Hugging Face folder.
 
@@ -221,7 +146,6 @@ def load_checkpoint(path: Path, *, resident: bool = True, own: bool = False) -> 
     `weights_only=True`: no code runs.
 
     Args:
-        resident: false leaves the tensors of a .safetensors file there after checking them: see `StoredState`.
         own: fastar must have written it: of files in run folders.
 
     Raises:
@@ -229,37 +153,39 @@ def load_checkpoint(path: Path, *, resident: bool = True, own: bool = False) -> 
             were saved.
     """
     files = checkpoint_files(path)
-    if suffix_of(files[0]) is None:
+    kind = suffix_of(files[0])
+    if kind is None:
         raise FastarError(
             f"{path}: not a checkpoint; expected a file ending in .safetensors, .pt, .pth, .ckpt, .bin, .pth.tar or "
             f"{INDEX}, or a Hugging Face folder"
         )
-    metadata: dict[str, Any] = {}
-    file: TensorFile | None = None
-    if suffix_of(files[0]) == INDEX:
-        found = Found(_read_shards(files[0]))
-    elif suffix_of(files[0]) == SAFETENSORS:
-        file = TensorFile(files[0])
-        metadata, digest = _metadata_and_digest(file, own)
+    file = SafetensorsFile(files[0]) if kind == SAFETENSORS else None
+    metadata, saved = file.fastar_metadata(own=own) if file else ({}, None)
+    if file:
         found = Found(file.read(file.names))
-        if digest is not None and digest != tensors_digest(found.state):
-            raise FastarError(f"{path}: its values are not those that were saved (damaged); delete it or restore it")
     else:
-        found = state_within(read_torch(files[0]), str(path))
-    state = found.state
+        found = Found(_read_shards(files[0])) if kind == INDEX else state_within(read_torch(files[0]), str(path))
+    state, under, left = found.state, found.under, found.left
+    if saved is not None and saved != tensors_digest(state):
+        raise FastarError(f"{path}: its values are not those that were saved (damaged); delete it or restore it")
     if not state:
         raise FastarError(f"{path}: holds no tensors")
     for name, value in state.items():
         _check_values(path, name, value)
     prefix = _wrappers(state)
     names = {name[len(prefix) :]: name for name in state}
-    kept: Mapping[str, torch.Tensor] = {name: state[stored] for name, stored in names.items()}
-    if not resident and file is not None:
-        kept = StoredState(file, names)
-    under, left = found.under, found.left
     if path.is_dir():
-        under, left = (files[0].name, *under), (*left, *_models_in(path)[1:])
-    return Checkpoint(kept, metadata, path, under, prefix, left)
+        under, left = (files[0].name, *under), (*left, *models_in(path)[1:])
+    return Checkpoint(
+        {name: state[stored] for name, stored in names.items()},
+        metadata,
+        path,
+        under,
+        prefix,
+        left,
+        in_file=StoredState(file, names) if file else None,
+        digest=saved[:16] if saved and not prefix and not any(map(_is_count, names)) else None,
+    )
 
 
 def _read_shards(index: Path) -> dict[str, torch.Tensor]:
@@ -267,7 +193,7 @@ def _read_shards(index: Path) -> dict[str, torch.Tensor]:
     for file, names in shards_of(index).items():
         path = index.with_name(file)
         if suffix_of(path) == SAFETENSORS:
-            stored = TensorFile(path)
+            stored = SafetensorsFile(path)
             found = stored.read(stored.names)
         else:
             found = state_within(read_torch(path), str(path)).state
@@ -322,7 +248,7 @@ def load_into(model: torch.nn.Module, checkpoint: Checkpoint) -> Checkpoint:
     state = OrderedDict((name, found[other]) for name, other in names.items())
     state._metadata = getattr(model.state_dict(), "_metadata", None)  # type: ignore[attr-defined]  # modules' versions
     model.load_state_dict(state, strict=False)  # what may be missing was checked above
-    return replace(checkpoint, state=_renamed(checkpoint.state, names))
+    return _renamed(checkpoint, names)
 
 
 def load_whole_into(model: torch.nn.Module, checkpoint: Checkpoint) -> Checkpoint:
@@ -340,13 +266,20 @@ def load_whole_into(model: torch.nn.Module, checkpoint: Checkpoint) -> Checkpoin
             whole[name] = torch.empty_like(value, dtype=found[name].dtype).copy_(found[name])
         else:  # counts of batches, which files of others may lack
             whole[name] = value.clone()
-    return replace(checkpoint, state=whole)
+    return replace(checkpoint, state=whole, in_file=None, digest=None)
 
 
-def _renamed(state: Mapping[str, torch.Tensor], names: Mapping[str, str]) -> Mapping[str, torch.Tensor]:
-    if isinstance(state, StoredState):
-        return state.renamed(names)
-    return {new: state[old] for new, old in names.items()}
+def _renamed(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
+    """The checkpoint with its tensors under other names: new -> old."""
+    state, file = checkpoint.state, checkpoint.in_file
+    return replace(
+        checkpoint,
+        state=state.renamed(names)
+        if isinstance(state, StoredState)
+        else {new: state[old] for new, old in names.items()},
+        in_file=file and file.renamed(names),
+        digest=checkpoint.digest if all(new == old for new, old in names.items()) else None,
+    )
 
 
 def _as_named_by(model: torch.nn.Module, checkpoint: Checkpoint) -> Checkpoint:
@@ -356,7 +289,7 @@ def _as_named_by(model: torch.nn.Module, checkpoint: Checkpoint) -> Checkpoint:
         return checkpoint
     for more in _prefixes(next(iter(wanted), "")):  # the model is wrapped, its file is not
         if all(name.startswith(more) for name in wanted) and any(more + name in wanted for name in found):
-            return replace(checkpoint, state=_renamed(checkpoint.state, {more + name: name for name in found}))
+            return _renamed(checkpoint, {more + name: name for name in found})
     counts: dict[str, int] = {}
     for name in found:
         for prefix in _prefixes(name):
@@ -376,8 +309,7 @@ def _as_named_by(model: torch.nn.Module, checkpoint: Checkpoint) -> Checkpoint:
     names = {name[len(prefix) :]: name for name in found if name.startswith(prefix)}
     left = [name for name in found if not name.startswith(prefix)]
     return replace(
-        checkpoint,
-        state=_renamed(checkpoint.state, names),
+        _renamed(checkpoint, names),
         prefix=checkpoint.prefix + prefix,
         left=(*left, *checkpoint.left),
     )

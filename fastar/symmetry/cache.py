@@ -32,7 +32,7 @@ from torch import Tensor, fx, nn
 from torch.nn.modules import module as hooks
 
 from fastar.errors import FastarError
-from fastar.runs.atomic import write_atomically
+from fastar.runs import write_atomically
 from fastar.symmetry.symmetry import Group, Member, Symmetry
 
 _log = logging.getLogger(__name__)

@@ -15,9 +15,8 @@ from torch import Tensor
 
 from fastar.config import CheckpointSettings
 from fastar.errors import FastarError
-from fastar.runs import CHECKPOINT, RETRY, remove_checkpoints
-from fastar.runs.atomic import delete, write_atomically
-from fastar.runs.model_files import load_checkpoint, read_metadata, save_checkpoint
+from fastar.runs import CHECKPOINT, RETRY, delete, read_metadata, remove_checkpoints, write_atomically
+from fastar.runs.model_files import load_checkpoint, save_checkpoint
 from fastar.runtime.json_files import read_object, sealed, unsealed
 
 FORMAT = 1

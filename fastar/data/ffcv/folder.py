@@ -14,7 +14,7 @@ from fastar.data.ffcv.checksums import Checksums, checksums_path
 from fastar.data.ffcv.format import Layout, check_beton, fingerprint
 from fastar.data.raw.listing import readable
 from fastar.errors import FastarError
-from fastar.runs.atomic import write_atomically
+from fastar.runs import write_atomically
 from fastar.runtime.json_files import content_digest, read_object
 
 SPLITS = ("train", "test")
