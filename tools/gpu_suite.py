@@ -50,7 +50,7 @@ sys.path.insert(0, str(ROOT))
 from bench import where  # noqa: E402
 
 from fastar.errors import FastarError  # noqa: E402
-from fastar.runs.atomic import write_atomically  # noqa: E402
+from fastar.runs import write_atomically  # noqa: E402
 
 
 @dataclass(frozen=True)
