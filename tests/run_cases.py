@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,6 @@ from safetensors.torch import load_file
 from fastar.config import Settings, load_settings
 from fastar.runs import RunFolder
 from fastar.runtime.progress import SilentProgress
-from fastar.symmetry import Symmetry, modules
 
 SMALL = [
     "dataset.limit=300",
@@ -60,26 +58,6 @@ def assert_log_is_whole(found: Path, wanted: Path) -> None:
 def small(data: Path, *overrides: str) -> Settings:
     """A small run; its .beton files go to `data`."""
     return load_settings(dataset="digits", overrides=[*SMALL, f"dataset.directory={data}", *overrides])
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_symmetry() -> Any:
-    """Half a second in every run, and always the same: derived once for all runs of these modules."""
-    derive: Callable[..., Symmetry] = modules.derive_symmetry
-
-    @lru_cache(maxsize=1)
-    def derived(names: tuple[tuple[str, torch.Size], ...]) -> list[Symmetry]:
-        return []
-
-    def once(model: torch.nn.Module, example: tuple[torch.Tensor, ...], **options: Any) -> Symmetry:
-        kept = derived(tuple((name, p.shape) for name, p in model.named_parameters()))
-        if not kept:
-            kept.append(derive(model, example, **options))
-        return kept[0]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(modules, "derive_symmetry", once)
-        yield
 
 
 class Killed(BaseException):

@@ -102,7 +102,7 @@ def points(count: int, *shape: int) -> Tensor:
 
 def shuffled(model: nn.Module, inputs: Tensor, seed: int = 0) -> tuple[nn.Module, Symmetry, Permutations]:
     """A shuffled copy, and the way back."""
-    symmetry = derive_symmetry(model, (inputs[:2],), cached=False)
+    symmetry = derive_symmetry(model, (inputs[:2],))
     shuffle, twin = symmetry.random(seed), copy.deepcopy(model)
     twin.load_state_dict(symmetry.apply(shuffle, model.state_dict()))
     return twin, symmetry, shuffle.inverse()
@@ -155,7 +155,7 @@ def test_near_copies_are_told_apart_by_all_that_channels_do() -> None:
 def test_a_store_of_mixers_is_matched_by_what_was_kept(tmp_path: Any) -> None:
     """As a star does: sources are looked at once, and matched again after they have moved."""
     model, batches = seeded(Mixer), list(images(256).split(128))
-    symmetry, theta = derive_symmetry(model, (batches[0][:2],), cached=False), model.state_dict()
+    symmetry, theta = derive_symmetry(model, (batches[0][:2],)), model.state_dict()
     sources = [symmetry.apply(symmetry.random(n), theta) for n in range(3)]
     kept = KeptActivations(UnitActivations(model, symmetry, batches, CPU), sources, list("abc"))
     assert kept_bytes(model, symmetry, batches) >= kept.rows[0].nbytes
@@ -182,7 +182,7 @@ def test_a_store_of_mixers_is_matched_by_what_was_kept(tmp_path: Any) -> None:
 
 def test_mixers_of_a_set_are_matched_pairwise_and_to_one() -> None:
     model, inputs = seeded(Mixer), images(256)
-    symmetry, theta = derive_symmetry(model, (inputs[:2],), cached=False), model.state_dict()
+    symmetry, theta = derive_symmetry(model, (inputs[:2],)), model.state_dict()
     shuffles = [symmetry.random(n) for n in range(3)]
     states = [symmetry.apply(shuffle, theta) for shuffle in shuffles]
     how: dict[str, Any] = {
@@ -234,7 +234,7 @@ class OfOneSize(nn.Module):
 
 def test_a_forward_may_be_written_for_one_batch_size() -> None:
     model, inputs = seeded(OfOneSize), points(100, 6)
-    symmetry, twin = derive_symmetry(model, (inputs,), cached=False), copy.deepcopy(model)
+    symmetry, twin = derive_symmetry(model, (inputs,)), copy.deepcopy(model)
     twin.load_state_dict(symmetry.apply(symmetry.random(0), model.state_dict()))
     data = [(inputs, torch.zeros(100, dtype=torch.int64))]
     found = fastar.match(model, twin, example_inputs=inputs, method="activation", data=data)
@@ -373,7 +373,7 @@ def test_inputs_may_lie_deeper(keyword: bool) -> None:
         return {"batch": inner} if keyword else (inner,)
 
     model = seeded(Named)
-    symmetry = derive_symmetry(model, given(2), cached=False)
+    symmetry = derive_symmetry(model, given(2))
     assert [(group.name, group.size) for group in symmetry.groups] == [("hidden", 12)]
     shuffle, twin = symmetry.random(0), copy.deepcopy(model)
     twin.load_state_dict(symmetry.apply(shuffle, model.state_dict()))
@@ -427,10 +427,10 @@ class Caching(nn.Module):
 
 def test_a_network_that_returns_caches_is_traced_without() -> None:
     model, x = seeded(Caching), points(2, 5, 8)
-    symmetry = derive_symmetry(model, {"x": x}, cached=False)
+    symmetry = derive_symmetry(model, {"x": x})
     assert [group.name for group in symmetry.groups] == ["value"]
     assert model.config.use_cache is True
-    asked = derive_symmetry(model, {"x": x, "use_cache": True}, cached=False)
+    asked = derive_symmetry(model, {"x": x, "use_cache": True})
     assert asked.groups == ()  # whoever asks for outputs has them held
 
 
@@ -450,7 +450,7 @@ def test_outputs_that_are_no_tensors_are_named() -> None:
     with pytest.raises(
         FastarError, match=r"cannot trace Returns.* returns a Cache, .*: use_cache=False in the example"
     ):
-        derive_symmetry(model, (points(2, 8),), cached=False)
+        derive_symmetry(model, (points(2, 8),))
 
 
 # What is said

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from cli_cases import contents, fastar, refused
-from run_cases import Heard, one_symmetry, small  # noqa: F401 (a fixture)
+from run_cases import Heard, small
 from test_stopping import at_call
 
 from fastar.config import load_settings

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from cli_cases import contents, fastar, refused
-from run_cases import Killed, kill, one_symmetry, small  # noqa: F401 (a fixture)
+from run_cases import Killed, kill, small
 from test_stopping import at_call
 
 from fastar.experiments.star_domain import train_star

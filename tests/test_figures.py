@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from cli_cases import refused, tiny
-from run_cases import one_symmetry, small  # noqa: F401 (a fixture)
+from run_cases import small
 
 from fastar.config import FiguresSettings
 from fastar.errors import FastarError

@@ -331,7 +331,7 @@ class Stateful(nn.Module):
 
 def test_what_a_state_dict_holds_beside_tensors_is_handed_on() -> None:
     model, inputs = Stateful(), (torch.randn(2, 6),)
-    symmetry = derive_symmetry(model, inputs, cached=False)
+    symmetry = derive_symmetry(model, inputs)
     assert [g.size for g in symmetry.groups] == [8]
     assert symmetry.buffers == {}
     verify_symmetry(model, symmetry, inputs)

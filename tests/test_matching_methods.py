@@ -355,7 +355,7 @@ def test_none_derives_nothing_and_moves_nothing(monkeypatch: pytest.MonkeyPatch)
     def refuse(*args: object, **kwargs: object) -> None:
         raise AssertionError("a symmetry was derived")
 
-    monkeypatch.setattr("fastar.symmetry.modules.derive_symmetry", refuse)
+    monkeypatch.setattr("fastar.symmetry.derive.derive_symmetry", refuse)
     models = [ResNet((3, 4), 1) for _ in range(3)]
     settings = MatchingSettings(method="none")
     symmetry = symmetry_by_settings(settings, models[0], ())
@@ -413,7 +413,7 @@ def test_keys_of_methods() -> None:
 def test_a_run_by_each_method(method: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if method == ("none",):
         # The context is what derives a run's symmetry.
-        monkeypatch.setattr("fastar.symmetry.modules.derive_symmetry", None)
+        monkeypatch.setattr("fastar.symmetry.derive.derive_symmetry", None)
     name, *more = method
     outcome = fastar(
         "train-star", *tiny(tmp_path / "data"), "--out", tmp_path / "run", f"matching.method={name}",

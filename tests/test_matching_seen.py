@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from matching_models import random_state
-from run_cases import Killed, Settings, assert_same_models, kill, one_symmetry, small
+from run_cases import Killed, Settings, assert_same_models, kill, small
 from safetensors.torch import load_file
 from test_matching_methods import case, stacked
 from torch import Tensor, nn
@@ -35,8 +35,6 @@ from fastar.matching.activation.match_activations import correlate_seen
 from fastar.symmetry import Symmetry, derive_symmetry
 from fastar.training import SourcesStore, StarStep
 from fastar.training import sources as store_module
-
-__all__ = ["one_symmetry"]
 
 CPU = torch.device("cpu")
 State = dict[str, Tensor]
@@ -151,7 +149,7 @@ def test_a_unit_that_never_changes_resembles_no_other() -> None:
     with torch.no_grad():
         model.hidden.weight.copy_(torch.tensor([[1.0, 0.5], [0.0, 0.0], [0.3, -0.2]]))
         model.hidden.bias.copy_(torch.tensor([0.1, 3.1, 5.0]))
-    symmetry = derive_symmetry(model, (torch.zeros(2, 2),), cached=False)
+    symmetry = derive_symmetry(model, (torch.zeros(2, 2),))
     inputs = torch.randn(1000, 2, generator=torch.Generator().manual_seed(0))
     (table,) = UnitActivations(model, symmetry, [inputs], CPU)(model.state_dict(), "it").values()
     torch.testing.assert_close(table.norm(dim=0), torch.tensor([1.0, 0.0, 1.0]))
@@ -182,7 +180,7 @@ def test_bad_networks_are_named() -> None:
     positive = {n: p.detach().abs() + 0.1 for n, p in chooses.named_parameters()}
     chooses.load_state_dict(positive)
     data = torch.randn(40, 2, generator=torch.Generator().manual_seed(0))
-    look = UnitActivations(chooses, derive_symmetry(Still(), (data,), cached=False), [data], CPU)
+    look = UnitActivations(chooses, derive_symmetry(Still(), (data,)), [data], CPU)
     with pytest.raises(
         FastarError, match=r"source odd shows other numbers of activations at '\w+\.\w+' than source a:"
     ):

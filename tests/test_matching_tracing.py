@@ -102,7 +102,7 @@ def test_a_refusal_is_one_line_that_says_what_torch_or_the_model_said(
 ) -> None:
     before = torch.get_rng_state()
     with pytest.raises(FastarError, match=message) as why:
-        derive_symmetry(model, inputs, cached=False)
+        derive_symmetry(model, inputs)
     assert "\n" not in str(why.value)
     if not isinstance(model, Branches):
         assert "branch on values" not in str(why.value)
@@ -135,7 +135,7 @@ def test_a_failed_trace_leaves_no_hook(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_after_the_parametrisation_is_removed_the_groups_are_found() -> None:
     model = Parametrised()
     nn.utils.parametrize.remove_parametrizations(model.hidden, "weight")
-    assert [g.size for g in derive_symmetry(model, X, cached=False).groups] == [7]
+    assert [g.size for g in derive_symmetry(model, X).groups] == [7]
 
 
 def test_the_remedies_are_of_python_and_of_the_command_line() -> None:
@@ -144,7 +144,7 @@ def test_the_remedies_are_of_python_and_of_the_command_line() -> None:
             return x.sort(-1).values
 
     with pytest.raises(FastarError, match=r"allow_partial=True, on the command line --allow-partial.*PermutationSpec"):
-        derive_symmetry(Sorts(), X, cached=False)
+        derive_symmetry(Sorts(), X)
 
 
 class Listening(logging.Handler):

@@ -159,7 +159,7 @@ def test_what_a_gate_of_zero_hides_is_seen_or_not_proven() -> None:
     refused("changes its outputs", Gate(persistent=True), wrong)
     for one in (axes, wrong):
         refused("cannot be proven.*'branch.weight'", Gate(persistent=False), one)
-    derived = derive_symmetry(Gate(persistent=False), X, cached=False)  # the derivation is the proof
+    derived = derive_symmetry(Gate(persistent=False), X)  # the derivation is the proof
     assert [g.size for g in derived.groups] == [7]
 
 
@@ -177,7 +177,7 @@ def test_parameters_of_training_alone_stay_in_place() -> None:
     message = "cannot be proven.*'h' in axis 1 of 'extra.weight'.*None for the axes"
     refused(message, Auxiliary(), axes | dense(("extra", None, "h")))
     assert len(prove(Auxiliary(), axes | dense(("extra", None, None))).groups) == 1  # as it is told to
-    derived = derive_symmetry(Auxiliary(), X, cached=False)
+    derived = derive_symmetry(Auxiliary(), X)
     assert "extra.weight" not in {m.tensor for g in derived.groups for m in g.members}
 
 
@@ -201,7 +201,7 @@ def test_a_forward_that_draws_random_numbers_is_refused_and_draws_none_of_ours(p
 
     model, before = Dropout(6, 7, 3), torch.get_rng_state()
     axes = dense(("layers.0", "h", None), ("layers.1", None, "h"))
-    call = {"spec": lambda: prove(model, axes), "derived": lambda: derive_symmetry(model, X, cached=False)}[prover]
+    call = {"spec": lambda: prove(model, axes), "derived": lambda: derive_symmetry(model, X)}[prover]
     with pytest.raises(FastarError, match=r"random|dropout|rand") as why:
         call()
     assert "\n" not in str(why.value)

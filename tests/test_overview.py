@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from cli_cases import contents, fastar, refused
 from rich.console import Console
-from run_cases import one_symmetry, small  # noqa: F401 (a fixture)
+from run_cases import small
 from test_stopping import at_call
 
 from fastar.experiments.star_domain import train_star

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from cli_cases import fastar
-from run_cases import SMALL, assert_log_is_whole, assert_same_models, one_symmetry, small  # noqa: F401 (a fixture)
+from run_cases import SMALL, assert_log_is_whole, assert_same_models, small
 
 from fastar.experiments.star_domain import train_star
 from fastar.runtime.signals import Stopped, deferred, requested, signals_stop

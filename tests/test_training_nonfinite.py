@@ -18,7 +18,6 @@ from run_cases import (
     Killed,
     assert_same_models,
     kill,
-    one_symmetry,  # noqa: F401 (a fixture)
     poison,
     small,
 )

@@ -88,7 +88,7 @@ class Fastar:
         self.theta_model, *self.models = (
             trained(args.arch, seed, args.steps, args.cache, args.width, device) for seed in range(args.sources + 1)
         )
-        derive = lambda: derive_symmetry(self.theta_model, (EXAMPLE.to(device),), cached=False)  # noqa: E731
+        derive = lambda: derive_symmetry(self.theta_model, (EXAMPLE.to(device),))  # noqa: E731
         self.tracing, self.symmetry = timed(derive, device)
         self.layout = FlatLayout.from_module(self.theta_model)
         names = [str(n) for n in range(args.sources)]

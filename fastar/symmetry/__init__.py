@@ -1,7 +1,6 @@
 """Symmetry: which axes of a network's parameters are permuted together, derived from its graph and proven."""
 
-from fastar.symmetry.derive import derive_symmetry
-from fastar.symmetry.modules import symmetry_by_settings
+from fastar.symmetry.derive import derive_symmetry, symmetry_by_settings
 from fastar.symmetry.permutations import Permutations
 from fastar.symmetry.random_network import ExampleInputs
 from fastar.symmetry.same_function import check_same_function

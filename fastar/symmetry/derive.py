@@ -4,23 +4,43 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
 
+from fastar.config import MatchingSettings
 from fastar.errors import FastarError
 from fastar.flat.state_check import is_vector, tensors_of
-from fastar.symmetry import cache as proofs
+from fastar.symmetry import cache
 from fastar.symmetry.axes import FIXED, Axis, AxisSolver, fixed
 from fastar.symmetry.axis_views import Copies, Dims, Factor, factor_length
 from fastar.symmetry.random_network import ExampleInputs
 from fastar.symmetry.rules.call import Refused
 from fastar.symmetry.rules.operations import apply_rule, is_fill
-from fastar.symmetry.symmetry import Group, Member, Symmetry
+from fastar.symmetry.symmetry import Group, Member, Symmetry, without_groups
 from fastar.symmetry.trace import trace
 from fastar.symmetry.verify import verify_symmetry
+
+
+def symmetry_by_settings(
+    settings: MatchingSettings,
+    model: nn.Module,
+    example_inputs: ExampleInputs,
+    *,
+    allow_partial: bool = False,
+    name: object = None,
+) -> Symmetry:
+    """`derive_symmetry`, but no groups for `matching.method=none`, which needs none; nothing is traced then.
+
+    Raises:
+        FastarError: as `derive_symmetry`.
+    """
+    if settings.method == "none":
+        return without_groups(model)
+    return derive_symmetry(model, example_inputs, allow_partial=allow_partial, name=name)
 
 
 def derive_symmetry(
@@ -29,7 +49,6 @@ def derive_symmetry(
     *,
     verify: bool = True,
     allow_partial: bool = False,
-    cached: bool = True,
     name: object = None,
 ) -> Symmetry:
     """The groups of hidden units of `model` that can be permuted without changing what it computes.
@@ -44,10 +63,8 @@ def derive_symmetry(
         verify: also prove the result numerically (`verify_symmetry`).
         allow_partial: where the symmetry of an operation cannot be proven, hold all axes of its inputs in place and go
             on; `Symmetry.frozen` says where.
-        cached: take what was derived and proven before for the same graph (`fastar.symmetry.cache`), and keep what is
-            proven now.
-        name: of fastar's own architectures: what builds them (name, options, shape; JSON), so that what is kept is
-            found without tracing. Not for other models: their code may change under the same name.
+        name: of fastar's own architectures: what builds them (name, options, shape; JSON). What was proven under it
+            is kept on disk (`fastar.symmetry.cache`). Not for other models: their code may change under one name.
 
     Raises:
         FastarError: the model cannot be traced, or an operation's symmetry cannot be proven; names node and operation.
@@ -58,39 +75,29 @@ def derive_symmetry(
             f"example_inputs of {kind} are a {type(example_inputs).__name__}: give a tuple of what its forward takes, "
             "or a mapping of keywords"
         )
-    by_name = by_graph = found = None
-    if cached and verify and name is not None:
-        by_name = proofs.digest_of_name(name, model, example_inputs, allow_partial=allow_partial)
-        found = proofs.find(by_name)
-    if found is not None:
-        return found
-    program = trace(model, example_inputs, kind)
-    movable = _movable(model, program)
-    if cached and verify:
-        # The graph alone does not tell which buffers may move: shared memory counts too.
-        by_graph = proofs.digest_of_graph(program, model, allow_partial=allow_partial, movable=sorted(movable))
-        found = proofs.find(by_graph)
-    if found is None:
-        found = _derived(model, program, kind, movable, allow_partial)
+    record = None
+    if verify and name is not None:
+        record = cache.record_of(name, model, example_inputs, allow_partial=allow_partial)
+    symmetry = cache.find(record)
+    if symmetry is None:
+        symmetry = _derived(model, trace(model, example_inputs, kind), allow_partial)
         if verify:
-            verify_symmetry(model, found, example_inputs, controls=False)
-            proofs.keep(by_graph, found)
-    proofs.keep(by_name, found)
-    return found
+            verify_symmetry(model, symmetry, example_inputs, controls=False)
+        cache.keep(record, symmetry)
+    return symmetry
 
 
-def _derived(
-    model: nn.Module, program: torch.export.ExportedProgram, name: str, movable: frozenset[str], allow_partial: bool
-) -> Symmetry:
+def _derived(model: nn.Module, program: torch.export.ExportedProgram, allow_partial: bool) -> Symmetry:
     """The symmetry of a traced graph; where it is refused with buffers that move, they stay, as constants do."""
+    movable = _movable(model, program)
     ways = [(movable, allow_partial)]
     if movable:
         ways = [(movable, False), (frozenset(), False), *(ways if allow_partial else [])]
     for buffers, partial in ways[:-1]:
         with suppress(FastarError):
-            return _Derivation(model, program, name, buffers, allow_partial=partial).symmetry()
+            return _Derivation(model, program, buffers, allow_partial=partial).symmetry()
     buffers, partial = ways[-1]
-    return _Derivation(model, program, name, buffers, allow_partial=partial).symmetry()
+    return _Derivation(model, program, buffers, allow_partial=partial).symmetry()
 
 
 def _movable(model: nn.Module, program: torch.export.ExportedProgram) -> frozenset[str]:
@@ -128,18 +135,14 @@ class _Derivation:
         self,
         model: nn.Module,
         program: torch.export.ExportedProgram,
-        name: str,
         movable: frozenset[str],
         *,
         allow_partial: bool = False,
         supposing: bool = False,
     ):
-        self.model, self.name, self.program, self.solver = model, name, program, AxisSolver()
+        self.model, self.name, self.program, self.solver = model, type(model).__name__, program, AxisSolver()
         self.allow_partial, self.movable, self.supposing = allow_partial, movable, supposing
-        self.parameters = dict(model.named_parameters(remove_duplicate=False))
-        self.buffers = {n: t for n, t in tensors_of(model).items() if n not in self.parameters}
-        first_name: dict[int, str] = {}
-        self.canonical = {n: first_name.setdefault(id(t), n) for n, t in {**self.parameters, **self.buffers}.items()}
+        self.empty = without_groups(model)
         self.tensors: dict[str, tuple[Axis, ...]] = {}
         self.first_use: dict[str, int] = {}
         self.moving: set[fx.Node] = set()  # nodes that depend on a parameter, or a statistic of a batch-norm
@@ -148,13 +151,7 @@ class _Derivation:
 
     def symmetry(self) -> Symmetry:
         self._follow()
-        return Symmetry(
-            groups=self._groups(),
-            parameters={n: tuple(p.shape) for n, p in self.parameters.items()},
-            buffers={n: tuple(b.shape) for n, b in self.buffers.items()},
-            tied={n: first for n, first in self.canonical.items() if n != first},
-            frozen=(*self.frozen, *self._held_by()),
-        )
+        return replace(self.empty, groups=self._groups(), frozen=(*self.frozen, *self._held_by()))
 
     def _follow(self) -> None:
         """Labels of all nodes: what has to move together is then in the solver."""
@@ -223,8 +220,10 @@ class _Derivation:
         """The parameter or buffer that a placeholder stands for."""
         if node.op != "placeholder":
             return None
-        target = self._spec(node).target
-        return self.canonical.get(target, target)
+        return self._first_name(self._spec(node).target)
+
+    def _first_name(self, name: str) -> str:
+        return self.empty.tied.get(name, name)
 
     def _statistics(self) -> set[str]:
         """Placeholders that are some batch-norm's running mean or variance, and nothing else: buffers that may move."""
@@ -239,14 +238,14 @@ class _Derivation:
 
     def _placeholder(self, node: fx.Node, statistics: set[str]) -> Any:
         value, spec = node.meta.get("val"), self._spec(node)
-        learned = spec.kind == InputKind.PARAMETER or (node.name in statistics and spec.target in self.buffers)
+        learned = spec.kind == InputKind.PARAMETER or (node.name in statistics and spec.target in self.empty.buffers)
         if learned:
             self.moving.add(node)
         elif spec.kind != InputKind.USER_INPUT and isinstance(value, Tensor):
-            self.others[self.canonical.get(spec.target, spec.target)] = self._said(spec)
+            self.others[self._first_name(spec.target)] = self._said(spec)
         moves = learned or spec.target in self.movable or (self.supposing and spec.kind != InputKind.USER_INPUT)
         if moves and isinstance(value, Tensor):
-            return self._fresh(self.canonical.get(spec.target, spec.target), value)
+            return self._fresh(self._first_name(spec.target), value)
         return _held(node)
 
     def _fresh(self, name: str, value: Tensor) -> Dims:
@@ -270,7 +269,7 @@ class _Derivation:
         """A line for each set of units that stays because something else than an input has a value for each."""
         if not self.others:
             return []
-        supposed = _Derivation(self.model, self.program, self.name, self.movable, supposing=True)
+        supposed = _Derivation(self.model, self.program, self.movable, supposing=True)
         supposed._follow()
         places: dict[int, list[tuple[str, int]]] = {}
         sizes: dict[int, int] = {}
@@ -283,7 +282,7 @@ class _Derivation:
         lines = []
         for var, those in places.items():
             holders = dict.fromkeys(supposed.others[tensor] for tensor, _ in those if tensor in supposed.others)
-            of_parameters = [(tensor, axis) for tensor, axis in those if tensor in self.parameters]
+            of_parameters = [(tensor, axis) for tensor, axis in those if tensor in self.empty.parameters]
             if holders and of_parameters:
                 first = next((tensor for tensor, axis in of_parameters if axis == 0), of_parameters[0][0])
                 lines.append(f"{_module(first)} ({sizes[var]} units): held by {', '.join(holders)}")
@@ -318,9 +317,6 @@ class _Derivation:
         """Unknowns that stayed free, as groups in order of first use; parents directly before their first child."""
         sizes: dict[int, int] = {}
         members: dict[int, list[Member]] = {}
-        names: dict[str, list[str]] = {}
-        for name, first in self.canonical.items():
-            names.setdefault(first, []).append(name)
         for tensor in sorted(self.tensors, key=lambda t: self.first_use.get(t, -1)):
             if tensor not in self.first_use:
                 continue  # never used: leave it as it is
@@ -329,11 +325,11 @@ class _Derivation:
                 for segment in self.solver.resolve(label):
                     if segment.var != FIXED:
                         sizes[segment.var] = segment.size
-                        for name in names.get(tensor, [tensor]):
+                        for name in self.empty.names.get(tensor, (tensor,)):
                             place = Member(name, axis, segment.inner, segment.outer, offset)
                             members.setdefault(segment.var, []).append(place)
                     offset += segment.length
-        learned = {var for var, places in members.items() if any(m.tensor in self.parameters for m in places)}
+        learned = {var for var, places in members.items() if any(m.tensor in self.empty.parameters for m in places)}
         over = [self.solver.parent_of(var) for var in learned]
         members = {  # not those of buffers alone, whose order then says nothing
             var: places
@@ -344,15 +340,14 @@ class _Derivation:
         taken: dict[str, int] = {}
         named: dict[int, str] = {}
         for var, places in members.items():
-            producers = [m.tensor for m in places if m.axis == 0 and m.tensor in self.parameters]
+            producers = [m.tensor for m in places if m.axis == 0 and m.tensor in self.empty.parameters]
             named[var] = _numbered(_module((producers or [places[0].tensor])[0]), taken)
         for var, parent in parents.items():
             if parent.var not in named:
                 named[parent.var] = _numbered(f"{named[var].partition('#')[0]}:blocks", taken)
                 sizes[parent.var] = parent.size
         first_use = {
-            var: min(self.first_use[self.canonical.get(m.tensor, m.tensor)] for m in places)
-            for var, places in members.items()
+            var: min(self.first_use[self._first_name(m.tensor)] for m in places) for var, places in members.items()
         }
         groups: dict[int, Group] = {}
         for var in sorted(members, key=first_use.__getitem__):

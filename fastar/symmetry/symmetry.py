@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastar.errors import FastarError
-from fastar.flat.state_check import check_state
+from fastar.flat.state_check import check_state, tensors_of
 from fastar.runtime.seeds import derive_seed
 from fastar.symmetry.batched_index import Rows, along, chosen
 from fastar.symmetry.memory_layout import memory_order
@@ -114,6 +114,14 @@ class Symmetry:
         units = sum(group.size for group in self.groups)
         frozen = f", {len(self.frozen)} places frozen" if self.frozen else ""
         return f"Symmetry({len(self.groups)} groups, {units} units, {len(self.parameters)} parameters{frozen})"
+
+    @cached_property
+    def names(self) -> dict[str, tuple[str, ...]]:
+        """Every name of each tensor, under the first of them."""
+        found: dict[str, list[str]] = {}
+        for name in (*self.parameters, *self.buffers):
+            found.setdefault(self.tied.get(name, name), []).append(name)
+        return {first: tuple(names) for first, names in found.items()}
 
     @cached_property
     def families(self) -> tuple[tuple[int, ...], ...]:
@@ -273,14 +281,14 @@ def _permute(sources: Tensor, rows: Rows, positions: Tensor, member: Member, one
 
 
 def without_groups(model: nn.Module) -> Symmetry:
-    """A symmetry of `model`'s architecture that permutes nothing, for networks that are not matched: not derived."""
-    first: dict[int, str] = {}
+    """The symmetry of `model`'s architecture that permutes nothing: nothing is traced."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
-    canonical = {name: first.setdefault(id(parameter), name) for name, parameter in parameters.items()}
-    state = model.state_dict()
+    buffers = {name: tensor for name, tensor in tensors_of(model).items() if name not in parameters}
+    first: dict[int, str] = {}
+    owners = {name: first.setdefault(id(tensor), name) for name, tensor in (parameters | buffers).items()}
     return Symmetry(
         groups=(),
-        parameters={name: tuple(parameter.shape) for name, parameter in parameters.items()},
-        buffers={n: tuple(t.shape) for n, t in state.items() if n not in parameters and isinstance(t, Tensor)},
-        tied={name: owner for name, owner in canonical.items() if name != owner},
+        parameters={name: tuple(tensor.shape) for name, tensor in parameters.items()},
+        buffers={name: tuple(tensor.shape) for name, tensor in buffers.items()},
+        tied={name: owner for name, owner in owners.items() if name != owner},
     )

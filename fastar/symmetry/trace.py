@@ -102,7 +102,7 @@ def _place(error: BaseException) -> str:
 @contextlib.contextmanager
 def _hooks_kept() -> Iterator[None]:
     """Take away what is left of a failed export: torch 2.11 forgets a hook that then sees every buffer that any
-    module of the process registers, and with which no architecture is known by its name (`proofs.digest_of_name`)."""
+    module of the process registers, and with which no architecture is known by its name (`cache.record_of`)."""
     registered = hooks._global_buffer_registration_hooks
     before = set(registered)
     try:
