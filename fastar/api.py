@@ -97,7 +97,7 @@ def match(
         spec: the groups written out by hand, for networks whose graph cannot be traced.
         allow_partial: hold in place what cannot be proven, and go on; `Matched.symmetry.frozen` says what.
         seed: of random choices.
-        options: further settings of matching, such as `kicks=5`.
+        options: further settings of matching, such as `perturbations=5`.
 
     Raises:
         FastarError: another architecture, groups that cannot be proven, or a method or option that does not exist.

@@ -155,8 +155,11 @@ def one_pass(data: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor
     ("call", "says"),
     [
         (lambda a, b, d: fastar.match(a, b, example_inputs=IMAGES, method="weights"), "'weight'"),
-        (lambda a, b, d: fastar.match(a, b, example_inputs=IMAGES, kick=3), "did you mean matching.kicks?"),
-        (lambda a, b, d: fastar.match(a, b, example_inputs=IMAGES, kicks=-1), "matching.kicks=-1"),
+        (
+            lambda a, b, d: fastar.match(a, b, example_inputs=IMAGES, perturbation=3),
+            "did you mean matching.perturbations?",
+        ),
+        (lambda a, b, d: fastar.match(a, b, example_inputs=IMAGES, perturbations=-1), "matching.perturbations=-1"),
         (lambda a, b, d: fastar.match(a, b, example_inputs=IMAGES, method="activation"), "give (inputs, labels)"),
         (lambda a, b, d: fastar.match(a, Net(7), example_inputs=IMAGES), "model_b has 'conv.weight' of shape [7, 1, 3"),
         (lambda a, b, d: fastar.match(a, b, example_inputs=torch.zeros(2, 3, 4, 4)), "cannot trace Net"),

@@ -108,7 +108,7 @@ def settings_of(tmp_path: Path, name: str) -> Settings:
     """As `images`."""
     overrides = [word for word in images(tmp_path, name) if "=" in word]
     if name == "imagefolder":
-        overrides += ["dataset.called=mine", f"dataset.root={tmp_path / 'raw'}"]
+        overrides += ["dataset.own_name=mine", f"dataset.root={tmp_path / 'raw'}"]
     else:
         overrides = [word for word in overrides if not word.startswith(("dataset.resolution", "model."))]
     return load_settings(dataset=name, arch="mlp", overrides=overrides)

@@ -39,7 +39,7 @@ def check(arguments: list[str]) -> None:
     settings = [word for word in words if re.match(r"[a-z_]+(\.[a-z_]+)*=", word)]
     dataset = context.params.get("dataset") or "digits"
     called = context.params.get("name") if "dataset" in context.params else None
-    settings += [] if called is None else [f"dataset.called={called}"]
+    settings += [] if called is None else [f"dataset.own_name={called}"]
     load_settings(dataset=dataset, arch=context.params.get("arch"), overrides=[s for s in settings if "DIR" not in s])
 
 

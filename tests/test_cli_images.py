@@ -83,10 +83,10 @@ def test_sources_of_class_folders_alone(root: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--dataset", "imagefolder"], "give --name NAME (dataset.called)"),
-        (["--dataset", "cifar10", "--name", "x"], "called='x' names a set of --dataset imagefolder, not of cifar10"),
-        (["--dataset", "imagefolder", "--name", "cifar10"], "called='cifar10' is another dataset's name"),
-        (["--dataset", "imagefolder", "--name", "a b"], "dataset.called='a b'"),
+        (["--dataset", "imagefolder"], "give --name NAME (dataset.own_name)"),
+        (["--dataset", "cifar10", "--name", "x"], "own_name='x' is for --dataset imagefolder, not for cifar10"),
+        (["--dataset", "imagefolder", "--name", "cifar10"], "own_name='cifar10' is another dataset's name"),
+        (["--dataset", "imagefolder", "--name", "a b"], "dataset.own_name='a b'"),
         (["--dataset", "digits", "dataset.resolution=64"], "resolution belongs to imagenet and imagefolder"),
         (["--dataset", "digits", "dataset.order=pages"], "order belongs to imagenet and imagefolder"),
         (["--dataset", "digits", "dataset.limit=1438"], "limit=1438 is more than the 1437 train images of digits"),

@@ -87,7 +87,7 @@ def test_match_of_other_peoples_files(pair: tuple[Path, Path], tmp_path: Path) -
 def test_match_of_several_writes_into_a_folder(pair: tuple[Path, Path], tmp_path: Path) -> None:
     a, b = pair
     torch.save(load_file(a), tmp_path / "c.pt")
-    outcome = fastar("match", a, b, tmp_path / "c.pt", "--out", tmp_path / "matched", "matching.kicks=2", PLACE)
+    outcome = fastar("match", a, b, tmp_path / "c.pt", "--out", tmp_path / "matched", "matching.perturbations=2", PLACE)
     assert outcome.code == 0, outcome
     assert "matching files" in outcome.err  # progress, since there are several
     assert sorted(p.name for p in (tmp_path / "matched").iterdir()) == ["c.safetensors", b.name]
@@ -105,7 +105,7 @@ def test_match_of_several_writes_into_a_folder(pair: tuple[Path, Path], tmp_path
     ("arguments", "part"),
     [
         (["--out", "b.pt"], ".safetensors"),
-        (["matching.order=2"], "did you mean matching.orders?"),
+        (["matching.restart=2"], "did you mean matching.restarts?"),
         (["--dataset", "cifar10"], "does not fit"),
         (["--arch", "resnet8"], "arch is 'mlp' there"),
         (["--dataset", "nothing"], "unknown dataset 'nothing'"),

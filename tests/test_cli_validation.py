@@ -15,7 +15,7 @@ import yaml
 from cli_cases import contents, fastar, refused, tiny
 from PIL import Image
 
-from fastar.config import completed, load_settings
+from fastar.config import load_settings
 from fastar.experiments.facts import data_facts
 from fastar.experiments.plan import plan_run
 from fastar.experiments.session import Context
@@ -252,12 +252,6 @@ def test_wrong_shares(value: str, said: str, data: Path, tmp_path: Path) -> None
 def test_a_limit_beyond_the_rest_is_refused(run: Path, data: Path, tmp_path: Path) -> None:
     said = refused("train-star", *tiny(data), *SHARE, "dataset.limit=1151", "--out", tmp_path / "run")
     assert said == "limit=1151 is more than the 1150 train images of digits that validation=0.2 leaves; lower it"
-
-
-def test_settings_from_before_keep_nothing() -> None:
-    new = settings(Path("data")).model_dump(mode="json")
-    old = {**new, "dataset": {key: value for key, value in new["dataset"].items() if key != "validation"}}
-    assert completed(old, new)["dataset"]["validation"] == 0.0
 
 
 def test_help_names_it_where_models_are_trained() -> None:

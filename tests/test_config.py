@@ -8,19 +8,21 @@ from typing import Any
 
 import pytest
 import yaml
+from cli_cases import fastar
 
 from fastar.config import (
     Settings,
     as_override,
-    completed,
-    differences,
+    changes,
     flatten,
     load_settings,
+    matching_settings,
     parse_overrides,
     validate,
 )
 from fastar.config.recipes import CONFIGS, config_path
-from fastar.errors import FastarError
+from fastar.config.renamed import with_old_names
+from fastar.errors import FastarError, OldName
 from fastar.models import build_model
 
 
@@ -99,7 +101,7 @@ def test_wrong_settings_are_refused_in_one_line_that_names_them(overrides: list[
 
 
 def test_unknown_key_lists_all_valid_ones() -> None:
-    with pytest.raises(FastarError, match="solver, start, orders, kicks, max_sweeps"):
+    with pytest.raises(FastarError, match="solver, start, restarts, perturbations, max_sweeps"):
         digits("matching.zzz=1")
 
 
@@ -184,12 +186,12 @@ def test_settings_cannot_be_changed_afterwards() -> None:
         digits().train.lr = 3  # type: ignore[misc]
 
 
-def test_flatten_and_differences() -> None:
+def test_flatten_and_changes() -> None:
     a = {"train": {"lr": 0.1, "epochs": 3}, "seed": 0}
     b = {"train": {"lr": 0.2, "epochs": 3}, "seed": 0, "device": "cpu"}
     assert flatten(a) == {"train.lr": 0.1, "train.epochs": 3, "seed": 0}
-    assert differences(a, b) == {"train.lr": (0.1, 0.2), "device": (None, "cpu")}
-    assert differences(a, a) == {}
+    assert changes(a, b) == {"train.lr": (0.1, 0.2), "device": ("auto", "cpu")}
+    assert changes(a, a) == {}
 
 
 def test_every_shipped_key_is_read_strictly() -> None:
@@ -207,19 +209,61 @@ def test_architectures_refuse_values_that_are_no_sizes(option: str, value: Any) 
 
 
 def test_what_older_versions_wrote_is_completed_by_defaults() -> None:
-    changes = ["train.label_smoothing=0.1", "star.t=beta"]
-    new = load_settings(dataset="digits", overrides=changes).model_dump(mode="json")
+    new = load_settings(dataset="digits", overrides=["train.label_smoothing=0.1", "star.t=beta"])
+    new = new.model_dump(mode="json")
     old = copy.deepcopy(new)
-    for section, key in (("train", "label_smoothing"), ("star", "t"), ("dataset", "crop")):
+    for section, key in (("train", "label_smoothing"), ("star", "t"), ("dataset", "crop"), ("dataset", "validation")):
         del old[section][key]
     del old["checkpoint"], old["workers"]
     before = copy.deepcopy(old)
-    assert differences(completed(old, new), new) == {
-        "train.label_smoothing": (0.0, 0.1),
-        "star.t": ("uniform", "beta"),
-    }
+    assert changes(old, new) == {"train.label_smoothing": (0.0, 0.1), "star.t": ("uniform", "beta")}
     assert old == before
-    assert completed(new, new) == new
+    assert changes(new, new) == {}
     recipe = {"train": {"lr": 0.1}, "limit": None, "seed": 3}  # of a model: parts of settings, and other things
     wanted = {"train": {"lr": 0.1, "decay_1d": True}, "limit": None, "seed": 4}
-    assert differences(completed(recipe, wanted), wanted) == {"seed": (3, 4)}
+    assert changes(recipe, wanted) == {"seed": (3, 4)}
+
+
+OLD = {
+    "dataset.called=cats": "dataset.own_name=cats",
+    "figures.tensorboard=false": "logging.tensorboard=false",
+    "matching.kicks=2": "matching.perturbations=2",
+    "matching.orders=3": "matching.restarts=3",
+    "matching.start=guess": "matching.start=backward",
+}
+
+
+def test_old_names_load_with_a_line_that_says_the_new_one(tmp_path: Path) -> None:
+    now = load_settings(dataset="imagefolder", overrides=OLD.values())
+    with pytest.warns(OldName) as said:
+        assert load_settings(dataset="imagefolder", overrides=OLD) == now
+    assert sorted(str(one.message).partition(";")[0] for one in said) == [
+        "dataset.called is now called dataset.own_name",
+        "figures is now called logging",
+        "matching.kicks is now called matching.perturbations",
+        "matching.orders is now called matching.restarts",
+        "matching.start=guess is now called matching.start=backward",
+    ]
+    file = tmp_path / "old.yaml"
+    (tmp_path / "base.yaml").write_text("dataset: {called: cats}\nmatching: {kicks: 2, orders: 9, start: guess}")
+    file.write_text("base: base.yaml\nmatching: {restarts: 3}\nfigures: {tensorboard: false}")
+    with pytest.warns(OldName):
+        assert load_settings(dataset="imagefolder", arch="imagenet-resnet18", file=file).matching == now.matching
+    with pytest.warns(OldName):
+        assert matching_settings({"kicks": 2}).perturbations == 2
+    with pytest.raises(FastarError, match="perturbations, and both are given"):
+        parse_overrides(["matching.kicks=1", "matching.perturbations=1"])
+
+
+def test_what_is_recorded_keeps_its_names() -> None:
+    section = matching_settings({"start": "backward", "restarts": 2}).model_dump(mode="json")
+    recorded = with_old_names("matching", section)
+    assert (recorded["start"], recorded["orders"], recorded["kicks"]) == ("guess", 2, 0)
+    assert changes({"matching": recorded}, {"matching": section}) == {}
+    assert changes({"matching": recorded}, {"matching": {**section, "restarts": 3}}) == {"matching.restarts": (2, 3)}
+
+
+def test_the_command_line_says_it_in_one_line(tmp_path: Path) -> None:
+    said = fastar("train-star", "--dataset", "digits", "matching.kicks=1", "train.lr=0", "--out", tmp_path / "run").err
+    assert said.splitlines()[0].startswith("fastar: matching.kicks is now called matching.perturbations; ")
+    assert len(said.splitlines()) == 2

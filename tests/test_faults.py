@@ -268,7 +268,7 @@ def test_checkpoints_may_be_written_otherwise_by_every_attempt(
 ) -> None:
     run = tmp_path / "run"
     half_done(data, run, "checkpoint.minutes=0")
-    again = fastar("train-star", *options, "checkpoint.epochs=0", "figures.tensorboard=false", "--out", run)
+    again = fastar("train-star", *options, "checkpoint.epochs=0", "logging.tensorboard=false", "--out", run)
     assert again.code == 0
     assert_same_models(run, whole)
 

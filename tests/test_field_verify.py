@@ -34,7 +34,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     """A small finished run with all that a run folder may hold; not to be changed."""
     run = RunFolder(tmp_path_factory.mktemp("runs") / "finished")
-    options = ["sources.heldout=1", "figures.tensorboard=true", "model.width=8"]
+    options = ["sources.heldout=1", "logging.tensorboard=true", "model.width=8"]
     with pytest.MonkeyPatch.context() as patch:
         at_call(patch, StarStep, 5, kill)
         with pytest.raises(Killed):

@@ -13,7 +13,7 @@ import pytest
 from cli_cases import refused, tiny
 from run_cases import small
 
-from fastar.config import FiguresSettings
+from fastar.config import LoggingSettings
 from fastar.errors import FastarError
 from fastar.experiments.star_domain import train_star
 from fastar.runs import RunFolder
@@ -83,7 +83,7 @@ def test_a_point_is_one_record() -> None:
 
 def test_a_full_disk(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(FastarError, match=r"figures cannot be written.*figures\.tensorboard=false"):
+    with pytest.raises(FastarError, match=r"figures cannot be written.*logging\.tensorboard=false"):
         EventFile(tmp_path / "file" / "model").add(1, {"loss": 1.0})
 
 
@@ -114,7 +114,7 @@ def test_a_run_shows_every_epoch_of_every_model(tmp_path: Path) -> None:
 
 
 def test_tensorboard_can_be_left_out(tmp_path: Path) -> None:
-    settings = small(tmp_path / "data", "sources.number=1", "sources.heldout=1", "figures.tensorboard=false")
+    settings = small(tmp_path / "data", "sources.number=1", "sources.heldout=1", "logging.tensorboard=false")
     train_star(settings, tmp_path / "run")
     assert not (tmp_path / "run" / "tensorboard").exists()
 
@@ -153,7 +153,7 @@ class FakeWandb(types.ModuleType):
 def test_wandb_goes_on_with_its_run_and_sends_no_epoch_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    settings = FiguresSettings(tensorboard=False, wandb="stars")
+    settings = LoggingSettings(tensorboard=False, wandb="stars")
     for first in (1, 2):
         figures = LiveFigures(tmp_path, settings, {"seed": 3})
         for step in range(first, 4):
@@ -177,14 +177,14 @@ def test_wandb_that_does_not_begin_is_one_line(tmp_path: Path, monkeypatch: pyte
     wandb = FakeWandb()
     monkeypatch.setattr(wandb, "init", lambda **arguments: (_ for _ in ()).throw(RuntimeError("no\nlogin")))
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    with pytest.raises(FastarError, match=r"figures\.wandb=stars: no login; set figures\.wandb=null"):
-        LiveFigures(tmp_path, FiguresSettings(wandb="stars"), {})
+    with pytest.raises(FastarError, match=r"logging\.wandb=stars: no login; set logging\.wandb=null"):
+        LiveFigures(tmp_path, LoggingSettings(wandb="stars"), {})
 
 
 def test_wandb_that_is_not_installed_is_said_before_anything_is_done(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
-    message = refused("train-star", *tiny(tmp_path / "data"), "figures.wandb=stars", "--out", tmp_path / "run")
-    assert message.startswith("figures.wandb=stars: the package wandb is not installed; pip install wandb")
+    message = refused("train-star", *tiny(tmp_path / "data"), "logging.wandb=stars", "--out", tmp_path / "run")
+    assert message.startswith("logging.wandb=stars: the package wandb is not installed; pip install wandb")
     assert list(tmp_path.iterdir()) == []

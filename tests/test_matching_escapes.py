@@ -204,7 +204,7 @@ def test_settings_say_where_the_descent_starts(
     examples = Examples(CASES["mlp"][0], [])
 
     def starts(start: str, given: Permutations | None) -> list[Permutations | None]:
-        settings = MatchingSettings(start=start, kicks=2, orders=3, max_sweeps=50, solver="scipy")  # type: ignore[arg-type]
+        settings = MatchingSettings(start=start, perturbations=2, restarts=3, max_sweeps=50, solver="scipy")  # type: ignore[arg-type]
         match_by_settings(settings, symmetry, theta, sources, start=given, examples=lambda: examples, seed=7)
         passed = seen[-1]
         assert (passed["kicks"], passed["orders"], passed["max_sweeps"], passed["solver"]) == (2, 3, 50, "scipy")
@@ -217,8 +217,8 @@ def test_settings_say_where_the_descent_starts(
     assert starts("auto", known) == [known]
     assert starts("identity", None) == [identity]
     assert starts("identity", known) == [known]
-    assert starts("guess", None) == [None]
-    assert starts("guess", known) == [known, None]
+    assert starts("backward", None) == [None]
+    assert starts("backward", known) == [known, None]
     assert starts("activations", None) == [acts]
     assert starts("activations", known) == [acts, known]
     with pytest.raises(FastarError, match="needs data"):
@@ -235,9 +235,11 @@ def test_a_guess_among_starts_counts_as_one(symmetries: dict[str, Symmetry]) -> 
 
 
 def test_keys_of_settings() -> None:
-    loaded = load_settings(dataset="digits", overrides=["matching.kicks=5", "matching.start=activations"]).matching
-    assert (loaded.kicks, loaded.start) == (5, "activations")
-    for wrong in ("matching.kicks=-1", "matching.start=best", "matching.kick=1"):
+    loaded = load_settings(
+        dataset="digits", overrides=["matching.perturbations=5", "matching.start=activations"]
+    ).matching
+    assert (loaded.perturbations, loaded.start) == (5, "activations")
+    for wrong in ("matching.perturbations=-1", "matching.start=best", "matching.perturbation=1"):
         with pytest.raises(FastarError, match=wrong.split("=")[0]):
             load_settings(dataset="digits", overrides=[wrong])
 
@@ -254,7 +256,7 @@ def test_a_run_that_starts_from_activations_and_kicks(tmp_path: Path, monkeypatc
     monkeypatch.setattr("fastar.matching.methods.match_weights", spy)
     outcome = fastar(
         "train-star", *tiny(tmp_path / "data"), "--out", tmp_path / "run", "matching.start=activations",
-        "matching.kicks=1", "evaluation.regular_pairs=1",
+        "matching.perturbations=1", "evaluation.regular_pairs=1",
     )  # fmt: skip
     assert outcome.code == 0, outcome
     assert seen[:2] == [1, 2]  # the first epoch of the star knows nothing else, the second last epoch's permutations

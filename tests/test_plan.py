@@ -385,7 +385,7 @@ def written_images(tmp_path: Path) -> Context:
             path = tmp_path / "raw" / split / f"c{number % 2}" / f"{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(np.full((20, 24, 3), 5 * number, np.uint8)).save(path)
-    own = [f"dataset.directory={tmp_path / 'betons'}", f"dataset.root={tmp_path / 'raw'}", "dataset.called=made"]
+    own = [f"dataset.directory={tmp_path / 'betons'}", f"dataset.root={tmp_path / 'raw'}", "dataset.own_name=made"]
     more = ["dataset.resolution=16", "model.width=0.25", "train.batch_size=4", "device=cpu", "workers=1"]
     settings = load_settings(dataset="imagefolder", arch="resnet8", overrides=[*own, *more])
     context = Context(settings, RunFolder(tmp_path / "run"))
@@ -501,7 +501,7 @@ def test_kicks_are_planned(tmp_path: Path) -> None:
     taken = [
         next(
             i.bytes
-            for i in plan_of(tmp_path, "gpu_memory=4GB", f"matching.kicks={kicks}").items
+            for i in plan_of(tmp_path, "gpu_memory=4GB", f"matching.perturbations={kicks}").items
             if i.what == "matching: copies and scores"
         )
         for kicks in (0, 1, 5)

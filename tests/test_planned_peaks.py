@@ -36,7 +36,7 @@ TRAIN, TEST = 96, 48
 COMMON = (
     *("device=cuda", "sources.number=3", "sources.heldout=1", "train.epochs=2", "train.batch_size=24", "workers=1"),
     *("train.warmup_epochs=0", "evaluation.points=3", "evaluation.regular_pairs=2", "evaluation.batch_size=32"),
-    *("figures.tensorboard=false", "checkpoint.epochs=0"),
+    *("logging.tensorboard=false", "checkpoint.epochs=0"),
 )
 
 
@@ -173,7 +173,11 @@ def test_of_images_that_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             path = tmp_path / "raw" / split / f"c{number % 4}" / f"{number}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(np.full((70, 80, 3), number % 256, np.uint8)).save(path)
-    overrides = ("dataset.called=made", f"dataset.root={tmp_path / 'raw'}", f"dataset.directory={tmp_path / 'betons'}")
+    overrides = (
+        "dataset.own_name=made",
+        f"dataset.root={tmp_path / 'raw'}",
+        f"dataset.directory={tmp_path / 'betons'}",
+    )
     more = ("dataset.resolution=64", "model.width=0.125", "train.precision=bf16", "sources.store=host")
     settings = load_settings(
         dataset="imagefolder", arch="imagenet-resnet18", overrides=[*COMMON, *overrides, *more, "train.batch_size=32"]

@@ -105,7 +105,7 @@ def test_heldouts_may_be_added_but_not_taken_away(run: RunFolder) -> None:
     assert "sources.heldout was 9, now 8" in refusal(run, settings("sources.heldout=8"))
 
 
-@pytest.mark.parametrize("change", ["sources.number=77", "star.t=beta", "matching.orders=2"])
+@pytest.mark.parametrize("change", ["sources.number=77", "star.t=beta", "matching.restarts=2"])
 def test_the_star_s_settings_may_change_until_there_is_a_star(run: RunFolder, change: str) -> None:
     with run.open(settings(change)):
         pass

@@ -89,7 +89,7 @@ class CannotMatch(Exception):
 
 def ways(context: Context) -> list[Way]:
     """The ways that can be had here; a further one is one more entry."""
-    kicks = context.settings.matching.kicks
+    kicks = context.settings.matching.perturbations
     found = [
         Way("unmatched", lambda theta, sources, warm: sources),
         Way("weight", _fastar(context, MatchingSettings())),
@@ -97,7 +97,7 @@ def ways(context: Context) -> list[Way]:
         Way("sinkhorn", _fastar(context, MatchingSettings(method="sinkhorn"))),
     ]
     if kicks:
-        found.insert(2, Way(f"weight, {kicks} kicks", _fastar(context, MatchingSettings(kicks=kicks))))
+        found.insert(2, Way(f"weight, {kicks} kicks", _fastar(context, MatchingSettings(perturbations=kicks))))
     if util.find_spec("rebasin") is None:
         print("rebasin is left out: pip install fastar[bench]", file=sys.stderr)
     else:
@@ -308,7 +308,7 @@ def settings_of(args: argparse.Namespace, arch: str) -> Settings:
         "evaluation.points": args.points,
         "evaluation.limit": min(args.measure, args.images),
         "evaluation.bn_batches": max(1, args.measure // args.batch),
-        "matching.kicks": args.kicks,
+        "matching.perturbations": args.kicks,
         "seed": args.seed,
         "device": args.device,
         **{f"model.{key}": value for key, value in NETWORKS.get(arch, {}).items()},

@@ -6,14 +6,16 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from fastar._version import __version__
-from fastar.errors import FastarError
+from fastar.errors import FastarError, OldName
 from fastar.runtime.boundary import failure, say, streams
 from fastar.runtime.signals import EXIT_INTERRUPTED, Stopped, signals_stop
 
@@ -64,7 +66,7 @@ Dataset = Annotated[
 ]
 Name = Annotated[
     str | None,
-    typer.Option("--name", help="What your --dataset imagefolder is called (dataset.called).", show_default=False),
+    typer.Option("--name", help="What your --dataset imagefolder is called (dataset.own_name).", show_default=False),
 ]
 Arch = Annotated[
     str | None,
@@ -167,7 +169,7 @@ def _settings(
         "sources.heldout": heldout,
         "dataset.root": data_root,
         "train.on_nonfinite": on_nonfinite,
-        "dataset.called": name,
+        "dataset.own_name": name,
         "dataset.val_share": val_share,
         "dataset.validation": validation,
         "evaluation.bn_batches": bn_batches,
@@ -194,7 +196,7 @@ def _run_folder(
 def _named(name: str | None) -> list[str]:
     from fastar.config import as_override
 
-    return [] if name is None else [as_override("dataset.called", name)]
+    return [] if name is None else [as_override("dataset.own_name", name)]
 
 
 def _progress(quiet: bool) -> Progress:
@@ -453,7 +455,7 @@ def match_command(
 
         fastar match runs/five/sources/seed-0000.safetensors runs/five/sources/seed-0001.safetensors --out b.safetensors
 
-        fastar match a.pt b.pt c.pt --dataset cifar10 --arch resnet18 --out matched matching.kicks=5
+        fastar match a.pt b.pt c.pt --dataset cifar10 --arch resnet18 --out matched matching.perturbations=5
 
         fastar match a.pt b.pt --model mynets:build --input-shape 2x3x224x224 --out b.safetensors
     """
@@ -785,11 +787,28 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(_outcome(arguments))
 
 
+@contextmanager
+def _old_names_said() -> Iterator[None]:
+    """Inside, an old name of a setting is one line on stderr; other warnings are shown as ever."""
+    shown = warnings.showwarning
+
+    def show(message: Warning | str, category: type[Warning], *rest: Any) -> None:
+        if issubclass(category, OldName):
+            say(f"fastar: {message}")
+        else:
+            shown(message, category, *rest)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("always", OldName)
+        warnings.showwarning = show  # type: ignore[assignment]  # of its arguments, all are passed on
+        yield
+
+
 def _outcome(arguments: list[str] | None) -> int:
     """The exit code of the command that `arguments` call."""
     _folders.clear()
     try:
-        with signals_stop():
+        with signals_stop(), _old_names_said():
             result: Any = app(args=arguments, standalone_mode=False)
             sys.stdout.flush()  # what cannot be written is an error of this command
     except Stopped as stopped:

@@ -10,6 +10,7 @@ from typing import Any
 
 import yaml
 
+from fastar.config.renamed import renewed
 from fastar.errors import FastarError
 from fastar.runtime.json_files import LARGEST
 
@@ -224,7 +225,10 @@ def _load(path: Path) -> dict[str, Any]:
     if not isinstance(content, dict):
         found = "nothing" if content is None else type(content).__name__
         raise FastarError(f"{path}: expected a mapping of settings, such as `train: {{epochs: 5}}`, found {found}")
-    return content
+    try:
+        return renewed(content)
+    except FastarError as error:
+        raise FastarError(f"{path}: {error}") from error
 
 
 def _figure(path: Path, key: str, value: object) -> Figure:

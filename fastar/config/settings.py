@@ -13,6 +13,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from fastar.config.datasets import DATASETS, DatasetSpec, dataset_spec, variable_size_names
 from fastar.config.recipes import config_path, merge, read_recipe, read_yaml, recipe_path, shortened
+from fastar.config.renamed import renewed
 from fastar.config.scales import scaled
 from fastar.errors import FastarError
 
@@ -83,7 +84,7 @@ class DatasetSettings(_Section):
     barriers on them too. Drawn so that each class keeps its share, by the dataset's name alone: the same images in
     every run, whatever its seed. They are taken first; `limit` then chooses among the rest. What pixels are normalised
     with stays the file's."""
-    called: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
+    own_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
     """Of imagefolder: what your set is called; its files lie in a folder of that name."""
     val_share: Annotated[float, Field(gt=0, lt=1)] | None = None
     """Of imagefolder, where `root` is one folder of class folders: this share of each class is for testing, chosen by a
@@ -113,7 +114,7 @@ class DatasetSettings(_Section):
     @property
     def label(self) -> str:
         """What the set is called: the name of its folder, and in a run's."""
-        return self.called or self.name
+        return self.own_name or self.name
 
     @property
     def side(self) -> int:
@@ -122,14 +123,14 @@ class DatasetSettings(_Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> DatasetSettings:
-        if (self.called is not None) != (self.name == "imagefolder"):
+        if (self.own_name is not None) != (self.name == "imagefolder"):
             raise ValueError(
-                "imagefolder needs a name of its own: give --name NAME (dataset.called)"
-                if self.called is None
-                else f"called={self.called!r} names a set of --dataset imagefolder, not of {self.name}; leave it out"
+                "imagefolder needs a name of its own: give --name NAME (dataset.own_name)"
+                if self.own_name is None
+                else f"own_name={self.own_name!r} is for --dataset imagefolder, not for {self.name}; leave it out"
             )
-        if self.called in DATASETS:
-            raise ValueError(f"called={self.called!r} is another dataset's name; choose one of your own")
+        if self.own_name in DATASETS:
+            raise ValueError(f"own_name={self.own_name!r} is another dataset's name; choose one of your own")
         if self.val_share is not None and self.name != "imagefolder":
             raise ValueError(f"val_share belongs to imagefolder; {self.name} has test images of its own: leave it out")
         for key in ("resolution", "crop", "order", "encoding", "exif", "threads"):
@@ -278,14 +279,18 @@ class MatchingSettings(_Section):
     sinkhorn: gradients. none: models stay as they are, and no symmetry is derived: for networks without one."""
     sinkhorn: SinkhornSettings = SinkhornSettings()
     solver: Literal["auto", "lapjv", "scipy"] = "auto"
-    start: Literal["auto", "identity", "guess", "activations"] = "auto"
-    """Where the descent of method weight begins. auto: last epoch's permutations; where there are none, a guess from
-    the output backwards. identity: the same, but where there are none, the units as they are. guess, activations: these
-    (activations: correlations on a few training batches) each time, last epoch's beside them, the better end kept."""
-    orders: Positive = 1
-    """Random group orders to try; the best objective is kept."""
-    kicks: Count = 0
-    """A last polish: times that the end is kicked out of its local optimum; what is better is kept."""
+    start: Literal["auto", "identity", "backward", "activations"] = "auto"
+    """Where the descent of `method=weight` begins.
+
+    - auto: last epoch's permutations; where there are none, as backward.
+    - identity: last epoch's permutations; where there are none, the units as they are.
+    - backward: from the output backwards, and from last epoch's permutations; the better end is kept.
+    - activations: correlations on a few training batches, and last epoch's permutations; the better end is kept.
+    """
+    restarts: Positive = 1
+    """Descents, each in another order of the groups; the best objective is kept."""
+    perturbations: Count = 0
+    """Times that the end is perturbed and descends again (iterated local search); the better end is kept."""
     max_sweeps: Positive = 100
     chunk: Positive | None = None
     """Sources that are matched together: fewer take less memory. None: one a thread on a CPU; what fits on a GPU."""
@@ -335,7 +340,7 @@ class CheckpointSettings(_Section):
     """Within an epoch, every so many minutes; 0 never."""
 
 
-class FiguresSettings(_Section):
+class LoggingSettings(_Section):
     """Where each epoch's figures are shown while a run goes on, beside `log.jsonl`."""
 
     tensorboard: bool = True
@@ -355,7 +360,7 @@ class Settings(_Section):
     matching: MatchingSettings = MatchingSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
-    figures: FiguresSettings = FiguresSettings()
+    logging: LoggingSettings = LoggingSettings()
     seed: Annotated[int, Field(ge=0)] = 0
     device: str = "auto"
     gpu_memory: str | None = None
@@ -402,52 +407,6 @@ class Settings(_Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
 
 
-def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested mappings as one, keys joined by dots.
-
-    >>> flatten({"train": {"lr": 0.1}, "seed": 0})
-    {'train.lr': 0.1, 'seed': 0}
-    """
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        if isinstance(value, Mapping):
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat
-
-
-def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
-    """Keys whose values differ between two nested settings, each with its old and new value."""
-    a, b = flatten(old), flatten(new)
-    return {key: (a.get(key), b.get(key)) for key in {**a, **b} if a.get(key) != b.get(key)}
-
-
-def completed(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
-    """`old` settings, or sections of them, as this version of fastar reads them: keys of `new` that the version which
-    wrote them did not know have their defaults, which do what that version did.
-
-    >>> completed({"train": {"lr": 0.5}}, {"train": {"lr": 0.1, "label_smoothing": 0.1}})
-    {'train': {'label_smoothing': 0.0, 'lr': 0.5}}
-    """
-    defaults = _defaults()
-    found = dict(old)
-    for name, section in new.items():
-        default = defaults.get(name)
-        if isinstance(section, Mapping) and isinstance(default, BaseModel) and isinstance(found.get(name, {}), Mapping):
-            known = default.model_dump(mode="json")
-            missing = {key: known[key] for key in section if key in known and key not in found.get(name, {})}
-            found[name] = {**missing, **found.get(name, {})}
-        elif name in defaults and name not in found and not isinstance(section, Mapping):
-            found[name] = default
-    dataset, wanted = found.get("dataset"), new.get("dataset")
-    if isinstance(dataset, Mapping) and isinstance(wanted, Mapping):  # its name has no default
-        known = DatasetSettings.model_fields
-        missing = {key: known[key].get_default() for key in wanted if key in known and key not in dataset}
-        found["dataset"] = {**{k: v for k, v in missing.items() if not known[k].is_required()}, **dataset}
-    return found
-
-
 def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
     """`["train.lr=0.1", "seed=3"]` as nested settings; values are YAML.
 
@@ -471,7 +430,7 @@ def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
             if not isinstance(place, dict):
                 raise FastarError(f"{override!r}: {section} is set to a value by an earlier override")
         place[name] = value
-    return nested
+    return renewed(nested)
 
 
 def as_override(key: str, value: object) -> str:
@@ -555,7 +514,7 @@ def matching_settings(values: Mapping[str, Any]) -> MatchingSettings:
         FastarError: one line naming the first wrong key, as `validate`.
     """
     try:
-        return MatchingSettings.model_validate(values)
+        return MatchingSettings.model_validate(renewed({"matching": values})["matching"])
     except ValidationError as error:
         raise FastarError(_explain(error, "matching")) from error
 

@@ -38,7 +38,8 @@ def context_of(
     options = [as_override(f"model.{key}", value) for key, value in known.get("model", {}).items()]
     shape = None
     if dataset == known.get("dataset"):
-        options += [as_override(f"dataset.{key}", known[key]) for key in DATA_KEYS if known.get(key) is not None]
+        data = {f"dataset.{key}": known.get(name) for name, key in DATA_KEYS.items()}
+        options += [as_override(key, value) for key, value in data.items() if value is not None]
         batch = known.get("train", {}).get("batch_size")
         if batch is not None:  # batch-norm statistics are taken in batches as in its training
             options.append(f"train.batch_size={batch}")

@@ -204,7 +204,7 @@ def sizes_of(context: Context, facts: DataFacts, dtype: torch.dtype, limits: dic
         ),
         forward=forward_bytes(model, context.image, largest),
         symmetry=context.symmetry,
-        kicks=settings.matching.kicks,
+        kicks=settings.matching.perturbations,
         by_activations=settings.matching.by_activations,
         kept=functools.cache(
             lambda batch: kept_bytes(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastar._version import __version__
-from fastar.config import completed, differences
+from fastar.config import changes
 from fastar.errors import FastarError
 from fastar.evaluation import Measured, evaluate_rows
 from fastar.evaluation.batch_norm import own_statistics
@@ -46,7 +46,7 @@ def check_recipe(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]
     """Raise FastarError naming what differs, unless `found` is the recipe `wanted`."""
     if not found:
         raise FastarError(f"{path}: has no recipe in its metadata, so it cannot be reused; move it away")
-    changed = differences(completed(found, wanted), wanted)
+    changed = changes(found, wanted)
     if changed:
         raise FastarError(f"{path}: is another model ({difference(changed)}); move it away or choose --out")
 
@@ -157,7 +157,7 @@ def check_fits(context: Context, checkpoint: Checkpoint, *, same_data: bool = Tr
             wanted |= {"dataset_digest": context.files.digest, "validation": context.settings.dataset.validation}
     kept = {"validation": checkpoint.metadata.get("validation", 0.0)}  # one that names none was trained on all images
     known = {key: value for key, value in {**checkpoint.metadata, **kept}.items() if key in wanted}
-    changed = differences(known, {key: wanted[key] for key in known})
+    changed = changes(known, {key: wanted[key] for key in known})
     if changed:
         key, (was, now) = next(iter(changed.items()))
         raise FastarError(f"{checkpoint.path}: does not fit this run ({key} is {was!r} there, {now!r} here)")

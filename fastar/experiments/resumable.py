@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from fastar.config import differences
+from fastar.config import changes
 from fastar.errors import FastarError
 from fastar.experiments.session import Context
 from fastar.runs import delete, remove_if_empty
@@ -206,7 +206,7 @@ def _same_recipe(context: Context, subject: Subject, saved: Saved) -> bool:
     Raises:
         FastarError: another recipe, though nothing was wrong.
     """
-    changed = differences(saved.recipe, subject.recipe)
+    changed = changes(saved.recipe, subject.recipe)
     if not changed:
         return True
     if context.run.failed(saved.path):

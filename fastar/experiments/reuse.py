@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastar.config import Settings
+from fastar.config.renamed import with_old_names
 from fastar.errors import FastarError
 from fastar.runs import RunFolder, is_checkpoint, read_metadata, stored_digest
 from fastar.runtime.json_files import content_digest
@@ -79,7 +80,7 @@ def measured_digest(settings: Settings, run: RunFolder, data: str) -> str:
         "data": data,
         "permutations": stored_digest(run.permutations, own=True),
         "evaluation": settings.evaluation.model_dump(mode="json", exclude={"graph"}),
-        "matching": settings.matching.model_dump(mode="json", exclude={"chunk"}),
+        "matching": with_old_names("matching", settings.matching.model_dump(mode="json", exclude={"chunk"})),
         "limit": settings.dataset.limit,
         "seed": settings.seed,
     }

@@ -69,8 +69,8 @@ class Shape:
     classes: int
 
 
-DATA_KEYS = ("called", "crop", "limit", "order", "validation")
-"""Settings of the dataset that a model's metadata holds under the same names."""
+DATA_KEYS = {"called": "own_name", "crop": "crop", "limit": "limit", "order": "order", "validation": "validation"}
+"""Settings of the dataset, each by its name in a model's metadata."""
 
 
 @dataclass
@@ -269,7 +269,7 @@ class Context:
         if chosen.validation:  # without, models are what they were before there was such a setting
             found["validation"] = chosen.validation
         if chosen.spec.variable_size:
-            found |= {"called": chosen.called, "crop": chosen.crop, "order": chosen.order}
+            found |= {"called": chosen.own_name, "crop": chosen.crop, "order": chosen.order}
         return found
 
     def row(self, checkpoint: Checkpoint) -> Tensor:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastar.config import MatchingSettings
+from fastar.config.renamed import with_old_names
 from fastar.errors import FastarError
 from fastar.evaluation import evaluate_rows, re_estimate
 from fastar.evaluation.batch_norm import set_statistics
@@ -48,7 +49,7 @@ def star_recipe(context: Context, sources: Sequence[Checkpoint]) -> dict[str, An
     return {
         **recipe(context, "star", 0),
         "star": settings.star.model_dump(mode="json"),
-        "matching": settings.matching.model_dump(mode="json", exclude={"chunk"}),
+        "matching": with_old_names("matching", settings.matching.model_dump(mode="json", exclude={"chunk"})),
         "sources": [state_digest(source) for source in sources],
     }
 

@@ -29,8 +29,8 @@ def prepare_context(settings: Settings, out: Path, progress: Progress = SILENT) 
         FastarError: one of them is unknown or not to be had; nothing has been written.
     """
     context = Context(settings, RunFolder(out), progress)
-    if settings.figures.wandb:
-        import_wandb(settings.figures.wandb)
+    if settings.logging.wandb:
+        import_wandb(settings.logging.wandb)
     use_device_early(context)
     check_network(context)
     return context
@@ -115,7 +115,7 @@ def opened(context: Context) -> Iterator[None]:
     """The run folder held, and its live figures shown, until the block ends."""
     settings, run = context.settings, context.run
     with run.open(settings, context.progress):
-        context.figures = LiveFigures(run.path, settings.figures, settings.model_dump(mode="json"))
+        context.figures = LiveFigures(run.path, settings.logging, settings.model_dump(mode="json"))
         try:
             yield
         finally:

@@ -103,8 +103,8 @@ def match_by_settings(
             sources,
             start=_starts(settings, symmetry, theta, sources, start, by_activations),
             seed=seed,
-            orders=settings.orders,
-            kicks=settings.kicks,
+            orders=settings.restarts,
+            kicks=settings.perturbations,
             max_sweeps=settings.max_sweeps,
             solver=settings.solver,
             chunk=settings.chunk,
@@ -163,7 +163,7 @@ def _starts(
     """Where `matching.start` lets the descent begin."""
     if settings.start == "identity" and start is None:
         return symmetry.identity()
-    if settings.start == "guess" and start is not None:
+    if settings.start == "backward" and start is not None:
         return [start, None]
     if settings.start == "activations":
         found, _ = by_activations("matching.start=activations")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from fastar._version import __version__
-from fastar.config import Settings, as_override, completed, differences
+from fastar.config import Settings, as_override, changes
 from fastar.config.recipes import read_yaml
 from fastar.errors import FastarError
 from fastar.runs.atomic import delete, write_atomically
@@ -37,7 +37,7 @@ FREE_KEYS = (
     "dataset.threads",
     "device",
     "evaluation.",
-    "figures.",
+    "logging.",
     "gpu_memory",
     "sources.store",
     "train.compile",
@@ -227,7 +227,7 @@ class RunFolder:
         except OSError as error:
             raise self._unusable(error) from error
         new = settings.model_dump(mode="json")
-        changed = differences(completed(old, new), new)
+        changed = changes(old, new)
         fixed = {k: v for k, v in changed.items() if not k.startswith(FREE_KEYS) and not self._may_grow(k, v)}
         if fixed:
             shown = "; ".join(f"{key} was {was!r}, now {now!r}" for key, (was, now) in list(fixed.items())[:4])

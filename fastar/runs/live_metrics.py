@@ -14,7 +14,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from fastar.config import FiguresSettings
+from fastar.config import LoggingSettings
 from fastar.errors import FastarError
 from fastar.runs.atomic import write_atomically
 from fastar.runs.lock import check_held
@@ -124,7 +124,7 @@ class EventFile:
         except OSError as error:
             raise FastarError(
                 f"{self._folder}: figures cannot be written ({error.strerror}); free space or set "
-                "figures.tensorboard=false"
+                "logging.tensorboard=false"
             ) from error
 
     def close(self) -> None:
@@ -163,7 +163,7 @@ class WandbRun:
 
     Args:
         folder: where its id, and what was sent, are kept.
-        project: `figures.wandb`.
+        project: `logging.wandb`.
         settings: shown with it.
 
     Raises:
@@ -184,7 +184,7 @@ class WandbRun:
             )
         except Exception as error:  # its own kinds of errors: no login, no network
             reason = " ".join(str(error).split())
-            raise FastarError(f"figures.wandb={project}: {reason}; set figures.wandb=null to go on without") from error
+            raise FastarError(f"logging.wandb={project}: {reason}; set logging.wandb=null to go on without") from error
         self._id = str(self._run.id)
 
     def add(self, model: str, step: int, figures: Mapping[str, float]) -> None:
@@ -216,7 +216,7 @@ class LiveFigures:
         FastarError: Weights & Biases is asked for and cannot be had.
     """
 
-    def __init__(self, folder: Path, settings: FiguresSettings, resolved: Mapping[str, Any]):
+    def __init__(self, folder: Path, settings: LoggingSettings, resolved: Mapping[str, Any]):
         self._folder = folder
         self._settings = settings
         self._model: tuple[str, int] | None = None
@@ -261,8 +261,8 @@ def import_wandb(project: str) -> ModuleType:
     try:
         import wandb
     except ImportError as error:
-        what = f"figures.wandb={project}: the package wandb is not installed"
-        raise FastarError(f"{what}; pip install wandb, or set figures.wandb=null") from error
+        what = f"logging.wandb={project}: the package wandb is not installed"
+        raise FastarError(f"{what}; pip install wandb, or set logging.wandb=null") from error
     return wandb
 
 

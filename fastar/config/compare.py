@@ -1,0 +1,45 @@
+"""Comparison of settings, those of older versions included."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+from fastar.config.renamed import renewed
+from fastar.config.settings import DatasetSettings, ModelSettings, Settings
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mappings as one, keys joined by dots.
+
+    >>> flatten({"train": {"lr": 0.1}, "seed": 0})
+    {'train.lr': 0.1, 'seed': 0}
+    """
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
+
+
+def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
+    """The keys whose values differ between two nested settings, or parts of them, each with its old and new value.
+
+    `old` may be of an older version: a key that it lacks has its default, which does what that version did.
+
+    >>> changes({"train": {"lr": 0.5}}, {"train": {"lr": 0.1, "label_smoothing": 0.0}})
+    {'train.lr': (0.5, 0.1)}
+    """
+    a, b = (flatten(renewed(one, told=False)) for one in (old, new))
+    a = {**{key: value for key, value in _defaults().items() if key in b}, **a}
+    return {key: (a.get(key), b.get(key)) for key in {**a, **b} if a.get(key) != b.get(key)}
+
+
+@lru_cache(maxsize=1)
+def _defaults() -> dict[str, Any]:
+    required = DatasetSettings.model_construct(name=""), ModelSettings.model_construct(arch="")
+    whole = Settings(dataset=required[0], model=required[1]).model_dump(mode="json")
+    return {key: value for key, value in flatten(whole).items() if key not in ("dataset.name", "model.arch")}
