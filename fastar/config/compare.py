@@ -41,5 +41,5 @@ def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[A
 @lru_cache(maxsize=1)
 def _defaults() -> dict[str, Any]:
     required = DatasetSettings.model_construct(name=""), ModelSettings.model_construct(arch="")
-    whole = Settings(dataset=required[0], model=required[1]).model_dump(mode="json")
+    whole = Settings.model_construct(dataset=required[0], model=required[1]).model_dump(mode="json")
     return {key: value for key, value in flatten(whole).items() if key not in ("dataset.name", "model.arch")}
