@@ -48,11 +48,11 @@ def assert_same_models(found: Path, wanted: Path) -> None:
 def assert_log_is_whole(found: Path, wanted: Path) -> None:
     """Each epoch of each model once, with the loss of the uninterrupted run."""
     lines = [
-        {(entry["model"], entry["epoch"]): entry["loss"] for entry in RunFolder(folder).read_log()}
+        {(entry["model"], entry["epoch"]): entry["loss"] for entry in RunFolder(folder).log.read()}
         for folder in (found, wanted)
     ]
     assert lines[0] == lines[1]
-    assert len(RunFolder(found).read_log()) == len(lines[0])
+    assert len(RunFolder(found).log.read()) == len(lines[0])
 
 
 def small(data: Path, *overrides: str) -> Settings:

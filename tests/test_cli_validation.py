@@ -150,7 +150,7 @@ def test_images_of_any_size(tmp_path: Path) -> None:
     assert not (tmp_path / "betons").exists()  # known by the names of the images
     done = fastar("train-star", *options)
     assert done.code == 0, done.err
-    assert all(entry["images"] == 30 for entry in RunFolder(tmp_path / "run").read_log())
+    assert all(entry["images"] == 30 for entry in RunFolder(tmp_path / "run").log.read())
     results = json.loads((tmp_path / "run" / "results.json").read_text())
     assert all(whole_number(10 * p) for path in results["paths"] for p in path["validation_accuracy"])
     assert sorted(path.name for path in (tmp_path / "betons" / "mine").glob("*.beton")) == ["test.beton", "train.beton"]

@@ -111,7 +111,7 @@ def test_a_holder_that_woke_up_leaves_the_other_s_lock_alone(tmp_path: Path) -> 
             with pytest.raises(FastarError, match="writes nothing more"):
                 attempt()
         assert mine.read_bytes() == b"held"
-        RunFolder(tmp_path).log(kind="source")
+        RunFolder(tmp_path).log.append(kind="source")
     assert (tmp_path / lock.NAME).stat().st_mtime == 1
     assert read_holder(tmp_path) is not None
     assert sorted(path.name for path in tmp_path.iterdir()) == [lock.NAME, "mine"]
@@ -323,12 +323,12 @@ def test_damaged_json_ends_in_one_line(run: RunFolder, content: bytes) -> None:
     (run.path / lock.NAME).write_bytes(content)
     assert read_holder(run.path) is None
     assert not is_held(run.path)
-    good = run.read_log()
-    run.log_file.write_bytes(run.log_file.read_bytes() + content + b"\n")
-    known = len(run.read_log())
-    assert run.read_log()[: len(good)] == good
+    good = run.log.read()
+    run.log.path.write_bytes(run.log.path.read_bytes() + content + b"\n")
+    known = len(run.log.read())
+    assert run.log.read()[: len(good)] == good
     assert known <= len(good) + 1
-    assert (speed(run.read_log()), epoch_seconds(run.read_log())) == (speed(good), epoch_seconds(good))
+    assert (speed(run.log.read()), epoch_seconds(run.log.read())) == (speed(good), epoch_seconds(good))
     folder = run.in_training("source", 0)
     folder.mkdir(parents=True)
     (folder / RETRY).write_bytes(content)
@@ -350,8 +350,8 @@ TYPES = [None, True, -1, 10**200, 1.5, "x", "[/red]", [], [[]], {}, {"a": []}]
 @pytest.mark.parametrize("value", TYPES, ids=repr)
 def test_values_of_other_types_in_a_log(run: RunFolder, value: object) -> None:
     whole = {"kind": "star", "model": "star", **vars_of_an_epoch()}
-    run.log_file.write_text("".join(json.dumps({**whole, key: value}) + "\n" for key in whole))
-    log = run.read_log()
+    run.log.path.write_text("".join(json.dumps({**whole, key: value}) + "\n" for key in whole))
+    log = run.log.read()
     assert speed(log).keys() == {"regular", "star"}
     assert epoch_seconds(log).keys() == {"regular_epoch", "star_epoch", "matching_per_epoch"}
     assert overview(run.path).state == "finished"
@@ -517,4 +517,4 @@ def test_a_file_far_too_large_is_not_read(tmp_path: Path) -> None:
     (run / "config.yaml").unlink()
     assert "longer than" in refused("train-star", "--config", run / "log.jsonl")
     with pytest.raises(FastarError, match="larger than"):
-        RunFolder(run).read_log()
+        RunFolder(run).log.read()

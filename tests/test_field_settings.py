@@ -112,7 +112,7 @@ def test_a_damaged_config_of_a_run_is_refused_and_told_of_in_the_list(tmp_path: 
     run = RunFolder(tmp_path / "run")
     settings = load_settings(dataset="digits")
     with run.open(settings):
-        run.log(model="source 0")
+        run.log.append(model="source 0")
     assert [found.run for found in runs_below(tmp_path)] == [str(run.path)]
     run.config.write_text(run.config.read_text() + damage)
     with pytest.raises(FastarError, match=r"config\.yaml: not valid YAML \(line \d+: .*\); restore it"):
@@ -120,7 +120,7 @@ def test_a_damaged_config_of_a_run_is_refused_and_told_of_in_the_list(tmp_path: 
     (found,) = runs_below(tmp_path)
     assert (found.run, found.state) == (str(run.path), "damaged")
     assert "not valid YAML (line" in found.where
-    run.log_file.unlink()  # nothing but its name says that it is a run: other programs call their files so too
+    run.log.path.unlink()  # nothing but its name says that it is a run: other programs call their files so too
     assert runs_below(tmp_path) == []
 
 

@@ -74,7 +74,7 @@ def damage(run: RunFolder, name: str, bits: list[int]) -> list[int]:
     Another way to spell the same number (1e-05, 1E-05) is no damage.
     """
     path, missed = run.path / name, []
-    read = {"log.jsonl": run.log_lines, "results.json": run.read_results}.get(name, path.read_bytes)
+    read = {"log.jsonl": run.log.lines, "results.json": run.read_results}.get(name, path.read_bytes)
     whole, wanted = path.read_bytes(), read()
     for bit in bits:
         flipped(path, bit)
@@ -102,14 +102,14 @@ def test_many_bits_of_any_file_are_found(run: RunFolder) -> None:
 
 def test_any_bit_of_a_line_of_the_log_counts(run: RunFolder) -> None:
     """Except where it spells the same number in another way."""
-    (run.path / "log.jsonl").write_bytes(run.log_file.read_bytes().splitlines(keepends=True)[0])
-    (wanted,) = run.log_lines()
-    whole = run.log_file.read_bytes()
+    (run.path / "log.jsonl").write_bytes(run.log.path.read_bytes().splitlines(keepends=True)[0])
+    (wanted,) = run.log.lines()
+    whole = run.log.path.read_bytes()
     for bit in range(0, 8 * len(whole), 11):
-        flipped(run.log_file, bit)
-        lines = run.log_lines()
+        flipped(run.log.path, bit)
+        lines = run.log.lines()
         assert lines == [wanted] or None in lines, whole[bit // 8 - 9 : bit // 8 + 9]
-        run.log_file.write_bytes(whole)
+        run.log.path.write_bytes(whole)
 
 
 DAMAGES: dict[str, Callable[[RunFolder], None]] = {
@@ -124,7 +124,7 @@ DAMAGES: dict[str, Callable[[RunFolder], None]] = {
     "is no permutation of its units": lambda run: changed(run.permutations),
     "star.safetensors: says nothing": lambda run: save_checkpoint(run.star, {"w": torch.ones(1)}, {"kind": "x"}),
     "config.yaml: is not as it was written": lambda run: edited(run.config, "workers: 1", "workers: 2"),
-    "log.jsonl: 1 of ": lambda run: edited(run.log_file, '"epoch": 0', '"epoch": 1'),
+    "log.jsonl: 1 of ": lambda run: edited(run.log.path, '"epoch": 0', '"epoch": 1'),
     "results.json: holds no results": lambda run: edited(run.results, '"seed": 0', '"seed": 1'),
     "retry.json: damaged": lambda run: (run.in_training("star", 0) / RETRY).write_text("{"),
 }
@@ -179,7 +179,7 @@ def test_a_stopped_run_is_well(run: RunFolder) -> None:
     """Without star and results, with a line that a kill has cut, notes and copies: nothing of that is damage."""
     for path in (run.star, run.permutations, run.results, run.picture):
         path.unlink()
-    run.log_file.write_bytes(run.log_file.read_bytes()[:-10])
+    run.log.path.write_bytes(run.log.path.read_bytes()[:-10])
     file = EventFile(run.path / "tensorboard" / "star-0001")
     file.add(1, {"loss": 1.0})
     file.close()
@@ -200,7 +200,7 @@ def test_what_older_versions_wrote_is_named(run: RunFolder) -> None:
     results = run.read_results()
     run.results.write_text(json.dumps(results, indent=1) + "\n")
     run.config.write_text(run.config.read_text().rpartition("# digest: ")[0])
-    run.log_file.write_text("".join(json.dumps(entry) + "\n" for entry in run.read_log()))
+    run.log.path.write_text("".join(json.dumps(entry) + "\n" for entry in run.log.read()))
     permutations = load_checkpoint(run.permutations)
     save_checkpoint(run.permutations, permutations.state, {"kind": "matching"})
     found = recheck(run.path)

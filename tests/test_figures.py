@@ -92,7 +92,7 @@ def test_a_run_shows_every_epoch_of_every_model(tmp_path: Path) -> None:
     train_star(settings, tmp_path / "run")
     shown = {path.name: points(path) for path in (tmp_path / "run" / "tensorboard").iterdir()}
     assert set(shown) == {"source-0000", "source-0001", "heldout-0000", "star-0000"}
-    log = RunFolder(tmp_path / "run").read_log()
+    log = RunFolder(tmp_path / "run").log.read()
     for name, tags in shown.items():
         model = "star" if name.startswith("star") else name.replace("-000", " ")
         losses = [

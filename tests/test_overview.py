@@ -111,10 +111,10 @@ def test_figures_are_those_of_the_run(runs: Path) -> None:
     found, results = overview(run.path), run.read_results()
     assert found.barrier == results["train"]["star_heldout"]["mean"]
     assert found.star_accuracy == results["accuracy"]["test"]["star"]
-    assert found.loss == run.read_log()[-1]["loss"]
+    assert found.loss == run.log.read()[-1]["loss"]
     stopped = overview(runs / "star")
     assert (stopped.barrier, stopped.star_accuracy) == (None, None)
-    assert stopped.loss == RunFolder(runs / "star").read_log()[-1]["loss"]
+    assert stopped.loss == RunFolder(runs / "star").log.read()[-1]["loss"]
 
 
 def test_a_running_one_is_told_by_its_lock(runs: Path, tmp_path: Path) -> None:

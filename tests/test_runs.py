@@ -49,7 +49,7 @@ def test_names_of_what_is_in_it(tmp_path: Path) -> None:
     run = RunFolder(tmp_path)
     assert run.model("source", 0) == tmp_path / "sources" / "seed-0000.safetensors"
     assert run.model("heldout", 12) == tmp_path / "heldout" / "seed-0012.safetensors"
-    assert [p.name for p in (run.star, run.results, run.picture, run.log_file, run.config)] == [
+    assert [p.name for p in (run.star, run.results, run.picture, run.log.path, run.config)] == [
         "star.safetensors",
         "results.json",
         "barrier.png",
@@ -116,7 +116,7 @@ def test_the_star_s_settings_may_change_until_there_is_a_star(run: RunFolder, ch
 def test_a_run_that_finished_nothing_may_become_another(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
     with run.open(settings("train.lr=1000")):
-        run.log(kind="source", model="source 0", loss=1e9)
+        run.log.append(kind="source", model="source 0", loss=1e9)
     with run.open(settings("train.lr=0.1")):
         finish_source(run)
     assert run.saved_settings()["train"]["lr"] == 0.1
@@ -237,20 +237,20 @@ def test_a_process_killed_before_its_config_was_written_blocks_nothing(tmp_path:
 def test_log_is_a_line_per_entry_unrounded(run: RunFolder) -> None:
     entries = [{"kind": "source", "loss": 0.1 + 0.2}, {"kind": "star", "model": "ü"}]
     for entry in entries:
-        run.log(**entry)
-    lines = [json.loads(line) for line in run.log_file.read_text().splitlines()]
+        run.log.append(**entry)
+    lines = [json.loads(line) for line in run.log.path.read_text().splitlines()]
     assert [{key: line[key] for key in line if key != "checksum"} for line in lines] == entries
-    assert run.read_log() == entries
+    assert run.log.read() == entries
 
 
 @pytest.mark.parametrize("cut", range(1, 20))
 def test_a_log_cut_anywhere_loses_one_line_and_goes_on(run: RunFolder, cut: int) -> None:
     for loss in (1, 2, 3):
-        run.log(loss=loss, more={"x": 1})
-    data = run.log_file.read_bytes()
-    run.log_file.write_bytes(data[:-cut])
-    run.log(loss=4)
-    losses = [entry["loss"] for entry in run.read_log()]
+        run.log.append(loss=loss, more={"x": 1})
+    data = run.log.path.read_bytes()
+    run.log.path.write_bytes(data[:-cut])
+    run.log.append(loss=4)
+    losses = [entry["loss"] for entry in run.log.read()]
     assert losses == ([1, 2, 3, 4] if cut == 1 else [1, 2, 4])
 
 
@@ -261,40 +261,40 @@ def epochs(*pairs: tuple[str, int], loss: float = 1.0) -> list[dict[str, Any]]:
 def test_a_log_is_brought_back_to_where_its_model_goes_on(run: RunFolder) -> None:
     first = epochs(("source 0", 0), ("source 0", 1), ("source 1", 0), ("source 1", 1), ("source 1", 2))
     for entry in first:
-        run.log(**entry)
-    run.repair_log("source 1", epochs(("source 1", 0), ("source 1", 1), loss=9.0))
-    assert run.read_log() == first[:4]  # what was done after the checkpoint goes; what is there stays as it is
-    data = run.log_file.read_bytes()
-    run.log_file.write_bytes(data[: data.rindex(b'{"kind"')])  # a power cut
-    run.repair_log("source 1", epochs(("source 1", 0), ("source 1", 1), loss=9.0))
-    assert run.read_log() == [*first[:3], *epochs(("source 1", 1), loss=9.0)]
-    run.repair_log("source 1", [])
-    assert run.read_log() == first[:2]
+        run.log.append(**entry)
+    run.log.repair("source 1", epochs(("source 1", 0), ("source 1", 1), loss=9.0))
+    assert run.log.read() == first[:4]  # what was done after the checkpoint goes; what is there stays as it is
+    data = run.log.path.read_bytes()
+    run.log.path.write_bytes(data[: data.rindex(b'{"kind"')])  # a power cut
+    run.log.repair("source 1", epochs(("source 1", 0), ("source 1", 1), loss=9.0))
+    assert run.log.read() == [*first[:3], *epochs(("source 1", 1), loss=9.0)]
+    run.log.repair("source 1", [])
+    assert run.log.read() == first[:2]
 
 
 def test_a_log_that_says_the_same_is_not_written_again(run: RunFolder) -> None:
     for entry in epochs(("source 0", 0), ("source 0", 1)):
-        run.log(**entry)
-    before = run.log_file.stat()
-    run.repair_log("source 0", epochs(("source 0", 0), ("source 0", 1)))
-    run.repair_log("source 1", [])
-    assert run.log_file.stat().st_ino == before.st_ino
-    run.log(**epochs(("source 0", 1))[0])  # twice, as an interrupted attempt of old left it
-    run.repair_log("source 0", epochs(("source 0", 0), ("source 0", 1)))
-    assert [entry["epoch"] for entry in run.read_log()] == [0, 1]
+        run.log.append(**entry)
+    before = run.log.path.stat()
+    run.log.repair("source 0", epochs(("source 0", 0), ("source 0", 1)))
+    run.log.repair("source 1", [])
+    assert run.log.path.stat().st_ino == before.st_ino
+    run.log.append(**epochs(("source 0", 1))[0])  # twice, as an interrupted attempt of old left it
+    run.log.repair("source 0", epochs(("source 0", 0), ("source 0", 1)))
+    assert [entry["epoch"] for entry in run.log.read()] == [0, 1]
 
 
 def test_foreign_lines_in_the_log_are_left_out(run: RunFolder) -> None:
-    run.log_file.write_bytes(b'\xff\xfe}\n[1]\n"x}"\n\n{"a": 1}\n{}}\n')
-    assert run.read_log() == [{"a": 1}]
+    run.log.path.write_bytes(b'\xff\xfe}\n[1]\n"x}"\n\n{"a": 1}\n{}}\n')
+    assert run.log.read() == [{"a": 1}]
 
 
 def test_a_full_disk_while_logging(run: RunFolder) -> None:
     if not Path("/dev/full").exists():
         pytest.skip("no /dev/full here")
-    run.log_file.symlink_to("/dev/full")
+    run.log.path.symlink_to("/dev/full")
     with pytest.raises(FastarError, match="No space left on device"):
-        run.log(loss=1)
+        run.log.append(loss=1)
 
 
 def test_results_are_written_unrounded_and_read_back(run: RunFolder) -> None:

@@ -61,10 +61,10 @@ def test_retry_goes_back_to_the_last_checkpoint_with_other_draws(
     assert line.startswith("training star: loss not finite at epoch 4, step 2 (source seed-")
     assert line.endswith("going back to epoch 4 with other draws")
     run, other = RunFolder(tmp_path / "run"), RunFolder(whole)
-    losses = [[e["loss"] for e in r.read_log() if e["model"] == "star" and "epoch" in e] for r in (run, other)]
+    losses = [[e["loss"] for e in r.log.read() if e["model"] == "star" and "epoch" in e] for r in (run, other)]
     assert losses[0][:3] == losses[1][:3]
     assert all(one != another for one, another in zip(losses[0][3:], losses[1][3:], strict=True))
-    assert [(e["model"], e["attempt"]) for e in run.read_log() if e["kind"] == "retry"] == [("star", 1)]
+    assert [(e["model"], e["attempt"]) for e in run.log.read() if e["kind"] == "retry"] == [("star", 1)]
     assert load_checkpoint(run.star).metadata["retries"] == 1
     assert load_checkpoint(other.star).metadata["retries"] == 0
     assert not (run.path / "last-good").exists()
@@ -163,7 +163,7 @@ def test_a_kill_after_a_retry_goes_on_with_its_draws(
     assert load_checkpoint(run.star).metadata["retries"] == 2
     assert_same_models(run.path, tmp_path / "whole")
     retries = [
-        [(e["attempt"], e["back_to"]) for e in RunFolder(folder).read_log() if e["kind"] == "retry"]
+        [(e["attempt"], e["back_to"]) for e in RunFolder(folder).log.read() if e["kind"] == "retry"]
         for folder in (run.path, tmp_path / "whole")
     ]
     assert retries[0] == retries[1]
@@ -251,7 +251,7 @@ def test_retry_after_going_on_within_an_epoch(
     ]
     assert len(calls) == 1 + 1 + 2 + 4 * 3
     retried, other = (
-        {e["epoch"]: e for e in RunFolder(folder).read_log() if e["model"] == "star" and "epoch" in e}
+        {e["epoch"]: e for e in RunFolder(folder).log.read() if e["model"] == "star" and "epoch" in e}
         for folder in (run.path, whole)
     )
     assert sorted(retried) == list(range(7))

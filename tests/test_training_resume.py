@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from fastar.config import Settings, load_settings
 from fastar.experiments.star_domain import train_star
-from fastar.runs import RunFolder
+from fastar.runs import RunLog
 
 
 @pytest.fixture(scope="module")
@@ -71,15 +71,15 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
     there: list[str],
 ) -> None:
     wanted, folder = whole
-    log = RunFolder.log
+    append = RunLog.append
 
-    def killed(self: RunFolder, **entry: Any) -> None:
-        log(self, **entry)
+    def killed(self: RunLog, **entry: Any) -> None:
+        append(self, **entry)
         if (entry["model"], entry["epoch"]) == (model, epoch):
             raise Killed
 
     with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "log", killed)
+        patch.setattr(RunLog, "append", killed)
         with pytest.raises(Killed):
             train_star(settings, tmp_path / "run")
     assert sorted(tensors(tmp_path / "run")) == there

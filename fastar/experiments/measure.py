@@ -204,7 +204,7 @@ def measure(
     )
     error = statistics_error(context, paths)
     seconds = time.perf_counter() - start
-    log = context.run.read_log()
+    log = context.run.log.read()
     return {
         "dataset": settings.dataset.label,
         "arch": settings.model.arch,

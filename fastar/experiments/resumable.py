@@ -124,7 +124,9 @@ def trained(
             checkpoints.remember()
             where = _place(saved) if saved is not None else "the beginning"
             context.progress.line(f"{error}; going back to {where} with other draws")
-            run.log(kind="retry", model=subject.name, attempt=checkpoints.attempt, reason=str(error), back_to=where)
+            run.log.append(
+                kind="retry", model=subject.name, attempt=checkpoints.attempt, reason=str(error), back_to=where
+            )
             if context.figures is not None:
                 context.figures.forget(subject.kind, subject.index, saved.epoch if saved is not None else 0)
     yield Trained(prepared, history, checkpoints.attempt)
@@ -152,11 +154,11 @@ def _attempt(
         return {"kind": subject.kind, "model": name, **epoch}
 
     def on_epoch(epoch: Epoch) -> None:
-        run.log(**entry(vars(epoch)))
+        run.log.append(**entry(vars(epoch)))
         if context.figures is not None:
             context.figures.add(subject.kind, subject.index, epoch.epoch + 1, live_figures(epoch))
 
-    run.repair_log(name, [entry(epoch) for epoch in saved.history] if saved is not None else [])
+    run.log.repair(name, [entry(epoch) for epoch in saved.history] if saved is not None else [])
     attempt = checkpoints.attempt
     cuda = [context.device] if context.device.type == "cuda" else []
     # Torch's own generators (dropout) begin alike whatever ran before this model, and are saved with it.

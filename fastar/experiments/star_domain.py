@@ -51,7 +51,7 @@ def train_sources(settings: Settings, out: Path, progress: Progress = SILENT) ->
     with opened(context), context.threads():
         regular_models(context, "source", settings.sources.number)
         regular_models(context, "heldout", settings.sources.heldout)
-    found = speed(context.run.read_log())["regular"]
+    found = speed(context.run.log.read())["regular"]
     if found is not None:
         progress.line(f"training: {found['images_per_second']:,.0f} images/s, {found['limited']}")
     peak = f"{size_text(peak_bytes(context.device))} ({device_name(context.device)})"

@@ -41,7 +41,7 @@ def recheck(path: Path, progress: Progress = SILENT) -> Rechecked:
         FastarError: it is none of them.
     """
     run = RunFolder(path)
-    if any(file.is_file() for file in (run.config, run.star, run.results, run.log_file)):
+    if any(file.is_file() for file in (run.config, run.star, run.results, run.log.path)):
         return _run(run, progress)
     if (path / "metadata.json").is_file() or any(path.glob("*.beton")):
         from fastar.data import verify_folder
@@ -122,13 +122,13 @@ def _config(run: RunFolder) -> str | None:
 
 
 def _log(run: RunFolder) -> str | None:
-    lines = run.log_lines()
-    if lines and lines[-1] is None and run.is_log_cut():
+    lines = run.log.lines()
+    if lines and lines[-1] is None and run.log.is_cut():
         lines.pop()  # by a kill: nothing whole is lost
     damaged = [number for number, entry in enumerate(lines, 1) if entry is None]
     if damaged:
         count = f"{len(damaged)} of {len(lines)} lines are damaged, the first is number {damaged[0]}"
-        raise FastarError(f"{run.log_file}: {count}; its figures are left out")
+        raise FastarError(f"{run.log.path}: {count}; its figures are left out")
     return None
 
 

@@ -63,7 +63,7 @@ def _run_folders(folder: Path) -> Iterator[Path]:
             found = isinstance(saved.get("sources"), Mapping) and isinstance(saved.get("train"), Mapping)
         except FastarError:
             found = False
-        if found or run.log_file.is_file() or run.star.is_file():
+        if found or run.log.path.is_file() or run.star.is_file():
             yield run.path
             inner.clear()  # a run holds no runs
 
@@ -97,8 +97,8 @@ def overview(folder: Path) -> RunOverview:
         and run.star.is_file()
         and there["heldout"] >= heldout
     )
-    log = run.read_log()
-    written = max(_written(path) for path in (run.log_file, run.results, run.config, run.star))
+    log = run.log.read()
+    written = max(_written(path) for path in (run.log.path, run.results, run.config, run.star))
     losses = [entry["loss"] for entry in log if isinstance(entry.get("loss"), float)]
     return RunOverview(
         run=str(folder),

@@ -10,13 +10,13 @@ from fastar.runs.folder import (
     LAST_GOOD,
     RETRY,
     RunFolder,
-    commit,
     default_run_folder,
     remove_checkpoints,
     remove_if_empty,
-    versions,
 )
 from fastar.runs.model_names import checkpoint_files, is_checkpoint, stem_of
+from fastar.runs.provenance import commit, versions
+from fastar.runs.run_log import RunLog
 from fastar.runs.safetensors_file import read_metadata, stored_digest
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "LAST_GOOD",
     "RETRY",
     "RunFolder",
+    "RunLog",
     "checkpoint_files",
     "commit",
     "default_run_folder",

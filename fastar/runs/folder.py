@@ -1,32 +1,26 @@
-"""Run folders: resolved settings, what produced them, one writer at a time, a log, results."""
+"""Run folders: what lies where, one writer at a time, which settings a run may go on with, results."""
 
 from __future__ import annotations
 
 import hashlib
 import itertools
 import json
-import os
-import platform
 import re
 import shlex
-import subprocess
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from functools import lru_cache
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from fastar._version import __version__
 from fastar.config import Settings, as_override, changes
 from fastar.config.recipes import read_yaml
 from fastar.errors import FastarError
 from fastar.runs.atomic import delete, write_atomically
 from fastar.runs.lock import NAME as LOCK
-from fastar.runs.lock import check_held, hold, lost
+from fastar.runs.lock import hold, lost
+from fastar.runs.run_log import RunLog
 from fastar.runs.safetensors_file import read_metadata
-from fastar.runtime.json_files import parse_object, read_file, read_object, sealed, unsealed
+from fastar.runtime.json_files import read_file, read_object, sealed, unsealed
 from fastar.runtime.progress import SILENT, Progress
 
 # Settings that say how or where work is done, or what is measured afterwards: a run may go on with others.
@@ -57,10 +51,6 @@ RETRY = "retry.json"
 _MODEL = re.compile(r"seed-([0-9]{4,})\.safetensors")
 _TRAINING = re.compile(r"(source|heldout|star)-([0-9]{4,})")
 _TEMPORARY = re.compile(r"\..+\.[0-9]+(-[0-9a-f]{8})?\.tmp")
-_CHECKSUM = re.compile(r"[0-9a-f]{8}")
-_MARK = b', "checksum": "'
-# The end of a whole line of the log, whatever its last byte has become.
-_LINE_END = re.compile(rb'"checksum": "[0-9a-f]{8}"\}.?\Z|\n\Z', re.DOTALL)
 _CONFIG_DIGEST = "# digest: "
 
 
@@ -69,6 +59,7 @@ class RunFolder:
 
     def __init__(self, path: Path):
         self.path = path
+        self.log = RunLog(path / "log.jsonl")
 
     @property
     def config(self) -> Path:
@@ -92,10 +83,6 @@ class RunFolder:
             return self.picture.stat().st_mtime_ns >= self.results.stat().st_mtime_ns
         except OSError:
             return False
-
-    @property
-    def log_file(self) -> Path:
-        return self.path / "log.jsonl"
 
     def profile(self, name: str) -> Path:
         """File `name` of what `--profile` found."""
@@ -162,7 +149,7 @@ class RunFolder:
                     write_atomically(self.config, f"{text}{_CONFIG_DIGEST}{_digest(text.encode())}\n".encode())
                     yield self
                 except BaseException:
-                    undone = new and not self.log_file.exists() and not self._has_models()
+                    undone = new and not self.log.path.exists() and not self._has_models()
                     nothing_done = undone and lost(self.path) is None
                     raise
         finally:
@@ -242,7 +229,7 @@ class RunFolder:
     def _check_names(self) -> None:
         """Raise FastarError where something else has the name of a file or folder that a run writes."""
         models = (path for path, _, _ in self.models())
-        for path in (self.star, self.permutations, self.results, self.picture, self.log_file, *models):
+        for path in (self.star, self.permutations, self.results, self.picture, self.log.path, *models):
             if path.exists() and not path.is_file():
                 raise FastarError(f"{path}: is not a file, and the run has one of this name; move it away")
         for name in ("sources", "heldout", IN_TRAINING, LAST_GOOD, "tensorboard"):
@@ -288,54 +275,6 @@ class RunFolder:
             return False if last.startswith(b"#") or b" digest: " in last else None
         return digest == f"{_digest(settings)}\n".encode()
 
-    def log(self, **entry: Any) -> None:
-        """Append one line to `log.jsonl`, with a checksum as its last value."""
-        check_held(self.log_file)
-        line = _line(entry)
-        try:
-            with self.log_file.open("ab+") as file:
-                if file.seek(0, os.SEEK_END):
-                    file.seek(-1, os.SEEK_END)
-                    if file.read(1) != b"\n":  # cut by a kill: that line is lost, not this one too
-                        line = b"\n" + line
-                file.write(line)
-        except OSError as error:
-            what = f"{self.log_file}: cannot be written ({error.strerror}); free space or choose another folder"
-            raise FastarError(what) from error
-
-    def log_lines(self) -> list[dict[str, Any] | None]:
-        """All lines of `log.jsonl` that are not empty; None: one that was cut by a kill, or is damaged.
-
-        Raises:
-            FastarError: it cannot be read.
-        """
-        try:
-            lines = read_file(self.log_file).splitlines() if self.log_file.exists() else []
-        except OSError as error:
-            raise FastarError(f"{self.log_file}: cannot be read ({error.strerror}); make it readable") from error
-        return [_entry(line) for line in lines if line.strip()]
-
-    def is_log_cut(self) -> bool:
-        """Tell whether a kill has cut the last line of `log.jsonl`: its end is missing."""
-        return not _LINE_END.search(read_file(self.log_file))
-
-    def read_log(self) -> list[dict[str, Any]]:
-        """All whole lines of `log.jsonl` (what a kill cut is left out)."""
-        return [entry for entry in self.log_lines() if entry is not None]
-
-    def repair_log(self, model: str, epochs: Sequence[Mapping[str, Any]]) -> None:
-        """Make the log's epochs of `model` those that its training goes on from: lines of epochs that were done after
-        its last checkpoint go (they are done again), lines that a power cut took come back."""
-        lines = self.log_lines()
-        entries = [entry for entry in lines if entry is not None]
-        kept = {entry["epoch"]: entry for entry in entries if entry.get("model") == model and "epoch" in entry}
-        wanted = [kept.get(entry["epoch"], dict(entry)) for entry in epochs]
-        once = len(kept) == sum(entry.get("model") == model and "epoch" in entry for entry in entries)
-        if list(kept.values()) == wanted and once and None not in lines:
-            return
-        others = [entry for entry in entries if entry.get("model") != model or "epoch" not in entry]
-        write_atomically(self.log_file, b"".join(_line(entry) for entry in [*others, *wanted]))
-
     def write_results(self, results: Mapping[str, Any]) -> None:
         """Write `results.json`, atomically and unrounded, with a digest of it."""
         write_atomically(self.results, (json.dumps(sealed(results), indent=1) + "\n").encode())
@@ -362,48 +301,6 @@ def _digest(text: bytes) -> str:
     return hashlib.sha256(text).hexdigest()
 
 
-def _checksum(text: bytes) -> bytes:
-    return f"{zlib.crc32(text):08x}".encode()
-
-
-def _line(entry: Mapping[str, Any]) -> bytes:
-    """A line of the log, with a checksum of the rest as its last value."""
-    text = json.dumps(entry).encode()
-    return text[:-1] + _MARK + _checksum(text) + b'"}\n'
-
-
-def _entry(line: bytes) -> dict[str, Any] | None:
-    """The entry in a line of the log; None: not a whole one. Lines of older versions have no checksum."""
-    front, _, rest = line.rpartition(_MARK)
-    text = front + b"}"
-    whole = rest == _checksum(text) + b'"}'
-    try:
-        entry = parse_object(text if whole else line)
-    except ValueError:
-        return None
-    if whole:
-        return entry
-    name, value = next(reversed(entry.items()), ("", None))
-    if name == "checksum" or (isinstance(value, str) and _CHECKSUM.fullmatch(value)):
-        return None
-    return entry if all(_is_of_kind(name, value) for name, value in entry.items()) else None
-
-
-def _is_of_kind(name: str, value: object) -> bool:
-    """Tell whether a value of the log is of the type that values of this name have."""
-    if name in ("epoch", "attempt"):
-        return type(value) is int
-    if name in ("loss", "lr", "images", "seconds", "begin_seconds", "peak_bytes"):
-        return _is_number(value)
-    if name in ("parts", "figures"):
-        return isinstance(value, Mapping) and all(_is_number(one) for one in value.values())
-    return isinstance(value, str) if name in ("kind", "model", "reason", "back_to") else True
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
-
-
 def default_run_folder(settings: Settings, *, recipe: str | None = None, scale: str = "full") -> Path:
     """`runs/<dataset>-<arch>-seed<seed>`, or for a configuration that was named `runs/<its name>-seed<seed>`; a scale
     other than the full one is named too."""
@@ -424,32 +321,3 @@ def remove_if_empty(folder: Path) -> None:
     """Delete a folder unless something is in it."""
     with suppress(OSError):
         folder.rmdir()
-
-
-@lru_cache(maxsize=1)
-def versions() -> dict[str, str]:
-    """Versions of fastar (with its commit, where known) and of the packages that results depend on."""
-    found = {"fastar": __version__, "commit": commit(), "python": platform.python_version()}
-    for package in ("torch", "numpy", "scipy", "ffcv", "lapjv", "triton", "numba"):
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
-    return found
-
-
-@lru_cache(maxsize=1)
-def commit() -> str:
-    """The checkout's commit, with `+changes` if it is not clean; outside a checkout FASTAR_COMMIT or `unknown`."""
-    elsewhere = os.environ.get("FASTAR_COMMIT") or "unknown"  # of a copy that travelled without its .git
-    here = Path(__file__).resolve().parent
-    git = ["git", "-C", str(here)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=10)
-        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=10)
-        status = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return elsewhere
-    if head.returncode != 0 or tracked.returncode != 0:  # a checkout of something else around an installed fastar
-        return elsewhere
-    return head.stdout.strip() + ("+changes" if status.stdout.strip() else "")

@@ -1,0 +1,125 @@
+"""A run's `log.jsonl`: a line for each epoch, each with a checksum, that a kill can cut and a resumed run repairs."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fastar.errors import FastarError
+from fastar.runs.atomic import write_atomically
+from fastar.runs.lock import check_held
+from fastar.runtime.json_files import parse_object, read_file
+
+_CHECKSUM = re.compile(r"[0-9a-f]{8}")
+_MARK = b', "checksum": "'
+# The end of a whole line of the log, whatever its last byte has become.
+_LINE_END = re.compile(rb'"checksum": "[0-9a-f]{8}"\}.?\Z|\n\Z', re.DOTALL)
+
+
+class RunLog:
+    """The log of a run.
+
+    Args:
+        path: its file, which need not be there.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def append(self, **entry: Any) -> None:
+        """Append one line, with a checksum as its last value.
+
+        Raises:
+            FastarError: it cannot be written, or the folder is another process's by now.
+        """
+        check_held(self.path)
+        line = _line(entry)
+        try:
+            with self.path.open("ab+") as file:
+                if file.seek(0, os.SEEK_END):
+                    file.seek(-1, os.SEEK_END)
+                    if file.read(1) != b"\n":  # cut by a kill: that line is lost, not this one too
+                        line = b"\n" + line
+                file.write(line)
+        except OSError as error:
+            what = f"{self.path}: cannot be written ({error.strerror}); free space or choose another folder"
+            raise FastarError(what) from error
+
+    def lines(self) -> list[dict[str, Any] | None]:
+        """All lines that are not empty; None: one that was cut by a kill, or is damaged.
+
+        Raises:
+            FastarError: it cannot be read.
+        """
+        try:
+            lines = read_file(self.path).splitlines() if self.path.exists() else []
+        except OSError as error:
+            raise FastarError(f"{self.path}: cannot be read ({error.strerror}); make it readable") from error
+        return [_entry(line) for line in lines if line.strip()]
+
+    def read(self) -> list[dict[str, Any]]:
+        """All whole lines (what a kill cut is left out)."""
+        return [entry for entry in self.lines() if entry is not None]
+
+    def is_cut(self) -> bool:
+        """Tell whether a kill has cut the last line: its end is missing."""
+        return not _LINE_END.search(read_file(self.path))
+
+    def repair(self, model: str, epochs: Sequence[Mapping[str, Any]]) -> None:
+        """Make the epochs of `model` those that its training goes on from: lines of epochs that were done after its
+        last checkpoint go (they are done again), lines that a power cut took come back."""
+        lines = self.lines()
+        entries = [entry for entry in lines if entry is not None]
+        others = [entry for entry in entries if entry.get("model") != model or "epoch" not in entry]
+        kept = {entry["epoch"]: entry for entry in entries if entry.get("model") == model and "epoch" in entry}
+        wanted = [kept.get(entry["epoch"], dict(entry)) for entry in epochs]
+        if list(kept.values()) == wanted and len(others) + len(kept) == len(lines):  # each once, and none damaged
+            return
+        write_atomically(self.path, b"".join(_line(entry) for entry in [*others, *wanted]))
+
+
+def _checksum(text: bytes) -> bytes:
+    return f"{zlib.crc32(text):08x}".encode()
+
+
+def _line(entry: Mapping[str, Any]) -> bytes:
+    """A line of the log, with a checksum of the rest as its last value."""
+    text = json.dumps(entry).encode()
+    return text[:-1] + _MARK + _checksum(text) + b'"}\n'
+
+
+def _entry(line: bytes) -> dict[str, Any] | None:
+    """The entry in a line of the log; None: not a whole one. Lines of older versions have no checksum."""
+    front, _, rest = line.rpartition(_MARK)
+    text = front + b"}"
+    whole = rest == _checksum(text) + b'"}'
+    try:
+        entry = parse_object(text if whole else line)
+    except ValueError:
+        return None
+    if whole:
+        return entry
+    name, value = next(reversed(entry.items()), ("", None))
+    if name == "checksum" or (isinstance(value, str) and _CHECKSUM.fullmatch(value)):
+        return None
+    return entry if all(_is_of_kind(name, value) for name, value in entry.items()) else None
+
+
+def _is_of_kind(name: str, value: object) -> bool:
+    """Tell whether a value of the log is of the type that values of this name have."""
+    if name in ("epoch", "attempt"):
+        return type(value) is int
+    if name in ("loss", "lr", "images", "seconds", "begin_seconds", "peak_bytes"):
+        return _is_number(value)
+    if name in ("parts", "figures"):
+        return isinstance(value, Mapping) and all(_is_number(one) for one in value.values())
+    return isinstance(value, str) if name in ("kind", "model", "reason", "back_to") else True
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
