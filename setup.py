@@ -17,6 +17,7 @@ setup(
     package_data={"fastar": ["py.typed"], "fastar.configs": ["*.yaml"]},
     install_requires=[
         "ffcv==1.0.2",
+        "filelock>=3.30",
         "lapjv>=1.3.29",
         "matplotlib>=3.8",
         "numba>=0.60",

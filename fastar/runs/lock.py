@@ -1,8 +1,11 @@
-"""Who is using a run folder: a file that names host and process, beside the kernel's own lock."""
+"""One process at a time in a run folder: the kernel's lock (filelock), and a file that says who has it.
+
+The kernel's lock decides where the file system has one; it goes with the process. The file, `lock.json`, says who holds
+the folder, to people and to hosts that do not share the kernel's lock, and is all where there is none.
+"""
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import socket
@@ -13,6 +16,8 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from filelock import lock_descriptor
+
 from fastar.errors import FastarError
 from fastar.runtime.json_files import read_object
 
@@ -20,8 +25,6 @@ NAME = "lock.json"
 # A living holder touches its file this often; one on another host that has not for so long is taken for dead.
 TOUCH_SECONDS = 20.0
 DEAD_SECONDS = 120.0
-# The keys of a lock file that are whole numbers.
-_NUMBERS = {"started", "device", "inode"}
 
 
 @dataclass(frozen=True)
@@ -49,15 +52,15 @@ class Holder:
         return f"process {self.pid} on {self.host}"
 
     def gone(self) -> bool | None:
-        """Whether the process has ended; None where it runs, or ran, on another host."""
+        """Tell whether the process has ended; None where it runs, or ran, on another host."""
         if self.host != socket.gethostname():
             return None
         started = _start_of(self.pid)
         return started is None or (started > 0 and self.started > 0 and started != self.started)
 
     def of_another(self, folder: Path) -> bool:
-        """Whether it held another folder, of which `folder` is a copy. Known on its own host alone: numbers of devices
-        and files may differ between hosts that share a folder."""
+        """Tell whether it held another folder, of which `folder` is a copy. Known on its own host alone: numbers of
+        devices and files may differ between hosts that share a folder."""
         if self.inode == 0 or self.host != socket.gethostname():
             return False
         there = folder.stat()
@@ -65,9 +68,9 @@ class Holder:
 
 
 def _start_of(pid: int) -> int | None:
-    """When process `pid` started (see `Holder.started`); None: there is none, 0: there is one, and no more is known."""
+    """The start of process `pid` (see `Holder.started`); None: there is none, 0: there is one, and no more is known."""
     try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
         try:
             os.kill(pid, 0)
@@ -76,54 +79,41 @@ def _start_of(pid: int) -> int | None:
         except PermissionError:
             return 0
         return 0
-    fields = stat.rpartition(")")[2].split()
     return None if fields[0] in ("Z", "X") else int(fields[19])
 
 
 def read_holder(folder: Path) -> Holder | None:
-    """Who the lock file of `folder` names; None: no such file, not a whole one, or one that was copied here."""
+    """The process that the lock file of `folder` names; None: no such file, a damaged one, or one copied here."""
     try:
-        found = read_object(folder / NAME)
-        # A file of another version may know less.
-        if any(type(found.get(key)) is not int for key in ("pid", *(found.keys() & _NUMBERS))):
-            return None
-        if not (isinstance(found.get("host"), str) and 0 < found["pid"] < 1 << 31):
-            return None
-        holder = Holder(**found)
-        return None if holder.of_another(folder) else holder
+        holder = Holder(**read_object(folder / NAME))
+        numbers = (holder.pid, holder.started, holder.device, holder.inode)
+        whole = isinstance(holder.host, str) and all(type(number) is int for number in numbers)
+        return holder if whole and 0 < holder.pid < 1 << 31 and not holder.of_another(folder) else None
     except (OSError, ValueError, TypeError):
         return None
 
 
 def is_held(folder: Path) -> bool:
-    """Whether a living process holds `folder`, as far as its lock file tells; takes no lock."""
-    holder = read_holder(folder)
-    if holder is None:
+    """Tell whether a living process holds `folder`, as far as its lock file says; takes no lock, and writes nothing."""
+    holder, stamp = read_holder(folder), _stamp(folder)
+    if holder is None or stamp is None:
         return False
     gone = holder.gone()
-    return _age(folder) < DEAD_SECONDS if gone is None else not gone
+    return time.time() - stamp[1] / 1e9 < DEAD_SECONDS if gone is None else not gone
 
 
-def _age(folder: Path) -> float:
-    """Seconds since the lock file was touched, by the file system's clock (hosts' clocks differ)."""
-    probe = folder / f".{NAME}.{os.getpid()}.tmp"
+def _stamp(folder: Path) -> tuple[int, int] | None:
+    """The lock file's number and the nanoseconds of its last touch; None: there is none."""
     try:
-        touched = (folder / NAME).stat().st_mtime
+        with (folder / NAME).open("rb") as file:  # opened: a network file system may answer `stat` from what it knew
+            there = os.fstat(file.fileno())
     except OSError:
-        return float("inf")
-    try:
-        try:
-            probe.touch()
-            now = probe.stat().st_mtime
-        finally:
-            probe.unlink(missing_ok=True)
-    except OSError:  # somebody else's folder, being listed, or a full disk
-        now = time.time()
-    return now - touched
+        return None
+    return there.st_ino, there.st_mtime_ns
 
 
 def _is_touched_within(folder: Path, seconds: float) -> bool:
-    """Wait for the lock file to be touched, so long by this process's own clock."""
+    """Wait for the lock file to be touched, so long by this process's own clock: those of hosts differ."""
     end, first = time.monotonic() + seconds, _stamp(folder)
     while first is not None and time.monotonic() < end:
         time.sleep(seconds / 40)
@@ -131,15 +121,6 @@ def _is_touched_within(folder: Path, seconds: float) -> bool:
         if now != first:
             return now is not None
     return False
-
-
-def _stamp(folder: Path) -> tuple[int, int] | None:
-    try:
-        with (folder / NAME).open("rb") as file:  # opened: a network file system may answer `stat` from what it knew
-            there = os.fstat(file.fileno())
-    except OSError:
-        return None
-    return there.st_ino, there.st_mtime_ns
 
 
 @dataclass(frozen=True)
@@ -155,8 +136,7 @@ class _Lease:
     def lost(self) -> str | None:
         """Say what became of it, for users; None: it is still held."""
         try:
-            opened, there = os.fstat(self.handle), self.folder.stat()
-            same = (opened.st_dev, opened.st_ino) == (there.st_dev, there.st_ino)
+            same = os.path.samestat(os.fstat(self.handle), self.folder.stat())
         except OSError:
             same = False
         if not same:
@@ -192,12 +172,16 @@ def check_held(path: Path) -> None:
 
 
 @contextmanager
-def hold(folder: Path, say: Callable[[str], None] = lambda line: None) -> Iterator[None]:
+def hold(
+    folder: Path,
+    say: Callable[[str], None] = lambda line: None,
+    *,
+    touch_seconds: float = TOUCH_SECONDS,
+    dead_seconds: float = DEAD_SECONDS,
+) -> Iterator[None]:
     """Hold `folder` for this process until the block ends.
 
-    The kernel's lock on the folder decides where the file system has one; it goes with the process. The lock file says
-    who holds it, to people and to hosts that do not share the kernel's lock, and is all where there is none. Clocks of
-    hosts differ: a holder on another host is taken for dead only if its file is not touched while this process waits.
+    A holder on another host is taken for dead if its file is not touched for `dead_seconds`, while this process waits.
 
     Args:
         folder: it exists.
@@ -209,32 +193,12 @@ def hold(folder: Path, say: Callable[[str], None] = lambda line: None) -> Iterat
     """
     handle = os.open(folder, os.O_RDONLY)
     try:
-        guarded = _flock(handle)
-        holder = read_holder(folder)
-        if guarded is False:
-            who = f" ({holder})" if holder else ""
-            raise FastarError(f"{folder}: in use by another fastar{who}; wait for it or choose --out")
-        if holder is not None:
-            gone = holder.gone()
-            if gone is None:
-                age = _age(folder)
-                if -TOUCH_SECONDS < age < DEAD_SECONDS:
-                    raise FastarError(
-                        f"{folder}: in use by another fastar ({holder}, seen {max(age, 0):.0f} s ago); wait for it or "
-                        f"choose --out; if it is gone, try again in {DEAD_SECONDS - max(age, 0):.0f} s"
-                    )
-                seconds = 2 * TOUCH_SECONDS if age > 0 else DEAD_SECONDS
-                say(f"{folder}: watching for {seconds:.0f} s whether {holder} is still there")
-                if _is_touched_within(folder, seconds):
-                    raise FastarError(f"{folder}: in use by another fastar ({holder}); wait for it or choose --out")
-            elif not gone and guarded is None and holder.pid != os.getpid():
-                raise FastarError(f"{folder}: in use by another fastar ({holder}); wait for it or choose --out")
-            say(f"{folder}: {holder} held it and is gone; going on")
+        _take(folder, handle, say, dead_seconds)
         lease = _Lease(Path(os.path.abspath(folder)), handle, Holder.here(folder))
         _write(folder, lease.holder)
         _leases.append(lease)
         try:
-            with _touched(lease):
+            with _touched(lease, touch_seconds):
                 yield
         finally:
             _leases.remove(lease)
@@ -243,6 +207,28 @@ def hold(folder: Path, say: Callable[[str], None] = lambda line: None) -> Iterat
                     (folder / NAME).unlink()
     finally:
         os.close(handle)
+
+
+def _take(folder: Path, handle: int, say: Callable[[str], None], dead_seconds: float) -> None:
+    """Take the kernel's lock, and make sure that nobody else holds the folder without it."""
+    try:
+        locked: bool | None = lock_descriptor(handle, blocking=False)
+    except OSError:  # the file system has no locks
+        locked = None
+    holder = read_holder(folder)
+    held = locked is False
+    if holder is not None and not held:
+        gone = holder.gone()
+        if gone is None:
+            say(f"{folder}: watching for {dead_seconds:.0f} s whether {holder} is still there")
+            held = _is_touched_within(folder, dead_seconds)
+        else:
+            held = not gone and locked is None and holder.pid != os.getpid()
+    if held:
+        who = f" ({holder})" if holder else ""
+        raise FastarError(f"{folder}: in use by another fastar{who}; wait for it or choose --out")
+    if holder is not None:
+        say(f"{folder}: {holder} held it and is gone; going on")
 
 
 def _write(folder: Path, holder: Holder) -> None:
@@ -258,24 +244,13 @@ def _write(folder: Path, holder: Holder) -> None:
         raise FastarError(what) from error
 
 
-def _flock(handle: int) -> bool | None:
-    """Take the kernel's lock: True, or False where somebody else has it; None: the file system has no locks."""
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:
-        return None
-    return True
-
-
 @contextmanager
-def _touched(lease: _Lease) -> Iterator[None]:
+def _touched(lease: _Lease, seconds: float) -> Iterator[None]:
     """Inside, a thread touches the lock file every now and then, as long as it is this process's."""
     done = threading.Event()
 
     def touch() -> None:
-        while not done.wait(TOUCH_SECONDS):
+        while not done.wait(seconds):
             if lease.lost() is None:
                 with suppress(OSError):
                     os.utime(lease.folder / NAME)
