@@ -23,9 +23,9 @@ from fastar.matching.solving import solve_rows
 from fastar.matching.weight import descent as descent_module
 from fastar.matching.weight.descent import Descent
 from fastar.matching.weight.problem import Problem
+from fastar.matching.weight.unit_products import dots
 from fastar.symmetry import Symmetry, derive_symmetry
 from fastar.symmetry.batched_index import Rows, along, chosen, download, put_along, upload
-from fastar.symmetry.memory_layout import dots
 
 CPU = torch.device("cpu")
 State = dict[str, Tensor]

@@ -110,3 +110,12 @@ def download(tensor: Tensor) -> NDArray[Any]:
     host.copy_(tensor, non_blocking=True)
     torch.cuda.current_stream(tensor.device).record_event().synchronize()
     return host.numpy()
+
+
+def memory_order(tensor: Tensor) -> list[int]:
+    """The axes of `tensor` from the slowest to the fastest in memory, so that `tensor.permute(order)` is contiguous.
+
+    Channels-last convolution weights of shape (O, I, H, W) give [0, 2, 3, 1].
+    """
+    strides = tensor.stride()
+    return sorted(range(tensor.ndim), key=lambda axis: (-strides[axis], axis))

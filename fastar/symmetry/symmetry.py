@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from fastar.errors import FastarError
 from fastar.flat.state_check import check_state, tensors_of
 from fastar.runtime.seeds import derive_seed
-from fastar.symmetry.batched_index import Rows, along, chosen
-from fastar.symmetry.memory_layout import memory_order
+from fastar.symmetry.batched_index import Rows, along, chosen, memory_order
 from fastar.symmetry.permutations import Permutations
 
 

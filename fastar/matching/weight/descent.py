@@ -28,8 +28,8 @@ from fastar.matching.families import Answers
 from fastar.matching.solving import Solved, solve_rows
 from fastar.matching.weight.permuted_sources import Change, PermutedSources, gains
 from fastar.matching.weight.problem import Problem
+from fastar.matching.weight.unit_products import add_products
 from fastar.symmetry.batched_index import Rows, along, chosen, download
-from fastar.symmetry.memory_layout import add_products
 
 # Gains read off S_g are trusted when this far above float32 rounding of its sums, relative to the sizes of the terms;
 # smaller ones are computed again from the parameters themselves.

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fastar.matching.families import Answers
 from fastar.matching.weight.problem import Place, Problem
+from fastar.matching.weight.unit_products import dot, dots
 from fastar.symmetry.batched_index import Rows, along, chosen, download, put_along
-from fastar.symmetry.memory_layout import dot, dots
 
 # From this share of moved units on, gathering them apart costs more than taking them all.
 _MOST = 0.6

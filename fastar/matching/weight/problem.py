@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fastar.symmetry.memory_layout import in_memory_order, memory_order
+from fastar.matching.weight.unit_products import in_memory_order
+from fastar.symmetry.batched_index import memory_order
 from fastar.symmetry.symmetry import Member, Symmetry
 
 

@@ -1,29 +1,17 @@
-"""Parameters as matrices with one row per unit, without copies where the memory layout allows it."""
+"""Inner products of what units own, without copies where the memory layout allows it."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from fastar.symmetry import Member
 from fastar.symmetry.batched_index import Rows
 
-if TYPE_CHECKING:
-    from fastar.symmetry.symmetry import Member
-
 _DOT_BLOCK = 1 << 16  # float32 partial sums this long, added up in float64
-
-
-def memory_order(tensor: Tensor) -> list[int]:
-    """The axes of `tensor` from the slowest to the fastest in memory, so that `tensor.permute(order)` is contiguous.
-
-    Channels-last convolution weights of shape (O, I, H, W) give [0, 2, 3, 1].
-    """
-    strides = tensor.stride()
-    return sorted(range(tensor.ndim), key=lambda axis: (-strides[axis], axis))
 
 
 def add_products(
