@@ -17,13 +17,12 @@ import fastar
 from fastar.config import MatchingSettings
 from fastar.errors import FastarError
 from fastar.evaluation import Endpoint
-from fastar.experiments.star import match_store
 from fastar.flat import FlatLayout
 from fastar.matching import Examples, KeptActivations, SeenSources, UnitActivations, kept_bytes, match_many
 from fastar.matching.activation import statistics as seen
 from fastar.runs.model_files import Checkpoint
 from fastar.symmetry import Permutations, Symmetry, derive_symmetry
-from fastar.training import SourcesStore
+from fastar.training import SourcesStore, match_store
 from fastar.training.epochs import Good
 
 CPU = torch.device("cpu")

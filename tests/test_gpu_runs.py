@@ -146,8 +146,7 @@ def test_compiled_steps_equal_eager_ones(gpu: torch.device, kind: str, graph: bo
         if kind == "star":
             states = [network(n).state_dict() for n in (1, 2)]
             z = SourcesStore(FlatLayout.from_module(model), states, ["a", "b"], gpu)
-            never = StarSettings(match_every_epochs=0)
-            step = StarStep(model, settings, never, z, seed=1, match=lambda *_: None)
+            step = StarStep(model, settings, StarSettings(), z, seed=1)
         losses = []
         for epoch in range(2):
             step.begin_epoch(epoch, 25)

@@ -62,8 +62,7 @@ def star(settings: TrainSettings, device: torch.device = CPU, place: str = "devi
     model = resnet(0).to(device)
     states = [resnet(n).state_dict() for n in (1, 2, 3)]
     z = SourcesStore(FlatLayout.from_module(model), states, ["a", "b", "c"], device, store=place)
-    never = StarSettings(match_every_epochs=0)
-    return StarStep(model, settings, never, z, seed=1, match=lambda theta, sources, epoch: None, **more)
+    return StarStep(model, settings, StarSettings(), z, seed=1, **more)
 
 
 def run(step: Any, epochs: int = 2, count: int = 7, short: int = 5, overflow: int = -1) -> list[float]:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from fastar.config import MatchingSettings
 from fastar.errors import FastarError
-from fastar.experiments.star import Matcher, match_store
 from fastar.experiments.star_domain import train_star
 from fastar.flat import FlatLayout
 from fastar.matching import (
@@ -33,7 +32,7 @@ from fastar.matching import (
 from fastar.matching.activation import statistics as seen
 from fastar.matching.activation.match_activations import correlate_seen
 from fastar.symmetry import Symmetry, derive_symmetry
-from fastar.training import SourcesStore, StarStep
+from fastar.training import Matcher, SourcesStore, StarStep, match_store
 from fastar.training import sources as store_module
 
 CPU = torch.device("cpu")
@@ -316,19 +315,16 @@ def test_a_star_looks_at_each_source_once_and_goes_on_to_the_same_bits(
     assert_same_models(tmp_path / "again", tmp_path / "whole")
 
 
-def test_what_is_kept_lives_where_the_sources_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_kept_lives_where_the_sources_do(tmp_path: Path) -> None:
     model, _, _ = case("mlp")
     layout = FlatLayout.from_module(model)
-    asked: list[int] = []
-
-    def choose(setting: str, needed: int, device: torch.device, *, sources: int) -> str:
-        asked.append(needed)
-        return "file"
-
-    monkeypatch.setattr(store_module, "choose_placement", choose)
     states = [random_state(model, n) for n in range(3)]
-    store = SourcesStore(layout, states, ["a", "b", "c"], CPU, folder=tmp_path, beside=1000)
-    assert asked == [3 * (4 * layout.numel + 1000)]
+    needed = 3 * (4 * layout.numel + 1000)
+    for free, place in ((2 * needed, "device"), (2 * needed - 1, "file")):
+        store = SourcesStore(
+            layout, states, ["a", "b", "c"], CPU, folder=tmp_path, beside=1000, free=lambda device, free=free: free
+        )
+        assert store.store == place
     rows = store.make_beside(500, torch.float16)
     assert (rows.shape, rows.dtype, float(rows.abs().sum())) == ((3, 500), torch.float16, 0.0)
     rows[1] = 2.5
@@ -396,9 +392,9 @@ def test_sources_of_other_types_are_looked_at_as_they_are_used(
     places: list[int] = []
     choose = store_module.choose_placement
 
-    def chosen(setting: str, needed: int, device: torch.device, *, sources: int) -> str:
+    def chosen(setting: str, needed: int, *given: Any, **more: Any) -> str:
         places.append(needed)
-        return choose(setting, needed, device, sources=sources)
+        return choose(setting, needed, *given, **more)
 
     monkeypatch.setattr(store_module, "choose_placement", chosen)
     released: list[Any] = []

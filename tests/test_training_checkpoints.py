@@ -243,7 +243,7 @@ def star(fetched: bool = False) -> StarStep:
     z = store([network(PlainConvNet, seed) for seed in (1, 2, 3)], FlatLayout.from_module(model))
     if fetched:
         z.store = "file"  # rows are brought two steps ahead
-    return StarStep(model, SETTINGS, StarSettings(match_every_epochs=0), z, seed=4, match=lambda *_: None)
+    return StarStep(model, SETTINGS, StarSettings(), z, seed=4)
 
 
 @pytest.mark.parametrize(("epoch", "step"), [(0, 1), (0, 5), (1, 0), (1, 3), (2, 5), (3, 0)])
@@ -288,7 +288,7 @@ def test_a_training_goes_on_on_a_gpu(tmp_path: Path, kind: str, graph: bool) -> 
         layout = FlatLayout.from_module(model)
         states = [network(PlainConvNet, seed).state_dict() for seed in (1, 2, 3)]
         z = SourcesStore(layout, states, ["a", "b", "c"], device, store="host")
-        return StarStep(model, settings, StarSettings(match_every_epochs=0), z, seed=4, match=lambda *_: None)
+        return StarStep(model, settings, StarSettings(), z, seed=4)
 
     whole = make()
     fit(whole, images, settings, name="x", seed=0)

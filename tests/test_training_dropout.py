@@ -18,8 +18,7 @@ from fastar.config import StarSettings, TrainSettings
 from fastar.flat import FlatLayout
 from fastar.runtime.cuda_graph import CallGraph
 from fastar.training import RegularStep, StarStep, fit, steps
-from fastar.training import step_rng as draws
-from fastar.training.step_rng import StepDraws
+from fastar.training.steps import StepDraws
 
 SETTINGS = TrainSettings(epochs=3, batch_size=16, lr=0.05, precision="fp32")  # six steps an epoch
 
@@ -46,7 +45,7 @@ def regular(settings: TrainSettings = SETTINGS, kind: Callable[[], nn.Module] = 
 def star(settings: TrainSettings = SETTINGS) -> StarStep:
     model = network(Dropping, 0)
     z = store([network(Dropping, seed) for seed in (1, 2, 3)], FlatLayout.from_module(model))
-    return StarStep(model, settings, StarSettings(match_every_epochs=0), z, seed=4, match=lambda *_: None)
+    return StarStep(model, settings, StarSettings(), z, seed=4)
 
 
 def train(step: Any, seed: int = 0, settings: TrainSettings = SETTINGS, **more: Any) -> list[float]:
@@ -171,7 +170,7 @@ def test_on_a_gpu_it_goes_on_to_the_same_masks(tmp_path: Path, monkeypatch: pyte
     whole, again, other = make(), make(), make()
     fit(whole, images, settings, name="x", seed=0)
     with monkeypatch.context() as patched:
-        patched.setattr(draws, "derive_seed", lambda *names: 1)  # other masks alone
+        patched.setattr(steps, "derive_seed", lambda *names: 1)  # other masks alone
         fit(other, images, settings, name="x", seed=0)
     with pytest.raises(Cut):
         fit(make(), images, settings, name="x", seed=0, checkpoints=cut_at(tmp_path, 3, 1))

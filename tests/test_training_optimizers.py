@@ -15,9 +15,8 @@ from fastar.errors import FastarError
 from fastar.flat import FlatLayout
 from fastar.runtime.footprint import LiveBytes
 from fastar.training import RegularStep, StarStep
-from fastar.training.amp import LossScale
-from fastar.training.clipping import shortening
-from fastar.training.optimizer import PLAIN_ROWS, FlatAdam, rows_of_an_update
+from fastar.training.amp import LossScale, shortening
+from fastar.training.optimizer import OPTIMIZERS, Adam, rows_of_an_update
 
 SETTINGS = TrainSettings(lr=0.01, weight_decay=0.02, betas=(0.8, 0.95), eps=1e-3, precision="fp32")
 SHAPE = (3, 5, 5)
@@ -52,7 +51,7 @@ def test_adam_in_bf16_has_its_parts_move_together() -> None:
         for step in steps.values():
             step(images, labels, torch.tensor(0.01))
     optimizer = steps["bf16"].optimizer
-    assert isinstance(optimizer, FlatAdam)
+    assert isinstance(optimizer, Adam)
     assert float(optimizer.steps_done) == 8
     # 8 steps of at most 0.01 each, of which rounding to bf16 changes a part.
     assert (steps["bf16"].theta - steps["fp32"].theta).abs().max() < 0.04
@@ -68,9 +67,9 @@ def test_a_skipped_step_of_adam_does_not_count() -> None:
     before = step.theta.clone()
     step(images, labels, torch.tensor(0.01))
     assert torch.equal(step.theta, before)
-    assert isinstance(step.optimizer, FlatAdam)
+    assert isinstance(step.optimizer, Adam)
     assert float(step.optimizer.steps_done) == 0
-    assert not step.optimizer.second_moment.any()
+    assert not step.optimizer.moments[1].any()
     step.loss_scale.scale.fill_(1024.0)
     step.loss_scale.inverse.fill_(1 / 1024)
     step(more, others, torch.tensor(0.01))
@@ -129,9 +128,7 @@ def test_without_decay_of_1d_parameters_the_next_point_is_written_in_its_pieces(
     for fuse in (True, False):
         model = network(PlainConvNet, 0)
         sources = store([network(PlainConvNet, n) for n in (1, 2)], FlatLayout.from_module(model))
-        step = StarStep(
-            model, settings, StarSettings(match_every_epochs=0), sources, seed=3, match=lambda *_: None, fuse=fuse
-        )
+        step = StarStep(model, settings, StarSettings(), sources, seed=3, fuse=fuse)
         step.begin_epoch(0, 6)
         losses = [step(images, labels, torch.tensor(0.05)) for images, labels in batches(6, 0, SHAPE)]
         found.append((torch.stack(losses), step.theta.clone()))
@@ -240,5 +237,5 @@ def test_what_an_update_by_plain_torch_takes_for_a_moment(
                 theta, gradient, first, second, steps_done=torch.zeros(()), **scalars, weight_decay=0.1,
                 betas=(0.9, 0.99), eps=1e-8, decoupled=optimizer == "adamw", found_nonfinite=found,
             )  # fmt: skip
-    assert live.peak // (4 * count) == PLAIN_ROWS[optimizer]
+    assert live.peak // (4 * count) == OPTIMIZERS[optimizer].PLAIN_ROWS
     assert rows_of_an_update(optimizer, CPU) == 0

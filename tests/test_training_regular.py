@@ -195,13 +195,12 @@ def test_bf16_trains_like_fp32_within_its_precision() -> None:
 
 def test_bf16_star_step() -> None:
     settings = SETTINGS.model_copy(update={"precision": "bf16"})
-    star = StarSettings(match_every_epochs=0)
     found = {}
     for precision in ("fp32", "bf16"):
         settings = SETTINGS.model_copy(update={"precision": precision})
         model = resnet()
         z = store([resnet(1), resnet(2)], FlatLayout.from_module(model))
-        step = Recorded(StarStep(model, settings, star, z, seed=3, match=lambda theta, sources, epoch: None))
+        step = Recorded(StarStep(model, settings, StarSettings(), z, seed=3))
         fit(step, dataset(), settings, name="x", seed=7)
         found[precision] = step
     assert found["bf16"].losses != found["fp32"].losses
@@ -308,8 +307,8 @@ def test_a_loss_that_is_not_finite_names_model_epoch_and_step() -> None:
 def test_a_star_loss_that_is_not_finite_names_source_and_t() -> None:
     model = resnet()
     z = store([resnet(1)], FlatLayout.from_module(model))
-    star = StarSettings(t="constant", value=0.25, match_every_epochs=0)
-    step = Poisoned(StarStep(model, SETTINGS, star, z, seed=3, match=lambda theta, sources, epoch: None), when=1)
+    star = StarSettings(t="constant", value=0.25)
+    step = Poisoned(StarStep(model, SETTINGS, star, z, seed=3), when=1)
     wanted = r"^training star: loss not finite at epoch 1, step 2 \(source source 0, t=0\.2500\); "
     with pytest.raises(FastarError, match=wanted):
         fit(step, dataset(), SETTINGS, name="star", seed=0)
@@ -321,7 +320,7 @@ def test_a_star_loss_that_is_not_finite_names_source_and_t() -> None:
 def trained_star(seed: int, draws: int = 3) -> Tensor:
     model = resnet()
     z = store([resnet(1), resnet(2)], FlatLayout.from_module(model))
-    step = StarStep(model, SETTINGS, StarSettings(match_every_epochs=0), z, seed=draws, match=lambda *_: None)
+    step = StarStep(model, SETTINGS, StarSettings(), z, seed=draws)
     fit(step, dataset(), SETTINGS, name="star", seed=seed)
     return step.theta
 

@@ -6,6 +6,7 @@ import gc
 import os
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,11 +15,11 @@ from training_cases import CPU, PlainConvNet, batches, network
 
 from fastar.config import MatchingSettings, StarSettings, TrainSettings
 from fastar.errors import FastarError
-from fastar.experiments.star import match_store
 from fastar.flat import FlatLayout
 from fastar.symmetry import derive_symmetry
-from fastar.training import SourcesStore, StarStep, placement
+from fastar.training import SourcesStore, StarStep, match_store
 from fastar.training.prefetch import FetchedRows, Slots
+from fastar.training.sources import choose_placement
 
 SETTINGS = TrainSettings(precision="fp32")
 SHAPE = (3, 5, 5)
@@ -27,9 +28,9 @@ CUDA = torch.device("cuda")
 GB = 10**9
 
 
-def make_store(place: str, count: int = 7, folder: Path | None = None) -> SourcesStore:
+def make_store(place: str, count: int = 7, folder: Path | None = None, **more: Any) -> SourcesStore:
     states = [network(PlainConvNet, 1 + n).state_dict() for n in range(count)]
-    return SourcesStore(LAYOUT, states, [f"source {n}" for n in range(count)], CPU, store=place, folder=folder)
+    return SourcesStore(LAYOUT, states, [f"source {n}" for n in range(count)], CPU, store=place, folder=folder, **more)
 
 
 def train(sources: SourcesStore, epochs: int = 3, steps: int = 9) -> tuple[list[float], Tensor]:
@@ -63,10 +64,10 @@ def test_what_matching_reaches_is_told_with_and_without_vectors(
 ) -> None:
     """Part by part: inner products of theta with the rows as they then are, each in its place."""
     monkeypatch.setattr(SourcesStore, "_usable_in_place", False)  # as on a GPU: parts are copied there and back
-    monkeypatch.setattr("fastar.training.sources.free_bytes", lambda device: 8 * 4 * 3 * LAYOUT.numel)  # three rows
     model = network(PlainConvNet, 0)
     symmetry = derive_symmetry(model, (torch.zeros(2, *SHAPE),))
-    sources, theta = make_store("file", folder=tmp_path), LAYOUT.flatten(model.state_dict())
+    sources = make_store("file", folder=tmp_path, free=lambda device: 8 * 4 * 3 * LAYOUT.numel)  # three rows
+    theta = LAYOUT.flatten(model.state_dict())
     _, whole, weights = match_store(symmetry, theta, sources, MatchingSettings(), start=None, seed=0, threads=1)
     one = {name: value.double() for name, value in LAYOUT.views(theta).items()}
     for n in range(len(sources)):
@@ -80,11 +81,11 @@ def test_what_matching_reaches_is_told_with_and_without_vectors(
 @pytest.mark.parametrize("count", [1, 3, 40])
 def test_the_device_holds_two_rows_of_a_file(count: int, tmp_path: Path) -> None:
     sources = make_store("file", count, tmp_path)
-    assert sources.rows_on_device == 2
     feed = sources.feed([0] * 5)
     assert feed.table.shape == (2, LAYOUT.numel)
     assert sources.feed([0] * 3).table.data_ptr() == feed.table.data_ptr()  # a graph reads it there
-    assert make_store("device", count).rows_on_device == count
+    resident = make_store("device", count)
+    assert resident.feed([0]).table is resident.rows
 
 
 def test_fetched_rows_arrive_in_order_and_stay_until_they_are_done() -> None:
@@ -135,12 +136,11 @@ def test_parts_cover_all_rows_in_order_and_are_written_back(monkeypatch: pytest.
 
 
 def test_few_rows_at_a_time_where_the_device_is_nearly_full(monkeypatch: pytest.MonkeyPatch) -> None:
-    sources = make_store("host", 7)
     monkeypatch.setattr(SourcesStore, "_usable_in_place", False)
-    monkeypatch.setattr("fastar.training.sources.free_bytes", lambda device: 8 * 4 * LAYOUT.numel * 2)
+    # Of what is free an eighth; the store itself asks for host memory first.
+    sources = make_store("file", 7, free=lambda device: 8 * 4 * LAYOUT.numel * 2)
     assert [len(views["out.bias"]) for views in sources.parts()] == [2, 2, 2, 1]
-    monkeypatch.setattr("fastar.training.sources.free_bytes", lambda device: 0)
-    assert len(list(sources.parts())) == 7
+    assert len(list(make_store("file", 7, free=lambda device: 0).parts())) == 7
 
 
 def test_a_file_leaves_nothing_behind_and_is_really_a_file(tmp_path: Path) -> None:
@@ -167,10 +167,10 @@ def test_a_file_that_cannot_be_made_is_a_clear_error(tmp_path: Path) -> None:
     ],
 )
 def test_auto_takes_the_first_place_of_which_half_is_enough(
-    monkeypatch: pytest.MonkeyPatch, device: torch.device, free: dict[str, int], needed: int, place: str
+    device: torch.device, free: dict[str, int], needed: int, place: str
 ) -> None:
-    monkeypatch.setattr(placement, "free_bytes", lambda device: free[device.type] * GB)
-    assert placement.choose_placement("auto", needed * GB, device, sources=3) == place
+    found = choose_placement("auto", needed * GB, device, sources=3, free=lambda device: free[device.type] * GB)
+    assert found == place
 
 
 @pytest.mark.parametrize(
@@ -185,20 +185,17 @@ def test_auto_takes_the_first_place_of_which_half_is_enough(
         ("host", CUDA, r"sources\.store=host: 50 sources need 8\.59 GB on cpu, 2\.00 GB are free; use .*file"),
     ],
 )
-def test_a_forced_place_that_is_too_small_is_refused(
-    monkeypatch: pytest.MonkeyPatch, setting: str, device: torch.device, message: str
-) -> None:
-    monkeypatch.setattr(placement, "free_bytes", lambda device: 2 * GB)
+def test_a_forced_place_that_is_too_small_is_refused(setting: str, device: torch.device, message: str) -> None:
     with pytest.raises(FastarError, match=message):
-        placement.choose_placement(setting, 5 * GB, device, sources=50)
-    assert placement.choose_placement("file", 5 * GB, device, sources=50) == "file"
+        choose_placement(setting, 5 * GB, device, sources=50, free=lambda device: 2 * GB)
+    assert choose_placement("file", 5 * GB, device, sources=50, free=lambda device: 2 * GB) == "file"
 
 
-def test_the_store_asks_for_its_true_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(placement, "free_bytes", lambda device: 7 * 4 * LAYOUT.numel)
-    assert make_store("device", 7).store == "device"
+def test_the_store_asks_for_its_true_size() -> None:
+    free = {"free": lambda device: 7 * 4 * LAYOUT.numel}
+    assert make_store("device", 7, **free).store == "device"
     with pytest.raises(FastarError, match="8 sources"):
-        make_store("device", 8)
+        make_store("device", 8, **free)
 
 
 @pytest.mark.gpu
@@ -212,8 +209,7 @@ def test_places_on_a_gpu(place: str, tmp_path: Path) -> None:
         names = [str(n) for n in range(7)]
         sources = SourcesStore(LAYOUT, states, names, torch.device("cuda"), store=where, folder=tmp_path)
         model = network(PlainConvNet, 0).cuda()
-        star = StarSettings(match_every_epochs=0)
-        step = StarStep(model, SETTINGS, star, sources, seed=2, match=lambda theta, sources, epoch: None)
+        step = StarStep(model, SETTINGS, StarSettings(), sources, seed=2)
         step.begin_epoch(0, 40)
         for images, labels in batches(40, 0, SHAPE):
             step(images.cuda(), labels.cuda(), torch.tensor(0.05, device="cuda"))
@@ -225,8 +221,7 @@ def test_places_on_a_gpu(place: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("place", ["device", "file"])
 def test_memory_is_given_back(place: str, tmp_path: Path) -> None:
     z = make_store(place, folder=tmp_path)
-    never = StarSettings(match_every_epochs=0)
-    step = StarStep(network(PlainConvNet, 0), SETTINGS, never, z, seed=0, match=lambda *_: None)
+    step = StarStep(network(PlainConvNet, 0), SETTINGS, StarSettings(), z, seed=0)
     step.begin_epoch(0, 3)
     held = [weakref.ref(tensor) for tensor in (z.rows, step.theta, step.optimizer.state()[0])]
     step.release()

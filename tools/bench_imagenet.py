@@ -51,12 +51,11 @@ from fastar.data import StreamingDataset, prepare_images
 from fastar.errors import FastarError
 from fastar.experiments.plan import make_plan
 from fastar.experiments.session import Context
-from fastar.experiments.star import match_store
 from fastar.flat import FlatLayout
 from fastar.runs import RunFolder
 from fastar.runtime.memory import cap_gpu
 from fastar.symmetry import derive_symmetry
-from fastar.training import RegularStep, SourcesStore, StarStep, fit
+from fastar.training import RegularStep, SourcesStore, StarStep, fit, match_store
 
 TOOLS = Path(__file__).resolve().parent
 STEPS = 5

@@ -28,8 +28,8 @@ from fastar.runtime.footprint import Footprint
 from fastar.runtime.memory import models_that_fit
 from fastar.symmetry import Symmetry
 from fastar.training import PART_ROWS
-from fastar.training.placement import automatic, pinned_bytes
 from fastar.training.prefetch import SLOTS
+from fastar.training.sources import automatic, pinned_bytes
 
 PHASES = ("reading", "training", "matching", "evaluation")
 # Files of a training kept at a time: two, the best, one new.

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from fastar.config import MatchingSettings
 from fastar.config.renamed import with_old_names
 from fastar.errors import FastarError
 from fastar.evaluation import evaluate_rows, re_estimate
@@ -18,15 +16,7 @@ from fastar.experiments.resumable import Prepared, Subject, attempt_seed, traine
 from fastar.experiments.reuse import check_permutations
 from fastar.experiments.session import MEASURE_WITH_LESS, Context, within_memory
 from fastar.flat.forward import on_device
-from fastar.matching import (
-    GiveExamples,
-    KeptActivations,
-    SeenSources,
-    UnitActivations,
-    kept_bytes,
-    match_by_settings,
-    matching_threads,
-)
+from fastar.matching import KeptActivations, UnitActivations, kept_bytes, matching_threads
 from fastar.runs import delete, read_metadata, write_atomically
 from fastar.runs.model_files import (
     Checkpoint,
@@ -37,10 +27,9 @@ from fastar.runs.model_files import (
     tensors_digest,
 )
 from fastar.runtime.full_precision import full_precision
-from fastar.runtime.progress import SILENT, Progress
 from fastar.runtime.seeds import derive_seed
-from fastar.symmetry import Permutations, Symmetry
-from fastar.training import Recording, SourcesStore, StarStep, StepsProfile
+from fastar.symmetry import Permutations
+from fastar.training import Matcher, Recording, SourcesStore, StarStep, StepsProfile
 
 
 def star_recipe(context: Context, sources: Sequence[Checkpoint]) -> dict[str, Any]:
@@ -52,125 +41,6 @@ def star_recipe(context: Context, sources: Sequence[Checkpoint]) -> dict[str, An
         "matching": with_old_names("matching", settings.matching.model_dump(mode="json", exclude={"chunk"})),
         "sources": [state_digest(source) for source in sources],
     }
-
-
-def match_store(
-    symmetry: Symmetry,
-    theta: Tensor,
-    sources: SourcesStore,
-    settings: MatchingSettings,
-    *,
-    start: Permutations | None,
-    seed: int,
-    threads: int,
-    examples: GiveExamples | None = None,
-    seen: SeenSources | None = None,
-    progress: Progress = SILENT,
-) -> tuple[Permutations, Tensor, Tensor]:
-    """Algorithm 1, step 1: theta_n <- pi(theta_n) for all rows of the store, wherever they live.
-
-    Returns:
-        The permutations, and the objective [N] float64 that they reach: of all parameters, and without 1-D ones, which
-        hardly depend on them.
-    """
-    found, objectives, weights = [], [], []
-    centre = sources.layout.views(theta)
-    remaining = None if seen is None else seen.beside(centre)
-    for views in sources.parts():
-        count = len(next(iter(views.values())))
-        result = match_by_settings(
-            settings,
-            symmetry,
-            centre,
-            views,
-            start=start,
-            examples=examples,
-            seed=seed,
-            threads=threads,
-            seen=None if remaining is None else remaining.some(0, count),
-            progress=progress,
-        )
-        symmetry.apply_rows(result.permutations, views)
-        remaining = None if remaining is None else remaining.some(count)
-        found.append(result.permutations.to("cpu"))
-        objectives.append(result.objective.cpu())
-        weights.append(result.objective_weights.cpu())
-    permutations = Permutations({name: torch.cat([part[name] for part in found]) for name in found[0]})
-    return permutations, torch.cat(objectives), torch.cat(weights)
-
-
-class Matcher:
-    """Makes a store's rows match theta, and remembers the permutations since the files.
-
-    Args:
-        kept: what the sources' units do, as the sources are in the files.
-    """
-
-    def __init__(self, context: Context, sources: SourcesStore, kept: KeptActivations | None = None):
-        self._context = context
-        self._sources = sources
-        self._kept = kept
-        self.permutations = context.symmetry.identity(len(sources))
-        self._matched = False
-        self._found: dict[str, float] = {}
-
-    def __call__(self, theta: Tensor, sources: SourcesStore, epoch: int) -> None:
-        settings, symmetry = self._context.settings, self._context.symmetry
-        moves, objective, weights = match_store(
-            symmetry,
-            theta,
-            sources,
-            settings.matching,
-            # The rows are kept as permuted last: what matched then is where to start now.
-            start=symmetry.identity() if self._matched else None,
-            seed=derive_seed(settings.seed, "star", "matching", epoch),
-            threads=matching_threads(self._context.device, settings.workers),
-            examples=self._context.examples,
-            seen=None if self._kept is None else SeenSources.all_of(self._kept, self.permutations),
-            progress=self._context.progress,
-        )
-        self.permutations = self.permutations.then(moves)
-        self._matched = True
-        self._found = {
-            "matching_objective": float(objective.mean()),
-            "matching_objective_weights": float(weights.mean()),
-            "matching_changed": share_changed(moves),
-        }
-
-    def release(self) -> None:
-        """Give back what was kept of the sources' units; nothing can be matched any more."""
-        self._kept = None
-
-    def figures(self) -> dict[str, float]:
-        """Of the epoch that has begun, if it began with a matching: the mean objective (of all parameters, and without
-        1-D ones), and the share of the sources' hidden units that moved."""
-        found, self._found = self._found, {}
-        return found
-
-    def save(self) -> dict[str, Tensor]:
-        """The permutations; the rows follow from them and the sources' files."""
-        return {
-            "matched": torch.tensor(int(self._matched), dtype=torch.int64, device="cpu"),
-            **{name: p.int() for name, p in self.permutations.items()},
-        }
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Permute the rows, which are as in the sources' files, as they were: gathers alone, the same bits."""
-        indices = {name: index.long() for name, index in state.items() if name != "matched"}
-        self._matched = bool(state["matched"])
-        self.permutations = Permutations(indices)
-        begin = 0
-        for views in self._sources.parts():
-            count = len(next(iter(views.values())))
-            part = {name: index[begin : begin + count].to(self._sources.device) for name, index in indices.items()}
-            self._context.symmetry.apply_rows(Permutations(part), views)
-            begin += count
-
-
-def share_changed(moves: Permutations) -> float:
-    """The share of hidden units, of all networks, that `moves` moves."""
-    moved = sum(int((index != torch.arange(index.shape[-1], device="cpu")).sum()) for index in moves.values())
-    return moved / max(1, sum(index.numel() for index in moves.values()))
 
 
 def star_model(
@@ -237,18 +107,28 @@ def _train(
 
     def make(attempt: int) -> Prepared:
         store, kept = _store(context, sources, by_activations)
-        matcher = Matcher(context, store, kept) if matched else None
+        matcher = None
+        if matched:
+            matcher = Matcher(
+                context.symmetry,
+                store,
+                settings.matching,
+                seed=settings.seed,
+                threads=matching_threads(context.device, settings.workers),
+                examples=context.examples,
+                kept=kept,
+                progress=context.progress,
+            )
         step = StarStep(
             context.build(seed=seed),
             settings.train,
             settings.star,
             store,
             seed=attempt_seed(derive_seed(seed, "star"), attempt),
-            match=matcher if matcher else lambda theta, sources, epoch: None,
+            match=matcher,
+            match_every=settings.star_matched_every,
         )
-        if matcher is None:
-            return Prepared(step)
-        return Prepared(step, {"matching": matcher}, matcher.figures)
+        return Prepared(step) if matcher is None else Prepared(step, {"matching": matcher}, matcher.figures)
 
     subject = Subject("star", 0, wanted)
     with trained(

@@ -1,4 +1,4 @@
-"""Training of regular and star models over flat parameters."""
+"""Training of regular and star models over flat parameters; Algorithm 1 is in `star`."""
 
 from fastar.training.amp import resolve_precision
 from fastar.training.epochs import Epoch, Good, NonFiniteLoss, check_batch, limited
@@ -6,13 +6,14 @@ from fastar.training.loop import Step, fit
 from fastar.training.profiling import Profile, Recording, StepsProfile
 from fastar.training.schedule import learning_rate, resolution
 from fastar.training.sources import PART_ROWS, SourcesStore
-from fastar.training.steps import RegularStep, StarStep, draw
-from fastar.training.threads import suitable_threads
+from fastar.training.star import Matcher, StarStep, draw, match_store
+from fastar.training.steps import RegularStep, suitable_threads
 
 __all__ = [
     "PART_ROWS",
     "Epoch",
     "Good",
+    "Matcher",
     "NonFiniteLoss",
     "Profile",
     "Recording",
@@ -26,6 +27,7 @@ __all__ = [
     "fit",
     "learning_rate",
     "limited",
+    "match_store",
     "resolution",
     "resolve_precision",
     "suitable_threads",

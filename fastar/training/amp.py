@@ -1,4 +1,4 @@
-"""Which number format forward and backward passes run in."""
+"""Number formats of forward and backward passes, the loss scale of fp16, clipping by the norm; all on the device."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from torch import Tensor
 from fastar.errors import FastarError
 from fastar.kernels import find_nonfinite
 
+# Keeps a gradient of zeros from a division by zero, as in torch.nn.utils.clip_grad_norm_.
+_TINY = 1e-6
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -66,3 +68,16 @@ class LossScale:
         """All that `check` and `update` move; the tensors themselves."""
         found = [] if self.found_nonfinite is None else [self.found_nonfinite]
         return [self.scale, self.inverse, self._good_steps, *found]
+
+
+def shortening(gradients: Sequence[Tensor], scale: Tensor, longest: float) -> Tensor:
+    """The factor [] fp32, at most 1, that makes a gradient's L2 norm at most `longest`; not waited for.
+
+    The gradient is `scale` (0-d, not negative) times `gradients`, the parts [P_i] of one flat gradient, which are left
+    as they are: norms are summed in fp32 whatever their dtype. As torch.nn.utils.clip_grad_norm_, which multiplies with
+    longest / (norm + 1e-6). NaN where the gradient has a NaN, and 0 where it has an infinity, of which 0 times it makes
+    a NaN: such a step spoils the parameters with clipping as without it, unless loss scaling skips it.
+    """
+    norms = [torch.linalg.vector_norm(part, dtype=torch.float32) for part in gradients]
+    norm = scale * torch.linalg.vector_norm(torch.stack(norms))
+    return torch.clamp(longest / (norm + _TINY), max=1.0)

@@ -24,7 +24,7 @@ from fastar.training.epochs import Epoch, Good, NonFiniteLoss, SoFar, check_batc
 from fastar.training.profiling import StepsProfile
 from fastar.training.resume import Saved, TrainingCheckpoints
 from fastar.training.schedule import learning_rate, resolution
-from fastar.training.step_rng import StepDraws
+from fastar.training.steps import StepDraws
 
 
 class Step(Protocol):

@@ -1,10 +1,14 @@
-"""SGD, Adam and AdamW over theta [P]: what they remember, and one update through the kernels."""
+"""SGD, Adam and AdamW over theta [P]: what they remember, and one update through the kernels.
+
+To add one: a subclass of `FlatOptimizer`, an entry of `OPTIMIZERS`, its name among `train.optimizer`'s.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -13,36 +17,8 @@ from fastar.config import TrainSettings
 from fastar.kernels import NextPoint, adam_update, backend, sgd_update
 from fastar.training.amp import LossScale
 
-# Copies of theta that an update by torch's own operations takes on a GPU for a moment.
-PLAIN_ROWS = {"sgd": 4, "adam": 5, "adamw": 6}
-
 Sections = Callable[[Tensor], tuple[Tensor, ...]]
-
-
-class FlatOptimizer(Protocol):
-    """Moves theta, in the parts that the gradient comes in."""
-
-    def update(
-        self,
-        gradients: Sequence[Tensor],
-        *,
-        lr: Tensor,
-        scale: Tensor,
-        loss_scale: LossScale,
-        next_points: Sequence[NextPoint] | None = None,
-    ) -> None:
-        """One step along `scale` times the gradient; weight decay is not scaled. Then the next points, if given."""
-        ...
-
-    def state(self) -> list[Tensor]:
-        """All that an update moves besides theta; the tensors themselves."""
-        ...
-
-
-def rows_of_an_update(optimizer: str, device: torch.device) -> int:
-    """How many times theta's bytes an update on `device` takes for a moment: none by the Triton kernels, which a GPU
-    that is not here is taken to have, and none on a CPU, where it is done in blocks."""
-    return PLAIN_ROWS[optimizer] if device.type == "cuda" and backend(device) == "reference" else 0
+"""Cuts a buffer [P] into the parts that the gradient comes in."""
 
 
 @dataclass(frozen=True)
@@ -81,63 +57,28 @@ def _pieces(settings: TrainSettings, parts: Sequence[Tensor], matrices: int) -> 
     return pieces
 
 
-def flat_optimizer(settings: TrainSettings, theta: Tensor, sections: Sections, matrices: int) -> FlatOptimizer:
-    """The optimizer of `train.optimizer` for theta [P], whose gradient comes in the parts that `sections` makes.
+class FlatOptimizer(ABC):
+    """An optimizer of theta [P] that remembers some moments [P] of the gradient.
 
-    `matrices` is where parameters of less than two dimensions begin (`FlatLayout.matrices`): with `decay_1d` false they
-    do not decay.
+    Args:
+        settings: weight decay and the optimizer's own settings.
+        theta: [P], updated in place.
+        sections: cuts theta into the parts that the gradient comes in.
+        matrices: where parameters of less than two dimensions begin (`FlatLayout.matrices`): with `decay_1d` false they
+            do not decay.
     """
-    kind = FlatSgd if settings.optimizer == "sgd" else FlatAdam
-    return kind(settings, theta, sections, matrices)
 
-
-class FlatSgd:
-    """torch.optim.SGD with dampening 0; `momentum` [P] is its buffer."""
+    MOMENTS: ClassVar[int]
+    PLAIN_ROWS: ClassVar[int]
+    """Copies of theta that an update by torch's own operations takes on a GPU for a moment."""
 
     def __init__(self, settings: TrainSettings, theta: Tensor, sections: Sections, matrices: int):
-        self.momentum = torch.zeros_like(theta)
-        self._settings = settings
-        parts, momenta = sections(theta), sections(self.momentum)
-        self._pieces = [(piece, piece.of(parts), piece.of(momenta)) for piece in _pieces(settings, parts, matrices)]
-
-    def update(
-        self,
-        gradients: Sequence[Tensor],
-        *,
-        lr: Tensor,
-        scale: Tensor,
-        loss_scale: LossScale,
-        next_points: Sequence[NextPoint] | None = None,
-    ) -> None:
-        for piece, theta, momentum in self._pieces:
-            sgd_update(
-                theta,
-                piece.of(gradients),
-                momentum,
-                lr=lr,
-                scale=scale,
-                inverse_loss_scale=loss_scale.inverse,
-                weight_decay=piece.weight_decay,
-                momentum=self._settings.momentum,
-                nesterov=self._settings.nesterov,
-                found_nonfinite=loss_scale.found_nonfinite,
-                next_point=piece.point(next_points),
-            )
-
-    def state(self) -> list[Tensor]:
-        return [self.momentum]
-
-
-class FlatAdam:
-    """torch.optim.Adam, or AdamW; the moments [P] and the number of steps done, on the device."""
-
-    def __init__(self, settings: TrainSettings, theta: Tensor, sections: Sections, matrices: int):
-        self.first_moment, self.second_moment = torch.zeros_like(theta), torch.zeros_like(theta)
-        self.steps_done = torch.zeros((), device=theta.device, dtype=torch.float32)
-        self._settings = settings
-        parts, first, second = (sections(buffer) for buffer in (theta, self.first_moment, self.second_moment))
+        self.settings = settings
+        self.moments = [torch.zeros_like(theta) for _ in range(self.MOMENTS)]
+        parts, *moments = (sections(buffer) for buffer in (theta, *self.moments))
         self._pieces = [
-            (piece, piece.of(parts), piece.of(first), piece.of(second)) for piece in _pieces(settings, parts, matrices)
+            (piece, piece.of(parts), [piece.of(moment) for moment in moments])
+            for piece in _pieces(settings, parts, matrices)
         ]
 
     def update(
@@ -149,26 +90,83 @@ class FlatAdam:
         loss_scale: LossScale,
         next_points: Sequence[NextPoint] | None = None,
     ) -> None:
-        settings, found = self._settings, loss_scale.found_nonfinite
-        for piece, theta, first, second in self._pieces:
-            adam_update(
+        """One step along `scale` times the gradient; weight decay is not scaled. Then the next points, if given."""
+        for piece, theta, moments in self._pieces:
+            self.kernel(
                 theta,
                 piece.of(gradients),
-                first,
-                second,
-                steps_done=self.steps_done,
+                *moments,
                 lr=lr,
                 scale=scale,
                 inverse_loss_scale=loss_scale.inverse,
                 weight_decay=piece.weight_decay,
-                betas=settings.betas,
-                eps=settings.eps,
-                decoupled=settings.optimizer == "adamw",
-                found_nonfinite=found,
+                found_nonfinite=loss_scale.found_nonfinite,
                 next_point=piece.point(next_points),
             )
+
+    @abstractmethod
+    def kernel(self, theta: Tensor, gradient: Tensor, *moments: Tensor, **given: Any) -> None:
+        """Update one piece; `given` as in `fastar.kernels`."""
+
+    def state(self) -> list[Tensor]:
+        """All that an update moves besides theta; the tensors themselves."""
+        return list(self.moments)
+
+
+class Sgd(FlatOptimizer):
+    """torch.optim.SGD with dampening 0; its moment is the momentum buffer."""
+
+    MOMENTS, PLAIN_ROWS = 1, 4
+
+    def kernel(self, theta: Tensor, gradient: Tensor, *moments: Tensor, **given: Any) -> None:
+        settings = self.settings
+        sgd_update(theta, gradient, *moments, momentum=settings.momentum, nesterov=settings.nesterov, **given)
+
+
+class Adam(FlatOptimizer):
+    """torch.optim.Adam; beside the two moments, the number of steps done, on the device."""
+
+    MOMENTS, PLAIN_ROWS = 2, 5
+    DECOUPLED: ClassVar[bool] = False
+
+    def __init__(self, settings: TrainSettings, theta: Tensor, sections: Sections, matrices: int):
+        super().__init__(settings, theta, sections, matrices)
+        self.steps_done = torch.zeros((), device=theta.device, dtype=torch.float32)
+
+    def kernel(self, theta: Tensor, gradient: Tensor, *moments: Tensor, **given: Any) -> None:
+        own: dict[str, Any] = {"betas": self.settings.betas, "eps": self.settings.eps, "decoupled": self.DECOUPLED}
+        adam_update(theta, gradient, *moments, steps_done=self.steps_done, **own, **given)
+
+    def update(self, gradients: Sequence[Tensor], *, loss_scale: LossScale, **given: Any) -> None:
+        super().update(gradients, loss_scale=loss_scale, **given)
+        found = loss_scale.found_nonfinite
         # A skipped step does not count: its moments were not taken either.
         self.steps_done.add_(1 if found is None else 1 - found)
 
     def state(self) -> list[Tensor]:
-        return [self.first_moment, self.second_moment, self.steps_done]
+        return [*self.moments, self.steps_done]
+
+
+class AdamW(Adam):
+    """torch.optim.AdamW."""
+
+    PLAIN_ROWS = 6
+    DECOUPLED = True
+
+
+OPTIMIZERS: dict[str, type[FlatOptimizer]] = {"sgd": Sgd, "adam": Adam, "adamw": AdamW}
+
+
+def flat_optimizer(settings: TrainSettings, theta: Tensor, sections: Sections, matrices: int) -> FlatOptimizer:
+    """The optimizer of `train.optimizer`; arguments as of `FlatOptimizer`."""
+    return OPTIMIZERS[settings.optimizer](settings, theta, sections, matrices)
+
+
+def rows_of_an_update(optimizer: str, device: torch.device) -> int:
+    """Extra copies of theta that an update on `device` takes for a moment.
+
+    None by the Triton kernels, which a GPU that is not here is taken to have, and none on a CPU, where it is done in
+    blocks.
+    """
+    plain = device.type == "cuda" and backend(device) == "reference"
+    return OPTIMIZERS[optimizer].PLAIN_ROWS if plain else 0

@@ -1,4 +1,4 @@
-"""The sources of an epoch's steps, each on the device when its step needs it and fetched while others run."""
+"""Prefetch of source rows: each is on the device when its step needs it, and fetched while others run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class RowFeed(Protocol):
         ...
 
     def done(self, step: int) -> None:
-        """All work that reads the source of step number `step` has been queued."""
+        """Note that all work which reads the source of step number `step` has been queued."""
         ...
 
     def close(self) -> None:
@@ -33,7 +33,7 @@ class RowFeed(Protocol):
 
 
 class ResidentRows:
-    """All rows are on the device."""
+    """Rows that are all on the device."""
 
     def __init__(self, rows: Tensor, indices: Sequence[int]):
         self.table = rows
@@ -95,7 +95,7 @@ class Slots:
 
 
 class FetchedRows:
-    """Rows are fetched two steps ahead into two slots: device memory does not grow with their number."""
+    """Rows that are fetched two steps ahead into two slots: device memory does not grow with their number."""
 
     def __init__(self, slots: Slots, indices: Sequence[int]):
         self.table = slots.table

@@ -1,11 +1,12 @@
-"""The source models Z as rows of one tensor."""
+"""The source models Z as rows of one tensor, in device memory, in host memory, or in a file."""
 
 from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -14,11 +15,16 @@ from torch import Tensor
 from fastar.errors import FastarError
 from fastar.flat import FlatLayout
 from fastar.runtime.memory import free_bytes
-from fastar.training.placement import choose_placement, does_not_fit
-from fastar.training.prefetch import SLOTS, FetchedRows, ResidentRows, RowFeed, Slots
+from fastar.training.prefetch import FetchedRows, ResidentRows, RowFeed, Slots
+
+Placement = Literal["device", "host", "file"]
+Free = Callable[[torch.device], int]
+"""Bytes of memory that are free on a device."""
 
 # Sources matched at a time where they are not on the device: enough for batched products, whatever N is.
 PART_ROWS = 16
+# At most this share of what is free now: activations, matching and evaluation need the rest.
+SHARE = 0.5
 
 
 class SourcesStore:
@@ -29,16 +35,16 @@ class SourcesStore:
 
     Args:
         layout: where parameters lie in a row.
-        states: one state dict per source.
-        names: what to call them in errors.
+        states: one state dict per source, of finite values; each is read once.
+        names: of the sources, for errors.
         device: where the rows are used.
-        store: `sources.store`: auto, device, host or file (see `placement.choose_placement`).
+        store: `sources.store`: auto, device, host or file (see `choose_placement`).
         folder: where the file of a `file` store is made; None: the system's temporary folder.
-        beside: bytes of each source that are to be kept beside its parameters (see `make_beside`).
+        beside: extra bytes of each source that are to be kept where its row is (see `make_beside`).
+        free: free memory.
 
     Raises:
-        FastarError: a source of another architecture, or with values that are not finite; more than fit in the place
-            that was chosen.
+        FastarError: a source of another architecture; more than fit in the place that was chosen.
     """
 
     def __init__(
@@ -51,32 +57,27 @@ class SourcesStore:
         store: str = "auto",
         folder: Path | None = None,
         beside: int = 0,
+        free: Free = free_bytes,
     ):
         if not states:
             raise FastarError("a star model needs at least one source")
         self.layout = layout
         self.names = list(names)
         self.device = device
-        self._folder = folder
-        self.store = choose_placement(store, (4 * layout.numel + beside) * len(states), device, sources=len(states))
+        self._folder, self._free = folder, free
+        needed = (4 * layout.numel + beside) * len(states)
+        self.store = choose_placement(store, needed, device, sources=len(states), free=free)
         self.rows = self._make(len(states), layout.numel, torch.float32)
         self._slots: Slots | None = None
         self._feed: RowFeed | None = None
         for row, state, name in zip(self.rows, states, self.names, strict=True):
             try:
-                layout.flatten(state, out=row)
+                layout.flatten(dict(state), out=row)
             except FastarError as error:
                 raise FastarError(f"source {name}: {error}") from error
-            if not torch.isfinite(row).all():
-                raise FastarError(f"source {name} has NaN or infinite values; train it again or leave it out")
 
     def __len__(self) -> int:
         return len(self.rows)
-
-    @property
-    def rows_on_device(self) -> int:
-        """How many rows of device memory the steps need."""
-        return len(self) if self._resident else SLOTS
 
     def views(self) -> dict[str, Tensor]:
         """Parameter name to [N, *shape] view of the rows, where they live."""
@@ -91,7 +92,7 @@ class SourcesStore:
         if self._usable_in_place:
             yield self.views()
             return
-        size = max(1, min(size, len(self), int(free_bytes(self.device) // 8 // (4 * self.layout.numel))))
+        size = max(1, min(size, len(self), int(self._free(self.device) // 8 // (4 * self.layout.numel))))
         # Once: two would be twice the memory.
         whole = torch.empty(size, self.layout.numel, device=self.device, dtype=torch.float32)
         for begin in range(0, len(self), size):
@@ -107,7 +108,7 @@ class SourcesStore:
     def feed(self, indices: Sequence[int]) -> RowFeed:
         """The rows for steps that need the sources `indices`, in this order; the feed before is over."""
         self._settle()
-        if self._resident:
+        if self.store == "device" or (self.store == "host" and self.device.type == "cpu"):
             self._feed = ResidentRows(self.rows, indices)
         else:
             if self._slots is None:
@@ -126,15 +127,16 @@ class SourcesStore:
             return _rows_in_file((count, width), dtype, self._folder)
         if self.store == "host":
             return torch.zeros(count, width, dtype=dtype, pin_memory=self.device.type == "cuda", device="cpu")
-        return _rows_on_device((count, width), dtype, self.device)
-
-    @property
-    def _resident(self) -> bool:
-        return self.store == "device" or (self.store == "host" and self.device.type == "cpu")
+        try:
+            return torch.zeros(count, width, dtype=dtype, device=self.device)
+        except torch.OutOfMemoryError as error:
+            remedy = "use sources.store=host or file, or fewer sources"
+            needed = dtype.itemsize * count * width
+            raise _does_not_fit(needed, self.device, count, "device", remedy, self._free(self.device)) from error
 
     @property
     def _usable_in_place(self) -> bool:
-        """Whether the device can work on the rows where they live; a file's rows are a CPU's own memory too."""
+        """True where the device can work on the rows where they live; a file's rows are a CPU's own memory too."""
         return self.rows.device.type == self.device.type
 
     def _settle(self) -> None:
@@ -143,22 +145,13 @@ class SourcesStore:
             self._feed = None
 
 
-def _rows_on_device(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    try:
-        return torch.zeros(shape, dtype=dtype, device=device)
-    except torch.OutOfMemoryError as error:
-        remedy = "use sources.store=host or file, or fewer sources"
-        needed = dtype.itemsize * shape[0] * shape[1]
-        raise does_not_fit(needed, device, shape[0], "device", remedy, free_bytes(device)) from error
-
-
 def _rows_in_file(shape: tuple[int, int], dtype: torch.dtype, folder: Path | None) -> Tensor:
     """Zeros over a file without a name: it takes no memory that cannot be given up, and nothing has to be cleaned."""
     size = dtype.itemsize * shape[0] * shape[1]
     where = folder or Path(tempfile.gettempdir())
     try:
         with tempfile.TemporaryFile(dir=where) as file:
-            # Reserved now: a page for which the disk has no room when it is written would end the process.
+            # Reserved now: a page for which the disk has no space when it is written would end the process.
             os.posix_fallocate(file.fileno(), 0, size)
             mapped = np.memmap(file, dtype=np.uint8, mode="r+", shape=(size,))
     except OSError as error:
@@ -167,3 +160,46 @@ def _rows_in_file(shape: tuple[int, int], dtype: torch.dtype, folder: Path | Non
             "free space there or use fewer sources"
         ) from error
     return torch.from_numpy(mapped).view(dtype).view(shape)
+
+
+def choose_placement(
+    setting: str, needed: int, device: torch.device, *, sources: int, free: Free = free_bytes
+) -> Placement:
+    """The place that `sources.store` means for `needed` bytes of rows that are used on `device`.
+
+    auto: the first of device, pinned host memory (for a GPU) and a file of which half of the free memory is enough.
+
+    Raises:
+        FastarError: a place was forced, and the rows do not fit there.
+    """
+    host, on_gpu = torch.device("cpu"), device.type == "cuda"
+    if setting == "auto":
+        return automatic(needed, free(device), free(host) if on_gpu else None)
+    if setting == "device" and needed > free(device):
+        remedy = "use sources.store=auto, host or file, or fewer sources"
+        raise _does_not_fit(needed, device, sources, setting, remedy, free(device))
+    if setting == "host" and (taken := pinned_bytes(needed) if on_gpu else needed) > free(host):
+        remedy = "use sources.store=auto or file, or fewer sources"
+        raise _does_not_fit(taken, host, sources, setting, remedy, free(host))
+    return "device" if setting == "device" else "host" if setting == "host" else "file"
+
+
+def _does_not_fit(needed: int, device: torch.device, sources: int, setting: str, remedy: str, free: int) -> FastarError:
+    return FastarError(
+        f"sources.store={setting}: {sources} sources need {needed / 1e9:.2f} GB on {device}, "
+        f"{free / 1e9:.2f} GB are free; {remedy}"
+    )
+
+
+def automatic(needed: int, free: int, free_on_host: int | None) -> Placement:
+    """The place that auto chooses for `free` bytes on the device, and `free_on_host` beside a GPU (None: no GPU)."""
+    if needed <= SHARE * free:
+        return "device"
+    if free_on_host is not None and pinned_bytes(needed) <= SHARE * free_on_host:
+        return "host"
+    return "file"
+
+
+def pinned_bytes(count: int) -> int:
+    """Bytes that torch's pinned allocator takes for `count` bytes: the next power of two."""
+    return 1 << max(count - 1, 0).bit_length()

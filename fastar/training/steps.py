@@ -1,34 +1,35 @@
-"""Training steps over flat parameters: the regular one, and the star step of Algorithm 1."""
+"""Training steps over flat parameters: what all share, and the regular one (the star step is in `star`)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from types import TracebackType
+from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
-from fastar.config import StarSettings, TrainSettings
+from fastar.config import TrainSettings
 from fastar.errors import FastarError
 from fastar.flat import FlatLayout, FlatParameters, WorkingWeights
 from fastar.kernels import NextPoint
 from fastar.runtime.cuda_graph import CallGraph
 from fastar.runtime.seeds import derive_seed
 from fastar.runtime.timing import part
-from fastar.training.amp import LossScale, resolve_precision
-from fastar.training.batch_counts import BatchCounts
-from fastar.training.clipping import shortening
-from fastar.training.compiled import CompiledNetwork
+from fastar.training.amp import LossScale, resolve_precision, shortening
 from fastar.training.optimizer import flat_optimizer
-from fastar.training.prefetch import ResidentRows, RowFeed
 from fastar.training.resume import copy_into
-from fastar.training.sources import SourcesStore
+
+# Below this a forward pass is over before a second thread has been woken; and threads that wait for each other on a
+# busy machine cost a hundred times what they save.
+SMALL_FLOPS = 100_000_000
 
 
-class _FlatStep:
-    """What both steps share: theta [P] and its optimizer, forward and backward in the AMP dtype, the flat update."""
+class FlatStep:
+    """Base of all steps: theta [P] and its optimizer, forward and backward in the AMP dtype, the flat update."""
 
     def __init__(self, model: nn.Module, settings: TrainSettings, *, working_copy: bool):
         self.model = model
@@ -50,8 +51,6 @@ class _FlatStep:
             self._flat = FlatParameters(model)
             self.layout, self.theta = self._flat.layout, self._flat.buffer
             self.optimizer = flat_optimizer(settings, self.theta, lambda buffer: (buffer,), self.layout.matrices)
-        # A network that is compiled counts in what it was compiled to.
-        self._batch_counts = None if settings.compile else BatchCounts(model)
         self._network: Callable[[Tensor], Tensor] = CompiledNetwork(model) if settings.compile else model
         model.train()
 
@@ -108,8 +107,7 @@ class _FlatStep:
         return torch.autocast(self.device.type, self.dtype, cache_enabled=False)
 
     def _backward(self, images: Tensor, labels: Tensor) -> Tensor:
-        counting = nullcontext() if self._batch_counts is None else self._batch_counts.counting()
-        with part("forward"), counting, self._autocast():
+        with part("forward"), self._autocast():
             logits = self._network(images).float()
             loss = F.cross_entropy(logits, labels, label_smoothing=self.settings.label_smoothing)
         with part("backward"):
@@ -127,7 +125,7 @@ class _FlatStep:
             self.loss_scale.update()
 
 
-class RegularStep(_FlatStep):
+class RegularStep(FlatStep):
     """Ordinary training of one network."""
 
     def __init__(self, model: nn.Module, settings: TrainSettings):
@@ -155,134 +153,113 @@ class RegularStep(_FlatStep):
         return loss
 
 
-class StarStep(_FlatStep):
-    """Algorithm 1, steps 2 to 5: the loss at a random point of the path to a random source moves the star.
+class CompiledNetwork:
+    """`model` compiled for the first batch's shape; shorter batches (an epoch's last) go to it uncompiled.
 
-    The network holds (1 - t) theta + t theta_n and runs in training mode, so batch-norm normalises with the batch; its
-    running statistics belong to interpolated networks and mean nothing.
-
-    A step's update also writes the next step's point (`fuse`), so theta must not be changed from outside between the
-    steps of an epoch.
-
-    Args:
-        model: gives the architecture and the initial theta.
-        settings: the recipe, as of a regular model.
-        star: how t is drawn and when sources are matched.
-        sources: Z, permuted in place by `match`.
-        seed: of the draws of (source, t).
-        match: makes the store's rows match theta; called at the start of epochs (Algorithm 1, step 1).
-        fuse: whether updates write the next point. The numbers are the same; small networks on a CPU gain 5 %.
+    Images of another side, as progressive resizing has them, are compiled for anew.
 
     Raises:
-        FastarError: sources of another architecture, or settings that this device cannot follow.
+        FastarError: the first call could not be compiled.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        settings: TrainSettings,
-        star: StarSettings,
-        sources: SourcesStore,
-        *,
-        seed: int,
-        match: Callable[[Tensor, SourcesStore, int], None],
-        fuse: bool = True,
-    ):
-        super().__init__(model, settings, working_copy=True)
-        if sources.layout != self.layout:
-            raise FastarError("the sources are of another architecture than the star model")
-        self.star = star
-        self.sources = sources
+    def __init__(self, model: nn.Module):
+        self._model = model
+        self._compiled: Any = None
+        self._shape: torch.Size | None = None
+
+    def __call__(self, images: Tensor) -> Tensor:
+        if self._shape is None or images.shape[1:] != self._shape[1:]:
+            self._shape = images.shape
+            return self._compile(images)
+        logits: Tensor = (self._compiled if images.shape == self._shape else self._model)(images)
+        return logits
+
+    def _compile(self, images: Tensor) -> Tensor:
+        self._compiled = torch.compile(self._model, dynamic=False)
+        try:
+            logits: Tensor = self._compiled(images)
+        except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
+            reason = " ".join(str(error).split())[:300]
+            what = f"train.compile=true: torch.compile failed ({reason})"
+            raise FastarError(f"{what}; install a C++ compiler or set train.compile=false") from error
+        return logits
+
+
+class StepDraws:
+    """While entered, torch's generators are begun anew before each step; afterwards they are where they were.
+
+    So a step draws the same whatever was drawn before it, and a training that goes on within an epoch comes to the same
+    bits. Whether steps draw at all is seen at the first one; generators are left alone from then on if it did not.
+    They are set on the host: nothing waits, and a CUDA graph reads its generator's seed at each replay. A compiled
+    network draws other numbers than one that is not, likewise determined.
+
+    Args:
+        seed: of the training.
+        device: of the network.
+    """
+
+    def __init__(self, seed: int, device: torch.device):
         self._seed = seed
-        self._match = match
-        self._fuse = fuse
-        self._indices: Sequence[int] = ()
-        self._ts: Sequence[float] = ()
-        self._draws = self._scales = torch.empty(0, dtype=torch.float32, device="cpu")
-        self._feed: RowFeed = ResidentRows(sources.rows, ())
-        self._begin = self._step = 0
-        self._written = False
-        # What is read of the step that runs, and of the next: always at the same address, for graphs and since a kernel
-        # is compiled anew for pointers that are aligned otherwise.
-        self._scale = torch.ones((), device=self.device, dtype=torch.float32)
-        self._next_t = torch.zeros((), device=self.device, dtype=torch.float32)
-        self._next_row = torch.zeros((), dtype=torch.int64, device=self.device)
-        self._graph = self._graph_of(self._captured)
+        self._generators = [torch.default_generator]  # the CPU's alone: torch.manual_seed would move those of all GPUs
+        if device.type == "cuda":
+            index = torch.cuda.current_device() if device.index is None else device.index
+            self._generators.append(torch.cuda.default_generators[index])
+        self._before: list[Tensor] = []
+        self._begun: list[Tensor] | None = None
+        self._needed = True
 
-    def begin_epoch(self, epoch: int, steps: int) -> None:
-        every = self.star.match_every_epochs
-        if every and epoch % every == 0:  # (k - 1) mod m == 0: the start of every epoch, the first included
-            with part("matching"):
-                self._match(self.theta, self.sources, epoch)
-        self.resume_epoch(epoch, steps, 0)
+    def __enter__(self) -> StepDraws:
+        self._before = self._states()
+        return self
 
-    def resume_epoch(self, epoch: int, steps: int, begin: int) -> None:
-        indices, ts = draw(self.star, len(self.sources), steps, derive_seed(self._seed, "draws", epoch))
-        self._indices, self._ts = indices[begin:], ts[begin:]
-        self._begin = begin
-        self._draws = torch.tensor(self._ts, dtype=torch.float32, device="cpu").to(self.device)
-        self._scales = 1 - self._draws
-        self._feed = self.sources.feed(self._indices)
-        self._step = 0
-        self._written = False
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for generator, state in zip(self._generators, self._before, strict=True):
+            generator.set_state(state)
 
-    def __call__(self, images: Tensor, labels: Tensor, lr: Tensor) -> Tensor:
-        assert self._working is not None
-        step = self._step
-        self._step += 1
-        if not self._written:
-            with part("interpolate"):
-                source = self._feed.table[self._feed.take(step)]
-                self._next_t.copy_(self._draws[step])
-                self._working.interpolate(self.theta, source, self._next_t)
-                self._feed.done(step)
-        self._written = self._fuse and step + 1 < len(self._indices)
-        row = self._feed.take(step + 1) if self._written else 0
-        self._scale.copy_(self._scales[step])
-        if self._written:
-            self._next_t.copy_(self._draws[step + 1])
-        graph = self._replayed(self._graph, images, labels)
-        if graph is not None:
-            self._next_row.fill_(row)
-            loss = graph(images, labels, lr)
-        else:
-            points = self._working.next_points(self._feed.table[row], self._next_t) if self._written else None
-            loss = self._body(images, labels, lr, self._scale, points)
-        if self._written:
-            self._feed.done(step + 1)
-        return loss
+    def begin(self, epoch: int, step: int) -> None:
+        """Before step number `step` of epoch number `epoch` (both from 0)."""
+        if not self._needed:
+            return
+        seed = derive_seed(self._seed, "network", epoch, step)
+        for generator in self._generators:
+            generator.manual_seed(seed)
+        if self._begun is None:
+            self._begun = self._states()
 
-    def release(self) -> None:
-        self.sources.release()
-        super().release()
+    def end(self) -> None:
+        """After the step."""
+        if self._begun:
+            pairs = zip(self._begun, self._states(), strict=True)
+            self._needed = not all(torch.equal(begun, now) for begun, now in pairs)
+            self._begun = []
 
-    def describe(self, step: int) -> str:
-        here = step - self._begin
-        return f" (source {self.sources.names[self._indices[here]]}, t={self._ts[here]:.4f})"
-
-    def _body(
-        self, images: Tensor, labels: Tensor, lr: Tensor, scale: Tensor, points: Sequence[NextPoint] | None
-    ) -> Tensor:
-        loss = self._backward(images, labels)
-        self._update(lr, scale, points)
-        return loss
-
-    def _captured(self, images: Tensor, labels: Tensor, lr: Tensor) -> Tensor:
-        """As a graph: scalars and the row are read where `__call__` puts them. The last step of an epoch has no next
-        one; the point that is written then all the same is never used."""
-        assert self._working is not None
-        points = self._working.next_points(self._feed.table, self._next_t, index=self._next_row) if self._fuse else None
-        return self._body(images, labels, lr, self._scale, points)
+    def _states(self) -> list[Tensor]:
+        return [generator.get_state() for generator in self._generators]
 
 
-def draw(star: StarSettings, sources: int, steps: int, seed: int) -> tuple[list[int], list[float]]:
-    """For each step, a source index ~ Unif(Z) and t ~ Unif[0, 1], Beta(alpha, beta) or constant.
+def forward_flops(model: nn.Module, images: Tensor) -> int:
+    """Floating-point operations of one forward pass of `model` over the batch `images` (products only)."""
+    training = model.training
+    try:
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            model.eval()(images)
+    finally:
+        model.train(training)
+    return int(counter.get_total_flops())
 
-    Drawn on the CPU in float64, so that every device sees the same draws.
+
+@contextmanager
+def suitable_threads(model: nn.Module, images: Tensor) -> Iterator[int]:
+    """Inside, torch uses one CPU thread if a forward pass of `model` over `images` is small; else as many as before.
+
+    Has no effect on a GPU's work.
     """
-    generator = np.random.default_rng(seed)
-    indices = generator.integers(sources, size=steps).tolist()
-    if star.t == "constant":
-        return indices, [star.value] * steps
-    ts = generator.random(steps) if star.t == "uniform" else generator.beta(star.alpha, star.beta, steps)
-    return indices, ts.tolist()
+    before = torch.get_num_threads()
+    chosen = 1 if images.device.type == "cpu" and forward_flops(model, images) < SMALL_FLOPS else before
+    torch.set_num_threads(chosen)
+    try:
+        yield chosen
+    finally:
+        torch.set_num_threads(before)

@@ -18,13 +18,12 @@ from fastar.config import MatchingSettings, StarSettings, TrainSettings
 from fastar.data import Augmentation, DeviceDataset
 from fastar.errors import FastarError
 from fastar.experiments.session import EXAMPLE_BATCHES, LOOKED_AT, resolve_device
-from fastar.experiments.star import match_store
 from fastar.flat import FlatLayout
-from fastar.matching import KeptActivations, SeenSources, UnitActivations, kept_bytes
+from fastar.matching import KeptActivations, UnitActivations, kept_bytes
 from fastar.models import build_model, parameter_count
 from fastar.runtime.device import simulated
 from fastar.symmetry import derive_symmetry
-from fastar.training import RegularStep, SourcesStore, StarStep, fit, resolve_precision
+from fastar.training import Matcher, RegularStep, SourcesStore, StarStep, fit, resolve_precision
 
 Method = Literal["weight", "activation"]
 # Steps of a benchmark's epoch: a star step draws anew after so many.
@@ -178,19 +177,16 @@ class Problem:
         model = self.network(0)
         model.load_state_dict(theta)
         store, match = self._matched_by(matching, model, others)
-        star = StarSettings(match_every_epochs=int(matching is not None))
-        return StarStep(model, settings, star, store, seed=0, match=match, fuse=fuse)
+        return StarStep(model, settings, StarSettings(), store, seed=0, match=match, fuse=fuse)
 
     def _matched_by(
         self, method: Method | None, model: nn.Module, states: list[dict[str, Tensor]]
-    ) -> tuple[SourcesStore, Callable[[Tensor, SourcesStore, int], None]]:
+    ) -> tuple[SourcesStore, Matcher | None]:
         """The sources, and what matches them to theta as a run does."""
         names = [str(n) for n in range(self.sources)]
         layout = FlatLayout.from_module(model)
         if method is None:
-            return SourcesStore(
-                layout, states, names, self.device, store=self.store
-            ), lambda theta, sources, epoch: None
+            return SourcesStore(layout, states, names, self.device, store=self.store), None
         name = [self.arch, {"width": self.width}, list(self.shape), self.classes]
         symmetry = derive_symmetry(
             self.network(0).cpu(), (torch.zeros(2, *self.shape, dtype=torch.float32, device="cpu"),), name=name
@@ -202,28 +198,11 @@ class Problem:
             images = [batch.cpu() for batch, _ in self.dataset(EXAMPLE_BATCHES * size).sequential(size)]
         beside = kept_bytes(model, symmetry, images) if images else 0
         store = SourcesStore(layout, states, names, self.device, store=self.store, beside=beside)
-        seen = None
+        kept = None
         if images:
             look = UnitActivations(model, symmetry, images, self.device)
             kept = KeptActivations(look, states, names, place=store.make_beside)
-            seen = SeenSources.all_of(kept, symmetry.identity(self.sources))
-        calls = itertools.count()
-
-        def match(theta: Tensor, sources: SourcesStore, epoch: int) -> None:
-            nonlocal seen
-            moves, _, _ = match_store(
-                symmetry,
-                theta,
-                sources,
-                chosen,
-                start=symmetry.identity() if next(calls) else None,
-                seed=epoch,
-                threads=matching_threads(self.device),
-                seen=seen,
-            )
-            seen = None if seen is None else seen.then(moves)
-
-        return store, match
+        return store, Matcher(symmetry, store, chosen, seed=0, threads=matching_threads(self.device), kept=kept)
 
     @cached_property
     def parameters(self) -> int:
