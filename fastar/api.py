@@ -36,7 +36,7 @@ from fastar.evaluation.ends import check_end, outputs_of
 from fastar.flat import FlatLayout
 from fastar.flat.forward import Batch
 from fastar.flat.state_check import check_computed, check_one_value, check_state_of, copied, is_vector, tensors_of
-from fastar.matching import Examples, ManyResult, MatchResult, To, match_by_settings
+from fastar.matching import EXAMPLE_BATCHES, Examples, ManyResult, MatchResult, To, match_by_settings
 from fastar.matching import match_many as match_states
 from fastar.runtime.progress import SILENT, Progress
 from fastar.symmetry import (
@@ -49,8 +49,6 @@ from fastar.symmetry import (
 )
 from fastar.symmetry.symmetry import Member
 
-EXAMPLE_BATCHES = 4
-"""Of `data` that methods of matching look at."""
 TIE_ALIKE = "tie them in both networks or in neither"
 
 

@@ -23,8 +23,9 @@ from run_cases import small
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from fastar.experiments import preflight as beforehand
+from fastar.experiments import train_star
 from fastar.experiments.plan import Plan, check_fits
-from fastar.experiments.star_domain import prepare_context, train_star
+from fastar.experiments.star_domain import prepare_session
 from fastar.training import RegularStep, StarStep
 
 SECONDS = 300  # for a machine with everything else to do; nothing is asserted on time
@@ -84,13 +85,13 @@ def say(line: str) -> None:
 
 
 def planned(data: Path) -> Plan:
-    return check_fits(prepare_context(small(data), data / "never"))
+    return check_fits(prepare_session(small(data), data / "never"))
 
 
 def serve(data: Path) -> None:
     """Fork an attempt for every request on standard input. What takes time and computes no gradient is done before."""
-    context = prepare_context(small(data), data / "never")
-    _ = context.train, context.test, context.symmetry
+    context = prepare_session(small(data), data / "never")
+    _ = context.data.train, context.data.test, context.network.symmetry
     with multiprocessing.get_context("fork").Pool(1) as other:  # planning computes gradients, of tensors without data
         plan = other.apply(planned, [data])
     beforehand.check_fits = lambda context: plan

@@ -44,7 +44,7 @@ from fastar.data.raw.find import find_raw
 from fastar.data.raw.imagefolder import find_images
 from fastar.data.raw.raw_split import RawSplit
 from fastar.errors import FastarError
-from fastar.experiments.star_domain import train_star
+from fastar.experiments import train_star
 from fastar.runs.model_files import load_checkpoint
 from fastar.training import StarStep
 

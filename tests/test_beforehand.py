@@ -20,7 +20,7 @@ from fastar.experiments import plan, star_domain
 from fastar.experiments import preflight as beforehand
 from fastar.experiments import session as context
 from fastar.experiments.reuse import finished_results
-from fastar.experiments.session import Context
+from fastar.experiments.session import Session, new_session
 from fastar.runs import RunFolder
 from fastar.runtime.progress import SilentProgress
 
@@ -71,9 +71,9 @@ def test_what_was_taken_for_granted_is_checked_again_by_the_files(
     seen = []
     look = plan.check_fits
 
-    def looking(one: Context) -> Any:
+    def looking(one: Session) -> Any:
         found = look(one)
-        seen.append((beforehand.is_written(one), one.shape.classes))
+        seen.append((beforehand.is_written(one), plan.data_facts(one).classes))
         return found
 
     monkeypatch.setattr(beforehand, "check_fits", looking)
@@ -100,7 +100,7 @@ def test_asking_for_very_many_sources_lists_none_of_them(tmp_path: Path) -> None
 
 def test_a_plan_counts_images_that_are_not_written(root: Path, tmp_path: Path) -> None:
     settings = settings_of(tmp_path, "imagefolder")
-    facts = plan.data_facts(Context(settings, RunFolder(tmp_path / "run")))
+    facts = plan.data_facts(new_session(settings, RunFolder(tmp_path / "run")))
     assert (facts.train, facts.test, facts.classes, facts.written) == (12, 6, 3, False)
 
 
@@ -136,13 +136,13 @@ def test_a_gpu_is_touched_by_another_process_until_the_data_are_written(
         beforehand, "_check_elsewhere", lambda one: events.append(("asked", beforehand.is_written(one)))
     )
     monkeypatch.setattr(beforehand, "check_fits", lambda one: events.append("fits"))
-    one = star_domain.prepare_context(settings, tmp_path / "run")
+    one = star_domain.prepare_session(settings, tmp_path / "run")
     assert events == []
     beforehand.prepare_data(one)
     asked = [("asked", False)] if name == "imagefolder" else []  # the others are written in less time than that takes
     assert events == [*asked, ("used", True), "fits"]
     events.clear()
-    beforehand.prepare_data(star_domain.prepare_context(settings, tmp_path / "run"))
+    beforehand.prepare_data(star_domain.prepare_session(settings, tmp_path / "run"))
     assert events == [("used", True), ("used", True), "fits"]
 
 
@@ -150,7 +150,7 @@ def test_another_process_says_the_same(root: Path, tmp_path: Path) -> None:
     heard = Log()
     settings = settings_of(tmp_path, "imagefolder")
     many = settings.model_copy(update={"sources": settings.sources.model_copy(update={"number": 10**9})})
-    one = Context(many, RunFolder(tmp_path / "run"), heard)
+    one = new_session(many, RunFolder(tmp_path / "run"), heard)
     with pytest.raises(FastarError) as here:
         beforehand._check(one)
     with pytest.raises(FastarError) as there:
@@ -169,7 +169,7 @@ def test_a_process_that_fails_does_not_stop_the_run_but_is_told(
     monkeypatch.setattr(
         subprocess, "run", lambda command, **more: subprocess.CompletedProcess(command, code, stdout="", stderr=said)
     )
-    beforehand._check_elsewhere(Context(settings_of(tmp_path, "imagefolder"), RunFolder(tmp_path / "run"), heard))
+    beforehand._check_elsewhere(new_session(settings_of(tmp_path, "imagefolder"), RunFolder(tmp_path / "run"), heard))
     why = {0: None, 1: "(KeyError: 'x')", -9: "(exit code -9)"}[code]
     assert [line.endswith(str(why)) for line in heard.lines] == ([] if why is None else [True])
 
@@ -221,7 +221,7 @@ def test_of_sets_of_one_size_a_batch_is_checked_without_touching_the_gpu(
     settings = settings_of(tmp_path, "digits")
     large = settings.model_copy(update={"train": settings.train.model_copy(update={"batch_size": 2000})})
     with pytest.raises(FastarError, match="^" + TOO_LARGE.format(2000, 1437)):
-        beforehand.prepare_data(Context(large, RunFolder(tmp_path / "run")))
+        beforehand.prepare_data(new_session(large, RunFolder(tmp_path / "run")))
     assert not (tmp_path / "betons").exists()
 
 

@@ -230,7 +230,7 @@ def test_a_finished_run_needs_neither_data_nor_memory_nor_tensors(
         raise FastarError("looked at")
 
     before = contents(copied)
-    for what in ("prepare_context", "prepare_data", "regular_models", "star_model", "measure"):
+    for what in ("prepare_session", "prepare_data", "regular_models", "star_model", "measure"):
         monkeypatch.setattr(star_domain, what, refuse)
     monkeypatch.setattr(SafetensorsFile, "read", refuse)
     monkeypatch.setattr(report, "check_picture", refuse)
@@ -250,7 +250,7 @@ def test_a_run_that_lacks_something_is_not_finished(
     def begun(*arguments: Any, **more: Any) -> Any:
         raise FastarError("begun")
 
-    monkeypatch.setattr(star_domain, "prepare_context", begun)
+    monkeypatch.setattr(star_domain, "prepare_session", begun)
     (copied / gone).unlink()
     assert refused("train-star", *tiny(data), "--out", copied) == "begun"
 

@@ -18,7 +18,8 @@ from PIL import Image
 from fastar.config import load_settings
 from fastar.experiments.facts import data_facts
 from fastar.experiments.plan import plan_run
-from fastar.experiments.session import Context
+from fastar.experiments.session import Session, new_session
+from fastar.experiments.statistics_batches import statistics_batches
 from fastar.runs import RunFolder, read_metadata
 
 SHARE = ("--validation", 0.2)
@@ -105,31 +106,31 @@ def settings(data: Path, *overrides: str) -> Any:
     return load_settings(dataset="digits", overrides=[f"dataset.directory={data}", "device=cpu", *overrides])
 
 
-def context(data: Path, *overrides: str) -> Context:
-    return Context(settings(data, *overrides), RunFolder(data / "none"))
+def session_of(data: Path, *overrides: str) -> Session:
+    return new_session(settings(data, *overrides), RunFolder(data / "none"))
 
 
 def test_statistics_come_from_what_is_trained_on(run: Path, data: Path) -> None:
-    one = context(data, "dataset.validation=0.2")
-    train, kept = one.train, one.measured_validation
+    one = session_of(data, "dataset.validation=0.2")
+    train, kept = one.data.train, one.data.measured_validation
     assert (len(train), len(kept)) == (1437 - KEPT, KEPT)
-    shown = torch.cat([images for images, _ in one.statistics_batches()]).flatten(1).unique(dim=0)
+    shown = torch.cat([images for images, _ in statistics_batches(one)]).flatten(1).unique(dim=0)
     of_train, of_kept = (next(iter(d.sequential(1437)))[0].flatten(1).unique(dim=0) for d in (train, kept))
     assert torch.equal(shown, of_train)
-    assert list(one.splits()) == list(SPLITS)
-    assert torch.equal(torch.cat([x for x, _ in one.splits()["validation"]()]).flatten(1).unique(dim=0), of_kept)
+    assert list(one.data.splits()) == list(SPLITS)
+    assert torch.equal(torch.cat([x for x, _ in one.data.splits()["validation"]()]).flatten(1).unique(dim=0), of_kept)
 
 
 def test_seeds_and_limits_share_the_split(run: Path, data: Path) -> None:
     kept = [
-        context(data, "dataset.validation=0.2", *more).measured_validation.index.tolist()  # type: ignore[attr-defined]
+        session_of(data, "dataset.validation=0.2", *more).data.measured_validation.index.tolist()  # type: ignore[attr-defined]
         for more in ([], ["seed=7"], ["dataset.limit=300"])
     ]
     assert kept[0] == kept[1] == kept[2]
-    some = context(data, "dataset.validation=0.2", "evaluation.limit=100").measured_validation
+    some = session_of(data, "dataset.validation=0.2", "evaluation.limit=100").data.measured_validation
     assert torch.bincount(some.labels).tolist() == [10] * 10  # type: ignore[attr-defined]
     assert set(some.index.tolist()) < set(kept[0])  # type: ignore[attr-defined]
-    assert len(context(data, "dataset.validation=0.2", "evaluation.limit=1000").measured_validation) == KEPT
+    assert len(session_of(data, "dataset.validation=0.2", "evaluation.limit=1000").data.measured_validation) == KEPT
 
 
 def test_images_of_any_size(tmp_path: Path) -> None:
@@ -169,7 +170,7 @@ def test_a_plan_counts_what_is_kept(run: Path, data: Path) -> None:
         plan_run(settings(data, "train.epochs=1", *more), data / "none", rate=1000, loader=1000)
         for more in ([], ["dataset.validation=0.2"])
     )
-    facts = data_facts(context(data, "dataset.validation=0.2"))
+    facts = data_facts(session_of(data, "dataset.validation=0.2"))
     assert (facts.train, facts.validation, facts.test) == (1437 - KEPT, KEPT, 360)
     epochs = [plan.work[0].seconds for plan in (whole, split)]
     assert epochs == pytest.approx([1.437, 1.437 - KEPT / 1000])
@@ -185,8 +186,10 @@ def test_a_plan_counts_what_is_kept(run: Path, data: Path) -> None:
 def test_planned_data_are_those_that_are_held(run: Path, data: Path) -> None:
     """Bytes, and normalised floats beside them, of each data set that a run loads."""
     for more in ([], ["evaluation.limit=100"]):
-        one = context(data, "dataset.validation=0.2", *more)
-        sets = {id(d): d for d in (one.train, one.test, one.measured_train, one.measured_validation)}.values()
+        one = session_of(data, "dataset.validation=0.2", *more)
+        sets = {
+            id(d): d for d in (one.data.train, one.data.test, one.data.measured_train, one.data.measured_validation)
+        }.values()
         assert data_facts(one).resident == sum(len(d) * (64 * 5 + 16) for d in sets)
 
 

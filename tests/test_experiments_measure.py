@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from fastar.config import load_settings
 from fastar.evaluation import evaluate_rows
 from fastar.experiments.measure import choose, endpoint
-from fastar.experiments.session import Context, Shape
+from fastar.experiments.session import new_session
 from fastar.report.results import statistics_lines
 from fastar.runs import RunFolder
 from fastar.runs.model_files import Checkpoint
@@ -118,28 +118,27 @@ def test_ends_are_of_float32_whatever_their_file_holds(dtype: torch.dtype, tmp_p
         arch="resnet8",
         overrides=["model.width=0.25", "device=cpu", "evaluation.batch_norm=reference"],
     )
-    context = Context(settings, RunFolder(tmp_path))
-    context.known = Shape(context.image, 10)
+    session = new_session(settings, RunFolder(tmp_path))
     state = {
         name: value.to(dtype) if value.is_floating_point() else value
-        for name, value in context.build(seed=0).state_dict().items()
+        for name, value in session.network.build(seed=0).state_dict().items()
     }
-    end = endpoint(context, "x", Checkpoint(state))
-    assert end.row_on(context.device).dtype == torch.float32
+    end = endpoint(session, "x", Checkpoint(state))
+    assert end.row_on(session.device).dtype == torch.float32
     assert end.statistics is not None
     assert len(end.statistics) == 2 * 9
     assert {value.dtype for value in end.statistics.values()} == {torch.float32}
     images, labels = torch.randn(8, 1, 8, 8), torch.arange(8)
     measured = evaluate_rows(
-        context.build(seed=1),
-        context.layout,
-        end.row_on(context.device)[None],
+        session.network.build(seed=1),
+        session.network.layout,
+        end.row_on(session.device)[None],
         {"a": lambda: [(images, labels)]},
         statistics=[end.statistics],
         method="reference",
     )
     with torch.no_grad():
-        wanted = F.cross_entropy(context.build(seed=0).eval()(images), labels)
+        wanted = F.cross_entropy(session.network.build(seed=0).eval()(images), labels)
     # What rounding the weights to the file's precision changes.
     assert float(measured["a"].loss[0]) == pytest.approx(float(wanted), rel=1e-2)
 

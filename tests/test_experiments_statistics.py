@@ -3,42 +3,41 @@
 from pathlib import Path
 
 import torch
+from session_cases import with_data
 
 from fastar.config import load_settings
 from fastar.data import Augmentation, DeviceDataset
-from fastar.experiments.session import Context
+from fastar.experiments.session import Session, new_session
+from fastar.experiments.statistics_batches import statistics_batches
 from fastar.runs import RunFolder
 
 
-def context_over(tmp_path: Path, labels: torch.Tensor, batch_size: int) -> Context:
+def session_over(tmp_path: Path, labels: torch.Tensor, batch_size: int) -> Session:
     settings = load_settings(dataset="digits", overrides=[f"train.batch_size={batch_size}", "device=cpu"])
-    context = Context(settings, RunFolder(tmp_path))
+    session = new_session(settings, RunFolder(tmp_path))
     images = labels.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 8, 8, 1).contiguous()
-    # Replaces what would be read from disk: cached_property looks into the instance first.
-    context.__dict__["train"] = DeviceDataset(
-        images, labels, classes=10, mean=(0.0,), std=(1 / 255,), augmentation=Augmentation(pad=2)
-    )
-    return context
+    held = DeviceDataset(images, labels, classes=10, mean=(0.0,), std=(1 / 255,), augmentation=Augmentation(pad=2))
+    return with_data(session, train=held)
 
 
 def test_batches_of_a_file_sorted_by_class_are_mixed(tmp_path: Path) -> None:
     labels = torch.arange(10).repeat_interleave(64)
-    batches = list(context_over(tmp_path, labels, 64).statistics_batches())
+    batches = list(statistics_batches(session_over(tmp_path, labels, 64)))
     assert sorted(torch.cat([y for _, y in batches]).tolist()) == labels.tolist()
     assert min(len(y.unique()) for _, y in batches) >= 8, "a batch of 64 random images of 10 classes has nearly all"
 
 
 def test_every_image_counts_once_and_none_is_left_alone(tmp_path: Path) -> None:
     labels = torch.arange(129) % 10
-    sizes = [len(y) for _, y in context_over(tmp_path, labels, 64).statistics_batches()]
+    sizes = [len(y) for _, y in statistics_batches(session_over(tmp_path, labels, 64))]
     assert sum(sizes) == 129
     assert min(sizes) > 1
 
 
 def test_they_are_augmented_and_the_same_each_time(tmp_path: Path) -> None:
-    context = context_over(tmp_path, torch.full((64,), 9), 64)
-    (images, _), (again, _) = next(iter(context.statistics_batches())), next(iter(context.statistics_batches()))
+    session = session_over(tmp_path, torch.full((64,), 9), 64)
+    (images, _), (again, _) = next(iter(statistics_batches(session))), next(iter(statistics_batches(session)))
     assert torch.equal(images, again)
     assert (images == 0).any(), "cropping after padding moves zeros in"
-    (whole, _) = next(iter(context.splits()["train"]()))
+    (whole, _) = next(iter(session.data.splits()["train"]()))
     assert (whole != 0).all(), "losses are measured on the images as they are"

@@ -26,8 +26,7 @@ from test_stopping import at_call
 
 from fastar.data.ffcv.read import GuardedIterator
 from fastar.errors import FastarError
-from fastar.experiments import star
-from fastar.experiments.star_domain import train_star
+from fastar.experiments import star, train_star
 from fastar.runs import model_files as files
 from fastar.runs.model_files import load_checkpoint, save_checkpoint
 from fastar.training import RegularStep, SourcesStore, StarStep

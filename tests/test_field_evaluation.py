@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from cli_cases import refused, tiny
+from session_cases import with_data
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -17,7 +18,8 @@ from fastar.config import load_settings
 from fastar.errors import FastarError
 from fastar.experiments import plan
 from fastar.experiments.measure import check_endpoint
-from fastar.experiments.session import Context, Shape
+from fastar.experiments.session import Session, new_session
+from fastar.experiments.statistics_batches import statistics_size
 from fastar.runs import RunFolder
 from fastar.runs.model_files import Checkpoint
 from fastar.symmetry import Symmetry
@@ -245,12 +247,12 @@ def test_inputs_may_be_what_a_forward_takes(kind: str) -> None:
         assert list(found) == ["net.inner.0"]
 
 
-def of_digits(folder: Path, *overrides: str) -> Context:
+def of_digits(folder: Path, *overrides: str) -> Session:
     """A run of digits whose images become one pixel in resnet18, and more in resnet8."""
     arch = "resnet8" if "resnet8" in overrides else "resnet18"
     given = [f"dataset.directory={folder}", "model.width=0.125", "device=cpu", *overrides]
     settings = load_settings(dataset="digits", arch=arch, overrides=[one for one in given if "=" in one])
-    return Context(settings, RunFolder(folder / "run"))
+    return new_session(settings, RunFolder(folder / "run"))
 
 
 def test_a_last_batch_of_one_image_is_said_before_training(tmp_path: Path) -> None:
@@ -272,9 +274,8 @@ def test_a_last_batch_of_one_image_is_said_before_training(tmp_path: Path) -> No
 @pytest.mark.parametrize(("arch", "size"), [("resnet18", 5), ("resnet8", 2)])
 def test_statistics_of_pairs_of_images_leave_none_alone(arch: str, size: int, tmp_path: Path) -> None:
     """13 images in batches of 2, 3 or 4 leave one; where its variance is known the batches stay what they were."""
-    context = of_digits(tmp_path, arch, "train.batch_size=2")
-    context.__dict__["train"] = range(13)
-    assert context._statistics_size() == size
+    session = of_digits(tmp_path, arch, "train.batch_size=2")
+    assert statistics_size(with_data(session, train=range(13))) == size
 
 
 class Few:
@@ -290,17 +291,17 @@ class Few:
 
 def test_checkpoints_at_the_ends_of_paths_are_run_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As `fastar barrier` does, permuted ones beside what they were."""
-    context = of_digits(tmp_path, "resnet8")
-    context.__dict__.update(files=None, test=Few(), known=Shape((1, 8, 8), 10))
-    model = context.build(seed=3)
+    session = of_digits(tmp_path, "resnet8")
+    session = with_data(session, test=Few())
+    model = session.network.build(seed=3)
     for name, value in model.state_dict().items():
         if name.endswith("running_mean"):
             value.copy_(torch.rand(value.shape, generator=torch.Generator().manual_seed(1)) - 0.7)  # units live
     checkpoint = Checkpoint(dict(model.state_dict()))
-    moved = context.symmetry.random(0)
+    moved = session.network.symmetry.random(0)
     assert not moved.is_identity()
     for permutation in (None, moved):
-        check_endpoint(context, "b.pt", checkpoint, permutation)
+        check_endpoint(session, "b.pt", checkpoint, permutation)
     whole = Symmetry.apply
 
     def forgetful(*given: Any) -> dict[str, Tensor]:
@@ -309,4 +310,4 @@ def test_checkpoints_at_the_ends_of_paths_are_run_too(tmp_path: Path, monkeypatc
 
     monkeypatch.setattr(Symmetry, "apply", forgetful)
     with pytest.raises(FastarError, match=r"the end of the path is not b\.pt: on one batch"):
-        check_endpoint(context, "b.pt", checkpoint, moved)
+        check_endpoint(session, "b.pt", checkpoint, moved)

@@ -27,7 +27,6 @@ from fastar.cli.main import main
 from fastar.config import load_settings
 from fastar.config.recipes import read_yaml
 from fastar.errors import printable
-from fastar.experiments import star_domain
 from fastar.report.results import barriers_table
 from fastar.runs import RunFolder
 from fastar.runtime import boundary
@@ -282,7 +281,7 @@ def test_a_defect_within_a_run_is_kept_in_its_folder(
     assert f"the traceback is in {printable(str(run / name))};" in outcome.err
     (run / name).unlink()
 
-    monkeypatch.setattr(star_domain, "train_star", fails)  # before there is a folder: it is not made for this
+    monkeypatch.setattr("fastar.experiments.train_star", fails)  # before there is a folder: it is not made for this
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     outcome = fastar("train-star", *tiny(data), "--out", tmp_path / "new")
     assert outcome.code == 70

@@ -20,9 +20,9 @@ from test_stopping import at_call
 
 from fastar.config import load_settings
 from fastar.errors import FastarError
+from fastar.experiments import train_star
 from fastar.experiments.measure import epoch_seconds, speed
 from fastar.experiments.reuse import finished_results
-from fastar.experiments.star_domain import train_star
 from fastar.report.results import check_results
 from fastar.report.run_list import overview, runs_below
 from fastar.runs import IN_TRAINING, RETRY, RunFolder, delete, lock, remove_checkpoints, write_atomically

@@ -15,7 +15,7 @@ from cli_cases import contents, fastar, refused
 from run_cases import Killed, kill, small
 from test_stopping import at_call
 
-from fastar.experiments.star_domain import train_star
+from fastar.experiments import train_star
 from fastar.experiments.verify_files import recheck
 from fastar.report.results import barrier_picture
 from fastar.runs import RETRY, RunFolder

@@ -15,7 +15,7 @@ from run_cases import small
 
 from fastar.config import LoggingSettings
 from fastar.errors import FastarError
-from fastar.experiments.star_domain import train_star
+from fastar.experiments import train_star
 from fastar.runs import RunFolder
 from fastar.runs.live_metrics import EventFile, LiveFigures, event
 

@@ -18,7 +18,7 @@ import fastar
 from fastar.config import StarSettings, TrainSettings
 from fastar.data import Encoding, StreamingDataset, prepare_images
 from fastar.errors import FastarError
-from fastar.experiments.star_domain import train_star
+from fastar.experiments import train_star
 from fastar.flat import FlatLayout
 from fastar.models import build_model
 from fastar.runtime.device import simulated

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from fastar.config import MatchingSettings
 from fastar.errors import FastarError
-from fastar.experiments.star_domain import train_star
+from fastar.experiments import train_star
 from fastar.flat import FlatLayout
 from fastar.matching import (
     Examples,

@@ -17,7 +17,7 @@ from rich.console import Console
 from run_cases import small
 from test_stopping import at_call
 
-from fastar.experiments.star_domain import train_star
+from fastar.experiments import train_star
 from fastar.report import run_list as overview_module
 from fastar.report.run_list import RunOverview, overview, overview_table, runs_below
 from fastar.runs import RunFolder

@@ -15,6 +15,7 @@ import pytest
 import torch
 from cli_cases import fastar, refused
 from PIL import Image
+from session_cases import with_symmetry
 from torch import nn
 from torch.nn import functional as F
 
@@ -26,7 +27,8 @@ from fastar.evaluation.forward import forward_bytes
 from fastar.experiments import facts, hours, needs
 from fastar.experiments import plan as plan_room
 from fastar.experiments.plan import Plan, check_fits, make_plan
-from fastar.experiments.session import Context, Shape
+from fastar.experiments.session import Session, new_session, with_shape
+from fastar.experiments.task import Shape
 from fastar.matching import MatchResult, match_by_settings, match_weights, working_bytes
 from fastar.models import build_model
 from fastar.runs import RunFolder
@@ -135,9 +137,8 @@ def plan_of(tmp_path: Path, *overrides: str, measure: bool | None = None, **more
     """Of a ResNet-18 an eighth as wide, on CIFAR-10, which is not there."""
     own = ["device=cpu", f"dataset.directory={tmp_path}", f"model.width={WIDTH}"]
     settings = load_settings(dataset="cifar10", arch="resnet18", overrides=[*own, *overrides])
-    context = Context(settings, RunFolder(tmp_path / "run"))
-    context.__dict__["symmetry"] = symmetry(WIDTH)
-    return make_plan(context, measure=measure, **more)
+    context = new_session(settings, RunFolder(tmp_path / "run"))
+    return make_plan(with_symmetry(context, symmetry(WIDTH)), measure=measure, **more)
 
 
 def test_gpu_memory_does_not_grow_with_the_sources(tmp_path: Path) -> None:
@@ -205,9 +206,8 @@ def test_images_that_grow_are_counted_as_large_as_they_get(tmp_path: Path) -> No
     def planned(*overrides: str) -> Plan:
         own = ["device=cpu", f"dataset.directory={tmp_path}", "gpu_memory=2GB", "model.width=0.125", *overrides]
         settings = load_settings(dataset="imagenet", arch="imagenet-resnet18", overrides=[*own, "train.batch_size=16"])
-        context = Context(settings, RunFolder(tmp_path / "run"))
-        context.__dict__["symmetry"] = symmetry(WIDTH)
-        return make_plan(context, measure=None)
+        context = new_session(settings, RunFolder(tmp_path / "run"))
+        return make_plan(with_symmetry(context, symmetry(WIDTH)), measure=None)
 
     grow = ("train.epochs=3", "train.resolutions=[[0, 32], [2, 64]]", "train.schedule=cosine", "train.milestones=[]")
     growing, at_64, at_96 = (
@@ -326,7 +326,7 @@ def test_a_run_that_does_not_fit_is_refused_early(tmp_path: Path, monkeypatch: p
     assert "this run does not fit: host: " in line
     assert not (tmp_path / "run").exists()
     with pytest.raises(FastarError, match="does not fit"):
-        check_fits(Context(load_settings(dataset="digits", overrides=["device=cpu"]), RunFolder(tmp_path)))
+        check_fits(new_session(load_settings(dataset="digits", overrides=["device=cpu"]), RunFolder(tmp_path)))
 
 
 def test_a_run_on_a_cpu_is_checked_against_the_cpu(tmp_path: Path) -> None:
@@ -338,7 +338,7 @@ def test_a_run_on_a_cpu_is_checked_against_the_cpu(tmp_path: Path) -> None:
             said.append(text)
 
     overrides = ["device=cpu", "gpu_memory=1KB", f"dataset.directory={tmp_path}"]
-    context = Context(load_settings(dataset="digits", overrides=overrides), RunFolder(tmp_path / "run"), Lines())
+    context = new_session(load_settings(dataset="digits", overrides=overrides), RunFolder(tmp_path / "run"), Lines())
     plan = check_fits(context)
     assert "gpu" not in plan.limits
     assert plan.peak("host") > 1000
@@ -378,7 +378,7 @@ def test_plan_on_the_command_line(tmp_path: Path) -> None:
     assert "time: not known (give --images-per-second: " in " ".join(elsewhere.out.split())
 
 
-def written_images(tmp_path: Path) -> Context:
+def written_images(tmp_path: Path) -> Session:
     """A run of a set of 40 images in two classes, written."""
     for split, count in (("train", 40), ("val", 4)):
         for number in range(count):
@@ -388,8 +388,8 @@ def written_images(tmp_path: Path) -> Context:
     own = [f"dataset.directory={tmp_path / 'betons'}", f"dataset.root={tmp_path / 'raw'}", "dataset.own_name=made"]
     more = ["dataset.resolution=16", "model.width=0.25", "train.batch_size=4", "device=cpu", "workers=1"]
     settings = load_settings(dataset="imagefolder", arch="resnet8", overrides=[*own, *more])
-    context = Context(settings, RunFolder(tmp_path / "run"))
-    assert len(context.files.classes) == 2
+    context = new_session(settings, RunFolder(tmp_path / "run"))
+    assert len(context.data.files.classes) == 2
     return context
 
 
@@ -432,13 +432,11 @@ def test_what_sources_units_do_is_planned_and_timed(tmp_path: Path, monkeypatch:
     assert (kept["device"].place, kept["file"].place) == ("host", "disk")
 
 
-def cifar(tmp_path: Path, *more: str) -> Context:
+def cifar(tmp_path: Path, *more: str) -> Session:
     """A narrow ResNet-18 on a CPU."""
     own = ["device=cpu", f"dataset.directory={tmp_path}", f"model.width={WIDTH}", *more]
-    context = Context(load_settings(dataset="cifar10", arch="resnet18", overrides=own), RunFolder(tmp_path / "run"))
-    context.known = Shape(SHAPE, 10)
-    context.__dict__["symmetry"] = symmetry(WIDTH)
-    return context
+    context = new_session(load_settings(dataset="cifar10", arch="resnet18", overrides=own), RunFolder(tmp_path / "run"))
+    return with_symmetry(with_shape(context, Shape(SHAPE, 10)), symmetry(WIDTH))
 
 
 def test_matching_is_timed_on_sources_that_have_to_move(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -17,12 +17,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from session_cases import with_data
 
 from fastar.config import TrainSettings, load_settings
 from fastar.data import DATASETS, Augmentation, DeviceDataset
 from fastar.experiments import measure, regular, star
 from fastar.experiments.plan import Plan, make_plan
-from fastar.experiments.session import Context
+from fastar.experiments.session import Session, new_session
 from fastar.matching import match_weights
 from fastar.matching.weight import match_weights as weights
 from fastar.matching.weight.match_weights import bytes_of_one
@@ -70,7 +71,7 @@ class Peaks:
         patch.setattr(owner, name, outer)
 
 
-def whole_run(context: Context, patch: pytest.MonkeyPatch) -> dict[str, int]:
+def whole_run(context: Session, patch: pytest.MonkeyPatch) -> dict[str, int]:
     """Train, match and measure everything; the peak of each phase."""
     peaks, settings = Peaks(), context.settings
     peaks.around(patch, star.Matcher, "__call__", "matching")
@@ -97,8 +98,8 @@ def counted(plan: Plan, phase: str) -> int:
     return plan.during("gpu", phase) - libraries
 
 
-def check(context: Context, patch: pytest.MonkeyPatch) -> None:
-    plan = make_plan(Context(context.settings, context.run), measure=None)
+def check(context: Session, patch: pytest.MonkeyPatch) -> None:
+    plan = make_plan(new_session(context.settings, context.run), measure=None)
     found = whole_run(context, patch)
     print({phase: (found[phase], counted(plan, phase)) for phase in ("training", "matching", "evaluation")})
     for phase in ("training", "evaluation"):
@@ -131,7 +132,7 @@ def held_images(
     )
 
 
-def of_held_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arch: str, *overrides: str) -> Context:
+def of_held_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arch: str, *overrides: str) -> Session:
     """A run on made images, as if they were CIFAR-10."""
     monkeypatch.setitem(DATASETS, "cifar10", replace(DATASETS["cifar10"], train=TRAIN, test=TEST))
     settings = load_settings(
@@ -139,12 +140,14 @@ def of_held_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arch: str, *
         arch=arch,
         overrides=[*COMMON, f"dataset.directory={tmp_path}", f"dataset.limit={TRAIN}", *overrides],
     )
-    context = Context(settings, RunFolder(tmp_path / "run"))
-    context.__dict__["files"] = SimpleNamespace(digest="made", classes=[str(n) for n in range(10)])
+    context = new_session(settings, RunFolder(tmp_path / "run"))
     augmentation = Augmentation(pad=4, flip=True)
-    context.__dict__["train"] = held_images(TRAIN, 32, 3, context.device, augmentation)
-    context.__dict__["test"] = held_images(TEST, 32, 3, context.device, augmentation)
-    return context
+    return with_data(
+        context,
+        files=SimpleNamespace(digest="made", classes=[str(n) for n in range(10)]),
+        train=held_images(TRAIN, 32, 3, context.device, augmentation),
+        test=held_images(TEST, 32, 3, context.device, augmentation),
+    )
 
 
 @pytest.mark.gpu
@@ -182,8 +185,8 @@ def test_of_images_that_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     settings = load_settings(
         dataset="imagefolder", arch="imagenet-resnet18", overrides=[*COMMON, *overrides, *more, "train.batch_size=32"]
     )
-    context = Context(settings, RunFolder(tmp_path / "run"))
-    _ = context.files
+    context = new_session(settings, RunFolder(tmp_path / "run"))
+    _ = context.data.files
     check(context, monkeypatch)
 
 
@@ -248,11 +251,11 @@ def test_a_regular_model_s_training_is_gone_when_it_is_measured(
         return measured(*args, **kwargs)
 
     monkeypatch.setattr(regular, "evaluate_rows", noting)
-    _ = context.layout, context.train, context.test
+    _ = context.network.layout, context.data.train, context.data.test
     gc.collect()
     before = torch.cuda.memory_allocated()
     with context.run.open(context.settings, context.progress):
         regular.train_regular(context, "source", 0)
-    state = 4 * context.layout.numel
+    state = 4 * context.network.layout.numel
     # The state, a network and its row; theta, gradient and two moments would be four more. Tensors are rounded up.
     assert 3 * state < seen[0] - before < 4 * state

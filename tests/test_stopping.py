@@ -12,7 +12,7 @@ import pytest
 from cli_cases import fastar
 from run_cases import SMALL, assert_log_is_whole, assert_same_models, small
 
-from fastar.experiments.star_domain import train_star
+from fastar.experiments import train_star
 from fastar.runtime.signals import Stopped, deferred, requested, signals_stop
 from fastar.training import RegularStep, StarStep
 

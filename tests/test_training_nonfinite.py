@@ -24,7 +24,7 @@ from run_cases import (
 from test_stopping import at_call
 
 from fastar.errors import FastarError
-from fastar.experiments.star_domain import train_star
+from fastar.experiments import train_star
 from fastar.runs import RunFolder
 from fastar.runs.model_files import load_checkpoint
 from fastar.training import RegularStep, SourcesStore, StarStep, epochs

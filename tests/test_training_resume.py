@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from fastar.config import Settings, load_settings
-from fastar.experiments.star_domain import train_star
+from fastar.experiments import train_star
 from fastar.runs import RunLog
 
 

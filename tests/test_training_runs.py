@@ -13,7 +13,7 @@ from training_cases import dataset
 from fastar.config import Settings, TrainSettings, load_settings
 from fastar.data import DeviceDataset
 from fastar.errors import FastarError
-from fastar.experiments.star_domain import train_star
+from fastar.experiments import train_star
 from fastar.models import build_model
 from fastar.runs.model_files import load_checkpoint
 from fastar.training import NonFiniteLoss, RegularStep, SourcesStore, StarStep, fit

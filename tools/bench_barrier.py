@@ -32,9 +32,9 @@ from fastar.data import Encoding, StreamingDataset, prepare_images
 from fastar.errors import FastarError
 from fastar.evaluation import Endpoint, PathLosses, evaluate_paths, evaluate_rows
 from fastar.evaluation import Path as Segment
-from fastar.experiments.session import resolve_device
 from fastar.flat import FlatLayout
 from fastar.models import build_model
+from fastar.runtime.device import resolve_device
 
 POINTS = 11
 

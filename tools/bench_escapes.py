@@ -22,9 +22,9 @@ from bench.trained import EXAMPLE, digits, trained
 from torch import Tensor, nn
 
 from fastar.errors import FastarError
-from fastar.experiments.session import resolve_device
 from fastar.flat import FlatLayout
 from fastar.matching import match_activations, match_weights, solver_name
+from fastar.runtime.device import resolve_device
 from fastar.runtime.seeds import derive_seed
 from fastar.symmetry import Symmetry, derive_symmetry
 

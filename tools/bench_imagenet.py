@@ -50,7 +50,7 @@ from fastar.config import Settings, StarSettings, load_settings, parse_bytes
 from fastar.data import StreamingDataset, prepare_images
 from fastar.errors import FastarError
 from fastar.experiments.plan import make_plan
-from fastar.experiments.session import Context
+from fastar.experiments.session import new_session
 from fastar.flat import FlatLayout
 from fastar.runs import RunFolder
 from fastar.runtime.memory import cap_gpu
@@ -119,7 +119,7 @@ def memory(problem: Problem, count: int, cap: str) -> str:
         ],
     )
     with tempfile.TemporaryDirectory() as folder:
-        plan = make_plan(Context(settings, RunFolder(Path(folder) / "run")), measure=None)
+        plan = make_plan(new_session(settings, RunFolder(Path(folder) / "run")), measure=None)
     planned = {phase: plan.during("gpu", phase) for phase in ("training", "matching")}
     found: dict[str, Any] = {"bench": "imagenet", "case": "memory", **problem.facts(), "sources": count, "cap": cap}
     if device.type == "cuda":

@@ -39,9 +39,9 @@ from bench.trained import BATCH, EXAMPLE, digits, train, trained
 from torch import Tensor, nn
 
 from fastar.errors import FastarError
-from fastar.experiments.session import resolve_device
 from fastar.flat import FlatLayout
 from fastar.matching import match_weights, solver_name
+from fastar.runtime.device import resolve_device
 from fastar.runtime.seeds import derive_seed
 from fastar.symmetry import Permutations, Symmetry, derive_symmetry
 from fastar.training import SourcesStore

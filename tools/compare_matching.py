@@ -26,6 +26,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from importlib import util
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,9 @@ from fastar.evaluation import Path as Segment
 from fastar.evaluation import PathLosses, evaluate_paths
 from fastar.experiments.measure import choose_pairs, endpoint
 from fastar.experiments.regular import regular_models
-from fastar.experiments.session import Context
-from fastar.experiments.star_domain import prepare_context
+from fastar.experiments.session import Session, threads
+from fastar.experiments.star_domain import prepare_session
+from fastar.experiments.statistics_batches import examples, statistics_batches
 from fastar.matching import KeptActivations, SeenSources, UnitActivations, match_by_settings
 from fastar.runs.model_files import Checkpoint
 from fastar.runtime.progress import SILENT, Progress, TerminalProgress
@@ -87,40 +89,47 @@ class CannotMatch(Exception):
     """A way of matching does not take this network; the text says why."""
 
 
-def ways(context: Context) -> list[Way]:
+def ways(session: Session) -> list[Way]:
     """The ways that can be had here; a further one is one more entry."""
-    kicks = context.settings.matching.perturbations
+    kicks = session.settings.matching.perturbations
     found = [
         Way("unmatched", lambda theta, sources, warm: sources),
-        Way("weight", _fastar(context, MatchingSettings())),
-        Way("activation", _fastar(context, MatchingSettings(method="activation"))),
-        Way("sinkhorn", _fastar(context, MatchingSettings(method="sinkhorn"))),
+        Way("weight", _fastar(session, MatchingSettings())),
+        Way("activation", _fastar(session, MatchingSettings(method="activation"))),
+        Way("sinkhorn", _fastar(session, MatchingSettings(method="sinkhorn"))),
     ]
     if kicks:
-        found.insert(2, Way(f"weight, {kicks} kicks", _fastar(context, MatchingSettings(perturbations=kicks))))
+        found.insert(2, Way(f"weight, {kicks} kicks", _fastar(session, MatchingSettings(perturbations=kicks))))
     if util.find_spec("rebasin") is None:
         print("rebasin is left out: pip install fastar[bench]", file=sys.stderr)
     else:
-        found.append(Way("rebasin", _rebasin(context)))
+        found.append(Way("rebasin", _rebasin(session)))
     return found
 
 
-def _fastar(context: Context, settings: MatchingSettings) -> Match:
-    symmetry = context.symmetry
+def _fastar(session: Session, settings: MatchingSettings) -> Match:
+    symmetry = session.network.symmetry
     known: list[SeenSources] = []
 
     def match(theta: State, sources: list[State], warm: bool) -> list[State]:
         if settings.by_activations and not warm:  # as a run does: looked at once, then followed
-            given = context.examples()
-            look = UnitActivations(given.model, symmetry, given.inputs, context.device)
+            given = examples(session)
+            look = UnitActivations(given.model, symmetry, given.inputs, session.device)
             kept = KeptActivations(look, sources, [f"source {n}" for n in range(len(sources))])
             known[:] = [SeenSources.all_of(kept, symmetry.identity(len(sources)))]
         seen = known[0] if known else None
         stacked = {name: torch.stack([source[name] for source in sources]) for name in symmetry.parameters}
         start = symmetry.identity() if warm else None
-        threads = context.settings.workers
+        threads = session.settings.workers
         result = match_by_settings(
-            settings, symmetry, theta, stacked, start=start, examples=context.examples, threads=threads, seen=seen
+            settings,
+            symmetry,
+            theta,
+            stacked,
+            start=start,
+            examples=partial(examples, session),
+            threads=threads,
+            seen=seen,
         )
         if seen is not None:
             known[:] = [seen.then(result.permutations.to("cpu"))]
@@ -129,23 +138,23 @@ def _fastar(context: Context, settings: MatchingSettings) -> Match:
     return match
 
 
-def _rebasin(context: Context) -> Match:
+def _rebasin(session: Session) -> Match:
     from rebasin import PermutationCoordinateDescent
 
     calls = iter(range(1_000_000))
 
     def match(theta: State, sources: list[State], warm: bool) -> list[State]:
-        models = [context.build(seed=0) for _ in range(1 + len(sources))]
+        models = [session.network.build(seed=0) for _ in range(1 + len(sources))]
         for model, state in zip(models, [theta, *sources], strict=True):
             model.load_state_dict(state)
             model.eval()
-        example = next(context.splits()["train"]())[0][:2]
+        example = next(session.data.splits()["train"]())[0][:2]
         for model in models[1:]:
             torch.manual_seed(
                 derive_seed(0, "rebasin", next(calls)) % 2**31
             )  # it draws orders from the global generator
             try:
-                PermutationCoordinateDescent(models[0], model, example, device_b=context.device).rebasin()
+                PermutationCoordinateDescent(models[0], model, example, device_b=session.device).rebasin()
             except Exception as error:
                 # It refuses by whatever its tracing of the network runs into.
                 raise CannotMatch(" ".join(f"{type(error).__name__}: {error}".split())[:160]) from error
@@ -154,66 +163,66 @@ def _rebasin(context: Context) -> Match:
     return match
 
 
-def barriers(context: Context, pairs: Sequence[tuple[State, State]]) -> list[float]:
+def barriers(session: Session, pairs: Sequence[tuple[State, State]]) -> list[float]:
     """Of each path between two models, ends as they are, on the train set."""
-    ends = {id(state): endpoint(context, str(id(state)), Checkpoint(state)) for pair in pairs for state in pair}
+    ends = {id(state): endpoint(session, str(id(state)), Checkpoint(state)) for pair in pairs for state in pair}
     measured: list[PathLosses] = evaluate_paths(
-        context.build(seed=0),
-        context.layout,
+        session.network.build(seed=0),
+        session.network.layout,
         [Segment("path", ends[id(a)], ends[id(b)]) for a, b in pairs],
-        {"train": context.splits()["train"]},
-        points=context.settings.evaluation.points,
-        statistics_batches=context.statistics_batches,
-        progress=context.progress,
+        {"train": session.data.splits()["train"]},
+        points=session.settings.evaluation.points,
+        statistics_batches=partial(statistics_batches, session),
+        progress=session.progress,
     )
     return [path.barrier("train") for path in measured]
 
 
-def objective(context: Context, theta: State, state: State) -> tuple[float, float]:
+def objective(session: Session, theta: State, state: State) -> tuple[float, float]:
     """<theta, state> over the parameters in float64, and the same without 1-D parameters."""
-    values = {n: float((theta[n].double() * state[n].double()).sum()) for n in context.symmetry.parameters}
+    values = {n: float((theta[n].double() * state[n].double()).sum()) for n in session.network.symmetry.parameters}
     return sum(values.values()), sum(v for n, v in values.items() if theta[n].ndim > 1)
 
 
-def star(context: Context, way: Way, sources: Sequence[State]) -> tuple[State, list[State]]:
+def star(session: Session, way: Way, sources: Sequence[State]) -> tuple[State, list[State]]:
     """A star model of `sources`, which are matched to it `way` at the start of every epoch; they as permuted last."""
-    settings = context.settings
+    settings = session.settings
     seed = derive_seed(settings.seed, "star", 0)
-    store = SourcesStore(context.layout, sources, [str(n) for n in range(len(sources))], context.device)
+    store = SourcesStore(session.network.layout, sources, [str(n) for n in range(len(sources))], session.device)
     whole = list(sources)  # as permuted last, with their buffers
 
     def match(theta: Tensor, store: SourcesStore, epoch: int) -> None:
-        centre = {**whole[0], **{k: v.contiguous() for k, v in context.layout.views(theta).items()}}
+        centre = {**whole[0], **{k: v.contiguous() for k, v in session.network.layout.views(theta).items()}}
         whole[:] = way(centre, whole, epoch > 0)
         for row, state in zip(store.rows, whole, strict=True):
-            context.layout.flatten(state, out=row)
+            session.network.layout.flatten(state, out=row)
 
-    model = context.build(seed=seed)
+    model = session.network.build(seed=seed)
     step = StarStep(model, settings.train, settings.star, store, seed=derive_seed(seed, "star"), match=match)
     fit(
         step,
-        context.train,
+        session.data.train,
         settings.train,
         name=f"star, {way.name}",
         seed=derive_seed(seed, "data"),
         epochs=settings.star.epochs,
-        progress=context.progress,
+        progress=session.progress,
     )
     return step.state(), whole
 
 
-def compare(context: Context, chosen_ways: Sequence[str] | None, *, with_star: bool) -> Iterator[dict[str, Any]]:
+def compare(session: Session, chosen_ways: Sequence[str] | None, *, with_star: bool) -> Iterator[dict[str, Any]]:
     """One record for each way of matching, or for each of those chosen."""
-    settings, device = context.settings, context.device
-    with context.run.open(settings), context.threads():
+    settings, device = session.settings, session.device
+    with session.run.open(settings), threads(session):
         models = [
-            *regular_models(context, "source", settings.sources.number),
-            *regular_models(context, "heldout", settings.sources.heldout),
+            *regular_models(session, "source", settings.sources.number),
+            *regular_models(session, "heldout", settings.sources.heldout),
         ]
         everything = [{name: value.to(device) for name, value in one.state.items()} for one in models]
         sources, heldouts = everything[: settings.sources.number], everything[settings.sources.number :]
         chosen = choose_pairs(len(everything), settings.evaluation.regular_pairs, derive_seed(settings.seed, "pairs"))
-        for way in ways(context):
+        for way in ways(session):
             if chosen_ways is not None and way.name.partition(",")[0] not in chosen_ways:
                 continue
             record: dict[str, Any] = {
@@ -234,21 +243,21 @@ def compare(context: Context, chosen_ways: Sequence[str] | None, *, with_star: b
             except CannotMatch as why:
                 yield {**record, "refused": str(why), **where(device)}
                 continue
-            objectives = [objective(context, a, b) for a, b in pairs]
+            objectives = [objective(session, a, b) for a, b in pairs]
             record |= {
                 "objective": [total for total, _ in objectives],
                 "objective_weights": [weights for _, weights in objectives],
                 "seconds_per_pair": list(way.seconds),
-                "barrier_regular": barriers(context, pairs),
+                "barrier_regular": barriers(session, pairs),
             }
             way.seconds.clear()
             if with_star:
-                centre, permuted = star(context, way, sources)
+                centre, permuted = star(session, way, sources)
                 record["seconds_in_star"] = sum(way.seconds)
                 ends = [(centre, s) for s in way(centre, permuted, True)]  # goes on from the last epoch
-                record["barrier_star_source"] = barriers(context, ends)
+                record["barrier_star_source"] = barriers(session, ends)
                 ends = [(centre, way(centre, [h], False)[0]) for h in heldouts]
-                record["barrier_star_heldout"] = barriers(context, ends)
+                record["barrier_star_heldout"] = barriers(session, ends)
             yield {**record, **where(device)}
 
 
@@ -343,12 +352,12 @@ def main() -> None:
     args = parser.parse_args()
     progress: Progress = SILENT if args.quiet else TerminalProgress()
     try:
-        contexts = [prepare_context(settings_of(args, arch), args.cache / arch, progress) for arch in args.arch]
-        for context in contexts:
-            context.run.check(context.settings)
+        sessions = [prepare_session(settings_of(args, arch), args.cache / arch, progress) for arch in args.arch]
+        for session in sessions:
+            session.run.check(session.settings)
         records = []
-        for context in contexts:
-            for record in compare(context, args.ways, with_star=args.star):
+        for session in sessions:
+            for record in compare(session, args.ways, with_star=args.star):
                 print(json.dumps(record), flush=True)
                 records.append(record)
     except FastarError as error:

@@ -32,10 +32,9 @@ from fastar.config import TrainSettings, parse_bytes
 from fastar.data import Encoding, StreamingDataset, prepare_images
 from fastar.errors import FastarError
 from fastar.evaluation import evaluate_rows
-from fastar.experiments.session import resolve_device
 from fastar.flat import FlatLayout
 from fastar.matching import match_weights
-from fastar.runtime.device import simulated, synchronize
+from fastar.runtime.device import resolve_device, simulated, synchronize
 from fastar.runtime.memory import cap_gpu, peak_bytes
 from fastar.symmetry import derive_symmetry
 from fastar.training import RegularStep, StarStep, fit

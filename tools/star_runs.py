@@ -26,8 +26,8 @@ from bench import where
 
 from fastar.cli.main import main as fastar
 from fastar.errors import FastarError
-from fastar.experiments.session import resolve_device
 from fastar.runs import write_atomically
+from fastar.runtime.device import resolve_device
 
 # What each run is called with; all at `--scale small`, the deeper ones on half of its images, for the time they take.
 CASES: dict[str, list[str]] = {

@@ -274,16 +274,12 @@ def train_star_command(
         scale=scale,
     )
 
-    from fastar.experiments.reuse import finished_results
+    from fastar.experiments import train_star
     from fastar.report.results import barrier_picture, check_results, results_table, speed_lines, statistics_lines
     from fastar.runs import RunFolder
 
     run, progress = RunFolder(_run_folder(out, settings, dataset, arch, config, scale)), _progress(quiet or as_json)
-    results = finished_results(settings, run, progress) if profile is None else None
-    if results is None:  # only now what takes seconds to import
-        from fastar.experiments.star_domain import train_star
-
-        results = train_star(settings, run.path, progress, profile=profile)
+    results = train_star(settings, run.path, progress, profile=profile)
     check_results(results, run.results)
     if not run.is_drawn():
         barrier_picture(results, run.picture)

@@ -1,1 +1,5 @@
 """Whole experiments as recipes over the rooms below; no numerics of their own."""
+
+from fastar.experiments.reuse import finished_results, train_star
+
+__all__ = ["finished_results", "train_star"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,11 @@ from fastar.evaluation import Path as Segment
 from fastar.evaluation import evaluate_paths
 from fastar.experiments.facts import shown
 from fastar.experiments.measure import check_endpoint, endpoint, matched_endpoints, path_result, statistics_error
+from fastar.experiments.preflight import check_network
 from fastar.experiments.regular import check_fits, device_name, tell
-from fastar.experiments.session import DATA_KEYS, MEASURE_WITH_LESS, Context, Shape, resolve_device, within_memory
+from fastar.experiments.session import Session, measuring, new_session, threads
+from fastar.experiments.statistics_batches import statistics_batches
+from fastar.experiments.task import DATA_KEYS, Shape
 from fastar.runs import RunFolder, versions
 from fastar.runs.model_files import Checkpoint, load_checkpoint, load_whole_into
 from fastar.runtime.progress import SILENT, Progress
@@ -27,7 +31,7 @@ def context_of(
     overrides: Sequence[str],
     data_root: Path | None = None,
     progress: Progress = SILENT,
-) -> Context:
+) -> Session:
     """The surroundings of a checkpoint: from its metadata, or named by the caller."""
     known = first.metadata
     dataset = dataset or known.get("dataset")
@@ -50,17 +54,18 @@ def context_of(
         options.append(as_override("dataset.root", data_root))
     settings = load_settings(dataset=dataset, arch=arch, overrides=[*options, *overrides])
     # What the checkpoint says of its images will do where they are not needed, as in matching.
-    context = Context(settings, RunFolder(Path(".")), progress, known=shape)
-    resolve_device(settings.device)
-    return context
+    session = new_session(settings, RunFolder(Path(".")), progress, shape=shape)
+    if shape is None and settings.dataset.spec.variable_size:
+        check_network(session)  # a conversion of the data may take hours: what is wrong is said before
+    return session
 
 
-def load_whole(context: Context, path: Path, checkpoint: Checkpoint | None = None, *, same_data: bool) -> Checkpoint:
-    """A checkpoint as a whole state of the context's architecture."""
+def load_whole(session: Session, path: Path, checkpoint: Checkpoint | None = None, *, same_data: bool) -> Checkpoint:
+    """A checkpoint as a whole state of the session's architecture."""
     checkpoint = checkpoint or load_checkpoint(path)
-    check_fits(context, checkpoint, same_data=same_data)
-    whole = load_whole_into(context.build(seed=0).cpu(), checkpoint)
-    tell(whole, context.progress)
+    check_fits(session, checkpoint, same_data=same_data)
+    whole = load_whole_into(session.network.build(seed=0).cpu(), checkpoint)
+    tell(whole, session.progress)
     return whole
 
 
@@ -84,42 +89,42 @@ def barriers_of_files(
     if not others:
         raise FastarError("a barrier needs a second checkpoint")
     checkpoint = load_checkpoint(first)
-    context = context_of(
+    session = context_of(
         checkpoint, dataset=dataset, arch=arch, overrides=overrides, data_root=data_root, progress=progress
     )
-    with context.threads(), within_memory("measuring barriers", MEASURE_WITH_LESS):
-        start = load_whole(context, first, checkpoint, same_data=True)
-        ends = [load_whole(context, path, same_data=True) for path in others]
+    with threads(session), measuring("barriers"):
+        start = load_whole(session, first, checkpoint, same_data=True)
+        ends = [load_whole(session, path, same_data=True) for path in others]
         names = [str(path) for path in others]
-        check_endpoint(context, str(first), start, None)
-        centre = endpoint(context, str(first), start)
+        check_endpoint(session, str(first), start, None)
+        centre = endpoint(session, str(first), start)
         if matching:
-            points = matched_endpoints(context, start, ends, names, checked=True, progress=progress)
+            points = matched_endpoints(session, start, ends, names, checked=True, progress=progress)
         else:
-            points = [endpoint(context, name, end) for name, end in zip(names, ends, strict=True)]
+            points = [endpoint(session, name, end) for name, end in zip(names, ends, strict=True)]
             for name, end in zip(names, ends, strict=True):
-                check_endpoint(context, name, end, None)
+                check_endpoint(session, name, end, None)
         paths = [Segment("path", centre, point) for point in points]
         measured = evaluate_paths(
-            context.build(seed=0),
-            context.layout,
+            session.network.build(seed=0),
+            session.network.layout,
             paths,
-            context.splits(),
-            points=context.settings.evaluation.points,
-            statistics_batches=context.statistics_batches,
-            method=context.settings.evaluation.batch_norm,
-            shown=shown(context),
-            graph=context.settings.evaluation.graph,
+            session.data.splits(),
+            points=session.settings.evaluation.points,
+            statistics_batches=partial(statistics_batches, session),
+            method=session.settings.evaluation.batch_norm,
+            shown=shown(session),
+            graph=session.settings.evaluation.graph,
             progress=progress,
         )
-        error = statistics_error(context, paths)
+        error = statistics_error(session, paths)
     return {
-        "dataset": context.settings.dataset.label,
-        "arch": context.settings.model.arch,
+        "dataset": session.settings.dataset.label,
+        "arch": session.settings.model.arch,
         "matched": matching,
         "t": measured[0].t,
         "paths": [{**path_result(path), **{f"{s}_barrier": path.barrier(s) for s in path.loss}} for path in measured],
         "versions": versions(),
-        "device": device_name(context.device),
+        "device": device_name(session.device),
         "batch_norm_error": error,
     }

@@ -14,7 +14,7 @@ from fastar.data.ffcv.read import BUFFERS
 from fastar.data.in_memory import BLOCK_BYTES, NORMALISED_BYTES
 from fastar.errors import FastarError
 from fastar.evaluation.forward import Pass, Shown
-from fastar.experiments.session import Context
+from fastar.experiments.session import Session
 from fastar.training import resolution
 
 # Of an image in a set that is held: its label and place (int64), and in an epoch its place in the order and its draws.
@@ -56,7 +56,7 @@ class DataFacts:
         return self.resident == 0
 
 
-def data_facts(context: Context) -> DataFacts:
+def data_facts(context: Session) -> DataFacts:
     """What is known of the data: from their files, from the names of raw images, or of what is published.
 
     Raises:
@@ -147,7 +147,7 @@ def _splits_held(settings: Settings, train: int, validation: int, test: int) -> 
         yield "test", evaluation.test_limit
 
 
-def evaluated_models(context: Context) -> int:
+def evaluated_models(context: Session) -> int:
     """Models that evaluation looks at: the inner points of all paths, and the ends."""
     settings = context.settings
     sources, heldouts, wanted = settings.sources.number, settings.sources.heldout, settings.evaluation.star_sources
@@ -158,11 +158,11 @@ def evaluated_models(context: Context) -> int:
     return paths * (settings.evaluation.points - 2) + 1 + stars + min(2 * pairs * 2, regular + pairs)
 
 
-def training_sides(context: Context) -> list[int]:
+def training_sides(context: Session) -> list[int]:
     """The side of the images of each epoch of training."""
     train, star = context.settings.train, context.settings.star
     epochs = max(train.epochs, star.epochs or 0)
-    return [resolution(train, epoch) or max(context.image[1:]) for epoch in range(epochs)]
+    return [resolution(train, epoch) or max(context.data.image[1:]) for epoch in range(epochs)]
 
 
 def gathered(facts: DataFacts, pixels: int, batch: int, count: int, device: str) -> int:
@@ -186,11 +186,13 @@ def shown_bytes(
     return Shown(image, tuple(passes))
 
 
-def shown(context: Context) -> Shown:
+def shown(context: Session) -> Shown:
     """What evaluation is shown in a run."""
     settings = context.settings
-    batch = settings.train.batch_size if context.has_batch_norm else None
-    return shown_bytes(data_facts(context), context.image, settings.evaluation.batch_size, batch, context.device.type)
+    batch = settings.train.batch_size if context.network.has_batch_norm else None
+    return shown_bytes(
+        data_facts(context), context.data.image, settings.evaluation.batch_size, batch, context.device.type
+    )
 
 
 def short_batch(count: int, batch: int) -> int:

@@ -10,8 +10,16 @@ import torch
 
 from fastar import data
 from fastar.experiments.facts import DataFacts, evaluated_models, training_sides
-from fastar.experiments.session import EXAMPLE_BATCHES, LOOKED_AT, Context
-from fastar.matching import KeptActivations, SeenSources, UnitActivations, match_by_settings, matching_threads
+from fastar.experiments.session import Session
+from fastar.experiments.statistics_batches import LOOKED_AT
+from fastar.matching import (
+    EXAMPLE_BATCHES,
+    KeptActivations,
+    SeenSources,
+    UnitActivations,
+    match_by_settings,
+    matching_threads,
+)
 from fastar.runtime.device import synchronize
 from fastar.runtime.seeds import derive_seed
 from fastar.symmetry import Permutations
@@ -57,7 +65,7 @@ class Rates:
     text: str
 
 
-def measured_rates(context: Context, facts: DataFacts, dtype: torch.dtype, asked: Asked, *, per_image: float) -> Rates:
+def measured_rates(context: Session, facts: DataFacts, dtype: torch.dtype, asked: Asked, *, per_image: float) -> Rates:
     """Stated rates, and what steps, loading and matching take here, where `asked.measure` allows it.
 
     Args:
@@ -96,30 +104,29 @@ def measured_rates(context: Context, facts: DataFacts, dtype: torch.dtype, asked
     return Rates(training, evaluation, matching, "; ".join(parts) or "no rates: nothing was measured or stated")
 
 
-def _steps(context: Context, dtype: torch.dtype, per_image: float) -> tuple[float, float]:
+def _steps(context: Session, dtype: torch.dtype, per_image: float) -> tuple[float, float]:
     """Seconds per image of training, over all epochs, and of evaluation."""
     device, sides = context.device, training_sides(context)
     timed = min(context.settings.train.batch_size, max(2, int(TIMED_BYTES[device.type] // per_image)))
 
     def build() -> torch.nn.Module:
-        return context.build(seed=0, device="cpu")
+        return context.network.build(seed=0, device="cpu")
 
-    largest = (
-        (context.image[0], max(sides), max(sides)) if context.settings.dataset.spec.variable_size else context.image
-    )
+    image = context.data.image
+    largest = (image[0], max(sides), max(sides)) if context.settings.dataset.spec.variable_size else image
     training, evaluation = seconds_per_image(build, largest, dtype, device, timed)
-    if largest != context.image:
-        _, evaluation = seconds_per_image(build, context.image, dtype, device, timed)
+    if largest != image:
+        _, evaluation = seconds_per_image(build, image, dtype, device, timed)
     # Smaller images take less by as much.
     return training * sum(side**2 for side in sides) / len(sides) / max(sides) ** 2, evaluation
 
 
-def loaded_per_second(context: Context) -> float:
+def loaded_per_second(context: Session) -> float:
     """Images per second that the training set's files give at the largest side that is trained at, decoded, cut and on
     the device."""
     settings = context.settings
     loaded = data.StreamingDataset(
-        context.files,  # type: ignore[arg-type]
+        context.data.files,  # type: ignore[arg-type]
         "train",
         context.device,
         size=max(training_sides(context)),
@@ -143,12 +150,12 @@ def loaded_per_second(context: Context) -> float:
     return images / (time.perf_counter() - begun)
 
 
-def matching_seconds(context: Context) -> float:
+def matching_seconds(context: Session) -> float:
     """Seconds a source takes to be matched again: sources that are theta with some noise, and of each group's hidden
     units a share in other places; where what units do is looked at, on images that are noise."""
-    device, symmetry, settings = context.device, context.symmetry, context.settings
+    device, symmetry, settings = context.device, context.network.symmetry, context.settings
     count = min(settings.sources.number, MATCHED if device.type == "cuda" else 1)
-    theta = {name: value.to(device) for name, value in context.build(seed=0, device="cpu").state_dict().items()}
+    theta = {name: value.to(device) for name, value in context.network.build(seed=0, device="cpu").state_dict().items()}
     generator = torch.Generator().manual_seed(derive_seed(0, "plan", "matching"))
     sources = {}
     for name in symmetry.parameters:
@@ -165,10 +172,10 @@ def matching_seconds(context: Context) -> float:
     if settings.matching.by_activations and symmetry.groups:
         size = min(settings.train.batch_size, LOOKED_AT)
         images = [
-            torch.randn(size, *context.image, generator=generator, dtype=torch.float32, device="cpu")
+            torch.randn(size, *context.data.image, generator=generator, dtype=torch.float32, device="cpu")
             for _ in range(EXAMPLE_BATCHES)
         ]
-        look = UnitActivations(context.build(seed=0, device="cpu"), symmetry, images, device)
+        look = UnitActivations(context.network.build(seed=0, device="cpu"), symmetry, images, device)
         states = [{name: rows[n] for name, rows in sources.items()} for n in range(count)]
         kept = KeptActivations(look, states, [f"source {n}" for n in range(count)])
         seen = SeenSources.all_of(kept, symmetry.identity())
@@ -201,7 +208,7 @@ def _some_moved(size: int, generator: torch.Generator) -> torch.Tensor:
     return index
 
 
-def work_of(context: Context, facts: DataFacts, rates: Rates) -> list[Work]:
+def work_of(context: Session, facts: DataFacts, rates: Rates) -> list[Work]:
     """All parts of the run, in order."""
     settings = context.settings
     train, evaluation = settings.train, settings.evaluation
@@ -219,7 +226,7 @@ def work_of(context: Context, facts: DataFacts, rates: Rates) -> list[Work]:
             (facts.test, evaluation.test_limit),
         )
     )
-    if context.has_batch_norm:
+    if context.network.has_batch_norm:
         statistics = facts.train if evaluation.bn_batches is None else evaluation.bn_batches * train.batch_size
         seen += min(facts.train, statistics)
     measuring = None if rates.evaluation is None else seen * rates.evaluation

@@ -15,7 +15,8 @@ from fastar.config import MatchingSettings, Settings, load_settings
 from fastar.errors import FastarError
 from fastar.experiments.barrier_files import context_of, load_whole
 from fastar.experiments.regular import tell
-from fastar.experiments.session import DATA_KEYS, resolve_device
+from fastar.experiments.statistics_batches import examples as first_batches
+from fastar.experiments.task import DATA_KEYS
 from fastar.flat import FlatLayout
 from fastar.flat.state_check import REAL
 from fastar.matching import Examples, ManyResult, match_by_settings, match_many, matching_threads
@@ -23,6 +24,7 @@ from fastar.matching import average as mean_of
 from fastar.models.user_network import own_model
 from fastar.runs import checkpoint_files, stem_of
 from fastar.runs.model_files import Checkpoint, load_checkpoint, load_whole_into, save_checkpoint
+from fastar.runtime.device import resolve_device
 from fastar.runtime.progress import SILENT, Progress
 from fastar.symmetry import Symmetry, symmetry_by_settings
 
@@ -70,18 +72,18 @@ def network_of(first: Path, named: Named, progress: Progress = SILENT) -> Networ
             option = "--input-shape" if named.input_shape is not None else "--allow-partial"
             raise FastarError(f"{option} belongs to --model; fastar's own architectures need none")
         checkpoint = load_checkpoint(first)
-        context = context_of(
+        session = context_of(
             checkpoint, dataset=named.dataset, arch=named.arch, overrides=named.overrides, progress=progress
         )
-        whole = load_whole(context, first, checkpoint, same_data=False)  # before its symmetry is derived, which is slow
+        whole = load_whole(session, first, checkpoint, same_data=False)  # before its symmetry is derived, which is slow
         return Network(
             first=whole,
-            symmetry=context.symmetry,
-            layout=context.layout,
-            settings=context.settings,
-            device=context.device,
-            load=lambda path: load_whole(context, path, same_data=False),
-            examples=context.examples,
+            symmetry=session.network.symmetry,
+            layout=session.network.layout,
+            settings=session.settings,
+            device=session.device,
+            load=lambda path: load_whole(session, path, same_data=False),
+            examples=lambda: first_batches(session),
         )
     if named.dataset is not None or named.arch is not None:
         raise FastarError("--model says what the checkpoints are of: leave out --dataset and --arch")

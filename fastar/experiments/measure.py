@@ -18,7 +18,8 @@ from fastar.evaluation.batch_norm import batch_norm_layers
 from fastar.evaluation.ends import check_end
 from fastar.experiments.facts import shown
 from fastar.experiments.regular import device_name
-from fastar.experiments.session import Context
+from fastar.experiments.session import Session
+from fastar.experiments.statistics_batches import examples, statistics_batches, whole_statistics
 from fastar.kernels import interpolate
 from fastar.matching import match_by_settings, matching_threads
 from fastar.runs import versions
@@ -37,19 +38,21 @@ CHECKED_ON = 64
 KINDS = ("regular_regular", "star_heldout", "star_source", "regular_regular_unmatched")
 
 
-def endpoint(context: Context, name: str, checkpoint: Checkpoint, permutation: Permutations | None = None) -> Endpoint:
+def endpoint(session: Session, name: str, checkpoint: Checkpoint, permutation: Permutations | None = None) -> Endpoint:
     """A checkpoint as one end of a path, permuted by `permutation` if given; its row is made when it is asked for."""
 
     def state() -> Mapping[str, Tensor]:
-        return checkpoint.state if permutation is None else context.symmetry.apply(permutation, checkpoint.state)
+        return (
+            checkpoint.state if permutation is None else session.network.symmetry.apply(permutation, checkpoint.state)
+        )
 
     def row() -> Tensor:
-        return context.layout.flatten(state())
+        return session.network.layout.flatten(state())
 
     own = None
-    if context.settings.evaluation.batch_norm == "reference":
+    if session.settings.evaluation.batch_norm == "reference":
         found = {  # in float32, as the rows are, whatever the file holds
-            name: value.to(context.device, torch.float32)
+            name: value.to(session.device, torch.float32)
             for name, value in state().items()
             if name.endswith(("running_mean", "running_var"))
         }
@@ -57,18 +60,18 @@ def endpoint(context: Context, name: str, checkpoint: Checkpoint, permutation: P
     return Endpoint(name, row, own)
 
 
-def check_endpoint(context: Context, name: str, checkpoint: Checkpoint, permutation: Permutations | None) -> None:
+def check_endpoint(session: Session, name: str, checkpoint: Checkpoint, permutation: Permutations | None) -> None:
     """Raise FastarError unless the network at this end of a path computes what the checkpoint's own does, on the first
     test images and with its own batch-norm statistics."""
-    own, standing = context.build(seed=0), context.build(seed=0)
+    own, standing = session.network.build(seed=0), session.network.build(seed=0)
     load_into(own, checkpoint)
-    state = checkpoint.state if permutation is None else context.symmetry.apply(permutation, checkpoint.state)
-    images, _ = next(iter(context.splits()["test"]()))
-    check_end(own, standing, context.layout, state, images[:CHECKED_ON], name)
+    state = checkpoint.state if permutation is None else session.network.symmetry.apply(permutation, checkpoint.state)
+    images, _ = next(iter(session.data.splits()["test"]()))
+    check_end(own, standing, session.network.layout, state, images[:CHECKED_ON], name)
 
 
 def matched_endpoints(
-    context: Context,
+    session: Session,
     first: Checkpoint,
     others: Sequence[Checkpoint],
     names: Sequence[str],
@@ -83,14 +86,14 @@ def matched_endpoints(
     """
     if not others:
         return []
-    settings, symmetry, layout = context.settings, context.symmetry, context.layout
-    theta = layout.views(context.row(first))
-    size = min(PART_ROWS, resident_models(4 * layout.numel, context.device, len(others)))
+    settings, symmetry, layout = session.settings, session.network.symmetry, session.network.layout
+    theta = layout.views(session.network.row(first))
+    size = min(PART_ROWS, resident_models(4 * layout.numel, session.device, len(others)))
     ends = []
     with progress.task("matching", total=len(others), unit="sources") as advance:
         for begin in range(0, len(others), size):
             some = others[begin : begin + size]
-            rows = torch.zeros(len(some), layout.numel, device=context.device, dtype=torch.float32)
+            rows = torch.zeros(len(some), layout.numel, device=session.device, dtype=torch.float32)
             for row, other in zip(rows, some, strict=True):
                 row.copy_(layout.flatten(other.state))
             found = match_by_settings(
@@ -99,14 +102,14 @@ def matched_endpoints(
                 theta,
                 layout.views(rows),
                 start=None if start is None else start.part(begin, begin + len(some)),
-                examples=context.examples,
+                examples=partial(examples, session),
                 seed=derive_seed(settings.seed, "evaluation", "matching"),
-                threads=matching_threads(context.device, settings.workers),
+                threads=matching_threads(session.device, settings.workers),
             ).permutations.to("cpu")
             for k, other in enumerate(some):
                 if checked:
-                    check_endpoint(context, names[begin + k], other, found.select(k))
-                ends.append(endpoint(context, names[begin + k], other, found.select(k)))
+                    check_endpoint(session, names[begin + k], other, found.select(k))
+                ends.append(endpoint(session, names[begin + k], other, found.select(k)))
             advance(len(some))
     return ends
 
@@ -128,15 +131,15 @@ def choose_pairs(count: int, wanted: int, seed: int) -> list[tuple[int, int]]:
 
 
 def paths_of_run(
-    context: Context,
+    session: Session,
     star: Checkpoint,
     sources: Sequence[Checkpoint],
     heldouts: Sequence[Checkpoint],
     permutations: Permutations | None,
 ) -> list[Path]:
     """All paths of a run: star to heldouts and sources, and pairs of regular models, matched and not."""
-    settings = context.settings
-    centre = endpoint(context, "star", star)
+    settings = session.settings
+    centre = endpoint(session, "star", star)
     source_names = [f"source {i}" for i in range(len(sources))]
     heldout_names = [f"heldout {i}" for i in range(len(heldouts))]
     matching = settings.ends_matched
@@ -149,21 +152,21 @@ def paths_of_run(
         ("star_source", *chosen, known),
     ):
         if matching:
-            ends = matched_endpoints(context, star, models, names, start=start, progress=context.progress)
+            ends = matched_endpoints(session, star, models, names, start=start, progress=session.progress)
         else:
-            ends = [endpoint(context, name, model) for name, model in zip(names, models, strict=True)]
+            ends = [endpoint(session, name, model) for name, model in zip(names, models, strict=True)]
         paths += [Path(kind, centre, end) for end in ends]
 
     regular = [*sources, *heldouts]
     names = [*source_names, *heldout_names]
     pairs = choose_pairs(len(regular), settings.evaluation.regular_pairs, derive_seed(settings.seed, "pairs"))
-    plain = {i: endpoint(context, names[i], regular[i]) for pair in pairs for i in pair}
-    with context.progress.task("matching pairs", total=len(pairs), unit="pairs") as advance:
+    plain = {i: endpoint(session, names[i], regular[i]) for pair in pairs for i in pair}
+    with session.progress.task("matching pairs", total=len(pairs), unit="pairs") as advance:
         for first, group in itertools.groupby(pairs, key=lambda pair: pair[0]):
             seconds = [second for _, second in group]
             if matching:
                 ends = matched_endpoints(
-                    context, regular[first], [regular[i] for i in seconds], [names[i] for i in seconds]
+                    session, regular[first], [regular[i] for i in seconds], [names[i] for i in seconds]
                 )
                 paths += [Path("regular_regular", plain[first], end) for end in ends]
             paths += [Path("regular_regular_unmatched", plain[first], plain[i]) for i in seconds]
@@ -180,31 +183,31 @@ def spread(values: Sequence[float]) -> dict[str, float | int | None]:
 
 
 def measure(
-    context: Context,
+    session: Session,
     star: Checkpoint,
     sources: Sequence[Checkpoint],
     heldouts: Sequence[Checkpoint],
     permutations: Permutations | None,
 ) -> dict[str, Any]:
     """Everything in `results.json`."""
-    settings = context.settings
+    settings = session.settings
     start = time.perf_counter()
-    paths = paths_of_run(context, star, sources, heldouts, permutations)
+    paths = paths_of_run(session, star, sources, heldouts, permutations)
     measured = evaluate_paths(
-        context.build(seed=0),
-        context.layout,
+        session.network.build(seed=0),
+        session.network.layout,
         paths,
-        context.splits(),
+        session.data.splits(),
         points=settings.evaluation.points,
-        statistics_batches=context.statistics_batches,
+        statistics_batches=partial(statistics_batches, session),
         method=settings.evaluation.batch_norm,
-        shown=shown(context),
+        shown=shown(session),
         graph=settings.evaluation.graph,
-        progress=context.progress,
+        progress=session.progress,
     )
-    error = statistics_error(context, paths)
+    error = statistics_error(session, paths)
     seconds = time.perf_counter() - start
-    log = context.run.log.read()
+    log = session.run.log.read()
     return {
         "dataset": settings.dataset.label,
         "arch": settings.model.arch,
@@ -216,33 +219,33 @@ def measure(
         "paths": [path_result(path) for path in measured],
         "seconds": {**epoch_seconds(log), "evaluation": seconds},
         "speed": speed(log),
-        "peak_bytes": max([peak_bytes(context.device), *(entry.get("peak_bytes", 0) for entry in log)]),
+        "peak_bytes": max([peak_bytes(session.device), *(entry.get("peak_bytes", 0) for entry in log)]),
         "versions": versions(),
-        "device": device_name(context.device),
+        "device": device_name(session.device),
         "seed": settings.seed,
         "batch_norm_error": error,
     }
 
 
-def statistics_error(context: Context, paths: Sequence[Path]) -> dict[str, Any] | None:
+def statistics_error(session: Session, paths: Sequence[Path]) -> dict[str, Any] | None:
     """What `evaluation.bn_batches` changes in the test loss half-way along the first path: the difference to eight
     times as many batches, or all there are. None where all batches are taken, or without batch-norm."""
-    wanted, model = context.settings.evaluation.bn_batches, context.build(seed=0)
-    whole = context.whole_statistics()
+    wanted, model = session.settings.evaluation.bn_batches, session.network.build(seed=0)
+    whole = whole_statistics(session)
     if wanted is None or wanted >= whole or not batch_norm_layers(model):
         return None
-    path, half = paths[0], torch.tensor(0.5, device=context.device, dtype=torch.float32)
-    row = torch.empty(context.layout.numel, device=context.device, dtype=torch.float32)
-    interpolate(path.first.row_on(context.device), path.second.row_on(context.device), half, row)
+    path, half = paths[0], torch.tensor(0.5, device=session.device, dtype=torch.float32)
+    row = torch.empty(session.network.layout.numel, device=session.device, dtype=torch.float32)
+    interpolate(path.first.row_on(session.device), path.second.row_on(session.device), half, row)
     losses = []
     for times in (1, TIMES):
         found = evaluate_rows(
             model,
-            context.layout,
+            session.network.layout,
             row[None],
-            {"test": context.splits()["test"]},
-            statistics_batches=partial(context.statistics_batches, times),
-            method=context.settings.evaluation.batch_norm,
+            {"test": session.data.splits()["test"]},
+            statistics_batches=partial(statistics_batches, session, times),
+            method=session.settings.evaluation.batch_norm,
         )
         losses.append(float(found["test"].loss[0]))
     against = min(TIMES * wanted, whole)

@@ -22,8 +22,8 @@ from fastar.experiments.facts import (
     short_batch,
     shown_bytes,
 )
-from fastar.experiments.session import EXAMPLE_BATCHES, LOOKED_AT
-from fastar.matching import comparing_bytes, working_bytes
+from fastar.experiments.statistics_batches import LOOKED_AT
+from fastar.matching import EXAMPLE_BATCHES, comparing_bytes, working_bytes
 from fastar.runtime.footprint import Footprint
 from fastar.runtime.memory import models_that_fit
 from fastar.symmetry import Symmetry

@@ -25,8 +25,9 @@ from fastar.evaluation.forward import forward_bytes, statistics_bytes
 from fastar.experiments.facts import DataFacts, data_facts, evaluated_models, published_gigabytes, training_sides
 from fastar.experiments.hours import Asked, Work, measured_rates, work_of
 from fastar.experiments.needs import PHASES, Choice, Item, Sizes, during, items_of, remedy
-from fastar.experiments.session import EXAMPLE_BATCHES, Context, Shape
-from fastar.matching import kept_bytes
+from fastar.experiments.session import Session, new_session, threads, with_shape
+from fastar.experiments.task import Shape
+from fastar.matching import EXAMPLE_BATCHES, kept_bytes
 from fastar.runs import RunFolder
 from fastar.runtime.memory import free_bytes, gpu_bytes
 from fastar.runtime.progress import SILENT, Progress, size_text
@@ -89,13 +90,13 @@ def plan_run(
     for option, value in (("--images-per-second", rate), ("--loader-images-per-second", loader)):
         if value is not None and not 0 < value < math.inf:
             raise FastarError(f"{option}={value} must be above 0")
-    context = Context(settings, RunFolder(out), progress)
+    context = new_session(settings, RunFolder(out), progress)
     elsewhere = settings.gpu_memory is not None and context.device.type == "cpu"
-    with nullcontext() if elsewhere else context.threads():
+    with nullcontext() if elsewhere else threads(context):
         return make_plan(context, images_per_second=rate, loader_images_per_second=loader, measure=not elsewhere)
 
 
-def check_fits(context: Context) -> Plan:
+def check_fits(context: Session) -> Plan:
     """Plan the run of `context` without timing anything: where it is now, whatever it is planned for.
 
     Raises:
@@ -111,7 +112,7 @@ def check_fits(context: Context) -> Plan:
 
 
 def make_plan(
-    context: Context,
+    context: Session,
     *,
     images_per_second: float | None = None,
     loader_images_per_second: float | None = None,
@@ -136,7 +137,7 @@ def make_plan(
     gpu_memory = None if settings.gpu_memory is None else parse_bytes(settings.gpu_memory)
     on_gpu = context.device.type == "cuda" or (gpu_memory is not None and not here)
     dtype = _precision(settings.train.precision, context.device, on_gpu)
-    context.known = Shape(context.image, facts.classes)  # the data need not be there
+    context = with_shape(context, Shape(context.data.image, facts.classes))  # the data need not be there
     _check_last_batch(context, facts.train)
     if measure is not None:
         context.progress.line("planning: counting bytes")
@@ -169,12 +170,16 @@ def make_plan(
     return replace(plan, problems=list(_problems(plan, sizes, choice)))
 
 
-def sizes_of(context: Context, facts: DataFacts, dtype: torch.dtype, limits: dict[str, int], on_gpu: bool) -> Sizes:
+def sizes_of(context: Session, facts: DataFacts, dtype: torch.dtype, limits: dict[str, int], on_gpu: bool) -> Sizes:
     """What the tensors of the run take: counted on networks without data."""
     settings = context.settings
-    model, layout = context.build(seed=0, device="cpu"), context.layout
+    model, layout = context.network.build(seed=0, device="cpu"), context.network.layout
     sides = training_sides(context)
-    image = (context.image[0], max(sides), max(sides)) if context.settings.dataset.spec.variable_size else context.image
+    image = (
+        (context.data.image[0], max(sides), max(sides))
+        if context.settings.dataset.spec.variable_size
+        else context.data.image
+    )
     row = 4 * layout.numel
     largest = max(settings.evaluation.batch_size, settings.train.batch_size)
     given = 0
@@ -198,34 +203,34 @@ def sizes_of(context: Context, facts: DataFacts, dtype: torch.dtype, limits: dic
         update=row * rows_of_an_update(settings.train.optimizer, context.device),
         optimizer=settings.train.optimizer,
         image=image,
-        measured_image=context.image,
+        measured_image=context.data.image,
         training=training_footprint(
-            lambda: context.build(seed=0, device="cpu"), image, dtype, settings.train.batch_size
+            lambda: context.network.build(seed=0, device="cpu"), image, dtype, settings.train.batch_size
         ),
-        forward=forward_bytes(model, context.image, largest),
-        symmetry=context.symmetry,
+        forward=forward_bytes(model, context.data.image, largest),
+        symmetry=context.network.symmetry,
         kicks=settings.matching.perturbations,
         by_activations=settings.matching.by_activations,
         kept=functools.cache(
             lambda batch: kept_bytes(
                 model,
-                context.symmetry,
-                [torch.empty(batch, *context.image, device="meta", dtype=torch.float32)] * EXAMPLE_BATCHES,
+                context.network.symmetry,
+                [torch.empty(batch, *context.data.image, device="meta", dtype=torch.float32)] * EXAMPLE_BATCHES,
             )
         ),
-        batch_norm=context.has_batch_norm,
+        batch_norm=context.network.has_batch_norm,
         drop_last=settings.train.drop_last,
         threads=settings.workers,
     )
 
 
-def _check_last_batch(context: Context, images: int) -> None:
+def _check_last_batch(context: Session, images: int) -> None:
     """Raise FastarError where a batch of training is of one image, and a layer takes no variance of that."""
     train = context.settings.train
     size = train.batch_size
     if size > 1 and (train.drop_last or images % size != 1):
         return
-    layer = context.layer_of_single_values(min(training_sides(context)) if train.resolutions else None)
+    layer = context.network.layer_of_single_values(min(training_sides(context)) if train.resolutions else None)
     if layer is None:
         return
     none = f"batch-norm layer {layer} takes no variance of one image"
@@ -244,7 +249,7 @@ def _precision(setting: str, device: torch.device, on_gpu: bool) -> torch.dtype:
     return resolve_precision(setting, device)
 
 
-def _limits(context: Context, gpu_memory: int | None, on_gpu: bool) -> dict[str, int]:
+def _limits(context: Session, gpu_memory: int | None, on_gpu: bool) -> dict[str, int]:
     """Bytes that may be taken: of a GPU all, of the host and the disk what is free (what this run holds counts)."""
     there = next(path for path in (context.run.path.absolute(), *context.run.path.absolute().parents) if path.exists())
     own = sum(f.stat().st_size for f in there.rglob("*") if f.is_file()) if context.run.config.is_file() else 0

@@ -14,7 +14,7 @@ from fastar.config import parse_bytes, validate
 from fastar.errors import FastarError
 from fastar.experiments.facts import data_facts
 from fastar.experiments.plan import Plan, check_fits
-from fastar.experiments.session import Context
+from fastar.experiments.session import Session, new_session
 from fastar.flat import check_kernels
 from fastar.models import build_model
 from fastar.runs import RunFolder
@@ -24,7 +24,7 @@ from fastar.training import check_batch, resolve_precision
 REFUSED = 2
 
 
-def use_device(context: Context) -> None:
+def use_device(context: Session) -> None:
     """Make sure that the run's device can do what the settings ask for. This is where a GPU is first touched.
 
     Raises:
@@ -37,29 +37,29 @@ def use_device(context: Context) -> None:
         cap_gpu(context.device, parse_bytes(settings.gpu_memory))
 
 
-def use_device_early(context: Context) -> None:
+def use_device_early(context: Session) -> None:
     """`use_device`, unless writers of data have to be forked first: they must not inherit a GPU that is in use."""
     if context.device.type == "cpu" or torch.cuda.is_initialized() or is_written(context):
         use_device(context)
 
 
-def check_network(context: Context) -> None:
+def check_network(context: Session) -> None:
     """Build the run's network once, on the CPU and for any number of classes, which only the files may know.
 
     Raises:
         FastarError: an architecture that is not known, or does not take these images or settings.
     """
     model = context.settings.model
-    build_model(model.arch, input_shape=context.image, classes=2, seed=0, **model.options)
+    build_model(model.arch, input_shape=context.data.image, classes=2, seed=0, **model.options)
 
 
-def is_written(context: Context) -> bool:
+def is_written(context: Session) -> bool:
     """Whether the data set's files are there."""
     chosen = context.settings.dataset
     return data.is_finished(chosen.directory.expanduser() / chosen.label)
 
 
-def prepare_data(context: Context) -> Plan:
+def prepare_data(context: Session) -> Plan:
     """Write the data where they are not there yet, once all that can be said against the run has been said.
 
     Returns:
@@ -71,12 +71,12 @@ def prepare_data(context: Context) -> Plan:
     """
     if not is_written(context):
         check_beforehand(context)
-    _ = context.files
+    _ = context.data.files
     use_device(context)
     return check_fits(context)
 
 
-def check_beforehand(context: Context) -> None:
+def check_beforehand(context: Session) -> None:
     """Check device and sizes before data are written. Of sets of one size on a GPU that is not in use yet only the
     batch size is asked: they are written in less time than the rest takes.
 
@@ -100,14 +100,14 @@ def check_beforehand(context: Context) -> None:
         check_batch(context.settings.train, data_facts(context).train)
 
 
-def _check(context: Context) -> None:
+def _check(context: Session) -> None:
     # Another context: what published counts say of the classes is not yet known of the files.
-    fresh = Context(context.settings, context.run)
+    fresh = new_session(context.settings, context.run)
     use_device(fresh)
     check_fits(fresh)
 
 
-def _check_elsewhere(context: Context) -> None:
+def _check_elsewhere(context: Session) -> None:
     """In a process of its own, which may touch the GPU; not a forked one, since CUDA has counted its devices here."""
     given = {"settings": context.settings.model_dump(mode="json"), "run": str(context.run.path)}
     command = [sys.executable, "-m", "fastar.experiments.preflight"]
@@ -123,7 +123,7 @@ def _check_elsewhere(context: Context) -> None:
 def _main() -> int:
     given = json.load(sys.stdin)
     try:
-        _check(Context(validate(given["settings"]), RunFolder(Path(given["run"]))))
+        _check(new_session(validate(given["settings"]), RunFolder(Path(given["run"]))))
     except FastarError as error:
         print(error, file=sys.stderr)
         return REFUSED

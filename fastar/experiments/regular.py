@@ -16,7 +16,7 @@ from fastar.evaluation import Measured, evaluate_rows
 from fastar.evaluation.batch_norm import own_statistics
 from fastar.experiments.resumable import Prepared, Subject, Trained, difference, trained
 from fastar.experiments.reuse import given_paths
-from fastar.experiments.session import MEASURE_WITH_LESS, Context, within_memory
+from fastar.experiments.session import Session, measuring
 from fastar.runs import commit, read_metadata, versions
 from fastar.runs.model_files import Checkpoint, load_checkpoint, load_into, save_checkpoint
 from fastar.runtime.progress import Progress
@@ -27,15 +27,15 @@ from fastar.training import RegularStep, resolve_precision
 HOW = {"compile", "graph", "on_nonfinite"}
 
 
-def recipe(context: Context, kind: str, index: int) -> dict[str, Any]:
+def recipe(session: Session, kind: str, index: int) -> dict[str, Any]:
     """Everything that determines a regular model; one on disk is reused only if its recipe is the same."""
-    settings = context.settings
+    settings = session.settings
     return {
-        **context.architecture(),
-        **context.data_recipe(),
+        **session.network.architecture(),
+        **session.data.recipe(),
         "train": settings.train.model_dump(mode="json", exclude={*HOW, "precision"}),
         # Resolved: auto differs between devices, and a run must not mix what it means.
-        "precision": str(resolve_precision(settings.train.precision, context.device)).removeprefix("torch."),
+        "precision": str(resolve_precision(settings.train.precision, session.device)).removeprefix("torch."),
         "seed": settings.seed,
         "kind": kind,
         "index": index,
@@ -51,67 +51,69 @@ def check_recipe(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]
         raise FastarError(f"{path}: is another model ({difference(changed)}); move it away or choose --out")
 
 
-def regular_models(context: Context, kind: str, count: int) -> list[Checkpoint]:
+def regular_models(session: Session, kind: str, count: int) -> list[Checkpoint]:
     """Sources (`kind` "source") or heldouts number 0 .. count - 1, trained where they are not there yet.
 
     Raises:
         FastarError: one that is there was made otherwise, or cannot be read.
     """
     found = []
-    paths = [context.run.model(kind, index) for index in range(count)]
+    paths = [session.run.model(kind, index) for index in range(count)]
     for index, path in enumerate(paths):  # all checks before any training
         if path.is_file():
-            check_recipe(path, read_metadata(path, own=True).get("recipe", {}), recipe(context, kind, index))
+            check_recipe(path, read_metadata(path, own=True).get("recipe", {}), recipe(session, kind, index))
     missing = [path for path in paths if not path.is_file()]
-    with context.progress.task(f"{kind} models", total=len(missing), unit="models") as advance:
+    with session.progress.task(f"{kind} models", total=len(missing), unit="models") as advance:
         for index, path in enumerate(paths):
             if not path.is_file():
-                train_regular(context, kind, index)
+                train_regular(session, kind, index)
                 advance(1)
             found.append(load_checkpoint(path, own=True).released())
     return found
 
 
-def train_regular(context: Context, kind: str, index: int) -> None:
+def train_regular(session: Session, kind: str, index: int) -> None:
     """Train one regular model, from where it was left if it was, and save it into the run folder."""
-    settings = context.settings
+    settings = session.settings
     seed = derive_seed(settings.seed, kind, index)
-    wanted = recipe(context, kind, index)
+    wanted = recipe(session, kind, index)
 
     def make(attempt: int) -> Prepared:
-        return Prepared(RegularStep(context.build(seed=seed), settings.train))
+        return Prepared(RegularStep(session.network.build(seed=seed), settings.train))
 
     subject = Subject(kind, index, wanted)
-    with trained(context, subject, make, seed=derive_seed(seed, "data")) as done:
+    with trained(session, subject, make, seed=derive_seed(seed, "data")) as done:
         step = done.prepared.step
         assert isinstance(step, RegularStep)
         state = step.state()
         step.release()  # the optimizer, a graph: the memory is measuring's now
-        model = context.build(seed=seed)
+        model = session.network.build(seed=seed)
         load_into(model, Checkpoint(state))
         own = own_statistics(model)
-        with within_memory(f"measuring {subject.name}", MEASURE_WITH_LESS):
-            rows, called = context.row(Checkpoint(state))[None], [subject.name]
-            measured = evaluate_rows(model, context.layout, rows, context.splits(), statistics=[own], called=called)
-        save_model(context, subject, state, measured, done)
+        with measuring(f"{subject.name}"):
+            rows, called = session.network.row(Checkpoint(state))[None], [subject.name]
+            measured = evaluate_rows(
+                model, session.network.layout, rows, session.data.splits(), statistics=[own], called=called
+            )
+        save_model(session, subject, state, measured, done)
 
 
 def save_model(
-    context: Context, subject: Subject, state: Mapping[str, Tensor], measured: Mapping[str, Measured], done: Trained
+    session: Session, subject: Subject, state: Mapping[str, Tensor], measured: Mapping[str, Measured], done: Trained
 ) -> None:
     """Write a trained model into the run folder, with what it is and `measured` on the splits."""
     save_checkpoint(
-        context.run.model(subject.kind, subject.index),
+        session.run.model(subject.kind, subject.index),
         state,
         {
-            **recipe(context, subject.kind, subject.index),
+            **recipe(session, subject.kind, subject.index),
             "recipe": dict(subject.recipe),
             "epochs": len(done.history),
             "retries": done.retries,
             "training_loss": done.history[-1].loss,
             **{f"{split}_loss": float(m.loss[0]) for split, m in measured.items()},
             **{f"{split}_accuracy": float(m.accuracy[0]) for split, m in measured.items()},
-            "device": device_name(context.device),
+            "device": device_name(session.device),
             "version": __version__,
             "commit": commit(),
             "versions": versions(),
@@ -124,19 +126,19 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def given_sources(context: Context, folder: Path, count: int) -> list[Checkpoint]:
+def given_sources(session: Session, folder: Path, count: int) -> list[Checkpoint]:
     """The checkpoints that `given_paths` finds, checked against the run.
 
     Raises:
         FastarError: too few of them, or one of another architecture, other data, or not finite.
     """
-    model = context.build(seed=0)
+    model = session.network.build(seed=0)
     found = []
     for path in given_paths(folder, count):
         checkpoint = load_checkpoint(path)
-        check_fits(context, checkpoint)
+        check_fits(session, checkpoint)
         checkpoint = load_into(model, checkpoint)
-        tell(checkpoint, context.progress)
+        tell(checkpoint, session.progress)
         found.append(checkpoint.released())  # files that are no .safetensors stay in the host's memory
     return found
 
@@ -148,13 +150,13 @@ def tell(checkpoint: Checkpoint, progress: Progress) -> None:
         progress.line(line)
 
 
-def check_fits(context: Context, checkpoint: Checkpoint, *, same_data: bool = True) -> None:
+def check_fits(session: Session, checkpoint: Checkpoint, *, same_data: bool = True) -> None:
     """Raise FastarError if a checkpoint says that it is of another architecture or (`same_data`) of other data."""
-    wanted = context.architecture()
+    wanted = session.network.architecture()
     if same_data:
-        wanted |= {"dataset": context.settings.dataset.name}
+        wanted |= {"dataset": session.settings.dataset.name}
         if "dataset_digest" in checkpoint.metadata:
-            wanted |= {"dataset_digest": context.files.digest, "validation": context.settings.dataset.validation}
+            wanted |= {"dataset_digest": session.data.files.digest, "validation": session.settings.dataset.validation}
     kept = {"validation": checkpoint.metadata.get("validation", 0.0)}  # one that names none was trained on all images
     known = {key: value for key, value in {**checkpoint.metadata, **kept}.items() if key in wanted}
     changed = changes(known, {key: wanted[key] for key in known})

@@ -11,7 +11,7 @@ import torch
 
 from fastar.config import changes
 from fastar.errors import FastarError
-from fastar.experiments.session import Context
+from fastar.experiments.session import Session
 from fastar.runs import delete, remove_if_empty
 from fastar.runs.live_metrics import finite
 from fastar.runs.model_files import save_checkpoint
@@ -70,7 +70,7 @@ def attempt_seed(seed: int, attempt: int) -> int:
 
 @contextmanager
 def trained(
-    context: Context,
+    context: Session,
     subject: Subject,
     make: Callable[[int], Prepared],
     *,
@@ -127,8 +127,8 @@ def trained(
             run.log.append(
                 kind="retry", model=subject.name, attempt=checkpoints.attempt, reason=str(error), back_to=where
             )
-            if context.figures is not None:
-                context.figures.forget(subject.kind, subject.index, saved.epoch if saved is not None else 0)
+            if context.metrics is not None:
+                context.metrics.forget(subject.kind, subject.index, saved.epoch if saved is not None else 0)
     yield Trained(prepared, history, checkpoints.attempt)
     checkpoints.remove()
     last_good = run.last_good(subject.kind, subject.index)
@@ -138,7 +138,7 @@ def trained(
 
 
 def _attempt(
-    context: Context,
+    context: Session,
     subject: Subject,
     make: Callable[[int], Prepared],
     checkpoints: TrainingCheckpoints,
@@ -155,8 +155,8 @@ def _attempt(
 
     def on_epoch(epoch: Epoch) -> None:
         run.log.append(**entry(vars(epoch)))
-        if context.figures is not None:
-            context.figures.add(subject.kind, subject.index, epoch.epoch + 1, live_figures(epoch))
+        if context.metrics is not None:
+            context.metrics.add(subject.kind, subject.index, epoch.epoch + 1, live_figures(epoch))
 
     run.log.repair(name, [entry(epoch) for epoch in saved.history] if saved is not None else [])
     attempt = checkpoints.attempt
@@ -169,7 +169,7 @@ def _attempt(
             checkpoints.parts = prepared.parts
             history = fit(
                 prepared.step,
-                context.train,
+                context.data.train,
                 context.settings.train,
                 name=name,
                 seed=attempt_seed(seed, attempt),
@@ -201,7 +201,7 @@ def _place(saved: Saved) -> str:
     return f"epoch {saved.epoch + 1}" + (f", step {saved.step + 1}" if saved.step else "")
 
 
-def _same_recipe(context: Context, subject: Subject, saved: Saved) -> bool:
+def _same_recipe(context: Session, subject: Subject, saved: Saved) -> bool:
     """Whether training may go on from `saved`; False: it ended in losses that were not finite, and another recipe is
     tried now.
 
@@ -229,7 +229,7 @@ def difference(changed: Mapping[str, tuple[Any, Any]]) -> str:
 
 
 def _what_is_left(
-    context: Context, subject: Subject, error: NonFiniteLoss, left: Good | None, checkpoints: TrainingCheckpoints
+    context: Session, subject: Subject, error: NonFiniteLoss, left: Good | None, checkpoints: TrainingCheckpoints
 ) -> FastarError:
     """Save the model as it was last known to be good: the file is never taken for a finished model."""
     message = f"{error}{_elsewhere(context, subject)}"
@@ -241,7 +241,7 @@ def _what_is_left(
     return FastarError(f"{message} (the model after {left.after()} is in {path}{again})")
 
 
-def _elsewhere(context: Context, subject: Subject) -> str:
+def _elsewhere(context: Session, subject: Subject) -> str:
     """Why other settings of training need another folder, if they do: the models that are finished have these."""
     run, settings = context.run, context.settings
     if not (run.finished("source", 0) or run.finished("heldout", 0)):

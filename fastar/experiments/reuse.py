@@ -1,4 +1,4 @@
-"""Whether a run is finished: from its files' digests, without data, memory, or anything that is slow to import."""
+"""A run is done, or its results are reused: by its files' digests, without data, memory or slow imports."""
 
 from __future__ import annotations
 
@@ -14,16 +14,40 @@ from fastar.runtime.json_files import content_digest
 from fastar.runtime.progress import SILENT, Progress
 
 
+def train_star(
+    settings: Settings, out: Path, progress: Progress = SILENT, *, profile: int | None = None
+) -> dict[str, Any]:
+    """Do a whole run (`star_domain.do_run`), unless it is finished.
+
+    Args:
+        profile: look at so many steps of the star's training.
+
+    Returns:
+        The content of `results.json`.
+
+    Raises:
+        FastarError: the folder belongs to another run, or bad input.
+    """
+    if settings.sources.number + settings.sources.heldout < 2:
+        raise FastarError("a barrier between regular models needs two of them: raise sources.number or .heldout")
+    run = RunFolder(out)
+    run.check(settings)
+    results = finished_results(settings, run, progress) if profile is None else None
+    if results is None:
+        from fastar.experiments.star_domain import do_run  # only now torch and all that is slow to import
+
+        results = do_run(settings, out, progress, profile=profile)
+    return results
+
+
 def finished_results(settings: Settings, run: RunFolder, progress: Progress = SILENT) -> dict[str, Any] | None:
     """The results of a run whose models are all there and have been measured as `settings` say; else None.
 
     The models' own digests are compared, not their tensors, and the data's is what the star was trained on.
 
     Raises:
-        FastarError: the folder belongs to another run, or a model that is there is truncated or says of itself
-            what was not saved.
+        FastarError: a model that is there is truncated or says of itself what was not saved.
     """
-    run.check(settings)
     numbers = {"heldout": settings.sources.heldout}
     if settings.sources.folder is None:
         numbers["source"] = settings.sources.number
@@ -34,18 +58,12 @@ def finished_results(settings: Settings, run: RunFolder, progress: Progress = SI
         return None
     metadata = read_metadata(run.star, own=True)
     check_permutations(run, metadata)
-    trained_on = metadata.get("dataset_digest")
-    return kept_results(run, measured_digest(settings, run, str(trained_on)), progress)
-
-
-def kept_results(run: RunFolder, measured: str, progress: Progress = SILENT) -> dict[str, Any] | None:
-    """What `results.json` holds, if it is of what has the digest `measured`; `progress` is told."""
+    heard: list[str] = []
     try:
-        heard: list[str] = []
         results = run.read_results(heard.append)
-    except FastarError:  # none, or damaged: they are measured again, and written anew
+    except FastarError:  # damaged: they are measured again, and written anew
         return None
-    if results.get("measured") != measured:
+    if results.get("measured") != measured_digest(settings, run, str(metadata.get("dataset_digest"))):
         return None
     for line in heard:
         progress.line(line)

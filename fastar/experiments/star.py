@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,8 @@ from fastar.evaluation.batch_norm import set_statistics
 from fastar.experiments.regular import check_recipe, recipe, save_model
 from fastar.experiments.resumable import Prepared, Subject, attempt_seed, trained
 from fastar.experiments.reuse import check_permutations
-from fastar.experiments.session import MEASURE_WITH_LESS, Context, within_memory
+from fastar.experiments.session import Session, measuring
+from fastar.experiments.statistics_batches import examples, statistics_batches
 from fastar.flat.forward import on_device
 from fastar.matching import KeptActivations, UnitActivations, kept_bytes, matching_threads
 from fastar.runs import delete, read_metadata, write_atomically
@@ -32,7 +34,7 @@ from fastar.symmetry import Permutations
 from fastar.training import Matcher, Recording, SourcesStore, StarStep, StepsProfile
 
 
-def star_recipe(context: Context, sources: Sequence[Checkpoint]) -> dict[str, Any]:
+def star_recipe(context: Session, sources: Sequence[Checkpoint]) -> dict[str, Any]:
     """Everything that determines a star model."""
     settings = context.settings
     return {
@@ -44,7 +46,7 @@ def star_recipe(context: Context, sources: Sequence[Checkpoint]) -> dict[str, An
 
 
 def star_model(
-    context: Context, sources: Sequence[Checkpoint], *, profile: StepsProfile | None = None
+    context: Session, sources: Sequence[Checkpoint], *, profile: StepsProfile | None = None
 ) -> tuple[Checkpoint, Permutations | None]:
     """The star model of `sources`, and the sources' permutations that it was trained with (None: never matched).
 
@@ -72,24 +74,24 @@ def star_model(
 
 
 def _store(
-    context: Context, sources: Sequence[Checkpoint], by_activations: bool
+    context: Session, sources: Sequence[Checkpoint], by_activations: bool
 ) -> tuple[SourcesStore, KeptActivations | None]:
     """The sources as they are in the files, and, where they are matched by it, what their units do."""
-    given = context.examples() if by_activations else None
+    given = examples(context) if by_activations else None
     # Kept for all epochs, so not on the device.
     inputs = [on_device(batch, torch.device("cpu")) for batch in given.inputs] if given else []
     store = SourcesStore(
-        context.layout,
+        context.network.layout,
         [source.state for source in sources],
         [str(source.path and source.path.name) for source in sources],
         context.device,
         store=context.settings.sources.store,
         folder=context.run.path,
-        beside=kept_bytes(given.model, context.symmetry, inputs) if given else 0,
+        beside=kept_bytes(given.model, context.network.symmetry, inputs) if given else 0,
     )
     if given is None:
         return store, None
-    look = UnitActivations(given.model, context.symmetry, inputs, context.device)
+    look = UnitActivations(given.model, context.network.symmetry, inputs, context.device)
     views = store.views()
     rows = ({name: value[n] for name, value in views.items()} for n in range(len(store)))
     names = [f"source {name}" for name in store.names]
@@ -97,30 +99,30 @@ def _store(
 
 
 def _train(
-    context: Context, sources: Sequence[Checkpoint], wanted: dict[str, Any], profile: StepsProfile | None
+    context: Session, sources: Sequence[Checkpoint], wanted: dict[str, Any], profile: StepsProfile | None
 ) -> None:
     settings, run = context.settings, context.run
     seed = derive_seed(settings.seed, "star", 0)
     matched = settings.star_matched_every > 0
 
-    by_activations = matched and settings.matching.by_activations and bool(context.symmetry.groups)
+    by_activations = matched and settings.matching.by_activations and bool(context.network.symmetry.groups)
 
     def make(attempt: int) -> Prepared:
         store, kept = _store(context, sources, by_activations)
         matcher = None
         if matched:
             matcher = Matcher(
-                context.symmetry,
+                context.network.symmetry,
                 store,
                 settings.matching,
                 seed=settings.seed,
                 threads=matching_threads(context.device, settings.workers),
-                examples=context.examples,
+                examples=partial(examples, context),
                 kept=kept,
                 progress=context.progress,
             )
         step = StarStep(
-            context.build(seed=seed),
+            context.network.build(seed=seed),
             settings.train,
             settings.star,
             store,
@@ -156,15 +158,17 @@ def _train(
             matcher.release()
         step.release()  # Z, the optimizer and all: the memory is measuring's now
         # The running statistics so far are of interpolated networks: the star gets its own.
-        model = context.build(seed=seed)
+        model = context.network.build(seed=seed)
         load_into(model, Checkpoint(trained_state))
-        with within_memory("measuring the star", MEASURE_WITH_LESS):
+        with measuring("the star"):
             with full_precision():
-                statistics = re_estimate(model, context.statistics_batches())
+                statistics = re_estimate(model, statistics_batches(context))
             set_statistics(model, statistics)
-            row = context.row(Checkpoint(model.state_dict()))
+            row = context.network.row(Checkpoint(model.state_dict()))
             own, called = [statistics] if statistics else None, ["the star"]
-            measured = evaluate_rows(model, context.layout, row[None], context.splits(), statistics=own, called=called)
+            measured = evaluate_rows(
+                model, context.network.layout, row[None], context.data.splits(), statistics=own, called=called
+            )
         delete(run.star)  # one whose permutations are missing: it is not to be found with these
         # Written first: a star without its permutations would be measured against other ones than it was trained with.
         save_checkpoint(
@@ -175,7 +179,7 @@ def _train(
         save_model(context, subject, model.state_dict(), measured, done)
 
 
-def steps_profile(context: Context, steps: int) -> StepsProfile:
+def steps_profile(context: Session, steps: int) -> StepsProfile:
     """A look at `steps` steps of the star's training; trace (and memory, on a GPU) go into the run folder.
 
     Raises:
@@ -188,7 +192,7 @@ def steps_profile(context: Context, steps: int) -> StepsProfile:
         raise FastarError(f"--profile: {run.star} is in training already; finish it without, or choose another --out")
     memory = run.profile("memory.pickle") if context.device.type == "cuda" else None
     found = StepsProfile(steps, Recording(context.device, trace=run.profile("trace.json"), memory=memory))
-    found.check(star.epochs or train.epochs, context.train.batch_count(train.batch_size, train.drop_last))
+    found.check(star.epochs or train.epochs, context.data.train.batch_count(train.batch_size, train.drop_last))
     try:
         run.profile("").mkdir(exist_ok=True)
     except OSError as error:

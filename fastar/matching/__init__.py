@@ -4,11 +4,12 @@ from fastar.matching.activation.match_activations import comparing_bytes, correl
 from fastar.matching.activation.statistics import KeptActivations, SeenSources, UnitActivations, kept_bytes
 from fastar.matching.assignment import solve_assignment, solver_name
 from fastar.matching.many import ManyResult, To, average, match_many
-from fastar.matching.methods import Examples, GiveExamples, match_by_settings
+from fastar.matching.methods import EXAMPLE_BATCHES, Examples, GiveExamples, match_by_settings
 from fastar.matching.sinkhorn import match_sinkhorn
 from fastar.matching.weight.match_weights import MatchResult, match, match_weights, matching_threads, working_bytes
 
 __all__ = [
+    "EXAMPLE_BATCHES",
     "Examples",
     "GiveExamples",
     "KeptActivations",

@@ -28,6 +28,9 @@ from fastar.runtime.progress import SILENT, Progress
 from fastar.symmetry.permutations import Permutations
 from fastar.symmetry.symmetry import Symmetry
 
+EXAMPLE_BATCHES = 4
+"""Batches of data that methods of matching which look at data are shown."""
+
 
 @dataclass(frozen=True)
 class Examples:

@@ -1,8 +1,10 @@
-"""What work on any device needs: to wait for it, and to know a simulated GPU from a real one."""
+"""Devices: choosing one by its name, waiting for it, and telling a simulated GPU from a real one."""
 
 from __future__ import annotations
 
 import torch
+
+from fastar.errors import FastarError
 
 # What torch calls the GPU of tools/rehearse.py, and the version of its CUDA.
 SIMULATED = "simulated"
@@ -17,3 +19,30 @@ def synchronize(device: torch.device) -> None:
 def simulated() -> bool:
     """Whether the GPU here is host memory under another name: it says nothing of speed, and nothing compiles for it."""
     return torch.version.cuda == SIMULATED
+
+
+def resolve_device(name: str) -> torch.device:
+    """The device called `name`; auto is the GPU where there is one.
+
+    Raises:
+        FastarError: unknown name, or a GPU that is not there.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise FastarError(f"device={name!r} is not a device; use auto, cpu, cuda or cuda:0") from error
+    if device.type not in ("cpu", "cuda"):
+        raise FastarError(f"device={name!r}: fastar runs on cpu or cuda")
+    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
+        raise FastarError(f"device={name!r}: no such GPU here; use device=cpu or see `fastar doctor`")
+    if device.type == "cuda":
+        # Streams, events and graphs are made on the current device. The first one is that, and is not touched yet: the
+        # writers of data sets are forked first.
+        index = torch.cuda.current_device() if torch.cuda.is_initialized() else 0
+        if device.index not in (None, index):
+            torch.cuda.set_device(device)
+            index = device.index
+        device = torch.device("cuda", index)
+    return device

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import os
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+
+from fastar.errors import FastarError
 
 MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
@@ -106,3 +110,13 @@ def _left_in_container() -> int | None:
         return max(int(limit) - used + int(statistics.get("inactive_file", 0)), 0)
     except (OSError, ValueError):  # no container limit of this kind
         return None
+
+
+@contextmanager
+def within_memory(what: str, remedy: str) -> Iterator[None]:
+    """Inside, memory of a GPU that runs out is an error for users."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        reason = " ".join(str(error).split()).split(". ")[0]
+        raise FastarError(f"{what}: out of memory ({reason}); {remedy}") from error

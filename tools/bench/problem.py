@@ -17,11 +17,11 @@ from fastar import matching
 from fastar.config import MatchingSettings, StarSettings, TrainSettings
 from fastar.data import Augmentation, DeviceDataset
 from fastar.errors import FastarError
-from fastar.experiments.session import EXAMPLE_BATCHES, LOOKED_AT, resolve_device
+from fastar.experiments.statistics_batches import LOOKED_AT
 from fastar.flat import FlatLayout
-from fastar.matching import KeptActivations, UnitActivations, kept_bytes
+from fastar.matching import EXAMPLE_BATCHES, KeptActivations, UnitActivations, kept_bytes
 from fastar.models import build_model, parameter_count
-from fastar.runtime.device import simulated
+from fastar.runtime.device import resolve_device, simulated
 from fastar.symmetry import derive_symmetry
 from fastar.training import Matcher, RegularStep, SourcesStore, StarStep, fit, resolve_precision
 

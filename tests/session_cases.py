@@ -1,0 +1,35 @@
+"""Sessions of runs whose data and symmetry are at hand, so that nothing is read or derived."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+from fastar.experiments.session import Session
+from fastar.experiments.task import Network, RunData, Shape
+from fastar.symmetry import Symmetry
+
+
+class GivenData(RunData):
+    """Datasets under the names of attributes: train, test, files."""
+
+    def __init__(self, session: Session, shape: Shape | None, **given: Any):
+        super().__init__(session.settings, session.device, session.progress, shape)
+        vars(self).update(given)
+
+
+class GivenNetwork(Network):
+    """A network whose groups are known."""
+
+    def __init__(self, session: Session, symmetry: Symmetry):
+        super().__init__(session.settings, session.device, session.data)
+        vars(self)["symmetry"] = symmetry
+
+
+def with_data(session: Session, shape: Shape | None = None, **given: Any) -> Session:
+    data = GivenData(session, shape, **given)
+    return replace(session, data=data, network=Network(session.settings, session.device, data))
+
+
+def with_symmetry(session: Session, symmetry: Symmetry) -> Session:
+    return replace(session, network=GivenNetwork(session, symmetry))
