@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PINS := requirements.txt setup.py tools/install.sh tools/build_ffcv.sh
 
-.PHONY: star install test test-all rehearse smoke check format bench clean
+.PHONY: star install quick test test-all rehearse smoke check docs format bench clean
 
 star: $(VENV)/.installed
 	$(BIN)/fastar train-star --dataset digits
@@ -23,6 +23,10 @@ test: $(VENV)/.dev
 test-all: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SHARED) -m 'slow or not slow'
 
+# The invariants alone, in under a minute on two cores: what to run after each change.
+quick: $(VENV)/.dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SHARED) -m quick
+
 # The tests marked gpu, on a simulated one where there is none (tools/rehearse.py).
 rehearse: $(VENV)/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python tools/rehearse.py python -m pytest -m gpu $(SHARED)
@@ -36,6 +40,11 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+# The documentation as a site, in build/docs; a link that leads nowhere is an error.
+docs: $(VENV)-docs/.installed
+	$(VENV)-docs/bin/python -m sphinx -W --keep-going -q -b html docs build/docs
+	@echo "build/docs/index.html"
+
 format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -46,8 +55,14 @@ bench: $(VENV)/.bench
 	$(BIN)/python tools/bench_epoch.py --arch resnet8 --sources 4 --images 2560
 	$(BIN)/python tools/bench_matching.py --arch resnet18 --sources 2 --against rebasin
 
+# An environment of its own: the site's tools are no part of what the tests run with.
+$(VENV)-docs/.installed: requirements-docs.txt
+	python3 -m venv $(VENV)-docs
+	$(VENV)-docs/bin/python -m pip --disable-pip-version-check install -q -r requirements-docs.txt
+	@touch $@
+
 clean:
-	rm -rf $(VENV) build dist fastar.egg-info .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(VENV)-docs build dist fastar.egg-info .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(VENV)/.installed: $(PINS)

@@ -93,14 +93,20 @@ def test_version() -> None:
     assert fastar("--version") == type(fastar("--version"))(0, f"fastar {__version__}\n", "")
 
 
-@pytest.mark.parametrize("file", ["README.md", "CONTRIBUTING.md"])
+PAGES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))
+
+
+@pytest.mark.parametrize("file", ["README.md", "CONTRIBUTING.md", *PAGES])
 def test_documented_commands_exist(file: str) -> None:
     path = ROOT / file
     if not path.is_file():
         pytest.skip(f"no {file} yet")
     text = path.read_text(encoding="utf-8")
     blocks = "\n".join(re.findall(r"```\w*\n(.*?)```", text, re.DOTALL)) + "\n"
-    quoted = "\n".join(code for code in re.findall(r"`(fastar [^`]+)`", text) if "[" not in code)
+    inline = [code for code in re.findall(r"`(fastar [^`]+)`", text) if "[" not in code]
+    names = {code.split()[1] for code in inline if len(code.split()) == 2}  # a command's name in a sentence
+    assert names <= {*COMMANDS, "--help"}
+    quoted = "\n".join(code for code in inline if len(code.split()) > 2)
     for arguments in examples(blocks + quoted):
         check([argument.replace("NAME", "digits") for argument in arguments])
     targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
