@@ -93,7 +93,7 @@ def test_version() -> None:
     assert fastar("--version") == type(fastar("--version"))(0, f"fastar {__version__}\n", "")
 
 
-PAGES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))
+PAGES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))
 
 
 @pytest.mark.parametrize("file", ["README.md", "CONTRIBUTING.md", *PAGES])

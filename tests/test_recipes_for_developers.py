@@ -1,0 +1,58 @@
+"""The pages of docs/developers are true: each is followed to the letter in a copy of the package."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = sorted((ROOT / "docs" / "developers").glob("add-*.md"))
+STEP = re.compile(
+    r"^New file `(?P<new>[^`]+)`:\n\n|^In `(?P<old>[^`]+)`, below `(?P<line>[^`]+)`:\n\n", flags=re.MULTILINE
+)
+
+
+def follow(page: str, package: Path) -> list[str]:
+    """Do what the page says of files; its commands, in order."""
+    commands = []
+    for match in re.finditer(r"```(\w+)\n(.*?)```", page, flags=re.DOTALL):
+        language, code = match.groups()
+        if language == "sh":
+            commands += code.replace("\\\n", " ").splitlines()
+            continue
+        named = re.match(r"# (\S+\.py)\n", code)
+        steps = [step for step in STEP.finditer(page) if step.end() == match.start()]
+        if named is not None:
+            (package / named.group(1)).write_text(code, encoding="utf-8")
+        elif steps and steps[0]["new"]:
+            path = package / steps[0]["new"]
+            assert not path.exists(), path
+            path.write_text(code, encoding="utf-8")
+        else:
+            assert steps, f"what is to be done with\n{code}"
+            path = package / steps[0]["old"]
+            before, line, after = path.read_text(encoding="utf-8").partition(f"{steps[0]['line']}\n")
+            assert line, f"{path} has no line {steps[0]['line']!r}"
+            path.write_text(before + line + code + after, encoding="utf-8")
+    return commands
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_page_is_followed_to_the_letter(page: Path, tmp_path: Path) -> None:
+    for folder in ("fastar", "kernels", "configs"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    commands = follow(page.read_text(encoding="utf-8"), tmp_path)
+    assert commands
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), "HOME": str(tmp_path), "FASTAR_CACHE": "off"}
+    for command in commands:
+        program, *arguments = shlex.split(command, comments=True)
+        run = {"fastar": [sys.executable, "-m", "fastar"], "python": [sys.executable]}[program]
+        done = subprocess.run([*run, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
