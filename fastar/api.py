@@ -14,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedParameter
 from torch.utils._pytree import tree_map_only
 
+from fastar import matching
 from fastar.config import MatchingSettings, matching_settings
 from fastar.errors import FastarError
 from fastar.evaluation import Endpoint, Path, evaluate_paths
@@ -36,8 +37,7 @@ from fastar.evaluation.ends import check_end, outputs_of
 from fastar.flat import FlatLayout
 from fastar.flat.forward import Batch
 from fastar.flat.state_check import check_computed, check_one_value, check_state_of, copied, is_vector, tensors_of
-from fastar.matching import EXAMPLE_BATCHES, Examples, ManyResult, MatchResult, To, match_by_settings
-from fastar.matching import match_many as match_states
+from fastar.matching import EXAMPLE_BATCHES, Examples, ManyResult, MatchResult, To
 from fastar.runtime.progress import SILENT, Progress
 from fastar.symmetry import (
     ExampleInputs,
@@ -107,7 +107,7 @@ def match(
     check_state_of(model_a, source, "model_b")
     models = {"model_a": model_a, "model_b": model_b}
     symmetry = _symmetry(models, example_inputs, settings, spec, allow_partial)
-    result = match_by_settings(
+    result = matching.match(
         settings,
         symmetry,
         model_a.state_dict(),
@@ -188,7 +188,7 @@ def match_many(
     called = {} if centre is None else {"centre": centre}
     called |= {f"models[{n}]": model for n, model in enumerate(models)}
     symmetry = _symmetry(called, example_inputs, settings, spec, allow_partial)
-    result = match_states(
+    result = matching.match_many(
         symmetry,
         [_tensors(state, device) for state in states],
         to=to or ("mean" if centre is None else "star"),

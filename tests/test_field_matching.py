@@ -18,8 +18,8 @@ from fastar.config import MatchingSettings
 from fastar.errors import FastarError
 from fastar.evaluation import Endpoint
 from fastar.flat import FlatLayout
-from fastar.matching import Examples, KeptActivations, SeenSources, UnitActivations, kept_bytes, match_many
-from fastar.matching.activation import statistics as seen
+from fastar.matching import ActivationCache, Examples, UnitActivations, cache_bytes, match_many
+from fastar.matching.activation import statistics
 from fastar.runs.model_files import Checkpoint
 from fastar.symmetry import Permutations, Symmetry, derive_symmetry
 from fastar.training import SourcesStore, match_store
@@ -135,7 +135,7 @@ def test_without_following_the_channels_tokens_are_mispaired(monkeypatch: pytest
     """The control: what the count above is worth."""
     model, inputs = seeded(Mixer), images()
     twin, _, back = shuffled(model, inputs)
-    monkeypatch.setattr(seen, "moving_axes", lambda *args: {})
+    monkeypatch.setattr(statistics, "moving_axes", lambda *args: {})
     found = wrong(by_activations(model, twin, inputs), back)
     assert found.pop("tokens.0.0") >= 15
     assert set(found.values()) == {0}
@@ -156,8 +156,8 @@ def test_a_store_of_mixers_is_matched_by_what_was_kept(tmp_path: Any) -> None:
     model, batches = seeded(Mixer), list(images(256).split(128))
     symmetry, theta = derive_symmetry(model, (batches[0][:2],)), model.state_dict()
     sources = [symmetry.apply(symmetry.random(n), theta) for n in range(3)]
-    kept = KeptActivations(UnitActivations(model, symmetry, batches, CPU), sources, list("abc"))
-    assert kept_bytes(model, symmetry, batches) >= kept.rows[0].nbytes
+    kept = ActivationCache(UnitActivations(model, symmetry, batches, CPU), sources, list("abc"))
+    assert cache_bytes(model, symmetry, batches) >= kept.rows[0].nbytes
     layout = FlatLayout.from_module(model)
     store = SourcesStore(layout, sources, list("abc"), CPU, store="file", folder=tmp_path)
     now = symmetry.identity(3)
@@ -170,7 +170,7 @@ def test_a_store_of_mixers_is_matched_by_what_was_kept(tmp_path: Any) -> None:
             start=symmetry.identity(),
             seed=0,
             threads=1,
-            seen=SeenSources.all_of(kept, now),
+            activations=kept.permuted(now),
         )
         now = now.then(moves)
         for row in store.rows:

@@ -9,14 +9,14 @@ import numpy as np
 import pytest
 import torch
 from cli_cases import fastar, tiny
+from matching_calls import hard_problem, objective, problem_of, stacked
 from matching_models import CASES, IMAGES, derived
-from test_matching_weights import hard_problem, objective, problem_of, stacked
 from torch import Tensor, nn
 
-from fastar.api import match
+import fastar as package
 from fastar.config import MatchingSettings, load_settings
 from fastar.errors import FastarError
-from fastar.matching import Examples, match_activations, match_by_settings, match_weights
+from fastar.matching import Examples, match, match_activations, match_weights
 from fastar.matching.weight.descent import Descent
 from fastar.matching.weight.match_weights import _starts
 from fastar.matching.weight.problem import Problem
@@ -205,7 +205,7 @@ def test_settings_say_where_the_descent_starts(
 
     def starts(start: str, given: Permutations | None) -> list[Permutations | None]:
         settings = MatchingSettings(start=start, perturbations=2, restarts=3, max_sweeps=50, solver="scipy")  # type: ignore[arg-type]
-        match_by_settings(settings, symmetry, theta, sources, start=given, examples=lambda: examples, seed=7)
+        match(settings, symmetry, theta, sources, start=given, examples=lambda: examples, seed=7)
         passed = seen[-1]
         assert (passed["kicks"], passed["orders"], passed["max_sweeps"], passed["solver"]) == (2, 3, 50, "scipy")
         assert passed["seed"] == 7
@@ -222,7 +222,7 @@ def test_settings_say_where_the_descent_starts(
     assert starts("activations", None) == [acts]
     assert starts("activations", known) == [acts, known]
     with pytest.raises(FastarError, match="needs data"):
-        match_by_settings(MatchingSettings(start="activations"), symmetry, theta, sources)
+        match(MatchingSettings(start="activations"), symmetry, theta, sources)
 
 
 def test_a_guess_among_starts_counts_as_one(symmetries: dict[str, Symmetry]) -> None:
@@ -280,7 +280,7 @@ def test_whole_modules_as_a_new_user_would() -> None:
     before = [{n: t.clone() for n, t in b.state_dict().items()} for b in others]
     outputs = [b(x) for b in others]
     for b, old, expected in zip(others, before, outputs, strict=True):
-        matched = match(a, b, example_inputs=IMAGES)
+        matched = package.match(a, b, example_inputs=IMAGES)
         assert bool((matched.result.objective > matched.result.objective_start).all())
         state = matched.symmetry.apply(matched, b.state_dict())
         assert all(torch.equal(t, old[n]) for n, t in b.state_dict().items())

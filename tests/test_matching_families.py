@@ -8,27 +8,20 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from matching_calls import match_one, objective, stacked
 from matching_family_models import FAMILIES
 from matching_models import random_state
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from fastar.errors import FastarError
-from fastar.matching import match, match_weights
+from fastar.matching import match_weights
 from fastar.matching.families import solve_family
 from fastar.matching.weight.descent import Descent
 from fastar.matching.weight.problem import Problem
 from fastar.symmetry import Group, Member, Permutations, Symmetry, verify_symmetry
 
 State = dict[str, Tensor]
-
-
-def stacked(symmetry: Symmetry, states: list[State]) -> State:
-    return {name: torch.stack([s[name] for s in states]) for name in symmetry.parameters}
-
-
-def objective(symmetry: Symmetry, theta: State, source: State) -> float:
-    return sum(float((theta[n].double() * source[n].double()).sum()) for n in symmetry.parameters)
 
 
 def consistent(parent: list[int], inside: list[list[int]]) -> list[int]:
@@ -162,7 +155,7 @@ def test_a_shuffled_copy_is_recovered_exactly(name: str, way: dict[str, int]) ->
     theta = random_state(model, 100)
     for seed in range(3):
         shuffle = symmetry.random(seed)
-        permuted, found, result = match(symmetry, theta, symmetry.apply(shuffle, theta), **way)  # type: ignore[arg-type]
+        permuted, found, result = match_one(symmetry, theta, symmetry.apply(shuffle, theta), **way)  # type: ignore[arg-type]
         assert found == shuffle.inverse()
         assert all(torch.equal(permuted[n], theta[n]) for n in theta)
         assert bool(result.converged[0])
@@ -175,7 +168,7 @@ def test_a_shuffled_copy_under_a_quadratic_family_is_recovered(name: str) -> Non
     theta = random_state(model, 100)
     for seed in range(3):
         shuffle = symmetry.random(seed)
-        _, found, _ = match(symmetry, theta, symmetry.apply(shuffle, theta), orders=5, kicks=5)
+        _, found, _ = match_one(symmetry, theta, symmetry.apply(shuffle, theta), orders=5, kicks=5)
         assert found == shuffle.inverse()
 
 
@@ -260,7 +253,7 @@ def test_tiny_networks_end_where_no_single_family_can_improve() -> None:
     best_found = 0
     for seed in range(4):
         theta, source = random_state(model, 50 + seed), random_state(model, seed)
-        matched, found, _ = match(symmetry, theta, source, orders=8, seed=seed)
+        matched, found, _ = match_one(symmetry, theta, source, orders=8, seed=seed)
         reached = objective(symmetry, theta, matched)
         totals = {}
         for p, q in itertools.product(range(8), repeat=2):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cli_cases import fastar, refused, tiny
+from matching_calls import objective, stacked
 from matching_family_models import FAMILIES
 from matching_models import CASES, Mlp, ResNet, derived, random_state
 from torch import Tensor, nn
@@ -17,21 +18,12 @@ from torch.nn import functional as F
 
 from fastar.config import MatchingSettings, SinkhornSettings, load_settings
 from fastar.errors import FastarError
-from fastar.matching import Examples, correlate_units, match_by_settings, match_sinkhorn, match_weights
+from fastar.matching import Examples, correlate_units, match, match_sinkhorn, match_weights
 from fastar.matching.activation.record import Observer
 from fastar.matching.sinkhorn import SoftPermutations, sinkhorn
 from fastar.symmetry import Group, Member, Permutations, Symmetry, symmetry_by_settings, without_groups
 
 State = dict[str, Tensor]
-
-
-def stacked(symmetry: Symmetry, states: list[State]) -> State:
-    return {name: torch.stack([s[name] for s in states]) for name in symmetry.parameters}
-
-
-def objective(symmetry: Symmetry, theta: State, source: State) -> float:
-    names = [n for n in symmetry.parameters if n not in symmetry.tied]
-    return sum(float((theta[n].double() * source[n].double()).sum()) for n in names)
 
 
 def case(name: str) -> tuple[nn.Module, Symmetry, Tensor]:
@@ -107,7 +99,7 @@ def test_sinkhorn_recovers_a_shuffled_copy(name: str) -> None:
     shuffles = [symmetry.random(seed) for seed in range(1 if name == "resnet" else 2)]
     sources = stacked(symmetry, [symmetry.apply(shuffle, theta) for shuffle in shuffles])
     settings = MatchingSettings(method="sinkhorn", sinkhorn=SinkhornSettings(steps=20))
-    result = match_by_settings(settings, symmetry, theta, sources)
+    result = match(settings, symmetry, theta, sources)
     for n, shuffle in enumerate(shuffles):
         assert result.permutations.select(n) == shuffle.inverse()
         assert result.objective[n] == pytest.approx(objective(symmetry, theta, theta), rel=1e-6)
@@ -142,7 +134,7 @@ def test_sinkhorn_comes_near_weight_matching(name: str) -> None:
     sources = stacked(symmetry, [symmetry.apply(symmetry.random(n), state) for n, state in enumerate(noisy)])
     weight = match_weights(symmetry, theta, sources)
     settings = MatchingSettings(method="sinkhorn", sinkhorn=SinkhornSettings(steps=60))
-    result = match_by_settings(settings, symmetry, theta, sources)
+    result = match(settings, symmetry, theta, sources)
     assert bool((result.objective > 0.98 * weight.objective).all())
     assert bool((result.objective_start < 0.7 * weight.objective).all())
 
@@ -173,7 +165,7 @@ def test_sinkhorn_descends_on_the_loss_of_the_path(wanted: str) -> None:
         sinkhorn=SinkhornSettings(objective=wanted, steps=150),  # type: ignore[arg-type]
     )
     given = Examples(model, [(inputs[:128], labels[:128]), (inputs[128:], labels[128:])])
-    result = match_by_settings(settings, symmetry, theta, stacked(symmetry, [source]), examples=lambda: given)
+    result = match(settings, symmetry, theta, stacked(symmetry, [source]), examples=lambda: given)
     after, best = middle(symmetry.apply(result.permutations.select(0), source)), middle(theta)
     assert after == pytest.approx(best, rel=1e-5)
     assert middle(source) > 2 * best
@@ -186,14 +178,14 @@ def test_bad_input_to_sinkhorn() -> None:
     sources = stacked(symmetry, [theta])
     mid = MatchingSettings(method="sinkhorn", sinkhorn=SinkhornSettings(objective="mid"))
     with pytest.raises(FastarError, match=r"matching\.sinkhorn\.objective=mid needs data"):
-        match_by_settings(mid, symmetry, theta, sources)
+        match(mid, symmetry, theta, sources)
     with pytest.raises(FastarError, match="need labels"):
-        match_by_settings(mid, symmetry, theta, sources, examples=lambda: Examples(model, [(inputs, None)]))
+        match(mid, symmetry, theta, sources, examples=lambda: Examples(model, [(inputs, None)]))
     broken = {n: torch.full_like(t, float("nan")) if n == "layers.1.weight" else t for n, t in sources.items()}
     with pytest.raises(FastarError, match=r"source 0 has NaN or infinite values in 'layers\.1\.weight'"):
-        match_by_settings(MatchingSettings(method="sinkhorn"), symmetry, theta, broken)
+        match(MatchingSettings(method="sinkhorn"), symmetry, theta, broken)
     with pytest.raises(FastarError, match="lacks parameter"):
-        match_by_settings(MatchingSettings(method="sinkhorn"), symmetry, {}, sources)
+        match(MatchingSettings(method="sinkhorn"), symmetry, {}, sources)
     wild = SinkhornSettings(lr=1e20, temperature=1e-20, noise=0.0, steps=2)
     with pytest.raises(FastarError, match=r"not finite in group 'layers\.0': lower matching\.sinkhorn\.lr"):
         match_sinkhorn(symmetry, theta, sources, settings=wild)
@@ -211,7 +203,7 @@ def test_activations_as_the_method_find_a_shuffled_copy(name: str) -> None:
     sources = stacked(symmetry, [symmetry.apply(shuffle, theta)])
     settings = MatchingSettings(method="activation")
     given = Examples(model, [(inputs, None)])
-    result = match_by_settings(settings, symmetry, theta, sources, examples=lambda: given)
+    result = match(settings, symmetry, theta, sources, examples=lambda: given)
     assert result.left == ()
     symmetry.check(result.permutations)
     for group, index in result.permutations.items():
@@ -226,7 +218,7 @@ def test_activations_as_the_method_do_not_fall_back() -> None:
     shuffle = symmetry.random(3)
     source = symmetry.apply(shuffle, theta)
     source["layers.2.weight"] = 10 * theta["layers.2.weight"]
-    result = match_by_settings(
+    result = match(
         MatchingSettings(method="activation"),
         symmetry,
         theta,
@@ -273,7 +265,7 @@ def test_units_that_cannot_be_observed_stay_and_are_named() -> None:
         def line(self, text: str) -> None:
             lines.append(text)
 
-    result = match_by_settings(
+    result = match(
         MatchingSettings(method="activation"),
         symmetry,
         theta,
@@ -360,7 +352,7 @@ def test_none_derives_nothing_and_moves_nothing(monkeypatch: pytest.MonkeyPatch)
     settings = MatchingSettings(method="none")
     symmetry = symmetry_by_settings(settings, models[0], ())
     sources = {name: torch.stack([model.state_dict()[name] for model in models[1:]]) for name in symmetry.moved}
-    result = match_by_settings(settings, symmetry, models[0].state_dict(), sources)
+    result = match(settings, symmetry, models[0].state_dict(), sources)
     states = [symmetry.apply(result.permutations.select(n), model.state_dict()) for n, model in enumerate(models[1:])]
     assert len(result.permutations) == 0
     assert result.left == ()
@@ -376,7 +368,7 @@ def test_none_derives_nothing_and_moves_nothing(monkeypatch: pytest.MonkeyPatch)
 def test_none_with_groups_leaves_every_source() -> None:
     model, symmetry, _ = case("mlp")
     states = [random_state(model, seed) for seed in range(2)]
-    result = match_by_settings(MatchingSettings(method="none"), symmetry, states[0], stacked(symmetry, states))
+    result = match(MatchingSettings(method="none"), symmetry, states[0], stacked(symmetry, states))
     assert result.permutations.is_identity()
     assert result.permutations.count == 2
     assert float(result.objective[0]) == pytest.approx(objective(symmetry, states[0], states[0]), rel=1e-7)
@@ -390,7 +382,7 @@ def test_methods_that_need_data_say_so() -> None:
         (MatchingSettings(start="activations"), r"matching\.start=activations needs data"),
     ):
         with pytest.raises(FastarError, match=message):
-            match_by_settings(settings, symmetry, theta, stacked(symmetry, [theta]))
+            match(settings, symmetry, theta, stacked(symmetry, [theta]))
 
 
 def test_keys_of_methods() -> None:

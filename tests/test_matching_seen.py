@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from matching_calls import stacked
 from matching_models import random_state
 from run_cases import Killed, Settings, assert_same_models, kill, small
 from safetensors.torch import load_file
-from test_matching_methods import case, stacked
+from test_matching_methods import case
 from torch import Tensor, nn
 
 from fastar.config import MatchingSettings
@@ -20,16 +21,15 @@ from fastar.errors import FastarError
 from fastar.experiments import train_star
 from fastar.flat import FlatLayout
 from fastar.matching import (
+    ActivationCache,
     Examples,
-    KeptActivations,
-    SeenSources,
     UnitActivations,
+    cache_bytes,
     correlate_units,
-    kept_bytes,
-    match_by_settings,
+    match,
     match_many,
 )
-from fastar.matching.activation import statistics as seen
+from fastar.matching.activation import statistics
 from fastar.matching.activation.match_activations import correlate_seen
 from fastar.symmetry import Symmetry, derive_symmetry
 from fastar.training import Matcher, SourcesStore, StarStep, match_store
@@ -39,7 +39,7 @@ CPU = torch.device("cpu")
 State = dict[str, Tensor]
 
 
-def keep(name: str, count: int = 5) -> tuple[nn.Module, Symmetry, list[Tensor], State, list[State], KeptActivations]:
+def keep(name: str, count: int = 5) -> tuple[nn.Module, Symmetry, list[Tensor], State, list[State], ActivationCache]:
     """theta, and sources that are shuffled copies of it, all a little different."""
     model, symmetry, inputs = case(name)
     batches = [inputs[:40], inputs[40:]]
@@ -49,7 +49,7 @@ def keep(name: str, count: int = 5) -> tuple[nn.Module, Symmetry, list[Tensor], 
         noise = random_state(model, n)
         near = {k: v + 0.1 * noise[k] if v.is_floating_point() else v for k, v in theta.items()}
         sources.append(symmetry.apply(symmetry.random(n), near))
-    kept = KeptActivations(
+    kept = ActivationCache(
         UnitActivations(model, symmetry, batches, CPU), sources, [f"source {n}" for n in range(count)]
     )
     return model, symmetry, batches, theta, sources, kept
@@ -60,11 +60,11 @@ def test_what_was_kept_follows_the_units(name: str) -> None:
     """Tables of sources that have moved since are those of the moved sources looked at anew, in half precision."""
     model, symmetry, batches, _, sources, kept = keep(name)
     moves = symmetry.random(7, count=5)
-    moved = SeenSources.all_of(kept, moves)
+    moved = kept.permuted(moves)
     look = UnitActivations(model, symmetry, batches, CPU)
     for n in (0, 3):
         anew = look(symmetry.apply(moves.select(n), sources[n]), "moved")
-        (tables,) = [moved.some(2).tables(n - 2, n - 1)] if n else [moved.tables(0, 1)]
+        (tables,) = [moved.part(2).tables(n - 2, n - 1)] if n else [moved.tables(0, 1)]
         assert tables.keys() == anew.keys()
         for group, table in tables.items():
             # Half precision, and of sums in another order; entries are at most 1.
@@ -79,7 +79,7 @@ def test_sources_are_matched_by_what_was_kept_as_by_what_they_do(name: str) -> N
     for epoch in range(2):
         centre = random_state(model, 100) if not epoch else symmetry.apply(symmetry.random(50), theta)
         wanted, left = correlate_units(model, symmetry, centre, stacked(symmetry, state), batches)
-        moves, unseen = correlate_seen(centre, stacked(symmetry, state), SeenSources.all_of(kept, permutations))
+        moves, unseen = correlate_seen(centre, stacked(symmetry, state), kept.permuted(permutations))
         assert unseen == left
         for group, index in moves.items():  # units that never fire are one as good as the other
             assert float((index == wanted[group]).float().mean()) >= 0.85, (group, epoch)
@@ -91,7 +91,7 @@ def test_chunks_and_threads_change_nothing() -> None:
     model, symmetry, batches, theta, sources, kept = keep("resnet")
     given = stacked(symmetry, sources)
     wanted, _ = correlate_units(model, symmetry, theta, given, batches, chunk=1)
-    now = SeenSources.all_of(kept, symmetry.random(1, count=5))
+    now = kept.permuted(symmetry.random(1, count=5))
     of_kept, _ = correlate_seen(theta, given, now, chunk=1)
     for chunk, threads in ((2, 1), (5, 3), (None, 2)):
         assert correlate_units(model, symmetry, theta, given, batches, chunk=chunk, threads=threads)[0] == wanted
@@ -100,12 +100,12 @@ def test_chunks_and_threads_change_nothing() -> None:
 
 def test_settings_take_what_was_kept_and_need_no_examples() -> None:
     _, symmetry, _, theta, sources, kept = keep("mlp")
-    given, now = stacked(symmetry, sources), SeenSources.all_of(kept, symmetry.identity(5))
-    found = match_by_settings(MatchingSettings(method="activation"), symmetry, theta, given, seen=now)
+    given, now = stacked(symmetry, sources), kept.permuted(symmetry.identity(5))
+    found = match(MatchingSettings(method="activation"), symmetry, theta, given, activations=now)
     assert found.permutations == correlate_seen(theta, given, now)[0]
     for n in range(5):  # near copies: all that fires is found again
         assert float(found.objective[n]) > 1.2 * float(found.objective_start[n])
-    start = match_by_settings(MatchingSettings(start="activations"), symmetry, theta, given, seen=now)
+    start = match(MatchingSettings(start="activations"), symmetry, theta, given, activations=now)
     assert bool((start.objective >= found.objective - 1e-3).all())
 
 
@@ -113,7 +113,7 @@ def test_what_is_kept_has_its_bytes_known_beforehand() -> None:
     for name in ("mlp", "resnet", "attention"):
         model, symmetry, batches, _, _, kept = keep(name, count=2)
         assert kept.rows.dtype == torch.float16
-        assert kept_bytes(model, symmetry, batches) == kept.rows[0].numel() * 2
+        assert cache_bytes(model, symmetry, batches) == kept.rows[0].numel() * 2
         assert len(kept) == 2
 
 
@@ -122,7 +122,7 @@ def test_no_place_has_more_samples_than_the_limit(monkeypatch: pytest.MonkeyPatc
     state = random_state(model, 0)
     whole = UnitActivations(model, symmetry, [inputs], CPU)(state, "whole")
     assert max(len(table) for table in whole.values()) > 300
-    monkeypatch.setattr(seen, "SAMPLES", 100)
+    monkeypatch.setattr(statistics, "SAMPLES", 100)
     few = UnitActivations(model, symmetry, [inputs[:32], inputs[32:]], CPU)
     tables = few(state, "few")
     for group in symmetry.groups:
@@ -172,7 +172,7 @@ def test_bad_networks_are_named() -> None:
     good, bad = random_state(model, 0), random_state(model, 1)
     bad["layers.0.weight"][:] = float("inf")
     with pytest.raises(FastarError, match=r"source two: activations at 'layers\.1\.weight' are not finite"):
-        KeptActivations(look, [good, bad], ["source one", "source two"])
+        ActivationCache(look, [good, bad], ["source one", "source two"])
     with pytest.raises(FastarError, match="at least one batch"):
         UnitActivations(model, symmetry, [], CPU)
     chooses = Chooses()
@@ -183,7 +183,7 @@ def test_bad_networks_are_named() -> None:
     with pytest.raises(
         FastarError, match=r"source odd shows other numbers of activations at '\w+\.\w+' than source a:"
     ):
-        KeptActivations(look, [positive, {n: -p for n, p in positive.items()}], ["source a", "source odd"])
+        ActivationCache(look, [positive, {n: -p for n, p in positive.items()}], ["source a", "source odd"])
 
 
 def test_starts_by_activations_take_the_time_that_looking_takes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -197,19 +197,19 @@ def test_starts_by_activations_take_the_time_that_looking_takes(monkeypatch: pyt
     monkeypatch.setattr(UnitActivations, "__call__", slow)
     given = Examples(model, [(batch, None) for batch in batches])
     for how in (MatchingSettings(start="activations"), MatchingSettings(method="activation")):
-        found = match_by_settings(how, symmetry, theta, stacked(symmetry, sources), examples=lambda: given)
+        found = match(how, symmetry, theta, stacked(symmetry, sources), examples=lambda: given)
         assert found.seconds > 0.6  # theta and five sources
 
 
 def test_theta_that_is_not_finite_is_named() -> None:
     _, symmetry, _, theta, _, kept = keep("mlp")
-    now = SeenSources.all_of(kept, symmetry.identity())
+    now = kept.permuted(symmetry.identity())
     broken = {**theta, "layers.1.weight": torch.full_like(theta["layers.1.weight"], torch.nan)}
     with pytest.raises(FastarError, match=r"theta has NaN or infinite values in 'layers\.1\.weight'"):
-        now.beside(broken)
+        now.with_theta(broken)
     large = {**theta, "layers.0.weight": theta["layers.0.weight"] * 1e38 * 10}
     with pytest.raises(FastarError, match=r"theta"):
-        now.beside(large)
+        now.with_theta(large)
 
 
 # Many, and runs
@@ -228,8 +228,8 @@ def test_a_store_s_parts_are_of_its_own_sources(monkeypatch: pytest.MonkeyPatch,
             monkeypatch.setattr(SourcesStore, "_usable_in_place", False)
             monkeypatch.setattr(SourcesStore.parts, "__defaults__", (3,))
         asked = looked(monkeypatch)
-        seen = SeenSources.all_of(kept, symmetry.identity(7))
-        how: dict[str, Any] = {"start": symmetry.identity(), "seed": 0, "threads": 1, "seen": seen}
+        seen = kept.permuted(symmetry.identity(7))
+        how: dict[str, Any] = {"start": symmetry.identity(), "seed": 0, "threads": 1, "activations": seen}
         moves, _, _ = match_store(symmetry, centre, store, MatchingSettings(method="activation"), **how)
         found.append((moves, store.rows.clone()))
         assert asked == ["theta"]
@@ -350,17 +350,17 @@ def test_a_gpu_pairs_as_the_cpu_does(name: str, cuda: torch.device) -> None:
     model, symmetry, batches, theta, sources, kept = keep(name)
     moves = symmetry.random(7, count=5)
     given = stacked(symmetry, [symmetry.apply(moves.select(n), one) for n, one in enumerate(sources)])
-    wanted, left = correlate_seen(theta, given, SeenSources.all_of(kept, moves))
+    wanted, left = correlate_seen(theta, given, kept.permuted(moves))
     look = UnitActivations(model, symmetry, [batch.to(cuda) for batch in batches], cuda)
     there = {key: value.to(cuda) for key, value in theta.items()}
     for place in (None, lambda width, dtype: torch.zeros(5, width, dtype=dtype)):
-        on_gpu = KeptActivations(look, sources, [f"source {n}" for n in range(5)], place=place)
+        on_gpu = ActivationCache(look, sources, [f"source {n}" for n in range(5)], place=place)
         assert on_gpu.rows.device.type == ("cuda" if place is None else "cpu")
         for chunk in (None, 2):
             found, unseen = correlate_seen(
                 there,
                 {k: v.to(cuda) for k, v in given.items()},
-                SeenSources.all_of(on_gpu, moves),
+                on_gpu.permuted(moves),
                 chunk=chunk,
                 threads=2,
             )

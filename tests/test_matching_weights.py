@@ -8,11 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matching_calls import hard_problem, match_one, objective, problem_of, stacked
 from matching_models import CASES, Mlp, derived, random_state
 from torch import Tensor
 
 from fastar.errors import FastarError
-from fastar.matching import MatchResult, match, match_weights
+from fastar.matching import MatchResult, match_weights
 from fastar.matching.weight.descent import Descent
 from fastar.matching.weight.problem import Problem
 from fastar.symmetry import Permutations, Symmetry, derive_symmetry
@@ -23,33 +24,6 @@ State = dict[str, Tensor]
 @pytest.fixture(scope="module")
 def symmetries() -> dict[str, Symmetry]:
     return derived()
-
-
-def stacked(symmetry: Symmetry, states: list[State]) -> State:
-    return {name: torch.stack([s[name] for s in states]) for name in symmetry.parameters}
-
-
-def objective(symmetry: Symmetry, theta: State, source: State, *, weights_only: bool = False) -> float:
-    """<theta, source> over the parameters in float64, written out plainly; a tied tensor counts once."""
-    names = [n for n in symmetry.parameters if n not in symmetry.tied]
-    return sum(
-        float((theta[n].double() * source[n].double()).sum()) for n in names if theta[n].ndim > 1 or not weights_only
-    )
-
-
-def problem_of(name: str, count: int = 3) -> tuple[State, list[State]]:
-    model = CASES[name][0]
-    return random_state(model, 100), [random_state(model, seed) for seed in range(count)]
-
-
-def hard_problem(count: int = 3) -> tuple[State, list[State]]:
-    """Random 1-D parameters settle each group by themselves; without them the descent has many ends."""
-    theta, states = problem_of("resnet", count)
-    for state in (theta, *states):
-        for tensor in state.values():
-            if tensor.ndim == 1:
-                tensor.mul_(0.01)
-    return theta, states
 
 
 def same(first: MatchResult, second: MatchResult) -> bool:
@@ -64,7 +38,7 @@ def test_a_shuffled_copy_is_recovered_exactly(name: str, symmetries: dict[str, S
     # Near its own copy every unit's best partner is itself: noise would be recovered too, an exact copy must be.
     for seed in range(3):
         shuffle = symmetry.random(seed)
-        permuted, found, result = match(symmetry, theta, symmetry.apply(shuffle, theta), orders=5)
+        permuted, found, result = match_one(symmetry, theta, symmetry.apply(shuffle, theta), orders=5)
         assert found == shuffle.inverse(), name
         assert all(torch.equal(permuted[n], theta[n]) for n in theta)
         assert result.objective[0] == pytest.approx(objective(symmetry, theta, theta), rel=1e-6)
@@ -140,7 +114,7 @@ def test_tiny_networks_end_where_no_single_group_can_improve() -> None:
     global_best = 0
     for seed in range(4):
         theta, source = random_state(model, 50 + seed), random_state(model, seed)
-        matched, found, result = match(symmetry, theta, source, orders=8, seed=seed)
+        matched, found, result = match_one(symmetry, theta, source, orders=8, seed=seed)
         reached = objective(symmetry, theta, matched)
         totals = {}
         for p, q in itertools.product(everything, everything):
@@ -165,7 +139,7 @@ def test_batches_chunks_threads_and_memory_formats_change_nothing(name: str, sym
     for settings in ({"chunk": 2}, {"chunk": 5}, {"threads": 1}, {"threads": 3, "chunk": 2}, {"solver": "scipy"}):
         assert same(result, match_weights(symmetry, theta, sources, **settings)), settings
     for n, state in enumerate(states):
-        _, alone, one = match(symmetry, theta, state)
+        _, alone, one = match_one(symmetry, theta, state)
         assert alone == result.permutations.select(n)
         assert one.objective[0] == pytest.approx(float(result.objective[n]), rel=1e-6)
     contiguous = {n: t.contiguous() for n, t in sources.items()}
@@ -192,7 +166,7 @@ def test_inputs_are_not_written(symmetries: dict[str, Symmetry]) -> None:
     copies = [{n: t.clone() for n, t in d.items()} for d in (theta, sources)]
     for chunk in (1, 3):
         match_weights(symmetry, theta, sources, chunk=chunk, start=symmetry.random(1), orders=2)
-    match(symmetry, theta, states[0])
+    match_one(symmetry, theta, states[0])
     for given, copy in zip((theta, sources), copies, strict=True):
         assert all(torch.equal(given[n], copy[n]) for n in copy)
 
@@ -322,7 +296,7 @@ def test_a_network_without_groups_is_left_as_it_is() -> None:
     model = Mlp(4, 3)
     symmetry = derive_symmetry(model, (torch.zeros(2, 4),))
     theta, state = random_state(model, 0), random_state(model, 1)
-    matched, permutations, result = match(symmetry, theta, state)
+    matched, permutations, result = match_one(symmetry, theta, state)
     assert len(permutations) == 0
     assert all(torch.equal(matched[n], state[n]) for n in state)
     assert result.objective[0] == pytest.approx(objective(symmetry, theta, state), rel=1e-6)

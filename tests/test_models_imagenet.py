@@ -9,11 +9,11 @@ import hashlib
 
 import pytest
 import torch
+from matching_calls import match_one
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastar.errors import FastarError
-from fastar.matching import match
 from fastar.models import MODELS, build_model, parameter_count
 from fastar.symmetry import derive_symmetry
 
@@ -85,7 +85,7 @@ def test_all_hidden_units_belong_to_groups_that_are_proven(arch: str, count: int
             expected |= {(name, axis) for axis in range(min(tensor.ndim, 2))}
     assert placed == expected - {("conv1.weight", 1), ("fc.weight", 0)}
     shuffle, state = symmetry.random(0), model.state_dict()
-    matched, found, _ = match(symmetry, state, symmetry.apply(shuffle, state))
+    matched, found, _ = match_one(symmetry, state, symmetry.apply(shuffle, state))
     assert found == shuffle.inverse()
     assert all(torch.equal(value, matched[name]) for name, value in state.items())
 

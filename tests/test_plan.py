@@ -29,7 +29,7 @@ from fastar.experiments import plan as plan_room
 from fastar.experiments.plan import Plan, check_fits, make_plan
 from fastar.experiments.session import Session, new_session, with_shape
 from fastar.experiments.task import Shape
-from fastar.matching import MatchResult, match_by_settings, match_weights, working_bytes
+from fastar.matching import MatchResult, match, match_weights, working_bytes
 from fastar.models import build_model
 from fastar.runs import RunFolder
 from fastar.runtime.footprint import Footprint, LiveBytes
@@ -412,11 +412,11 @@ def test_what_sources_units_do_is_planned_and_timed(tmp_path: Path, monkeypatch:
     """Where it is kept, and how long a source takes once it is."""
     found = []
 
-    def match(*args: Any, **kwargs: Any) -> MatchResult:
-        found.append((kwargs["seen"], match_by_settings(*args, **kwargs)))
+    def recorded(*args: Any, **kwargs: Any) -> MatchResult:
+        found.append((kwargs["activations"], match(*args, **kwargs)))
         return found[-1][1]
 
-    monkeypatch.setattr(hours, "match_by_settings", match)
+    monkeypatch.setattr(hours, "match", recorded)
     by_weights = {item.what for item in make_plan(cifar(tmp_path, "matching.method=weight"), measure=None).items}
     kept = {}
     for store in ("device", "file"):
@@ -427,8 +427,8 @@ def test_what_sources_units_do_is_planned_and_timed(tmp_path: Path, monkeypatch:
     each = hours.matching_seconds(context)
     seen, result = found[0]
     assert each > result.seconds  # of the one; looking at theta, which was done before, is shared by six
-    assert seen.own is not None
-    assert 6 * seen.kept.rows.nbytes == kept["device"].bytes == kept["file"].bytes
+    assert seen.theta is not None
+    assert 6 * seen.cache.rows.nbytes == kept["device"].bytes == kept["file"].bytes
     assert (kept["device"].place, kept["file"].place) == ("host", "disk")
 
 
@@ -443,11 +443,11 @@ def test_matching_is_timed_on_sources_that_have_to_move(tmp_path: Path, monkeypa
     context = cifar(tmp_path)
     found = []
 
-    def match(*args: Any, **kwargs: Any) -> MatchResult:
-        found.append(match_by_settings(*args, **kwargs))
+    def recorded(*args: Any, **kwargs: Any) -> MatchResult:
+        found.append(match(*args, **kwargs))
         return found[-1]
 
-    monkeypatch.setattr(hours, "match_by_settings", match)
+    monkeypatch.setattr(hours, "match", recorded)
     assert hours.matching_seconds(context) == found[0].seconds
     moves = found[0].permutations
     moved = [int((index != torch.arange(index.shape[1])).sum()) for index in moves.values()]

@@ -46,7 +46,7 @@ from fastar.experiments.regular import regular_models
 from fastar.experiments.session import Session, threads
 from fastar.experiments.star_domain import prepare_session
 from fastar.experiments.statistics_batches import examples, statistics_batches
-from fastar.matching import KeptActivations, SeenSources, UnitActivations, match_by_settings
+from fastar.matching import ActivationCache, SourceActivations, UnitActivations, match
 from fastar.runs.model_files import Checkpoint
 from fastar.runtime.progress import SILENT, Progress, TerminalProgress
 from fastar.runtime.seeds import derive_seed
@@ -109,19 +109,19 @@ def ways(session: Session) -> list[Way]:
 
 def _fastar(session: Session, settings: MatchingSettings) -> Match:
     symmetry = session.network.symmetry
-    known: list[SeenSources] = []
+    known: list[SourceActivations] = []
 
-    def match(theta: State, sources: list[State], warm: bool) -> list[State]:
+    def permuted(theta: State, sources: list[State], warm: bool) -> list[State]:
         if settings.by_activations and not warm:  # as a run does: looked at once, then followed
             given = examples(session)
             look = UnitActivations(given.model, symmetry, given.inputs, session.device)
-            kept = KeptActivations(look, sources, [f"source {n}" for n in range(len(sources))])
-            known[:] = [SeenSources.all_of(kept, symmetry.identity(len(sources)))]
-        seen = known[0] if known else None
+            kept = ActivationCache(look, sources, [f"source {n}" for n in range(len(sources))])
+            known[:] = [kept.permuted(symmetry.identity(len(sources)))]
+        activations = known[0] if known else None
         stacked = {name: torch.stack([source[name] for source in sources]) for name in symmetry.parameters}
         start = symmetry.identity() if warm else None
         threads = session.settings.workers
-        result = match_by_settings(
+        result = match(
             settings,
             symmetry,
             theta,
@@ -129,13 +129,13 @@ def _fastar(session: Session, settings: MatchingSettings) -> Match:
             start=start,
             examples=partial(examples, session),
             threads=threads,
-            seen=seen,
+            activations=activations,
         )
-        if seen is not None:
-            known[:] = [seen.then(result.permutations.to("cpu"))]
+        if activations is not None:
+            known[:] = [activations.then(result.permutations.to("cpu"))]
         return [symmetry.apply(result.permutations.select(n).to("cpu"), source) for n, source in enumerate(sources)]
 
-    return match
+    return permuted
 
 
 def _rebasin(session: Session) -> Match:

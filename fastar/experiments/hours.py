@@ -14,10 +14,9 @@ from fastar.experiments.session import Session
 from fastar.experiments.statistics_batches import LOOKED_AT
 from fastar.matching import (
     EXAMPLE_BATCHES,
-    KeptActivations,
-    SeenSources,
+    ActivationCache,
     UnitActivations,
-    match_by_settings,
+    match,
     matching_threads,
 )
 from fastar.runtime.device import synchronize
@@ -168,7 +167,7 @@ def matching_seconds(context: Session) -> float:
         ),
         sources,
     )
-    seen = None
+    activations = None
     if settings.matching.by_activations and symmetry.groups:
         size = min(settings.train.batch_size, LOOKED_AT)
         images = [
@@ -177,24 +176,24 @@ def matching_seconds(context: Session) -> float:
         ]
         look = UnitActivations(context.network.build(seed=0, device="cpu"), symmetry, images, device)
         states = [{name: rows[n] for name, rows in sources.items()} for n in range(count)]
-        kept = KeptActivations(look, states, [f"source {n}" for n in range(count)])
-        seen = SeenSources.all_of(kept, symmetry.identity())
+        kept = ActivationCache(look, states, [f"source {n}" for n in range(count)])
+        activations = kept.permuted(symmetry.identity())
     seconds, looking = [], 0.0
     for _ in range(2 if device.type == "cuda" else 1):  # kernels are chosen, and memory is had, in the first
-        if seen is not None:
+        if activations is not None:
             synchronize(device)
             begun = time.perf_counter()
-            seen = seen.beside(theta)
+            activations = activations.with_theta(theta)
             synchronize(device)
             looking = time.perf_counter() - begun  # once for all sources
-        found = match_by_settings(
+        found = match(
             settings.matching,
             symmetry,
             theta,
             sources,
             start=symmetry.identity(),
             threads=matching_threads(device, settings.workers),
-            seen=seen,
+            activations=activations,
         )
         seconds.append(found.seconds / count)
     return seconds[-1] + looking / settings.sources.number

@@ -19,7 +19,7 @@ from fastar.experiments.statistics_batches import examples as first_batches
 from fastar.experiments.task import DATA_KEYS
 from fastar.flat import FlatLayout
 from fastar.flat.state_check import REAL
-from fastar.matching import Examples, ManyResult, match_by_settings, match_many, matching_threads
+from fastar.matching import Examples, ManyResult, match, match_many, matching_threads
 from fastar.matching import average as mean_of
 from fastar.models.user_network import own_model
 from fastar.runs import checkpoint_files, stem_of
@@ -193,7 +193,7 @@ def _match_file(
     source = network.load(path)
     symmetry, layout = network.symmetry, network.layout
     row, other = (layout.flatten(one.state).to(network.device) for one in (theta, source))
-    result = match_by_settings(
+    result = match(
         network.matching,
         symmetry,
         {**layout.views(row), **_permuted_buffers(symmetry, theta, row.device)},

@@ -21,7 +21,7 @@ from fastar.experiments.regular import device_name
 from fastar.experiments.session import Session
 from fastar.experiments.statistics_batches import examples, statistics_batches, whole_statistics
 from fastar.kernels import interpolate
-from fastar.matching import match_by_settings, matching_threads
+from fastar.matching import match, matching_threads
 from fastar.runs import versions
 from fastar.runs.model_files import Checkpoint, load_into
 from fastar.runtime.memory import peak_bytes, resident_models
@@ -96,7 +96,7 @@ def matched_endpoints(
             rows = torch.zeros(len(some), layout.numel, device=session.device, dtype=torch.float32)
             for row, other in zip(rows, some, strict=True):
                 row.copy_(layout.flatten(other.state))
-            found = match_by_settings(
+            found = match(
                 settings.matching,
                 symmetry,
                 theta,

@@ -27,7 +27,7 @@ from fastar.experiments.hours import Asked, Work, measured_rates, work_of
 from fastar.experiments.needs import PHASES, Choice, Item, Sizes, during, items_of, remedy
 from fastar.experiments.session import Session, new_session, threads, with_shape
 from fastar.experiments.task import Shape
-from fastar.matching import EXAMPLE_BATCHES, kept_bytes
+from fastar.matching import EXAMPLE_BATCHES, cache_bytes
 from fastar.runs import RunFolder
 from fastar.runtime.memory import free_bytes, gpu_bytes
 from fastar.runtime.progress import SILENT, Progress, size_text
@@ -212,7 +212,7 @@ def sizes_of(context: Session, facts: DataFacts, dtype: torch.dtype, limits: dic
         kicks=settings.matching.perturbations,
         by_activations=settings.matching.by_activations,
         kept=functools.cache(
-            lambda batch: kept_bytes(
+            lambda batch: cache_bytes(
                 model,
                 context.network.symmetry,
                 [torch.empty(batch, *context.data.image, device="meta", dtype=torch.float32)] * EXAMPLE_BATCHES,

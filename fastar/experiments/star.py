@@ -18,7 +18,7 @@ from fastar.experiments.reuse import check_permutations
 from fastar.experiments.session import Session, measuring
 from fastar.experiments.statistics_batches import examples, statistics_batches
 from fastar.flat.forward import on_device
-from fastar.matching import KeptActivations, UnitActivations, kept_bytes, matching_threads
+from fastar.matching import ActivationCache, UnitActivations, cache_bytes, matching_threads
 from fastar.runs import delete, read_metadata, write_atomically
 from fastar.runs.model_files import (
     Checkpoint,
@@ -75,7 +75,7 @@ def star_model(
 
 def _store(
     context: Session, sources: Sequence[Checkpoint], by_activations: bool
-) -> tuple[SourcesStore, KeptActivations | None]:
+) -> tuple[SourcesStore, ActivationCache | None]:
     """The sources as they are in the files, and, where they are matched by it, what their units do."""
     given = examples(context) if by_activations else None
     # Kept for all epochs, so not on the device.
@@ -87,7 +87,7 @@ def _store(
         context.device,
         store=context.settings.sources.store,
         folder=context.run.path,
-        beside=kept_bytes(given.model, context.network.symmetry, inputs) if given else 0,
+        beside=cache_bytes(given.model, context.network.symmetry, inputs) if given else 0,
     )
     if given is None:
         return store, None
@@ -95,7 +95,7 @@ def _store(
     views = store.views()
     rows = ({name: value[n] for name, value in views.items()} for n in range(len(store)))
     names = [f"source {name}" for name in store.names]
-    return store, KeptActivations(look, rows, names, place=store.make_beside, progress=context.progress)
+    return store, ActivationCache(look, rows, names, place=store.make_beside, progress=context.progress)
 
 
 def _train(

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from fastar.config import MatchingSettings
 from fastar.errors import FastarError
-from fastar.matching.activation.statistics import KeptActivations, SeenSources, UnitActivations
+from fastar.matching.activation.statistics import ActivationCache, SourceActivations, UnitActivations
 from fastar.matching.checks import check_finite
-from fastar.matching.methods import GiveExamples, match_by_settings
+from fastar.matching.methods import GiveExamples, match
 from fastar.runtime.progress import SILENT, Progress
 from fastar.runtime.seeds import derive_seed
 from fastar.symmetry.permutations import Permutations
@@ -102,7 +102,7 @@ def match_many(
 
     Raises:
         FastarError: too few networks, a centre that is missing or not needed, a method that mean does not take; as
-            `match_by_settings`.
+            `match`.
     """
     settings = settings or MatchingSettings()
     _check(states, to, centre, settings, rounds, first)
@@ -119,7 +119,7 @@ def match_many(
         result = _star(networks, centre, progress)
     else:
         result = _to_mean(networks, first, rounds, progress)
-    return replace(result, left=kept.look.unseen) if kept is not None and settings.method == "activation" else result
+    return replace(result, left=kept.measure.unseen) if kept is not None and settings.method == "activation" else result
 
 
 def average(symmetry: Symmetry, states: Sequence[State], permutations: Permutations) -> dict[str, Tensor]:
@@ -147,7 +147,7 @@ def _look(
     settings: MatchingSettings,
     examples: GiveExamples | None,
     progress: Progress,
-) -> KeptActivations | None:
+) -> ActivationCache | None:
     """What the units of all networks do, in host memory, where they are matched by it."""
     if examples is None or not settings.by_activations or not symmetry.groups:
         return None
@@ -158,7 +158,7 @@ def _look(
     def place(width: int, dtype: torch.dtype) -> Tensor:
         return torch.empty(len(states), width, dtype=dtype, device="cpu")
 
-    return KeptActivations(look, states, names, place=place, progress=progress)
+    return ActivationCache(look, states, names, place=place, progress=progress)
 
 
 @dataclass(frozen=True)
@@ -171,16 +171,20 @@ class _Networks:
     examples: GiveExamples | None
     seed: int
     threads: int | None
-    kept: KeptActivations | None
+    kept: ActivationCache | None
 
     def match(
-        self, theta: State, some: Sequence[int], start: Permutations | None = None, seen: SeenSources | None = None
+        self,
+        theta: State,
+        some: Sequence[int],
+        start: Permutations | None = None,
+        activations: SourceActivations | None = None,
     ) -> tuple[Permutations, Tensor]:
         """Permutations [n, size] of the networks `some`, and their objectives [n]."""
         names = [name for name in self.symmetry.moved if name in theta and name in self.states[0]]
-        if seen is None and self.kept is not None:
-            seen = SeenSources(self.kept, self.symmetry.identity(), some)
-        result = match_by_settings(
+        if activations is None and self.kept is not None:
+            activations = SourceActivations(self.kept, self.symmetry.identity(), some)
+        result = match(
             self.settings,
             self.symmetry,
             {name: theta[name] for name in names},
@@ -189,18 +193,23 @@ class _Networks:
             examples=self.examples,
             seed=self.seed,
             threads=self.threads,
-            seen=seen,
+            activations=activations,
         )
         return result.permutations.to("cpu"), result.objective
 
     def match_all(self, theta: State, some: Sequence[int]) -> Iterator[tuple[list[int], Permutations, Tensor]]:
         """The same, a few at a time."""
-        seen = None
+        activations = None
         if self.kept is not None:
-            seen = SeenSources(self.kept, self.symmetry.identity(), some).beside(theta)
+            activations = SourceActivations(self.kept, self.symmetry.identity(), some).with_theta(theta)
         for begin in range(0, len(some), PART):
             part = list(some[begin : begin + PART])
-            yield part, *self.match(theta, part, seen=None if seen is None else seen.some(begin, begin + PART))
+            yield (
+                part,
+                *self.match(
+                    theta, part, activations=None if activations is None else activations.part(begin, begin + PART)
+                ),
+            )
 
     def permuted(self, n: int, permutations: Permutations) -> dict[str, Tensor]:
         return self.symmetry.apply(permutations, self.states[n])

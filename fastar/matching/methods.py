@@ -17,7 +17,7 @@ from fastar.config import MatchingSettings
 from fastar.errors import FastarError
 from fastar.flat.forward import Batch, forward, without_statistics
 from fastar.matching.activation.match_activations import correlate_seen, correlate_units, not_worse
-from fastar.matching.activation.statistics import SeenSources
+from fastar.matching.activation.statistics import SourceActivations
 from fastar.matching.assignment import solver_name
 from fastar.matching.checks import check_networks
 from fastar.matching.sinkhorn import Loss, match_sinkhorn, recordable
@@ -58,7 +58,7 @@ GiveExamples = Callable[[], Examples]
 """Makes `Examples` when a method needs them."""
 
 
-def match_by_settings(
+def match(
     settings: MatchingSettings,
     symmetry: Symmetry,
     theta: Mapping[str, Tensor],
@@ -68,7 +68,7 @@ def match_by_settings(
     examples: GiveExamples | None = None,
     seed: int = 0,
     threads: int | None = None,
-    seen: SeenSources | None = None,
+    activations: SourceActivations | None = None,
     progress: Progress = SILENT,
 ) -> MatchResult:
     """Match the sources to theta by `settings.method`: weight, activation, sinkhorn or none.
@@ -79,7 +79,7 @@ def match_by_settings(
     Args:
         start: where the sources are known to match (last epoch's permutations; the identity if they are applied).
         examples: needed by `matching.method=activation`, `matching.start=activations` and sinkhorn's losses alone.
-        seen: what the sources' units do, where it was kept: the first two then need no examples.
+        activations: what the sources' units do, where it was kept: the first two then need no examples.
 
     Raises:
         FastarError: as `match_weights`, `correlate_units` and `match_sinkhorn`; or data are needed and there are none.
@@ -92,8 +92,8 @@ def match_by_settings(
             "threads": threads or matching_threads(device, torch.get_num_threads()),
             "progress": progress,
         }
-        if seen is not None:
-            return correlate_seen(theta, sources, seen, **how)
+        if activations is not None:
+            return correlate_seen(theta, sources, activations, **how)
         given = _needed(examples, setting)
         return correlate_units(given.model, symmetry, theta, sources, given.inputs, **how)
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fastar.config import MatchingSettings, StarSettings, TrainSettings
 from fastar.errors import FastarError
 from fastar.kernels import NextPoint
-from fastar.matching import GiveExamples, KeptActivations, SeenSources, match_by_settings
+from fastar.matching import ActivationCache, GiveExamples, SourceActivations, match
 from fastar.runtime.progress import SILENT, Progress
 from fastar.runtime.seeds import derive_seed
 from fastar.runtime.timing import part
@@ -39,7 +39,7 @@ def match_store(
     seed: int,
     threads: int,
     examples: GiveExamples | None = None,
-    seen: SeenSources | None = None,
+    activations: SourceActivations | None = None,
     progress: Progress = SILENT,
 ) -> tuple[Permutations, Tensor, Tensor]:
     """Step 1: theta_n <- pi_n(theta_n) for all rows of the store, wherever they live.
@@ -50,10 +50,10 @@ def match_store(
     """
     found, objectives, weights = [], [], []
     centre = sources.layout.views(theta)
-    remaining = None if seen is None else seen.beside(centre)
+    remaining = None if activations is None else activations.with_theta(centre)
     for views in sources.parts():
         count = len(next(iter(views.values())))
-        result = match_by_settings(
+        result = match(
             settings,
             symmetry,
             centre,
@@ -62,11 +62,11 @@ def match_store(
             examples=examples,
             seed=seed,
             threads=threads,
-            seen=None if remaining is None else remaining.some(0, count),
+            activations=None if remaining is None else remaining.part(0, count),
             progress=progress,
         )
         symmetry.apply_rows(result.permutations, views)
-        remaining = None if remaining is None else remaining.some(count)
+        remaining = None if remaining is None else remaining.part(count)
         found.append(result.permutations.to("cpu"))
         objectives.append(result.objective.cpu())
         weights.append(result.objective_weights.cpu())
@@ -98,7 +98,7 @@ class Matcher:
         seed: int,
         threads: int = 1,
         examples: GiveExamples | None = None,
-        kept: KeptActivations | None = None,
+        kept: ActivationCache | None = None,
         progress: Progress = SILENT,
     ):
         self.permutations = symmetry.identity(len(sources))
@@ -120,7 +120,7 @@ class Matcher:
             seed=derive_seed(self._seed, "star", "matching", epoch),
             threads=self._threads,
             examples=self._examples,
-            seen=None if self._kept is None else SeenSources.all_of(self._kept, self.permutations),
+            activations=None if self._kept is None else self._kept.permuted(self.permutations),
             progress=self._progress,
         )
         self.permutations = self.permutations.then(moves)

@@ -19,7 +19,7 @@ from fastar.data import Augmentation, DeviceDataset
 from fastar.errors import FastarError
 from fastar.experiments.statistics_batches import LOOKED_AT
 from fastar.flat import FlatLayout
-from fastar.matching import EXAMPLE_BATCHES, KeptActivations, UnitActivations, kept_bytes
+from fastar.matching import EXAMPLE_BATCHES, ActivationCache, UnitActivations, cache_bytes
 from fastar.models import build_model, parameter_count
 from fastar.runtime.device import resolve_device, simulated
 from fastar.symmetry import derive_symmetry
@@ -196,12 +196,12 @@ class Problem:
         if chosen.by_activations:
             size = min(self.settings.batch_size, LOOKED_AT)
             images = [batch.cpu() for batch, _ in self.dataset(EXAMPLE_BATCHES * size).sequential(size)]
-        beside = kept_bytes(model, symmetry, images) if images else 0
+        beside = cache_bytes(model, symmetry, images) if images else 0
         store = SourcesStore(layout, states, names, self.device, store=self.store, beside=beside)
         kept = None
         if images:
             look = UnitActivations(model, symmetry, images, self.device)
-            kept = KeptActivations(look, states, names, place=store.make_beside)
+            kept = ActivationCache(look, states, names, place=store.make_beside)
         return store, Matcher(symmetry, store, chosen, seed=0, threads=matching_threads(self.device), kept=kept)
 
     @cached_property

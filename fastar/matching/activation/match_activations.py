@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastar.flat.forward import Batch
 from fastar.matching import ties
-from fastar.matching.activation.statistics import KEPT, SeenSources, Tables, UnitActivations, resampled, stacked
+from fastar.matching.activation.statistics import KEPT, SourceActivations, Tables, UnitActivations, resampled, stacked
 from fastar.matching.assignment import Solver
 from fastar.matching.checks import check_networks
 from fastar.matching.solving import solve_rows
@@ -107,7 +107,7 @@ def correlate_units(
 def correlate_seen(
     theta: Mapping[str, Tensor],
     sources: Mapping[str, Tensor],
-    seen: SeenSources,
+    seen: SourceActivations,
     *,
     solver: Solver = "auto",
     chunk: int | None = None,
@@ -115,15 +115,15 @@ def correlate_seen(
     progress: Progress = SILENT,
 ) -> tuple[Permutations, tuple[str, ...]]:
     """Pair units as `correlate_units` of sources whose activations were kept: theta alone is run, if it was not."""
-    look, own = seen.kept.look, seen.own
+    look, own = seen.cache.measure, seen.theta
     if own is None:
         own = look(theta, "theta")
     return _pair_units(look, own, seen.tables, theta, sources, solver, chunk, threads, progress), look.unseen
 
 
 def bytes_of_one(symmetry: Symmetry, kept: int) -> int:
-    """Bytes that a source takes while it is compared, if `kept_bytes` says `kept`: its tables in half and twice in full
-    precision, and correlations, as they are and as they are solved."""
+    """Bytes that a source takes while it is compared, if `cache_bytes` says `kept`: its tables in half and twice in
+    full precision, and correlations, as they are and as they are solved."""
     return 5 * kept + 12 * sum(group.size**2 for group in symmetry.groups)
 
 
@@ -141,7 +141,7 @@ def comparing_bytes(
     """Bytes that comparing `count` sources takes beside theta and the sources, where `free` bytes are free.
 
     Args:
-        kept: bytes of one in `KeptActivations`.
+        kept: bytes of one in `ActivationCache`.
         looking: bytes that a forward pass over a batch takes, the batch included.
         gpu: whether the sources are on a GPU.
         threads, chunk: as of `correlate_units`.

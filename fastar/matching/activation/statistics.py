@@ -228,11 +228,11 @@ class _Place:
     size: int
 
 
-class KeptActivations:
+class ActivationCache:
     """What the units of N sources do, looked at once: matching moves units, not what they do.
 
     Args:
-        look: how they are looked at.
+        measure: computes the activations of a network.
         states: parameter name -> tensor of each source, on any device.
         names: what to call them in errors ("source 3").
         place: makes the [N, width] numbers that are kept, wherever they are to live; by default on the device.
@@ -243,25 +243,25 @@ class KeptActivations:
 
     def __init__(
         self,
-        look: UnitActivations,
+        measure: UnitActivations,
         states: Iterable[Mapping[str, Tensor]],
         names: Sequence[str],
         *,
         place: Callable[[int, torch.dtype], Tensor] | None = None,
         progress: Progress = SILENT,
     ):
-        self.look = look
+        self.measure = measure
         self._places: dict[str, _Place] = {}
         self.rows = torch.empty(0, 0, dtype=KEPT, device="cpu")
         with progress.task("activations", len(names), "sources") as advance:
             for n, (state, name) in enumerate(zip(states, names, strict=True)):
-                tables = look({key: value.to(look.device) for key, value in state.items()}, name)
+                tables = measure({key: value.to(measure.device) for key, value in state.items()}, name)
                 if not n:
                     self._places, width = _places(tables)
                     if place is not None and width:
                         self.rows = place(width, KEPT)
                     else:
-                        self.rows = torch.empty(len(names), width, dtype=KEPT, device=look.device)
+                        self.rows = torch.empty(len(names), width, dtype=KEPT, device=measure.device)
                 for group, table in tables.items():
                     self._part(self.rows[n : n + 1], group)[0].copy_(table * len(table) ** 0.5)
                 advance()
@@ -269,13 +269,17 @@ class KeptActivations:
     def __len__(self) -> int:
         return len(self.rows)
 
+    def permuted(self, permutations: Permutations) -> SourceActivations:
+        """All of the sources, once they have been permuted by `permutations` ([N, size], or [size] for all)."""
+        return SourceActivations(self, permutations, range(len(self)))
+
     def tables(self, numbers: Sequence[int]) -> Tables:
         """Of the sources `numbers`: [n, samples, size] float32 on the device, as `UnitActivations` gives."""
         first, count = numbers[0], len(numbers)
         follow = list(numbers) == list(range(first, first + count))
         rows = self.rows[first : first + count] if follow else self.rows[list(numbers)]
         return {
-            group: self._part(rows, group).to(self.look.device).float().div_(place.samples**0.5)
+            group: self._part(rows, group).to(self.measure.device).float().div_(place.samples**0.5)
             for group, place in self._places.items()
         }
 
@@ -286,63 +290,58 @@ class KeptActivations:
 
 
 @dataclass(frozen=True)
-class SeenSources:
+class SourceActivations:
     """Sources as they are now: what their units did, and how they have been permuted since.
 
     Args:
         permutations: [N, size] of all sources that are kept, or [size] for all.
         numbers: which of them these are.
-        own: the tables of the theta that they are compared with, once it has been looked at.
+        theta: the tables of the theta that they are compared with, once they were computed.
     """
 
-    kept: KeptActivations
+    cache: ActivationCache
     permutations: Permutations
     numbers: Sequence[int]
-    own: Tables | None = field(default=None, repr=False)
+    theta: Tables | None = field(default=None, repr=False)
 
-    @staticmethod
-    def all_of(kept: KeptActivations, permutations: Permutations) -> SeenSources:
-        """All that are kept."""
-        return SeenSources(kept, permutations, range(len(kept)))
-
-    def beside(self, theta: Mapping[str, Tensor]) -> SeenSources:
+    def with_theta(self, theta: Mapping[str, Tensor]) -> SourceActivations:
         """The same, to be compared with `theta`, which is looked at now.
 
         Raises:
             FastarError: theta, or what its units do, is not finite.
         """
         try:
-            return replace(self, own=self.kept.look(theta, "theta"))
+            return replace(self, theta=self.cache.measure(theta, "theta"))
         except FastarError:
-            for name in self.kept.look.symmetry.counted(theta, theta):
+            for name in self.cache.measure.symmetry.counted(theta, theta):
                 check_finite(theta[name], name, "theta")  # then that is why
             raise
 
-    def then(self, moves: Permutations) -> SeenSources:
+    def then(self, moves: Permutations) -> SourceActivations:
         """The same once they have been permuted by `moves` too."""
         return replace(self, permutations=self.permutations.then(moves))
 
-    def some(self, begin: int, end: int | None = None) -> SeenSources:
+    def part(self, begin: int, end: int | None = None) -> SourceActivations:
         """Those at positions `begin` to `end` - 1 among these."""
         return replace(self, numbers=self.numbers[begin:end])
 
     def tables(self, begin: int, end: int) -> Tables:
-        """As `KeptActivations.tables`, of these at `begin` to `end` - 1, with their units where they are now."""
+        """As `ActivationCache.tables`, of these at `begin` to `end` - 1, with their units where they are now."""
         numbers = self.numbers[begin:end]
-        tables, index = self.kept.tables(numbers), torch.tensor(list(numbers), dtype=torch.int64, device="cpu")
+        tables, index = self.cache.tables(numbers), torch.tensor(list(numbers), dtype=torch.int64, device="cpu")
         now = {name: one if one.ndim == 1 else one[index] for name, one in self.permutations.items()}
         indices = {name: one.cpu().numpy() for name, one in now.items()}
         return {
-            group: resampled(_moved(table, now[group]), self.kept.look.rows(group, indices))
+            group: resampled(_moved(table, now[group]), self.cache.measure.rows(group, indices))
             for group, table in tables.items()
         }
 
 
-def kept_bytes(model: nn.Module, symmetry: Symmetry, batches: Sequence[Batch]) -> int:
-    """Bytes that a source takes in `KeptActivations`; from the shapes of the batches, nothing is computed."""
+def cache_bytes(model: nn.Module, symmetry: Symmetry, batches: Sequence[Batch]) -> int:
+    """Bytes that a source takes in `ActivationCache`; from the shapes of the batches, nothing is computed."""
     meta = torch.device("meta")
-    look = UnitActivations(model, symmetry, batches, meta)
-    tables = look(
+    measure = UnitActivations(model, symmetry, batches, meta)
+    tables = measure(
         {name: torch.empty(shape, device=meta, dtype=torch.float32) for name, shape in symmetry.parameters.items()},
         "the model",
     )

@@ -165,38 +165,6 @@ def match_weights(
     )
 
 
-def match(
-    symmetry: Symmetry,
-    theta: Mapping[str, Tensor],
-    source: Mapping[str, Tensor],
-    *,
-    start: Starts = None,
-    seed: int = 0,
-    orders: int = 1,
-    kicks: int = 0,
-    max_sweeps: int = 100,
-    solver: Solver = "auto",
-    progress: Progress = SILENT,
-) -> tuple[dict[str, Tensor], Permutations, MatchResult]:
-    """One source's state dict permuted towards theta's (buffers too), the permutations, and the full result (N = 1)."""
-    symmetry.check_state(source, "source")
-    batched = {name: source[name][None] for name in symmetry.parameters if name in source}
-    result = match_weights(
-        symmetry,
-        theta,
-        batched,
-        start=start,
-        seed=seed,
-        orders=orders,
-        kicks=kicks,
-        max_sweeps=max_sweeps,
-        solver=solver,
-        progress=progress,
-    )
-    permutations = result.permutations.select(0) if symmetry.groups else result.permutations
-    return symmetry.apply(permutations, source), permutations, result
-
-
 def _run(
     run_chunk: Callable[[int, int, ThreadPoolExecutor | None], int],
     bounds: Sequence[tuple[int, int]],
