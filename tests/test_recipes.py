@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import yaml
 
-from fastar.config import Settings, load_settings
+from fastar.config import Settings, flatten, load_settings
 from fastar.config.recipes import CONFIGS, names, read_paper, read_recipe, recipe_path
-from fastar.config.scales import SCALES, WIDTHS, scaled
+from fastar.config.scales import MOST, SCALES, WIDTHS, scaled
 from fastar.errors import FastarError
 from fastar.models import model_options
 from fastar.report.recipe_list import catalogue
@@ -103,11 +103,9 @@ def test_a_recipe_says_only_how_it_differs_from_its_base() -> None:
 @pytest.mark.parametrize("name", names())
 def test_scales_make_every_recipe_smaller_and_leave_what_it_is(name: str, scale: str) -> None:
     full, small = (load_settings(file=Path(name), scale=s) for s in ("full", scale))
-    limits = SCALES[scale]
-    assert small.train.epochs <= min(full.train.epochs, limits.epochs)
-    assert small.sources.number <= min(full.sources.number, limits.sources)
-    assert small.sources.heldout <= full.sources.heldout
-    assert small.evaluation.points <= full.evaluation.points
+    was, found = (flatten(one.model_dump(mode="json")) for one in (full, small))
+    for key in ("train.epochs", "sources.number", "sources.heldout", "evaluation.points"):
+        assert found[key] <= min(was[key], MOST[key][SCALES.index(scale)])
     assert small.dataset.limit is not None or small.dataset.name == "digits"
     assert small.model.arch == full.model.arch
     for key in ("optimizer", "schedule", "momentum", "weight_decay", "label_smoothing"):
@@ -134,7 +132,7 @@ def test_epochs_and_learning_rate_shrink_in_proportion() -> None:
         },
         "star": {"epochs": 40},
     }
-    out = scaled(content, "small", defaults={"train": {"optimizer": "sgd"}, "dataset": {}})
+    out = scaled(content, "small", defaults={"train.optimizer": "sgd"})
     assert out["train"] == {
         "epochs": 12,
         "batch_size": 64,
@@ -147,7 +145,7 @@ def test_epochs_and_learning_rate_shrink_in_proportion() -> None:
     assert out["star"]["epochs"] == 4
     assert out["dataset"]["resolution"] == 96
     assert content["train"]["epochs"] == 120  # the settings given are not changed
-    adam = scaled(content, "small", defaults={"train": {"optimizer": "adam"}})
+    adam = scaled(content, "small", defaults={"train.optimizer": "adam"})
     assert adam["train"]["lr"] == 0.4
 
 

@@ -1,7 +1,9 @@
 """Settings: typed, from strict YAML and `key=value`; recipes and their smaller versions."""
 
-from fastar.config.compare import changes, flatten
+from fastar.config.compare import changes, flatten, nested
 from fastar.config.datasets import DATASETS, Augmentation, DatasetSpec, dataset_spec, register, variable_size_names
+from fastar.config.load import as_override, load_settings, matching_settings, parse_overrides, validate
+from fastar.config.recipes import config_path
 from fastar.config.settings import (
     OF_ONE_SIDE,
     CheckpointSettings,
@@ -12,14 +14,8 @@ from fastar.config.settings import (
     SinkhornSettings,
     StarSettings,
     TrainSettings,
-    as_override,
-    config_path,
-    load_settings,
-    matching_settings,
-    parse_bytes,
-    parse_overrides,
-    validate,
 )
+from fastar.config.types import parse_bytes
 
 __all__ = [
     "DATASETS",
@@ -41,6 +37,7 @@ __all__ = [
     "flatten",
     "load_settings",
     "matching_settings",
+    "nested",
     "parse_bytes",
     "parse_overrides",
     "register",

@@ -1,110 +1,75 @@
-"""Settings of a run: typed, strict YAML plus `key=value` overrides. Imports no torch, so that it is instant."""
+"""The settings of a run: their types, defaults and meanings. Imports no torch, so that it is instant."""
 
 from __future__ import annotations
 
-import difflib
 import os
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import ConfigDict, Field, model_validator
 
 from fastar.config.datasets import DATASETS, DatasetSpec, dataset_spec, variable_size_names
-from fastar.config.recipes import config_path, merge, read_recipe, read_yaml, recipe_path, shortened
-from fastar.config.renamed import renewed
-from fastar.config.scales import scaled
-from fastar.errors import FastarError
+from fastar.config.types import (
+    MOST,
+    BelowOne,
+    Count,
+    Folder,
+    Fraction,
+    NotNegative,
+    Positive,
+    PositiveFloat,
+    Section,
+    Size,
+    UpToAMillion,
+)
 
 # Architectures whose parameters depend on the side of the images.
 OF_ONE_SIDE = ("mlp", "vit")
-
-# Anything larger is a slip: torch or Python does not take the size, or it never ends.
-MOST = 10**9
-Positive = Annotated[int, Field(ge=1, le=MOST)]
-Count = Annotated[int, Field(ge=0, le=MOST)]
-UpToAMillion = Annotated[int, Field(ge=1, le=10**6)]
-PositiveFloat = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-BelowOne = Annotated[float, Field(ge=0, lt=1)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
+DATA_FOLDER = "~/.cache/fastar/data"
 
 
-UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-
-
-def parse_bytes(text: str) -> int:
-    """`40GB` (10^9), `40GiB` (2^30), `512MB` as bytes.
-
-    >>> parse_bytes("1.5GB")
-    1500000000
-
-    Raises:
-        FastarError: not a size.
-    """
-    number = text.strip().rstrip("BKMGTIbkmgti ")
-    unit = text.strip()[len(number) :].strip().upper()
-    try:
-        size = float(number) * UNITS[unit]
-    except (ValueError, KeyError):
-        raise FastarError(f"{text!r} is not a size; write it as 40GB, 40GiB or 512MB") from None
-    if not 0 < size < float("inf"):
-        raise FastarError(f"{text!r}: a size must be above 0")
-    return int(size)
-
-
-def _with_home(path: Path) -> Path:
-    try:
-        path.expanduser()
-    except RuntimeError:
-        raise ValueError("there is no such home folder; write the path out") from None
-    return path
-
-
-Folder = Annotated[Path, AfterValidator(_with_home)]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class DatasetSettings(_Section):
+class DatasetSettings(Section):
     """Which images, and where they are."""
 
     name: str
+    """The data set: digits, cifar10, ... (`--dataset`)."""
     root: Folder | None = None
-    """Folder of the raw data; None looks where the dataset is usually found."""
-    directory: Folder = Path(os.environ.get("FASTAR_DATA", "~/.cache/fastar/data"))
-    """Folder of the .beton files, shared by runs."""
+    """Folder of the raw data. null: the usual places are searched."""
+    directory: Folder = Path(os.environ.get("FASTAR_DATA", DATA_FOLDER))
+    """Folder of the .beton files, shared by runs. The variable FASTAR_DATA is another default."""
     limit: Positive | None = None
     """Train on this many images (class-balanced) instead of all."""
     validation: BelowOne = 0.0
-    """Keep this share of the training images out of training (0.1: a tenth), and measure losses, accuracies and
-    barriers on them too. Drawn so that each class keeps its share, by the dataset's name alone: the same images in
-    every run, whatever its seed. They are taken first; `limit` then chooses among the rest. What pixels are normalised
-    with stays the file's."""
+    """Share of the training images that is kept out of training (0.1: a tenth). Losses, accuracies and barriers are
+    measured on them too. Each class keeps its share. The dataset's name alone determines the images: they are the same
+    in every run, whatever its seed. `limit` chooses among the rest. The normalisation of pixels does not change."""
     own_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
-    """Of imagefolder: what your set is called; its files lie in a folder of that name."""
+    """imagefolder only: the name of your set, and of the folder of its files (`--name`)."""
     val_share: Annotated[float, Field(gt=0, lt=1)] | None = None
-    """Of imagefolder, where `root` is one folder of class folders: this share of each class is for testing, chosen by a
-    hash of CLASS/FILE, whatever the seed. None: the images lie in train/ and val/, or the files are written already."""
+    """imagefolder only, where `root` holds class folders alone: the share of each class that is for testing. A hash of
+    CLASS/FILE chooses, whatever the seed. null: the images lie in train/ and val/, or the files are written already."""
     resolution: Positive | None = None
-    """Of imagenet and imagefolder, as all below: side of the images in training and evaluation; None is 224."""
+    """Sets of images of any size only (imagenet, imagefolder), as all below: their side in pixels. null: 224."""
     crop: Literal["random-resized", "resize256-crop224"] = "random-resized"
-    """What training cuts out, at whatever resolution: 8 to 100 % of the area, or (the paper's wording) a square of
-    224/256 of the shorter side. Evaluation takes that square from the centre."""
+    """The part of an image that training takes. random-resized: 8 to 100 % of the area. resize256-crop224 (the paper's
+    wording): a square of 224/256 of the shorter side. Evaluation takes that square from the centre."""
     order: Literal["random", "pages"] = "random"
-    """pages, for files larger than memory: in windows of half a gigabyte, each read once an epoch. Files are written in
-    a shuffled order, so every window mixes all classes."""
+    """Order of the training images. pages, for files larger than memory: in windows of half a gigabyte, each read once
+    an epoch. Files are written in a shuffled order, so every window mixes all classes."""
     encoding: Literal["rn50", "rn18", "jpeg"] | None = None
-    """How the files are written where they are not there yet: longer side at most 500, 400 or 512 pixels, 50 %, 10 % or
-    all as JPEG, the rest raw (larger, and faster to load). None: as they are, or rn50."""
+    """Form of the images in files that are yet to be written. Raw ones are larger, and faster to load.
+
+    - null: as the files are, or rn50.
+    - rn50: longer side at most 500 pixels, half of them as JPEG.
+    - rn18: 400 pixels, a tenth as JPEG.
+    - jpeg: 512 pixels, all as JPEG.
+    """
     exif: Literal["ignore", "apply"] | None = None
-    """When the files are written: apply turns images as their EXIF orientation says, ignore keeps them as they are
-    stored, as torchvision does. None: as the files are, or ignore."""
+    """EXIF orientation of images in files that are yet to be written. apply: they are turned as it says. ignore: they
+    stay as they are stored, as with torchvision. null: as the files are, or ignore."""
     threads: Positive | None = None
-    """Threads that decode; None is one per CPU."""
+    """Threads that decode. null: one for each CPU."""
 
     @property
     def spec(self) -> DatasetSpec:
@@ -113,12 +78,12 @@ class DatasetSettings(_Section):
 
     @property
     def label(self) -> str:
-        """What the set is called: the name of its folder, and in a run's."""
+        """The set's name: of its folder, and in a run's."""
         return self.own_name or self.name
 
     @property
     def side(self) -> int:
-        """Of the square images of a set of any size."""
+        """The side of square images, of a set of images of any size."""
         return self.resolution or 224
 
     @model_validator(mode="after")
@@ -141,68 +106,87 @@ class DatasetSettings(_Section):
         return self
 
 
-class ModelSettings(_Section):
+class ModelSettings(Section):
     """Architecture and its own settings (`width`, `depth`, ...), which the architecture checks."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
     arch: str
+    """The architecture: mlp, resnet18, ... (`--arch`)."""
 
     @property
     def options(self) -> dict[str, Any]:
         return dict(self.model_extra or {})
 
 
-class TrainSettings(_Section):
+class TrainSettings(Section):
     """The recipe of a regular model; the star model uses the same (paper, appendix B.1)."""
 
     epochs: UpToAMillion = 20
+    """Passes over the training images."""
     batch_size: UpToAMillion = 128
+    """Images of a step."""
     lr: PositiveFloat = 0.1
+    """The largest learning rate of the schedule."""
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
-    """adam adds weight_decay * theta to the gradient, adamw shrinks theta by lr * weight_decay instead."""
+    """adam adds weight_decay * theta to the gradient; adamw shrinks theta by lr * weight_decay instead."""
     momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """Of sgd, as is nesterov."""
+    """sgd only: share of the last step's direction."""
     nesterov: bool = True
+    """sgd only: Nesterov's momentum."""
     betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
-    """Of adam and adamw, as is eps."""
+    """adam and adamw only: decay of the mean of gradients, and of that of their squares."""
     eps: PositiveFloat = 1e-8
-    weight_decay: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 5e-4
+    """adam and adamw only: added to the root of the second mean."""
+    weight_decay: NotNegative = 5e-4
+    """Strength of the pull towards 0."""
     decay_1d: bool = True
-    """Whether biases and batch-norm's scales and shifts decay too, as in the paper."""
+    """Decay biases, and batch-norm's scales and shifts, too (as in the paper)."""
     gradient_clip: PositiveFloat | None = None
-    """The largest L2 norm of the gradient over all parameters; a longer one is scaled down to it before the optimizer
-    takes it (and before weight decay). Of a star: the gradient with respect to the star. None: as it is."""
+    """The largest L2 norm of the gradient over all parameters. A longer one is scaled down to it, before weight decay.
+    For a star it is the gradient with respect to the star. null: no limit."""
     label_smoothing: BelowOne = 0.0
-    """Of the loss that is trained on; losses that are measured are not smoothed."""
+    """Label smoothing of the training loss. Losses that are measured have none."""
     schedule: Literal["cosine", "linear", "step", "constant", "onecycle"] = "cosine"
-    """After the warm-up: half a cosine to 0, a straight line to 0, times `gamma` at `milestones`, or as it is. onecycle
-    has no warm-up: half a cosine up to `lr` and one down, as torch's OneCycleLR (momentum stays)."""
+    """The learning rate after the warm-up.
+
+    - cosine: half a cosine to 0.
+    - linear: a straight line to 0.
+    - step: times `gamma` at `milestones`.
+    - constant: stays `lr`.
+    - onecycle: half a cosine up to `lr` and one down, as torch's OneCycleLR (momentum stays); it has no warm-up.
+    """
     pct_start: Fraction = 0.3
-    """Of onecycle: the share of all steps in which the learning rate rises."""
+    """onecycle only: the share of all steps in which the learning rate rises."""
     div_factor: PositiveFloat = 25.0
-    """Of onecycle: it begins at `lr` / `div_factor` and ends at that / `final_div_factor`."""
+    """onecycle only: the first learning rate is `lr` / `div_factor`."""
     final_div_factor: PositiveFloat = 1e4
+    """onecycle only: the last learning rate is the first / `final_div_factor`."""
     warmup_epochs: Annotated[float, Field(ge=0)] = 0.0
+    """Epochs in which the learning rate rises from 0 to `lr` in a line."""
     milestones: tuple[Positive, ...] = ()
-    """Epochs after which the step schedule multiplies the learning rate by `gamma`."""
+    """step only: epochs after which the learning rate is multiplied by `gamma`."""
     gamma: PositiveFloat = 0.1
+    """step only: factor of the learning rate."""
     resolutions: tuple[tuple[Count, Positive], ...] = ()
-    """Progressive resizing: [epoch, side] pairs between which the side of the training images grows in a line, rounded
-    to multiples of 32: [[11, 160], [13, 192]]. Empty: `dataset.resolution` throughout."""
+    """Progressive resizing: pairs [epoch, side], such as [[11, 160], [13, 192]]. The side of the training images grows
+    between them in a line, rounded to multiples of 32. Empty: `dataset.resolution` throughout."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    """auto: bf16 on a GPU that has it, else fp32. fp16 (with loss scaling) needs a GPU. bf16 on a CPU that computes in
-    it (avx512_bf16, AMX, ARM's; `fastar doctor` says so) can halve a convolutional step, weights and images being
-    channels-last; elsewhere it is emulated, and slower than fp32."""
+    """Precision of the forward and the backward pass.
+
+    - auto: bf16 on a GPU that has it, else fp32.
+    - fp16: with loss scaling; needs a GPU.
+    - bf16: on a CPU that computes in it (`fastar doctor` says so) it can halve a convolutional step, weights and images
+      being channels-last; elsewhere it is emulated, and slower than fp32.
+    """
     drop_last: bool = True
-    """Leave out the short last batch of an epoch (the order is drawn anew each epoch)."""
+    """Leave out the short last batch of an epoch. The order is drawn anew each epoch."""
     compile: bool = False
     """Run the network through torch.compile (needs a C++ compiler). Tested on CPUs; not yet run on a GPU."""
     graph: bool = False
     """Replay each step as one CUDA graph. Not yet run on a GPU: compare a short run's losses with graph=false."""
-
     on_nonfinite: Literal["stop", "retry"] = "stop"
-    """What to do when a loss, or theta after an epoch, is not finite. retry: go back to the last checkpoint, or the
-    beginning, with other random draws; three times at most."""
+    """Reaction to a loss, or to parameters after an epoch, that are not finite. retry: go back to the last checkpoint,
+    or to the beginning, with other random draws; three times at most."""
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainSettings:
@@ -227,60 +211,73 @@ class TrainSettings(_Section):
         return self
 
 
-class SourcesSettings(_Section):
+class SourcesSettings(Section):
     """The source models Z and the held-out models H."""
 
     number: Positive = 10
+    """Source models that the star is trained with."""
     heldout: Count = 3
+    """Held-out models that only barriers are measured to."""
     folder: Folder | None = None
-    """Take the sources from this folder of checkpoints instead of training them."""
+    """Folder of checkpoints that are the sources. null: they are trained."""
     store: Literal["auto", "device", "host", "file"] = "auto"
-    """Where the star's training keeps them. auto: on the device if they fill at most half of its free memory, else in
-    the host's (pinned) likewise, else in a file in the run folder."""
+    """Memory that holds them while the star is trained. auto: the device's if they fill at most half of what is free,
+    else the host's (pinned) likewise, else a file in the run folder."""
 
 
-class StarSettings(_Section):
+class StarSettings(Section):
     """Algorithm 1: how t is drawn, how often sources are matched, and what differs from `train`."""
 
     t: Literal["uniform", "beta", "constant"] = "uniform"
+    """Distribution of t, the place on the path from the star (0) to a source (1)."""
     alpha: PositiveFloat = 2.0
+    """t=beta only: first parameter of the beta distribution."""
     beta: PositiveFloat = 2.0
+    """t=beta only: second parameter of the beta distribution."""
     value: Fraction = 0.5
-    """t itself where t=constant."""
+    """t=constant only: t itself."""
     match_every_epochs: Count = 1
-    """Match sources at the start of every such epoch, the first included; 0 never matches."""
+    """Match the sources every so many epochs, from the first on. 0: never."""
     epochs: UpToAMillion | None = None
-    """None: as many as `train.epochs`."""
+    """Epochs of the star. null: `train.epochs`."""
     lr: PositiveFloat | None = None
+    """Learning rate of the star. null: `train.lr`."""
 
 
-class SinkhornSettings(_Section):
+class SinkhornSettings(Section):
     """Matching by gradient on doubly stochastic matrices (appendix D.3), for `matching.method=sinkhorn`."""
 
     objective: Literal["l2", "mid", "random"] = "l2"
-    """l2: the distance of the weights. mid, random: the loss on training batches half way between the two networks, or
-    at a random point of the path."""
+    """What is made small. l2: the distance of the weights. mid: the loss on training batches half way between the two
+    networks. random: that loss at a random point of the path."""
     steps: Positive = 100
     """Steps of Adam for each source."""
     lr: PositiveFloat = 0.1
+    """Learning rate of Adam."""
     iterations: Positive = 20
-    """Of the Sinkhorn operator: rows and columns normalised so often."""
+    """Normalisations of rows and columns in the Sinkhorn operator."""
     temperature: PositiveFloat = 1.0
-    """The logits are divided by it: the lower, the harder the matrices."""
+    """Divisor of the logits: the lower, the harder the matrices."""
     noise: NotNegative = 0.01
-    """Of the logits that the search starts from."""
+    """Noise of the logits that the search starts from."""
 
 
-class MatchingSettings(_Section):
+class MatchingSettings(Section):
     """How sources are matched to the star, and models to each other."""
 
     method: Literal["weight", "activation", "sinkhorn", "none"] = "weight"
-    """weight: coordinate descent on the weights. activation: correlations of activations on a few training batches.
-    sinkhorn: gradients. none: models stay as they are, and no symmetry is derived: for networks without one."""
+    """The way to find permutations.
+
+    - weight: coordinate descent on the weights.
+    - activation: correlations of activations on a few training batches.
+    - sinkhorn: gradients.
+    - none: models stay as they are, and no symmetry is derived. For networks without one.
+    """
     sinkhorn: SinkhornSettings = SinkhornSettings()
     solver: Literal["auto", "lapjv", "scipy"] = "auto"
+    """Solver of assignments. auto: lapjv where it is installed."""
     start: Literal["auto", "identity", "backward", "activations"] = "auto"
-    """Where the descent of `method=weight` begins.
+    """Start of the descent of `method=weight`.
 
     - auto: last epoch's permutations; where there are none, as backward.
     - identity: last epoch's permutations; where there are none, the units as they are.
@@ -292,64 +289,66 @@ class MatchingSettings(_Section):
     perturbations: Count = 0
     """Times that the end is perturbed and descends again (iterated local search); the better end is kept."""
     max_sweeps: Positive = 100
+    """The most sweeps of a descent; it ends before where nothing changes any more."""
     chunk: Positive | None = None
-    """Sources that are matched together: fewer take less memory. None: one a thread on a CPU; what fits on a GPU."""
+    """Sources that are matched together: fewer take less memory. null: on a CPU one a thread, on a GPU what fits."""
 
     @property
     def by_activations(self) -> bool:
-        """Whether what units do is looked at: by the method, or for the start of weight matching."""
+        """Activations are needed: by the method, or for the start of weight matching."""
         return self.method == "activation" or (self.method == "weight" and self.start == "activations")
 
 
-class EvaluationSettings(_Section):
+class EvaluationSettings(Section):
     """Barriers (eq. 10) and what is measured around them."""
 
     points: Annotated[int, Field(ge=2, le=MOST)] = 11
-    """Equispaced values of t, ends included."""
+    """Equispaced values of t on each path, ends included."""
     batch_norm: Literal["population", "reference"] = "population"
-    """From one pass over the train set, shuffled and augmented as in training. population: every image counts the
-    same, at every point. reference: the paper's code, a moving average at inner points, the models' own statistics at
-    the ends."""
+    """Batch-norm statistics on paths, from one pass over the train set, shuffled and augmented as in training.
+    population: every image counts the same, at every point. reference (the paper's code): a moving average at inner
+    points, the models' own statistics at the ends."""
     match: bool = True
-    """Match the ends of every path; false, and `matching.method=none`, measure them as they are."""
+    """Match the ends of every path. false, and `matching.method=none`: measure them as they are."""
     regular_pairs: Positive = 10
-    """Pairs of regular models to measure, drawn at random from Z and H; all of them where there are fewer."""
+    """Pairs of regular models to measure, drawn at random from Z and H. All of them where there are fewer."""
     star_sources: Positive | None = None
-    """Measure the paths from the star to so many sources, drawn at random; None: to all."""
+    """Sources that paths from the star are measured to, drawn at random. null: all."""
     limit: Positive | None = None
-    """Measure train losses on so many training images (class-balanced), and validation losses on at most so many of
-    those that `dataset.validation` keeps; None: on all that were trained on, and all that were kept."""
+    """Training images that train losses are measured on (class-balanced), and the most that validation losses are
+    measured on. null: all that were trained on, and all that `dataset.validation` keeps."""
     test_limit: Positive | None = None
-    """Measure test losses on so many test images (class-balanced); None: on all."""
+    """Test images that test losses are measured on (class-balanced). null: all."""
     bn_batches: Positive | None = None
-    """Re-estimate batch-norm statistics from so many training batches; None: from all. What that changes in a loss is
-    measured at one point, against eight times as many batches, and said."""
+    """Training batches that batch-norm statistics are taken from. null: all. The change of a loss by it is measured at
+    one point, against eight times as many batches, and reported."""
     batch_size: UpToAMillion = 250
+    """Images of a batch in evaluation."""
     graph: bool = False
     """Replay the work of each batch as one CUDA graph. Not yet run on a GPU."""
 
 
-class CheckpointSettings(_Section):
+class CheckpointSettings(Section):
     """When a model in training is saved; the same command goes on from there to the same bits."""
 
     epochs: Count = 1
-    """At the end of every so many epochs; 0 at none."""
+    """Save at the end of every so many epochs. 0: of none."""
     seconds: NotNegative = 10.0
-    """But not within so many seconds of the last one: small networks' epochs are shorter than the disk's answer."""
+    """The least seconds between two: epochs of small networks are shorter than the disk's answer."""
     minutes: NotNegative = 10.0
-    """Within an epoch, every so many minutes; 0 never."""
+    """Save within an epoch, every so many minutes. 0: never."""
 
 
-class LoggingSettings(_Section):
-    """Where each epoch's figures are shown while a run goes on, beside `log.jsonl`."""
+class LoggingSettings(Section):
+    """Live metrics of each epoch, beside `log.jsonl`."""
 
     tensorboard: bool = True
-    """As files for `tensorboard --logdir RUN`, in the run folder."""
+    """Write files for `tensorboard --logdir RUN` into the run folder."""
     wandb: str | None = None
-    """Also sent to this project of Weights & Biases (needs `pip install wandb`)."""
+    """Project of Weights & Biases that they are sent to (needs `pip install wandb`). null: not sent."""
 
 
-class Settings(_Section):
+class Settings(Section):
     """Everything that determines a run."""
 
     dataset: DatasetSettings
@@ -362,21 +361,13 @@ class Settings(_Section):
     checkpoint: CheckpointSettings = CheckpointSettings()
     logging: LoggingSettings = LoggingSettings()
     seed: Annotated[int, Field(ge=0)] = 0
+    """Seed that all random choices derive from."""
     device: str = "auto"
-    gpu_memory: str | None = None
-    """Take at most so much of the GPU, such as 40GB: more is refused, as if the GPU were a smaller one."""
+    """cpu, cuda, cuda:1 or auto: a GPU where there is one."""
+    gpu_memory: Size | None = None
+    """The most memory of the GPU that is taken, such as 40GB. More is refused, as on a smaller GPU."""
     workers: Positive = 2
-    """Processes for writing data, threads for loading and for assignments."""
-
-    @field_validator("gpu_memory")
-    @classmethod
-    def _a_size(cls, value: str | None) -> str | None:
-        if value is not None:
-            try:
-                parse_bytes(value)
-            except FastarError as error:
-                raise ValueError(str(error)) from error
-        return value
+    """Processes that write data; threads that load, and that solve assignments."""
 
     @model_validator(mode="after")
     def _consistent(self) -> Settings:
@@ -399,160 +390,9 @@ class Settings(_Section):
 
     @property
     def ends_matched(self) -> bool:
-        """Whether evaluation matches the ends of paths."""
+        """Evaluation matches the ends of paths."""
         return self.evaluation.match and self.matching.method != "none"
 
     def to_yaml(self) -> str:
         """The settings as YAML that `load_settings` reads back to the same settings."""
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
-
-
-def parse_overrides(overrides: Iterable[str]) -> dict[str, Any]:
-    """`["train.lr=0.1", "seed=3"]` as nested settings; values are YAML.
-
-    >>> parse_overrides(["train.lr=0.1", "train.milestones=[100, 150]"])
-    {'train': {'lr': 0.1, 'milestones': [100, 150]}}
-    """
-    nested: dict[str, Any] = {}
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        if not equals or not key:
-            raise FastarError(f"{override!r} is not a setting: write key=value, such as train.lr=0.05")
-        try:
-            # A path may be any bytes; given escaped, as YAML writes them, or as they are.
-            value = text if any("\ud800" <= c <= "\udfff" for c in text) else read_yaml(text)
-        except FastarError as error:
-            raise FastarError(f"{shortened(override)!r}: the value is not valid YAML ({error})") from error
-        place = nested
-        *sections, name = key.split(".")
-        for section in sections:
-            place = place.setdefault(section, {})
-            if not isinstance(place, dict):
-                raise FastarError(f"{override!r}: {section} is set to a value by an earlier override")
-        place[name] = value
-    return renewed(nested)
-
-
-def as_override(key: str, value: object) -> str:
-    """`key=value` that `parse_overrides` reads back to just this value, whatever characters it has.
-
-    >>> as_override("dataset.root", "a #b")
-    "dataset.root='a #b'"
-    """
-    plain = str(value) if isinstance(value, Path) else value
-    text = yaml.safe_dump(plain, default_flow_style=True, allow_unicode=True, width=10**9).strip()
-    return f"{key}={text.removesuffix('...').strip()}"
-
-
-def load_settings(
-    *,
-    dataset: str | None = None,
-    arch: str | None = None,
-    file: Path | None = None,
-    scale: str = "full",
-    overrides: Iterable[str] = (),
-) -> Settings:
-    """Resolve settings: a file (given, or the one shipped for dataset and architecture), its scale, then the overrides.
-
-    Args:
-        file: of settings, or the name of a shipped configuration.
-        scale: `smoke`, `small` or `full` (`fastar.config.scales`); overrides are taken as they are.
-
-    Raises:
-        FastarError: unreadable file, unknown key (the nearest valid one is named), or value out of range.
-    """
-    changes = parse_overrides(overrides)
-    if file is not None:
-        content = read_recipe(recipe_path(file))
-    else:
-        if dataset is None:
-            raise FastarError("no dataset: give --dataset NAME or --config FILE")
-        arch = arch or dataset_spec(dataset).arch
-        path = config_path(dataset, arch)
-        content = read_recipe(path) if path else {}
-    named: dict[str, Any] = {}
-    if dataset is not None:
-        named["dataset"] = {"name": dataset}
-    if arch is not None:
-        named["model"] = {"arch": arch}
-        model = content.get("model")
-        if isinstance(model, Mapping) and model.get("arch", arch) != arch:  # its width would not fit
-            content = {**content, "model": {}}
-    content = merge(content, named)
-    if scale != "full":
-        validate(
-            merge(content, changes), source=str(file or "settings")
-        )  # what is wrong is said of the file, not of the scale
-        sections = {
-            name: one.model_dump(mode="json") for name, one in _defaults().items() if isinstance(one, BaseModel)
-        }
-        content = scaled(content, scale, defaults=sections)
-    return validate(merge(content, changes), source=str(file or "settings"))
-
-
-def _defaults() -> dict[str, Any]:
-    """Of every section and setting at the top; undefined where one is required."""
-    return {name: field.get_default(call_default_factory=True) for name, field in Settings.model_fields.items()}
-
-
-def validate(content: Mapping[str, Any], source: str = "settings") -> Settings:
-    """Typed settings from nested mappings.
-
-    Raises:
-        FastarError: one line naming the first wrong key, what was expected, and the nearest valid key.
-    """
-    try:
-        return Settings.model_validate(content)
-    except ValidationError as error:
-        raise FastarError(f"{source}: {_explain(error)}") from error
-
-
-def matching_settings(values: Mapping[str, Any]) -> MatchingSettings:
-    """The section `matching` alone, from its keys.
-
-    Raises:
-        FastarError: one line naming the first wrong key, as `validate`.
-    """
-    try:
-        return MatchingSettings.model_validate(renewed({"matching": values})["matching"])
-    except ValidationError as error:
-        raise FastarError(_explain(error, "matching")) from error
-
-
-def _explain(error: ValidationError, *section: str) -> str:
-    """The first error as one line; unknown keys come first, since a typo often also leaves a key missing."""
-    errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
-    first = errors[0]
-    parts = [*section, *(str(part) for part in first["loc"])]
-    key = ".".join(parts)
-    if first["type"] == "extra_forbidden":
-        valid = _valid_keys(parts[:-1])
-        elsewhere = {name.rpartition(".")[2]: name for name in reversed(_all_keys())}  # train.lr before star.lr
-        near = [".".join([*parts[:-1], name]) for name in difflib.get_close_matches(parts[-1], valid, n=1)]
-        near = near or [elsewhere[name] for name in difflib.get_close_matches(parts[-1], elsewhere, n=1)]
-        hint = f"did you mean {near[0]}? " if near else ""
-        return f"unknown key {key}: {hint}valid here: {', '.join(valid)}"
-    if first["type"] == "missing":
-        return f"{key} is missing"
-    if first["type"] == "model_type":
-        keys = ", ".join(f"{key}.{name}" for name in _valid_keys(parts))
-        return f"{key}={shortened(repr(first['input']))}: {key} is a section of settings: {keys}"
-    message = first["msg"].removeprefix("Value error, ")
-    if not key:  # of several sections together: the message names the key
-        return message
-    shown = "" if isinstance(first["input"], Mapping | BaseModel) else f"={shortened(repr(first['input']))}"
-    return f"{key}{shown}: {message[0].lower()}{message[1:]}"
-
-
-def _valid_keys(section: list[str]) -> list[str]:
-    model: type[BaseModel] = Settings
-    for name in section:
-        field = model.model_fields.get(name)
-        if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
-            return []
-        model = field.annotation
-    return list(model.model_fields)
-
-
-def _all_keys() -> list[str]:
-    return [*Settings.model_fields, *(f"{s}.{k}" for s in Settings.model_fields for k in _valid_keys([s]))]
