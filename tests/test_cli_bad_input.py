@@ -14,7 +14,7 @@ from cli_cases import contents, fastar, refused, tiny
 from safetensors.torch import load_file, save_file
 from test_checkpoints import Malicious, files_at_most
 
-from fastar.runs import RunFolder
+from fastar.runs import RunFolder, RunLog
 from fastar.runs.model_files import load_checkpoint, save_checkpoint
 
 
@@ -272,7 +272,7 @@ def test_a_full_disk_while_logging(tmp_path: Path, data: Path, monkeypatch: pyte
     (out / "log.jsonl").symlink_to("/dev/full")
     # It is no file, which is refused beforehand, and when it is read.
     monkeypatch.setattr(RunFolder, "_check_names", lambda run: None)
-    monkeypatch.setattr(RunFolder, "log_lines", lambda run: [])
+    monkeypatch.setattr(RunLog, "lines", lambda log: [])
     message = refused("train-sources", *tiny(data, heldout=0), "--out", out)
     assert "log.jsonl: cannot be written (No space left on device)" in message
     assert len(list((out / "sources").iterdir())) == 1
