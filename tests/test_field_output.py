@@ -29,8 +29,8 @@ from fastar.config.recipes import read_yaml
 from fastar.errors import printable
 from fastar.report.results import barriers_table
 from fastar.runs import RunFolder
-from fastar.runtime import boundary
 from fastar.runtime.progress import TerminalProgress
+from fastar.runtime.standard_streams import say
 
 COMMAND = [sys.executable, "-m", "fastar"]
 # A folder in a folder; as rich reads it: bold, an emoji, and an error; and not UTF-8.
@@ -106,7 +106,7 @@ def test_progress_without_a_stderr_does_not_go_to_stdout(
 ) -> None:
     monkeypatch.setattr(sys, "stderr", None)
     TerminalProgress().line("nobody hears this")
-    boundary.say("nor this")
+    say("nor this")
     monkeypatch.undo()
     assert capsys.readouterr() == ("", "")
 

@@ -61,8 +61,9 @@ from fastar.config import variable_size_names  # noqa: E402
 from fastar.data import DATASETS, PRESETS, Encoding, Files, ImageFiles, prepare, prepare_images  # noqa: E402
 from fastar.data.images import size_text  # noqa: E402
 from fastar.errors import FastarError, printable  # noqa: E402
-from fastar.runtime.boundary import failure, say, streams  # noqa: E402
+from fastar.runtime.failure import failure  # noqa: E402
 from fastar.runtime.progress import Progress, TerminalProgress  # noqa: E402
+from fastar.runtime.standard_streams import say, streams  # noqa: E402
 
 EXAMPLES = """examples:
   python tools/write_ffcv.py --dataset digits --out betons

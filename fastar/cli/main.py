@@ -16,8 +16,9 @@ import typer
 
 from fastar._version import __version__
 from fastar.errors import FastarError, OldName
-from fastar.runtime.boundary import failure, say, streams
+from fastar.runtime.failure import failure
 from fastar.runtime.signals import EXIT_INTERRUPTED, Stopped, signals_stop
+from fastar.runtime.standard_streams import say, streams
 
 if TYPE_CHECKING:
     from fastar.config import Settings

@@ -49,17 +49,17 @@ def parse_object(text: bytes) -> dict[str, Any]:
     raise ValueError("nested too deeply")
 
 
-def read_file(path: Path) -> bytes:
-    """The content of a file that is kept in memory as a whole, as those of run folders are.
+def read_file(path: Path, most: int = FILE_SIZE) -> bytes:
+    """The content of a file of at most `most` bytes, as those of run folders are.
 
     Raises:
-        OSError: it cannot be read, is no file (a pipe would be waited for), or is larger than any that fastar writes.
+        OSError: it cannot be read, is no file (a pipe would be waited for), or is larger.
     """
     there = path.stat()
     if not stat.S_ISREG(there.st_mode):
         raise OSError(errno.EINVAL, "not a file", str(path))
-    if there.st_size > FILE_SIZE:
-        raise OSError(errno.EFBIG, f"larger than {FILE_SIZE:,} bytes", str(path))
+    if there.st_size > most:
+        raise OSError(errno.EFBIG, f"larger than {most:,} bytes", str(path))
     return path.read_bytes()
 
 

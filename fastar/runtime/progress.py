@@ -16,7 +16,7 @@ from rich.progress import Task as RichTask
 from rich.text import Text
 
 from fastar.errors import printable
-from fastar.runtime.boundary import forgiving
+from fastar.runtime.standard_streams import forgiving
 
 
 class Advance(Protocol):
