@@ -16,6 +16,8 @@ from training_cases import CPU, PlainConvNet, batches, network
 from fastar.config import MatchingSettings, StarSettings, TrainSettings
 from fastar.errors import FastarError
 from fastar.flat import FlatLayout
+from fastar.runs.model_files import Checkpoint, load_checkpoint, save_checkpoint, state_digest
+from fastar.runs.safetensors_file import SafetensorsFile
 from fastar.symmetry import derive_symmetry
 from fastar.training import SourcesStore, StarStep, match_store
 from fastar.training.prefetch import FetchedRows, Slots
@@ -196,6 +198,23 @@ def test_the_store_asks_for_its_true_size() -> None:
     assert make_store("device", 7, **free).store == "device"
     with pytest.raises(FastarError, match="8 sources"):
         make_store("device", 8, **free)
+
+
+def test_a_source_is_read_once_to_be_checked_and_once_into_its_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    state, path = network(PlainConvNet, 1).state_dict(), tmp_path / "a.safetensors"
+    save_checkpoint(path, state, {"kind": "source"})
+    reads: list[int] = []
+    read = SafetensorsFile.read
+    monkeypatch.setattr(
+        SafetensorsFile, "read", lambda self, names: (reads.append(len(list(names))), read(self, names))[1]
+    )
+    found = load_checkpoint(path, own=True).released()
+    assert state_digest(found) == state_digest(Checkpoint(state))
+    sources = SourcesStore(LAYOUT, [found.state], ["a"], CPU)
+    assert reads == [len(state)] * 2
+    assert torch.equal(sources.rows[0], LAYOUT.flatten(state))
 
 
 @pytest.mark.gpu

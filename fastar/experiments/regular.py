@@ -14,7 +14,7 @@ from fastar.config import changes
 from fastar.errors import FastarError
 from fastar.evaluation import Measured, evaluate_rows
 from fastar.evaluation.batch_norm import own_statistics
-from fastar.experiments.resumable import Prepared, Subject, Trained, difference, trained
+from fastar.experiments.resumable import Subject, difference, trained
 from fastar.experiments.reuse import given_paths
 from fastar.experiments.session import Session, measuring
 from fastar.runs import commit, read_metadata, versions
@@ -22,6 +22,7 @@ from fastar.runs.model_files import Checkpoint, load_checkpoint, load_into, save
 from fastar.runtime.progress import Progress
 from fastar.runtime.seeds import derive_seed
 from fastar.training import RegularStep, resolve_precision
+from fastar.training.retries import Prepared, Trained
 
 # Keys of `train` that say how, not what.
 HOW = {"compile", "graph", "on_nonfinite"}

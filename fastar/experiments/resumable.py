@@ -1,10 +1,10 @@
-"""Training one model of a run so that nothing is lost: resumed, retried, logged, shown."""
+"""Training of one model of a run, in its folder: resumed, retried, logged, shown; what is left of it if it fails."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,33 +15,9 @@ from fastar.experiments.session import Session
 from fastar.runs import delete, remove_if_empty
 from fastar.runs.live_metrics import finite
 from fastar.runs.model_files import save_checkpoint
-from fastar.runtime.seeds import derive_seed
-from fastar.training import Epoch, Good, NonFiniteLoss, Step, StepsProfile, fit, resolve_precision
-from fastar.training.resume import Resumable, Saved, TrainingCheckpoints
-
-# How often a training whose losses are not finite goes back, where train.on_nonfinite=retry.
-RETRIES = 3
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """A training that is about to begin."""
-
-    step: Step
-    parts: Mapping[str, Resumable] = field(default_factory=dict)
-    """What else is saved with it."""
-    figures: Callable[[], dict[str, float]] = dict
-    """What an epoch began with."""
-
-
-@dataclass(frozen=True)
-class Trained:
-    """A training that is over."""
-
-    prepared: Prepared
-    history: list[Epoch]
-    retries: int
-    """How often it went back because of losses that were not finite."""
+from fastar.training import Epoch, NonFiniteLoss, StepsProfile, resolve_precision
+from fastar.training.resume import Saved, TrainingCheckpoints
+from fastar.training.retries import Prepared, Trained, fit_with_retries
 
 
 @dataclass(frozen=True)
@@ -63,14 +39,9 @@ class Subject:
         return "star" if self.kind == "star" else f"{self.kind} {self.index}"
 
 
-def attempt_seed(seed: int, attempt: int) -> int:
-    """The seed of random draws in attempt number `attempt`; the first one's is `seed` itself."""
-    return derive_seed(seed, "attempt", attempt) if attempt else seed
-
-
 @contextmanager
 def trained(
-    context: Session,
+    session: Session,
     subject: Subject,
     make: Callable[[int], Prepared],
     *,
@@ -90,46 +61,63 @@ def trained(
             checkpoint of another recipe.
         Stopped: on request, when all is saved.
     """
-    run = context.run
+    run, settings, progress = session.run, session.settings, session.progress
+    name = subject.name
     checkpoints = TrainingCheckpoints(
-        run.in_training(subject.kind, subject.index),
-        subject.recipe,
-        context.settings.checkpoint,
-        say=context.progress.line,
+        run.in_training(subject.kind, subject.index), subject.recipe, settings.checkpoint, say=progress.line
     )
-    saved = checkpoints.newest()
-    if saved is not None and not _same_recipe(context, subject, saved):
+    newest = checkpoints.newest()
+    if newest is not None and not _same_recipe(session, subject, newest):
         checkpoints.remove()
-        saved = None
-    if saved is not None:
-        context.progress.line(f"training {subject.name}: going on from {_place(saved)}")
-    checkpoints.recall(saved)
-    furthest: Good | None = None  # whatever the last attempt comes to
-    while True:
-        try:
-            prepared, history = _attempt(context, subject, make, checkpoints, saved, seed, epochs, lr, profile)
-            break
-        except NonFiniteLoss as error:
-            furthest = max((one for one in (furthest, error.left) if one is not None), key=_progress, default=None)
-            if context.settings.train.on_nonfinite == "stop" or checkpoints.attempt >= RETRIES:
-                raise _what_is_left(context, subject, error, furthest, checkpoints) from error
-            checkpoints.parts = {}  # which hold the sources: the next attempt needs the memory
-            checkpoints.attempt += 1
-            checkpoints.remember()  # first: a kill from here on must not bring the same draws again
-            saved = checkpoints.newest()
-            if saved is not None and saved.path.name == checkpoints.back_to:  # it was no better from there
-                checkpoints.drop(saved.path)
-                saved = checkpoints.newest()
-            checkpoints.back_to = saved.path.name if saved is not None else None
-            checkpoints.remember()
-            where = _place(saved) if saved is not None else "the beginning"
-            context.progress.line(f"{error}; going back to {where} with other draws")
-            run.log.append(
-                kind="retry", model=subject.name, attempt=checkpoints.attempt, reason=str(error), back_to=where
-            )
-            if context.metrics is not None:
-                context.metrics.forget(subject.kind, subject.index, saved.epoch if saved is not None else 0)
-    yield Trained(prepared, history, checkpoints.attempt)
+        newest = None
+    if newest is not None:
+        progress.line(f"training {name}: going on from {newest.place}")
+
+    def entry(epoch: Mapping[str, Any]) -> dict[str, Any]:
+        return {"kind": subject.kind, "model": name, **epoch}
+
+    def begin(saved: Saved | None) -> None:
+        run.log.repair(name, [entry(epoch) for epoch in saved.history] if saved is not None else [])
+
+    def on_epoch(epoch: Epoch) -> None:
+        run.log.append(**entry(vars(epoch)))
+        if session.metrics is not None:
+            session.metrics.add(subject.kind, subject.index, epoch.epoch + 1, live_figures(epoch))
+
+    def went_back(error: NonFiniteLoss, saved: Saved | None) -> None:
+        where = saved.place if saved is not None else "the beginning"
+        progress.line(f"{error}; going back to {where} with other draws")
+        run.log.append(kind="retry", model=name, attempt=checkpoints.attempt, reason=str(error), back_to=where)
+        if session.metrics is not None:
+            session.metrics.forget(subject.kind, subject.index, saved.epoch if saved is not None else 0)
+
+    try:
+        done = fit_with_retries(
+            make,
+            session.data.train,
+            settings.train,
+            checkpoints,
+            name=name,
+            seed=seed,
+            saved=newest,
+            begin=begin,
+            went_back=went_back,
+            epochs=epochs,
+            lr=lr,
+            rate="star.lr" if subject.kind == "star" else "train.lr",
+            on_epoch=on_epoch,
+            profile=profile,
+            progress=progress,
+        )
+    except NonFiniteLoss as error:
+        raise _what_is_left(session, subject, error, checkpoints.attempt) from error
+    except torch.OutOfMemoryError as error:
+        elsewhere = ", or keep the sources elsewhere (sources.store=host)" if subject.kind == "star" else ""
+        raise FastarError(
+            f"training {name}: out of GPU memory at train.batch_size={settings.train.batch_size}; lower it or use "
+            f"train.precision=bf16{elsewhere}"
+        ) from error
+    yield done
     checkpoints.remove()
     last_good = run.last_good(subject.kind, subject.index)
     if last_good.exists():
@@ -137,73 +125,9 @@ def trained(
         remove_if_empty(last_good.parent)
 
 
-def _attempt(
-    context: Session,
-    subject: Subject,
-    make: Callable[[int], Prepared],
-    checkpoints: TrainingCheckpoints,
-    saved: Saved | None,
-    seed: int,
-    epochs: int | None,
-    lr: float | None,
-    profile: StepsProfile | None,
-) -> tuple[Prepared, list[Epoch]]:
-    run, name = context.run, subject.name
-
-    def entry(epoch: Mapping[str, Any]) -> dict[str, Any]:
-        return {"kind": subject.kind, "model": name, **epoch}
-
-    def on_epoch(epoch: Epoch) -> None:
-        run.log.append(**entry(vars(epoch)))
-        if context.metrics is not None:
-            context.metrics.add(subject.kind, subject.index, epoch.epoch + 1, live_figures(epoch))
-
-    run.log.repair(name, [entry(epoch) for epoch in saved.history] if saved is not None else [])
-    attempt = checkpoints.attempt
-    cuda = [context.device] if context.device.type == "cuda" else []
-    # Torch's own generators (dropout) begin alike whatever ran before this model, and are saved with it.
-    with torch.random.fork_rng(cuda):
-        torch.manual_seed(derive_seed(attempt_seed(seed, attempt), "network"))
-        try:
-            prepared = make(attempt)
-            checkpoints.parts = prepared.parts
-            history = fit(
-                prepared.step,
-                context.data.train,
-                context.settings.train,
-                name=name,
-                seed=attempt_seed(seed, attempt),
-                epochs=epochs,
-                lr=lr,
-                rate="star.lr" if subject.kind == "star" else "train.lr",
-                on_epoch=on_epoch,
-                figures=prepared.figures,
-                checkpoints=checkpoints,
-                saved=saved,
-                profile=profile,
-                progress=context.progress,
-            )
-        except torch.OutOfMemoryError as error:
-            elsewhere = ", or keep the sources elsewhere (sources.store=host)" if subject.kind == "star" else ""
-            raise FastarError(
-                f"training {name}: out of GPU memory at train.batch_size={context.settings.train.batch_size}; lower "
-                f"it or use train.precision=bf16{elsewhere}"
-            ) from error
-    return prepared, history
-
-
-def _progress(good: Good) -> tuple[int, int]:
-    return good.epochs, good.steps
-
-
-def _place(saved: Saved) -> str:
-    """What a training goes on with, for users."""
-    return f"epoch {saved.epoch + 1}" + (f", step {saved.step + 1}" if saved.step else "")
-
-
-def _same_recipe(context: Session, subject: Subject, saved: Saved) -> bool:
-    """Whether training may go on from `saved`; False: it ended in losses that were not finite, and another recipe is
-    tried now.
+def _same_recipe(session: Session, subject: Subject, saved: Saved) -> bool:
+    """True where training may go on from `saved`; False where it ended in losses that were not finite, and another
+    recipe is tried now.
 
     Raises:
         FastarError: another recipe, though nothing was wrong.
@@ -211,7 +135,7 @@ def _same_recipe(context: Session, subject: Subject, saved: Saved) -> bool:
     changed = changes(saved.recipe, subject.recipe)
     if not changed:
         return True
-    if context.run.failed(saved.path):
+    if session.run.failed(saved.path):
         return False
     raise FastarError(
         f"{saved.path.parent}: is the training of another model ({difference(changed)}); delete it to begin "
@@ -228,27 +152,25 @@ def difference(changed: Mapping[str, tuple[Any, Any]]) -> str:
     return f"{key} was {was!r}, now {now!r}"
 
 
-def _what_is_left(
-    context: Session, subject: Subject, error: NonFiniteLoss, left: Good | None, checkpoints: TrainingCheckpoints
-) -> FastarError:
-    """Save the model as it was last known to be good: the file is never taken for a finished model."""
-    message = f"{error}{_elsewhere(context, subject)}"
-    again = f", after going back {checkpoints.attempt} times" if checkpoints.attempt else ""
+def _what_is_left(session: Session, subject: Subject, error: NonFiniteLoss, retries: int) -> FastarError:
+    """The error for users; the model as it was last known to be good is saved, never as a finished model."""
+    message, left = f"{error}{_elsewhere(session, subject)}", error.left
+    again = f", after going back {retries} times" if retries else ""
     if left is None:
         return FastarError(f"{message} (no epoch of it was whole, so nothing of it is saved{again})")
-    path = context.run.last_good(subject.kind, subject.index)
+    path = session.run.last_good(subject.kind, subject.index)
     save_checkpoint(path, left.state, {**subject.recipe, "epochs": left.epochs, "steps": left.steps})
     return FastarError(f"{message} (the model after {left.after()} is in {path}{again})")
 
 
-def _elsewhere(context: Session, subject: Subject) -> str:
-    """Why other settings of training need another folder, if they do: the models that are finished have these."""
-    run, settings = context.run, context.settings
+def _elsewhere(session: Session, subject: Subject) -> str:
+    """Advice, where other settings of training need another folder: the models that are finished have these."""
+    run, settings = session.run, session.settings
     if not (run.finished("source", 0) or run.finished("heldout", 0)):
         return ""
     what = "do so"
     if subject.kind == "star":
-        if resolve_precision(settings.train.precision, context.device) == torch.float32:
+        if resolve_precision(settings.train.precision, session.device) == torch.float32:
             return ""  # its rate is its own
         what = "change train settings"
     count, others = run.sources_to_take_over()
@@ -262,7 +184,7 @@ def _elsewhere(context: Session, subject: Subject) -> str:
 
 
 def live_figures(epoch: Epoch) -> dict[str, float]:
-    """What is shown of an epoch while a run goes on."""
+    """Metrics of an epoch that are shown while a run goes on."""
     matching = {"matching_seconds": epoch.begin_seconds} if epoch.figures else {}
     found = {
         "loss": epoch.loss,

@@ -13,7 +13,7 @@ from fastar.errors import FastarError
 from fastar.evaluation import evaluate_rows, re_estimate
 from fastar.evaluation.batch_norm import set_statistics
 from fastar.experiments.regular import check_recipe, recipe, save_model
-from fastar.experiments.resumable import Prepared, Subject, attempt_seed, trained
+from fastar.experiments.resumable import Subject, trained
 from fastar.experiments.reuse import check_permutations
 from fastar.experiments.session import Session, measuring
 from fastar.experiments.statistics_batches import examples, statistics_batches
@@ -32,13 +32,14 @@ from fastar.runtime.full_precision import full_precision
 from fastar.runtime.seeds import derive_seed
 from fastar.symmetry import Permutations
 from fastar.training import Matcher, Recording, SourcesStore, StarStep, StepsProfile
+from fastar.training.retries import Prepared, attempt_seed
 
 
-def star_recipe(context: Session, sources: Sequence[Checkpoint]) -> dict[str, Any]:
+def star_recipe(session: Session, sources: Sequence[Checkpoint]) -> dict[str, Any]:
     """Everything that determines a star model."""
-    settings = context.settings
+    settings = session.settings
     return {
-        **recipe(context, "star", 0),
+        **recipe(session, "star", 0),
         "star": settings.star.model_dump(mode="json"),
         "matching": with_old_names("matching", settings.matching.model_dump(mode="json", exclude={"chunk"})),
         "sources": [state_digest(source) for source in sources],
@@ -46,7 +47,7 @@ def star_recipe(context: Session, sources: Sequence[Checkpoint]) -> dict[str, An
 
 
 def star_model(
-    context: Session, sources: Sequence[Checkpoint], *, profile: StepsProfile | None = None
+    session: Session, sources: Sequence[Checkpoint], *, profile: StepsProfile | None = None
 ) -> tuple[Checkpoint, Permutations | None]:
     """The star model of `sources`, and the sources' permutations that it was trained with (None: never matched).
 
@@ -56,15 +57,15 @@ def star_model(
     Raises:
         FastarError: a star that is there was made otherwise.
     """
-    run = context.run
+    run = session.run
     permutations_file = run.permutations
-    wanted = star_recipe(context, sources)
+    wanted = star_recipe(session, sources)
     if run.star.is_file():
         check_recipe(run.star, read_metadata(run.star, own=True).get("recipe", {}), wanted)
     if not run.finished("star", 0):
         if run.star.is_file():
-            context.progress.line(f"{permutations_file}: missing, and the star is of no use without; training it again")
-        _train(context, sources, wanted, profile)
+            session.progress.line(f"{permutations_file}: missing, and the star is of no use without; training it again")
+        _train(session, sources, wanted, profile)
     star = load_checkpoint(run.star, own=True)
     stored = dict(load_checkpoint(permutations_file, own=True).state)
     if stored.pop("matched", None) is None:
@@ -74,55 +75,55 @@ def star_model(
 
 
 def _store(
-    context: Session, sources: Sequence[Checkpoint], by_activations: bool
+    session: Session, sources: Sequence[Checkpoint], by_activations: bool
 ) -> tuple[SourcesStore, ActivationCache | None]:
     """The sources as they are in the files, and, where they are matched by it, what their units do."""
-    given = examples(context) if by_activations else None
+    given = examples(session) if by_activations else None
     # Kept for all epochs, so not on the device.
     inputs = [on_device(batch, torch.device("cpu")) for batch in given.inputs] if given else []
     store = SourcesStore(
-        context.network.layout,
+        session.network.layout,
         [source.state for source in sources],
         [str(source.path and source.path.name) for source in sources],
-        context.device,
-        store=context.settings.sources.store,
-        folder=context.run.path,
-        beside=cache_bytes(given.model, context.network.symmetry, inputs) if given else 0,
+        session.device,
+        store=session.settings.sources.store,
+        folder=session.run.path,
+        beside=cache_bytes(given.model, session.network.symmetry, inputs) if given else 0,
     )
     if given is None:
         return store, None
-    look = UnitActivations(given.model, context.network.symmetry, inputs, context.device)
+    look = UnitActivations(given.model, session.network.symmetry, inputs, session.device)
     views = store.views()
     rows = ({name: value[n] for name, value in views.items()} for n in range(len(store)))
     names = [f"source {name}" for name in store.names]
-    return store, ActivationCache(look, rows, names, place=store.make_beside, progress=context.progress)
+    return store, ActivationCache(look, rows, names, place=store.make_beside, progress=session.progress)
 
 
 def _train(
-    context: Session, sources: Sequence[Checkpoint], wanted: dict[str, Any], profile: StepsProfile | None
+    session: Session, sources: Sequence[Checkpoint], wanted: dict[str, Any], profile: StepsProfile | None
 ) -> None:
-    settings, run = context.settings, context.run
+    settings, run = session.settings, session.run
     seed = derive_seed(settings.seed, "star", 0)
     matched = settings.star_matched_every > 0
 
-    by_activations = matched and settings.matching.by_activations and bool(context.network.symmetry.groups)
+    by_activations = matched and settings.matching.by_activations and bool(session.network.symmetry.groups)
 
     def make(attempt: int) -> Prepared:
-        store, kept = _store(context, sources, by_activations)
+        store, kept = _store(session, sources, by_activations)
         matcher = None
         if matched:
             matcher = Matcher(
-                context.network.symmetry,
+                session.network.symmetry,
                 store,
                 settings.matching,
                 seed=settings.seed,
-                threads=matching_threads(context.device, settings.workers),
-                examples=partial(examples, context),
+                threads=matching_threads(session.device, settings.workers),
+                examples=partial(examples, session),
                 kept=kept,
-                progress=context.progress,
+                progress=session.progress,
             )
         step = StarStep(
-            context.network.build(seed=seed),
+            session.network.build(seed=seed),
             settings.train,
             settings.star,
             store,
@@ -134,7 +135,7 @@ def _train(
 
     subject = Subject("star", 0, wanted)
     with trained(
-        context,
+        session,
         subject,
         make,
         seed=derive_seed(seed, "data"),
@@ -145,7 +146,7 @@ def _train(
         if profile is not None:
             found = profile.result
             if found is None:  # it was long enough, but went back to where too few steps were left
-                context.progress.line(f"--profile {profile.steps}: not seen, as the training had to go back")
+                session.progress.line(f"--profile {profile.steps}: not seen, as the training had to go back")
             else:
                 write_atomically(run.profile("parts.txt"), (found.table(profile.steps) + "\n").encode())
                 write_atomically(run.profile("operations.txt"), (found.operations + "\n").encode())
@@ -158,16 +159,16 @@ def _train(
             matcher.release()
         step.release()  # Z, the optimizer and all: the memory is measuring's now
         # The running statistics so far are of interpolated networks: the star gets its own.
-        model = context.network.build(seed=seed)
+        model = session.network.build(seed=seed)
         load_into(model, Checkpoint(trained_state))
         with measuring("the star"):
             with full_precision():
-                statistics = re_estimate(model, statistics_batches(context))
+                statistics = re_estimate(model, statistics_batches(session))
             set_statistics(model, statistics)
-            row = context.network.row(Checkpoint(model.state_dict()))
+            row = session.network.row(Checkpoint(model.state_dict()))
             own, called = [statistics] if statistics else None, ["the star"]
             measured = evaluate_rows(
-                model, context.network.layout, row[None], context.data.splits(), statistics=own, called=called
+                model, session.network.layout, row[None], session.data.splits(), statistics=own, called=called
             )
         delete(run.star)  # one whose permutations are missing: it is not to be found with these
         # Written first: a star without its permutations would be measured against other ones than it was trained with.
@@ -176,23 +177,23 @@ def _train(
             {**permutations, "matched": torch.tensor(int(matched), dtype=torch.int64, device="cpu")},
             {"kind": "matching", "star": tensors_digest(model.state_dict()), "sources": wanted["sources"]},
         )
-        save_model(context, subject, model.state_dict(), measured, done)
+        save_model(session, subject, model.state_dict(), measured, done)
 
 
-def steps_profile(context: Session, steps: int) -> StepsProfile:
+def steps_profile(session: Session, steps: int) -> StepsProfile:
     """A look at `steps` steps of the star's training; trace (and memory, on a GPU) go into the run folder.
 
     Raises:
         FastarError: the star is trained already, too short a training, or a folder that cannot be written.
     """
-    run, train, star = context.run, context.settings.train, context.settings.star
+    run, train, star = session.run, session.settings.train, session.settings.star
     if run.star.is_file():
         raise FastarError(f"--profile: {run.star} is trained already; choose another --out to train one")
     if run.in_training("star", 0).exists():  # too few steps may be left
         raise FastarError(f"--profile: {run.star} is in training already; finish it without, or choose another --out")
-    memory = run.profile("memory.pickle") if context.device.type == "cuda" else None
-    found = StepsProfile(steps, Recording(context.device, trace=run.profile("trace.json"), memory=memory))
-    found.check(star.epochs or train.epochs, context.data.train.batch_count(train.batch_size, train.drop_last))
+    memory = run.profile("memory.pickle") if session.device.type == "cuda" else None
+    found = StepsProfile(steps, Recording(session.device, trace=run.profile("trace.json"), memory=memory))
+    found.check(star.epochs or train.epochs, session.data.train.batch_count(train.batch_size, train.drop_last))
     try:
         run.profile("").mkdir(exist_ok=True)
     except OSError as error:

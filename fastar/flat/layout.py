@@ -101,6 +101,7 @@ class FlatLayout:
         `out` [P], of any floating dtype, is written and returned where given; else a new fp32 buffer.
         Raises FastarError naming the first parameter that is missing or has another shape, before anything is written.
         """
+        state = dict(state.items())  # once: it may lie in a file
         for entry in self.entries:
             if entry.name not in state:
                 raise FastarError(f"parameter {entry.name} is missing; pass a state dict of the same architecture")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, ItemsView, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,11 @@ class StoredState(Mapping[str, torch.Tensor]):
     def __getitem__(self, name: str) -> torch.Tensor:
         stored = self._names[name]
         return self._file.read([stored])[stored]
+
+    def items(self) -> ItemsView[str, torch.Tensor]:
+        """All names and tensors, by one read of the file."""
+        found = self._file.read(list(self._names.values()))
+        return {name: found[stored] for name, stored in self._names.items()}.items()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)

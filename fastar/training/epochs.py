@@ -1,9 +1,9 @@
-"""What is known of an epoch, during it and after it, and of a training that it ended."""
+"""Records of epochs: whole, unfinished, and of the last good state of a training that failed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -15,7 +15,7 @@ LOADER_LIMITED = 0.1
 
 
 def limited(load_share: float) -> str:
-    """What limits steps that wait for images in this share of their time, in a word."""
+    """The limit of steps that wait for images in this share of their time, in a word."""
     return "loader-limited" if load_share > LOADER_LIMITED else "compute-limited"
 
 
@@ -37,7 +37,7 @@ class Good:
     steps: int
 
     def after(self) -> str:
-        """After what, in words.
+        """How far it is, in words.
 
         >>> Good({}, 2, 0).after(), Good({}, 2, 1).after(), Good({}, 0, 3).after()
         ('epoch 2', 'epoch 2 and 1 step of the next', '3 steps of the first epoch')
@@ -49,7 +49,7 @@ class Good:
 
 
 class NonFiniteLoss(FastarError):
-    """Training became NaN or infinite.
+    """A training that became NaN or infinite.
 
     `left` is the model as it was last known to be good, on the CPU; None: not since it began.
     """
@@ -61,24 +61,29 @@ class NonFiniteLoss(FastarError):
 
 @dataclass(frozen=True)
 class Epoch:
-    """What is known of one epoch after it."""
+    """Record of a whole epoch.
+
+    Args:
+        loss: mean over its images, each as its step saw it.
+        lr: learning rate of its last step.
+        images: number of them.
+        seconds: of the steps alone.
+        begin_seconds: of `Step.begin_epoch`: matching.
+        parts: seconds by part of the steps: load (waiting for images), augment (what the device does to them: upload,
+            augmentation, normalisation), interpolate, forward, backward, update, other.
+        peak_bytes: the most memory taken until then: of a GPU by tensors, or by this process on a host.
+        figures: metrics of its begin: the matching's objective and the share of units that moved.
+    """
 
     epoch: int
     loss: float
-    """Mean over its images, each as its step saw it."""
     lr: float
     images: int
     seconds: float
-    """Of the steps alone."""
     begin_seconds: float
-    """Of `Step.begin_epoch`: matching."""
     parts: dict[str, float] = field(default_factory=dict)
-    """What `seconds` went into: load (waiting for images), augment (what the device does to them: upload, augmentation,
-    normalisation), interpolate, forward, backward, update, other."""
     peak_bytes: int = 0
-    """The most memory taken until then: of a GPU by tensors, or by this process on a host."""
     figures: dict[str, float] = field(default_factory=dict)
-    """What the epoch began with: the matching's objective and share of permutations that changed."""
 
     @property
     def images_per_second(self) -> float:
@@ -97,7 +102,7 @@ class Epoch:
 
 @dataclass
 class SoFar:
-    """What is known of an epoch that is not whole yet."""
+    """Record of an epoch that is not whole yet; fields as of `Epoch`."""
 
     images: int = 0
     seconds: float = 0.0
@@ -108,4 +113,4 @@ class SoFar:
     def then(self, seconds: float, parts: Mapping[str, float]) -> SoFar:
         """This and some more steps."""
         both = {name: self.parts.get(name, 0.0) + parts.get(name, 0.0) for name in {**self.parts, **parts}}
-        return SoFar(self.images, self.seconds + seconds, self.begin_seconds, both, self.figures)
+        return replace(self, seconds=self.seconds + seconds, parts=both)

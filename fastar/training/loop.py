@@ -1,4 +1,4 @@
-"""The one training loop; what a step does is plugged in (regular or star)."""
+"""The one training loop; the step (regular or star) is plugged in."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ class Step(Protocol):
         ...
 
     def describe(self, step: int) -> str:
-        """What step number `step` of the current epoch was drawn as, for error messages."""
+        """The draws of step number `step` of the current epoch, for error messages."""
         ...
 
     def state(self) -> dict[str, Tensor]:
@@ -189,7 +189,7 @@ def fit(
 
 
 class _Training:
-    """What `fit` knows of the training it does: the losses of the epoch, the epochs before, the last good state."""
+    """State of a training that `fit` does: the losses of the epoch, the epochs before, the last good state."""
 
     def __init__(
         self,
@@ -218,7 +218,7 @@ class _Training:
         self._good: Good | None = None
 
     def go_on(self, saved: Saved) -> int:
-        """Become what was saved; the step of the epoch to begin with."""
+        """Become what was saved, and return the step of the epoch to begin with."""
         assert self._checkpoints is not None
         if saved.epoch > self.epochs or saved.step >= self.steps:
             raise FastarError(
@@ -232,19 +232,30 @@ class _Training:
         return saved.step
 
     def clock_steps(self, begin: int) -> None:
-        """The steps from number `begin` on begin now."""
+        """Begin to time the steps from number `begin` on."""
         self.clock = EpochClock(self._device, self.steps - begin)
         self._begun = time.perf_counter()
         self._saving = 0.0
 
     def save_within(self, steps: int) -> None:
         """Save after so many steps of the epoch, and stop if that is asked for."""
-        assert self._checkpoints is not None
         synchronize(self._device)  # what is queued is the steps' time
         start = time.perf_counter()
         self._check(steps)
-        so_far = self._until(start)
-        written = self._checkpoints.save(
+        written = self._save(steps, self._until(start))
+        if written:
+            self._keep(steps)
+        self._saving += time.perf_counter() - start
+        self._stop_if_asked(f"epoch {len(self.history) + 1}, step {steps + 1} of {self._name}" if written else "")
+
+    def save_after(self) -> None:
+        """Save after the last whole epoch, and stop if that is asked for."""
+        written = self._save(0, SoFar(), loss=self.history[-1].loss)
+        self._stop_if_asked(f"epoch {len(self.history)} of {self._name}, which is whole" if written else "")
+
+    def _save(self, steps: int, so_far: SoFar, **loss: float) -> bool:
+        assert self._checkpoints is not None
+        return self._checkpoints.save(
             self._step,
             self._device,
             epoch=len(self.history),
@@ -252,14 +263,11 @@ class _Training:
             history=[vars(epoch) for epoch in self.history],
             so_far=asdict(so_far),
             losses=self.losses[:steps],
+            **loss,
         )
-        if written:
-            self._keep(steps)
-        self._saving += time.perf_counter() - start
-        self._stop_if_asked(f"epoch {len(self.history) + 1}, step {steps + 1} of {self._name}" if written else "")
 
     def end_epoch(self, lr: float) -> Epoch:
-        """All steps of the epoch are done; what is known of it."""
+        """The epoch, whose steps are all done."""
         moved, finite = self._finite()  # queued before the epoch's one wait, which is for the losses
         losses = self._check(self.steps)
         spoiled = [name for name, good in zip(moved, finite.tolist(), strict=True) if not good]
@@ -270,32 +278,13 @@ class _Training:
             len(self.history),
             self._mean(losses),
             lr,
-            so_far.images,
-            so_far.seconds,
-            so_far.begin_seconds,
-            so_far.parts,
-            peak_bytes(self._device),
-            so_far.figures,
+            peak_bytes=peak_bytes(self._device),
+            **asdict(so_far),
         )
         self.history.append(done)
         if len(self.history) < self.epochs:
             self._keep(0)
         return done
-
-    def save_after(self) -> None:
-        """Save after the last whole epoch, and stop if that is asked for."""
-        assert self._checkpoints is not None
-        written = self._checkpoints.save(
-            self._step,
-            self._device,
-            epoch=len(self.history),
-            steps=0,
-            history=[vars(epoch) for epoch in self.history],
-            so_far=asdict(SoFar()),
-            losses=self.losses[:0],
-            loss=self.history[-1].loss,
-        )
-        self._stop_if_asked(f"epoch {len(self.history)} of {self._name}, which is whole" if written else "")
 
     def _mean(self, losses: Tensor) -> float:
         """Over the epoch's images: its last step may be of fewer."""
@@ -344,6 +333,6 @@ class _Training:
 
 
 def _in_words(name: str) -> str:
-    """What `Step.save` calls `name`, for users."""
+    """The name that `Step.save` gives, in words for users."""
     kind, _, rest = name.partition(".")
     return {"optimizer": "the optimizer's moments", "loss_scale": "the loss scale", "buffer": rest}.get(kind, name)

@@ -54,6 +54,11 @@ class Saved:
     tensors: dict[str, Tensor]
     """By name: a part's own names after the part's and a slash; losses [step]; random generators' states."""
 
+    @property
+    def place(self) -> str:
+        """What a training goes on with, for users."""
+        return f"epoch {self.epoch + 1}" + (f", step {self.step + 1}" if self.step else "")
+
     def of(self, part: str) -> dict[str, Tensor]:
         """The tensors of one part."""
         return {name.partition("/")[2]: value for name, value in self.tensors.items() if name.startswith(f"{part}/")}
@@ -123,6 +128,25 @@ class TrainingCheckpoints:
             return None
         what = "saved by another version of fastar; go on with that one"
         raise FastarError(f"{path}: {what}, or delete the file to go on from the one before")
+
+    def go_back(self) -> Saved | None:
+        """Count an attempt as failed; the checkpoint that the next one goes on from (None: from the beginning).
+
+        The one that the failed attempt went back to is deleted: it was no better from there.
+
+        Raises:
+            FastarError: what is to be known of it cannot be written, or a checkpoint cannot be read now.
+        """
+        self.parts = {}  # which hold the sources: the next attempt needs the memory
+        self.attempt += 1
+        self.remember()  # before all else: a training that is killed now must not go on with the same draws
+        saved = self.newest()
+        if saved is not None and saved.path.name == self.back_to:
+            self.drop(saved.path)
+            saved = self.newest()
+        self.back_to = saved.path.name if saved is not None else None
+        self.remember()
+        return saved
 
     def remember(self) -> None:
         """Write down `attempt` and `back_to`: a process that is killed before the next checkpoint goes on with them.

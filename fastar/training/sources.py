@@ -72,7 +72,7 @@ class SourcesStore:
         self._feed: RowFeed | None = None
         for row, state, name in zip(self.rows, states, self.names, strict=True):
             try:
-                layout.flatten(dict(state), out=row)
+                layout.flatten(state, out=row)
             except FastarError as error:
                 raise FastarError(f"source {name}: {error}") from error
 
