@@ -1,45 +1,40 @@
-"""Data: from raw files to .beton files, and from those to batches on the device. The only importer of FFCV."""
+"""Data: from raw files to .beton files, and from those to batches on the device. The only importer of FFCV.
 
-from fastar.config import DATASETS, Augmentation, DatasetSpec, dataset_spec, register
-from fastar.data.check import verify_folder
-from fastar.data.dataset import Batch, Dataset
-from fastar.data.ffcv.folder import Files, is_finished
-from fastar.data.files import DatasetFiles, open_files, prepare
-from fastar.data.images import ImageFiles, open_images, prepare_images
-from fastar.data.in_memory import DeviceDataset, load
-from fastar.data.raw.imagefolder import count_images, is_packed
-from fastar.data.raw.raw_split import ArraySplit, RawDataset, RawSplit
-from fastar.data.splits import check_limit, held_out
-from fastar.data.streaming import StreamingDataset
-from fastar.data.variable_size import PRESETS, Encoding
+Names are imported when they are first used: FFCV and what it brings take seconds.
+"""
 
-__all__ = [
-    "DATASETS",
-    "PRESETS",
-    "ArraySplit",
-    "Augmentation",
-    "Batch",
-    "Dataset",
-    "DatasetFiles",
-    "DatasetSpec",
-    "DeviceDataset",
-    "Encoding",
-    "Files",
-    "ImageFiles",
-    "RawDataset",
-    "RawSplit",
-    "StreamingDataset",
-    "check_limit",
-    "count_images",
-    "dataset_spec",
-    "held_out",
-    "is_finished",
-    "is_packed",
-    "load",
-    "open_files",
-    "open_images",
-    "prepare",
-    "prepare_images",
-    "register",
-    "verify_folder",
-]
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fastar.config import DATASETS, Augmentation, DatasetSpec, dataset_spec, register
+    from fastar.data.dataset import Batch, Dataset
+    from fastar.data.ffcv.encode import PRESETS, Encoding
+    from fastar.data.ffcv.folder import DatasetFiles, is_finished, open_files, verify_folder
+    from fastar.data.in_memory import DeviceDataset, load
+    from fastar.data.convert import prepare
+    from fastar.data.raw.class_folders import count_images, is_packed
+    from fastar.data.raw.raw_split import ArraySplit, RawDataset, RawSplit
+    from fastar.data.splits import check_limit, held_out
+    from fastar.data.streaming import StreamingDataset
+
+_PLACES = {
+    "fastar.config": ("DATASETS", "Augmentation", "DatasetSpec", "dataset_spec", "register"),
+    "fastar.data.dataset": ("Batch", "Dataset"),
+    "fastar.data.ffcv.encode": ("PRESETS", "Encoding"),
+    "fastar.data.ffcv.folder": ("DatasetFiles", "is_finished", "open_files", "verify_folder"),
+    "fastar.data.in_memory": ("DeviceDataset", "load"),
+    "fastar.data.convert": ("prepare",),
+    "fastar.data.raw.class_folders": ("count_images", "is_packed"),
+    "fastar.data.raw.raw_split": ("ArraySplit", "RawDataset", "RawSplit"),
+    "fastar.data.splits": ("check_limit", "held_out"),
+    "fastar.data.streaming": ("StreamingDataset",),
+}
+__all__ = [name for names in _PLACES.values() for name in names]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _PLACES.items():
+        if name in names:
+            return getattr(import_module(module), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -4,11 +4,14 @@ Both give the same bits: the draws are integers (see `fastar.data.sampling`), an
 subtraction and one multiplication in fp32, each rounded by itself.
 """
 
-import numba
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
 import numpy as np
 import torch
 
-from fastar.config.datasets import Augmentation
+from fastar.config import Augmentation
 from fastar.data.sampling import draw, draw_below
 
 
@@ -49,7 +52,7 @@ def augmented(images: torch.Tensor, chosen: torch.Tensor, draws: Draws, normalis
     if images.device.type != "cpu":
         return normalisation(crop_and_mirror(images, chosen, down, right, mirrored))
     out = torch.empty(len(chosen), *images.shape[1:], dtype=torch.float32, device="cpu")
-    _crop_mirror_normalise(
+    _compiled()(
         images.numpy().reshape(len(images), -1),
         chosen.numpy(),
         down.numpy(),
@@ -88,7 +91,13 @@ def crop_and_mirror(
     return images[chosen[:, None, None], rows[:, :, None], columns[:, None, :]] * inside[..., None]
 
 
-@numba.njit(nogil=True)  # no fastmath: it would round differently
+@cache
+def _compiled() -> Callable[..., Any]:
+    import numba  # only here: it takes half a second
+
+    return numba.njit(nogil=True)(_crop_mirror_normalise)  # no fastmath: it would round differently
+
+
 def _crop_mirror_normalise(
     images: np.ndarray,
     chosen: np.ndarray,

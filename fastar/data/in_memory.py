@@ -2,23 +2,23 @@
 
 from collections.abc import Iterator
 from contextlib import closing
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from fastar.config.datasets import Augmentation
+from fastar.config import Augmentation
 from fastar.data.augment import Draws, Normalisation, augmented, draw_augmentation
 from fastar.data.dataset import Batch, chosen_batches, count_batches
-from fastar.data.ffcv.format import check_beton
-from fastar.data.ffcv.read import read_batches
-from fastar.data.ffcv.verify import ContentDigest
-from fastar.data.files import DatasetFiles
 from fastar.data.sampling import epoch_order
 from fastar.data.splits import VALIDATION, chosen_images, stored_in
 from fastar.errors import FastarError
 from fastar.runtime.progress import SILENT, Progress
 from fastar.runtime.seeds import derive_seed
 from fastar.runtime.timing import part
+
+if TYPE_CHECKING:
+    from fastar.data.ffcv.folder import DatasetFiles
 
 # A split is kept normalised (fp32) beside its bytes where that takes at most this much: digits, MNIST, test splits.
 NORMALISED_BYTES = 256 << 20
@@ -132,7 +132,7 @@ class DeviceDataset:
 
 
 def load(
-    files: DatasetFiles,
+    files: "DatasetFiles",
     split: str,
     device: torch.device | str,
     *,
@@ -147,15 +147,21 @@ def load(
     images that are the split "validation" and not in "train" (`fastar.data.splits`); `augmentation` replaces the
     dataset's own. The pixels are compared with the digest taken when they were written.
     """
+    # Only here: FFCV takes seconds, and tensors of a user's own need none of it.
+    from fastar.data.ffcv.format import FixedLayout, check_beton
+    from fastar.data.ffcv.read import read_batches
+    from fastar.data.ffcv.verify import ContentDigest
+
     stored = stored_in(split)
     path, layout = files.path(stored), files.layout(stored)
+    assert isinstance(layout, FixedLayout)  # others stream
     index = np.arange(layout.count)
     if limit is not None or split == VALIDATION or (validation and split == "train"):
         # Chosen before any is read: what is left out takes no memory.
         index = chosen_images(
             check_beton(path, layout), split, validation=validation, limit=limit, classes=files.classes, name=files.name
         )
-    images = np.empty((len(index), layout.height, layout.width, layout.channels), np.uint8)
+    images = np.empty((len(index), *layout.shape), np.uint8)
     labels = np.empty(len(index), np.int64)
     digest, start = ContentDigest(), 0
     with (

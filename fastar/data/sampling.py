@@ -3,14 +3,18 @@
 The arithmetic stays inside 63 bits of int64, so NumPy, and PyTorch on any device, give the same bits.
 """
 
-from typing import TypeVar
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
-import torch
 
 from fastar.runtime.seeds import derive_seed
 
-Integers = TypeVar("Integers", np.ndarray, torch.Tensor)
+if TYPE_CHECKING:
+    import torch
+
+Integers = TypeVar("Integers", np.ndarray, "torch.Tensor")
 
 _WORD = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B9  # 2^32 / golden ratio: spreads the stream numbers
@@ -39,6 +43,8 @@ def draw_below(bound: int, key: int, index: Integers, stream: int = 0) -> Intege
 
 def epoch_order(count: int, seed: int, epoch: int, device: torch.device) -> torch.Tensor:
     """A permutation of 0..count-1 (int64 [count], on `device`), fresh for every (seed, epoch)."""
+    import torch  # only here: processes that encode images import this module
+
     index = torch.arange(count, device=device)
     return torch.argsort(draw(derive_seed(seed, "order", epoch), index))
 

@@ -12,8 +12,9 @@ from fastar.data.augment import Normalisation, mirrored_and_normalised
 from fastar.data.crops import KEPT, Crop, centre, random_boxes
 from fastar.data.dataset import Batch, chosen_batches, count_batches
 from fastar.data.ffcv.decode import Plan
+from fastar.data.ffcv.folder import DatasetFiles
+from fastar.data.ffcv.format import VariableLayout
 from fastar.data.ffcv.read import ImageReader
-from fastar.data.images import ImageFiles
 from fastar.data.sampling import draw, epoch_order, paged_order
 from fastar.data.splits import chosen_images, stored_in
 from fastar.errors import FastarError
@@ -47,12 +48,12 @@ class StreamingDataset:
         limit: at most so many samples, classes balanced.
         validation: the share of the training images that are the split "validation" and not in "train"
             (`fastar.data.splits`).
-        progress: told where checksums of the images must be made first (`ImageFiles.checksums`).
+        progress: told where checksums of the images must be made first (`DatasetFiles.checksums`).
     """
 
     def __init__(
         self,
-        files: ImageFiles,
+        files: DatasetFiles,
         split: str,
         device: torch.device | str,
         *,
@@ -82,9 +83,11 @@ class StreamingDataset:
         self._mean, self._std = files.mean, files.std
         self._normalisations: dict[int, Normalisation] = {}
         stored = stored_in(split)
+        layout = files.layout(stored)
+        assert isinstance(layout, VariableLayout)  # others are held in memory
         self._reader = ImageReader(
             files.path(stored),
-            files.layout(stored),
+            layout,
             files.checksums(stored, progress),
             threads=threads or len(os.sched_getaffinity(0)),
         )

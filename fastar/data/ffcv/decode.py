@@ -1,10 +1,10 @@
 """Decoding images of differing sizes to one size inside FFCV's loader, on several threads.
 
-FFCV's own operations keep the largest image's room for every image of every batch in flight, ignore what the JPEG
+FFCV's own operations keep the largest image's space for every image of every batch in flight, ignore what the JPEG
 decoder says, draw crops from a state that depends on the threads' timing, are compiled anew for another output size,
-and die of a bus error where the file has become shorter. Here each thread has one such room, the decoder's word counts,
-the boxes come from outside, files are read with `pread`, and threads run Python around FFCV's C functions, which
-release the GIL.
+and die of a bus error where the file has become shorter. Here each thread has one such
+buffer, the JPEG decoder's return code is checked, the boxes come from outside, files are read with `pread`, and threads
+run Python around FFCV's C functions, which release the GIL.
 """
 
 import itertools
@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from fastar.data.crops import Boxes
-from fastar.data.ffcv.format import JPEG_MODE
+from fastar.data.ffcv.encode import JPEG_MODE
 from fastar.data.ffcv.names import SimpleRGBImageDecoder, imdecode, resize_crop
 from fastar.errors import FastarError
 
@@ -48,7 +48,7 @@ class CropDecoder(SimpleRGBImageDecoder):
         super().__init__()
         self._file, self._sizes, self._threads = os.open(path, os.O_RDONLY), sizes, threads
         self._sums, self._checked = sums, np.zeros(len(sums), bool)
-        self._rooms = threading.local()
+        self._buffers = threading.local()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decoder") if threads > 1 else None
 
     def close(self) -> None:
@@ -88,7 +88,7 @@ class CropDecoder(SimpleRGBImageDecoder):
 
     def _one(self, index: int, row: np.void, box: list[int], into: np.ndarray) -> None:
         height, width = int(row["height"]), int(row["width"])
-        content = self._room("content", int(self._sizes[index]))
+        content = self._buffer("content", int(self._sizes[index]))
         if os.preadv(self._file, [content.data], int(row["data_ptr"])) != len(content):
             raise FastarError(f"sample {index} cannot be read whole: the file was cut off; write it again")
         if not self._checked[index]:
@@ -96,7 +96,7 @@ class CropDecoder(SimpleRGBImageDecoder):
                 raise FastarError(f"sample {index} is not what was written; delete its folder and write it again")
             self._checked[index] = True
         if row["mode"] == JPEG_MODE:
-            image = self._room("image", 3 * height * width).reshape(height, width, 3)
+            image = self._buffer("image", 3 * height * width).reshape(height, width, 3)
             if imdecode(content, image, height, width, height, width, 0, 0, 1, 1, False, False) != 0:
                 raise FastarError(f"sample {index} is not a whole JPEG; delete its folder and write it again")
         else:
@@ -104,13 +104,13 @@ class CropDecoder(SimpleRGBImageDecoder):
         top, left, box_height, box_width = box
         resize_crop(image, top, top + box_height, left, left + box_width, into)
 
-    def _room(self, name: str, size: int) -> np.ndarray:
+    def _buffer(self, name: str, size: int) -> np.ndarray:
         """This thread's `size` bytes called `name`; kept, because fresh memory costs as much as a copy."""
-        room = getattr(self._rooms, name, None)
-        if room is None or len(room) < size:
-            room = np.empty(size + size // 4, np.uint8)
-            setattr(self._rooms, name, room)
-        return room[:size]
+        buffer = getattr(self._buffers, name, None)
+        if buffer is None or len(buffer) < size:
+            buffer = np.empty(size + size // 4, np.uint8)
+            setattr(self._buffers, name, buffer)
+        return buffer[:size]
 
 
 def _shared(numbers: Iterator[int]) -> Iterator[int]:

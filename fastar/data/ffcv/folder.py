@@ -3,37 +3,45 @@
 import fcntl
 import json
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, Literal
 
-from fastar.data.ffcv.checksums import Checksums, checksums_path
-from fastar.data.ffcv.format import Layout, check_beton, fingerprint
-from fastar.data.raw.listing import readable
+import numpy as np
+
+from fastar.config import Augmentation
+from fastar.data.ffcv.encode import Encoding
+from fastar.data.ffcv.format import FixedLayout, Layout, VariableLayout, check_beton, fingerprint
+from fastar.data.ffcv.verify import Checksums, checksums_path, kept_checksums, take_checksums
+from fastar.data.ffcv.write import disk_full
+from fastar.data.raw.raw_split import readable
 from fastar.errors import FastarError
-from fastar.runs import write_atomically
+from fastar.runs.atomic import write_atomically
 from fastar.runtime.json_files import content_digest, read_object
+from fastar.runtime.progress import SILENT, Progress
 
+Exif = Literal["ignore", "apply"]
 SPLITS = ("train", "test")
 METADATA = "metadata.json"
 PARTIAL = ".partial"
+FORMAT = 2
+
+
+VARIABLE = "images of any size"
+_DIGESTED = ("dataset", "classes", "counts", "mean", "std", "content")
+_DIGESTED_FIXED = ("channels", "height", "width")
+_DIGESTED_VARIABLE = ("encoding", "shuffled", "skipped")
 
 
 @dataclass(frozen=True)
-class Files(ABC):
+class DatasetFiles:
     """A finished dataset on disk: `folder`/{train,test}.beton and what their metadata file says of them."""
 
     folder: Path
     metadata: dict[str, Any]
-
-    FORMAT: ClassVar[int] = 2
-    KIND: ClassVar[str | None] = None
-    """What the metadata calls this kind of dataset; None: it says nothing."""
-    DIGESTED: ClassVar[tuple[str, ...]]
-    """Keys of the metadata that the digest covers."""
 
     @property
     def name(self) -> str:
@@ -43,6 +51,11 @@ class Files(ABC):
     def digest(self) -> str:
         """SHA-256 of what a network can see: images, labels, classes and normalisation of both splits."""
         return self.metadata["digest"]
+
+    @property
+    def variable_size(self) -> bool:
+        """Images are of any size: they stream."""
+        return self.metadata.get("kind") == VARIABLE
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -56,6 +69,41 @@ class Files(ABC):
     @property
     def std(self) -> tuple[float, ...]:
         return tuple(self.metadata["std"])
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """(C, H, W), of images of one size."""
+        return self.metadata["channels"], self.metadata["height"], self.metadata["width"]
+
+    @property
+    def augmentation(self) -> Augmentation:
+        """In training, of images of one size."""
+        return Augmentation(**self.metadata["augmentation"])
+
+    @property
+    def encoding(self) -> Encoding | None:
+        """Of images of any size."""
+        return Encoding(**self.metadata["encoding"]) if self.variable_size else None
+
+    @property
+    def shuffled(self) -> bool | None:
+        """Images of any size lie in the files in a fixed shuffled order, else by class."""
+        return self.metadata.get("shuffled")
+
+    @property
+    def skipped(self) -> dict[str, list[dict[str, str]]]:
+        """The images of each split that could not be used: path and reason."""
+        return self.metadata.get("skipped", {})
+
+    @property
+    def val_share(self) -> float | None:
+        """The share of each class that was taken for testing from one folder; None: the raw data had both splits."""
+        return self.metadata["settings"].get("val_share")
+
+    @property
+    def exif(self) -> Exif:
+        """apply: the images were turned as their EXIF orientation says."""
+        return self.metadata["settings"].get("exif", "ignore")
 
     @property
     def train(self) -> Path:
@@ -73,16 +121,46 @@ class Files(ABC):
             raise ValueError(f"split must be 'train' or 'test', not {split!r}")
         return self.folder / f"{split}.beton"
 
-    @abstractmethod
     def layout(self, split: str) -> Layout:
-        """What the split's file must hold."""
+        """The content that the split's file must have."""
+        count, classes, encoding = self.count(split), len(self.classes), self.encoding
+        if encoding is not None:
+            return VariableLayout(count, classes, encoding)
+        channels, height, width = self.input_shape
+        return FixedLayout(count, classes, (height, width, channels))
 
-    @classmethod
-    def digest_of(cls, metadata: dict[str, Any]) -> str:
-        return content_digest({key: metadata[key] for key in cls.DIGESTED})
+    def digest_of_content(self) -> str:
+        """The digest that the metadata must have."""
+        keys = (*_DIGESTED, *(_DIGESTED_VARIABLE if self.variable_size else _DIGESTED_FIXED))
+        return content_digest({key: self.metadata[key] for key in keys})
 
+    def checksums(self, split: str, progress: Progress = SILENT) -> Checksums:
+        """Those of images of any size, kept beside the split's file. Where there are none that count (an earlier
+        version wrote the file, or they are damaged), all of it is read once, compared with the digest of its content,
+        and they are kept."""
+        if split not in self._checksums:
+            kept = kept_checksums(self.path(split), self.metadata["content"][split])
+            self._checksums[split] = kept or self._new_checksums(split, progress)
+        return self._checksums[split]
 
-Kind = TypeVar("Kind", bound=Files)
+    @cached_property
+    def _checksums(self) -> dict[str, Checksums]:
+        return {}
+
+    def _new_checksums(self, split: str, progress: Progress) -> Checksums:
+        path, layout = self.path(split), self.layout(split)
+        progress.line(f"{path}: no checksums of its images are kept; it is read once to make them")
+        new = take_checksums(path, layout, check_beton(path, layout), progress, f"checking {self.name} {split}")
+        if new.content != self.metadata["content"][split]:
+            raise FastarError(
+                f"{path}: its images are not those that were written (damaged or replaced); "
+                f"delete {self.folder} and write it again"
+            )
+        try:
+            write_atomically(checksums_path(path), new.to_bytes())
+        except FastarError as error:
+            progress.line(f"{error}; each run reads the whole file until they can be kept")
+        return new
 
 
 def is_finished(folder: Path) -> bool:
@@ -90,28 +168,28 @@ def is_finished(folder: Path) -> bool:
         return all((folder / name).exists() for name in (METADATA, *(f"{split}.beton" for split in SPLITS)))
 
 
-def open_finished(folder: Path, kind: type[Kind]) -> Kind:
+def open_files(folder: Path) -> DatasetFiles:
     """The finished dataset in `folder`; FastarError where its metadata or files are missing, damaged or replaced."""
-    files = open_metadata(folder, kind)
+    files = open_metadata(folder)
     for split in SPLITS:
         check_unchanged(files, split)
     return files
 
 
-def open_metadata(folder: Path, *kinds: type[Kind]) -> Kind:
-    """The dataset that the metadata in `folder` describe, of one of these kinds; FastarError where they are missing or
-    damaged. Nothing of its files is read."""
+def open_metadata(folder: Path) -> DatasetFiles:
+    """The dataset that the metadata in `folder` describe; FastarError where they are missing or damaged. Nothing of its
+    files is read."""
     path, again = folder / METADATA, f"delete {folder} and write it again"
     try:
         metadata = read_object(path)
-        found = next((kind for kind in kinds if metadata.get("kind") == kind.KIND), None)
-        if found is None:
-            raise FastarError(f"{path}: holds {metadata.get('kind') or 'images of one size'}; use another directory")
-        if metadata["format"] not in (1, found.FORMAT):
-            raise FastarError(f"{path}: format {metadata['format']}, this fastar reads {found.FORMAT}; {again}")
+        files = DatasetFiles(folder, metadata)
+        if metadata.get("kind") not in (None, VARIABLE):
+            raise FastarError(f"{path}: holds {metadata['kind']}; use another directory")
+        if metadata["format"] not in (1, FORMAT):
+            raise FastarError(f"{path}: format {metadata['format']}, this fastar reads {FORMAT}; {again}")
         # Format 1 is without a digest of all; it then says nothing of what the dataset's own digest does not cover.
         whole = (metadata["format"] == 1 and "sha256" not in metadata) or metadata["sha256"] == _sha256(metadata)
-        if not whole or metadata["digest"] != found.digest_of(metadata):
+        if not whole or metadata["digest"] != files.digest_of_content():
             raise FastarError(f"{path}: edited by hand or damaged; {again}")
     except OSError as error:
         raise FastarError(f"{error.filename or path}: cannot be read ({error.strerror}); check the folder") from error
@@ -119,10 +197,10 @@ def open_metadata(folder: Path, *kinds: type[Kind]) -> Kind:
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise FastarError(f"{path}: damaged ({error}); {again}") from error
-    return found(folder, metadata)
+    return files
 
 
-def check_unchanged(files: Files, split: str) -> None:
+def check_unchanged(files: DatasetFiles, split: str) -> None:
     """Raise FastarError where a split's file is not the one that was written, as far as its fingerprint tells."""
     path, again = files.path(split), f"delete {files.folder} and write it again"
     try:
@@ -142,23 +220,22 @@ def _sha256(metadata: dict[str, Any]) -> str:
     return content_digest({key: value for key, value in metadata.items() if key != "sha256"})
 
 
-def publish(
-    folder: Path, metadata: dict[str, Any], kind: type[Kind], checksums: Mapping[str, Checksums] | None = None
-) -> Kind:
-    """Make the partial files in `folder` the finished dataset that `metadata` (files and digests are added) describes.
+def publish(folder: Path, content: dict[str, Any], checksums: Mapping[str, Checksums]) -> DatasetFiles:
+    """Make the partial files in `folder` the finished dataset that the metadata `content` (files and digests are added)
+    describes.
 
-    The `checksums` of each split's images are kept beside it. Metadata first: a .beton beside it counts only if it is
-    the file described there, so that a kill between any two of these steps leaves a folder that is either finished or
-    known to be unfinished.
+    The `checksums` of each split's images of any size are kept beside it. Metadata first: a .beton beside it counts
+    only if it is the file described there, so that a kill between any two of these steps leaves a folder that is either
+    finished or known to be unfinished.
     """
-    from fastar.data.ffcv.write import disk_full  # reading finished files needs none of it
-
-    metadata = metadata | {"files": {split: fingerprint(folder / f"{split}.beton{PARTIAL}") for split in SPLITS}}
-    metadata["digest"] = kind.digest_of(metadata)
+    metadata: dict[str, Any] = {"format": FORMAT, **content}
+    metadata["files"] = {split: fingerprint(folder / f"{split}.beton{PARTIAL}") for split in SPLITS}
+    files = DatasetFiles(folder, metadata)
+    metadata["digest"] = files.digest_of_content()
     metadata["sha256"] = _sha256(metadata)
     try:
         write_atomically(folder / METADATA, (json.dumps(metadata, indent=1) + "\n").encode())
-        for split, sums in (checksums or {}).items():
+        for split, sums in checksums.items() if files.variable_size else ():
             write_atomically(checksums_path(folder / f"{split}.beton"), sums.to_bytes())
         for split in SPLITS:
             os.replace(folder / f"{split}.beton{PARTIAL}", folder / f"{split}.beton")
@@ -169,7 +246,7 @@ def publish(
             os.close(handle)
     except OSError as error:
         raise disk_full(folder / METADATA, error) from error
-    return kind(folder, metadata)
+    return files
 
 
 @contextmanager
@@ -217,3 +294,41 @@ def refuse_foreign(folder: Path) -> None:
         path = folder / f"{split}.beton"
         if path.exists():
             raise FastarError(f"{path}: has no {METADATA} beside it, so fastar did not write it; move it away")
+
+
+def verify_folder(folder: Path, progress: Progress = SILENT) -> list[str]:
+    """One line for each thing in a finished dataset's folder that is damaged; none: all is as it was written.
+
+    Reads the metadata, both files to the last image, and the checksums. Where the metadata are damaged nothing says
+    what the files must be, and that is the only line.
+    """
+    try:
+        files = open_metadata(Path(folder))
+    except FastarError as error:
+        return [str(error)]
+    return [line for split in SPLITS for line in _damages(files, split, progress)]
+
+
+def _damages(files: DatasetFiles, split: str, progress: Progress) -> list[str]:
+    path, again = files.path(split), f"delete {files.folder} and write it again"
+    description, content = f"checking {files.name} {split}", files.metadata["content"][split]
+    found = []
+    try:
+        if not path.exists():
+            return [f"{path}: missing; {again}"]
+        labels = check_beton(path, files.layout(split))
+        now = take_checksums(path, files.layout(split), labels, progress, description)
+        kept = kept_checksums(path, content) if files.variable_size else None
+        if kept is None and checksums_path(path).exists():
+            found.append(f"{checksums_path(path)}: damaged; delete it, and the next run makes it again")
+        if kept is not None and (bad := np.flatnonzero(now.images != kept.images)).size:
+            found.append(
+                f"{path}: {len(bad)} of {len(labels)} images are not what was written (first: sample {bad[0]}); {again}"
+            )
+        elif now.content != content or (kept is not None and now.tables != kept.tables):
+            found.append(f"{path}: its images or labels are not those that were written; {again}")
+        if not found:
+            check_unchanged(files, split)
+    except FastarError as error:
+        found.append(str(error))
+    return found

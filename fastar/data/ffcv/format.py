@@ -4,12 +4,15 @@ FFCV itself trusts a file: a truncated, empty or foreign one gives an IndexError
 """
 
 import hashlib
+import math
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 
+from fastar.data.ffcv.encode import JPEG_MODE, PAGE, RAW_MODE, Encoded, EncodedImages, Encoding, encoded_images
 from fastar.data.ffcv.names import (
     ALLOC_TABLE_TYPE,
     CURRENT_VERSION,
@@ -22,121 +25,114 @@ from fastar.data.ffcv.names import (
     RGBImageField,
     get_metadata_type,
 )
-from fastar.data.raw.raw_split import RawSplit
+from fastar.data.raw.raw_split import ImageSplit, RawSplit, UnusableImage
 from fastar.errors import FastarError
 
-JPEG_MODE, RAW_MODE = 0, 1
-SAMPLES = 64  # images of a new file that are compared with the raw ones
 _BLOCK = 1 << 16
 _BLOCKS = 256
 
 
-class Layout(Protocol):
-    """What a file must hold, for writing and checking it: the image and label of `count` samples."""
+@dataclass(frozen=True)
+class Layout(ABC):
+    """The content of a file: image and label of `count` samples, labels in 0..classes-1."""
 
-    @property
-    def count(self) -> int: ...
+    count: int
+    classes: int
 
-    @property
-    def classes(self) -> int: ...
+    PAGE: ClassVar[int]
+    """Bytes of a page of the file; an encoded image must fit into one."""
 
-    @property
-    def page_size(self) -> int:
-        """Bytes of a page of the file; an encoded image must fit into one."""
-        ...
-
-    @property
-    def equal_sizes(self) -> bool:
-        """Every image takes the same number of bytes."""
-        ...
-
-    def image_bytes_of(self, raw: RawSplit, indices: np.ndarray, *, skip: bool = False) -> float:
-        """Bytes that one of these images will take; a mean, from a sample, where they differ.
-
-        An image of the sample that cannot be used is an error, or with `skip` left out.
-        """
-        ...
-
+    @abstractmethod
     def fields(self) -> dict[str, Field]:
         """FFCV's fields in file order."""
-        ...
 
-    def encoders(self, index: int) -> dict[str, Field]:
-        """The fields that write the raw sample `index`; they describe themselves in the file as `fields` does."""
-        ...
+    @abstractmethod
+    def encoded(self, raw: RawSplit, indices: np.ndarray, workers: int = 1) -> EncodedImages:
+        """The raw images `indices` as the file holds them; in place of one that cannot be used, its error."""
 
+    @abstractmethod
     def describe(self) -> str:
         """The kind of images, for messages."""
-        ...
 
-    def complaint(self, image: np.ndarray) -> tuple[str, str] | None:
-        """What is wrong with a raw image that was to be written, and what to do; or None."""
-        ...
-
+    @abstractmethod
     def pointers(self, image: np.ndarray) -> np.ndarray:
         """Where each image's bytes start, out of the sample table's image column."""
-        ...
 
+    @abstractmethod
     def fault(self, image: np.ndarray, sizes: np.ndarray) -> str | None:
-        """What is wrong with a file's images (table column, and bytes of each), or None."""
-        ...
+        """The first fault of a file's images (table column, and bytes of each), or None."""
 
 
 @dataclass(frozen=True)
-class BetonLayout:
-    """What a file must hold: `count` raw images uint8 [H, W, C], labels in 0..classes-1."""
+class FixedLayout(Layout):
+    """Raw images uint8 [H, W, C], all of one size: `shape` is (H, W, C)."""
 
-    count: int
-    height: int
-    width: int
-    channels: int
-    classes: int
+    shape: tuple[int, int, int]
 
-    @property
-    def image_bytes(self) -> int:
-        return self.height * self.width * self.channels
+    PAGE: ClassVar[int] = 1 << 21
 
     def fields(self) -> dict[str, Field]:
-        """FFCV's fields in file order: RGB images as FFCV images, others as arrays of bytes."""
-        image = (
-            RGBImageField(write_mode="raw")
-            if self.channels == 3
-            else NDArrayField(np.dtype("uint8"), (self.height, self.width, self.channels))
-        )
+        """RGB images as FFCV images, others as arrays of bytes."""
+        image = RGBImageField(write_mode="raw") if self._rgb else NDArrayField(np.dtype("uint8"), self.shape)
         return {"image": image, "label": IntField()}
 
-    @property
-    def page_size(self) -> int:
-        return 1 << 21
-
-    @property
-    def equal_sizes(self) -> bool:
-        return True
-
-    def image_bytes_of(self, raw: RawSplit, indices: np.ndarray, *, skip: bool = False) -> float:
-        return self.image_bytes
-
-    def encoders(self, index: int) -> dict[str, Field]:
-        return self.fields()
+    def encoded(self, raw: RawSplit, indices: np.ndarray, workers: int = 1) -> EncodedImages:
+        for index in indices.tolist():
+            image, _ = raw[index]
+            if image.shape == self.shape and image.dtype == np.uint8:
+                yield Encoded(RAW_MODE, image.shape[0], image.shape[1], image.tobytes())
+            else:
+                reason = f"image is {image.dtype} {list(image.shape)}, not uint8 {list(self.shape)}"
+                yield UnusableImage(raw.where(index), reason, "convert it")
 
     def describe(self) -> str:
-        return f"{self.height}x{self.width}x{self.channels} images"
-
-    def complaint(self, image: np.ndarray) -> tuple[str, str] | None:
-        shape = (self.height, self.width, self.channels)
-        if image.shape == shape and image.dtype == np.uint8:
-            return None
-        return f"image is {image.dtype} {list(image.shape)}, not uint8 {list(shape)}", "convert it"
+        return f"{'x'.join(map(str, self.shape))} images"
 
     def pointers(self, image: np.ndarray) -> np.ndarray:
-        return image["data_ptr"] if self.channels == 3 else image
+        return image["data_ptr"] if self._rgb else image
 
     def fault(self, image: np.ndarray, sizes: np.ndarray) -> str | None:
-        if self.channels == 3:
-            same = (image["mode"] == RAW_MODE) & (image["height"] == self.height) & (image["width"] == self.width)
+        height, width, _ = self.shape
+        if self._rgb:
+            same = (image["mode"] == RAW_MODE) & (image["height"] == height) & (image["width"] == width)
             if not same.all():
-                return f"its images are not all raw {self.height}x{self.width}"
-        return None if (sizes == self.image_bytes).all() else "its allocation table does not match its samples"
+                return f"its images are not all raw {height}x{width}"
+        return None if (sizes == math.prod(self.shape)).all() else "its allocation table does not match its samples"
+
+    @property
+    def _rgb(self) -> bool:
+        return self.shape[2] == 3
+
+
+@dataclass(frozen=True)
+class VariableLayout(Layout):
+    """RGB images of any size, JPEG or raw, by `encoding`."""
+
+    encoding: Encoding
+
+    PAGE: ClassVar[int] = PAGE
+
+    def fields(self) -> dict[str, Field]:
+        return {"image": RGBImageField(), "label": IntField()}
+
+    def encoded(self, raw: RawSplit, indices: np.ndarray, workers: int = 1) -> EncodedImages:
+        assert isinstance(raw, ImageSplit)
+        return encoded_images(raw, indices.tolist(), self.encoding, workers)
+
+    def describe(self) -> str:
+        return "RGB images of any size"
+
+    def pointers(self, image: np.ndarray) -> np.ndarray:
+        return image["data_ptr"]
+
+    def fault(self, image: np.ndarray, sizes: np.ndarray) -> str | None:
+        pixels = image["height"].astype(np.int64) * image["width"]
+        if (pixels == 0).any() or not np.isin(image["mode"], (JPEG_MODE, RAW_MODE)).all():
+            return "its sample table is damaged"
+        raw = image["mode"] == RAW_MODE
+        if (sizes[raw] != 3 * pixels[raw]).any() or (sizes == 0).any():
+            return "its allocation table does not match its samples"
+        return None
 
 
 def field_descriptors(fields: dict[str, Field]) -> np.ndarray:

@@ -60,7 +60,6 @@ def no_thread_pool() -> Iterator[None]:
 
 try:
     with torch_threads_kept(), plain_dict(), no_thread_pool():
-        import cv2
         import ffcv.loader.epoch_iterator
         from ffcv.fields import IntField, NDArrayField, RGBImageField
         from ffcv.fields.base import Field
@@ -68,7 +67,6 @@ try:
         from ffcv.libffcv import imdecode, resize_crop
         from ffcv.loader import Loader, OrderOption
         from ffcv.loader.epoch_iterator import EpochIterator
-        from ffcv.memory_allocator import MemoryAllocator
         from ffcv.pipeline.compiler import Compiler
         from ffcv.types import (
             ALLOC_TABLE_TYPE,
@@ -78,7 +76,6 @@ try:
             HeaderType,
             get_metadata_type,
         )
-        from ffcv.writer import handle_sample
 except ImportError as error:
     raise FastarError(f"FFCV cannot be imported ({error}); run `make install` or see `fastar doctor`") from error
 
@@ -100,14 +97,11 @@ __all__ = [
     "HeaderType",
     "IntField",
     "Loader",
-    "MemoryAllocator",
     "NDArrayField",
     "OrderOption",
     "RGBImageField",
     "SimpleRGBImageDecoder",
-    "cv2",
     "get_metadata_type",
-    "handle_sample",
     "imdecode",
     "resize_crop",
     "torch_threads_kept",

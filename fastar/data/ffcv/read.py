@@ -11,11 +11,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from fastar.data.ffcv.checksums import Checksums, tables_digest
 from fastar.data.ffcv.decode import CropDecoder, Plan
-from fastar.data.ffcv.format import BetonLayout, check_beton, image_table
+from fastar.data.ffcv.format import FixedLayout, VariableLayout, check_beton, image_table
 from fastar.data.ffcv.names import Compiler, EpochIterator, Loader, OrderOption, torch_threads_kept
-from fastar.data.variable_size import VariedLayout
+from fastar.data.ffcv.verify import Checksums, tables_digest
 from fastar.errors import FastarError
 
 Batches = Generator[tuple[np.ndarray, np.ndarray], None, None]
@@ -105,7 +104,7 @@ def _compiling(enabled: bool) -> Iterator[None]:
         Compiler.set_enabled(before)
 
 
-def read_batches(path: Path, layout: BetonLayout, batch_size: int = BATCH) -> Batches:
+def read_batches(path: Path, layout: FixedLayout, batch_size: int = BATCH) -> Batches:
     """Yield (images uint8 [b, H, W, C], labels int64 [b]) in file order, every sample exactly once.
 
     The arrays are FFCV's own buffers: copy them before asking for the next batch. The file is checked first; an error
@@ -144,7 +143,7 @@ class ImageReader:
     int64 [n]; `pages` int64 [n] is the page of the file that each lies in.
     """
 
-    def __init__(self, path: Path, layout: VariedLayout, checksums: Checksums, *, threads: int):
+    def __init__(self, path: Path, layout: VariableLayout, checksums: Checksums, *, threads: int):
         self.path = path
         self.labels = check_beton(path, layout)
         if tables_digest(path, layout) != checksums.tables:
@@ -152,8 +151,8 @@ class ImageReader:
                 f"{path}: its tables are not those that were written; delete its folder and write it again"
             )
         _, table, sizes = image_table(path, layout)
-        self.page_size = layout.page_size
-        self.pages = (table["data_ptr"] // np.uint64(layout.page_size)).astype(np.int64)
+        self.page_size = layout.PAGE
+        self.pages = (table["data_ptr"] // np.uint64(layout.PAGE)).astype(np.int64)
         try:
             decoder = CropDecoder(path, sizes, checksums.images, threads)
             weakref.finalize(self, decoder.close)

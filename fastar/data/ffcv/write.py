@@ -1,53 +1,29 @@
-"""Writing a .beton file with several worker processes, FFCV's parts under a supervisor of our own.
+"""Writing a .beton file: header, table of samples, pages of images, table of their places.
 
-FFCV's writer waits for ever for a worker that died, ignores short writes on a full disk, and leaves shared memory
-behind. Here the workers' ends of pipes and their process handles are watched, pages are written whole, and the table of
-samples lives in anonymous shared memory, which nothing can leave behind.
+FFCV's own writer waits for ever for a worker that died, and ignores short writes on a full disk.
 """
 
-import ctypes
 import errno
 import math
-import mmap
-import multiprocessing
 import os
 import shutil
-import signal
 import time
-from multiprocessing.connection import Connection, wait
-from multiprocessing.sharedctypes import Synchronized
+from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import IO
 
 import numpy as np
 
+from fastar.data.ffcv.encode import Encoded
 from fastar.data.ffcv.format import Layout, field_descriptors
-from fastar.data.ffcv.names import (
-    ALLOC_TABLE_TYPE,
-    CURRENT_VERSION,
-    Field,
-    HeaderType,
-    MemoryAllocator,
-    cv2,
-    get_metadata_type,
-    handle_sample,
-)
-from fastar.data.raw.raw_split import RawSplit, UnusableImage
+from fastar.data.ffcv.names import ALLOC_TABLE_TYPE, CURRENT_VERSION, HeaderType, get_metadata_type
+from fastar.data.raw.raw_split import RawSplit
 from fastar.errors import FastarError
 from fastar.runtime.progress import SILENT, Progress
-from fastar.runtime.signals import SCHEDULERS
 
-CHUNK = 128  # samples that a worker takes at a time, or fewer where there are few
 TELL_SECONDS = 300.0
+_ESTIMATE = 64
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
-
-
-class _Allocator(MemoryAllocator):
-    """FFCV's allocator on a buffered file: a page is written whole or the write raises (FFCV drops short writes)."""
-
-    def __enter__(self) -> "_Allocator":
-        self.fp = open(self.fname, "r+b")  # closed by FFCV's __exit__
-        return self
 
 
 def disk_full(path: Path, error: OSError) -> FastarError:
@@ -60,6 +36,25 @@ def disk_full(path: Path, error: OSError) -> FastarError:
     return FastarError(f"{path}: cannot be written ({error.strerror or error}); check the folder")
 
 
+def predicted_bytes(layout: Layout, raw: RawSplit, indices: np.ndarray, *, skip: bool = False) -> int:
+    """Bytes of the file with the raw images `indices`, from a sample of them.
+
+    An image of the sample that cannot be used is an error, or with `skip` left out.
+    """
+    sample = indices[np.unique(np.linspace(0, len(indices) - 1, _ESTIMATE).astype(np.int64))]
+    sizes = []
+    for image in layout.encoded(raw, sample):
+        if isinstance(image, Encoded):
+            sizes.append(len(image.content))
+        elif not skip:
+            raise image
+    # A page is left when the next image does not fit: on average half an image is lost where sizes differ.
+    per_page = layout.PAGE / np.mean(sizes or [1])
+    pages = math.ceil(layout.count / max(per_page - 0.5, 1)) + 1
+    row = get_metadata_type(list(layout.fields().values())).itemsize + ALLOC_TABLE_TYPE.itemsize
+    return layout.PAGE * (pages + 1) + layout.count * row
+
+
 def write_beton(
     path: Path,
     raw: RawSplit,
@@ -70,238 +65,76 @@ def write_beton(
     skip: bool = False,
     progress: Progress = SILENT,
     description: str = "writing",
+    tell_seconds: float = TELL_SECONDS,
 ) -> dict[int, str]:
     """Write samples `indices` of `raw`, in that order, to `path` (created, or overwritten) and flush it to disk.
 
-    Raises FastarError for an image that cannot be used, a full disk, or a worker that died, within seconds.
-    The caller removes the file after an error. With `skip` images that cannot be used are left out, and returned:
-    position in `indices` to reason.
+    Returns:
+        With `skip`, the images that cannot be used, which are left out: position in `indices` to reason.
+
+    Raises:
+        FastarError: an image that cannot be used, a full disk, or a process that died. The caller removes the file.
     """
     fields = layout.fields()
-    predicted = predicted_bytes(layout, raw, indices, workers, skip=skip)
+    descriptors, row = field_descriptors(fields), get_metadata_type(list(fields.values()))
+    samples, places = np.zeros(len(indices), row), np.zeros(len(indices), ALLOC_TABLE_TYPE)
+    begin = HeaderType.itemsize + descriptors.nbytes
+    end = -(-(begin + samples.nbytes) // layout.PAGE) * layout.PAGE  # of the last page that was begun, none so far
+    place, kept, skipped = end, 0, {}
+    told = begun = time.monotonic()
     try:
-        free = shutil.disk_usage(path.parent).free
-        if predicted > free:
-            raise FastarError(
-                f"{path}: needs {predicted / 1e6:,.1f} MB, the disk has {free / 1e6:,.1f} MB free; free some space"
-            )
-        return _write(path, raw, indices, layout, fields, workers, skip, progress, description)
+        with (
+            path.open("wb") as stream,
+            closing(layout.encoded(raw, indices, workers)) as images,
+            progress.task(description, len(indices), "images") as advance,
+        ):
+            for position, image in enumerate(images):
+                if isinstance(image, Encoded):
+                    if place + len(image.content) > end:
+                        place, end = end, end + layout.PAGE
+                    stream.seek(place)
+                    stream.write(image.content)
+                    samples["f1"][kept] = raw.labels[indices[position]]
+                    if row["f0"].names is None:
+                        samples["f0"][kept] = place
+                    else:
+                        samples["f0"][kept] = image.mode, image.width, image.height, place
+                    places[kept] = kept, place, len(image.content)
+                    place, kept = place + len(image.content), kept + 1
+                elif skip:
+                    skipped[position] = image.reason
+                else:
+                    raise image
+                advance()
+                if time.monotonic() - told >= tell_seconds:
+                    told = time.monotonic()
+                    progress.line(f"{description}: {_standing(position + 1, len(indices), told - begun)}")
+            if kept == 0:
+                raise FastarError(f"{path}: none of the {len(indices)} images can be used ({skipped[0]})")
+            # Rows of images that were left out stay empty before the pages.
+            stream.seek(HeaderType.itemsize)
+            stream.write(descriptors.tobytes() + samples[:kept].tobytes())
+            stream.seek(end)
+            stream.write(places[:kept].tobytes())
+            _flush(stream)
+            # The header is written last: until then the file's version is 0, and nothing opens it.
+            header = np.zeros(1, dtype=HeaderType)
+            header["version"], header["num_fields"], header["page_size"] = CURRENT_VERSION, len(fields), layout.PAGE
+            header["num_samples"], header["alloc_table_ptr"] = kept, end
+            stream.seek(0)
+            stream.write(header.tobytes())
+            _flush(stream)
     except OSError as error:
         raise disk_full(path, error) from error
-
-
-def predicted_bytes(layout: Layout, raw: RawSplit, indices: np.ndarray, workers: int, *, skip: bool = False) -> int:
-    """Front matter, whole pages (each worker may leave one half empty), allocation table.
-
-    An upper bound for images of one size; for others an estimate from a sample of them.
-    """
-    per_page = layout.page_size / layout.image_bytes_of(raw, indices, skip=skip)
-    # A page is left when the next image does not fit: on average half an image is lost where sizes differ.
-    pages = math.ceil(layout.count / (math.floor(per_page) if layout.equal_sizes else max(per_page - 0.5, 1))) + workers
-    row = get_metadata_type(list(layout.fields().values())).itemsize + ALLOC_TABLE_TYPE.itemsize
-    return layout.page_size * (pages + 1) + layout.count * row
-
-
-def _write(
-    path: Path,
-    raw: RawSplit,
-    indices: np.ndarray,
-    layout: Layout,
-    fields: dict[str, Field],
-    workers: int,
-    skip: bool,
-    progress: Progress,
-    description: str,
-) -> dict[int, str]:
-    descriptors = field_descriptors(fields)
-    metadata_type = get_metadata_type(list(fields.values()))
-    metadata_start = HeaderType.itemsize + descriptors.nbytes
-    header = np.zeros(1, dtype=HeaderType)
-    with path.open("wb") as stream:
-        # The header is written last: until then the file's version is 0, and nothing opens it.
-        stream.write(bytes(HeaderType.itemsize) + descriptors.tobytes())
-
-    # Shared with the workers by forking; unmapped when the last array that looks into it goes.
-    metadata = np.frombuffer(mmap.mmap(-1, layout.count * metadata_type.itemsize), dtype=metadata_type)
-    allocator = _Allocator(str(path), metadata_start + metadata.nbytes, layout.page_size)
-    # Small files of one size are not worth a second process; of others every image is work.
-    chunk = CHUNK if layout.equal_sizes else max(1, min(CHUNK, layout.count // (8 * workers)))
-    job = _Job(raw, indices, metadata, allocator, layout, skip, chunk)
-    table, skipped = _run_workers(job, max(1, min(workers, -(-layout.count // job.chunk))), progress, description)
-    if len(table) == 0:
-        raise FastarError(f"{path}: none of the {len(indices)} images can be used ({skipped[min(skipped)]})")
-    # Samples are numbered without those left out; their rows' room stays empty before the pages.
-    kept = np.delete(np.arange(layout.count), list(skipped))
-    table["sample_id"] = np.searchsorted(kept, table["sample_id"])
-    header["version"], header["num_fields"] = CURRENT_VERSION, len(fields)
-    header["page_size"], header["num_samples"] = layout.page_size, len(kept)
-    with path.open("r+b") as stream:
-        stream.seek(metadata_start)
-        stream.write(metadata[kept].tobytes())
-        header["alloc_table_ptr"] = stream.seek(0, os.SEEK_END)
-        stream.write(table.tobytes())
-        stream.flush()
-        os.fsync(stream.fileno())
-        stream.seek(0)
-        stream.write(header.tobytes())
-        stream.flush()
-        os.fsync(stream.fileno())
     return skipped
 
 
-class _Job:
-    """What every worker inherits when it is forked."""
-
-    def __init__(
-        self,
-        raw: RawSplit,
-        indices: np.ndarray,
-        metadata: np.ndarray,
-        allocator: _Allocator,
-        layout: Layout,
-        skip: bool,
-        chunk: int,
-    ):
-        self.raw, self.indices, self.skip, self.chunk = raw, indices, skip, chunk
-        self.metadata, self.allocator = metadata, allocator
-        self.layout = layout
-        self.names = metadata.dtype.names
-
-    def encode(self, position: int) -> None:
-        index = int(self.indices[position])
-        image, label = self.raw[index]
-        complaint = self.layout.complaint(image)
-        if complaint is not None:
-            raise UnusableImage(self.raw.where(index), *complaint)
-        fields = self.layout.encoders(index)
-        handle_sample((image, label), position, self.names, self.metadata, self.allocator, fields)
+def _standing(done: int, total: int, seconds: float) -> str:
+    """For whoever reads a log of work that takes hours."""
+    rate = done / max(seconds, 1e-9)
+    return f"{done:,} of {total:,} images, {rate:,.1f} images/s, {(total - done) / rate / 60:,.0f} minutes left"
 
 
-def _run_workers(job: _Job, workers: int, progress: Progress, description: str) -> tuple[np.ndarray, dict[int, str]]:
-    """Run the job in forked processes; returns the allocation table, and what was left out (position to reason).
-
-    Every process has ended when this returns.
-    """
-    # Forked, so that raw arrays and the table are shared without copies; the children use NumPy and Pillow only.
-    context: Any = multiprocessing.get_context("fork")
-    next_chunk = context.Value(ctypes.c_int64, 0)
-    processes, pipes, tables = [], {}, []
-    skipped: dict[int, str] = {}
-    try:
-        for _ in range(workers):
-            receive, send = context.Pipe(duplex=False)
-            process = context.Process(target=_work, args=(job, next_chunk, send, os.getpid()), daemon=True)
-            # Ctrl-C, and often a scheduler, reach the whole process group; the workers inherit the mask and leave it
-            # to the parent, which ends them; it learns of a signal when it knows of the process.
-            mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGHUP, *SCHEDULERS})
-            try:
-                process.start()
-                processes.append(process)
-                pipes[process.sentinel] = (process, receive)
-            finally:
-                signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-            send.close()
-        done, begun = 0, time.monotonic()
-        told = begun
-        with progress.task(description, len(job.indices), "images") as advance:
-            while pipes:
-                ready = wait([*pipes, *(receive for _, receive in pipes.values())])
-                for sentinel, (process, receive) in list(pipes.items()):
-                    if receive not in ready and sentinel not in ready:
-                        continue
-                    # What a worker sent before it ended is still in its pipe.
-                    while sentinel in pipes and receive.poll():
-                        kind, value = _receive(receive, process)
-                        if kind == "done":
-                            advance(value)
-                            done += value
-                            told = _tell(progress, description, done, len(job.indices), begun, told)
-                        elif kind == "skipped":
-                            skipped.update([value])
-                        elif kind == "table":
-                            tables.append(value)
-                            del pipes[sentinel]
-                        else:
-                            raise value
-                    # Its pipe stays open where another thread of this process forked meanwhile and inherited it.
-                    if sentinel in pipes and sentinel in ready:
-                        raise _died(process)
-    finally:
-        for process in processes:
-            process.kill() if pipes else process.join(5)
-            process.kill()
-            process.join()
-        for _, receive in pipes.values():
-            receive.close()
-    return np.concatenate(tables), skipped
-
-
-def _tell(progress: Progress, description: str, done: int, total: int, begun: float, told: float) -> float:
-    """A line every five minutes, for whoever reads a log of work that takes hours; when the last one was."""
-    now = time.monotonic()
-    if now - told < TELL_SECONDS:
-        return told
-    rate = done / (now - begun)
-    left = (total - done) / rate / 60
-    progress.line(f"{description}: {done:,} of {total:,} images, {rate:,.1f} images/s, {left:,.0f} minutes left")
-    return now
-
-
-def _receive(receive: Connection, process: Any) -> tuple[str, Any]:
-    try:
-        return receive.recv()
-    except EOFError:
-        raise _died(process) from None
-
-
-def _died(process: Any) -> FastarError:
-    process.join(5)  # its pipes close a moment before its exit code is known
-    code = process.exitcode
-    how = f"killed by signal {-code}" if code is not None and code < 0 else f"exit code {code}"
-    return FastarError(f"a writer process ended before its work was done ({how}; out of memory?); run again")
-
-
-def _work(job: _Job, next_chunk: "Synchronized[int]", send: Connection, parent: int) -> None:
-    """One worker: encode chunks until none is left, then send this worker's part of the allocation table."""
-    _end_with_parent(parent)
-    cv2.setNumThreads(0)  # its threads, if it had any, were not forked with this process
-    position = 0
-    try:
-        job.allocator.__enter__()
-        count = len(job.indices)
-        while True:
-            with next_chunk.get_lock():
-                start = next_chunk.value
-                next_chunk.value = start + job.chunk
-            if start >= count:
-                break
-            stop = min(start + job.chunk, count)
-            for position in range(start, stop):
-                try:
-                    job.encode(position)
-                except UnusableImage as error:
-                    if not job.skip:
-                        raise
-                    send.send(("skipped", (position, error.reason)))
-            send.send(("done", stop - start))
-        job.allocator.__exit__(None, None, None)
-        send.send(("table", np.array(job.allocator.allocations, dtype=ALLOC_TABLE_TYPE)))
-    except FastarError as error:
-        send.send(("error", error))
-    except OSError as error:
-        send.send(("error", error))
-    # Anything else is a fault in a reader: shown with the sample it happened at, and its own type.
-    except Exception as error:  # noqa: BLE001 (raised again in the parent)
-        where = job.raw.where(int(job.indices[position]))
-        send.send(("error", FastarError(f"{where}: cannot be encoded ({type(error).__name__}: {error})")))
-    finally:
-        send.close()
-        os._exit(0)  # no exit handlers of the parent's libraries
-
-
-def _end_with_parent(parent: int) -> None:
-    """Ask Linux to kill this process when its parent ends: a worker waiting for a page would wait for ever."""
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(1)
+def _flush(stream: IO[bytes]) -> None:
+    stream.flush()
+    os.fsync(stream.fileno())

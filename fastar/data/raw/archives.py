@@ -1,20 +1,18 @@
 """ImageNet's official archives, read where they lie: members are found once and read by their offset."""
 
-import io
 import json
 import os
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from fastar.data.raw.listing import SUFFIXES, PassedOver, reason_to_pass
-from fastar.data.raw.raw_split import RawSplit, class_digest, decode_rgb, is_image, read_file
+from fastar.data.raw.raw_split import ImageSplit, is_image, read_file
 from fastar.data.raw.tars import TarArchive, read_members
 from fastar.errors import FastarError, first_line, printable
 from fastar.runtime.progress import SILENT, Progress
@@ -40,59 +38,32 @@ print(json.dumps([[int(row["ILSVRC2012_ID"]), str(row["WNID"]), int(row["num_chi
 """
 
 
-class ArchiveSplit:
-    """Images of any size inside an uncompressed tar archive, decoded to RGB; in order of class and name.
+def archive_split(path: Path, classes: tuple[str, ...], members: list[tuple[str, str, int, int]]) -> ImageSplit:
+    """The images inside an uncompressed tar archive, in order of class and name.
 
-    `members` are (class, file name, offset of its bytes in the archive, size). Several processes may read at once.
+    `members` are (class, file name, offset of its bytes in the archive, size).
     """
-
-    upright = False
-    """Images are turned as their EXIF orientation says."""
-
-    def __init__(self, path: Path, classes: tuple[str, ...], members: list[tuple[str, str, int, int]]):
-        if not members:
-            raise FastarError(f"{path}: holds no images; get it again")
-        self.path, self.classes = path, classes
-        label_of = {name: label for label, name in enumerate(classes)}
-        unknown = next((name for name, *_ in members if name not in label_of), None)
-        if unknown is not None:
-            raise FastarError(
-                f"{path}: holds images of {unknown}, no class of the training set; use archives of one set"
-            )
-        members = sorted(members)
-        self.names = [f"{name}/{file}" for name, file, _, _ in members]
-        self.labels = np.array([label_of[name] for name, *_ in members], dtype=np.int64)
-        self._places = np.array([place for _, _, *place in members], dtype=np.int64)
-        # Opened here, shared by forked processes: pread has no position that they could disturb.
-        self._file = os.open(path, os.O_RDONLY)
-
-    def __del__(self) -> None:
-        if hasattr(self, "_file"):
-            os.close(self._file)
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        offset, size = (int(place) for place in self._places[index])
-        content = b""
-        while len(content) < size:
-            more = os.pread(self._file, size - len(content), offset + len(content))
-            if not more:
-                raise FastarError(f"{self.path}: is cut off inside {self.names[index]}; get it again")
-            content += more
-        return decode_rgb(io.BytesIO(content), self.where(index), upright=self.upright), int(self.labels[index])
-
-    def where(self, index: int) -> str:
-        return f"{self.path}/{self.names[index]}"
-
-    @cached_property
-    def digest(self) -> str:
-        entries = zip(self.names, self.labels.tolist(), self._places[:, 1].tolist(), strict=True)
-        return class_digest(self.classes, entries)
+    if not members:
+        raise FastarError(f"{path}: holds no images; get it again")
+    label_of = {name: label for label, name in enumerate(classes)}
+    unknown = next((name for name, *_ in members if name not in label_of), None)
+    if unknown is not None:
+        raise FastarError(f"{path}: holds images of {unknown}, no class of the training set; use archives of one set")
+    # A listing reads headers alone: the last image could lie beyond the end of a file that was cut off.
+    end, size = max(offset + size for _, _, offset, size in members), path.stat().st_size
+    if end > size:
+        raise FastarError(f"{path}: is cut off ({size:,} bytes of at least {end:,}); get it again")
+    members = sorted(members)
+    return ImageSplit(
+        path,
+        classes,
+        [f"{name}/{file}" for name, file, _, _ in members],
+        np.array([label_of[name] for name, *_ in members], dtype=np.int64),
+        np.array([place for _, _, *place in members], dtype=np.int64),
+    )
 
 
-def train_archive(path: Path, passed: PassedOver, progress: Progress = SILENT) -> ArchiveSplit:
+def train_archive(path: Path, passed: PassedOver, progress: Progress = SILENT) -> ImageSplit:
     """The training images of an archive of one archive per class, such as n01440764.tar; that is the class's name.
 
     What is no image goes to `passed`.
@@ -124,11 +95,10 @@ def train_archive(path: Path, passed: PassedOver, progress: Progress = SILENT) -
                         f"{path}: {class_archive.name} in it is damaged ({error}); get it again"
                     ) from error
                 advance()
-    _check_whole(path, members)
-    return ArchiveSplit(path, tuple(sorted({name for name, *_ in members})), members)
+    return archive_split(path, tuple(sorted({name for name, *_ in members})), members)
 
 
-def val_archive(root: Path, classes: tuple[str, ...], passed: PassedOver, progress: Progress = SILENT) -> ArchiveSplit:
+def val_archive(root: Path, classes: tuple[str, ...], passed: PassedOver, progress: Progress = SILENT) -> ImageSplit:
     """The validation images in `root`, with the labels of the development kit beside them; see `train_archive`."""
     path = root / VAL_ARCHIVE
     with progress.task(f"listing {path.name}", 1, "archives") as advance, _opened(path) as archive:
@@ -139,8 +109,7 @@ def val_archive(root: Path, classes: tuple[str, ...], passed: PassedOver, progre
         raise FastarError(f"{path}: holds {len(images)} images, {DEVKIT} has {len(names)} labels; get both again")
     # Label number k is of the image whose name ends in k: sorted by name, the k-th.
     members = [(name, *image) for name, image in zip(names, images, strict=True)]
-    _check_whole(path, members)
-    return ArchiveSplit(path, classes, members)
+    return archive_split(path, classes, members)
 
 
 @contextmanager
@@ -170,13 +139,6 @@ def _images(archive: TarArchive, where: str, passed: PassedOver) -> Iterator[tup
         else:
             passed.add(f"{where}/{member.name}", reason)
     archive.check_end()
-
-
-def _check_whole(path: Path, members: list[tuple[str, str, int, int]]) -> None:
-    """A listing reads headers alone: the last image could lie beyond the end of a file that was cut off."""
-    end = max((offset + size for _, _, offset, size in members), default=0)
-    if end > path.stat().st_size:
-        raise FastarError(f"{path}: is cut off ({path.stat().st_size:,} bytes of at least {end:,}); get it again")
 
 
 def _validation_classes(root: Path) -> list[str]:
@@ -218,10 +180,3 @@ def _devkit_file(root: Path, name: str) -> bytes:
         return read_members(packed, (member,), _LARGEST)[member]
     except (OSError, tarfile.TarError, KeyError) as error:
         raise FastarError(f"{packed}: {name} cannot be read ({first_line(error)}); get it again") from error
-
-
-def official_files(splits: Iterable[RawSplit]) -> list[Path]:
-    """The archives that these splits are read from."""
-    packed = [split.path for split in splits if isinstance(split, ArchiveSplit)]
-    kits = [path.with_name(f"{DEVKIT}.tar.gz") for path in packed if path.name == VAL_ARCHIVE]
-    return [*packed, *(kit for kit in kits if kit.is_file())]

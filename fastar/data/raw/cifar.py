@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from fastar.config.datasets import DatasetSpec
+from fastar.config import DatasetSpec
 from fastar.data.raw.raw_split import ArraySplit, RawDataset, read_file
 from fastar.data.raw.tars import read_members
 from fastar.errors import FastarError, first_line, printable

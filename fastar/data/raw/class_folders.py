@@ -1,105 +1,248 @@
-"""A folder of class folders of images: train/<class>/*.jpg, test/<class>/*.png, and so on."""
+"""Images in class folders: CLASS/*.jpg below train/ and val/ (or test/), or in one folder that is to be split."""
 
 import hashlib
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
-from fastar.config.datasets import DatasetSpec
-from fastar.data.raw.listing import PassedOver, class_names, images_below, readable
-from fastar.data.raw.raw_split import FORMATS, RawDataset
+from fastar.config import DatasetSpec
+from fastar.data.raw.archives import DEVKIT, TRAIN_ARCHIVE, VAL_ARCHIVE, train_archive, val_archive
+from fastar.data.raw.listing import PassedOver, class_names, images_below
+from fastar.data.raw.raw_split import ImageSplit, RawDataset, read_file, readable
 from fastar.errors import FastarError
+from fastar.runtime.progress import SILENT, Progress
+from fastar.runtime.seeds import derive_seed
 
-_TEST_NAMES = ("test", "val")
+Listed = list[tuple[str, list[Path]]]
+"""Names of class folders, each with its images; a class may come twice."""
+TEST_FOLDERS = ("val", "test")
+ANNOTATIONS = "val_annotations.txt"
+_HINT = ", or of your own set (imagefolder) keep a share of each class for testing: --val-share 0.1"
 
 
-class FolderSplit:
-    """The images below one folder of class folders, classes and files in order of name.
+class FixedSizeSplit(ImageSplit):
+    """Images that must all have a data set's size, decoded to its channels. The digest is of their files' content."""
 
-    Decoded to the dataset's channels when asked for; `size` is the (height, width) that every image must have.
-    """
-
-    def __init__(self, root: Path, class_folders: dict[str, int], spec: DatasetSpec, passed: PassedOver):
-        self.root, self.classes = root, spec.classes
-        self.channels, self.size = spec.channels, (spec.height, spec.width)
-        self.paths: list[Path] = []
-        labels: list[int] = []
-        for folder, label in sorted(class_folders.items()):
-            found = images_below(root / folder, passed)
-            if not found:
-                raise FastarError(f"{root / folder}: holds no images; every class needs some")
-            self.paths += found
-            labels += [label] * len(found)
-        self.labels = np.array(labels, dtype=np.int64)
-
-    def __len__(self) -> int:
-        return len(self.paths)
+    def __init__(self, spec: DatasetSpec, origin: Path, names: list[str], labels: np.ndarray):
+        super().__init__(origin, spec.classes, names, labels)
+        self.shape = (spec.height, spec.width, spec.channels)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        path = self.paths[index]
-        try:
-            with Image.open(path, formats=FORMATS) as image:
-                size = (image.height, image.width)
-                if size != self.size:
-                    raise FastarError(
-                        f"{path}: image is {size[0]}x{size[1]}, must be {self.size[0]}x{self.size[1]}; "
-                        "resize it or check --dataset"
-                    )
-                if image.mode.startswith(("I", "F")):
-                    raise FastarError(f"{path}: {image.mode} pixels are not 8-bit; convert the image")
-                pixels = np.asarray(image.convert("RGB" if self.channels == 3 else "L"))
-        except FastarError:
-            raise
-        # Pillow's decoders raise more than OSError on damaged files: SyntaxError (PNG), ValueError, struct.error.
-        except Exception as error:
-            raise FastarError(f"{path}: cannot be read as an image ({error}); replace or remove it") from error
-        return pixels.reshape(*self.size, self.channels), int(self.labels[index])
-
-    def where(self, index: int) -> str:
-        return str(self.paths[index])
+        height, width, channels = self.shape
+        pixels = self.picture(index).decode("RGB" if channels == 3 else "L")
+        if pixels.shape[:2] != (height, width):
+            raise FastarError(
+                f"{self.where(index)}: image is {pixels.shape[0]}x{pixels.shape[1]}, must be {height}x{width}; "
+                "resize it or check --dataset"
+            )
+        return pixels.reshape(self.shape), int(self.labels[index])
 
     @cached_property
     def digest(self) -> str:
         digest = hashlib.sha256(repr(self.classes).encode())
-        for path, label in zip(self.paths, self.labels, strict=True):
+        for index, (name, label) in enumerate(zip(self.names, self.labels, strict=True)):
+            path = Path(self.where(index))
             with readable(path):
                 content = path.read_bytes()
-            name = f"{path.relative_to(self.root)}\0{label}\0{len(content)}\0"
-            digest.update(name.encode("utf-8", "surrogateescape"))
+            digest.update(f"{name}\0{label}\0{len(content)}\0".encode("utf-8", "surrogateescape"))
             digest.update(content)
         return digest.hexdigest()
 
 
 def find_folders(root: Path, spec: DatasetSpec) -> RawDataset | None:
-    """The class folders in `root`/train and `root`/test (or val), or None where there are none."""
+    """The class folders in `root`/train and `root`/test (or val) of a set of one size, or None where there are none."""
     train = root / "train"
     with readable(root):
         if not train.is_dir() or not class_names(train):
             return None
-        test = next((root / name for name in _TEST_NAMES if (root / name).is_dir()), None)
+        test = next((root / name for name in reversed(TEST_FOLDERS) if (root / name).is_dir()), None)
     if test is None:
         raise FastarError(f"{root}: has train/ but neither test/ nor val/; put the test images there")
-    passed = PassedOver()
-    splits = [FolderSplit(folder, _class_folders(folder, spec, passed), spec, passed) for folder in (train, test)]
+    passed, splits = PassedOver(), []
+    for folder in (train, test):
+        label_of = _labels_of_folders(folder, spec)
+        splits.append(
+            FixedSizeSplit(spec, folder, *_arrays(folder, label_of, in_class_folders(folder, label_of, passed)))
+        )
     return RawDataset(splits[0], splits[1], "class folders", root, f"{root}: {passed}" if passed.count else None)
 
 
-def _class_folders(root: Path, spec: DatasetSpec, passed: PassedOver) -> dict[str, int]:
+def _labels_of_folders(root: Path, spec: DatasetSpec) -> Mapping[str, int]:
     """Folder name -> label: the dataset's class names, or the numbers 0..K-1."""
-    names = class_names(root, passed)
-    numbers = {str(label): label for label in range(len(spec.classes))}
+    names = set(class_names(root))
     by_name = {name: label for label, name in enumerate(spec.classes)}
-    for labels in (by_name, numbers):
-        if set(names) == set(labels):
+    for labels in (by_name, {str(label): label for label in range(len(spec.classes))}):
+        if names == set(labels):
             return labels
-    missing, extra = sorted(set(by_name) - set(names)), sorted(set(names) - set(by_name))
     parts = [
-        f"{word} {', '.join(list_[:3])}{' ...' if len(list_) > 3 else ''}"
-        for word, list_ in (("missing", missing), ("unknown", extra))
-        if list_
+        f"{word} {', '.join(some[:3])}{' ...' if len(some) > 3 else ''}"
+        for word, some in (("missing", sorted(set(by_name) - names)), ("unknown", sorted(names - set(by_name))))
+        if some
     ]
     raise FastarError(
         f"{root}: class folders are not {spec.name}'s ({'; '.join(parts)}); rename them or check --dataset"
     )
+
+
+def _arrays(root: Path, label_of: Mapping[str, int], listed: Listed) -> tuple[list[str], np.ndarray]:
+    """Names below `root`, and labels."""
+    names = [path.relative_to(root).as_posix() for _, paths in listed for path in paths]
+    labels = [label_of[name] for name, paths in listed for _ in paths]
+    return names, np.array(labels, dtype=np.int64)
+
+
+def folder_split(root: Path, classes: tuple[str, ...], listed: Listed) -> ImageSplit:
+    """The images in files below `root`, of any size, as they are `listed`."""
+    names, labels = _arrays(root, {name: label for label, name in enumerate(classes)}, listed)
+    if not names:
+        raise FastarError(f"{root}: holds no images in class folders")
+    return ImageSplit(root, classes, names, labels)
+
+
+def in_class_folders(root: Path, classes: tuple[str, ...] | Mapping[str, int], passed: PassedOver) -> Listed:
+    """The images of the class folders of `root`; what lies there and is none goes to `passed`."""
+    listed = []
+    for name in class_names(root, passed):
+        if name not in classes:
+            raise FastarError(f"{root / name}: no such class in train/; rename or remove it")
+        found = images_below(root / name, passed)
+        if not found:
+            raise FastarError(f"{root / name}: holds no images; put some there, or remove the folder")
+        listed.append((name, found))
+    return listed
+
+
+def in_one_folder(root: Path, classes: tuple[str, ...], passed: PassedOver) -> Listed:
+    """The images of `root`/images, whose classes `root`/val_annotations.txt holds, as Tiny-ImageNet has it: lines of
+    file, class, and a box, parted by tabs."""
+    path = root / ANNOTATIONS
+    with readable(path):
+        lines = read_file(path, 1 << 28).decode("utf-8", "surrogateescape").splitlines()
+    class_of = {}
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        name, *rest = line.split("\t")
+        if not rest or rest[0] not in classes or Path(name).name != name:
+            raise FastarError(f"{path}, line {number}: not an image's name and a class of train/; get the file again")
+        class_of[name] = rest[0]
+    listed: dict[str, list[Path]] = {}
+    for image in images_below(root / "images", passed):
+        if image.name in class_of:
+            listed.setdefault(class_of.pop(image.name), []).append(image)
+        else:
+            passed.add(f"{root.name}/images/{image.name}", f"not in {ANNOTATIONS}")
+    if class_of:
+        raise FastarError(f"{root / 'images' / min(class_of)}: missing, {ANNOTATIONS} names it; get the images again")
+    return sorted(listed.items())
+
+
+def find_images(
+    root: Path, progress: Progress = SILENT, *, val_share: float | None = None, upright: bool = False
+) -> RawDataset:
+    """The splits of a data root of images of any size; FastarError where they are not.
+
+    Each is a folder of class folders, `root`/train and `root`/val (or test), or where there is none one of ImageNet's
+    official archives in `root`, which is read where it lies: ILSVRC2012_img_train.tar, and ILSVRC2012_img_val.tar with
+    ILSVRC2012_devkit_t12 (a folder, or its .tar.gz) for the labels. `root`/val may also hold images/ and
+    val_annotations.txt, as Tiny-ImageNet's does. With `val_share` there is one folder of class folders, `root`/train or
+    `root` itself, and that share of each class is for testing. With `upright` images are turned as their EXIF orientation
+    says. What is passed over is told in one line.
+    """
+    passed = PassedOver()
+    with readable(root):
+        if val_share is not None:
+            train, test = _split_folder(root, val_share, passed)
+        else:
+            train, test = _both_splits(root, passed, progress)
+    train.upright = test.upright = upright
+    if passed.count:
+        progress.line(f"{root}: {passed}")
+    official = [split.origin for split in (train, test) if split.places is not None]
+    if test.places is not None and (root / f"{DEVKIT}.tar.gz").is_file():
+        official.append(root / f"{DEVKIT}.tar.gz")
+    return RawDataset(train, test, "images", root, files=tuple(official))
+
+
+def _both_splits(root: Path, passed: PassedOver, progress: Progress) -> tuple[ImageSplit, ImageSplit]:
+    if not root.is_dir():
+        raise FastarError(f"{root}: no such folder; give the one that holds train/ and val/, or ImageNet's archives")
+    if (root / "train").is_dir():
+        classes = class_names(root / "train")
+        train = folder_split(root / "train", classes, in_class_folders(root / "train", classes, passed))
+    elif (root / TRAIN_ARCHIVE).is_file():
+        train = train_archive(root / TRAIN_ARCHIVE, passed, progress)
+    else:
+        raise FastarError(
+            f"{root}: has no train/ folder; expected train/<class>/*.JPEG and val/<class>/*.JPEG, or {TRAIN_ARCHIVE}"
+            f"{_HINT if class_names(root) else ''}"
+        )
+    test = next((root / name for name in TEST_FOLDERS if (root / name).is_dir()), None)
+    if test is not None:
+        annotated = (test / ANNOTATIONS).exists() and class_names(test) == ("images",)
+        listed = (in_one_folder if annotated else in_class_folders)(test, train.classes, passed)
+        return train, folder_split(test, train.classes, listed)
+    if (root / VAL_ARCHIVE).is_file():
+        return train, val_archive(root, train.classes, passed, progress)
+    hint = _HINT if train.places is None else ""
+    raise FastarError(f"{root}: has neither val/ nor test/ nor {VAL_ARCHIVE}; put the test images there{hint}")
+
+
+def _split_folder(root: Path, share: float, passed: PassedOver) -> tuple[ImageSplit, ImageSplit]:
+    """Both splits of one folder of class folders."""
+    if not root.is_dir():
+        raise FastarError(f"{root}: no such folder; give the one that holds the class folders")
+    there = next((root / name for name in TEST_FOLDERS if (root / "train").is_dir() and (root / name).is_dir()), None)
+    if there is not None:
+        raise FastarError(f"{there}: holds test images already; leave out --val-share (dataset.val_share)")
+    folder = root / "train" if (root / "train").is_dir() else root
+    classes = class_names(folder)
+    train: Listed = []
+    test: Listed = []
+    for name, paths in in_class_folders(folder, classes, passed):
+        kept = split_class(paths, share, folder)
+        left_out = set(kept)
+        test.append((name, kept))
+        train.append((name, [path for path in paths if path not in left_out]))
+    return folder_split(folder, classes, train), folder_split(folder, classes, test)
+
+
+def split_class(paths: list[Path], share: float, root: Path) -> list[Path]:
+    """The `share` of one class's images that are for testing, at least one and not all, in the order of `paths`.
+
+    Those whose CLASS/FILE, as seen from `root`, has the smallest hashes: it does not matter where the folder lies, in
+    which order it is read, or what a run's seed is.
+    """
+    if len(paths) < 2:
+        raise FastarError(
+            f"{paths[0].parent}: holds one image, and needs one for training and one for testing; add some"
+        )
+    count = min(max(round(share * len(paths)), 1), len(paths) - 1)
+    seeds = {path: derive_seed(0, "val_share", _escaped(path.relative_to(root))) for path in paths}
+    chosen = set(sorted(paths, key=lambda path: seeds[path])[:count])
+    return [path for path in paths if path in chosen]
+
+
+def _escaped(path: Path) -> str:
+    """A path as text, bytes that are not UTF-8 as escapes."""
+    return path.as_posix().encode("utf-8", "backslashreplace").decode()
+
+
+def is_packed(root: Path, *, val_share: float | None = None) -> bool:
+    """Tell whether any of a data root's images are read from an archive. As in `find_images`, folders come first."""
+    if val_share is not None:
+        return False
+    with readable(root):
+        train = not (root / "train").is_dir() and (root / TRAIN_ARCHIVE).is_file()
+        return train or (not any((root / name).is_dir() for name in TEST_FOLDERS) and (root / VAL_ARCHIVE).is_file())
+
+
+def count_images(root: Path, *, val_share: float | None = None) -> tuple[int, int, int] | None:
+    """(training images, test images, classes) of a data root, decoding none; None where any are in archives, which
+    take minutes to list. FastarError as `find_images`."""
+    if is_packed(root, val_share=val_share):
+        return None
+    raw = find_images(root, val_share=val_share)
+    return len(raw.train), len(raw.test), len(raw.train.classes)

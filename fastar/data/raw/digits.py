@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 
-from fastar.config.datasets import DatasetSpec
+from fastar.config import DatasetSpec
 from fastar.data.raw.raw_split import ArraySplit, RawDataset
 from fastar.data.sampling import stratified_split
 from fastar.errors import FastarError

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastar.config.datasets import DatasetSpec
+from fastar.config import DatasetSpec
 from fastar.data.raw.raw_split import ArraySplit, RawDataset
 from fastar.errors import FastarError
 

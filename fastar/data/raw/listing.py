@@ -2,12 +2,10 @@
 
 import os
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
-from fastar.data.raw.raw_split import is_image
-from fastar.errors import FastarError, printable
+from fastar.data.raw.raw_split import is_image, readable
+from fastar.errors import printable
 
 # Known without a look inside, which a million files would not be worth. Others are images if their content is one.
 SUFFIXES = frozenset(
@@ -133,16 +131,3 @@ def _identity(path: str) -> tuple[int, int]:
 
 def _shown(path: str, folder: Path) -> str:
     return os.path.relpath(path, folder.parent.parent)
-
-
-@contextmanager
-def readable(where: Path) -> Iterator[None]:
-    """Inside, a file or folder that the system refuses is one line."""
-    try:
-        if os.path.isdir(where):
-            os.stat(os.path.join(where, "."))  # Python 3.13 takes what may not be entered for empty
-        yield
-    except OSError as error:
-        raise FastarError(
-            f"{error.filename or where}: cannot be read ({error.strerror or error}); check it and its permissions"
-        ) from error

@@ -1,12 +1,15 @@
 """Raw data as every reader hands it over: an indexable of (image, label)."""
 
 import hashlib
+import io
+import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, BinaryIO, Protocol
+from typing import IO, BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -26,6 +29,19 @@ class UnusableImage(FastarError):
 
     def __reduce__(self) -> tuple[type["UnusableImage"], tuple[str, str, str]]:
         return type(self), (self.where, self.reason, self.advice)  # it is sent between processes
+
+
+@contextmanager
+def readable(where: Path) -> Iterator[None]:
+    """Inside, a file or folder that the system refuses is one line."""
+    try:
+        if os.path.isdir(where):
+            os.stat(os.path.join(where, "."))  # Python 3.13 takes what may not be entered for empty
+        yield
+    except OSError as error:
+        raise FastarError(
+            f"{error.filename or where}: cannot be read ({error.strerror or error}); check it and its permissions"
+        ) from error
 
 
 def read_file(path: Path, most: int) -> bytes:
@@ -53,8 +69,8 @@ def is_image(stream: IO[bytes]) -> bool:
         return False
 
 
-def decode_rgb(file: Path | BinaryIO, where: str, *, upright: bool = False) -> np.ndarray:
-    """An image file as RGB uint8 [H, W, 3]; grey, palette and CMYK are converted, PNG may be called JPEG.
+def decode_image(file: Path | BinaryIO, where: str, *, mode: str = "RGB", upright: bool = False) -> np.ndarray:
+    """An image file as uint8 [H, W, 3], or [H, W] with mode L; others are converted, and PNG may be called JPEG.
 
     With `upright` it is turned as its EXIF orientation says; without, the orientation is ignored.
 
@@ -67,7 +83,7 @@ def decode_rgb(file: Path | BinaryIO, where: str, *, upright: bool = False) -> n
                 raise UnusableImage(where, f"{image.mode} pixels are not 8-bit", "convert the image")
             if upright:
                 ImageOps.exif_transpose(image, in_place=True)
-            return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+            return np.array(image if image.mode == mode else image.convert(mode))
     except UnusableImage:
         raise
     # Pillow's decoders raise more than OSError on damaged files: SyntaxError (PNG), ValueError, struct.error.
@@ -84,19 +100,8 @@ def _cause(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-def class_digest(classes: tuple[str, ...], entries: Iterable[tuple[str, int, int]]) -> str:
-    """SHA-256 over classes and each image's (name below the split, label, size of the file), in order.
-
-    Reading every byte of ImageNet would take an hour; names and sizes tell one set of files from another.
-    """
-    digest = hashlib.sha256(repr(classes).encode())
-    for name, label, size in entries:
-        digest.update(f"{name}\0{label}\0{size}\0".encode("utf-8", "surrogateescape"))
-    return digest.hexdigest()
-
-
 class RawSplit(Protocol):
-    """One split of a raw dataset, readable from several processes at once."""
+    """One split of a raw dataset."""
 
     classes: tuple[str, ...]
     labels: np.ndarray
@@ -154,6 +159,87 @@ class ArraySplit:
         digest.update(self.images.data)
         digest.update(self.labels.astype("<i8").data)
         return digest.hexdigest()
+
+
+class Picture(NamedTuple):
+    """One image, as a process of its own can decode it: a file, or `size` bytes from `offset` on of an archive."""
+
+    path: str
+    where: str
+    upright: bool = False
+    offset: int = 0
+    size: int | None = None
+
+    def decode(self, mode: str = "RGB") -> np.ndarray:
+        """See `decode_image`; FastarError where an archive ends before."""
+        if self.size is None:
+            return decode_image(Path(self.path), self.where, mode=mode, upright=self.upright)
+        with readable(Path(self.path)), open(self.path, "rb") as file:
+            file.seek(self.offset)
+            content = file.read(self.size)
+        if len(content) < self.size:
+            name = self.where.removeprefix(f"{self.path}/")
+            raise FastarError(f"{self.path}: is cut off inside {name}; get it again")
+        return decode_image(io.BytesIO(content), self.where, mode=mode, upright=self.upright)
+
+
+class ImageSplit:
+    """Images of any size in files, or inside an uncompressed archive, decoded to RGB when they are asked for.
+
+    Args:
+        origin: the folder or archive.
+        names: of the images below it.
+        labels: int64 [n], their classes.
+        places: int64 [n, 2], offset and size of each image inside the archive; None: `origin` is a folder.
+    """
+
+    upright = False
+    """Images are turned as their EXIF orientation says."""
+
+    def __init__(
+        self,
+        origin: Path,
+        classes: tuple[str, ...],
+        names: list[str],
+        labels: np.ndarray,
+        places: np.ndarray | None = None,
+    ):
+        self.origin, self.classes, self.names, self.labels, self.places = origin, classes, names, labels, places
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
+        return self.picture(index).decode(), int(self.labels[index])
+
+    def picture(self, index: int) -> Picture:
+        """The image, not decoded yet."""
+        where = self.where(index)
+        if self.places is None:
+            return Picture(where, where, self.upright)
+        offset, size = self.places[index].tolist()
+        return Picture(str(self.origin), where, self.upright, offset, size)
+
+    def where(self, index: int) -> str:
+        return f"{self.origin}/{self.names[index]}"
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over classes and each image's name, label and size in bytes (-1: not to be had, such may be left out).
+
+        Reading every byte of ImageNet would take an hour; names and sizes tell one set of files from another.
+        """
+        digest = hashlib.sha256(repr(self.classes).encode())
+        for index, (name, label) in enumerate(zip(self.names, self.labels.tolist(), strict=True)):
+            size = self._file_size(index) if self.places is None else int(self.places[index, 1])
+            digest.update(f"{name}\0{label}\0{size}\0".encode("utf-8", "surrogateescape"))
+        return digest.hexdigest()
+
+    def _file_size(self, index: int) -> int:
+        try:
+            return os.stat(self.where(index)).st_size
+        except OSError:
+            return -1
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,249 @@
+"""Preparing a dataset: its .beton files are there, are whole, and are the ones asked for; or are written."""
+
+import shutil
+from dataclasses import asdict, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from fastar._version import __version__
+from fastar.config import DatasetSpec, dataset_spec
+from fastar.data.ffcv.encode import Encoding
+from fastar.data.ffcv.folder import (
+    PARTIAL,
+    VARIABLE,
+    DatasetFiles,
+    Exif,
+    is_finished,
+    locked_folder,
+    open_files,
+    publish,
+    refuse_foreign,
+)
+from fastar.data.ffcv.format import FixedLayout, Layout, VariableLayout
+from fastar.data.ffcv.verify import Checksums, measured, verify_beton
+from fastar.data.ffcv.write import predicted_bytes, write_beton
+from fastar.data.raw.class_folders import find_images
+from fastar.data.raw.find import find_raw, note_other_files
+from fastar.data.raw.raw_split import RawDataset, RawSplit, UnusableImage
+from fastar.data.sampling import balanced_subset, file_order
+from fastar.errors import FastarError
+from fastar.runtime.progress import SILENT, Progress, size_text
+
+OnError = Literal["stop", "skip"]
+
+
+def prepare(
+    dataset: str,
+    *,
+    data_root: Path | None,
+    directory: Path,
+    own_name: str | None = None,
+    raw: RawDataset | None = None,
+    workers: int = 2,
+    limit: int | None = None,
+    encoding: Encoding | None = None,
+    shuffled: bool | None = None,
+    on_error: OnError = "stop",
+    val_share: float | None = None,
+    exif: Exif | None = None,
+    progress: Progress = SILENT,
+) -> DatasetFiles:
+    """The files `directory`/NAME/{train,test}.beton, written from raw data if they are not there yet.
+
+    What is there is reused where it is whole and was written with the same settings (None: whatever it has, or the
+    default) and limit, and, where `data_root` is given, from the same raw data: of images of one size their content, of
+    others their names and sizes. Otherwise FastarError names the difference. Two processes may call this at once: the
+    second waits. Nothing unfinished is left behind.
+
+    Args:
+        dataset: as `--dataset` takes it.
+        data_root: where the raw data are; None: where they usually are. Of images of any size see `find_images`.
+        directory: where folders of datasets lie.
+        own_name: NAME, of the user's own set; None: `dataset`.
+        raw: the raw data, where they are at hand already.
+        workers: processes that encode images of any size.
+        limit: at most so many images per split, classes balanced.
+        encoding: storage of images of any size, as all below.
+        shuffled: write in a fixed shuffled order (the default), so that any part of a file holds all classes; False
+            keeps the raw order, by class, which slow disks read faster.
+        on_error: what to do with an image that cannot be used: stop with its path, or skip it and list it in the
+            metadata.
+        val_share: of each class, for testing, where `data_root` is one folder of class folders (see `split_class`).
+        exif: "apply" turns images as their EXIF orientation says; "ignore" (the default) keeps pixels as they are
+            stored, as torchvision's ImageFolder does.
+        progress: told of everything that takes long.
+    """
+    spec = dataset_spec(dataset)
+    if workers < 1:
+        raise FastarError(f"workers={workers} must be at least 1")
+    if limit is not None and limit < 1:
+        raise FastarError(f"limit={limit} must be at least 1")
+    if limit is not None and limit < len(spec.classes):
+        raise FastarError(f"limit={limit} is below one image per class; {dataset} needs at least {len(spec.classes)}")
+    if val_share is not None and not 0 < val_share < 1:
+        raise FastarError(f"val-share={val_share} must be above 0 and below 1, such as 0.1")
+    folder = Path(directory) / (own_name or dataset)
+    given, finished = data_root is not None or raw is not None, is_finished(folder)
+    if given and spec.variable_size and val_share is None and finished:
+        val_share = open_files(folder).val_share  # split as it was
+    if raw is None and (given or not finished):
+        raw = _found(spec, folder, data_root, progress, val_share, exif)
+    asked = {"encoding": encoding, "shuffled": shuffled, "val-share": val_share, "exif": exif}
+    if is_finished(folder):
+        return _reused(folder, spec, raw if given else None, limit, asked)
+    assert raw is not None
+    with locked_folder(folder):
+        if is_finished(folder):
+            return _reused(folder, spec, raw if given else None, limit, asked)
+        refuse_foreign(folder)
+        settings: dict[str, Any] = {"limit": limit}
+        if spec.variable_size:
+            settings |= {"on_error": on_error, "val_share": val_share}
+            settings |= {"exif": exif} if exif == "apply" else {}
+        try:
+            return _write(folder, spec, raw, settings, encoding or Encoding(), shuffled is not False, workers, progress)
+        except UnusableImage as error:
+            if not spec.variable_size:
+                raise
+            raise FastarError(
+                f"{error}, or leave such images out: python tools/write_ffcv.py --on-error skip"
+            ) from error
+
+
+def _found(
+    spec: DatasetSpec, folder: Path, root: Path | None, progress: Progress, val_share: float | None, exif: Exif | None
+) -> RawDataset:
+    if spec.variable_size:
+        if root is None:
+            raise FastarError(f"{folder}: holds no finished dataset; give the images with --data-root")
+        return find_images(Path(root), progress, val_share=val_share, upright=exif == "apply")
+    raw = find_raw(spec, Path(root) if root is not None else None)
+    if raw.note is not None:
+        progress.line(raw.note)
+    return raw
+
+
+def _reused(
+    folder: Path, spec: DatasetSpec, raw: RawDataset | None, limit: int | None, asked: dict[str, Any]
+) -> DatasetFiles:
+    """The finished dataset in `folder`.
+
+    Raises:
+        FastarError: damaged, or not what is `asked`; None asks for nothing.
+    """
+    files = open_files(folder)
+    have = files.metadata
+    wanted: list[tuple[str, Any, Any]] = [("limit", have["settings"]["limit"], limit)]
+    if spec.variable_size != files.variable_size:
+        wanted.insert(0, ("kind", have.get("kind") or "images of one size", VARIABLE if spec.variable_size else None))
+    elif spec.variable_size:
+        for key, value in asked.items():
+            wanted.append((key, getattr(files, key.replace("-", "_")), value))
+    else:
+        for key in ("name", "classes", "channels", "height", "width", "mean", "std"):
+            value = getattr(spec, key)
+            value = list(value) if isinstance(value, tuple) else value
+            wanted.insert(-1, (key, have["dataset" if key == "name" else key], value))
+    for key, there, value in wanted:
+        if there != value and (value is not None or key in ("limit", "kind")):
+            raise FastarError(
+                f"{folder}: written with {key}={there}, asked for {key}={value}; "
+                "delete the folder or use another directory"
+            )
+    if raw is not None and _source(spec, raw) != (have["source"] if spec.variable_size else have["source"]["digest"]):
+        raise FastarError(
+            f"{folder}: written from other images than --data-root holds; delete the folder or use another directory"
+        )
+    return files
+
+
+def _source(spec: DatasetSpec, raw: RawDataset) -> Any:
+    """The digest of the raw data, or those of both splits."""
+    return {"train": raw.train.digest, "test": raw.test.digest} if spec.variable_size else raw.digest
+
+
+def _write(
+    folder: Path,
+    spec: DatasetSpec,
+    raw: RawDataset,
+    settings: dict[str, Any],
+    encoding: Encoding,
+    shuffled: bool,
+    workers: int,
+    progress: Progress,
+) -> DatasetFiles:
+    name, limit, skip = folder.name, settings["limit"], settings.get("on_error") == "skip"
+    splits: dict[str, RawSplit] = {"train": raw.train, "test": raw.test}
+    chosen = {split: _chosen(spec, split, images, limit, shuffled) for split, images in splits.items()}
+
+    def layout_of(count: int) -> Layout:
+        if spec.variable_size:
+            return VariableLayout(count, len(raw.train.classes), encoding)
+        return FixedLayout(count, len(raw.train.classes), (spec.height, spec.width, spec.channels))
+
+    layouts = {split: layout_of(len(indices)) for split, indices in chosen.items()}
+    # Both splits before the first is begun: hours lie between their beginnings.
+    predicted = sum(predicted_bytes(layouts[split], splits[split], chosen[split], skip=skip) for split in splits)
+    free = shutil.disk_usage(folder).free
+    needs = f"{sum(map(len, chosen.values())):,} images need about {size_text(predicted)}"
+    if predicted > free:
+        advice = "free some, or use a smaller preset" if spec.variable_size else "free some"
+        raise FastarError(f"{folder}: {needs}, the disk has {size_text(free)} free; {advice}")
+    if spec.variable_size:
+        progress.line(f"{name}: {needs} in {folder} ({size_text(free)} free)")
+    if limit is None or not spec.variable_size:  # of a few images most of an archive is not read
+        md5 = dataset_spec("imagenet").md5 if spec.variable_size else spec.md5
+        note_other_files(md5, raw.files, progress)
+    checksums: dict[str, Checksums] = {}
+    skipped = {}
+    for split, images in splits.items():
+        indices, partial = chosen[split], folder / f"{split}.beton{PARTIAL}"
+        bad = write_beton(
+            partial,
+            images,
+            indices,
+            layouts[split],
+            workers=workers,
+            skip=skip,
+            progress=progress,
+            description=f"writing {name} {split}",
+        )
+        skipped[split] = [{"path": images.where(int(indices[place])), "reason": bad[place]} for place in sorted(bad)]
+        indices = np.delete(indices, list(bad))
+        layouts[split] = replace(layouts[split], count=len(indices))
+        checksums[split] = verify_beton(
+            partial, images, indices, layouts[split], progress=progress, description=f"verifying {name} {split}"
+        )
+    metadata: dict[str, Any] = {
+        "dataset": name,
+        "classes": list(raw.train.classes),
+        "counts": {split: layout.count for split, layout in layouts.items()},
+        "settings": settings,
+        "content": {split: sums.content for split, sums in checksums.items()},
+        "versions": {"fastar": __version__, **{package: version(package) for package in ("ffcv", "numpy", "pillow")}},
+    }
+    mean, std, statistics = spec.mean, spec.std, "fixed (ImageNet)"
+    if mean is None or std is None:
+        layout = layouts["train"]
+        assert isinstance(layout, FixedLayout)
+        (mean, std), statistics = measured(folder / f"train.beton{PARTIAL}", layout), "measured on the train split"
+    metadata |= {"mean": list(mean), "std": list(std)}
+    if spec.variable_size:
+        metadata |= {"kind": VARIABLE, "encoding": asdict(encoding), "shuffled": shuffled, "skipped": skipped}
+        metadata["source"] = _source(spec, raw)
+    else:
+        metadata |= {"channels": spec.channels, "height": spec.height, "width": spec.width, "statistics": statistics}
+        metadata |= {"augmentation": asdict(spec.augmentation), "source": {"kind": raw.kind, "digest": raw.digest}}
+        settings["encoding"] = "raw"
+    return publish(folder, metadata, checksums)
+
+
+def _chosen(spec: DatasetSpec, split: str, raw: RawSplit, limit: int | None, shuffled: bool) -> np.ndarray:
+    """The images to write, as indices into `raw`, in the order of the file."""
+    indices = np.arange(len(raw))
+    if limit is not None and limit < len(raw):
+        indices = balanced_subset(raw.labels, limit, "images" if spec.variable_size else spec.name, split)
+    return indices[file_order(len(indices), split)] if shuffled and spec.variable_size else indices
