@@ -2,15 +2,20 @@
 
 import gzip
 import io
+import os
 import pickle
+import signal
 import tarfile
+import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
 
-from fastar.config.datasets import DATASETS
-from fastar.data.raw.raw_split import ArraySplit, RawDataset
+from fastar.data import DATASETS, ArraySplit, RawDataset
+from fastar.data.raw.raw_split import ImageSplit
+from fastar.errors import FastarError
 
 
 def arrays(count: int, shape: tuple[int, int, int], classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -107,3 +112,35 @@ def write_folders(root: Path, raw: RawDataset, suffix: str = ".png") -> None:
             folder = root / split / raw.train.classes[label]
             folder.mkdir(parents=True, exist_ok=True)
             Image.fromarray(image.squeeze()).save(folder / f"{number:04}{suffix}")
+
+
+class TroubledPicture(NamedTuple):
+    """An image that makes trouble where it is decoded, which may be another process."""
+
+    where: str
+    number: int
+    trouble: str
+
+    def decode(self) -> np.ndarray:
+        if self.trouble == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        if self.trouble == "gone":
+            os._exit(0)
+        if self.trouble == "damaged":
+            raise FastarError("image.jpg: damaged; replace it")
+        if self.trouble == "fails":
+            raise KeyError("x")
+        if self.trouble in ("slow", "hangs"):
+            time.sleep(3600 if self.trouble == "hangs" else 0.05)
+        return np.full((4, 5, 3), self.number % 256, np.uint8) + np.arange(15, dtype=np.uint8).reshape(1, 5, 3)
+
+
+class TroubledSplit(ImageSplit):
+    """So many images, of which the one `at` makes trouble (-1: each)."""
+
+    def __init__(self, count: int, trouble: str = "", at: int = 0):
+        super().__init__(Path("made-up"), ("a",), [str(number) for number in range(count)], np.zeros(count, np.int64))
+        self.trouble, self.at = trouble, at
+
+    def picture(self, index: int) -> TroubledPicture:  # type: ignore[override]
+        return TroubledPicture(self.where(index), index, self.trouble if self.at in (-1, index) else "")

@@ -39,9 +39,9 @@ from test_data_archives import devkit, jpeg, tar
 from test_stopping import at_call
 
 from fastar.config import load_settings
-from fastar.data import StreamingDataset, dataset_spec, load, open_files, open_images, prepare, prepare_images
+from fastar.data import StreamingDataset, dataset_spec, load, open_files, prepare
+from fastar.data.raw.class_folders import find_images
 from fastar.data.raw.find import find_raw
-from fastar.data.raw.imagefolder import find_images
 from fastar.data.raw.raw_split import RawSplit
 from fastar.errors import FastarError
 from fastar.experiments import train_star
@@ -98,7 +98,7 @@ def read_raw(name: str) -> Callable[[Path], object]:
 
 def read_images(folder: Path) -> object:
     splits = find_images(folder)
-    return pixels(splits["train"], splits["test"])
+    return pixels(splits.train, splits.test)
 
 
 def make_cifar_archive(folder: Path) -> None:
@@ -159,12 +159,12 @@ def read_data(folder: Path) -> object:
 def make_streaming(folder: Path) -> None:
     raw = folder.with_name(f"{folder.name}-raw")
     make_jpeg_folders(raw)
-    prepare_images("made", data_root=raw, directory=folder, workers=1)
+    prepare("imagefolder", own_name="made", data_root=raw, directory=folder, workers=1)
     shutil.rmtree(raw)
 
 
 def read_streaming(folder: Path) -> object:
-    files, parts = open_images(folder / "made"), []
+    files, parts = open_files(folder / "made"), []
     for split in ("train", "test"):
         data = StreamingDataset(files, split, "cpu", size=16, threads=1)
         parts += [part.numpy() for batch in data.sequential(4) for part in batch]

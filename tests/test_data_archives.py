@@ -12,8 +12,8 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from fastar.data import Encoding, prepare_images
-from fastar.data.raw.imagefolder import find_images
+from fastar.data import Encoding, prepare
+from fastar.data.raw.class_folders import find_images
 from fastar.errors import FastarError
 
 CLASSES = ("n01", "n02", "n03")
@@ -78,7 +78,7 @@ def roots(tmp_path: Path) -> tuple[Path, Path]:
 def test_archives_hold_what_folders_hold(roots: tuple[Path, Path], tmp_path: Path) -> None:
     found = [find_images(root) for root in roots]
     for split in ("train", "test"):
-        archive, folder = (each[split] for each in found)
+        archive, folder = (getattr(each, split) for each in found)
         assert archive.classes == folder.classes == CLASSES
         assert archive.labels.tolist() == folder.labels.tolist()
         assert archive.digest == folder.digest
@@ -87,26 +87,35 @@ def test_archives_hold_what_folders_hold(roots: tuple[Path, Path], tmp_path: Pat
             assert archive[index][1] == folder[index][1]
             assert archive.where(index).endswith(folder.where(index).split("/", folder.where(index).count("/") - 1)[-1])
     files = [
-        prepare_images("x", data_root=root, directory=tmp_path / f"out{n}", encoding=Encoding(30), workers=2)
+        prepare(
+            "imagefolder",
+            own_name="x",
+            data_root=root,
+            directory=tmp_path / f"out{n}",
+            encoding=Encoding(30),
+            workers=2,
+        )
         for n, root in enumerate(roots)
     ]
     assert files[0].metadata["content"] == files[1].metadata["content"]
     # The other form of the same data is the same data.
-    assert prepare_images("x", data_root=roots[1], directory=tmp_path / "out0").digest == files[0].digest
+    assert (
+        prepare("imagefolder", own_name="x", data_root=roots[1], directory=tmp_path / "out0").digest == files[0].digest
+    )
 
 
 def test_an_unpacked_devkit_and_mixed_forms(roots: tuple[Path, Path]) -> None:
     archives, folders = roots
-    want = find_images(archives)["test"].labels.tolist()
+    want = find_images(archives).test.labels.tolist()
     packed = archives / "ILSVRC2012_devkit_t12.tar.gz"
     with tarfile.open(packed) as archive:
         # Python before 3.10.12 and 3.11.4 has no filters.
         archive.extractall(archives, **({"filter": "data"} if hasattr(tarfile, "data_filter") else {}))
     packed.unlink()
-    assert find_images(archives)["test"].labels.tolist() == want
+    assert find_images(archives).test.labels.tolist() == want
     os.rename(folders / "train", archives / "train")
     (archives / "ILSVRC2012_img_train.tar").unlink()
-    assert len(find_images(archives)["train"]) == 9
+    assert len(find_images(archives).train) == 9
 
 
 @pytest.mark.parametrize(
@@ -138,7 +147,7 @@ def test_an_archive_that_is_cut_off(roots: tuple[Path, Path]) -> None:
     with pytest.raises(FastarError, match=r"img_val\.tar: not a whole"):
         find_images(roots[0])
     path.write_bytes(content)
-    split = find_images(roots[0])["test"]
+    split = find_images(roots[0]).test
     path.write_bytes(content[:600])  # while it is read: the first header and a little
     with pytest.raises(FastarError, match="is cut off inside n"):
         split[0]

@@ -1,9 +1,9 @@
 """Writing, checking and reading .beton files: what goes in comes out, and nothing damaged or unfinished passes."""
 
-import errno
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,25 +14,24 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from data_samples import cifar_python_files, raw_dataset, write_files, write_folders, write_idx
-from ffcv.fields.rgb_image import SimpleRGBImageDecoder
+from data_samples import TroubledSplit, cifar_python_files, raw_dataset, write_files, write_folders, write_idx
+from ffcv.fields.rgb_image import RGBImageField, SimpleRGBImageDecoder
 
-import fastar.data.ffcv.write as writing
-import fastar.data.files as files_module
-from fastar.data import DATASETS, load, open_files, prepare
+from fastar.data import DATASETS, Encoding, load, open_files, prepare
 from fastar.data.ffcv import read as reading_module
-from fastar.data.ffcv.format import BetonLayout, check_beton
+from fastar.data.ffcv.encode import encoded_images
+from fastar.data.ffcv.format import FixedLayout, check_beton
 from fastar.data.ffcv.names import ALLOC_TABLE_TYPE, FieldDescType, HeaderType, get_metadata_type
 from fastar.data.ffcv.read import read_batches
-from fastar.data.ffcv.verify import verify_beton
+from fastar.data.ffcv.verify import measured, verify_beton
 from fastar.data.ffcv.write import write_beton
 from fastar.data.raw.raw_split import ArraySplit, RawDataset
 from fastar.errors import FastarError
 
 
-def layout_of(name: str, count: int) -> BetonLayout:
+def layout_of(name: str, count: int) -> FixedLayout:
     spec = DATASETS[name]
-    return BetonLayout(count, spec.height, spec.width, spec.channels, len(spec.classes))
+    return FixedLayout(count, len(spec.classes), (spec.height, spec.width, spec.channels))
 
 
 def write(path, name="cifar10", count=300, workers=2):
@@ -42,14 +41,9 @@ def write(path, name="cifar10", count=300, workers=2):
     return raw, layout
 
 
-@pytest.fixture
-def given(monkeypatch):
-    """Make `prepare` find the raw data it is handed."""
-
-    def give(raw: RawDataset) -> None:
-        monkeypatch.setattr(files_module, "find_raw", lambda spec, root: raw)
-
-    return give
+def converted(directory, raw=None, **options):
+    """`raw`, or what is there, as if it were CIFAR-10."""
+    return prepare("cifar10", data_root=None, directory=directory, raw=raw, **options)
 
 
 def debris(folder) -> list[str]:
@@ -58,13 +52,13 @@ def debris(folder) -> list[str]:
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("name", ["cifar10", "mnist"])
-def test_round_trip(tmp_path, monkeypatch, name, compiled):
-    if compiled:
-        monkeypatch.setattr(reading_module, "COMPILE_FROM", 0)
+def test_round_trip(tmp_path, name, compiled):
     raw, layout = write(tmp_path / "x.beton", name, 777, workers=3)  # more than one page for 32x32 RGB
     threads = torch.get_num_threads()
     images, labels = [], []
-    for some_images, some_labels in read_batches(tmp_path / "x.beton", layout, batch_size=100):
+    for some_images, some_labels in read_batches(
+        tmp_path / "x.beton", layout, 100, compile_from=0 if compiled else 1000
+    ):
         images.append(some_images.copy())
         labels.append(some_labels.copy())
     assert [len(some) for some in labels] == [100] * 7 + [77]
@@ -76,7 +70,7 @@ def test_round_trip(tmp_path, monkeypatch, name, compiled):
 def test_importing_ffcv_compiles_no_dictionary_and_changes_none():
     """4 s in every process; `ffcv_names.plain_dict` has the reason why FFCV needs none."""
     look = """
-import fastar.data, numba.typed
+import fastar.data.ffcv.names, numba.typed
 from ffcv.fields.rgb_image import IMAGE_MODES
 print(type(IMAGE_MODES).__module__, dict(IMAGE_MODES), numba.typed.Dict.__module__)
 """
@@ -207,93 +201,96 @@ def test_verification_notices_a_wrong_label_and_a_wrong_pixel(tmp_path):
 
 def test_verification_measures_mean_and_std_exactly(tmp_path):
     raw, layout = write(tmp_path / "x.beton")
-    summary = verify_beton(tmp_path / "x.beton", raw, np.arange(300), layout)
+    mean, std = measured(tmp_path / "x.beton", layout)
     pixels = raw.images.astype(np.float64) / 255
     # Sums are exact integers; what is left is the rounding of NumPy's own float64 mean.
-    np.testing.assert_allclose(summary.mean, pixels.mean((0, 1, 2)), rtol=1e-12)
-    np.testing.assert_allclose(summary.std, pixels.std((0, 1, 2)), rtol=1e-10)
+    np.testing.assert_allclose(mean, pixels.mean((0, 1, 2)), rtol=1e-12)
+    np.testing.assert_allclose(std, pixels.std((0, 1, 2)), rtol=1e-10)
 
 
-class Trouble(ArraySplit):
-    """Raw data at whose image 200 something happens in the worker process."""
-
-    happens = staticmethod(lambda: None)
-
-    def __getitem__(self, index):
-        if index == 200:
-            self.happens()
-        return super().__getitem__(index)
+def troubled(trouble: str, at: int = 200) -> RawDataset:
+    """Images of which one makes trouble in the process that encodes it; none of those that a prediction samples."""
+    return RawDataset(TroubledSplit(600, trouble, at), TroubledSplit(10), "made up", None)
 
 
-def troubled(happens) -> RawDataset:
-    raw = raw_dataset("cifar10", 1000, 100)
-    train = Trouble(raw.train.images, raw.train.labels, raw.train.classes, "made-up train")
-    train.happens = happens
-    return RawDataset(train, raw.test, "made up", None)
+def written(directory, raw, **options):
+    return prepare(
+        "imagefolder", own_name="set", data_root=None, directory=directory, raw=raw, shuffled=False, **options
+    )
 
 
-def fail_with(error: Exception):
-    def happens():
-        raise error
-
-    return happens
+def children() -> set[str]:
+    return set(Path(f"/proc/{os.getpid()}/task/{os.getpid()}/children").read_text().split())
 
 
 @pytest.mark.parametrize(
-    ("happens", "message"),
+    ("trouble", "message"),
     [
-        (lambda: os.kill(os.getpid(), signal.SIGKILL), "writer process ended .*signal 9"),
-        (lambda: os._exit(0), "writer process ended .*exit code 0"),
-        (fail_with(FastarError("image.jpg: damaged; replace it")), "^image.jpg: damaged; replace it$"),
-        (fail_with(KeyError("x")), "made-up train, sample 200: cannot be encoded .KeyError"),
-        (fail_with(OSError(errno.ENOSPC, "No space left on device")), "disk full while writing"),
+        ("killed", "writer process ended .*signal 9"),
+        ("gone", "writer process ended .*exit code 0"),
+        ("damaged", "^image.jpg: damaged; replace it$"),
+        ("fails", "made-up/200: cannot be encoded .KeyError"),
     ],
 )
-def test_trouble_in_a_worker_ends_the_writing_and_leaves_nothing(tmp_path, given, happens, message):
-    given(troubled(happens))
-    shared_before = set(os.listdir("/dev/shm"))
+def test_trouble_in_a_process_ends_the_writing_and_leaves_nothing(tmp_path, trouble, message):
+    before = children()
     with pytest.raises(FastarError, match=message) as caught:
-        prepare("cifar10", data_root=None, directory=tmp_path / "new" / "betons", workers=2)
+        written(tmp_path / "new" / "betons", troubled(trouble))
     assert "\n" not in str(caught.value)
     assert debris(tmp_path) == []
-    shared = set(os.listdir("/dev/shm")) - shared_before
-    # What another process has there meanwhile goes when that ends.
-    assert within(30, lambda: not shared & set(os.listdir("/dev/shm")))
-    assert children() == []
+    assert children() == before
 
 
-def children() -> list[int]:
-    """Live processes that were started through multiprocessing."""
-    return [process.pid for process in multiprocessing.active_children()]
+def test_processes_encode_what_this_one_does_in_the_same_order():
+    split = TroubledSplit(30)
+    alone = list(encoded_images(split, range(30), Encoding(), 1))
+    assert list(encoded_images(split, range(30), Encoding(), 3, alone=10)) == alone
+    assert len(set(alone)) == 30
 
 
-def test_interrupt_leaves_nothing_and_the_same_command_goes_on(tmp_path, given):
-    given(troubled(lambda: time.sleep(3600)))  # one worker never finishes; the other waits for its page
-    threading.Timer(0.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+def test_a_process_that_encodes_imports_neither_torch_nor_ffcv():
+    look = "import sys, fastar.data.ffcv.encode; print({'torch', 'ffcv', 'numba', 'pydantic'} & {*sys.modules})"
+    done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
+
+
+@pytest.mark.parametrize(("height", "width"), [(40, 30), (31, 64), (700, 500), (90, 1203)])
+def test_images_are_encoded_as_ffcv_does(height, width):
+    image = np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    for mode, share in (("raw", 0.0), ("jpg", 1.0)):
+        field = RGBImageField(write_mode=mode, max_resolution=400, jpeg_quality=70)
+        row, kept = np.zeros(1, field.metadata_type), []
+        field.encode(row, image, lambda size, kept=kept: (0, kept.append(np.empty(size, np.uint8)) or kept[-1]))
+        found = Encoding(400, share, 70).encode(image, 0, "x")
+        assert found.content == kept[0].tobytes()
+        assert (found.mode, found.height, found.width) == tuple(row[0][key] for key in ("mode", "height", "width"))
+
+
+def test_interrupt_leaves_nothing_and_the_same_command_goes_on(tmp_path):
+    before = children()
+    threading.Timer(1.5, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
-        prepare("cifar10", data_root=None, directory=tmp_path / "betons")
+        written(tmp_path / "betons", troubled("hangs"))
     assert debris(tmp_path) == []
-    assert children() == []
-    given(raw_dataset("cifar10"))
-    assert prepare("cifar10", data_root=None, directory=tmp_path / "betons").count("train") == 60
+    assert children() == before
+    assert written(tmp_path / "betons", troubled("")).count("train") == 600
 
 
-def test_workers_end_with_a_killed_parent_and_the_next_run_cleans_up(tmp_path, given):
-    given(troubled(lambda: time.sleep(3600)))
-    parent = multiprocessing.get_context("fork").Process(
-        target=prepare, args=("cifar10",), kwargs={"data_root": None, "directory": tmp_path}
-    )
+def test_processes_end_with_a_killed_parent_and_the_next_run_cleans_up(tmp_path):
+    parent = multiprocessing.get_context("fork").Process(target=written, args=(tmp_path, troubled("slow", -1)))
     parent.start()
     family = Path(f"/proc/{parent.pid}/task/{parent.pid}/children")
-    assert within(30, lambda: len(family.read_text().split()) == 2)
+    assert within(60, lambda: len(family.read_text().split()) == 2)
     workers = family.read_text().split()
     parent.kill()
     parent.join()
-    assert within(30, lambda: not any(alive(worker) for worker in workers))
-    assert debris(tmp_path) == ["cifar10", "cifar10/train.beton.partial"]
-    given(raw_dataset("cifar10"))
-    prepare("cifar10", data_root=None, directory=tmp_path)
-    assert debris(tmp_path / "cifar10") == ["metadata.json", "test.beton", "train.beton"]
+    assert within(60, lambda: not any(alive(worker) for worker in workers))
+    assert debris(tmp_path) == ["set", "set/train.beton.partial"]
+    with pytest.raises(FastarError, match="holds no finished dataset"):
+        written(tmp_path, None)
+    written(tmp_path, troubled(""))
+    names = ["metadata.json", "test.beton", "test.checksums", "train.beton", "train.checksums"]
+    assert debris(tmp_path / "set") == names
 
 
 def within(seconds: float, condition) -> bool:
@@ -313,25 +310,23 @@ def alive(process: str) -> bool:
         return False
 
 
-def test_disk_too_small_is_refused_before_writing(tmp_path, given, monkeypatch):
-    given(raw_dataset("cifar10"))
-    usage = writing.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(writing.shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
-    with pytest.raises(FastarError, match=r"needs .* MB, the disk has 1\.0 MB free"):
-        prepare("cifar10", data_root=None, directory=tmp_path / "betons")
+def test_disk_too_small_is_refused_before_writing(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
+    with pytest.raises(FastarError, match=r"90 images need about .* MB, the disk has 1\.0 MB free; free some$"):
+        converted(tmp_path / "betons", raw_dataset("cifar10"))
     assert debris(tmp_path) == []
 
 
-def test_disk_that_fills_up_while_writing(tmp_path, given):
+def test_disk_that_fills_up_while_writing(tmp_path):
     """A file size limit stands in for a full disk: writes come back short first, then fail."""
     import resource
 
-    given(raw_dataset("cifar10", 3000, 100))
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     try:
         resource.setrlimit(resource.RLIMIT_FSIZE, (5_000_000, hard))
         with pytest.raises(FastarError, match=r"train\.beton.*disk full while writing"):
-            prepare("cifar10", data_root=None, directory=tmp_path / "betons")
+            converted(tmp_path / "betons", raw_dataset("cifar10", 3000, 100))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert debris(tmp_path) == []
@@ -371,7 +366,7 @@ def test_digest_is_of_the_content_alone(tmp_path):
     write_idx(tmp_path / "changed", raw, zipped=True)
     third = prepare("mnist", data_root=tmp_path / "changed", directory=tmp_path / "c")
     assert third.digest != first.digest
-    with pytest.raises(FastarError, match="written from other raw data"):
+    with pytest.raises(FastarError, match="written from other images"):
         prepare("mnist", data_root=tmp_path / "changed", directory=tmp_path / "a")
 
 
@@ -384,16 +379,15 @@ def test_other_settings_are_refused_naming_them(tmp_path):
     with pytest.raises(FastarError, match="limit=40, asked for limit=None"):
         prepare("cifar10", data_root=None, directory=directory)
     (directory / "cifar10").rename(directory / "cifar100")
-    with pytest.raises(FastarError, match="dataset=cifar10, cifar100 has dataset=cifar100"):
+    with pytest.raises(FastarError, match="name=cifar10, asked for name=cifar100"):
         prepare("cifar100", data_root=None, directory=directory, limit=100)
     for wrong in ({"limit": 9}, {"workers": 0}):
         with pytest.raises(FastarError, match=r"limit=9|workers=0"):
             prepare("cifar10", data_root=None, directory=directory, **wrong)
 
 
-def test_files_replaced_or_damaged_later_are_refused(tmp_path, given):
-    given(raw_dataset("cifar10", 100, 50))
-    files = prepare("cifar10", data_root=None, directory=tmp_path)
+def test_files_replaced_or_damaged_later_are_refused(tmp_path):
+    files = converted(tmp_path, raw_dataset("cifar10", 100, 50))
     content = files.train.read_bytes()
     other, _ = write(tmp_path / "other.beton", "cifar10", 100)
 
@@ -423,38 +417,35 @@ def test_files_replaced_or_damaged_later_are_refused(tmp_path, given):
             open_files(files.train.parent)
 
 
-def test_a_beton_without_metadata_is_not_overwritten(tmp_path, given):
-    given(raw_dataset("cifar10"))
+def test_a_beton_without_metadata_is_not_overwritten(tmp_path):
     (tmp_path / "cifar10").mkdir()
     (tmp_path / "cifar10" / "train.beton").write_bytes(b"somebody else's")
     with pytest.raises(FastarError, match=r"train\.beton: has no metadata\.json beside it"):
-        prepare("cifar10", data_root=None, directory=tmp_path)
+        converted(tmp_path, raw_dataset("cifar10"))
     assert (tmp_path / "cifar10" / "train.beton").read_bytes() == b"somebody else's"
 
 
 @pytest.mark.parametrize("kept", [(), ("train.beton.partial",), ("metadata.json",), ("metadata.json", "train.beton")])
-def test_a_conversion_killed_at_any_step_starts_again(tmp_path, given, kept):
+def test_a_conversion_killed_at_any_step_starts_again(tmp_path, kept):
     """What a SIGKILL can leave: partial files, then the metadata, then the first renamed file."""
-    given(raw_dataset("cifar10"))
-    finished = prepare("cifar10", data_root=None, directory=tmp_path)
+    finished = converted(tmp_path, raw_dataset("cifar10"))
     folder = finished.train.parent
     (folder / "train.beton.partial").write_bytes(b"half")
     for path in folder.iterdir():
         if path.name not in kept:
             path.unlink()
-    again = prepare("cifar10", data_root=None, directory=tmp_path)
+    again = converted(tmp_path, raw_dataset("cifar10"))
     assert again.digest == finished.digest
     assert sorted(path.name for path in folder.iterdir()) == ["metadata.json", "test.beton", "train.beton"]
     assert len(load(again, "train", "cpu")) == 60
 
 
-def test_two_writers_at_once(tmp_path, given):
-    given(raw_dataset("cifar10"))
+def test_two_writers_at_once(tmp_path):
     results, errors = [], []
 
     def run():
         try:
-            results.append(prepare("cifar10", data_root=None, directory=tmp_path))
+            results.append(converted(tmp_path, raw_dataset("cifar10")))
         except FastarError as error:
             errors.append(error)
 
@@ -468,8 +459,7 @@ def test_two_writers_at_once(tmp_path, given):
     assert open_files(results[0].train.parent).metadata == results[0].metadata
 
 
-def test_folder_that_cannot_be_made(tmp_path, given):
-    given(raw_dataset("cifar10"))
+def test_folder_that_cannot_be_made(tmp_path):
     (tmp_path / "file").write_text("x")
     with pytest.raises(FastarError, match="cannot be created"):
-        prepare("cifar10", data_root=None, directory=tmp_path / "file")
+        converted(tmp_path / "file", raw_dataset("cifar10"))

@@ -8,7 +8,6 @@ import pytest
 import torch
 from data_samples import arrays, raw_dataset
 
-import fastar.data.files as files_module
 import fastar.data.in_memory as device_module
 from fastar.data import Augmentation, DeviceDataset, load, prepare
 from fastar.data.augment import crop_and_mirror
@@ -170,10 +169,9 @@ def test_bad_arguments():
 
 
 @pytest.fixture
-def files(tmp_path, monkeypatch):
+def files(tmp_path):
     raw = raw_dataset("cifar10", 200, 50)
-    monkeypatch.setattr(files_module, "find_raw", lambda spec, root: raw)
-    return raw, prepare("cifar10", data_root=None, directory=tmp_path)
+    return raw, prepare("cifar10", data_root=None, directory=tmp_path, raw=raw)
 
 
 def test_load(files):
@@ -215,10 +213,9 @@ def test_a_file_that_was_read_is_no_longer_mapped(files, limit):
         gc.enable()
 
 
-def test_own_statistics_normalise_the_training_split(tmp_path, monkeypatch):
+def test_own_statistics_normalise_the_training_split(tmp_path):
     raw = raw_dataset("mnist", 300, 50)
-    monkeypatch.setattr(files_module, "find_raw", lambda spec, root: raw)
-    train = load(prepare("mnist", data_root=None, directory=tmp_path), "train", "cpu")
+    train = load(prepare("mnist", data_root=None, directory=tmp_path, raw=raw), "train", "cpu")
     images = torch.cat([images for images, _ in train.sequential(100)]).double()
     assert abs(images.mean()) < 1e-6  # fp32 rounding, averaged
     assert abs(images.std(correction=0) - 1) < 1e-6

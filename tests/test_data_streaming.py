@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from fastar.config.datasets import IMAGENET_MEAN, IMAGENET_STD
-from fastar.data import PRESETS, Encoding, ImageFiles, StreamingDataset, open_images, prepare_images, streaming
+from fastar.data import PRESETS, DatasetFiles, Encoding, StreamingDataset, open_files, prepare, streaming
 from fastar.data.crops import centre
 from fastar.data.ffcv.format import JPEG_MODE, RAW_MODE, image_table
 from fastar.data.sampling import file_order
@@ -50,8 +50,10 @@ def root(tmp_path: Path) -> Path:
     return root
 
 
-def prepared(root: Path, encoding: Encoding | None, name: str = "images") -> ImageFiles:
-    return prepare_images(name, data_root=root, directory=root.parent / "out", encoding=encoding, workers=2)
+def prepared(root: Path, encoding: Encoding | None, name: str = "images") -> DatasetFiles:
+    return prepare(
+        "imagefolder", own_name=name, data_root=root, directory=root.parent / "out", encoding=encoding, workers=2
+    )
 
 
 def pixels(images: torch.Tensor) -> np.ndarray:
@@ -237,7 +239,7 @@ def test_folders_that_do_not_fit(root: Path, tmp_path: Path) -> None:
     with pytest.raises(FastarError, match="has no train/ folder"):
         prepared(tmp_path / "raw" / "val", JPEG)
     with pytest.raises(FastarError, match="no finished dataset; give the images"):
-        prepare_images("nothing", data_root=None, directory=tmp_path)
+        prepare("imagefolder", own_name="nothing", data_root=None, directory=tmp_path)
 
 
 def test_finished_files_are_reused_or_the_difference_is_named(root: Path) -> None:
@@ -262,16 +264,16 @@ def test_damaged_files_are_refused(root: Path) -> None:
     whole = path.read_bytes()
     path.write_bytes(whole[:-1])
     with pytest.raises(FastarError, match=r"test\.beton: truncated"):
-        open_images(files.folder)
+        open_files(files.folder)
     middle = len(whole) // 2
     path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
     with pytest.raises(FastarError, match="not the file that"):
-        open_images(files.folder)
+        open_files(files.folder)
     path.write_bytes(whole)
     metadata = files.folder / "metadata.json"
     metadata.write_text(metadata.read_text().replace('"jpeg_quality": 90', '"jpeg_quality": 91'))
     with pytest.raises(FastarError, match="edited by hand"):
-        open_images(files.folder)
+        open_files(files.folder)
 
 
 def test_a_jpeg_that_rots_in_the_file_is_told(root: Path) -> None:
@@ -322,7 +324,7 @@ def test_a_file_replaced_in_mid_epoch_does_not_reach_the_epoch(root: Path) -> No
     other.replace(files.path("train"))
     assert torch.equal(torch.cat(found + [images.clone() for images, _ in epoch]), want)
     with pytest.raises(FastarError, match=r"train\.beton: "):
-        open_images(files.folder)
+        open_files(files.folder)
 
 
 def test_all_that_goes_to_a_gpu_is_pinned(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,7 @@ import pytest
 from data_samples import raw_dataset, write_idx
 from PIL import Image
 
-from fastar.data import Encoding, open_images
+from fastar.data import Encoding, open_files
 from fastar.errors import FastarError
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "write_ffcv.py"
@@ -69,15 +69,14 @@ def test_help_has_examples(tool, capsys):
 
 
 SLOW = """
-import os, runpy, sys
-import fastar.data.ffcv.write as writing
-true = writing.handle_sample
-def slow(*arguments):
+import os, runpy, sys, time
+import fastar.data.ffcv.encode as encode
+true = encode._received
+def slow(process):
     os.write(2, b"writing a sample")
-    import time
     time.sleep(0.05)
-    true(*arguments)
-writing.handle_sample = slow
+    return true(process)
+encode._received = slow
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
@@ -99,7 +98,7 @@ def test_a_signal_leaves_nothing_and_says_so(folders, tmp_path, number, group):
     """While workers write, and not all need have begun: to the process alone, and to its workers too."""
     path = folders / "val" / "c1" / "1.JPEG"
     path.write_bytes((folders / "val" / "c0" / "0.JPEG").read_bytes())
-    for copy in range(200):  # 5 s of writing with two workers
+    for copy in range(600):  # enough for two processes, and half a minute of writing
         (folders / "train" / "c0" / f"copy{copy}.JPEG").write_bytes(path.read_bytes())
     out = tmp_path / "deep" / "out"
     arguments = ["--dataset", "imagefolder", "--name", "mine", "--source", str(folders), "--out", str(out)]
@@ -167,7 +166,7 @@ def test_images_of_any_size(tool, folders, tmp_path, capsys):
     assert "left out of test: " in second
     assert "1.JPEG: cannot be read as an image" in second
     assert re.search(r"^mine: 8 images need about \d+\.\d MB in .*out/mine \([\d.,]+ [GM]B free\)$", captured.err, re.M)
-    files = open_images(tmp_path / "out" / "mine")
+    files = open_files(tmp_path / "out" / "mine")
     assert files.encoding == Encoding(None, 0.1, 80)
     assert not files.shuffled
     assert tool.main(arguments) == 0  # what is there will do where nothing else is asked for

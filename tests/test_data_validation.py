@@ -11,10 +11,7 @@ from data_samples import raw_dataset
 from PIL import Image
 
 from fastar.config.datasets import IMAGENET_MEAN, IMAGENET_STD
-from fastar.data import Augmentation, Encoding, StreamingDataset, load, prepare, prepare_images
-from fastar.data import files as files_module
-from fastar.data.files import DatasetFiles
-from fastar.data.images import ImageFiles
+from fastar.data import Augmentation, DatasetFiles, Encoding, StreamingDataset, load, prepare
 from fastar.data.raw.raw_split import RawDataset
 from fastar.data.sampling import balanced_subset
 from fastar.data.splits import chosen_images, held_out
@@ -90,10 +87,9 @@ def test_what_cannot_be_kept_is_refused(share: float, limit: int | None, said: s
 
 
 @pytest.fixture
-def held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[RawDataset, DatasetFiles]:
+def held(tmp_path: Path) -> tuple[RawDataset, DatasetFiles]:
     raw = raw_dataset("cifar10", 200, 30)
-    monkeypatch.setattr(files_module, "find_raw", lambda spec, root: raw)
-    return raw, prepare("cifar10", data_root=None, directory=tmp_path)
+    return raw, prepare("cifar10", data_root=None, directory=tmp_path, raw=raw)
 
 
 def test_held_data_come_apart_and_follow_the_whole_set_s_augmentation(held: tuple[RawDataset, DatasetFiles]) -> None:
@@ -131,14 +127,14 @@ def test_a_training_epoch_shows_the_rest_and_nothing_else(held: tuple[RawDataset
 
 
 @pytest.fixture
-def streamed(tmp_path: Path) -> ImageFiles:
+def streamed(tmp_path: Path) -> DatasetFiles:
     """Forty training images of two classes, each of one grey of its own."""
     for number in range(44):
         path = tmp_path / "raw" / ("train" if number < 40 else "val") / f"c{number % 2}" / f"{number:02}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.full((9 + number % 5, 12, 3), 5 * number, np.uint8)).save(path)
     raw = Encoding(max_resolution=None, compress_probability=0)
-    return prepare_images("set", data_root=tmp_path / "raw", directory=tmp_path / "out", encoding=raw)
+    return prepare("imagefolder", own_name="set", data_root=tmp_path / "raw", directory=tmp_path / "out", encoding=raw)
 
 
 def greys(data: StreamingDataset, *, epoch: int | None = None) -> list[int]:
@@ -149,7 +145,7 @@ def greys(data: StreamingDataset, *, epoch: int | None = None) -> list[int]:
 
 
 @pytest.mark.parametrize("order", ["random", "pages"])
-def test_streamed_data_come_apart(streamed: ImageFiles, order: str) -> None:
+def test_streamed_data_come_apart(streamed: DatasetFiles, order: str) -> None:
     def dataset(split: str, **options: object) -> StreamingDataset:
         return StreamingDataset(streamed, split, "cpu", size=8, threads=1, **options)  # type: ignore[arg-type]
 

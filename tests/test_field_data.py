@@ -21,12 +21,9 @@ from PIL import Image
 from fastar.config.datasets import DATASETS
 from fastar.data import (
     DatasetFiles,
-    ImageFiles,
     StreamingDataset,
     open_files,
-    open_images,
     prepare,
-    prepare_images,
     verify_folder,
 )
 from fastar.data.ffcv.format import front_bytes, image_table
@@ -90,17 +87,17 @@ class Listening(SilentProgress):
 
 
 @pytest.fixture
-def images(tmp_path: Path) -> ImageFiles:
+def images(tmp_path: Path) -> DatasetFiles:
     """10 images of differing sizes, some raw and some JPEG, in two classes; two for testing."""
     generator = np.random.default_rng(0)
     for number in range(12):
         path = tmp_path / "raw" / ("val" if number > 9 else "train") / f"class{number % 2}" / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(generator.integers(0, 256, (20 + number, 40, 3), dtype=np.uint8)).save(path)
-    return prepare_images("made", data_root=tmp_path / "raw", directory=tmp_path, workers=1)
+    return prepare("imagefolder", own_name="made", data_root=tmp_path / "raw", directory=tmp_path, workers=1)
 
 
-def read(files: ImageFiles, progress: Progress = SILENT) -> list[bytes]:
+def read(files: DatasetFiles, progress: Progress = SILENT) -> list[bytes]:
     data = StreamingDataset(files, "train", "cpu", size=16, threads=1, progress=progress)
     return [pixels.numpy().tobytes() + labels.numpy().tobytes() for pixels, labels in data.sequential(4)]
 
@@ -117,7 +114,7 @@ def refuse_to_write(path: Path, data: bytes) -> None:
     raise FastarError(f"{path}: cannot be written (Read-only file system); choose another folder")
 
 
-def used_places(files: ImageFiles) -> np.ndarray:
+def used_places(files: DatasetFiles) -> np.ndarray:
     """Of the training file: every place whose byte says something."""
     data, table, sizes = image_table(files.train, files.layout("train"))
     front, allocated = front_bytes(data, files.layout("train"))
@@ -126,7 +123,9 @@ def used_places(files: ImageFiles) -> np.ndarray:
     return np.concatenate([np.arange(*run) for run in runs])
 
 
-def test_no_changed_byte_of_a_streamed_file_is_trained_on(images: ImageFiles, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_changed_byte_of_a_streamed_file_is_trained_on(
+    images: DatasetFiles, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # As if the file were larger than what its fingerprint reads: those of images of any size are.
     monkeypatch.setattr("fastar.data.ffcv.folder.check_unchanged", lambda files, split: None)
     folder, whole = images.folder, read(images)
@@ -134,14 +133,14 @@ def test_no_changed_byte_of_a_streamed_file_is_trained_on(images: ImageFiles, mo
     for place in places[np.linspace(0, len(places) - 1, 60).astype(int)].tolist():
         change(images.train, place)
         with pytest.raises(FastarError, match="write it again"):
-            read(open_images(folder))
+            read(open_files(folder))
         change(images.train, place)
-    assert read(open_images(folder)) == whole
+    assert read(open_files(folder)) == whole
     assert verify_folder(folder) == []
 
 
 def test_a_streamed_file_without_checksums_is_read_once_to_make_them(
-    images: ImageFiles, monkeypatch: pytest.MonkeyPatch
+    images: DatasetFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Those that an earlier version wrote, or damaged ones."""
     folder, whole, told = images.folder, read(images), Listening()
@@ -150,15 +149,15 @@ def test_a_streamed_file_without_checksums_is_read_once_to_make_them(
     for damage in (kept.unlink, lambda: change(kept, 90), lambda: kept.write_bytes(b"")):
         damage()
         told.lines.clear()
-        assert read(open_images(folder), told) == whole
+        assert read(open_files(folder), told) == whole
         (line,) = told.lines
         assert line.endswith("train.beton: no checksums of its images are kept; it is read once to make them")
         assert kept.read_bytes() == content
     kept.unlink()
     with monkeypatch.context() as full:
-        full.setattr("fastar.data.images.write_atomically", refuse_to_write)
+        full.setattr("fastar.data.ffcv.folder.write_atomically", refuse_to_write)
         told.lines.clear()
-        files = open_images(folder)
+        files = open_files(folder)
         assert read(files, told) == read(files, told) == whole  # where they cannot be kept: once in each run
     assert [line.split(";")[-1] for line in told.lines] == [
         " it is read once to make them",
@@ -167,7 +166,7 @@ def test_a_streamed_file_without_checksums_is_read_once_to_make_them(
     _, table, _ = image_table(images.train, images.layout("train"))
     change(images.train, int(table["data_ptr"][3]))
     with pytest.raises(FastarError, match="its images are not those that were written"):
-        read(ImageFiles(folder, images.metadata))
+        read(DatasetFiles(folder, images.metadata))
     assert not kept.exists()
 
 
@@ -178,16 +177,15 @@ def cifar_files(cifar: Path) -> DatasetFiles:
 
 @pytest.mark.parametrize("kind", ["images", "cifar_files"])
 def test_verify_folder_names_what_is_damaged(kind: str, request: pytest.FixtureRequest) -> None:
-    files: ImageFiles | DatasetFiles = request.getfixturevalue(kind)
+    files: DatasetFiles = request.getfixturevalue(kind)
     folder = files.folder
     assert verify_folder(folder) == []
     _, table, _ = image_table(files.train, files.layout("train"))
     change(files.train, int(files.layout("train").pointers(table)[7]) + 5)
     (line,) = verify_folder(folder)
     assert line.startswith(f"{files.train}: ")
-    assert line.endswith(f"not what was written (first: sample 7); delete {folder} and write it again") or (
-        kind == "cifar_files" and line.endswith(f"not those that were written; delete {folder} and write it again")
-    )
+    said = "not what was written (first: sample 7)" if kind == "images" else "not those that were written"
+    assert line.endswith(f"{said}; delete {folder} and write it again")
     files.test.unlink()
     assert [line.split(":")[0] for line in verify_folder(folder)] == [str(files.train), str(files.test)]
     metadata = (folder / "metadata.json").read_text()
@@ -199,9 +197,9 @@ def test_verify_folder_names_what_is_damaged(kind: str, request: pytest.FixtureR
     assert line.startswith(f"{folder / 'metadata.json'}: ")
 
 
-def test_no_changed_word_of_the_metadata_is_believed(images: ImageFiles, cifar_files: DatasetFiles) -> None:
+def test_no_changed_word_of_the_metadata_is_believed(images: DatasetFiles, cifar_files: DatasetFiles) -> None:
     """What the dataset's digest does not cover, such as the augmentation, is covered by one of all."""
-    for folder, opened in ((cifar_files.folder, open_files), (images.folder, open_images)):
+    for folder in (cifar_files.folder, images.folder):
         path = folder / "metadata.json"
         text = path.read_text()
         metadata = json.loads(text)
@@ -213,15 +211,15 @@ def test_no_changed_word_of_the_metadata_is_believed(images: ImageFiles, cifar_f
             ):
                 path.write_text(json.dumps(changed))
                 with pytest.raises(FastarError, match=r"write it again|use another directory"):
-                    opened(folder)
+                    open_files(folder)
         path.write_text(json.dumps({k: v for k, v in {**metadata, "format": 1}.items() if k != "sha256"}))
-        assert opened(folder).digest == metadata["digest"]  # as an earlier version wrote it
+        assert open_files(folder).digest == metadata["digest"]  # as an earlier version wrote it
         for text_of_others in ("[" * 100_000, "null", "9" * 6000):
             path.write_text(text_of_others)
             with pytest.raises(FastarError, match="damaged"):
-                opened(folder)
+                open_files(folder)
         path.write_text(text)
-        assert opened(folder).metadata == metadata
+        assert open_files(folder).metadata == metadata
 
 
 def test_no_archive_with_a_flipped_bit_is_read(cifar: Path) -> None:
@@ -282,6 +280,6 @@ def test_official_names_with_other_content_are_said_once(cifar: Path, monkeypatc
         told, directory = Listening(), cifar.parents[1] / str(number)
         prepare("cifar100", data_root=cifar.parent, directory=directory, progress=told)
         assert [f": {cifar.name}: not as published (by MD5)" in line for line in told.lines] == [True] * number
-    monkeypatch.setattr("fastar.data.raw.official._md5", None)  # what is written already is not hashed again
+    monkeypatch.setattr("fastar.data.raw.find._md5", None)  # what is written already is not hashed again
     prepare("cifar100", data_root=cifar.parent, directory=directory, progress=told)
     assert len(told.lines) == 1

@@ -33,13 +33,13 @@ from PIL import Image
 from test_data_archives import add, devkit, jpeg, tar
 
 from fastar.config import DatasetSettings
-from fastar.data import DATASETS, Encoding, StreamingDataset, images, prepare, prepare_images, verify_folder
+from fastar.data import DATASETS, DatasetFiles, Encoding, StreamingDataset, open_files, prepare, verify_folder
 from fastar.data.raw import archives, idx
 from fastar.data.raw import cifar as cifar_module
+from fastar.data.raw.class_folders import count_images, find_images
 from fastar.data.raw.find import find_raw
-from fastar.data.raw.imagefolder import count_images, find_images
 from fastar.data.raw.listing import PassedOver, images_below
-from fastar.data.raw.raw_split import UnusableImage, decode_rgb
+from fastar.data.raw.raw_split import UnusableImage, decode_image
 from fastar.errors import FastarError
 from fastar.runtime.progress import SilentProgress
 
@@ -71,13 +71,13 @@ def make(root: Path, per_class: int = 2) -> Path:
     return root
 
 
-def prepared(root: Path, name: str = "set", **changes: Any) -> images.ImageFiles:
+def prepared(root: Path, name: str = "set", **changes: Any) -> DatasetFiles:
     options: dict[str, Any] = {"encoding": RAW, "workers": 1, **changes}
-    return prepare_images(name, data_root=root, directory=root.parent / "out", **options)
+    return prepare("imagefolder", own_name=name, data_root=root, directory=root.parent / "out", **options)
 
 
 def names(root: Path, split: str = "train") -> list[str]:
-    found = find_images(root)[split]
+    found = getattr(find_images(root), split)
     return [os.path.relpath(found.where(k), root) for k in range(len(found))]
 
 
@@ -103,7 +103,7 @@ def test_all_eight_images_are_found_in_the_order_of_torchvision(tmp_path: Path) 
     assert len(want) == 9
     assert names(root) == [*want, "train/b/0.jpg", "train/b/1.jpg"]
     told = Told()
-    assert len(find_images(root, told)["train"]) == 11
+    assert len(find_images(root, told).train) == 11
     assert told.lines == []
     assert count_images(root) == (11, 4, 2)
 
@@ -114,10 +114,10 @@ def test_folders_that_were_read_before_are_the_same_set(tmp_path: Path) -> None:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(name.encode())  # the digest is of names and sizes
     splits = find_images(root)
-    assert splits["train"].digest == "734fd4f02993b9f4f24cb7c4e071a96a2bbfbe5083648c804c33dcde1aeab202"
-    assert splits["test"].digest == "2cf6e45fa965c505dc0749a2baeb9750a223851702fbdcbc077f7ea2a9f77ee1"
+    assert splits.train.digest == "734fd4f02993b9f4f24cb7c4e071a96a2bbfbe5083648c804c33dcde1aeab202"
+    assert splits.test.digest == "2cf6e45fa965c505dc0749a2baeb9750a223851702fbdcbc077f7ea2a9f77ee1"
     shared = find_images(root / "train", val_share=0.5)
-    assert shared["train"].digest == "786fbe2e5de3318e0523416e25c446cd8675d49312ad79cc3d588654e068de9d"
+    assert shared.train.digest == "786fbe2e5de3318e0523416e25c446cd8675d49312ad79cc3d588654e068de9d"
 
 
 def test_what_is_passed_over_is_counted_and_named_in_one_line(tmp_path: Path) -> None:
@@ -129,7 +129,7 @@ def test_what_is_passed_over_is_counted_and_named_in_one_line(tmp_path: Path) ->
     put(folder / ".hidden.jpg")  # an image it is: as before
     put(root / "train" / "stray.jpg")
     told = Told()
-    assert len(find_images(root, told)["train"]) == 5
+    assert len(find_images(root, told).train) == 5
     (line,) = told.lines
     assert line.startswith(f"{root}: passed over 10 that are no images of a class: ")
     for part in (
@@ -151,7 +151,7 @@ def test_pipes_sockets_and_links_to_nothing_are_never_opened(tmp_path: Path, mon
     with socket.socket(socket.AF_UNIX) as bound:
         bound.bind("socket.JPEG")
         told = Told()
-        assert len(find_images(root, told)["train"]) == 4
+        assert len(find_images(root, told).train) == 4
     assert "train/a/link.JPEG, train/a/pipe.JPEG, train/a/socket.JPEG, ... (no file)" in told.lines[0]
     assert "train/a/nothing (a link to nothing)" in told.lines[0]
     assert "passed over 5 " in told.lines[0]
@@ -194,7 +194,7 @@ def test_exif_orientation_is_ignored_or_applied_as_asked(tmp_path: Path) -> None
     pixels = np.zeros((6, 8, 3), np.uint8)
     pixels[:, :4] = 250
     Image.fromarray(pixels).save(path, exif=exif, quality=95)
-    stored, turned = decode_rgb(path, "x"), decode_rgb(path, "x", upright=True)
+    stored, turned = decode_image(path, "x"), decode_image(path, "x", upright=True)
     assert stored.shape == (6, 8, 3)
     assert np.array_equal(turned, np.rot90(stored, -1))
 
@@ -231,7 +231,7 @@ def test_exif_orientation_in_archives_and_the_tool(tmp_path: Path, tool: ModuleT
     (root / "val" / "b" / "0.jpg").unlink()
     (root / "val" / "b").rmdir()
     for upright, shape in ((False, (6, 8, 3)), (True, (8, 6, 3))):
-        assert find_images(root, upright=upright)["train"][0][0].shape == shape
+        assert find_images(root, upright=upright).train[0][0].shape == shape
 
 
 def test_names_that_are_not_utf_8_are_written_and_listed(
@@ -253,12 +253,12 @@ def test_names_that_are_not_utf_8_are_written_and_listed(
     assert r"caf\udce9\n.png: cannot be read as an image" in said
     assert said.count("\n") == 2
     assert r"train/a/caf\udce9.txt (no image)" in capfd.readouterr().err
-    files = images.open_images(out / "x")
+    files = open_files(out / "x")
     assert files.classes == ("a", LATIN)
     assert files.skipped["train"][0]["path"] == str(broken)
-    assert prepare_images("x", data_root=root, directory=out).digest == files.digest
+    assert prepare("imagefolder", own_name="x", data_root=root, directory=out).digest == files.digest
     again = find_images(root / "train", val_share=0.4)
-    assert (len(again["train"]), len(again["test"])) == (3, 3)
+    assert (len(again.train), len(again.test)) == (3, 3)
     # Without --on-error skip: one line, and nothing half-written.
     assert tool.main([*arguments[:-1], str(tmp_path / "other")]) == 2
     assert capfd.readouterr().err.count("\n") == 2  # what is passed over, and the error
@@ -299,9 +299,9 @@ def test_tiny_imagenet_is_read_as_it_is_unpacked(tmp_path: Path) -> None:
     root = tiny_imagenet(tmp_path / "raw")
     told = Told()
     splits = find_images(root, told)
-    assert splits["train"].labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+    assert splits.train.labels.tolist() == [0, 0, 0, 1, 1, 1, 2, 2, 2]
     assert names(root)[3] == "train/n02/images/n02_0.JPEG"
-    test = splits["test"]
+    test = splits.test
     found = {Path(test.where(k)).name: test.classes[label] for k, label in enumerate(test.labels)}
     assert found == {f"val_{k}.JPEG": ("n01", "n02", "n03")[5 * k % 3] for k in range(6)}
     assert test.labels.tolist() == sorted(test.labels.tolist())
@@ -340,9 +340,9 @@ def test_pillow_is_asked_for_images_alone(tmp_path: Path, monkeypatch: pytest.Mo
     path = root / "train" / "a" / "drawing.JPEG"
     path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n%%EndComments\nshowpage\n%%EOF\n")
     with pytest.raises(UnusableImage, match=r"drawing\.JPEG: cannot be read as an image \(cannot identify image file"):
-        decode_rgb(path, str(path))
+        decode_image(path, str(path))
     path.rename(path.with_suffix(".eps"))
-    assert len(find_images(root)["train"]) == 4
+    assert len(find_images(root).train) == 4
     write_folders(tmp_path / "cifar", raw_dataset("cifar10"))
     first = sorted((tmp_path / "cifar" / "train" / "airplane").iterdir())[0]
     path.with_suffix(".eps").rename(first)
@@ -351,8 +351,8 @@ def test_pillow_is_asked_for_images_alone(tmp_path: Path, monkeypatch: pytest.Mo
     assert started == []
     for format_ in ("JPEG", "PNG", "BMP", "GIF", "PPM", "TIFF", "WEBP"):
         Image.new("RGB", (5, 4)).save(root / "train" / "a" / "other.thing", format_)
-        assert len(find_images(root)["train"]) == 5, format_
-        assert decode_rgb(root / "train" / "a" / "other.thing", "").shape == (4, 5, 3)
+        assert len(find_images(root).train) == 5, format_
+        assert decode_image(root / "train" / "a" / "other.thing", "").shape == (4, 5, 3)
 
 
 def test_a_folder_that_may_not_be_read_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -450,8 +450,8 @@ def test_members_of_archives_have_any_name_and_what_is_none_is_named(tmp_path: P
     (root / "ILSVRC2012_devkit_t12.tar.gz").write_bytes(tar(devkit(labels), "w:gz"))
     told = Told()
     splits = find_images(root, told)
-    assert len(splits["train"]) == 7
-    assert splits["train"].where(0).endswith("train.tar/n01/n01.jfif")
+    assert len(splits.train) == 7
+    assert splits.train.where(0).endswith("train.tar/n01/n01.jfif")
     (line,) = told.lines
     for part in (
         "passed over 5 that",
@@ -471,7 +471,7 @@ def test_members_of_archives_have_any_name_and_what_is_none_is_named(tmp_path: P
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     same = find_images(folders)
-    assert {s: split.digest for s, split in same.items()} == {s: split.digest for s, split in splits.items()}
+    assert same.digest == splits.digest
     assert prepared(root).metadata["content"] == prepared(folders, "other").metadata["content"]
 
 
@@ -492,7 +492,7 @@ def test_a_damaged_header_ends_no_archive_early(tmp_path: Path) -> None:
     path = root / "ILSVRC2012_img_train.tar"
     whole = tar({f"{name}.tar": tar({"0.JPEG": jpeg(1)}) for name in "ab"})
     path.write_bytes(whole)
-    assert len(find_images(root)["train"]) == 2
+    assert len(find_images(root).train) == 2
     second = whole.index(b"b.tar\0")
     other = whole[:second] + b"B" + whole[second + 1 :]
     zeros = whole[:second] + bytes(512) + whole[second + 512 :]
@@ -701,7 +701,7 @@ def test_a_folder_of_finished_data_may_hold_anything(tmp_path: Path) -> None:
         for put_there in (os.mkfifo, os.mkdir):
             path.unlink()
             put_there(path)
-            for call in (lambda: images.open_images(files.folder), lambda: prepared(root)):
+            for call in (lambda: open_files(files.folder), lambda: prepared(root)):
                 with pytest.raises(FastarError, match=word):
                     call()
             assert any(word in line for line in verify_folder(files.folder))
@@ -711,13 +711,13 @@ def test_a_folder_of_finished_data_may_hold_anything(tmp_path: Path) -> None:
     for content in (b"[" * 100_000, b'{"format": 1' + b"0" * 5000 + b"}", b"7", b'{"kind": {}}'):
         metadata.write_bytes(content)
         with pytest.raises(FastarError, match=r"metadata\.json: "):
-            images.open_images(files.folder)
+            open_files(files.folder)
     metadata.write_bytes(whole[metadata])
     sums = files.folder / "train.checksums"
     sums.unlink()
     os.mkfifo(sums)
     with pytest.raises(FastarError, match=r"train\.checksums: is no file"):
-        StreamingDataset(images.open_images(files.folder), "train", "cpu", size=4, threads=1)
+        StreamingDataset(open_files(files.folder), "train", "cpu", size=4, threads=1)
 
 
 def test_what_stands_in_the_way_of_writing_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

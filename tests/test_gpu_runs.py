@@ -16,7 +16,7 @@ from training_cases import batches
 
 import fastar
 from fastar.config import StarSettings, TrainSettings
-from fastar.data import Encoding, StreamingDataset, prepare_images
+from fastar.data import Encoding, StreamingDataset, prepare
 from fastar.errors import FastarError
 from fastar.experiments import train_star
 from fastar.flat import FlatLayout
@@ -118,7 +118,14 @@ def test_images_stream_to_it_as_to_a_cpu(gpu: torch.device, tmp_path: Path) -> N
                 image = generator.integers(0, 256, (40 + number, 44, 3), dtype=np.uint8)
                 Image.fromarray(image).save(folder / f"{number}.JPEG")
     encoding = Encoding(max_resolution=40, compress_probability=1)
-    files = prepare_images("made", data_root=tmp_path / "raw", directory=tmp_path / "out", encoding=encoding, workers=1)
+    files = prepare(
+        "imagefolder",
+        own_name="made",
+        data_root=tmp_path / "raw",
+        directory=tmp_path / "out",
+        encoding=encoding,
+        workers=1,
+    )
     there, here = (StreamingDataset(files, "train", device, size=24, threads=2) for device in (str(gpu), "cpu"))
     for one, other in zip(there.batches(8, seed=3, epoch=1), here.batches(8, seed=3, epoch=1), strict=True):
         assert one[0].device == gpu

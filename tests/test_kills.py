@@ -19,7 +19,7 @@ from attempts import SECONDS, Attempts
 from cli_cases import contents, fastar
 from run_cases import SMALL, assert_log_is_whole, assert_same_models
 
-from fastar.data import open_images, verify_folder
+from fastar.data import open_files, verify_folder
 
 KILLS, TWENTY = 30, 20
 FASTAR = [sys.executable, "-m", "fastar"]
@@ -116,7 +116,7 @@ def test_twenty_kills_while_data_are_written_change_no_bit(tmp_path: Path, made:
     assert killed_at_progress(command(cut), written, TWENTY, random.Random(3)) == TWENTY
     # Which worker wrote which page, and so the files' bytes, changes from run to run; images, labels and order do not.
     assert contents(cut).keys() == contents(whole).keys()
-    assert open_images(cut / "made").digest == open_images(whole / "made").digest
+    assert open_files(cut / "made").digest == open_files(whole / "made").digest
     assert verify_folder(cut / "made") == []
 
 

@@ -28,7 +28,7 @@ from bench.fake_images import link_images, make_images
 from fastar.kernels import interpolate
 from torch import Tensor, nn
 
-from fastar.data import Encoding, StreamingDataset, prepare_images
+from fastar.data import Encoding, StreamingDataset, prepare
 from fastar.errors import FastarError
 from fastar.evaluation import Endpoint, PathLosses, evaluate_paths, evaluate_rows
 from fastar.evaluation import Path as Segment
@@ -93,7 +93,9 @@ def main() -> None:
             make_images(raw, arguments.images)
         else:
             link_images(arguments.data_root, raw, arguments.images)
-        files = prepare_images("bench", data_root=raw, directory=Path(folder), encoding=Encoding(500, 1.0, 90))
+        files = prepare(
+            "imagefolder", own_name="bench", data_root=raw, directory=Path(folder), encoding=Encoding(500, 1.0, 90)
+        )
         source = StreamingDataset(files, "train", device, size=arguments.size, threads=arguments.workers)
         shape, classes = source.input_shape, source.classes
 

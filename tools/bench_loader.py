@@ -34,7 +34,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from fastar.config.datasets import IMAGENET_MEAN, IMAGENET_STD
-from fastar.data import DATASETS, PRESETS, StreamingDataset, load, prepare, prepare_images
+from fastar.data import DATASETS, PRESETS, StreamingDataset, load, prepare
 from fastar.data.raw.listing import SUFFIXES
 from fastar.errors import FastarError
 
@@ -111,7 +111,9 @@ def pipeline(name: str, folder: Path, arguments: argparse.Namespace) -> tuple[Ep
         link_images(arguments.data_root or folder / "made", raw, count)
         begin = time.perf_counter()
         encoding, workers = PRESETS[arguments.preset], arguments.workers
-        files = prepare_images(name, data_root=raw, directory=folder, encoding=encoding, workers=workers)
+        files = prepare(
+            "imagefolder", own_name=name, data_root=raw, directory=folder, encoding=encoding, workers=workers
+        )
         written = sum(files.count(split) for split in ("train", "test"))
         data = StreamingDataset(files, "train", "cpu", size=arguments.size, threads=arguments.workers)
         facts = {

@@ -29,7 +29,7 @@ from torch import Tensor
 
 import fastar
 from fastar.config import TrainSettings, parse_bytes
-from fastar.data import Encoding, StreamingDataset, prepare_images
+from fastar.data import Encoding, StreamingDataset, prepare
 from fastar.errors import FastarError
 from fastar.evaluation import evaluate_rows
 from fastar.flat import FlatLayout
@@ -138,7 +138,9 @@ def streaming(problem: Problem) -> Facts:
     with tempfile.TemporaryDirectory() as folder:
         raw, count = Path(folder) / "raw", 3 * problem.settings.batch_size
         make_images(raw, count)
-        files = prepare_images("smoke", data_root=raw, directory=Path(folder), encoding=Encoding(200, 1.0, 90))
+        files = prepare(
+            "imagefolder", own_name="smoke", data_root=raw, directory=Path(folder), encoding=Encoding(200, 1.0, 90)
+        )
         data = StreamingDataset(files, "train", problem.device, size=side)
         changes: Facts = {"resolutions": ((0, side // 2), (1, side)), "graph": problem.device.type == "cuda"}
         settings = problem.settings.model_copy(update=changes)

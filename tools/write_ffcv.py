@@ -57,12 +57,11 @@ def signals_end() -> Iterator[None]:
 if __name__ == "__main__":
     handle(leave)  # importing takes seconds
 
-from fastar.config import variable_size_names  # noqa: E402
-from fastar.data import DATASETS, PRESETS, Encoding, Files, ImageFiles, prepare, prepare_images  # noqa: E402
-from fastar.data.images import size_text  # noqa: E402
+from fastar.config import dataset_spec, variable_size_names  # noqa: E402
+from fastar.data import DATASETS, PRESETS, DatasetFiles, Encoding, prepare  # noqa: E402
 from fastar.errors import FastarError, printable  # noqa: E402
 from fastar.runtime.failure import failure  # noqa: E402
-from fastar.runtime.progress import Progress, TerminalProgress  # noqa: E402
+from fastar.runtime.progress import Progress, TerminalProgress, size_text  # noqa: E402
 from fastar.runtime.standard_streams import say, streams  # noqa: E402
 
 EXAMPLES = """examples:
@@ -99,7 +98,9 @@ def parser() -> argparse.ArgumentParser:
         "--source", "--data-root", type=Path, metavar="DIR", help="raw data; default: where it usually lies"
     )
     result.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder to write OUT/NAME/ in")
-    result.add_argument("--workers", type=int, default=2, metavar="N", help="writer processes (default 2)")
+    result.add_argument(
+        "--workers", type=int, default=2, metavar="N", help="processes that encode images of any size (default 2)"
+    )
     result.add_argument("--limit", type=int, metavar="N", help="at most N images per split, classes balanced")
     images = result.add_argument_group(f"of {' and '.join(variable_size_names())}")
     presets = "; ".join(
@@ -153,51 +154,43 @@ def encoding(options: argparse.Namespace) -> Encoding | None:
     return Encoding(**{**vars(PRESETS[options.preset or "rn50"]), **changes})
 
 
-def convert(options: argparse.Namespace, progress: Progress) -> Files:
-    if options.dataset in variable_size_names():
-        if (options.name is not None) != (options.dataset == "imagefolder"):
-            raise FastarError("--dataset imagefolder needs --name NAME, and no other dataset takes one")
-        if options.name is not None and (options.name in DATASETS or Path(options.name).name != options.name):
-            raise FastarError(
-                f"--name {options.name}: is another dataset's, or not a plain name; choose one of your own"
-            )
-        if options.val_share is not None and options.dataset != "imagefolder":
-            raise FastarError("--val-share belongs to imagefolder; leave it out")
-        return prepare_images(
-            options.name or options.dataset,
-            data_root=options.source,
-            directory=options.out,
-            encoding=encoding(options),
-            workers=options.workers,
-            limit=options.limit,
-            shuffled=None if options.order is None else options.order == "shuffled",
-            on_error=options.on_error or "stop",
-            val_share=options.val_share,
-            exif=options.exif,
-            progress=progress,
-        )
-    for key in (
-        "name",
-        "preset",
-        "max_resolution",
-        "compress_probability",
-        "jpeg_quality",
-        "on_error",
-        "order",
-        "val_share",
-        "exif",
-    ):
+OF_VARIABLE_SIZES = (
+    "preset",
+    "max_resolution",
+    "compress_probability",
+    "jpeg_quality",
+    "on_error",
+    "order",
+    "val_share",
+    "exif",
+)
+
+
+def convert(options: argparse.Namespace, progress: Progress) -> DatasetFiles:
+    variable = dataset_spec(options.dataset).variable_size
+    for key in () if variable else ("name", *OF_VARIABLE_SIZES):
         if getattr(options, key) is not None:
-            raise FastarError(
-                f"--{key.replace('_', '-')} belongs to {' and '.join(variable_size_names())}; leave it out"
-            )
+            names = " and ".join(variable_size_names())
+            raise FastarError(f"--{key.replace('_', '-')} belongs to {names}; leave it out")
+    if variable and (options.name is not None) != (options.dataset == "imagefolder"):
+        raise FastarError("--dataset imagefolder needs --name NAME, and no other dataset takes one")
+    if options.name is not None and (options.name in DATASETS or Path(options.name).name != options.name):
+        raise FastarError(f"--name {options.name}: is another dataset's, or not a plain name; choose one of your own")
+    if options.val_share is not None and options.dataset != "imagefolder":
+        raise FastarError("--val-share belongs to imagefolder; leave it out")
     return prepare(
         options.dataset,
         data_root=options.source,
         directory=options.out,
+        own_name=options.name,
+        encoding=encoding(options),
         workers=options.workers,
-        progress=progress,
         limit=options.limit,
+        shuffled=None if options.order is None else options.order == "shuffled",
+        on_error=options.on_error or "stop",
+        val_share=options.val_share,
+        exif=options.exif,
+        progress=progress,
     )
 
 
@@ -219,14 +212,13 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
 
 
-def show(files: Files) -> None:
+def show(files: DatasetFiles) -> None:
     counts = ", ".join(f"{split} {count}" for split, count in files.metadata["counts"].items())
     size = size_text(sum(entry["bytes"] for entry in files.metadata["files"].values()))
     print(f"{printable(str(files.folder))}: {counts}; digest {files.digest[:12]}; {size}")
-    if isinstance(files, ImageFiles):
-        for split, skipped in files.skipped.items():
-            for image in skipped:
-                print(f"left out of {split}: {printable(image['path'])}: {image['reason']}")
+    for split, skipped in files.skipped.items():
+        for image in skipped:
+            print(f"left out of {split}: {printable(image['path'])}: {image['reason']}")
 
 
 if __name__ == "__main__":

@@ -3,16 +3,17 @@
 Names are imported when they are first used: FFCV and what it brings take seconds.
 """
 
+# ruff: noqa: F401 (what is imported for type checkers alone)
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fastar.config import DATASETS, Augmentation, DatasetSpec, dataset_spec, register
+    from fastar.data.convert import prepare
     from fastar.data.dataset import Batch, Dataset
     from fastar.data.ffcv.encode import PRESETS, Encoding
     from fastar.data.ffcv.folder import DatasetFiles, is_finished, open_files, verify_folder
     from fastar.data.in_memory import DeviceDataset, load
-    from fastar.data.convert import prepare
     from fastar.data.raw.class_folders import count_images, is_packed
     from fastar.data.raw.raw_split import ArraySplit, RawDataset, RawSplit
     from fastar.data.splits import check_limit, held_out
@@ -30,7 +31,7 @@ _PLACES = {
     "fastar.data.splits": ("check_limit", "held_out"),
     "fastar.data.streaming": ("StreamingDataset",),
 }
-__all__ = [name for names in _PLACES.values() for name in names]  # noqa: PLE0604
+__all__ = [name for names in _PLACES.values() for name in names]
 
 
 def __getattr__(name: str) -> Any:

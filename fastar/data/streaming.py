@@ -49,6 +49,7 @@ class StreamingDataset:
         validation: the share of the training images that are the split "validation" and not in "train"
             (`fastar.data.splits`).
         progress: told where checksums of the images must be made first (`DatasetFiles.checksums`).
+        window: pages that order "pages" shuffles together.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class StreamingDataset:
         limit: int | None = None,
         validation: float = 0.0,
         progress: Progress = SILENT,
+        window: int = WINDOW,
     ):
         _check_size(size)
         if not 0 < kept <= 1:
@@ -76,7 +78,7 @@ class StreamingDataset:
                 f"{files.folder}: holds its images by class, so reading it page by page would not mix classes; "
                 "use dataset.order=random, or write it again shuffled"
             )
-        self._size, self._crop, self._order = size, crop, order
+        self._size, self._crop, self._order, self._window = size, crop, order, window
         self._centre = centre(kept)
         self.device = torch.device(device)
         self.classes, self.digest = len(files.classes), files.digest
@@ -124,7 +126,7 @@ class StreamingDataset:
         """
         chosen = chosen_batches(len(self), batch_size, drop_last, begin)
         if self._order == "pages":
-            order = paged_order(self._reader.pages[self._index], WINDOW, seed, epoch)
+            order = paged_order(self._reader.pages[self._index], self._window, seed, epoch)
         else:
             order = epoch_order(len(self), seed, epoch, torch.device("cpu")).numpy()
         return self._epoch(self._index[order[chosen]], batch_size, self._key(augment, seed, epoch), size)

@@ -65,10 +65,10 @@ def data_facts(context: Session) -> DataFacts:
     chosen = context.settings.dataset
     spec = chosen.spec
     folder = chosen.directory.expanduser() / chosen.label
-    files: data.Files | None = None
+    files: data.DatasetFiles | None = None
     listed = None
     if data.is_finished(folder):
-        files = data.open_images(folder) if spec.variable_size else data.open_files(folder)
+        files = data.open_files(folder)
     elif spec.variable_size and chosen.root is not None:
         listed = data.count_images(chosen.root.expanduser(), val_share=chosen.val_share)
     if files is not None:

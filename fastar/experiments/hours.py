@@ -125,7 +125,7 @@ def loaded_per_second(context: Session) -> float:
     the device."""
     settings = context.settings
     loaded = data.StreamingDataset(
-        context.data.files,  # type: ignore[arg-type]
+        context.data.files,
         "train",
         context.device,
         size=max(training_sides(context)),

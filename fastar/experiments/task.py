@@ -43,15 +43,20 @@ class RunData:
         self._device, self._progress, self._shape = device, progress, shape
 
     @cached_property
-    def files(self) -> data.Files:
+    def files(self) -> data.DatasetFiles:
         chosen = self._chosen
         root, directory = chosen.root.expanduser() if chosen.root else None, chosen.directory.expanduser()
-        more: dict[str, Any] = {"workers": self._settings.workers, "progress": self._progress}
-        if not chosen.spec.variable_size:
-            return data.prepare(chosen.name, data_root=root, directory=directory, **more)
-        encoding = data.PRESETS[chosen.encoding] if chosen.encoding is not None else None
-        more |= {"encoding": encoding, "val_share": chosen.val_share, "exif": chosen.exif}
-        return data.prepare_images(chosen.label, data_root=root, directory=directory, **more)
+        return data.prepare(
+            chosen.name,
+            data_root=root,
+            directory=directory,
+            own_name=chosen.own_name,
+            workers=self._settings.workers,
+            encoding=data.PRESETS[chosen.encoding] if chosen.encoding is not None else None,
+            val_share=chosen.val_share,
+            exif=chosen.exif,
+            progress=self._progress,
+        )
 
     @property
     def image(self) -> tuple[int, int, int]:
@@ -80,9 +85,8 @@ class RunData:
     def _load(self, split: str, limit: int | None) -> data.Dataset:
         files, chosen = self.files, self._chosen
         more: dict[str, Any] = {"limit": limit, "validation": chosen.validation, "progress": self._progress}
-        if isinstance(files, data.DatasetFiles):
+        if not files.variable_size:
             return data.load(files, split, self._device, **more)
-        assert isinstance(files, data.ImageFiles)
         order = chosen.order if split == "train" else "random"
         more |= {"size": chosen.side, "crop": chosen.crop, "order": order, "threads": chosen.threads}
         return data.StreamingDataset(files, split, self._device, **more)

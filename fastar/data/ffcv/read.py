@@ -104,7 +104,9 @@ def _compiling(enabled: bool) -> Iterator[None]:
         Compiler.set_enabled(before)
 
 
-def read_batches(path: Path, layout: FixedLayout, batch_size: int = BATCH) -> Batches:
+def read_batches(
+    path: Path, layout: FixedLayout, batch_size: int = BATCH, *, compile_from: int = COMPILE_FROM
+) -> Batches:
     """Yield (images uint8 [b, H, W, C], labels int64 [b]) in file order, every sample exactly once.
 
     The arrays are FFCV's own buffers: copy them before asking for the next batch. The file is checked first; an error
@@ -113,7 +115,7 @@ def read_batches(path: Path, layout: FixedLayout, batch_size: int = BATCH) -> Ba
     check_beton(path, layout)
     with torch_threads_kept():
         try:
-            with _compiling(layout.count >= COMPILE_FROM):
+            with _compiling(layout.count >= compile_from):
                 loader = GuardedLoader(
                     str(path),
                     batch_size=min(batch_size, layout.count),

@@ -148,8 +148,8 @@ def find_images(
     official archives in `root`, which is read where it lies: ILSVRC2012_img_train.tar, and ILSVRC2012_img_val.tar with
     ILSVRC2012_devkit_t12 (a folder, or its .tar.gz) for the labels. `root`/val may also hold images/ and
     val_annotations.txt, as Tiny-ImageNet's does. With `val_share` there is one folder of class folders, `root`/train or
-    `root` itself, and that share of each class is for testing. With `upright` images are turned as their EXIF orientation
-    says. What is passed over is told in one line.
+    `root` itself, and that share of each class is for testing. With `upright` images are turned as their EXIF
+    orientation says. What is passed over is told in one line.
     """
     passed = PassedOver()
     with readable(root):

@@ -225,7 +225,7 @@ class ImageSplit:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over classes and each image's name, label and size in bytes (-1: not to be had, such may be left out).
+        """SHA-256 over classes and each image's name, label and bytes (-1: not to be had; such may be left out).
 
         Reading every byte of ImageNet would take an hour; names and sizes tell one set of files from another.
         """
