@@ -62,6 +62,14 @@ class Dims:
                     yield factor.view.axis if isinstance(factor, Part) else factor
 
 
+def viewed(axis: Axis, lengths: Sequence[int]) -> list[Factor]:
+    """`axis` read as axes of `lengths`, outermost first."""
+    if len(lengths) == 1:
+        return [axis]
+    view = View(axis, tuple(lengths))
+    return [Part(view, i) for i in range(len(lengths))]
+
+
 def factor_length(factor: Factor) -> int:
     """Positions of a factor."""
     if isinstance(factor, Copies):
@@ -69,7 +77,7 @@ def factor_length(factor: Factor) -> int:
     return factor.view.lengths[factor.index] if isinstance(factor, Part) else length_of(factor)
 
 
-class Parts:
+class Draft:
     """The labels of one tensor while they are worked on. A dimension that is None is broadcast."""
 
     def __init__(self, solver: AxisSolver, dims: Sequence[Dim | None]):
@@ -143,8 +151,7 @@ class Parts:
         try:
             dim[at : at + 1] = self.solver.split(factor, lengths)
         except CannotSplit:
-            view = View(factor, lengths)
-            dim[at : at + 1] = [Part(view, 0), Part(view, 1)]
+            dim[at : at + 1] = viewed(factor, lengths)
 
     def settled(self) -> Dims:
         """The labels, with neighbouring parts of one view put together, and factors of one position left out."""
@@ -177,20 +184,14 @@ class Parts:
             owner.append(len(lengths) - 1)
         if len(lengths) == len(view.lengths):
             return
-        coarser = View(view.axis, tuple(lengths))
-        seen: set[int] = set()
-        pieces: list[list[Factor]] = []
-        for part in owner:
-            whole: Factor = Part(coarser, part) if len(lengths) > 1 else view.axis
-            pieces.append([] if part in seen else [whole])
-            seen.add(part)
-        self.substitute(view, pieces)
+        joined = viewed(view.axis, lengths)
+        self.substitute(view, [[] if part in owner[:i] else [joined[part]] for i, part in enumerate(owner)])
 
 
 def plain(solver: AxisSolver, labels: Dims) -> tuple[Axis, ...]:
-    """Every dimension as one axis, for operations that know nothing of parts."""
-    parts = Parts(solver, labels.dims)
-    return tuple(parts.flatten(d) for d in range(len(labels.dims)))
+    """Every dimension as one axis, for operations that know nothing of draft."""
+    draft = Draft(solver, labels.dims)
+    return tuple(draft.flatten(d) for d in range(len(labels.dims)))
 
 
 def reshape(solver: AxisSolver, labels: Dims, shape: Sequence[int]) -> Dims:
@@ -200,25 +201,25 @@ def reshape(solver: AxisSolver, labels: Dims, shape: Sequence[int]) -> Dims:
             solver.fix(axis)
         return Dims.plain([fixed(n) for n in shape])
     # Dimension 0 is the queue of what has not been placed yet; the others are the new ones.
-    parts = Parts(solver, [tuple(factor for dim in labels.dims for factor in dim if factor_length(factor) > 1)])
+    draft = Draft(solver, [tuple(factor for dim in labels.dims for factor in dim if factor_length(factor) > 1)])
     for n in shape:
         taken: list[Factor] = []
-        parts.dims.append(taken)
+        draft.dims.append(taken)
         while n > 1:
-            queue = parts.dims[0]
+            queue = draft.dims[0]
             assert queue
             length = factor_length(queue[0])
             if max(length, n) % min(length, n):
                 _merge_fixed(solver, queue, n)
                 continue
             if length > n:
-                parts.split(0, 0, n)
+                draft.split(0, 0, n)
             taken.append(queue.pop(0))
             n //= factor_length(taken[-1])
         if not taken:
             taken.append(fixed(1))
-    parts.dims.pop(0)
-    return parts.settled()
+    draft.dims.pop(0)
+    return draft.settled()
 
 
 def _merge_fixed(solver: AxisSolver, queue: list[Factor], n: int) -> None:
@@ -236,62 +237,47 @@ def inside(solver: AxisSolver, labels: Dims, along: Collection[int]) -> Dims:
     Where those are the inner parts of a view, the view's axis has to move in blocks; where they are outer ones, parts
     have to be independent.
     """
-    parts = Parts(solver, labels.dims)
-    for view in parts.views():
-        inner = [d in along for d, _ in parts.places(view)]
+    draft = Draft(solver, labels.dims)
+    for view in draft.views():
+        inner = [d in along for d, _ in draft.places(view)]
         if all(inner) or not any(inner):
             continue
         first = inner.index(True)
         if all(inner[first:]):
             solver.blocks(view.axis, prod(view.lengths[first:]))
         else:
-            parts.separate(view)
-    return parts.settled()
+            draft.separate(view)
+    return draft.settled()
 
 
 def reduce(solver: AxisSolver, labels: Dims, along: Collection[int], *, keep: bool = False) -> Dims:
     """Labels after a symmetric function (sum, mean, maximum) over the dimensions `along`."""
-    parts = Parts(solver, inside(solver, labels, along).dims)
-    for view in parts.views():
-        left = [d for d, _ in parts.places(view) if d not in along]
+    draft = Draft(solver, inside(solver, labels, along).dims)
+    for view in draft.views():
+        left = [d for d, _ in draft.places(view) if d not in along]
         if not left or len(left) == len(view.lengths):
             continue
-        lengths = view.lengths[: len(left)]
         outer = solver.blocks(view.axis, prod(view.lengths[len(left) :]))
-        shorter = View(outer, lengths)
-        pieces: list[list[Factor]] = [[outer] if len(left) == 1 else [Part(shorter, i)] for i in range(len(left))]
-        parts.substitute(view, pieces + [[] for _ in view.lengths[len(left) :]])
-    dims = parts.dims
-    if keep:
-        parts.dims = [[fixed(1)] if d in along else dim for d, dim in enumerate(dims)]
-    else:
-        parts.dims = [dim for d, dim in enumerate(dims) if d not in along]
-    return parts.settled()
+        kept = viewed(outer, view.lengths[: len(left)])
+        draft.substitute(view, [*([factor] for factor in kept), *([] for _ in view.lengths[len(left) :])])
+    draft.dims = [[fixed(1)] if d in along else dim for d, dim in enumerate(draft.dims) if keep or d not in along]
+    return draft.settled()
 
 
 def cut(solver: AxisSolver, labels: Dims, d: int, start: int, stop: int) -> Dims:
     """Labels of positions start..stop-1 of dimension `d`; units that the cut would go through are fixed."""
-    parts = Parts(solver, labels.dims)
-    dim = labels.dims[d]
-    (factor, *others) = dim
+    (factor, *others) = labels.dims[d]
     if not others and isinstance(factor, Copies):
-        parts.dims[d] = [Copies(stop - start)]
-        return Dims(tuple(tuple(one or ()) for one in parts.dims))
+        return Dims((*labels.dims[:d], (Copies(stop - start),), *labels.dims[d + 1 :]))
+    draft = Draft(solver, labels.dims)
     if not others and isinstance(factor, Part) and factor.index == 0:
-        lengths = factor.view.lengths
-        rest = prod(lengths[1:])
-        axis = solver.cut(factor.view.axis, start * rest, stop * rest)
-        shape = (stop - start, *lengths[1:])
-        narrowed = View(axis, tuple(n for n in shape if n > 1))
-        if stop == start:
-            parts.substitute(factor.view, [[fixed(n)] for n in shape])
-        elif len(narrowed.lengths) == 1:
-            parts.substitute(factor.view, [[fixed(1) if n == 1 else axis] for n in shape])
+        count, lengths = stop - start, factor.view.lengths[1:]
+        axis = solver.cut(factor.view.axis, start * prod(lengths), stop * prod(lengths))
+        if count > 1:
+            left = viewed(axis, (count, *lengths))
         else:
-            skip = 1 if shape[0] == 1 else 0
-            parts.substitute(
-                factor.view, [[fixed(1)] if n == 1 else [Part(narrowed, i - skip)] for i, n in enumerate(shape)]
-            )
-        return parts.settled()
-    parts.dims[d] = [solver.cut(parts.flatten(d), start, stop)]
-    return parts.settled()
+            left = [fixed(count), *(viewed(axis, lengths) if count else map(fixed, lengths))]
+        draft.substitute(factor.view, [[one] for one in left])
+    else:
+        draft.dims[d] = [solver.cut(draft.flatten(d), start, stop)]
+    return draft.settled()

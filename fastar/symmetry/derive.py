@@ -19,7 +19,7 @@ from fastar.symmetry.axes import FIXED, Axis, AxisSolver, fixed
 from fastar.symmetry.axis_views import Copies, Dims, Factor, factor_length
 from fastar.symmetry.random_network import ExampleInputs
 from fastar.symmetry.rules.call import Refused
-from fastar.symmetry.rules.operations import apply_rule, is_fill
+from fastar.symmetry.rules.table import apply_rule, is_fill
 from fastar.symmetry.symmetry import Group, Member, Symmetry, without_groups
 from fastar.symmetry.trace import trace
 from fastar.symmetry.verify import verify_symmetry

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from math import prod
 
 from fastar.symmetry.axes import AxisSolver
-from fastar.symmetry.axis_views import Copies, Dim, Factor, Part, Parts, View, factor_length
+from fastar.symmetry.axis_views import Copies, Dim, Draft, Factor, Part, View, factor_length
 
 
 def combine(solver: AxisSolver, first: Sequence[Dim | None], second: Sequence[Dim | None]) -> list[Dim | None]:
     """Labels of a pointwise function of two tensors of as many dimensions, None where one is broadcast."""
-    a, b = Parts(solver, first), Parts(solver, second)
+    a, b = Draft(solver, first), Draft(solver, second)
     for d, (mine, theirs) in enumerate(zip(first, second, strict=True)):
         if mine is not None and theirs is not None:  # what is all alike is as good as broadcast
             if all(isinstance(factor, Copies) for factor in theirs):
@@ -33,19 +33,19 @@ def combine(solver: AxisSolver, first: Sequence[Dim | None], second: Sequence[Di
     for x, y in ((a, b), (b, a)):
         for view in x.views():
             _unify_view(view, x, y)
-    result = Parts(solver, [None if dim is None else tuple(dim) for dim in out])
+    result = Draft(solver, [None if dim is None else tuple(dim) for dim in out])
     settled = result.settled().dims
     return [None if dim is None else settled[d] for d, dim in enumerate(out)]
 
 
 def _decides(mine: Factor, other: Factor) -> bool:
-    """Whether the result's label is `mine` rather than `other`: the one that says more."""
+    """Tell whether `mine` says more than `other`: it is then the result's label."""
     if isinstance(other, Copies) or not isinstance(mine, Part):
         return isinstance(other, Copies)
     return not isinstance(other, Part) or len(mine.view.lengths) > len(other.view.lengths)
 
 
-def _align(a: Parts, b: Parts) -> bool:
+def _align(a: Draft, b: Draft) -> bool:
     """Give dimensions that both have the same factors; False when views were separated on the way."""
     for d in range(len(a.dims)):
         at = 0
@@ -66,8 +66,8 @@ def _align(a: Parts, b: Parts) -> bool:
     return True
 
 
-def _partners(view: View, mine: Parts, other: Parts) -> list[Factor | None]:
-    """What the other tensor has where the parts of `view` are."""
+def _partners(view: View, mine: Draft, other: Draft) -> list[Factor | None]:
+    """The factors of the other tensor where the parts of `view` are; None where it is broadcast or all alike."""
     out: list[Factor | None] = []
     for d, at in mine.places(view):
         dim = other.dims[d]
@@ -76,8 +76,8 @@ def _partners(view: View, mine: Parts, other: Parts) -> list[Factor | None]:
     return out
 
 
-def _agree(mine: Parts, other: Parts) -> bool:
-    """Whether every view of `mine` can stay as it is beside the other tensor; else it is separated, and False."""
+def _agree(mine: Draft, other: Draft) -> bool:
+    """Tell whether every view of `mine` can stay as it is beside the other tensor; one that cannot is separated."""
     for view in mine.views():
         partners = _partners(view, mine, other)
         shared = [factor for factor in partners if factor is not None]
@@ -103,7 +103,7 @@ def _agree(mine: Parts, other: Parts) -> bool:
     return True
 
 
-def _unify_view(view: View, mine: Parts, other: Parts) -> None:
+def _unify_view(view: View, mine: Draft, other: Draft) -> None:
     """Require that `view` moves as what the other tensor has in its place."""
     shared = [factor for factor in _partners(view, mine, other) if factor is not None]
     if not shared:

@@ -1,4 +1,4 @@
-"""One operation of a traced graph, as the rules of `fastar.symmetry.rules.operations` see it."""
+"""One operation of a traced graph, as the rules of `fastar.symmetry.rules.table` see it."""
 
 from __future__ import annotations
 
@@ -24,31 +24,35 @@ class Call:
     def __init__(self, node: fx.Node, labels: dict[fx.Node, Any], solver: AxisSolver):
         self.node, self.solver, self._labels = node, solver, labels
         schema = getattr(node.target, "_schema", None)
-        names = [] if schema is None else [argument.name for argument in schema.arguments]
-        defaults = (
-            {} if schema is None else {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
-        )
-        self.arguments: dict[str, Any] = {**defaults, **dict(zip(names, node.args, strict=False)), **node.kwargs}
+        arguments = [] if schema is None else schema.arguments
+        defaults = {a.name: a.default_value for a in arguments if a.has_default_value()}
+        given = dict(zip((a.name for a in arguments), node.args, strict=False))
+        self.arguments: dict[str, Any] = {**defaults, **given, **node.kwargs}
 
     def __getitem__(self, name: str) -> Any:
         """The argument called `name` as it stands in the graph."""
         return self.arguments[name]
 
-    def dims(self, argument: Any) -> Dims:
-        """Labels of a tensor argument (a graph node, or its schema name), in which axes may be seen in parts."""
-        node = self.arguments[argument] if isinstance(argument, str) else argument
-        found = self._labels[node]
-        if not isinstance(found, Dims):
-            raise Refused(f"uses {node}, which is not one tensor")
-        return found
-
-    def labels(self, argument: Any) -> Labels:
-        """Labels of a tensor argument with one axis per dimension: parts of views are made independent."""
-        return plain(self.solver, self.dims(argument))
+    @property
+    def first(self) -> fx.Node:
+        """The first tensor argument."""
+        return self.tensors()[0]
 
     def tensors(self) -> list[fx.Node]:
         """The tensor arguments in order, lists included."""
         return list(_nodes([*self.node.args, *self.node.kwargs.values()]))
+
+    def dims(self, argument: Any = None) -> Dims:
+        """Labels of a tensor argument (a graph node, its schema name, or the first), whose axes may be in parts."""
+        node = self.first if argument is None else argument
+        found = self._labels[self.arguments[node] if isinstance(node, str) else node]
+        if not isinstance(found, Dims):
+            raise Refused(f"uses {node}, which is not one tensor")
+        return found
+
+    def labels(self, argument: Any = None) -> Labels:
+        """Labels of a tensor argument with one axis per dimension: parts of views are made independent."""
+        return plain(self.solver, self.dims(argument))
 
     def shape(self, node: fx.Node | None = None) -> tuple[int, ...]:
         """Shape of the result, or of an argument."""
@@ -56,8 +60,10 @@ class Call:
         value = value[0] if isinstance(value, tuple | list) else value
         return tuple(int(n) for n in value.shape)
 
-    def require_fixed(self, axis: Axis) -> None:
-        self.solver.fix(axis)
+    def fix(self, *axes: Axis) -> None:
+        """Hold axes in place."""
+        for axis in axes:
+            self.solver.fix(axis)
 
     def unmoved(self, axis: Axis, what: str) -> None:
         """Refuse unless `axis` is already known not to move: its units may not be cut, reversed or reordered."""

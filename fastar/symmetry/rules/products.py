@@ -1,4 +1,4 @@
-"""Rules of products: linear maps, matrix products and attention. See `fastar.symmetry.rules.operations`."""
+"""Rules of products: linear maps, matrix products and attention. See `fastar.symmetry.rules.table`."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from fastar.symmetry.axes import fixed
 from fastar.symmetry.axis_views import Dim, Dims
 from fastar.symmetry.rules.broadcasting import combine
 from fastar.symmetry.rules.call import Call, Refused
+from fastar.symmetry.rules.shapes import repeated
 
 Letter = str | int
 
@@ -104,12 +105,11 @@ def einsum(call: Call) -> Dims:
     return contract(call, [(call.dims(node), letters) for node, letters in zip(nodes, names, strict=True)], out)
 
 
-def hold(call: Call, x: Dims, *at: int) -> Dims:
-    """`x` with some dimensions, counted from the back, held in place."""
-    parts = views.Parts(call.solver, x.dims)
-    for d in at:
-        call.require_fixed(parts.flatten(d % len(x.dims)))
-    return parts.settled()
+def _ordered(call: Call, x: Dims) -> Dims:
+    """`x` with its last dimension but one held in place."""
+    draft = views.Draft(call.solver, x.dims)
+    call.fix(draft.flatten(len(x.dims) - 2))
+    return draft.settled()
 
 
 def attention(call: Call) -> Dims:
@@ -125,10 +125,10 @@ def attention(call: Call) -> Dims:
     if call.arguments.get("enable_gqa"):
         times = shapes["query"][-3] // shapes["key"][-3]
         if times > 1:
-            k, v = (_repeated(call, x, times) for x in (k, v))
+            k, v = (repeated(call, x, -3, times) for x in (k, v))
             shapes["key"][-3] = shapes["value"][-3] = shapes["query"][-3]
     if call.arguments.get("is_causal"):
-        q, k, v = (hold(call, x, -2) for x in (q, k, v))
+        q, k, v = (_ordered(call, x) for x in (q, k, v))
     turned = Dims((*k.dims[:-2], k.dims[-1], k.dims[-2]))
     turned_shape = [*shapes["key"][:-2], shapes["key"][-1], shapes["key"][-2]]
     scores = _matmul(call, (q, shapes["query"]), (turned, turned_shape))
@@ -140,13 +140,7 @@ def attention(call: Call) -> Dims:
     return _matmul(call, (weights, shape), (v, shapes["value"]))
 
 
-def _repeated(call: Call, x: Dims, times: int) -> Dims:
-    dims = list(x.dims)
-    dims[-3] = (*dims[-3], fixed(times))
-    return views.Parts(call.solver, dims).settled()
-
-
 def softmax(call: Call) -> Dims:
     """A function along one axis that treats its units alike."""
-    x = call.dims(call.tensors()[0])
+    x = call.dims()
     return views.inside(call.solver, x, {call["dim"] % len(x.dims)})

@@ -1,4 +1,4 @@
-"""Rules of operations that rearrange axes: see `fastar.symmetry.rules.operations`."""
+"""Rules of operations that rearrange axes: see `fastar.symmetry.rules.table`."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ def dims_of(value: Any, ndim: int) -> list[int]:
 
 
 def reshape(call: Call) -> Dims:
-    return views.reshape(call.solver, call.dims(call.tensors()[0]), call.shape())
+    return views.reshape(call.solver, call.dims(), call.shape())
 
 
 def permute(call: Call) -> Dims:
-    x = call.dims(call.tensors()[0]).dims
+    x = call.dims().dims
     return Dims(tuple(x[d] for d in call["dims"]))
 
 
 def transpose(call: Call) -> Dims:
-    x = list(call.dims(call.tensors()[0]).dims)
+    x = list(call.dims().dims)
     if len(x) > 1:
         a, b = call.arguments.get("dim0", 0), call.arguments.get("dim1", 1)
         x[a], x[b] = x[b], x[a]
@@ -36,7 +36,7 @@ def transpose(call: Call) -> Dims:
 
 def movedim(call: Call) -> Dims:
     """Dimensions `source` come to stand at `destination`, the others keep their order."""
-    x = call.dims(call.tensors()[0]).dims
+    x = call.dims().dims
     pairs = [[v] if isinstance(v, int) else v for v in (call["source"], call["destination"])]
     source, destination = ([d % len(x) for d in dims] for dims in pairs)
     rest = iter(d for d in range(len(x)) if d not in source)
@@ -45,22 +45,20 @@ def movedim(call: Call) -> Dims:
 
 
 def squeeze(call: Call) -> Dims:
-    node = call.tensors()[0]
-    x, shape = call.dims(node).dims, call.shape(node)
+    x, shape = call.dims().dims, call.shape(call.first)
     drop = [d for d in dims_of(call.arguments.get("dim"), len(x)) if shape[d] == 1]
     return Dims(tuple(dim for d, dim in enumerate(x) if d not in drop))
 
 
 def unsqueeze(call: Call) -> Dims:
-    x = list(call.dims(call.tensors()[0]).dims)
+    x = list(call.dims().dims)
     x.insert(call["dim"] % (len(x) + 1), (fixed(1),))
     return Dims(tuple(x))
 
 
 def expand(call: Call) -> Dims:
     """Copies along an axis that was not there are alike, in whatever order."""
-    node = call.tensors()[0]
-    x, old, new = call.dims(node).dims, call.shape(node), call.shape()
+    x, old, new = call.dims().dims, call.shape(call.first), call.shape()
     added = len(new) - len(old)
     return Dims(
         tuple(x[d - added] if d >= added and old[d - added] == n else (views.Copies(n),) for d, n in enumerate(new))
@@ -69,31 +67,33 @@ def expand(call: Call) -> Dims:
 
 def repeat(call: Call) -> Dims:
     """Whole copies of an axis after each other."""
-    node = call.tensors()[0]
-    x, times = list(call.dims(node).dims), call["repeats"]
+    x, times = list(call.dims().dims), call["repeats"]
     x = [(fixed(1),)] * (len(times) - len(x)) + x
-    parts = [(fixed(n), *dim) if n > 1 else dim for n, dim in zip(times, x, strict=True)]
-    return views.Parts(call.solver, parts).settled()
+    copies = [(fixed(n), *dim) if n > 1 else dim for n, dim in zip(times, x, strict=True)]
+    return views.Draft(call.solver, copies).settled()
 
 
 def repeat_interleave(call: Call) -> Dims:
-    """Copies of every position beside each other."""
-    node = call.tensors()[0]
     times, dim = call.arguments.get("repeats"), call.arguments.get("dim")
     if not isinstance(times, int) or dim is None:
         raise Refused("repeats positions by numbers that are not constant")
-    x = list(call.dims(node).dims)
-    x[dim] = (*x[dim], fixed(times))
-    return views.Parts(call.solver, x).settled()
+    return repeated(call, call.dims(), dim, times)
+
+
+def repeated(call: Call, x: Dims, dim: int, times: int) -> Dims:
+    """Labels of `times` copies of every position of `dim`, beside each other."""
+    dims = list(x.dims)
+    dims[dim] = (*dims[dim], fixed(times))
+    return views.Draft(call.solver, dims).settled()
 
 
 def concatenate(call: Call) -> Dims:
     nodes = [node for node in call.tensors() if len(call.shape(node)) == len(call.shape())]
     at = call.arguments.get("dim", 0) % len(call.shape())
-    parts = [views.Parts(call.solver, call.dims(node).dims) for node in nodes]
-    joined = tuple(segment for one in parts for segment in one.flatten(at))
+    drafts = [views.Draft(call.solver, call.dims(node).dims) for node in nodes]
+    joined = tuple(segment for draft in drafts for segment in draft.flatten(at))
     merged: list[Dim | None] = []
-    for one in parts:
+    for one in drafts:
         dims: list[Dim | None] = [None if dim is None or d == at else tuple(dim) for d, dim in enumerate(one.dims)]
         merged = combine(call.solver, merged, dims) if merged else dims
     return Dims(tuple((joined,) if d == at else dim or () for d, dim in enumerate(merged)))
@@ -110,13 +110,12 @@ def stack(call: Call) -> Dims:
 
 
 def slice_axis(call: Call) -> Dims | Labels:
-    node = call.tensors()[0]
-    length = call.shape(node)
-    dim = call["dim"] % len(length)
-    start, stop, step = slice(call["start"] or 0, call["end"], call["step"]).indices(length[dim])
+    shape = call.shape(call.first)
+    dim = call["dim"] % len(shape)
+    start, stop, step = slice(call["start"] or 0, call["end"], call["step"]).indices(shape[dim])
     if step == 1:
-        return views.cut(call.solver, call.dims(node), dim, start, max(start, stop))
-    x = list(call.labels(node))
+        return views.cut(call.solver, call.dims(), dim, start, max(start, stop))
+    x = list(call.labels())
     call.unmoved(x[dim], "takes every other unit of")
     x[dim] = fixed(call.shape()[dim])
     return tuple(x)
@@ -124,7 +123,7 @@ def slice_axis(call: Call) -> Dims | Labels:
 
 def split_axis(call: Call) -> list[Dims]:
     """chunk, split and split_with_sizes: the pieces' lengths are read off the results."""
-    x = call.dims(call.tensors()[0])
+    x = call.dims()
     dim = call.arguments.get("dim", 0) % len(x.dims)
     out, start = [], 0
     for piece in call.node.meta["val"]:
@@ -136,24 +135,23 @@ def split_axis(call: Call) -> list[Dims]:
 
 def halves(call: Call) -> Dims:
     """A gated unit (glu): the first half of an axis times a function of the second, unit by unit."""
-    node = call.tensors()[0]
-    x = call.dims(node)
+    x = call.dims()
     dim = call["dim"] % len(x.dims)
-    half = call.shape(node)[dim] // 2
+    half = call.shape(call.first)[dim] // 2
     first, second = (views.cut(call.solver, x, dim, start, start + half) for start in (0, half))
     return Dims(tuple(dim or () for dim in combine(call.solver, first.dims, second.dims)))
 
 
 def select(call: Call) -> Dims:
-    node = call.tensors()[0]
-    dim, length = call["dim"] % len(call.shape(node)), call.shape(node)
-    return _pick(call, call.dims(node), dim, call["index"] % length[dim])
+    shape = call.shape(call.first)
+    dim = call["dim"] % len(shape)
+    return _pick(call, call.dims(), dim, call["index"] % shape[dim])
 
 
 def unbind(call: Call) -> list[Dims]:
-    node = call.tensors()[0]
-    dim = call.arguments.get("dim", 0) % len(call.shape(node))
-    return [_pick(call, call.dims(node), dim, i) for i in range(call.shape(node)[dim])]
+    shape = call.shape(call.first)
+    dim = call.arguments.get("dim", 0) % len(shape)
+    return [_pick(call, call.dims(), dim, i) for i in range(shape[dim])]
 
 
 def _pick(call: Call, x: Dims, dim: int, index: int) -> Dims:
@@ -164,7 +162,7 @@ def _pick(call: Call, x: Dims, dim: int, index: int) -> Dims:
 
 def pad(call: Call) -> Labels:
     """Padding with a constant adds positions that are all alike; other modes need an axis that does not move."""
-    x = list(call.labels(call.tensors()[0]))
+    x = list(call.labels())
     amounts, constant = call["pad"], call.arguments.get("mode", "constant") == "constant"
     for pair in range(len(amounts) // 2):
         before, after = amounts[2 * pair : 2 * pair + 2]
@@ -182,8 +180,7 @@ def index(call: Call) -> Labels:
     """Indexed axes are held in place; the others pass, as do those of the indices."""
     x, indices = call.labels("self"), call["indices"]
     given = [d for d, one in enumerate(indices) if one is not None]
-    for axis in (*(x[d] for d in given), *(axis for d in given for axis in call.labels(indices[d]))):
-        call.require_fixed(axis)
+    call.fix(*(x[d] for d in given), *(axis for d in given for axis in call.labels(indices[d])))
     rest = [axis for d, axis in enumerate(x) if d not in given]
     adjacent = given == list(range(given[0], given[-1] + 1))
     before = given[0] if adjacent else 0  # indices that are apart put their result in front
@@ -194,18 +191,14 @@ def index(call: Call) -> Labels:
 
 def index_select(call: Call) -> Labels:
     x, dim = list(call.labels("self")), call["dim"]
-    call.require_fixed(x[dim])
-    for axis in call.labels("index"):
-        call.require_fixed(axis)
+    call.fix(x[dim], *call.labels("index"))
     x[dim] = fixed(call.shape()[dim])
     return tuple(x)
 
 
 def along(call: Call) -> Labels:
     """Functions of the order along some axes (flip, roll, cumsum): those must not move."""
-    node = call.tensors()[0]
-    x = call.labels(node)
-    dims = call.arguments.get("dims", call.arguments.get("dim"))
-    for d in dims_of(dims, len(x)):
+    x = call.labels()
+    for d in dims_of(call.arguments.get("dims", call.arguments.get("dim")), len(x)):
         call.unmoved(x[d], "depends on the order along")
     return x
