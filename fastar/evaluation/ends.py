@@ -15,7 +15,7 @@ from fastar.errors import FastarError, first_line
 from fastar.evaluation.batch_norm import evaluating, own_statistics, set_statistics
 from fastar.evaluation.losses import bound
 from fastar.flat import FlatLayout
-from fastar.flat.forward import Batch, call
+from fastar.flat.forward import Batch, call, gaps
 from fastar.flat.state_check import NAMED, first_few
 from fastar.runtime.full_precision import full_precision
 from fastar.symmetry.same_function import differences
@@ -107,14 +107,7 @@ def _random_states(device: torch.device) -> list[Tensor]:
 
 def _gap(first: Any, second: Any) -> float:
     """The largest difference between two outputs; infinite where they cannot be compared, or one is not finite."""
-    ours, theirs = _numbers(first), _numbers(second)
-    if [a.shape for a in ours] != [b.shape for b in theirs]:
-        return math.inf
-    gaps = [0.0]
-    for a, b in zip(ours, theirs, strict=True):
-        same = (a == b) | (a.isnan() & b.isnan())
-        gaps += [float(torch.where(same, 0, (a - b).abs().nan_to_num(nan=math.inf)).max())] if a.numel() else []
-    return max(gaps)
+    return max(gaps(_numbers(first), _numbers(second)), default=0.0)
 
 
 def _largest(outputs: Any) -> float:

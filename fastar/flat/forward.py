@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -57,3 +58,19 @@ def arguments_of(batch: Batch) -> tuple[tuple[Any, ...], dict[str, Any]]:
     if isinstance(batch, Mapping):
         return (), dict(batch)
     return tuple(batch) if isinstance(batch, tuple | list) else (batch,), {}
+
+
+def gaps(first: Sequence[Tensor], second: Sequence[Tensor], order: float = math.inf) -> list[float]:
+    """The distance of each output of a network from another's: the largest difference, or its norm of this `order`.
+
+    Where both are NaN, or the same infinity, they do not differ; a distance is infinite where one value alone is no
+    finite number, and all are where shapes differ.
+    """
+    if [one.shape for one in first] != [one.shape for one in second]:
+        return [math.inf] * max(len(first), 1)
+    found = []
+    for a, b in zip(first, second, strict=True):
+        same = (a == b) | (a.isnan() & b.isnan())
+        difference = torch.where(same, 0, (a - b).abs().nan_to_num(nan=math.inf, posinf=math.inf))
+        found.append(float(torch.linalg.vector_norm(difference, order)) if a.numel() else 0.0)
+    return found

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fastar.errors import FastarError
+from fastar.flat.forward import gaps
 from fastar.runtime.seeds import derive_seed
 from fastar.symmetry.permutations import Permutations
 from fastar.symmetry.random_network import ExampleInputs, State, Trial
@@ -122,30 +123,27 @@ class _Proof:
             self.trial.vary_integers(self.state)
             self.varied = True
         self.expected = self.trial.outputs(self.state)
-        self.scales = [_largest(out) for out in self.expected]
+        self.scales = [largest(out) for out in self.expected]
         self.noise = None
 
     def _runs(self) -> bool:
         try:
-            return all(_largest(out) < math.inf for out in self.trial.outputs(self.state))
+            return all(largest(out) < math.inf for out in self.trial.outputs(self.state))
         except FastarError:
             return False
 
     def differs(self, state: State, times: float = 1.0) -> bool:
-        """Whether any output is not what is expected, by more than `times` the tolerance."""
-        after = self.trial.outputs(state)
-        if [out.shape for out in after] != [out.shape for out in self.expected]:
-            return True
-        gaps = [_largest(a - b) for a, b in zip(self.expected, after, strict=True)]
-        if all(gap <= times * RELATIVE_TOLERANCE * scale for gap, scale in zip(gaps, self.scales, strict=True)):
+        """Tell whether any output is not what is expected, by more than `times` the tolerance."""
+        found = gaps(self.expected, self.trial.outputs(state))
+        if all(gap <= times * RELATIVE_TOLERANCE * scale for gap, scale in zip(found, self.scales, strict=True)):
             return False
         if self.noise is None:
             self.noise = self._rounding()
         tolerances = [max(RELATIVE_TOLERANCE * s, ROUNDING * n) for s, n in zip(self.scales, self.noise, strict=True)]
-        return not all(gap <= times * tolerance for gap, tolerance in zip(gaps, tolerances, strict=True))
+        return not all(gap <= times * tolerance for gap, tolerance in zip(found, tolerances, strict=True))
 
     def _rounding(self) -> list[float]:
-        """How far each output moves when all weights change in their last digits."""
+        """The change of each output when all weights change in their last digits."""
         generator = torch.Generator().manual_seed(derive_seed(self.trial.seed, "verify", "rounding"))
         begun = self._drawn()
         for tensor in begun.values():
@@ -153,8 +151,7 @@ class _Proof:
                 tensor.mul_(
                     1 + 1e-15 * torch.rand(tensor.shape, generator=generator, dtype=torch.float64, device="cpu")
                 )
-        after = self.trial.outputs(begun)
-        return [_largest(a - b) for a, b in zip(self.expected, after, strict=True)]
+        return gaps(self.expected, self.trial.outputs(begun))
 
     def refuse(self) -> None:
         """Raise FastarError, naming the groups that change the outputs."""
@@ -258,7 +255,7 @@ def _moves(group: Group, permutations: Permutations, symmetry: Symmetry) -> bool
     return bool((permutations[group.name] % inside != torch.arange(group.size, device="cpu") % inside).any())
 
 
-def _largest(values: Tensor) -> float:
+def largest(values: Tensor) -> float:
     """The largest size of a value; infinite where any is no finite number."""
-    largest = float(values.abs().max())
-    return largest if math.isfinite(largest) else math.inf
+    found = float(values.abs().max())
+    return found if math.isfinite(found) else math.inf

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from fastar.flat.forward import Batch, forward, in_float32, on_device
+from fastar.flat.forward import Batch, forward, gaps, in_float32, on_device
 from fastar.matching.activation.record import Kind, Observer
 from fastar.symmetry.permutations import Permutations
 from fastar.symmetry.random_network import State, Trial
@@ -155,12 +155,8 @@ class _Look:
         return [values.index_select(-1, index) for values in first]
 
     def _agree(self, key: Key, wanted: Sequence[Tensor]) -> bool:
-        now = self._now[key]
-        if [values.shape for values in now] != [values.shape for values in wanted]:
-            return False
-        return all(
-            float((one - two).norm()) <= _DIFFERS * float(two.norm()) for one, two in zip(now, wanted, strict=True)
-        )
+        found = gaps(wanted, self._now[key], order=2)
+        return all(gap <= _DIFFERS * float(one.norm()) for gap, one in zip(found, wanted, strict=True))
 
 
 def _few(batch: Batch) -> Batch:
