@@ -91,7 +91,7 @@ def results_table(results: Mapping[str, Any]) -> Table:
 
 
 def speed_lines(results: Mapping[str, Any]) -> list[str]:
-    """What a run's time went into, and its peak memory, as lines of text; nothing where the results do not know."""
+    """Lines on what a run's time went into and its peak memory; none where the results do not know."""
     lines = []
     for kind, found in results.get("speed", {}).items():
         if found is not None:
@@ -106,7 +106,7 @@ def speed_lines(results: Mapping[str, Any]) -> list[str]:
 
 
 def statistics_lines(results: Mapping[str, Any]) -> list[str]:
-    """How well batch-norm statistics from a part of the data are known, as a line of text where that was measured."""
+    """A line on the error of batch-norm statistics from a part of the data, where that was measured."""
     found = results.get("batch_norm_error")
     if found is None:
         return []
@@ -117,7 +117,7 @@ def statistics_lines(results: Mapping[str, Any]) -> list[str]:
 
 
 def plan_table(plan: Mapping[str, Any]) -> Table:
-    """What a run will take in each place, phase by phase."""
+    """Bytes that a run will take in each place, phase by phase."""
     table = Table(title=f"{plan['title']}, on {plan['device']}", title_justify="left")
     table.add_column("", overflow="fold")
     phases = list(next(iter(plan["needed"].values())))
@@ -212,35 +212,12 @@ def barrier_picture(results: Mapping[str, Any], path: Path) -> None:
     figure = Figure(figsize=(9.5, 4.0), layout="constrained")
     FigureCanvasAgg(figure)
     panels = figure.subplots(1, 2)
-    star = any(p["kind"].startswith("star") for p in results["paths"])
+    star = any(path["kind"].startswith("star") for path in results["paths"])
     for panel, key, name in ((panels[0], "train_loss", "train loss"), (panels[1], "train_accuracy", "train accuracy")):
-        for kind, (label, colour, dashes, marker) in STYLES.items():
-            curves = [p[key] for p in results["paths"] if p["kind"] == kind]
-            if not curves:
-                continue
-            columns = list(zip(*curves, strict=True))
-            mean = [fmean(column) for column in columns]
-            band = [stdev(column) if len(column) > 1 else 0.0 for column in columns]
-            panel.plot(
-                results["t"],
-                mean,
-                color=colour,
-                linestyle=dashes,
-                marker=marker,
-                markersize=4,
-                linewidth=1.8,
-                label=f"{label} (n={len(curves)})",
-            )
-            low = [m - b for m, b in zip(mean, band, strict=True)]
-            high = [m + b for m, b in zip(mean, band, strict=True)]
-            if key == "train_loss":
-                low = [max(value, 0.0) for value in low]
-            else:
-                high = [min(value, 1.0) for value in high]
-            panel.fill_between(results["t"], low, high, color=colour, alpha=0.14, linewidth=0)
-            if len(curves) > 1:  # edges, since overlapping bands cannot be told apart in grey print
-                for edge in (low, high):
-                    panel.plot(results["t"], edge, color=colour, linestyle=dashes, linewidth=0.7, alpha=0.6)
+        for kind in STYLES:
+            curves = [path[key] for path in results["paths"] if path["kind"] == kind]
+            if curves:
+                _draw(panel, results["t"], curves, kind, at_most=math.inf if key == "train_loss" else 1.0)
         panel.set_xlabel("t   (0: star or first model, 1: other model)" if star else "t   (0: first model, 1: second)")
         panel.set_ylabel(name)
         panel.grid(alpha=0.3)
@@ -255,3 +232,19 @@ def barrier_picture(results: Mapping[str, Any], path: Path) -> None:
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=160)
     write_atomically(path, buffer.getvalue())
+
+
+def _draw(panel: Any, t: Sequence[float], curves: Sequence[Sequence[float]], kind: str, *, at_most: float) -> None:
+    """Draw the mean of curves over t, and a band of one standard deviation within 0 and `at_most`."""
+    label, colour, dashes, marker = STYLES[kind]
+    columns = list(zip(*curves, strict=True))
+    mean = [fmean(column) for column in columns]
+    band = [stdev(column) if len(column) > 1 else 0.0 for column in columns]
+    low = [max(m - b, 0.0) for m, b in zip(mean, band, strict=True)]
+    high = [min(m + b, at_most) for m, b in zip(mean, band, strict=True)]
+    line = {"color": colour, "linestyle": dashes}
+    panel.plot(t, mean, **line, marker=marker, markersize=4, linewidth=1.8, label=f"{label} (n={len(curves)})")
+    panel.fill_between(t, low, high, color=colour, alpha=0.14, linewidth=0)
+    if len(curves) > 1:  # edges, since overlapping bands cannot be told apart in grey print
+        for edge in (low, high):
+            panel.plot(t, edge, **line, linewidth=0.7, alpha=0.6)

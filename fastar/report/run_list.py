@@ -20,7 +20,7 @@ from fastar.runs.lock import is_held
 
 @dataclass(frozen=True)
 class RunOverview:
-    """Where a run stands."""
+    """The state of a run."""
 
     run: str
     """Its folder."""
@@ -31,7 +31,7 @@ class RunOverview:
     age: float
     """Seconds since something was written."""
     sources: str
-    """How many there are, of how many."""
+    """Number there, of number asked for."""
     heldout: str
     loss: float | None
     """Of the last epoch that the log knows."""
@@ -216,7 +216,7 @@ def _figures(run: RunOverview) -> list[str]:
 
 
 def _figure(value: float) -> str:
-    """Of a training that diverges too.
+    """A number of few digits, of a training that diverges too.
 
     >>> _figure(0.25), _figure(123.4), _figure(2.5e28)
     ('0.250', '123.400', '2.5e+28')

@@ -39,7 +39,7 @@ FREE_KEYS = (
     "train.on_nonfinite",
     "workers",
 )
-# Folder of what was left of models whose training became NaN or infinite: nothing finished.
+# Folder of the last good states of models whose training became NaN or infinite: nothing finished.
 LAST_GOOD = "last-good"
 # Folder of the checkpoints of models in training.
 IN_TRAINING = "in-training"
@@ -78,7 +78,7 @@ class RunFolder:
         return self.path / "barrier.png"
 
     def is_drawn(self) -> bool:
-        """Whether the picture is there, and no older than the results it shows."""
+        """Tell whether the picture is there, and no older than the results it shows."""
         try:
             return self.picture.stat().st_mtime_ns >= self.results.stat().st_mtime_ns
         except OSError:
@@ -100,7 +100,7 @@ class RunFolder:
         return self.path / "permutations.safetensors"
 
     def finished(self, kind: str, index: int) -> bool:
-        """Whether a model's training is over; a star without its permutations is trained again."""
+        """Tell whether a model's training is over; a star without its permutations is trained again."""
         return self.model(kind, index).is_file() and (kind != "star" or self.permutations.is_file())
 
     def in_training(self, kind: str, index: int) -> Path:
@@ -119,7 +119,7 @@ class RunFolder:
         return [(path, name[1], int(name[2])) for path, name in found if name and path.is_dir()]
 
     def last_good(self, kind: str, index: int) -> Path:
-        """File of what was left of a model whose training became NaN or infinite."""
+        """File of the last good state of a model whose training became NaN or infinite."""
         return self.path / LAST_GOOD / f"{kind}-{index:04d}.safetensors"
 
     @contextmanager
@@ -163,8 +163,8 @@ class RunFolder:
         return any(path.parent.name != LAST_GOOD and not self.failed(path) for path in self.path.rglob("*.safetensors"))
 
     def failed(self, path: Path) -> bool:
-        """Whether `path` is a checkpoint of a training that ended where it became NaN or infinite, and did not go on
-        since: another recipe may take over."""
+        """Tell whether `path` is a checkpoint of a training that ended where it became NaN or infinite, and did not go
+        on since: another recipe may take over."""
         folder = path.parent
         left = self.path / LAST_GOOD / f"{folder.name}.safetensors"
         if folder.parent != self.path / IN_TRAINING or not left.is_file():
@@ -238,7 +238,7 @@ class RunFolder:
                 raise FastarError(f"{path}: is not a folder, and the run has one of this name; move it away")
 
     def sources_to_take_over(self) -> tuple[int, str]:
-        """How many sources are finished here, and the settings by which another run takes them over, for a shell."""
+        """The number of sources finished here, and the settings by which another run takes them over, for a shell."""
         count = next(number for number in itertools.count() if not self.finished("source", number))
         folder = as_override("sources.folder", self.path / "sources")
         return count, shlex.join([folder, f"sources.number={count}"])

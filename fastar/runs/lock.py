@@ -39,7 +39,7 @@ class Holder:
     """Seconds since 1970."""
     device: int = 0
     inode: int = 0
-    """Of the folder that is held (0: not known), so that a copy of it is not mistaken."""
+    """The numbers of the folder that is held (0: not known), so that a copy of it is not mistaken."""
 
     @classmethod
     def here(cls, folder: Path) -> Holder:
@@ -246,7 +246,7 @@ def _write(folder: Path, holder: Holder) -> None:
 
 @contextmanager
 def _touched(lease: _Lease, seconds: float) -> Iterator[None]:
-    """Inside, a thread touches the lock file every now and then, as long as it is this process's."""
+    """Touch the lock file every `seconds` in a thread, as long as it is this process's."""
     done = threading.Event()
 
     def touch() -> None:

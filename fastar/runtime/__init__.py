@@ -1,1 +1,1 @@
-"""What every room stands on: devices, memory, clocks, signals, progress, seeds."""
+"""The ground of every room: devices, memory, clocks, signals, progress, seeds, JSON files."""

@@ -22,16 +22,13 @@ Record = Callable[[Callable[[], None], Callable[[], None]], Callable[[], None]]
 
 @functools.cache
 def _capture_stream(device: int) -> torch.cuda.Stream:
-    """The one stream on which everything is captured.
-
-    Of high priority, since torch hands out a few streams in turn: of its priority there is no other, and work that is
-    queued elsewhere cannot come into a capture.
-    """
+    """A high-priority stream of its own, on which everything is captured: torch shares a small pool of streams for each
+    priority, so that other work could leak into the capture."""
     return torch.cuda.Stream(device, priority=-1)
 
 
 def record_cuda_graph(warm_up: Callable[[], None], run: Callable[[], None]) -> Callable[[], None]:
-    """Capture what `run` launches, after `warm_up` on the same stream; what replays it."""
+    """Capture what `run` launches, after `warm_up` on the same stream; return what replays it."""
     stream = _capture_stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -84,7 +81,7 @@ class CallGraph:
         self._replay: Callable[[], None] | None = None
 
     def fits(self, *given: Tensor) -> bool:
-        """Whether these (the first of the inputs) can be replayed: the first ones always, others if they are alike."""
+        """Tell whether these inputs can be replayed: the first ones always, others if shapes and types are alike."""
         if self._inputs is None:
             return True
         return all(

@@ -17,7 +17,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def simulated() -> bool:
-    """Whether the GPU here is host memory under another name: it says nothing of speed, and nothing compiles for it."""
+    """Tell whether the GPU here is host memory under another name: it shows no speed, and nothing compiles for it."""
     return torch.version.cuda == SIMULATED
 
 

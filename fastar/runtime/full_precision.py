@@ -15,17 +15,15 @@ Setting = TypeVar("Setting")
 def full_precision() -> Iterator[None]:
     """No TF32 and no bf16 in products and convolutions of float32 inside, and no autocast of the caller's; afterwards
     all is set as it was."""
-    places = _places()
-    kept = [place.fp32_precision for place in places]
-    # Torch tells a place what is said of all; given back as its own, it would outlast that.
-    all_of = [above.fp32_precision for above in _above()]
+    sites = _sites()
+    kept = [(site.fp32_precision, of_all.fp32_precision) for site, of_all in sites]
     # Torch has two kinds of settings for this, of which the older ones must not say otherwise.
     matmul, cudnn = _unless_at_odds(torch.get_float32_matmul_precision), _unless_at_odds(_cudnn_tf32)
     try:
         torch.set_float32_matmul_precision("highest")
         torch.backends.cudnn.allow_tf32 = False
-        for place in places:
-            place.fp32_precision = "ieee"
+        for site, _ in sites:
+            site.fp32_precision = "ieee"
         with ExitStack() as stack:
             for kind in ("cpu", "cuda"):
                 if torch.is_autocast_enabled(kind):
@@ -36,21 +34,17 @@ def full_precision() -> Iterator[None]:
             torch.set_float32_matmul_precision(matmul)
         if cudnn is not None:
             torch.backends.cudnn.allow_tf32 = cudnn
-        for place, precision, of_all in zip(places, kept, all_of, strict=True):
-            place.fp32_precision = "none" if precision == of_all else precision
+        # A site follows the setting of all operations; given back as its own, that would outlast it.
+        for (site, _), (precision, of_all) in zip(sites, kept, strict=True):
+            site.fp32_precision = "none" if precision == of_all else precision
 
 
-def _places() -> list[Any]:
-    """Where torch keeps what float32 may be computed in, operation by operation: what is said of one goes before what
-    is said of all."""
+def _sites() -> list[tuple[Any, Any]]:
+    """Torch's settings of what float32 may be computed in, for one operation each, and the one that it follows."""
     backends: Any = torch.backends
-    gpu = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
-    return [*gpu, backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
-
-
-def _above() -> list[Any]:
-    """What a place without a setting of its own follows."""
-    return [torch.backends.cudnn] * 3 + [torch.backends.mkldnn] * 3
+    cudnn, mkldnn = backends.cudnn, backends.mkldnn
+    operations = [backends.cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul, mkldnn.conv, mkldnn.rnn]
+    return list(zip(operations, [cudnn] * 3 + [mkldnn] * 3, strict=True))
 
 
 def _cudnn_tf32() -> bool:

@@ -1,4 +1,4 @@
-"""How much memory is free, and how many models may therefore be held at once."""
+"""Free memory, and the number of models that may therefore be held at once."""
 
 from __future__ import annotations
 
@@ -69,12 +69,12 @@ def peak_bytes(device: torch.device) -> int:
 
 
 def resident_models(each: int, device: torch.device, wanted: int, beside: int | None = None) -> int:
-    """How many of `wanted` models of `each` bytes to hold at once on `device`: as `models_that_fit` in what is free."""
+    """The number of models to hold at once on `device`: `models_that_fit` in what is free there."""
     return models_that_fit(each, free_bytes(device), wanted, beside, gpu=device.type == "cuda")
 
 
 def models_that_fit(each: int, free: int, wanted: int, beside: int | None = None, *, gpu: bool) -> int:
-    """How many of `wanted` models of `each` bytes to hold at once where `free` bytes are free, `beside` of which are
+    """The number of `wanted` models of `each` bytes to hold at once where `free` bytes are free, `beside` of which are
     needed for something else (None: not known; half is left for it); at least 1.
 
     The more models share a batch, the fewer times the data are read: on a GPU as many as fit, but for what its
@@ -100,7 +100,7 @@ def _available_on_host() -> int:
 
 
 def _left_in_container() -> int | None:
-    """What is left of a container's memory limit; pages of files that can be dropped are not counted as used."""
+    """Bytes left of a container's memory limit; pages of files that can be dropped are not counted as used."""
     try:
         limit = (CGROUP / "memory.max").read_text().strip()
         if limit == "max":

@@ -38,7 +38,7 @@ _request: Stopped | None = None
 
 @contextmanager
 def signals_stop() -> Iterator[None]:
-    """Inside, SIGTERM, SIGUSR1 and Ctrl-C raise `Stopped`: at once, or as `deferred` says.
+    """Let SIGTERM, SIGUSR1 and Ctrl-C raise `Stopped` inside: at once, or as `deferred` says.
 
     A second Ctrl-C raises at once wherever it comes; a third is the system's own. Signals that are ignored stay so
     (`nohup`), and outside the main thread nothing changes.
@@ -80,7 +80,7 @@ def signals_stop() -> Iterator[None]:
 
 @contextmanager
 def deferred() -> Iterator[None]:
-    """Inside, the first request waits until somebody asks (`requested`) or the block ends."""
+    """Let the first request inside wait until somebody asks (`requested`) or the block ends."""
     global _deferring
     outer, _deferring = _deferring, True
     try:

@@ -56,8 +56,8 @@ def say(line: str) -> None:
 
 @contextmanager
 def streams() -> Iterator[None]:
-    """Around a command: what cannot be written to stdout ends it in one line (quietly where nobody reads on), and
-    nothing that stays unwritten is met again by Python when it ends.
+    """Guard the streams of a command: output that cannot be written ends it in one line (quietly where nobody reads
+    on), and Python does not meet it again when it ends.
 
     Standard descriptors that are closed are opened on nothing, so that no file of the command's gets their numbers,
     which C libraries write to.

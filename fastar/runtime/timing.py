@@ -30,7 +30,7 @@ def _by(clocks: tuple[PartClock, ...], name: str) -> Iterator[None]:
 
 @contextmanager
 def no_parts() -> Iterator[None]:
-    """Inside, no clock counts: what is captured into a CUDA graph must not hold a clock's events."""
+    """Stop all clocks inside: a CUDA graph must not hold a clock's events."""
     global _clocks
     before, _clocks = _clocks, ()
     try:
@@ -124,13 +124,13 @@ class EpochClock:
 
     @contextmanager
     def load(self) -> Iterator[None]:
-        """Around getting one batch: `load` is the wait alone, without the parts inside (`augment`)."""
+        """Measure getting one batch: `load` is the wait alone, without the spans inside (`augment`)."""
         with self._between, part("load"):
             yield
 
     @contextmanager
     def step(self, number: int) -> Iterator[None]:
-        """Around step number `number`. Where another clock is running already, only that one counts."""
+        """Measure step number `number`. Where another clock is running already, only that one counts."""
         if _clocks or number not in self._sampled:
             yield
             return
