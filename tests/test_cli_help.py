@@ -13,10 +13,8 @@ from cli_cases import fastar
 
 from fastar._version import __version__
 from fastar.cli import doctor
-from fastar.cli.describe import commands_markdown
 from fastar.cli.main import app
 from fastar.config import flatten, load_settings
-from fastar.config.describe import settings_markdown
 
 ROOT = Path(__file__).resolve().parent.parent
 GROUP = typer.main.get_command(app)
@@ -190,16 +188,3 @@ def test_doctor_notices_a_kernel_that_computes_wrongly(monkeypatch: pytest.Monke
     outcome = globals()["fastar"]("doctor")
     assert outcome.code == 1
     assert "FAIL kernels" in outcome.out
-
-
-def test_the_documentation_has_every_setting_and_every_option() -> None:
-    text = settings_markdown()
-    for key in flatten(load_settings(dataset="digits").model_dump(mode="json")):
-        if key.partition(".")[0] != "model" or key == "model.arch":
-            row = re.search(rf"^\| `{re.escape(key)}` \| .+ \| `.+` \| (.+) \|$", text, flags=re.MULTILINE)
-            assert row, key
-            assert len(row[1]) > 10, key
-    commands = commands_markdown()
-    for name, command in COMMANDS.items():
-        assert f"## `fastar {name}`" in commands
-        assert all(option in commands for parameter in command.params for option in parameter.opts if option[0] == "-")

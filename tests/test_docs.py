@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import runpy
 from pathlib import Path
 
 import pytest
+
+from fastar.config import flatten, load_settings
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -47,3 +50,17 @@ def test_the_index_has_every_page() -> None:
         if page.name != "index.md":
             assert f"]({page.name})" in index, page.name
             assert f"\n{page.stem}\n" in index, page.name
+
+
+def test_generated_pages_are_up_to_date() -> None:
+    for path, text in runpy.run_path(str(ROOT / "docs" / "generate.py"))["pages"]().items():
+        assert path.read_text(encoding="utf-8") == text, f"{path.name} is of an older version: python docs/generate.py"
+
+
+def test_the_documentation_has_every_setting() -> None:
+    text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    for key in flatten(load_settings(dataset="digits").model_dump(mode="json")):
+        if key.partition(".")[0] != "model" or key == "model.arch":
+            row = re.search(rf"^\| `{re.escape(key)}` \| .+ \| `.+` \| (.+) \|$", text, flags=re.MULTILINE)
+            assert row, key
+            assert len(row[1]) > 10, key

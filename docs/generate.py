@@ -1,4 +1,7 @@
-"""All settings with type, default and meaning, as Markdown: for the documentation. Imports no torch."""
+"""The pages command-line.md and configuration.md, made from the code.
+
+python docs/generate.py            # after a change of an option or a setting; a test holds the pages up to date
+"""
 
 from __future__ import annotations
 
@@ -12,8 +15,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin
 
+import typer
 from pydantic import BaseModel
 
+from fastar.cli.main import app
 from fastar.config import settings as module
 from fastar.config.settings import DATA_FOLDER, Settings
 
@@ -106,3 +111,55 @@ def _type_text(annotation: Any) -> str:
         return _type_text(args[0])
     names = {int: "integer", float: "number", str: "text", bool: "`true`, `false`", Path: "path", type(None): "`null`"}
     return names[annotation]
+
+
+def commands_markdown() -> str:
+    """A section for each command: what it does, its arguments and options in a table, and examples."""
+    group: Any = typer.main.get_command(app)  # typer may carry click within itself, so its types have no fixed name
+    lines = []
+    for name, command in group.commands.items():
+        text, _, examples = (command.help or "").partition("\nExample")
+        lines += [f"## `fastar {name}`", "", text.strip(), "", "| option | meaning | default |", "|---|---|---|"]
+        for parameter in command.params:
+            if parameter.name != "help":
+                lines.append(f"| {' | '.join(_cells(parameter))} |")
+        lines += ["", "```sh", *(line.strip() for line in examples.splitlines() if "fastar" in line), "```", ""]
+    return "\n".join(lines)
+
+
+def _cells(parameter: Any) -> tuple[str, str, str]:
+    meaning = (parameter.help or "").replace("|", "\\|")
+    if parameter.param_type_name == "argument":
+        return f"`{parameter.metavar or parameter.name.upper()}`", meaning, ""
+    names = ", ".join((*parameter.opts, *parameter.secondary_opts))
+    value = f" {parameter.metavar}" if parameter.metavar else ""
+    default = "" if parameter.default is None or isinstance(parameter.default, bool) else f"`{parameter.default}`"
+    return f"`{names}{value}`".replace("|", "\\|"), meaning, default
+
+
+COMMANDS = """# Command line
+
+Every command says the same with `--help`. Any setting can be given as `key=value` too.
+<!-- made by docs/generate.py -->
+"""
+SETTINGS = """# Configuration
+
+Every setting is a key of a YAML file (`--config FILE`, or the name of a recipe: `fastar configs`), and can be given on
+the command line as `section.key=value`. A run folder's `config.yaml` has all of them as they were. Unknown keys are
+refused, with the nearest known one. Old names still load, with one line that says the new one.
+<!-- made by docs/generate.py -->
+"""
+
+
+def pages() -> dict[Path, str]:
+    """Texts by the pages that they belong to."""
+    folder = Path(__file__).resolve().parent
+    return {
+        folder / "command-line.md": f"{COMMANDS}\n{commands_markdown().rstrip()}\n",
+        folder / "configuration.md": f"{SETTINGS}\n{settings_markdown().rstrip()}\n",
+    }
+
+
+if __name__ == "__main__":
+    for path, text in pages().items():
+        path.write_text(text, encoding="utf-8")
