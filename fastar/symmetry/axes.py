@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from math import prod
 
 FIXED = 0
 _LONGEST = 4096  # more segments than this on one axis: repeated patterns are fixed instead of written out
@@ -143,9 +144,9 @@ class AxisSolver:
     def is_fixed(self, axis: Axis) -> bool:
         return all(segment.var == FIXED for segment in self.resolve(axis))
 
-    def fix(self, axis: Axis) -> None:
-        """From now on no position of `axis` may move."""
-        for segment in self.resolve(axis):
+    def fix(self, *axes: Axis) -> None:
+        """Hold every position of `axes` in place from now on."""
+        for segment in (segment for axis in axes for segment in self.resolve(axis)):
             if segment.var != FIXED and segment.var not in self._known:  # it may have gone with its parent just now
                 self._learn(segment.var, fixed(segment.size))
                 if segment.var in self._inside:
@@ -165,11 +166,11 @@ class AxisSolver:
         moving = [i for i, axis in enumerate(axes) if not self.is_fixed(axis)]
         lengths = [length_of(axis) for axis in axes]
         if not moving:
-            return fixed(_product(lengths))
+            return fixed(prod(lengths))
         if len(moving) > 1:
             raise CannotSplit(f"flattens axes of {' x '.join(str(lengths[i]) for i in moving)} units into one")
         (at,) = moving
-        return self.resolve(self._repeat(self.resolve(axes[at]), _product(lengths[:at]), _product(lengths[at + 1 :])))
+        return self.resolve(self._repeat(self.resolve(axes[at]), prod(lengths[:at]), prod(lengths[at + 1 :])))
 
     def split(self, axis: Axis, lengths: Sequence[int]) -> list[Axis]:
         """The axes that viewing `axis` as `lengths` (outermost first) gives. CannotSplit if units would be cut."""
@@ -177,7 +178,7 @@ class AxisSolver:
         if len(lengths) == 1 or self.is_fixed(axis):
             return [axis] if len(lengths) == 1 else [fixed(n) for n in lengths]
         for at in range(len(lengths)):
-            before, after = _product(lengths[:at]), _product(lengths[at + 1 :])
+            before, after = prod(lengths[:at]), prod(lengths[at + 1 :])
             inner_ok = all(segment.length % after == 0 for segment in axis) and all(
                 segment.var == FIXED or segment.inner % after == 0 for segment in axis
             )
@@ -216,8 +217,7 @@ class AxisSolver:
         if length_of(first) != length_of(second):
             raise AssertionError(f"axes of {length_of(first)} and {length_of(second)} positions compared")
         if len(first) + len(second) > _LONGEST:
-            self.fix(first)
-            self.fix(second)
+            self.fix(first, second)
             return not (self.is_fixed(first) and self.is_fixed(second))
         left, right = list(reversed(first)), list(reversed(second))
         while left and right:
@@ -308,12 +308,4 @@ class AxisSolver:
         elif base.outer % count == 0:  # a block holds all units of base: blocks stay, what is inside them moves
             self.fix(parent)
         else:
-            self.fix(parent)
-            self.fix((base,))
-
-
-def _product(lengths: Sequence[int]) -> int:
-    out = 1
-    for length in lengths:
-        out *= length
-    return out
+            self.fix(parent, (base,))

@@ -126,8 +126,7 @@ class Draft:
         for factor in self.dims[d] or ():
             assert not isinstance(factor, Part)
             axes.append(self.solver.fresh(factor.length) if isinstance(factor, Copies) else factor)
-        for axis in [axis for axis in axes if not self.solver.is_fixed(axis)][1:]:
-            self.solver.fix(axis)
+        self.solver.fix(*[axis for axis in axes if not self.solver.is_fixed(axis)][1:])
         whole = self.solver.merge(axes)
         self.dims[d] = [whole]
         return whole
@@ -197,8 +196,7 @@ def plain(solver: AxisSolver, labels: Dims) -> tuple[Axis, ...]:
 def reshape(solver: AxisSolver, labels: Dims, shape: Sequence[int]) -> Dims:
     """Labels after a reshape. CannotSplit where the new dimensions cut units that can move at no common position."""
     if 0 in shape:
-        for axis in labels.axes():
-            solver.fix(axis)
+        solver.fix(*labels.axes())
         return Dims.plain([fixed(n) for n in shape])
     # Dimension 0 is the queue of what has not been placed yet; the others are the new ones.
     draft = Draft(solver, [tuple(factor for dim in labels.dims for factor in dim if factor_length(factor) > 1)])

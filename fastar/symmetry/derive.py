@@ -143,6 +143,7 @@ class _Derivation:
         self.model, self.name, self.program, self.solver = model, type(model).__name__, program, AxisSolver()
         self.allow_partial, self.movable, self.supposing = allow_partial, movable, supposing
         self.empty = without_groups(model)
+        self.specs = {getattr(spec.arg, "name", ""): spec for spec in program.graph_signature.input_specs}
         self.tensors: dict[str, tuple[Axis, ...]] = {}
         self.first_use: dict[str, int] = {}
         self.moving: set[fx.Node] = set()  # nodes that depend on a parameter, or a statistic of a batch-norm
@@ -162,9 +163,8 @@ class _Derivation:
                 labels[node] = self._placeholder(node, statistics)
             elif node.op == "call_function":
                 for used in node.all_input_nodes:
-                    target = self._target(used)
-                    if target is not None:
-                        self.first_use.setdefault(target, position)
+                    if used.op == "placeholder":
+                        self.first_use.setdefault(self._first_name(self.specs[used.name].target), position)
                 if any(used in self.moving for used in node.all_input_nodes) and not is_fill(node):
                     self.moving.add(node)
                 labels[node] = self._labels(node, labels)
@@ -187,8 +187,7 @@ class _Derivation:
         for one in labels if isinstance(labels, list) else [labels]:
             long = [dim for dim in one.dims if any(_counts(factor) for factor in dim)] if isinstance(one, Dims) else []
             if len(long) > 1:
-                for axis in _axes(one):
-                    self.solver.fix(axis)
+                self.solver.fix(*_axes(one))
 
     def _labels(self, node: fx.Node, labels: dict[fx.Node, Any]) -> Any:
         """Labels of an operation's result; one that is not understood has a fixed result if its inputs are fixed."""
@@ -199,28 +198,14 @@ class _Derivation:
                 return self._suppose(node, labels, str(why))
             for used in node.all_input_nodes:
                 if used not in self.moving:  # buffers alone: they can stay
-                    for axis in _axes(labels[used]):
-                        self.solver.fix(axis)
+                    self.solver.fix(*_axes(labels[used]))
             axes = [axis for used in node.all_input_nodes for axis in _axes(labels[used])]
             if node in self.moving and not all(self.solver.is_fixed(axis) for axis in axes):
                 if not self.allow_partial:
                     raise self._refusal(node, str(why)) from why
                 self.frozen.append(f"{self._where(node)}: {why}; the units of its inputs stay in place")
-            for axis in axes:
-                self.solver.fix(axis)
+            self.solver.fix(*axes)
             return _held(node)
-
-    def _spec(self, node: fx.Node) -> Any:
-        for spec in self.program.graph_signature.input_specs:
-            if getattr(spec.arg, "name", None) == node.name:
-                return spec
-        raise self._refusal(node, "an input without a description")
-
-    def _target(self, node: fx.Node) -> str | None:
-        """The parameter or buffer that a placeholder stands for."""
-        if node.op != "placeholder":
-            return None
-        return self._first_name(self._spec(node).target)
 
     def _first_name(self, name: str) -> str:
         return self.empty.tied.get(name, name)
@@ -237,7 +222,7 @@ class _Derivation:
         return found
 
     def _placeholder(self, node: fx.Node, statistics: set[str]) -> Any:
-        value, spec = node.meta.get("val"), self._spec(node)
+        value, spec = node.meta.get("val"), self.specs[node.name]
         learned = spec.kind == InputKind.PARAMETER or (node.name in statistics and spec.target in self.empty.buffers)
         if learned:
             self.moving.add(node)
@@ -276,7 +261,8 @@ class _Derivation:
         for tensor, axes in supposed.tensors.items():
             for axis, label in enumerate(axes):
                 for segment in supposed.solver.resolve(label):
-                    if segment.var != FIXED and self._stays(tensor, axis):
+                    stays = tensor not in self.tensors or self.solver.is_fixed(self.tensors[tensor][axis])
+                    if segment.var != FIXED and stays:
                         places.setdefault(segment.var, []).append((tensor, axis))
                         sizes[segment.var] = segment.size
         lines = []
@@ -298,9 +284,6 @@ class _Derivation:
             return f"a constant of its forward pass ({spec.target})"
         return f"attribute {spec.target!r}, which is not in the state dict (make it a buffer)"
 
-    def _stays(self, tensor: str, axis: int) -> bool:
-        return tensor not in self.tensors or self.solver.is_fixed(self.tensors[tensor][axis])
-
     def _fix_outputs(self, labels: dict[fx.Node, Any]) -> None:
         for spec in self.program.graph_signature.output_specs:
             if spec.kind != OutputKind.USER_OUTPUT:
@@ -310,8 +293,7 @@ class _Derivation:
                 )
         (output,) = [node for node in self.program.graph.nodes if node.op == "output"]
         for node in output.all_input_nodes:
-            for axis in _axes(labels[node]):
-                self.solver.fix(axis)
+            self.solver.fix(*_axes(labels[node]))
 
     def _groups(self) -> tuple[Group, ...]:
         """Unknowns that stayed free, as groups in order of first use; parents directly before their first child."""

@@ -60,11 +60,6 @@ class Call:
         value = value[0] if isinstance(value, tuple | list) else value
         return tuple(int(n) for n in value.shape)
 
-    def fix(self, *axes: Axis) -> None:
-        """Hold axes in place."""
-        for axis in axes:
-            self.solver.fix(axis)
-
     def unmoved(self, axis: Axis, what: str) -> None:
         """Refuse unless `axis` is already known not to move: its units may not be cut, reversed or reordered."""
         if not self.solver.is_fixed(axis):

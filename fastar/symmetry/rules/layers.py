@@ -32,12 +32,12 @@ def convolution(call: Call) -> Labels:
     spatial = len(weight_shape) - 2
     if len(x_shape) != spatial + 2:
         raise Refused("convolution of an input without a batch axis")
-    call.fix(*weight[2:], *x[2:])
+    call.solver.fix(*weight[2:], *x[2:])
     if groups == 1:
         call.solver.unify(x[1], weight[1])
     else:
         blocks = call.solver.fresh(groups)
-        call.fix(weight[1])
+        call.solver.fix(weight[1])
         call.solver.unify(x[1], call.solver.merge([blocks, fixed(weight_shape[1])]))
         call.solver.unify(weight[0], call.solver.child(blocks, weight_shape[0] // groups))
     if call["bias"] is not None:
@@ -103,7 +103,7 @@ def pool(spatial: int) -> Callable[[Call], Labels]:
 
     def rule(call: Call) -> Labels:
         x = call.labels()
-        call.fix(*x[-spatial:])
+        call.solver.fix(*x[-spatial:])
         return (*x[:-spatial], *(fixed(n) for n in call.shape()[-spatial:]))
 
     return rule
@@ -133,5 +133,5 @@ def nothing(call: Call) -> None:
 
 def embedding(call: Call) -> Labels:
     weight, indices = call.labels("weight"), call.labels("indices")
-    call.fix(weight[0], *indices)
+    call.solver.fix(weight[0], *indices)
     return (*indices, weight[1])

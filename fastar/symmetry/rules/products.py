@@ -108,7 +108,7 @@ def einsum(call: Call) -> Dims:
 def _ordered(call: Call, x: Dims) -> Dims:
     """`x` with its last dimension but one held in place."""
     draft = views.Draft(call.solver, x.dims)
-    call.fix(draft.flatten(len(x.dims) - 2))
+    call.solver.fix(draft.flatten(len(x.dims) - 2))
     return draft.settled()
 
 

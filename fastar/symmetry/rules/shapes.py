@@ -180,7 +180,7 @@ def index(call: Call) -> Labels:
     """Indexed axes are held in place; the others pass, as do those of the indices."""
     x, indices = call.labels("self"), call["indices"]
     given = [d for d, one in enumerate(indices) if one is not None]
-    call.fix(*(x[d] for d in given), *(axis for d in given for axis in call.labels(indices[d])))
+    call.solver.fix(*(x[d] for d in given), *(axis for d in given for axis in call.labels(indices[d])))
     rest = [axis for d, axis in enumerate(x) if d not in given]
     adjacent = given == list(range(given[0], given[-1] + 1))
     before = given[0] if adjacent else 0  # indices that are apart put their result in front
@@ -191,7 +191,7 @@ def index(call: Call) -> Labels:
 
 def index_select(call: Call) -> Labels:
     x, dim = list(call.labels("self")), call["dim"]
-    call.fix(x[dim], *call.labels("index"))
+    call.solver.fix(x[dim], *call.labels("index"))
     x[dim] = fixed(call.shape()[dim])
     return tuple(x)
 

@@ -9,16 +9,15 @@ An operation without a rule is refused, so nothing is ever matched by a guess. T
 3. Else write a function of one `Call` in the file that it belongs to (`layers`, `products`, `shapes`), and add a line.
    It returns labels of the result: one axis for each dimension (a tuple; read its inputs by `Call.labels`), or `Dims`
    where an axis may stay in parts after a reshape (`Call.dims`, `fastar.symmetry.axis_views`).
-4. The rule has to require whatever `op(permuted inputs) == permuted op(inputs)` needs: `call.fix(axis)` holds an axis
-   in place, `call.solver.unify(a, b)` lets two move together, `raise Refused(why)` gives up.
-5. Add a network with the operation to `CASES` in `tests/symmetry_models.py`: its groups are proven there on random
-   weights.
+4. The rule has to require whatever `op(permuted inputs) == permuted op(inputs)` needs: `call.solver.fix(axis)` holds
+   an axis in place, `call.solver.unify(a, b)` lets two move together, `raise Refused(why)` gives up.
+5. Add a small network that uses the operation to `tests/test_symmetry_groups.py`: its groups are proven there.
 
-A rule for a layer along its last axis, which depends on the order there, say:
+A function of the order along its last axis, for instance:
 
-    def fft(call: Call) -> Labels:
+    def ordered(call: Call) -> Labels:
         *others, last = call.labels()
-        call.fix(last)
+        call.solver.fix(last)
         return (*others, fixed(call.shape()[-1]))
 """
 
