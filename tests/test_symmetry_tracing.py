@@ -76,7 +76,7 @@ class Old(Net):
             nn.utils.weight_norm(self.hidden)
 
 
-HERE = r"\(.*test_matching_tracing\.py:\d+, in between\)"
+HERE = r"\(.*test_symmetry_tracing\.py:\d+, in between\)"
 RUNS = r"^cannot trace {}: it does not run on the example inputs: .*{}.*; give what its forward takes$"
 REFUSALS: list[tuple[nn.Module, Any, str]] = [
     (Net(), (torch.zeros(2, 5),), RUNS.format("Net", "2x5 and 6x7")),

@@ -377,7 +377,7 @@ def test_a_forward_that_branches_on_values_says_where() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return x if x.sum() > 0 else -x
 
-    with pytest.raises(FastarError, match=r"test_matching_blocks\.py:\d+, in forward.*PermutationSpec") as why:
+    with pytest.raises(FastarError, match=r"test_symmetry_blocks\.py:\d+, in forward.*PermutationSpec") as why:
         derive_symmetry(Branch(), (torch.zeros(2, 3),))
     assert "\n" not in str(why.value)
 
