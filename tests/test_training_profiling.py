@@ -23,9 +23,9 @@ from fastar.config import StarSettings, TrainSettings
 from fastar.data import in_memory as device_data
 from fastar.errors import FastarError
 from fastar.flat import FlatLayout
-from fastar.runtime import timing as parts
+from fastar.runtime import timing
 from fastar.runtime.progress import SilentProgress
-from fastar.runtime.timing import EpochClock, PartClock, part
+from fastar.runtime.timing import EpochClock, SpanClock, span
 from fastar.training import Epoch, Recording, RegularStep, StarStep, StepsProfile, fit, profiling
 from fastar.training.loop import timed_batches
 
@@ -34,15 +34,15 @@ TINY = ["--arch", "mlp", "--width", "4", "--size", "4", "--batch", "8", "--devic
 
 
 def test_a_clock_adds_up_the_time_of_parts() -> None:
-    with part("before"):
+    with span("before"):
         pass
-    with PartClock(CPU) as clock:
+    with SpanClock(CPU) as clock:
         for _ in range(3):
-            with part("slow"):
+            with span("slow"):
                 time.sleep(0.02)
-        with part("fast"):
+        with span("fast"):
             pass
-    with part("after"):
+    with span("after"):
         pass
     seconds = clock.seconds()
     assert list(seconds) == ["slow", "fast"]
@@ -55,7 +55,7 @@ def test_training_is_all_parts() -> None:
     settings = TrainSettings(batch_size=16, precision="fp32")
     z = store([network(PlainMlp, 1)], FlatLayout.from_module(model))
     step = StarStep(model, settings, StarSettings(), z, seed=0, match=lambda *_: None)
-    with PartClock(CPU) as clock:
+    with SpanClock(CPU) as clock:
         fit(step, dataset(channels=3, size=2, pad=0), settings, name="x", seed=0, epochs=1)
     assert set(clock.seconds()) == {"matching", "load", "augment", "interpolate", "forward", "backward", "update"}
 
@@ -67,9 +67,9 @@ def test_an_epochs_clock_counts_every_wait_and_samples_steps() -> None:
         with clock.load():
             time.sleep(0.001)
         with clock.step(number):
-            with part("forward"):
+            with span("forward"):
                 time.sleep(0.002)
-            looked.append(bool(parts._clocks))
+            looked.append(bool(timing._clocks))
     assert [number for number, seen in enumerate(looked) if seen] == [6, 16, 26, 36]
     found = clock.seconds(1.0)
     assert set(found) == {"load", "forward", "other"}
@@ -82,14 +82,14 @@ def test_an_epochs_clock_counts_every_wait_and_samples_steps() -> None:
 def test_short_epochs_are_sampled_too(steps: int) -> None:
     clock = EpochClock(CPU, steps)
     for number in range(steps):
-        with clock.step(number), part("forward"):
+        with clock.step(number), span("forward"):
             pass
     assert clock.seconds(1.0)["forward"] > 0
 
 
 def test_an_epochs_clock_leaves_the_counting_to_one_that_runs() -> None:
     epoch = EpochClock(CPU, steps=1)
-    with PartClock(CPU) as clock, epoch.step(0), part("forward"):
+    with SpanClock(CPU) as clock, epoch.step(0), span("forward"):
         time.sleep(0.001)
     assert clock.seconds()["forward"] >= 0.001
     assert epoch.seconds(1.0) == {"load": 0.0, "other": 1.0}
@@ -114,7 +114,7 @@ class Hours:
 
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-        monkeypatch.setattr(parts.time, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now)
 
     def pass_by(self, seconds: float) -> None:
         self.now += seconds
@@ -123,17 +123,17 @@ class Hours:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_part_within_another_counts_for_itself(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     hours = Hours(monkeypatch)
-    with PartClock(torch.device(device)) as first, PartClock(torch.device(device)) as second:
-        with part("outer"):
+    with SpanClock(torch.device(device)) as first, SpanClock(torch.device(device)) as second:
+        with span("outer"):
             hours.pass_by(2)
-            with part("inner"):
+            with span("inner"):
                 hours.pass_by(3)
             hours.pass_by(4)
-        with part("inner"):
+        with span("inner"):
             hours.pass_by(5)
-        with pytest.raises(KeyError), part("outer"), part("inner"):
+        with pytest.raises(KeyError), span("outer"), span("inner"):
             raise KeyError
-        with part("after"):
+        with span("after"):
             hours.pass_by(1)
     for clock in (first, second):
         assert clock.seconds() == clock.seconds() == {"outer": 6, "inner": 8, "after": 1}
@@ -162,9 +162,9 @@ def test_what_is_done_to_images_is_no_waiting_for_them(
     images = dataset(channels=3, size=4, pad=1)
     steps = images.batch_count(16)
     clock = EpochClock(torch.device(device), steps)
-    with PartClock(torch.device(device)) if profiled else nullcontext() as other:
+    with SpanClock(torch.device(device)) if profiled else nullcontext() as other:
         for number, _ in enumerate(timed_batches(waiting(images.batches(16, seed=0, epoch=0)), clock)):
-            with clock.step(number), part("forward"):
+            with clock.step(number), span("forward"):
                 hours.pass_by(2)
     assert clock.seconds(hours.now) == {"load": steps, "augment": 5, "other": 0} | (
         {"other": 2 * steps} if profiled else {"forward": pytest.approx(2 * steps)}
@@ -174,10 +174,10 @@ def test_what_is_done_to_images_is_no_waiting_for_them(
 
 
 def test_no_clock_counts_what_is_captured() -> None:
-    with PartClock(CPU) as clock:
-        with parts.no_parts(), part("captured"):
+    with SpanClock(CPU) as clock:
+        with timing.no_spans(), span("captured"):
             pass
-        with part("counted"):
+        with span("counted"):
             pass
     assert list(clock.seconds()) == ["counted"]
 
@@ -238,7 +238,7 @@ def test_a_profile_has_parts_operations_and_a_trace(tmp_path: Path) -> None:
     images = torch.randn(64, 64)
 
     def run() -> None:
-        with part("forward"):
+        with span("forward"):
             time.sleep(0.02)
             images @ images
 

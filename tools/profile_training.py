@@ -19,7 +19,7 @@ from bench import Problem, add_problem_arguments, problem_of, where
 
 from fastar.errors import FastarError
 from fastar.evaluation import evaluate_rows
-from fastar.runtime.timing import part
+from fastar.runtime.timing import span
 from fastar.training import Profile, fit
 from fastar.training.profiling import profile
 
@@ -50,7 +50,7 @@ def epoch_profile(problem: Problem, arguments: argparse.Namespace) -> Profile:
 
     def run() -> None:
         fit(step, data, problem.settings, name="star", seed=0, epochs=1)
-        with part("evaluation"):
+        with span("evaluation"):
             evaluate_rows(evaluated, step.layout, step.theta[None], {"train": batches}, statistics_batches=batches)
 
     run()

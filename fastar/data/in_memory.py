@@ -15,7 +15,7 @@ from fastar.data.splits import VALIDATION, chosen_images, stored_in
 from fastar.errors import FastarError
 from fastar.runtime.progress import SILENT, Progress
 from fastar.runtime.seeds import derive_seed
-from fastar.runtime.timing import part
+from fastar.runtime.timing import span
 
 if TYPE_CHECKING:
     from fastar.data.ffcv.folder import DatasetFiles
@@ -110,10 +110,10 @@ class DeviceDataset:
         block = max(1, BLOCK_BYTES[self.device.type] // (sample_bytes * batch_size)) * batch_size
         draws = None
         if key is not None:
-            with part("augment"):
+            with span("augment"):
                 draws = draw_augmentation(self.augmentation, key, self.index[order])
         for start in range(0, len(order), block):
-            with part("augment"):
+            with span("augment"):
                 images, labels = self._block(order, slice(start, start + block), draws)
             yield from zip(images.split(batch_size), labels.split(batch_size), strict=True)
 

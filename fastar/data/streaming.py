@@ -20,7 +20,7 @@ from fastar.data.splits import chosen_images, stored_in
 from fastar.errors import FastarError
 from fastar.runtime.progress import SILENT, Progress
 from fastar.runtime.seeds import derive_seed
-from fastar.runtime.timing import part
+from fastar.runtime.timing import span
 
 Order = Literal["random", "pages"]
 Batches = Generator[Batch, None, None]
@@ -157,7 +157,7 @@ class StreamingDataset:
                 labels, mirrored = self._reader.labels[index], None
                 if key is not None:
                     mirrored = torch.from_numpy(draw(key, index, _MIRROR) >> 31 == 1)
-                with part("augment"):
+                with span("augment"):
                     if mirrored is not None:
                         mirrored = self._moved(mirrored)
                     images = mirrored_and_normalised(self._moved(pixels), mirrored, normalise)

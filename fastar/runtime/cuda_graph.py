@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastar.errors import FastarError
-from fastar.runtime.timing import no_parts, part
+from fastar.runtime.timing import no_spans, span
 
 # Kernels are compiled, and libraries choose theirs and take their workspaces, in the first calls.
 WARM_UP = 3
@@ -101,7 +101,7 @@ class CallGraph:
         for static, given in zip(self._inputs, inputs, strict=True):
             static.copy_(given)
         assert self._replay is not None
-        with part("graph"):
+        with span("graph"):
             self._replay()
         assert self._result is not None
         return self._result.clone()  # the graph writes the next one over it
@@ -122,7 +122,7 @@ class CallGraph:
             self._result = body(*inputs)
 
         try:
-            with no_parts(), torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
+            with no_spans(), torch.random.fork_rng([self._device] if self._device.type == "cuda" else []):
                 return self._record(warm_up, run)
         except RuntimeError as error:
             reason = " ".join(str(error).split())

@@ -1,4 +1,4 @@
-"""Names for the parts of training (load, augment, interpolate, forward, backward, update, ...), and each one's time."""
+"""Named spans of training (load, augment, interpolate, forward, backward, update, ...), and the time of each."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 import torch
 
 _NOTHING = nullcontext()
-_clocks: tuple[PartClock, ...] = ()
+_clocks: tuple[SpanClock, ...] = ()
 
 
-def part(name: str) -> AbstractContextManager[object]:
-    """Work inside belongs to `name`, and to no part around it: every `PartClock` that is running counts its time.
+def span(name: str) -> AbstractContextManager[object]:
+    """Work inside belongs to `name`, and to no span around it: every `SpanClock` that is running counts its time.
 
     Where none is it costs nothing.
     """
@@ -21,7 +21,7 @@ def part(name: str) -> AbstractContextManager[object]:
 
 
 @contextmanager
-def _by(clocks: tuple[PartClock, ...], name: str) -> Iterator[None]:
+def _by(clocks: tuple[SpanClock, ...], name: str) -> Iterator[None]:
     with ExitStack() as stack:
         for clock in clocks:
             stack.enter_context(clock.measure(name))
@@ -29,7 +29,7 @@ def _by(clocks: tuple[PartClock, ...], name: str) -> Iterator[None]:
 
 
 @contextmanager
-def no_parts() -> Iterator[None]:
+def no_spans() -> Iterator[None]:
     """Stop all clocks inside: a CUDA graph must not hold a clock's events."""
     global _clocks
     before, _clocks = _clocks, ()
@@ -39,26 +39,26 @@ def no_parts() -> Iterator[None]:
         _clocks = before
 
 
-class PartClock:
-    """While it is entered, adds up the time of every part; a torch profiler shows their names.
+class SpanClock:
+    """While it is entered, adds up the time of every span; a torch profiler shows their names.
 
-    A part within another counts for itself, and not for the outer one. On a GPU a part lasts from when the stream
+    A span within another counts for itself, and not for the outer one. On a GPU a span lasts from when the stream
     reaches its beginning to when it reaches its end, by events: the work of autograd's own thread counts, and so does
     waiting for the host. Elsewhere it is the clock's time.
 
     Args:
         device: where the work runs.
-        names: whether torch's profiler is to see the parts; it costs some microseconds each.
+        names: whether torch's profiler is to see the spans; it costs some microseconds each.
     """
 
     def __init__(self, device: torch.device, *, names: bool = True):
         self._device = device
         self._names = names
         self._open: list[str] = []
-        self._spans: list[tuple[str, str | None, torch.cuda.Event, torch.cuda.Event]] = []
+        self._events: list[tuple[str, str | None, torch.cuda.Event, torch.cuda.Event]] = []
         self._seconds: dict[str, float] = {}
 
-    def __enter__(self) -> PartClock:
+    def __enter__(self) -> SpanClock:
         global _clocks
         assert self not in _clocks, "a clock runs once at a time"
         _clocks = (*_clocks, self)
@@ -81,7 +81,7 @@ class PartClock:
                     start.record()
                     yield
                     end.record()
-                    self._spans.append((name, outer, start, end))
+                    self._events.append((name, outer, start, end))
                 else:
                     begin = time.perf_counter()
                     yield
@@ -90,13 +90,13 @@ class PartClock:
             self._open.pop()
 
     def seconds(self) -> dict[str, float]:
-        """Each part's seconds so far; waits for the GPU."""
-        if self._spans:
+        """Seconds of each span so far; waits for the GPU."""
+        if self._events:
             torch.cuda.synchronize(self._device)
-        for name, outer, start, end in self._spans:
+        for name, outer, start, end in self._events:
             self._add(name, outer, start.elapsed_time(end) / 1e3)
-        self._spans.clear()
-        # What is left of a part that is all inner parts may round to less than nothing.
+        self._events.clear()
+        # What is left of a span that is all inner spans may round to less than nothing.
         return {name: max(took, 0.0) for name, took in self._seconds.items()}
 
     def _add(self, name: str, outer: str | None, seconds: float) -> None:
@@ -106,7 +106,7 @@ class PartClock:
 
 
 class EpochClock:
-    """The parts of an epoch's steps at next to no cost: all that happens between steps, and the inside of a few steps.
+    """The spans of an epoch's steps at next to no cost: all that happens between steps, and the inside of a few steps.
 
     On a GPU the wait is the time in which the stream had nothing to do before a step, not the host's.
 
@@ -116,8 +116,8 @@ class EpochClock:
     """
 
     def __init__(self, device: torch.device, steps: int, samples: int = 8):
-        self._between = PartClock(device, names=False)
-        self._inside = PartClock(device, names=False)
+        self._between = SpanClock(device, names=False)
+        self._inside = SpanClock(device, names=False)
         every = max(1, steps // samples)
         # The first step of an epoch starts things up; it is taken only where there is no other.
         self._sampled = range(min(every // 2 + 1, steps - 1), steps, every)
@@ -125,7 +125,7 @@ class EpochClock:
     @contextmanager
     def load(self) -> Iterator[None]:
         """Measure getting one batch: `load` is the wait alone, without the spans inside (`augment`)."""
-        with self._between, part("load"):
+        with self._between, span("load"):
             yield
 
     @contextmanager
@@ -134,25 +134,25 @@ class EpochClock:
         if _clocks or number not in self._sampled:
             yield
             return
-        with self._inside, part("other"):
+        with self._inside, span("other"):
             yield
 
     def seconds(self, whole: float) -> dict[str, float]:
-        """Each part's share of `whole`, the seconds of all steps with their waits: `load` and the parts within it as
+        """Each span's share of `whole`, the seconds of all steps with their waits: `load` and the spans within it as
         measured, the others as in the sampled steps; `other` is the rest. Waits for the GPU."""
         between, inside = {"load": 0.0, **self._between.seconds()}, self._inside.seconds()
         sampled = sum(inside.values())
         inside.pop("other", None)
         scale = max(whole - sum(between.values()), 0.0) / sampled if sampled > 0 else 0.0
-        parts = {**between, **{name: took * scale for name, took in inside.items()}}
-        return {**parts, "other": max(whole - sum(parts.values()), 0.0)}
+        spans = {**between, **{name: took * scale for name, took in inside.items()}}
+        return {**spans, "other": max(whole - sum(spans.values()), 0.0)}
 
 
-def shares(parts: Mapping[str, float]) -> dict[str, float]:
-    """Each part's share of all of them.
+def shares(spans: Mapping[str, float]) -> dict[str, float]:
+    """Each span's share of all of them.
 
     >>> shares({"load": 1.0, "forward": 3.0})
     {'load': 0.25, 'forward': 0.75}
     """
-    whole = sum(parts.values())
-    return {name: took / whole if whole > 0 else 0.0 for name, took in parts.items()}
+    whole = sum(spans.values())
+    return {name: took / whole if whole > 0 else 0.0 for name, took in spans.items()}

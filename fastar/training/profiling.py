@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity
 from fastar.errors import FastarError
 from fastar.runtime.device import synchronize
 from fastar.runtime.memory import peak_bytes
-from fastar.runtime.timing import PartClock
+from fastar.runtime.timing import SpanClock
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Recording:
         """Around the first look."""
         if self._cuda:
             torch.cuda.reset_peak_memory_stats(self._device)
-        with PartClock(self._device) as clock:
+        with SpanClock(self._device) as clock:
             synchronize(self._device)
             start, running = time.perf_counter(), time.thread_time()
             yield
@@ -96,7 +96,7 @@ class Recording:
         try:
             with (
                 torch.profiler.profile(activities=activities, profile_memory=self._trace is not None) as found,
-                PartClock(self._device),
+                SpanClock(self._device),
             ):
                 yield
                 synchronize(self._device)

@@ -23,7 +23,7 @@ from fastar.kernels import NextPoint
 from fastar.matching import ActivationCache, GiveExamples, SourceActivations, match
 from fastar.runtime.progress import SILENT, Progress
 from fastar.runtime.seeds import derive_seed
-from fastar.runtime.timing import part
+from fastar.runtime.timing import span
 from fastar.symmetry import Permutations, Symmetry
 from fastar.training.sources import SourcesStore
 from fastar.training.steps import FlatStep
@@ -257,7 +257,7 @@ class StarStep(FlatStep):
     def begin_epoch(self, epoch: int, steps: int) -> None:
         every = self._match_every
         if self._match is not None and every and epoch % every == 0:  # (k - 1) mod m == 0: the first epoch too
-            with part("matching"):
+            with span("matching"):
                 self._match(self.theta, self.sources, epoch)
         self.resume_epoch(epoch, steps, 0)
 
@@ -270,7 +270,7 @@ class StarStep(FlatStep):
         draws = self._draws
         step, feed = draws.step, draws.feed
         if not draws.point_written:
-            with part("interpolate"):
+            with span("interpolate"):
                 source = feed.table[feed.take(step)]
                 self._next_t.copy_(draws.t[step])
                 self._working.interpolate(self.theta, source, self._next_t)

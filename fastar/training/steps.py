@@ -18,7 +18,7 @@ from fastar.flat import FlatLayout, FlatParameters, WorkingWeights
 from fastar.kernels import NextPoint
 from fastar.runtime.cuda_graph import CallGraph
 from fastar.runtime.seeds import derive_seed
-from fastar.runtime.timing import part
+from fastar.runtime.timing import span
 from fastar.training.amp import LossScale, resolve_precision, shortening
 from fastar.training.optimizer import flat_optimizer
 from fastar.training.resume import copy_into
@@ -107,16 +107,16 @@ class FlatStep:
         return torch.autocast(self.device.type, self.dtype, cache_enabled=False)
 
     def _backward(self, images: Tensor, labels: Tensor) -> Tensor:
-        with part("forward"), self._autocast():
+        with span("forward"), self._autocast():
             logits = self._network(images).float()
             loss = F.cross_entropy(logits, labels, label_smoothing=self.settings.label_smoothing)
-        with part("backward"):
+        with span("backward"):
             (loss * self.loss_scale.scale if self.loss_scale.enabled else loss).backward()
         return loss.detach()
 
     def _update(self, lr: Tensor, scale: Tensor, next_points: Sequence[NextPoint] | None = None) -> None:
         """theta <- a step of the optimizer along `scale` times the gradient; weight decay is not scaled."""
-        with part("update"):
+        with span("update"):
             gradients = (self._flat.collect_gradient(),) if self._working is None else self._working.collect_gradient()
             self.loss_scale.check(gradients)
             if self.settings.gradient_clip is not None:
@@ -146,7 +146,7 @@ class RegularStep(FlatStep):
 
     def _body(self, images: Tensor, labels: Tensor, lr: Tensor) -> Tensor:
         if self._working is not None:
-            with part("interpolate"):
+            with span("interpolate"):
                 self._working.write(self.theta)
         loss = self._backward(images, labels)
         self._update(lr, self._one)
