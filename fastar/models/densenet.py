@@ -143,3 +143,10 @@ def densenet(depth: int, *, bottleneck: bool = False) -> Callable[..., nn.Module
 
 def _wide(channels_in: int, channels: int) -> nn.Conv2d:
     return nn.Conv2d(channels_in, channels, 3, padding=1, bias=False)
+
+
+MODELS = {
+    "densenet40": densenet(40),
+    "densenet40_bc": densenet(40, bottleneck=True),
+    "densenet100_bc": densenet(100, bottleneck=True),
+}

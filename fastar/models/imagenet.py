@@ -9,57 +9,19 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastar.models.layers import Activation, Norm, Parts, scaled
-from fastar.models.resnet import Projection
+from fastar.models.resnet import BasicBlock, Block, Bottleneck, stages_of
 
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions with batch-norm, and a residual."""
+class PublishedBasicBlock(BasicBlock):
+    """The block under torchvision's names."""
 
-    expansion = 1
-
-    def __init__(self, channels_in: int, channels: int, stride: int, parts: Parts):
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels_in, channels, 3, stride=stride, padding=1, bias=False)
-        self.bn1 = parts.norm(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        self.bn2 = parts.norm(channels)
-        self.downsample: nn.Module | None = None
-        if stride != 1 or channels_in != channels:
-            self.downsample = Projection(channels_in, channels, stride, parts.norm(channels))
-        self.activate = parts.activation()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = self.activate(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out))
-        activated: torch.Tensor = self.activate(out + (x if self.downsample is None else self.downsample(x)))
-        return activated
+    residual = "downsample"
 
 
-class Bottleneck(nn.Module):
-    """1x1, 3x3 (which has the stride: version 1.5) and 1x1 convolutions with batch-norm, and a residual."""
+class PublishedBottleneck(Bottleneck):
+    """The block under torchvision's names; the 3x3 convolution has the stride (version 1.5)."""
 
-    expansion = 4
-
-    def __init__(self, channels_in: int, channels: int, stride: int, parts: Parts):
-        super().__init__()
-        wide = channels * self.expansion
-        self.conv1 = nn.Conv2d(channels_in, channels, 1, bias=False)
-        self.bn1 = parts.norm(channels)
-        self.conv2 = nn.Conv2d(channels, channels, 3, stride=stride, padding=1, bias=False)
-        self.bn2 = parts.norm(channels)
-        self.conv3 = nn.Conv2d(channels, wide, 1, bias=False)
-        self.bn3 = parts.norm(wide)
-        self.downsample: nn.Module | None = None
-        if stride != 1 or channels_in != wide:
-            self.downsample = Projection(channels_in, wide, stride, parts.norm(wide))
-        self.activate = parts.activation()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        out = self.activate(self.bn1(self.conv1(x)))
-        out = self.activate(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out))
-        activated: torch.Tensor = self.activate(out + (x if self.downsample is None else self.downsample(x)))
-        return activated
+    residual = "downsample"
 
 
 class ImageNetResNet(nn.Module):
@@ -80,7 +42,7 @@ class ImageNetResNet(nn.Module):
         self,
         input_shape: tuple[int, int, int],
         classes: int,
-        block: type[BasicBlock] | type[Bottleneck],
+        block: type[Block],
         blocks: Sequence[int],
         channels: Sequence[int],
         parts: Parts,
@@ -88,15 +50,8 @@ class ImageNetResNet(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(input_shape[0], channels[0], 7, stride=2, padding=3, bias=False)
         self.bn1 = parts.norm(channels[0])
-        channels_in, stages = channels[0], []
-        for stage, (count, wide) in enumerate(zip(blocks, channels, strict=True)):
-            layers: list[nn.Module] = []
-            for index in range(count):
-                layers.append(block(channels_in, wide, 2 if stage > 0 and index == 0 else 1, parts))
-                channels_in = wide * block.expansion
-            stages.append(nn.Sequential(*layers))
-        self.layer1, self.layer2, self.layer3, self.layer4 = stages
-        self.fc = nn.Linear(channels_in, classes)
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages_of(block, blocks, channels, parts)
+        self.fc = nn.Linear(channels[-1] * block.expansion, classes)
         self.activate = parts.activation()
         for module in self.modules():
             if isinstance(module, nn.Conv2d):  # as torchvision begins
@@ -113,10 +68,10 @@ class ImageNetResNet(nn.Module):
 
 # Depth to block and blocks of each stage. Parameters at width 1 and 1000 classes: 11,689,512; 21,797,672; 25,557,032.
 CHANNELS = (64, 128, 256, 512)
-SHAPES: dict[int, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]] = {
-    18: (BasicBlock, (2, 2, 2, 2)),
-    34: (BasicBlock, (3, 4, 6, 3)),
-    50: (Bottleneck, (3, 4, 6, 3)),
+SHAPES: dict[int, tuple[type[Block], tuple[int, ...]]] = {
+    18: (PublishedBasicBlock, (2, 2, 2, 2)),
+    34: (PublishedBasicBlock, (3, 4, 6, 3)),
+    50: (PublishedBottleneck, (3, 4, 6, 3)),
 }
 
 
@@ -135,3 +90,6 @@ def imagenet_resnet(depth: int) -> Callable[..., nn.Module]:
         return ImageNetResNet(input_shape, classes, block, counts, channels, Parts(activation, norm))
 
     return build
+
+
+MODELS = {f"imagenet-resnet{depth}": imagenet_resnet(depth) for depth in SHAPES}

@@ -48,3 +48,6 @@ class Mlp(nn.Module):
         """Logits [batch, classes] of images [batch, channels, height, width]."""
         logits: torch.Tensor = self.classifier(self.hidden(images.flatten(1)))
         return logits
+
+
+MODELS = {"mlp": Mlp}

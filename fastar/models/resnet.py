@@ -30,7 +30,27 @@ class Projection(nn.Sequential):
         return out
 
 
-class BasicBlock(nn.Module):
+class Block(nn.Module):
+    """A residual block: its input, projected where the shape changes, is added before the last activation."""
+
+    expansion: int
+    residual = "shortcut"
+    """Name of the projection in state dicts."""
+
+    def add_residual(self, channels_in: int, channels: int, stride: int, parts: Parts) -> None:
+        """Make the projection of the input, or nothing, and the activation."""
+        same = stride == 1 and channels_in == channels
+        projection = nn.Sequential() if same else Projection(channels_in, channels, stride, parts.norm(channels))
+        self.add_module(self.residual, projection)
+        self.activate = parts.activation()
+
+    def ended(self, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The block's output, of its last layer's and of its input."""
+        activated: torch.Tensor = self.activate(out + getattr(self, self.residual)(x))
+        return activated
+
+
+class BasicBlock(Block):
     """Two 3x3 convolutions with batch-norm, and a residual; a 1x1 projection where the shape changes."""
 
     expansion = 1
@@ -41,19 +61,14 @@ class BasicBlock(nn.Module):
         self.bn1 = parts.norm(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = parts.norm(channels)
-        self.shortcut = nn.Sequential()
-        if stride != 1 or channels_in != channels:
-            self.shortcut = Projection(channels_in, channels, stride, parts.norm(channels))
-        self.activate = parts.activation()
+        self.add_residual(channels_in, channels, stride, parts)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = self.activate(self.bn1(self.conv1(x)))
-        out = self.bn2(self.conv2(out)) + self.shortcut(x)
-        activated: torch.Tensor = self.activate(out)
-        return activated
+        return self.ended(self.bn2(self.conv2(out)), x)
 
 
-class Bottleneck(nn.Module):
+class Bottleneck(Block):
     """1x1, 3x3 (which has the stride) and 1x1 convolutions with batch-norm, and a residual as in `BasicBlock`."""
 
     expansion = 4
@@ -67,17 +82,24 @@ class Bottleneck(nn.Module):
         self.bn2 = parts.norm(channels)
         self.conv3 = nn.Conv2d(channels, wide, 1, bias=False)
         self.bn3 = parts.norm(wide)
-        self.shortcut = nn.Sequential()
-        if stride != 1 or channels_in != wide:
-            self.shortcut = Projection(channels_in, wide, stride, parts.norm(wide))
-        self.activate = parts.activation()
+        self.add_residual(channels_in, wide, stride, parts)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = self.activate(self.bn1(self.conv1(x)))
         out = self.activate(self.bn2(self.conv2(out)))
-        out = self.bn3(self.conv3(out)) + self.shortcut(x)
-        activated: torch.Tensor = self.activate(out)
-        return activated
+        return self.ended(self.bn3(self.conv3(out)), x)
+
+
+def stages_of(block: type[Block], blocks: Sequence[int], channels: Sequence[int], parts: Parts) -> list[nn.Sequential]:
+    """Stages of so many blocks each, at strides 1, 2, 2, ..., on an input of `channels[0]` channels."""
+    stages, channels_in = [], channels[0]
+    for stage, (count, wide) in enumerate(zip(blocks, channels, strict=True)):
+        layers: list[nn.Module] = []
+        for index in range(count):
+            layers.append(block(channels_in, wide, 2 if stage > 0 and index == 0 else 1, parts))
+            channels_in = wide * block.expansion
+        stages.append(nn.Sequential(*layers))
+    return stages
 
 
 class CifarResNet(nn.Module):
@@ -96,7 +118,7 @@ class CifarResNet(nn.Module):
         self,
         input_shape: tuple[int, int, int],
         classes: int,
-        block: type[BasicBlock] | type[Bottleneck],
+        block: type[Block],
         blocks: Sequence[int],
         channels: Sequence[int],
         parts: Parts,
@@ -104,15 +126,8 @@ class CifarResNet(nn.Module):
         super().__init__()
         self.conv1 = nn.Conv2d(input_shape[0], channels[0], 3, padding=1, bias=False)
         self.bn1 = parts.norm(channels[0])
-        stages, channels_in = [], channels[0]
-        for stage, (count, wide) in enumerate(zip(blocks, channels, strict=True)):
-            layers: list[nn.Module] = []
-            for index in range(count):
-                layers.append(block(channels_in, wide, 2 if stage > 0 and index == 0 else 1, parts))
-                channels_in = wide * block.expansion
-            stages.append(nn.Sequential(*layers))
-        self.stages = nn.ModuleList(stages)
-        self.classifier = nn.Linear(channels_in, classes)
+        self.stages = nn.ModuleList(stages_of(block, blocks, channels, parts))
+        self.classifier = nn.Linear(channels[-1] * block.expansion, classes)
         self.activate = parts.activation()
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
@@ -128,7 +143,7 @@ class CifarResNet(nn.Module):
 # classes: 11,173,962 of 18, 21,282,122 of 34, 23,520,842 of 50; 272,474 of 20, which has projections where He et al.
 # pad with zeros (269,722).
 SMALL, LARGE = (16, 32, 64), (64, 128, 256, 512)
-SHAPES: dict[int, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...], tuple[int, ...]]] = {
+SHAPES: dict[int, tuple[type[Block], tuple[int, ...], tuple[int, ...]]] = {
     8: (BasicBlock, (1, 1, 1), SMALL),
     18: (BasicBlock, (2, 2, 2, 2), LARGE),
     20: (BasicBlock, (3, 3, 3), SMALL),
@@ -152,3 +167,6 @@ def cifar_resnet(depth: int) -> Callable[..., nn.Module]:
         return CifarResNet(input_shape, classes, block, counts, wide, Parts(activation, norm))
 
     return build
+
+
+MODELS = {f"resnet{depth}": cifar_resnet(depth) for depth in SHAPES}

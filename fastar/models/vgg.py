@@ -122,3 +122,9 @@ def _vgg(
     *channels, hidden = scaled([*CHANNELS, HIDDEN], width, arch)
     share = dropout_share(dropout, arch)
     return Vgg(input_shape, classes, DEPTHS[depth], channels, hidden, share, parts, normalised)
+
+
+MODELS = {
+    **{f"vgg{depth}": plain(depth) for depth in DEPTHS},
+    **{f"vgg{depth}_bn": normalised(depth) for depth in DEPTHS},
+}

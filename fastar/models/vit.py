@@ -111,3 +111,6 @@ class VisionTransformer(nn.Module):
         out = self.dropout(torch.cat((first, tokens), dim=1) + self.positions)
         logits: torch.Tensor = self.classifier(self.norm(self.encoders(out))[:, 0])
         return logits
+
+
+MODELS = {"vit": VisionTransformer}

@@ -104,3 +104,6 @@ def wide_resnet(depth: int) -> Callable[..., nn.Module]:
         return WideResNet(input_shape, classes, (depth - 4) // 6, channels, share, Parts(activation, norm))
 
     return build
+
+
+MODELS = {f"wrn{depth}": wide_resnet(depth) for depth in (16, 22, 28, 34, 40)}
