@@ -1,13 +1,12 @@
 """Attempts at a run, forked by a process of its own, so that none has to import and compile everything again.
 
-Not by the tests' own process: with a CUDA build of torch, autograd keeps a thread per GPU, and once it has them (a GPU
-is there, or tensors were faked) no fork can compute gradients. This one (`python attempts.py DATA`) computes none.
+Not by the tests' own process: with a CUDA build of torch, autograd keeps a thread per GPU, and once it has them no fork
+can compute gradients. This one (`python attempts.py DATA`) computes none.
 """
 
 from __future__ import annotations
 
 import json
-import multiprocessing
 import os
 import select
 import signal
@@ -18,13 +17,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-import torch
 from run_cases import small
-from torch._subclasses.fake_tensor import FakeTensorMode
 
-from fastar.experiments import preflight as beforehand
 from fastar.experiments import train_star
-from fastar.experiments.plan import Plan, check_fits
 from fastar.experiments.star_domain import prepare_session
 from fastar.training import RegularStep, StarStep
 
@@ -84,19 +79,10 @@ def say(line: str) -> None:
     os.write(1, f"{line}\n".encode())  # in one piece, whichever process writes
 
 
-def planned(data: Path) -> Plan:
-    return check_fits(prepare_session(small(data), data / "never"))
-
-
 def serve(data: Path) -> None:
     """Fork an attempt for every request on standard input. What takes time and computes no gradient is done before."""
     context = prepare_session(small(data), data / "never")
     _ = context.data.train, context.data.test, context.network.symmetry
-    with multiprocessing.get_context("fork").Pool(1) as other:  # planning computes gradients, of tensors without data
-        plan = other.apply(planned, [data])
-    beforehand.check_fits = lambda context: plan
-    with FakeTensorMode():
-        torch.zeros(3, 4) @ torch.zeros(4, 2)
     for line in sys.stdin:
         request = json.loads(line)
         pid = os.fork()

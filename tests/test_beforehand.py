@@ -1,11 +1,11 @@
-"""What is said against a run before its data are written, and that a GPU is not touched before that."""
+"""Checks made before the data of a run are written."""
 
 from __future__ import annotations
 
-import subprocess
+import re
 import tracemalloc
 from pathlib import Path
-from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,14 +15,11 @@ from PIL import Image
 
 from fastar import data
 from fastar.config import Settings, load_settings
-from fastar.errors import FastarError
-from fastar.experiments import plan, star_domain
-from fastar.experiments import preflight as beforehand
-from fastar.experiments import session as context
+from fastar.experiments.plan import preflight, sizes
+from fastar.experiments.plan.sizes import DataCounts
 from fastar.experiments.reuse import finished_results
 from fastar.experiments.session import Session, new_session
 from fastar.runs import RunFolder
-from fastar.runtime.progress import SilentProgress
 
 FITS = "this run does not fit: disk: "
 
@@ -69,14 +66,13 @@ def test_what_was_taken_for_granted_is_checked_again_by_the_files(
 ) -> None:
     """ImageNet's published 1,000 classes are not those of a network for three."""
     seen = []
-    look = plan.check_fits
+    look = preflight.check_run
 
-    def looking(one: Session) -> Any:
-        found = look(one)
-        seen.append((beforehand.is_written(one), plan.data_facts(one).classes))
-        return found
+    def looking(one: Session, counts: DataCounts) -> None:
+        look(one, counts)
+        seen.append((counts.written, counts.classes))
 
-    monkeypatch.setattr(beforehand, "check_fits", looking)
+    monkeypatch.setattr(preflight, "check_run", looking)
     if not listed:
         monkeypatch.setattr(data, "count_images", lambda root, val_share: None)
     done = fastar("train-sources", *images(tmp_path, "imagenet"))
@@ -84,6 +80,30 @@ def test_what_was_taken_for_granted_is_checked_again_by_the_files(
     assert seen == [(False, 3 if listed else 1000), (True, 3)]
     assert fastar("train-sources", *images(tmp_path, "imagenet")).code == 0
     assert seen[2:] == [(True, 3)]  # once, where there is nothing to write
+
+
+def test_rows_that_memory_cannot_hold_are_refused_before_the_data_are_written(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By arithmetic: nothing is run, and no plan is made."""
+    monkeypatch.setattr(sizes, "free_bytes", lambda device: 1000)
+    said = refused("train-star", *images(tmp_path))
+    assert re.fullmatch(
+        r"this run does not fit: host: training needs more than .* are there \(`fastar plan` says what makes it fit\)",
+        said,
+    )
+    assert not (tmp_path / "betons").exists()
+
+
+def test_the_check_takes_no_time_to_speak_of(tmp_path: Path) -> None:
+    """No network is run, nothing is derived or faked: one is built, for its sizes."""
+    settings = settings_of(tmp_path, "digits")
+    counts = sizes.data_counts(settings)
+    assert counts is not None
+    one = new_session(settings, RunFolder(tmp_path / "run"))
+    with mock.patch.object(torch.nn.Module, "__call__", side_effect=AssertionError("a network was run")):
+        preflight.check_run(one, counts)
+    assert "symmetry" not in one.__dict__
 
 
 def test_asking_for_very_many_sources_lists_none_of_them(tmp_path: Path) -> None:
@@ -98,10 +118,9 @@ def test_asking_for_very_many_sources_lists_none_of_them(tmp_path: Path) -> None
         tracemalloc.stop()
 
 
-def test_a_plan_counts_images_that_are_not_written(root: Path, tmp_path: Path) -> None:
-    settings = settings_of(tmp_path, "imagefolder")
-    facts = plan.data_facts(new_session(settings, RunFolder(tmp_path / "run")))
-    assert (facts.train, facts.test, facts.classes, facts.written) == (12, 6, 3, False)
+def test_images_that_are_not_written_are_counted(root: Path, tmp_path: Path) -> None:
+    counts = sizes.data_counts(settings_of(tmp_path, "imagefolder"))
+    assert counts == DataCounts(12, 0, 6, 3, None, False)
 
 
 def settings_of(tmp_path: Path, name: str) -> Settings:
@@ -112,66 +131,6 @@ def settings_of(tmp_path: Path, name: str) -> Settings:
     else:
         overrides = [word for word in overrides if not word.startswith(("dataset.resolution", "model."))]
     return load_settings(dataset=name, arch="mlp", overrides=overrides)
-
-
-class Log(SilentProgress):
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def line(self, text: str) -> None:
-        self.lines.append(text)
-
-
-@pytest.mark.parametrize("name", ["imagefolder", "digits"])
-def test_a_gpu_is_touched_by_another_process_until_the_data_are_written(
-    name: str, root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """With a device that is called a GPU: what would touch it is written down instead."""
-    events: list[object] = []
-    monkeypatch.setattr(context, "resolve_device", lambda device: torch.device("cuda", 0))
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
-    settings = settings_of(tmp_path, name)
-    monkeypatch.setattr(beforehand, "use_device", lambda one: events.append(("used", beforehand.is_written(one))))
-    monkeypatch.setattr(
-        beforehand, "_check_elsewhere", lambda one: events.append(("asked", beforehand.is_written(one)))
-    )
-    monkeypatch.setattr(beforehand, "check_fits", lambda one: events.append("fits"))
-    one = star_domain.prepare_session(settings, tmp_path / "run")
-    assert events == []
-    beforehand.prepare_data(one)
-    asked = [("asked", False)] if name == "imagefolder" else []  # the others are written in less time than that takes
-    assert events == [*asked, ("used", True), "fits"]
-    events.clear()
-    beforehand.prepare_data(star_domain.prepare_session(settings, tmp_path / "run"))
-    assert events == [("used", True), ("used", True), "fits"]
-
-
-def test_another_process_says_the_same(root: Path, tmp_path: Path) -> None:
-    heard = Log()
-    settings = settings_of(tmp_path, "imagefolder")
-    many = settings.model_copy(update={"sources": settings.sources.model_copy(update={"number": 10**9})})
-    one = new_session(many, RunFolder(tmp_path / "run"), heard)
-    with pytest.raises(FastarError) as here:
-        beforehand._check(one)
-    with pytest.raises(FastarError) as there:
-        beforehand._check_elsewhere(one)
-    assert str(there.value).startswith(FITS)
-    # But for what is free, which changes all the time.
-    assert str(there.value).split(" are needed")[0] == str(here.value).split(" are needed")[0]
-    assert heard.lines == []
-
-
-@pytest.mark.parametrize(("code", "said"), [(0, ""), (1, "Traceback\nKeyError: 'x'\n"), (-9, "")])
-def test_a_process_that_fails_does_not_stop_the_run_but_is_told(
-    code: int, said: str, tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    heard = Log()
-    monkeypatch.setattr(
-        subprocess, "run", lambda command, **more: subprocess.CompletedProcess(command, code, stdout="", stderr=said)
-    )
-    beforehand._check_elsewhere(new_session(settings_of(tmp_path, "imagefolder"), RunFolder(tmp_path / "run"), heard))
-    why = {0: None, 1: "(KeyError: 'x')", -9: "(exit code -9)"}[code]
-    assert [line.endswith(str(why)) for line in heard.lines] == ([] if why is None else [True])
 
 
 def test_an_archive_that_is_not_read_does_not_matter(root: Path, tmp_path: Path) -> None:
@@ -185,7 +144,6 @@ def test_an_archive_that_is_not_read_does_not_matter(root: Path, tmp_path: Path)
 def test_images_that_only_an_archive_counts_are_written_first(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data, "is_packed", lambda root, val_share: True)
     monkeypatch.setattr(data, "count_images", lambda root, val_share: None)
     outcome = fastar("train-star", *images(tmp_path))
     assert outcome.code == 0, outcome
@@ -210,19 +168,6 @@ def test_a_batch_beyond_the_images_is_refused_before_they_are_written(
     assert refused(command, *digits, "train.batch_size=401", "dataset.limit=400") == TOO_LARGE.format(401, 400)
     assert not (tmp_path / "betons").exists()
     assert not (tmp_path / "run").exists()
-
-
-def test_of_sets_of_one_size_a_batch_is_checked_without_touching_the_gpu(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(context, "resolve_device", lambda device: torch.device("cuda", 0))
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: False)
-    monkeypatch.setattr(beforehand, "use_device", lambda one: pytest.fail("the GPU was touched"))
-    settings = settings_of(tmp_path, "digits")
-    large = settings.model_copy(update={"train": settings.train.model_copy(update={"batch_size": 2000})})
-    with pytest.raises(FastarError, match="^" + TOO_LARGE.format(2000, 1437)):
-        beforehand.prepare_data(new_session(large, RunFolder(tmp_path / "run")))
-    assert not (tmp_path / "betons").exists()
 
 
 def test_a_batch_beyond_the_images_may_be_short(root: Path, tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from cli_cases import contents, fastar, refused, tiny
 from PIL import Image
 
 from fastar.config import load_settings
-from fastar.experiments.facts import data_facts
 from fastar.experiments.plan import plan_run
+from fastar.experiments.plan.sizes import data_counts, held_bytes
 from fastar.experiments.session import Session, new_session
 from fastar.experiments.statistics_batches import statistics_batches
 from fastar.runs import RunFolder, read_metadata
@@ -170,8 +170,9 @@ def test_a_plan_counts_what_is_kept(run: Path, data: Path) -> None:
         plan_run(settings(data, "train.epochs=1", *more), data / "none", rate=1000, loader=1000)
         for more in ([], ["dataset.validation=0.2"])
     )
-    facts = data_facts(session_of(data, "dataset.validation=0.2"))
-    assert (facts.train, facts.validation, facts.test) == (1437 - KEPT, KEPT, 360)
+    counts = data_counts(settings(data, "dataset.validation=0.2"))
+    assert counts is not None
+    assert (counts.train, counts.validation, counts.test) == (1437 - KEPT, KEPT, 360)
     epochs = [plan.work[0].seconds for plan in (whole, split)]
     assert epochs == pytest.approx([1.437, 1.437 - KEPT / 1000])
     assert whole.work[2].seconds == pytest.approx(split.work[2].seconds)  # all images are measured
@@ -190,7 +191,9 @@ def test_planned_data_are_those_that_are_held(run: Path, data: Path) -> None:
         sets = {
             id(d): d for d in (one.data.train, one.data.test, one.data.measured_train, one.data.measured_validation)
         }.values()
-        assert data_facts(one).resident == sum(len(d) * (64 * 5 + 16) for d in sets)
+        counts = data_counts(one.settings)
+        assert counts is not None
+        assert held_bytes(one.settings, counts) == sum(len(d) * (64 * 5 + 16) for d in sets)
 
 
 # What does not go together

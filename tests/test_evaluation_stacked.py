@@ -10,7 +10,7 @@ from torch import nn
 from fastar.evaluation import evaluate_rows, losses, stacked
 from fastar.flat import FlatLayout
 from fastar.models import build_model
-from fastar.runtime.footprint import LiveBytes
+from fastar.runtime.live_bytes import LiveBytes
 
 CPU = torch.device("cpu")
 

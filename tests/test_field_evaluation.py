@@ -16,8 +16,8 @@ from torch.nn import functional as F
 import fastar
 from fastar.config import load_settings
 from fastar.errors import FastarError
-from fastar.experiments import plan
 from fastar.experiments.measure import check_endpoint
+from fastar.experiments.plan.preflight import check_batches
 from fastar.experiments.session import Session, new_session
 from fastar.experiments.statistics_batches import statistics_size
 from fastar.runs import RunFolder
@@ -265,10 +265,10 @@ def test_a_last_batch_of_one_image_is_said_before_training(tmp_path: Path) -> No
     )
     assert not list(tmp_path.iterdir())
     with pytest.raises(FastarError, match=r"train.batch_size=1: batch-norm layer stages.3.0.bn1 takes no variance"):
-        plan._check_last_batch(of_digits(tmp_path, "train.batch_size=1"), 101)
+        check_batches(of_digits(tmp_path, "train.batch_size=1"), 101)
     alone = ("train.batch_size=50", "train.drop_last=false")
     for overrides in (alone[:1], (*alone, "train.batch_size=51"), (*alone, "resnet8")):
-        plan._check_last_batch(of_digits(tmp_path, *overrides), 101)
+        check_batches(of_digits(tmp_path, *overrides), 101)
 
 
 @pytest.mark.parametrize(("arch", "size"), [("resnet18", 5), ("resnet8", 2)])

@@ -16,7 +16,7 @@ from evaluation_cases import Batches, data, resnet, row
 from torch import Tensor
 
 from fastar.evaluation import Endpoint, Path, evaluate_paths
-from fastar.evaluation.forward import statistics_bytes
+from fastar.evaluation.batch_norm import statistics_bytes
 from fastar.flat import FlatLayout
 from fastar.runtime import memory
 
@@ -61,17 +61,17 @@ def test_resident_models(machine: File) -> None:
     limit(machine, "8000", 0)
     assert memory.resident_models(400, CPU, 50) == 10  # half of 8,000 bytes
     assert memory.resident_models(400, CPU, 7) == 7
-    assert memory.resident_models(400, CPU, 50, beside=6000) == 10  # on a host always half
+    assert memory.resident_models(400, CPU, 50, extra=6000) == 10  # on a host always half
     assert memory.resident_models(40_000, CPU, 7) == 1
 
 
 def test_a_gpu_holds_as_many_models_as_what_else_is_needed_leaves() -> None:
     models, gigabyte = functools.partial(memory.models_that_fit, 50 << 20, wanted=500), 1 << 30
-    assert models(free=32 * gigabyte, beside=8 * gigabyte, gpu=True) == (32 - 4 - 8) * 1024 // 50
-    assert models(free=80 * gigabyte, beside=8 * gigabyte, gpu=True) == 500
+    assert models(free=32 * gigabyte, extra=8 * gigabyte, gpu=True) == (32 - 4 - 8) * 1024 // 50
+    assert models(free=80 * gigabyte, extra=8 * gigabyte, gpu=True) == 500
     assert models(free=32 * gigabyte, gpu=True) == 16 * 1024 // 50  # nothing is known: half
-    assert models(free=80 * gigabyte, beside=8 * gigabyte, gpu=False) == memory.LIMIT // (50 << 20)
-    assert models(free=8 * gigabyte, beside=9 * gigabyte, gpu=True) == 1
+    assert models(free=80 * gigabyte, extra=8 * gigabyte, gpu=False) == memory.LIMIT // (50 << 20)
+    assert models(free=8 * gigabyte, extra=9 * gigabyte, gpu=True) == 1
 
 
 @pytest.mark.parametrize(("fit", "passes"), [(100, 2), (31, 2), (30, 4), (8, 8)])

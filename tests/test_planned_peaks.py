@@ -22,7 +22,7 @@ from session_cases import with_data
 from fastar.config import TrainSettings, load_settings
 from fastar.data import DATASETS, Augmentation, DeviceDataset
 from fastar.experiments import measure, regular, star
-from fastar.experiments.plan import Plan, make_plan
+from fastar.experiments.plan import plan_run
 from fastar.experiments.session import Session, new_session
 from fastar.matching import match_weights
 from fastar.matching.weight import match_weights as weights
@@ -92,20 +92,15 @@ def whole_run(context: Session, patch: pytest.MonkeyPatch) -> dict[str, int]:
     return peaks.found
 
 
-def counted(plan: Plan, phase: str) -> int:
-    """What is planned but for what libraries take, which a simulated GPU has none of."""
-    libraries = sum(i.bytes for i in plan.items if i.what.startswith("cuBLAS") and i.phase == phase)
-    return plan.during("gpu", phase) - libraries
-
-
 def check(context: Session, patch: pytest.MonkeyPatch) -> None:
-    plan = make_plan(new_session(context.settings, context.run), measure=None)
+    plan = plan_run(context.settings, context.run.path, timed=False)
     found = whole_run(context, patch)
-    print({phase: (found[phase], counted(plan, phase)) for phase in ("training", "matching", "evaluation")})
+    planned = {phase: plan.during("gpu", phase) for phase in ("training", "matching", "evaluation")}
+    print({phase: (found[phase], planned[phase]) for phase in planned})
     for phase in ("training", "evaluation"):
-        assert counted(plan, phase) == pytest.approx(found[phase], rel=0.1), phase
+        assert planned[phase] == pytest.approx(found[phase], rel=0.15), phase
     # Two chunks of sources are matched side by side: rarely both are at their fullest, as is planned.
-    assert found["matching"] <= 1.02 * counted(plan, "matching") <= 1.6 * found["matching"]
+    assert found["matching"] <= 1.02 * planned["matching"] <= 1.6 * found["matching"]
 
 
 @pytest.fixture(autouse=True)
@@ -155,10 +150,8 @@ def of_held_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arch: str, *
     ("arch", "overrides"),
     [
         ("resnet8", ("train.precision=fp32", "sources.store=device")),
-        ("resnet8", ("train.precision=bf16", "sources.store=host", "train.optimizer=adam", "train.lr=0.001")),
-        ("resnet18", ("train.precision=bf16", "sources.store=file", "model.width=0.125")),
+        ("resnet18", ("train.precision=bf16", "sources.store=file", "model.width=0.125", "train.optimizer=adam")),
         ("mlp", ("train.precision=fp32", "model.width=256", "train.batch_size=16", "evaluation.points=11")),
-        ("resnet8", ("train.precision=fp32", "sources.store=device", "matching.method=activation")),
         ("resnet18", ("train.precision=bf16", "sources.store=host", "model.width=0.125", "matching.method=activation")),
     ],
     ids=lambda value: value if isinstance(value, str) else "-".join(one.partition("=")[2] for one in value),

@@ -13,7 +13,7 @@ from training_cases import CPU, PlainConvNet, batches, clipped, network, store
 from fastar.config import StarSettings, TrainSettings, load_settings
 from fastar.errors import FastarError
 from fastar.flat import FlatLayout
-from fastar.runtime.footprint import LiveBytes
+from fastar.runtime.live_bytes import LiveBytes
 from fastar.training import RegularStep, StarStep
 from fastar.training.amp import LossScale, shortening
 from fastar.training.optimizer import OPTIMIZERS, Adam, rows_of_an_update

@@ -49,10 +49,8 @@ from bench.fake_images import link_images
 from fastar.config import Settings, StarSettings, load_settings, parse_bytes
 from fastar.data import StreamingDataset, prepare
 from fastar.errors import FastarError
-from fastar.experiments.plan import make_plan
-from fastar.experiments.session import new_session
+from fastar.experiments.plan import plan_run
 from fastar.flat import FlatLayout
-from fastar.runs import RunFolder
 from fastar.runtime.memory import cap_gpu
 from fastar.symmetry import derive_symmetry
 from fastar.training import RegularStep, SourcesStore, StarStep, fit, match_store
@@ -121,7 +119,7 @@ def memory(problem: Problem, count: int, cap: str) -> str:
         ],
     )
     with tempfile.TemporaryDirectory() as folder:
-        plan = make_plan(new_session(settings, RunFolder(Path(folder) / "run")), measure=None)
+        plan = plan_run(settings, Path(folder) / "run", timed=False)
     planned = {phase: plan.during("gpu", phase) for phase in ("training", "matching")}
     found: dict[str, Any] = {"bench": "imagenet", "case": "memory", **problem.facts(), "sources": count, "cap": cap}
     if device.type == "cuda":

@@ -4,17 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 
 import torch
 from torch import Tensor, nn
 
-from fastar.evaluation.batch_norm import Statistics
-from fastar.evaluation.forward import ENDS, Shown, beside_models, forward_bytes, statistics_bytes
+from fastar.evaluation.batch_norm import Statistics, statistics_bytes
 from fastar.evaluation.losses import Batches, evaluate_rows
 from fastar.flat import FlatLayout, check_kernels
 from fastar.kernels import interpolate
+from fastar.runtime.live_bytes import LiveBytes
 from fastar.runtime.memory import resident_models
 from fastar.runtime.progress import SILENT, Progress
+
+# Rows of the ends of paths that are kept on the device, since the next path may end in them too.
+ENDS = 4
+# Batches of each pass that are evaluated to see what they take: the second one is made while the first is there.
+MEASURED_BATCHES = 2
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,7 +110,6 @@ def evaluate_paths(
     statistics_batches: Batches | None = None,
     method: str = "population",
     resident: int | None = None,
-    shown: Shown | None = None,
     graph: bool = False,
     progress: Progress = SILENT,
 ) -> list[PathLosses]:
@@ -121,8 +126,8 @@ def evaluate_paths(
         points: number of t, at least 2.
         statistics_batches: data for batch-norm statistics.
         method: "population", or "reference": moving average at inner points, `Endpoint.statistics` at the ends.
-        resident: models held at once; None: as many as free memory holds (`resident_models`).
-        shown: the batches, for which a GPU's memory is left then; None: half is left.
+        resident: models held at once; None: as many as free memory holds (`resident_models`), on a GPU beside what
+            some batches are seen to take.
         graph: replay the work of each batch as a CUDA graph.
 
     Raises:
@@ -152,7 +157,9 @@ def evaluate_paths(
     device = next(model.parameters()).device
     check_kernels(device)
     row_of = _Rows(device)
-    chunk = resident or _models_at_once(model, layout, len(todo), shown, device)
+    chunk = resident or _models_at_once(
+        model, layout, todo[0][1][0], row_of, len(todo), splits, statistics_batches, method
+    )
     measured: dict[tuple[int, int, float], dict[str, tuple[float, float]]] = {}
     rows = torch.empty(min(chunk, len(todo)), layout.numel, device=device, dtype=torch.float32)
     with progress.task("evaluating", total=len(todo), unit="models") as advance:
@@ -191,13 +198,36 @@ def evaluate_paths(
 
 
 def _models_at_once(
-    model: nn.Module, layout: FlatLayout, wanted: int, shown: Shown | None, device: torch.device
+    model: nn.Module,
+    layout: FlatLayout,
+    path: Path,
+    row_of: _Rows,
+    wanted: int,
+    splits: Mapping[str, Batches],
+    statistics_batches: Batches | None,
+    method: str,
 ) -> int:
-    """How many models to hold at once, as `fastar plan` says it."""
-    row, beside = 4 * layout.numel, None
-    if shown is not None and device.type == "cuda":  # counting takes seconds, which a CPU has other use for
-        beside = beside_models(forward_bytes(model, shown.image, shown.batch), row, wanted, shown, device)
-    return resident_models(row + statistics_bytes(model), device, wanted, beside)
+    """How many of `wanted` models to hold at once; on a GPU what is left for batches and activations is measured, on
+    the first batches of every pass with the first end of `path`."""
+    device, extra = next(model.parameters()).device, None
+
+    def some(batches: Batches) -> Batches:
+        return lambda: islice(batches(), MEASURED_BATCHES)
+
+    if device.type == "cuda" and wanted > 1:
+        with LiveBytes() as live:
+            evaluate_rows(
+                model,
+                layout,
+                row_of(path.first)[None],
+                {split: some(batches) for split, batches in splits.items()},
+                statistics=[_own_statistics(path, 0.0, method)],
+                statistics_batches=None if statistics_batches is None else some(statistics_batches),
+                method=method,
+                called=[path.first.name],
+            )
+        extra = live.peak + ENDS * 4 * layout.numel
+    return resident_models(4 * layout.numel + statistics_bytes(model), device, wanted, extra)
 
 
 def _name(path: Path, t: float) -> str:

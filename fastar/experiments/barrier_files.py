@@ -11,9 +11,8 @@ from fastar.config import as_override, dataset_spec, load_settings
 from fastar.errors import FastarError
 from fastar.evaluation import Path as Segment
 from fastar.evaluation import evaluate_paths
-from fastar.experiments.facts import shown
 from fastar.experiments.measure import check_endpoint, endpoint, matched_endpoints, path_result, statistics_error
-from fastar.experiments.preflight import check_network
+from fastar.experiments.plan.preflight import check_network
 from fastar.experiments.regular import check_fits, device_name, tell
 from fastar.experiments.session import Session, measuring, new_session, threads
 from fastar.experiments.statistics_batches import statistics_batches
@@ -113,7 +112,6 @@ def barriers_of_files(
             points=session.settings.evaluation.points,
             statistics_batches=partial(statistics_batches, session),
             method=session.settings.evaluation.batch_norm,
-            shown=shown(session),
             graph=session.settings.evaluation.graph,
             progress=progress,
         )

@@ -16,7 +16,6 @@ from torch import Tensor
 from fastar.evaluation import Endpoint, Path, PathLosses, evaluate_paths, evaluate_rows
 from fastar.evaluation.batch_norm import batch_norm_layers
 from fastar.evaluation.ends import check_end
-from fastar.experiments.facts import shown
 from fastar.experiments.regular import device_name
 from fastar.experiments.session import Session
 from fastar.experiments.statistics_batches import examples, statistics_batches, whole_statistics
@@ -201,7 +200,6 @@ def measure(
         points=settings.evaluation.points,
         statistics_batches=partial(statistics_batches, session),
         method=settings.evaluation.batch_norm,
-        shown=shown(session),
         graph=settings.evaluation.graph,
         progress=session.progress,
     )

@@ -82,8 +82,3 @@ def measuring(what: str) -> AbstractContextManager[None]:
     return within_memory(
         f"measuring {what}", "lower evaluation.batch_size, or train.batch_size, in which statistics are taken"
     )
-
-
-def with_shape(session: Session, shape: Shape) -> Session:
-    """The session for data of this shape, whose files need not be there."""
-    return replace(new_session(session.settings, session.run, session.progress, shape=shape), metrics=session.metrics)

@@ -8,8 +8,7 @@ from typing import Any
 from fastar.config import Settings
 from fastar.errors import FastarError
 from fastar.experiments.measure import measure, speed
-from fastar.experiments.plan import Plan
-from fastar.experiments.preflight import check_network, prepare_data, use_device_early
+from fastar.experiments.plan import check_network, prepare_data, use_device
 from fastar.experiments.regular import device_name, given_sources, regular_models
 from fastar.experiments.reuse import measured_digest
 from fastar.experiments.session import Session, measuring, new_session, opened, threads
@@ -29,7 +28,7 @@ def prepare_session(settings: Settings, out: Path, progress: Progress = SILENT) 
     if settings.logging.wandb:
         import_wandb(settings.logging.wandb)
     session = new_session(settings, RunFolder(out), progress)
-    use_device_early(session)
+    use_device(session)
     check_network(session)
     return session
 
@@ -46,15 +45,14 @@ def train_sources(settings: Settings, out: Path, progress: Progress = SILENT) ->
     run, numbers = RunFolder(out), {"source": settings.sources.number, "heldout": settings.sources.heldout}
     run.check(settings)
     session = prepare_session(settings, out, progress)
-    planned = planned_bytes(session, prepare_data(session))
+    prepare_data(session)
     with opened(session) as session, threads(session):
         for kind, number in numbers.items():
             regular_models(session, kind, number)
     found = speed(run.log.read())["regular"]
     if found is not None:
         progress.line(f"training: {found['images_per_second']:,.0f} images/s, {found['limited']}")
-    peak = f"{size_text(peak_bytes(session.device))} ({device_name(session.device)})"
-    progress.line(f"peak memory: {peak}, {size_text(planned)} planned for the whole run")
+    progress.line(f"peak memory: {size_text(peak_bytes(session.device))} ({device_name(session.device)})")
     return [run.model(kind, index) for kind, number in numbers.items() for index in range(number)]
 
 
@@ -71,7 +69,7 @@ def do_run(settings: Settings, out: Path, progress: Progress = SILENT, *, profil
         FastarError: bad input; what was finished stays and the same command goes on from there.
     """
     session = prepare_session(settings, out, progress)
-    planned = planned_bytes(session, prepare_data(session))
+    prepare_data(session)
     with opened(session) as session, threads(session):
         looking = None if profile is None else steps_profile(session, profile)
         folder, number = settings.sources.folder, settings.sources.number
@@ -84,11 +82,6 @@ def do_run(settings: Settings, out: Path, progress: Progress = SILENT, *, profil
         with measuring("barriers"):
             found = measure(session, star, sources, heldouts, permutations)
         measured = measured_digest(settings, session.run, str(session.data.files.digest))
-        results = {**found, "measured": measured, "planned_bytes": planned}
+        results = {**found, "measured": measured}
         session.run.write_results(results)
     return results
-
-
-def planned_bytes(session: Session, plan: Plan) -> int:
-    """The planned peak of the run's device, as it is measured: on a host with what this process has taken already."""
-    return plan.peak("gpu") if "gpu" in plan.limits else plan.peak("host") + peak_bytes(session.device)

@@ -100,8 +100,7 @@ def speed_lines(results: Mapping[str, Any]) -> list[str]:
             limit = f", {found['limited']}" if "limited" in found else ""
             lines.append(f"{kind + ' training:':<18}{found['images_per_second']:,.0f} images/s{limit} ({said})")
     if lines:
-        planned = f", {size_text(results['planned_bytes'])} planned" if "planned_bytes" in results else ""
-        lines.append(f"{'peak memory:':<18}{size_text(results['peak_bytes'])} ({results['device']}){planned}")
+        lines.append(f"{'peak memory:':<18}{size_text(results['peak_bytes'])} ({results['device']})")
     return lines
 
 
@@ -124,13 +123,13 @@ def plan_table(plan: Mapping[str, Any]) -> Table:
     for phase in phases:
         table.add_column(phase, justify="right")
     for place, limit in plan["limits"].items():
-        items: dict[str, dict[str | None, int]] = {}
+        items: dict[str, dict[str | None, str]] = {}
         for item in plan["items"]:
             if item["place"] == place and item["bytes"]:
-                items.setdefault(item["what"], {})[item["phase"]] = item["bytes"]
+                about = "" if item["exact"] else "~ "
+                items.setdefault(item["what"], {})[item["phase"]] = about + size_text(item["bytes"])
         for what, sizes in items.items():
-            found = [sizes.get(phase, sizes.get(None)) for phase in phases]
-            table.add_row(f"{place}: {what}", *("" if size is None else size_text(size) for size in found))
+            table.add_row(f"{place}: {what}", *(sizes.get(phase, sizes.get(None, "")) for phase in phases))
         totals = [size_text(size) for size in plan["needed"][place].values()]
         table.add_row(Text(f"{place}, of {size_text(limit)}", style="bold"), *totals, end_section=True)
     return table

@@ -68,25 +68,25 @@ def peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def resident_models(each: int, device: torch.device, wanted: int, beside: int | None = None) -> int:
+def resident_models(each: int, device: torch.device, wanted: int, extra: int | None = None) -> int:
     """The number of models to hold at once on `device`: `models_that_fit` in what is free there."""
-    return models_that_fit(each, free_bytes(device), wanted, beside, gpu=device.type == "cuda")
+    return models_that_fit(each, free_bytes(device), wanted, extra, gpu=device.type == "cuda")
 
 
-def models_that_fit(each: int, free: int, wanted: int, beside: int | None = None, *, gpu: bool) -> int:
-    """The number of `wanted` models of `each` bytes to hold at once where `free` bytes are free, `beside` of which are
+def models_that_fit(each: int, free: int, wanted: int, extra: int | None = None, *, gpu: bool) -> int:
+    """The number of `wanted` models of `each` bytes to hold at once where `free` bytes are free, `extra` of which are
     needed for something else (None: not known; half is left for it); at least 1.
 
     The more models share a batch, the fewer times the data are read: on a GPU as many as fit, but for what its
     libraries take. On a host they take at most half and 4 GiB: its memory also holds the data's file, and others' work.
     """
     if not gpu:
-        room = min(free // 2, LIMIT)
-    elif beside is None:
-        room = free // 2
+        space = min(free // 2, LIMIT)
+    elif extra is None:
+        space = free // 2
     else:
-        room = free - free // FOR_LIBRARIES - beside
-    return max(1, min(wanted, room // each))
+        space = free - free // FOR_LIBRARIES - extra
+    return max(1, min(wanted, space // each))
 
 
 def _available_on_host() -> int:

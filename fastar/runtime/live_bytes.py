@@ -1,8 +1,4 @@
-"""What work on tensors takes beside the weights: counted tensor by tensor, without the work.
-
-Bytes do not depend on the device: the tensors are the same. What a GPU's libraries take for themselves (workspaces) is
-not counted.
-"""
+"""Bytes of tensors that are alive at once, counted operation by operation on real tensors or on ones without memory."""
 
 from __future__ import annotations
 
@@ -21,31 +17,11 @@ FEW = 16
 Network = Callable[[Tensor], Tensor]
 
 
-@dataclass(frozen=True)
-class Footprint:
-    """Bytes at the fullest moment with so many images at once, counted at two numbers of images.
-
-    The fullest moment is another one for few images than for many, so that bytes are the largest of some straight
-    lines: between the counts they are at most what is said.
-    """
-
-    counted: tuple[tuple[int, int], tuple[int, int]]
-    """(images, bytes), (more images, bytes)."""
-
-    @property
-    def per_image(self) -> float:
-        """Bytes that another image adds."""
-        (few, low), (more, high) = self.counted
-        return (high - low) / (more - few)
-
-    def of(self, images: int) -> int:
-        """Bytes with so many images at once."""
-        few, low = self.counted[0]
-        return max(0, round(low + self.per_image * (images - few)))
-
-
 class LiveBytes(TorchDispatchMode):
-    """While it is entered, counts the bytes of storages that operations make and that are still alive."""
+    """While it is entered, counts the bytes of storages that this thread's operations make and that are still alive.
+
+    `now` and `peak` do not depend on the device; workspaces of a GPU's libraries are not counted.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,22 +58,42 @@ def _storages(value: Any) -> Iterator[torch.UntypedStorage]:
         yield from _storages(list(value.values()))
 
 
-def count_bytes(
+@dataclass(frozen=True)
+class PeakLine:
+    """Peak bytes as a straight line through two (images, bytes).
+
+    Peak memory is a convex, piecewise-linear function of the batch size: between the two it is never underestimated.
+    """
+
+    few: tuple[int, int]
+    many: tuple[int, int]
+
+    @property
+    def per_image(self) -> float:
+        """Bytes that another image adds."""
+        return (self.many[1] - self.few[1]) / (self.many[0] - self.few[0])
+
+    def at(self, images: int) -> int:
+        """Bytes with so many images at once."""
+        return max(0, round(self.few[1] + self.per_image * (images - self.few[0])))
+
+
+def peak_line(
     model: nn.Module,
     run: Callable[[Network, Tensor, Tensor], None],
     shape: Sequence[int],
     images: int,
     dtype: torch.dtype = torch.float32,
-) -> Footprint:
-    """Of `run(network, images, labels)` on up to `images` images of `shape` (C, H, W), channels-last.
+) -> PeakLine:
+    """Peak bytes of `run(network, images, labels)` on up to `images` images of `shape` (C, H, W), channels-last.
 
-    `network` is `model` in its present mode, with parameters and buffers of no memory: matrices in `dtype`, as
-    `flat.WorkingWeights` holds them, all else as it is. `model` is not touched, wherever it is.
+    `network` is `model` in its present mode, on tensors that have sizes and no memory, so that any batch takes the same
+    time: matrices in `dtype`, as `flat.WorkingWeights` holds them, all else as it is. `model` is not touched.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode  # takes seconds to import
 
     found = []
-    with FakeTensorMode(allow_non_fake_inputs=True):  # tensors of every size, and no work
+    with FakeTensorMode(allow_non_fake_inputs=True):
         tensors: dict[str, Tensor] = {
             name: _without_data(p.detach(), dtype if p.ndim > 1 else p.dtype).requires_grad_(p.requires_grad)
             for name, p in model.named_parameters()
@@ -110,17 +106,15 @@ def count_bytes(
 
         for count in (FEW, max(images, 2 * FEW)):
             pixels = torch.zeros(count, *shape, dtype=torch.float32, device="cpu")
-            if len(shape) == 3:
-                pixels = pixels.to(memory_format=torch.channels_last)
+            pixels = pixels.to(memory_format=torch.channels_last)
             labels = torch.zeros(count, dtype=torch.int64, device="cpu")
             for tensor in tensors.values():
                 tensor.grad = None
             with LiveBytes() as live:
                 run(network, pixels, labels)
             found.append((count, live.peak))
-    return Footprint((found[0], found[1]))
+    return PeakLine(found[0], found[1])
 
 
 def _without_data(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    """On a CPU, whatever device it is from: nothing of the device is asked for."""
     return torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype, device="cpu")

@@ -1,0 +1,6 @@
+"""What a run takes: `fastar plan`, and the checks that a run begins with."""
+
+from fastar.experiments.plan.planning import Plan, plan_run
+from fastar.experiments.plan.preflight import check_network, prepare_data, use_device
+
+__all__ = ["Plan", "check_network", "plan_run", "prepare_data", "use_device"]

@@ -1,0 +1,128 @@
+"""Checks made before the data set is converted and models are trained, which can take hours: arithmetic alone."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+
+from fastar.config import parse_bytes
+from fastar.errors import FastarError
+from fastar.evaluation.batch_norm import layer_of_single_values
+from fastar.experiments.plan.sizes import (
+    PHASES,
+    DataCounts,
+    Exact,
+    data_counts,
+    disk_problem,
+    during,
+    limits_of,
+    training_sides,
+)
+from fastar.experiments.session import Session
+from fastar.flat import FlatLayout, check_kernels
+from fastar.models import build_model
+from fastar.runtime.memory import cap_gpu
+from fastar.runtime.progress import size_text
+from fastar.training import check_batch, resolve_precision
+
+
+def use_device(session: Session) -> None:
+    """Make sure that the run's device can do what the settings ask for.
+
+    Raises:
+        FastarError: kernels or a precision that are not to be had.
+    """
+    settings = session.settings
+    check_kernels(session.device)
+    resolve_precision(settings.train.precision, session.device)
+    if settings.gpu_memory is not None and session.device.type == "cuda":
+        cap_gpu(session.device, parse_bytes(settings.gpu_memory))
+
+
+def check_network(session: Session) -> None:
+    """Build the run's network once, on the CPU and for any number of classes, which only the files may know.
+
+    Raises:
+        FastarError: an architecture that is not known, or does not take these images or settings.
+    """
+    model = session.settings.model
+    build_model(model.arch, input_shape=session.data.image, classes=2, seed=0, **model.options)
+
+
+def prepare_data(session: Session) -> None:
+    """Write the data where they are not there yet, once `check_run` has passed; again, by the files' own counts, when
+    they are.
+
+    Raises:
+        FastarError: the run does not fit; data that cannot be had.
+    """
+    counts = data_counts(session.settings)
+    if counts is not None:
+        check_run(session, counts)
+    elif session.settings.dataset.root is not None:
+        session.progress.line("whether the run fits is checked when the data are written: archives are not counted")
+    _ = session.data.files
+    if counts is None or not counts.written:
+        written = data_counts(session.settings)
+        assert written is not None, "the files were just written"
+        check_run(session, written)
+
+
+def check_run(session: Session, counts: DataCounts) -> None:
+    """Compare rows, data set, store and files of the run, which are known exactly, with the memory and the disk.
+
+    Raises:
+        FastarError: they do not fit, or a batch that cannot be trained on.
+    """
+    settings = session.settings
+    check_batches(session, counts.train)
+    if settings.gpu_memory is not None and session.device.type == "cpu":
+        session.progress.line(f"gpu_memory={settings.gpu_memory}: this run is on the CPU, where it bounds nothing")
+    chosen = settings.model
+    model = build_model(chosen.arch, input_shape=session.data.image, classes=counts.classes, seed=0, **chosen.options)
+    row = 4 * FlatLayout.from_module(model).numel
+    dtype = resolve_precision(settings.train.precision, session.device)
+    exact = Exact(
+        settings,
+        counts,
+        row=row,
+        low=row * dtype.itemsize // 4,
+        buffers=sum(buffer.nbytes for buffer in model.buffers()),
+        activations=0,
+        limits=limits_of(session, here=True),
+    )
+    items = list(exact.items(settings.sources.store))
+    problem = disk_problem(items, exact.limits)
+    if problem is not None:
+        raise FastarError(f"this run does not fit: {problem} (see `fastar plan`)")
+    for place, phase in itertools.product(("gpu", "host"), PHASES):
+        needed = during(items, place, phase)
+        if needed > exact.limits.get(place, needed):
+            sizes = f"{phase} needs more than {size_text(needed)}, {size_text(exact.limits[place])} are there"
+            raise FastarError(f"this run does not fit: {place}: {sizes} (`fastar plan` says what makes it fit)")
+
+
+def check_batches(session: Session, images: int) -> None:
+    """Raise FastarError unless so many training images make a batch, and none of a single image where a layer takes no
+    variance of that."""
+    train, chosen = session.settings.train, session.settings.model
+    check_batch(train, images)
+    size = train.batch_size
+    if size > 1 and (train.drop_last or images % size != 1):
+        return
+    channels, height, width = session.data.image
+    side = min(training_sides(session)) if train.resolutions else None
+    shape = (channels, height, width) if side is None else (channels, side, side)
+    model = build_model(chosen.arch, input_shape=session.data.image, classes=2, seed=0, **chosen.options)
+    layer = layer_of_single_values(model, torch.zeros(2, *shape, dtype=torch.float32, device="cpu"), 2)
+    if layer is None:
+        return
+    none = f"batch-norm layer {layer} takes no variance of one image"
+    if size == 1:
+        raise FastarError(f"train.batch_size=1: {none}; raise it")
+    other = next(other for other in itertools.count(size + 1) if images % other != 1)
+    raise FastarError(
+        f"train.drop_last=false: the last of {images} images in batches of {size} is alone, and {none}; set "
+        f"train.batch_size={other} or train.drop_last=true"
+    )
