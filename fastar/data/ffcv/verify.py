@@ -17,8 +17,9 @@ import numpy as np
 
 from fastar.data.ffcv.encode import Encoded
 from fastar.data.ffcv.format import FixedLayout, Layout, check_beton, front_bytes, image_table
-from fastar.data.raw.raw_split import RawSplit, read_file, readable
+from fastar.data.raw.raw_split import RawSplit, readable
 from fastar.errors import FastarError
+from fastar.runtime.json_files import read_file
 from fastar.runtime.progress import SILENT, Progress
 
 _MAGIC = b"fastar checksums 1\n"

@@ -12,9 +12,10 @@ from pathlib import Path
 import numpy as np
 
 from fastar.data.raw.listing import SUFFIXES, PassedOver, reason_to_pass
-from fastar.data.raw.raw_split import ImageSplit, is_image, read_file
+from fastar.data.raw.raw_split import ImageSplit, is_image
 from fastar.data.raw.tars import TarArchive, read_members
 from fastar.errors import FastarError, first_line, printable
+from fastar.runtime.json_files import read_file
 from fastar.runtime.progress import SILENT, Progress
 
 TRAIN_ARCHIVE = "ILSVRC2012_img_train.tar"

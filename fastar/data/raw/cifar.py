@@ -12,9 +12,10 @@ from typing import Any
 import numpy as np
 
 from fastar.config import DatasetSpec
-from fastar.data.raw.raw_split import ArraySplit, RawDataset, read_file
+from fastar.data.raw.raw_split import ArraySplit, RawDataset
 from fastar.data.raw.tars import read_members
 from fastar.errors import FastarError, first_line, printable
+from fastar.runtime.json_files import read_file
 
 _PIXELS = 3 * 32 * 32
 _LARGEST = 1 << 30  # bytes of an archive, unpacked; the official ones have 180 MB

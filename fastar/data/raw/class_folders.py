@@ -10,8 +10,9 @@ import numpy as np
 from fastar.config import DatasetSpec
 from fastar.data.raw.archives import DEVKIT, TRAIN_ARCHIVE, VAL_ARCHIVE, train_archive, val_archive
 from fastar.data.raw.listing import PassedOver, class_names, images_below
-from fastar.data.raw.raw_split import ImageSplit, RawDataset, read_file, readable
+from fastar.data.raw.raw_split import ImageSplit, RawDataset, readable
 from fastar.errors import FastarError
+from fastar.runtime.json_files import read_file
 from fastar.runtime.progress import SILENT, Progress
 from fastar.runtime.seeds import derive_seed
 

@@ -3,7 +3,6 @@
 import hashlib
 import io
 import os
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -42,20 +41,6 @@ def readable(where: Path) -> Iterator[None]:
         raise FastarError(
             f"{error.filename or where}: cannot be read ({error.strerror or error}); check it and its permissions"
         ) from error
-
-
-def read_file(path: Path, most: int) -> bytes:
-    """The content of a file of at most `most` bytes; OSError where it is not to be had.
-
-    Raises:
-        FastarError: a pipe or a device, which would be waited for, or too large to be what is expected.
-    """
-    status = path.stat()
-    if not stat.S_ISREG(status.st_mode):
-        raise FastarError(f"{path}: is no file; put the file itself there")
-    if status.st_size > most:
-        raise FastarError(f"{path}: has {status.st_size:,} bytes, more than {most:,}; get the file again")
-    return path.read_bytes()
 
 
 def is_image(stream: IO[bytes]) -> bool:
