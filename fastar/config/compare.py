@@ -28,15 +28,14 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def nested(values: Mapping[str, object]) -> dict[str, Any]:
-    """Values by their dotted keys, nested. What is None is left out: not said.
+    """Values by their dotted keys, nested: the inverse of `flatten`.
 
-    >>> nested({"train.lr": 0.1, "seed": None})
-    {'train': {'lr': 0.1}}
+    >>> nested({"train.lr": 0.1, "seed": 0})
+    {'train': {'lr': 0.1}, 'seed': 0}
     """
     found: dict[str, Any] = {}
     for key, value in values.items():
-        if value is not None:
-            put(found, key, str(value) if isinstance(value, Path) else value)
+        put(found, key, str(value) if isinstance(value, Path) else value)
     return found
 
 

@@ -64,7 +64,7 @@ def load_settings(
     Args:
         file: of settings, or the name of a shipped configuration.
         scale: `smoke`, `small` or `full` (`fastar.config.scales`); changes are taken as they are.
-        values: changes by their dotted keys; None: not said.
+        values: changes by their dotted keys.
         overrides: changes as `key=value`, over those of `values`.
 
     Raises:

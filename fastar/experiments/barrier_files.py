@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from fastar.config import as_override, dataset_spec, load_settings
+from fastar.config import dataset_spec, load_settings
 from fastar.errors import FastarError
 from fastar.evaluation import Path as Segment
 from fastar.evaluation import evaluate_paths
@@ -27,31 +27,31 @@ def context_of(
     *,
     dataset: str | None,
     arch: str | None,
-    overrides: Sequence[str],
-    data_root: Path | None = None,
+    changes: Mapping[str, object],
     progress: Progress = SILENT,
 ) -> Session:
-    """The surroundings of a checkpoint: from its metadata, or named by the caller."""
+    """The surroundings of a checkpoint: from its metadata, or named by the caller.
+
+    Args:
+        changes: settings by their dotted keys.
+    """
     known = first.metadata
     dataset = dataset or known.get("dataset")
     arch = arch or known.get("arch")
     for option, value in (("--dataset", dataset), ("--arch", arch)):
         if value is None:
             raise FastarError(f"{first.path}: does not say what it is; give {option}")
-    options = [as_override(f"model.{key}", value) for key, value in known.get("model", {}).items()]
+    values: dict[str, object] = {f"model.{key}": value for key, value in known.get("model", {}).items()}
     shape = None
     if dataset == known.get("dataset"):
-        data = {f"dataset.{key}": known.get(name) for name, key in DATA_KEYS.items()}
-        options += [as_override(key, value) for key, value in data.items() if value is not None]
+        values |= {f"dataset.{key}": known[name] for name, key in DATA_KEYS.items() if known.get(name) is not None}
         batch = known.get("train", {}).get("batch_size")
         if batch is not None:  # batch-norm statistics are taken in batches as in its training
-            options.append(f"train.batch_size={batch}")
+            values["train.batch_size"] = batch
         if dataset_spec(str(dataset)).variable_size and "input_shape" in known and "classes" in known:
             shape = Shape(tuple(known["input_shape"]), known["classes"])
-            options.append(f"dataset.resolution={shape.image[1]}")
-    if data_root is not None:
-        options.append(as_override("dataset.root", data_root))
-    settings = load_settings(dataset=dataset, arch=arch, overrides=[*options, *overrides])
+            values["dataset.resolution"] = shape.image[1]
+    settings = load_settings(dataset=dataset, arch=arch, values={**values, **changes})
     # What the checkpoint says of its images will do where they are not needed, as in matching.
     session = new_session(settings, RunFolder(Path(".")), progress, shape=shape)
     if shape is None and settings.dataset.spec.variable_size:
@@ -75,8 +75,7 @@ def barriers_of_files(
     dataset: str | None,
     arch: str | None,
     matching: bool,
-    data_root: Path | None,
-    overrides: Sequence[str],
+    changes: Mapping[str, object],
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Barriers from the checkpoint `first` to each of `others` on train, test and, where `first` was trained without
@@ -88,9 +87,7 @@ def barriers_of_files(
     if not others:
         raise FastarError("a barrier needs a second checkpoint")
     checkpoint = load_checkpoint(first)
-    session = context_of(
-        checkpoint, dataset=dataset, arch=arch, overrides=overrides, data_root=data_root, progress=progress
-    )
+    session = context_of(checkpoint, dataset=dataset, arch=arch, changes=changes, progress=progress)
     with threads(session), measuring("barriers"):
         start = load_whole(session, first, checkpoint, same_data=True)
         ends = [load_whole(session, path, same_data=True) for path in others]

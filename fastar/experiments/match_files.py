@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +58,8 @@ class Named:
     """`module:function` (see `own_model`)."""
     input_shape: str | None = None
     allow_partial: bool = False
-    overrides: Sequence[str] = ()
+    changes: Mapping[str, object] = field(default_factory=dict)
+    """Settings by their dotted keys."""
 
 
 def network_of(first: Path, named: Named, progress: Progress = SILENT) -> Network:
@@ -73,7 +74,7 @@ def network_of(first: Path, named: Named, progress: Progress = SILENT) -> Networ
             raise FastarError(f"{option} belongs to --model; fastar's own architectures need none")
         checkpoint = load_checkpoint(first)
         session = context_of(
-            checkpoint, dataset=named.dataset, arch=named.arch, overrides=named.overrides, progress=progress
+            checkpoint, dataset=named.dataset, arch=named.arch, changes=named.changes, progress=progress
         )
         whole = load_whole(session, first, checkpoint, same_data=False)  # before its symmetry is derived, which is slow
         return Network(
@@ -87,7 +88,7 @@ def network_of(first: Path, named: Named, progress: Progress = SILENT) -> Networ
         )
     if named.dataset is not None or named.arch is not None:
         raise FastarError("--model says what the checkpoints are of: leave out --dataset and --arch")
-    settings = _own_settings(named.overrides)
+    settings = _own_settings(named.changes)
     model, example = own_model(named.model, named.input_shape)
     whole = _load_own(model, first, progress)  # before its symmetry is derived, which is slow
     symmetry = symmetry_by_settings(settings.matching, model, example, allow_partial=named.allow_partial)
@@ -106,12 +107,11 @@ def network_of(first: Path, named: Named, progress: Progress = SILENT) -> Networ
     )
 
 
-def _own_settings(overrides: Sequence[str]) -> Settings:
-    for override in overrides:
-        key = override.partition("=")[0]
+def _own_settings(changes: Mapping[str, object]) -> Settings:
+    for key, value in changes.items():
         if not key.startswith("matching.") and key not in ("seed", "workers", "device", "gpu_memory"):
-            raise FastarError(f"{override}: with --model, only matching.*, seed, workers and device mean anything")
-    return load_settings(dataset="digits", overrides=overrides)  # the dataset is not looked at
+            raise FastarError(f"{key}={value}: with --model, only matching.*, seed, workers and device mean anything")
+    return load_settings(dataset="digits", values=changes)  # any dataset: it is not used
 
 
 def _load_own(model: nn.Module, path: Path, progress: Progress) -> Checkpoint:

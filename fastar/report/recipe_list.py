@@ -12,6 +12,7 @@ from rich.table import Table
 
 from fastar.config import Settings, load_settings
 from fastar.config.recipes import Figure, Paper, names, read_paper, recipe_path
+from fastar.runtime.standard_streams import plus_minus
 
 
 @dataclass(frozen=True)
@@ -72,4 +73,4 @@ def _shown(figure: Figure | None) -> str:
     if figure is None:
         return ""
     mean, deviation = figure
-    return f"{mean:.3f}" if deviation is None else f"{mean:.3f} ±{deviation:.3f}"
+    return f"{mean:.3f}" if deviation is None else f"{mean:.3f} {plus_minus()}{deviation:.3f}"

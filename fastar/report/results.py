@@ -14,6 +14,7 @@ from rich.text import Text
 
 from fastar.errors import FastarError
 from fastar.runs import write_atomically
+from fastar.runtime.standard_streams import plus_minus
 from fastar.runtime.progress import size_text
 
 # Okabe-Ito colours, which the colour-blind can tell apart; markers and dashes tell the curves apart in grey print.
@@ -64,7 +65,7 @@ def shown(value: Mapping[str, Any] | float | None, digits: int = 3) -> str:
     if isinstance(value, Mapping):
         if value["std"] is None:
             return f"{value['mean']:.{digits}f}"
-        return f"{value['mean']:.{digits}f} ± {value['std']:.{digits}f}"
+        return f"{value['mean']:.{digits}f} {plus_minus()} {value['std']:.{digits}f}"
     return f"{value:.{digits}f}"
 
 

@@ -72,7 +72,7 @@ def streams() -> Iterator[None]:
         sys.stdout = open(1, "w", closefd=False)  # noqa: SIM115
     if sys.stderr is None:
         sys.stderr = open(2, "w", closefd=False)  # noqa: SIM115
-    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that is not UTF-8, a ± where output is ASCII
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a name that is not UTF-8, or not ASCII where output is
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         with redirect_stdout(cast(TextIO, _Stream(sys.stdout, _end))):
@@ -99,3 +99,12 @@ def _settle(stream: TextIO) -> None:
             nothing = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nothing, stream.fileno())
             os.close(nothing)
+
+
+def plus_minus() -> str:
+    """The sign ±, or +/- where stdout cannot encode it."""
+    try:
+        "±".encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return "+/-"
+    return "±"

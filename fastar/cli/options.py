@@ -1,0 +1,169 @@
+"""The options of all commands: one table, from which each command takes its own."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from fastar.config import Settings
+    from fastar.runtime.progress import Progress
+
+# Run folders that the command works on: the traceback of a defect is kept there.
+run_folders: list[Path] = []
+_SETTING = re.compile(r"[a-z_]+(\.[a-z_]+)*=")
+
+
+@dataclass(frozen=True)
+class Option:
+    """An option: the type of its value (bool: a flag), the value's name in the help, the help, the setting that it
+    gives, and its value where it is not given."""
+
+    type: Any
+    metavar: str | None
+    help: str
+    setting: str | None = None
+    default: Any = None
+
+    def parameter(self, name: str) -> inspect.Parameter:
+        """The parameter of a command that typer makes the option of."""
+        flags = [f"--{name.replace('_', '-')}", *(["-q"] if name == "quiet" else [])]
+        text = self.help if self.setting is None else f"{self.help.rstrip('.')} ({self.setting})."
+        option = typer.Option(*flags, help=text, metavar=self.metavar, show_default=self.default is not None)
+        default = False if self.type is bool else self.default
+        annotation = Annotated[self.type if default is not None else self.type | None, option]  # type: ignore[valid-type]
+        return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+OPTIONS = {
+    "dataset": Option(str, "NAME", "digits, fashion-mnist, mnist, cifar10, cifar100, imagenet or imagefolder."),
+    "name": Option(str, "NAME", "Name of your --dataset imagefolder.", "dataset.own_name"),
+    "arch": Option(str, "NAME", "Architecture, such as mlp, resnet18 or wrn22. A wrong name lists them all."),
+    "sources": Option(int, "N", "Number of source models.", "sources.number"),
+    "heldout": Option(int, "N", "Number of held-out models.", "sources.heldout"),
+    "out": Option(Path, "DIR", "Run folder. Default: runs/DATASET-ARCH-seedSEED."),
+    "config": Option(Path, "FILE", "YAML file of settings, or the name of a shipped one."),
+    "scale": Option(str, "smoke|small|full", "Run a smaller version: seconds, or minutes on a CPU.", default="full"),
+    "data_root": Option(Path, "DIR", "Folder of the raw data.", "dataset.root"),
+    "val_share": Option(float, "SHARE", "Share of class folders for testing, such as 0.1.", "dataset.val_share"),
+    "validation": Option(float, "SHARE", "Share of training images for validation alone.", "dataset.validation"),
+    "on_nonfinite": Option(str, "stop|retry", "What to do when a loss is not finite.", "train.on_nonfinite"),
+    "bn_batches": Option(int, "N", "Batch-norm statistics from N training batches.", "evaluation.bn_batches"),
+    "points": Option(int, "N", "Equispaced values of t, ends included.", "evaluation.points", default=11),
+    "gpu_memory": Option(str, "SIZE", "The most memory of the GPU that is taken, such as 40GB.", "gpu_memory"),
+    "profile": Option(int, "N", "Time N steps of the star's training, part by part, into OUT/profile."),
+    "images_per_second": Option(float, "SPEED", "Speed of training, instead of measuring it here."),
+    "loader_images_per_second": Option(float, "SPEED", "Speed of loading, where it may limit."),
+    "model": Option(str, "MODULE:FUNCTION", "A function that returns your own network; MODULE may be a file."),
+    "input_shape": Option(str, "2x3x32x32", "With --model: the shape of its input."),
+    "allow_partial": Option(bool, None, "With --model: leave in place what cannot be proven to move, and say it."),
+    "to": Option(str, "mean|star|pairwise", "To their mean (the default), to --centre, or each to each."),
+    "centre": Option(Path, "FILE", "The checkpoint that all are matched to, such as a star."),
+    "average": Option(Path, "FILE", "Write the average of the permuted ones here (.safetensors)."),
+    "rounds": Option(int, "N", "With --to mean: the most passes over all.", default=20),
+    "picture": Option(Path, "FILE", "Write the curves to this PNG."),
+    "json": Option(bool, None, "Print results as JSON on stdout, and nothing else there."),
+    "quiet": Option(bool, None, "No progress."),
+}
+RUN = (
+    *("dataset", "name", "arch", "sources", "heldout", "out", "config", "scale", "data_root", "val_share"),
+    *("validation", "on_nonfinite", "bn_batches", "gpu_memory"),
+)
+CHECKPOINTS = ("dataset", "name", "arch", "model", "input_shape", "allow_partial")
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change.")]
+
+
+@dataclass(frozen=True)
+class Given:
+    """The values of a command's options, by their names."""
+
+    options: Mapping[str, Any]
+
+    def __getitem__(self, name: str) -> Any:
+        return self.options[name]
+
+    @property
+    def json(self) -> bool:
+        """Results are printed as JSON."""
+        return bool(self.options.get("json"))
+
+    def changes(self, overrides: Sequence[str] = ()) -> dict[str, object]:
+        """Settings by their dotted keys: those of options, and `key=value` over them."""
+        from fastar.config import flatten, parse_overrides
+
+        named = {option.setting: self.options.get(name) for name, option in OPTIONS.items() if option.setting}
+        return {
+            **{key: value for key, value in named.items() if value is not None},
+            **flatten(parse_overrides(overrides)),
+        }
+
+    def settings(self, overrides: Sequence[str] | None) -> Settings:
+        """The settings of a run."""
+        from fastar.config import load_settings
+
+        return load_settings(
+            dataset=self["dataset"],
+            arch=self["arch"],
+            file=self["config"],
+            scale=self["scale"],
+            values=self.changes(overrides or ()),
+        )
+
+    def run_folder(self, settings: Settings) -> Path:
+        """The folder of a run. Without --out, it is named by what was named on the command line."""
+        from fastar.runs import default_run_folder
+
+        folder: Path | None = self["out"]
+        if folder is None:
+            named = [None if self["dataset"] is None else settings.dataset.label, self["arch"]]
+            config = self["config"]
+            parts = [] if config is None else [config.stem, *(part for part in named if part)]
+            folder = default_run_folder(settings, recipe="-".join(parts) or None, scale=self["scale"])
+        run_folders.append(folder)
+        return folder
+
+    def progress(self) -> Progress:
+        """The terminal's progress; none where it is not wanted."""
+        from fastar.runtime.progress import SILENT, TerminalProgress
+
+        return SILENT if self.json or self.options.get("quiet") else TerminalProgress()
+
+
+def takes(*names: str, **helps: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command the options `names`: it is called with a `Given` of them, and with its own arguments.
+
+    Args:
+        helps: texts of options that are others here.
+    """
+
+    def decorate(function: Callable[..., None]) -> Callable[..., None]:
+        arguments = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
+        options = {name: replace(OPTIONS[name], help=helps.get(name, OPTIONS[name].help)) for name in names}
+
+        @functools.wraps(function)
+        def command(**given: Any) -> None:
+            shared = {name: given.pop(name) for name in names}
+            function(Given(shared), **given)
+
+        parameters = [
+            *(one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in arguments),
+            *(option.parameter(name) for name, option in options.items()),
+        ]
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {one.name: one.annotation for one in parameters}
+        return command
+
+    return decorate
+
+
+def paths_and_settings(words: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """Files, and `key=value` settings, which a file that is there is not."""
+    settings = [word for word in words if _SETTING.match(word) and not Path(word).exists()]
+    return [Path(word) for word in words if word not in settings], settings

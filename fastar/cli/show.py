@@ -1,0 +1,168 @@
+"""Commands that show what is there: results, runs, what is damaged, shipped configurations, the installation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from fastar.cli.options import Given, run_folders, takes
+from fastar.cli.output import print_json, print_lines, print_table
+
+if TYPE_CHECKING:
+    from fastar.runs import RunFolder
+
+
+def show_results(given: Given, results: dict[str, Any], run: RunFolder) -> None:
+    """The results of a run, and where they and their picture are."""
+    from fastar.report.results import results_table, speed_lines, statistics_lines
+
+    if given.json:
+        print_json(results)
+        return
+    print_table(results_table(results))
+    print_lines([*speed_lines(results), *statistics_lines(results)])
+    print(f"results: {run.results}")
+    print(f"picture: {run.picture}")
+
+
+@takes("json")
+def report(
+    given: Given,
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.")],
+) -> None:
+    """Show the results of a finished run again, and draw its picture anew.
+
+    Example:
+
+        fastar report runs/digits-mlp-seed0
+    """
+    from fastar.report.results import barrier_picture, check_results
+    from fastar.runs import RunFolder
+
+    run_folders.append(folder)
+    run = RunFolder(folder)
+    said: list[str] = []
+    results = run.read_results(said.append)
+    check_results(results, run.results)
+    for line in said:
+        given.progress().line(line)
+    barrier_picture(results, run.picture)
+    show_results(given, results, run)
+
+
+@takes("json")
+def runs(
+    given: Given,
+    folder: Annotated[Path, typer.Argument(metavar="[DIR]", help="Where to look for run folders.")] = Path("runs"),
+) -> None:
+    """List run folders: running, stopped (where) or finished, how long ago, and the figures so far.
+
+    Example:
+
+        fastar runs
+    """
+    from fastar.report.run_list import overview_table, runs_below
+
+    found = runs_below(folder)
+    if given.json:
+        print_json([vars(run) for run in found])
+    elif found:
+        print_table(overview_table(found, folder))
+    else:
+        print(f"no run folders in {folder}")
+
+
+@takes("json", "quiet")
+def verify(
+    given: Given,
+    path: Annotated[Path, typer.Argument(metavar="RUN|DATA|MODEL", help="A run folder, a data set's, or a model.")],
+) -> None:
+    """Read all that is on disk of a run, a data set or a model again, and say what is damaged, a line for each thing.
+
+    Models, permutations, results, settings, the log and images are compared with the digests that were written with
+    them; what has none is named. Exit code 1 where something is damaged.
+
+    Examples:
+
+        fastar verify runs/digits-mlp-seed0
+
+        fastar verify data/ffcv/digits
+    """
+    from fastar.experiments.verify_files import recheck
+
+    progress = given.progress()
+    found = recheck(path, progress)
+    if given.json:
+        print_json({"path": str(path), **vars(found)})
+    else:
+        for line in found.notes:
+            progress.line(line)
+        print_lines(found.damaged or [f"{path}: {found.kind}, all well"])
+    if found.damaged:
+        raise typer.Exit(1)
+
+
+@takes("scale", "json")
+def configs(
+    given: Given,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="Print the settings of this one.", show_default=False)
+    ] = None,
+) -> None:
+    """List the configurations that ship, with the paper's figures; or print one's settings as YAML.
+
+    Each runs by its name: `fastar train-star --config NAME`, with `--scale smoke` or `--scale small` a smaller version.
+
+    Examples:
+
+        fastar configs
+
+        fastar configs cifar10-vgg11 --scale small
+    """
+    if name is not None:
+        from fastar.config import load_settings
+
+        settings = load_settings(file=Path(name), scale=given["scale"])
+        if given.json:
+            print_json(settings.model_dump(mode="json"))
+        else:
+            print(settings.to_yaml().rstrip())
+        return
+
+    from fastar.report.recipe_list import catalogue, catalogue_table
+    from fastar.runtime.standard_streams import plus_minus
+
+    entries = catalogue(given["scale"])
+    if given.json:
+        for entry in entries:
+            print_json(entry.as_dict())
+        return
+    print_table(catalogue_table(entries))
+    print(
+        f"Z sources, H heldouts. Barriers: the paper's, train set, mean {plus_minus()} standard deviation; empty: none."
+    )
+    print("Figure 3 has no numbers: wrn22's are from its code's result files, wrn22-width8's from the text.")
+
+
+@takes("json")
+def doctor(given: Given) -> None:
+    """Say what is installed and what will be used: each line ok, or what to do.
+
+    Exit code 1 where something that fastar needs does not work.
+
+    Example:
+
+        fastar doctor
+    """
+    from fastar.cli.doctor import examine
+
+    checks = examine()
+    if given.json:
+        print_json([vars(check) for check in checks])
+    else:
+        for check in checks:
+            print(f"{'ok  ' if check.ok else 'FAIL' if check.needed else 'note'} {check.name}: {check.text}")
+    if any(check.needed and not check.ok for check in checks):
+        raise typer.Exit(1)

@@ -1,0 +1,81 @@
+"""Commands that train: a whole run, its sources alone, and what it will take."""
+
+from __future__ import annotations
+
+import typer
+
+from fastar.cli.options import RUN, Given, Overrides, takes
+from fastar.cli.output import print_json, print_lines, print_table
+from fastar.cli.show import show_results
+
+
+@takes(*RUN, "profile", "json", "quiet")
+def train_star(given: Given, overrides: Overrides = None) -> None:
+    """Do it all: data, sources, heldouts, star model, barriers, report.
+
+    Examples:
+
+        fastar train-star --dataset digits
+
+        fastar train-star --dataset cifar10 --arch resnet8 --data-root ~/cifar --out runs/small train.epochs=10
+    """
+    settings = given.settings(overrides)
+
+    from fastar.experiments import train_star
+    from fastar.report.results import barrier_picture, check_results
+    from fastar.runs import RunFolder
+
+    run = RunFolder(given.run_folder(settings))
+    results = train_star(settings, run.path, given.progress(), profile=given["profile"])
+    check_results(results, run.results)
+    if not run.is_drawn():
+        barrier_picture(results, run.picture)
+    show_results(given, results, run)
+    if given["profile"] is not None and not given.json:
+        print(run.profile("parts.txt").read_text(), end="")
+        print(f"profile: {run.profile('')}")
+
+
+@takes(*RUN, "images_per_second", "loader_images_per_second", "json", "quiet")
+def plan(given: Given, overrides: Overrides = None) -> None:
+    """Say what a run will take before anything runs: memory of the GPU and the host, disk, and hours.
+
+    Bytes follow from the network, the recipe and the number of sources; seconds are measured on this machine, or
+    follow from the speeds that you state. Exit code 1 where something does not fit; it says which setting makes it fit.
+
+    Examples:
+
+        fastar plan --dataset imagenet --sources 30 --gpu-memory 40GB --images-per-second 3000
+
+        fastar plan --dataset cifar10 --sources 50
+    """
+    settings = given.settings(overrides)
+
+    from fastar.experiments.plan import plan_run
+    from fastar.report.results import plan_lines, plan_table
+
+    folder = given.run_folder(settings)
+    speeds = given["images_per_second"], given["loader_images_per_second"]
+    plan = plan_run(settings, folder, *speeds, given.progress()).as_dict()
+    if given.json:
+        print_json(plan)
+    else:
+        print_table(plan_table(plan))
+        print_lines(plan_lines(plan))
+    if plan["problems"]:
+        raise typer.Exit(1)
+
+
+@takes(*RUN, "quiet")
+def train_sources(given: Given, overrides: Overrides = None) -> None:
+    """Train the source and held-out models of a run that are missing; `train-star` goes on from there.
+
+    Example:
+
+        fastar train-sources --dataset digits --sources 5 --heldout 2 --out runs/five
+    """
+    settings = given.settings(overrides)
+
+    from fastar.experiments.star_domain import train_sources
+
+    print_lines(str(path) for path in train_sources(settings, given.run_folder(settings), given.progress()))
