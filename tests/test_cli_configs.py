@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 from pathlib import Path
 
@@ -11,6 +13,7 @@ from cli_cases import fastar, refused
 
 from fastar.config import load_settings
 from fastar.config.recipes import names
+from fastar.report.recipe_list import catalogue, catalogue_table
 
 
 def test_the_list_has_every_configuration_and_the_papers_figures() -> None:
@@ -27,6 +30,11 @@ def test_the_list_has_every_configuration_and_the_papers_figures() -> None:
     vit = next(record for record in records if record["config"] == "mnist-vit")
     assert vit["paper"]["regular_regular"] == [5.687, 1.167]
     assert vit["settings"]["train"]["optimizer"] == "adamw"
+
+
+def test_a_terminal_without_plus_minus_gets_ascii() -> None:
+    with io.TextIOWrapper(io.BytesIO(), encoding="ascii") as out, contextlib.redirect_stdout(out):
+    
 
 
 def test_one_configuration_as_settings() -> None:

@@ -22,8 +22,8 @@ from cli_cases import fastar, refused, tiny
 from rich.console import Console
 
 from fastar import config
-from fastar.cli import main as cli
 from fastar.cli.main import main
+from fastar.cli.output import print_table
 from fastar.config import load_settings
 from fastar.config.recipes import read_yaml
 from fastar.errors import printable
@@ -181,7 +181,7 @@ def test_names_are_printed_as_they_are(run: Path, tmp_path: Path) -> None:
     path = {"first": f"{NAME}/a.pt", "second": f"{NAME}/b.pt", "train_loss": [0.5, 0.25]}
     path |= {"train_barrier": 0.125, "test_barrier": None}
     with contextlib.redirect_stdout(io.StringIO()) as out:
-        cli._print_table(barriers_table([path]))
+        print_table(barriers_table([path]))
     assert f"Barriers from {NAME}/a.pt to {NAME}/" in " ".join(out.getvalue().split())
     assert f"{printable(NAME)}/nothing" in refused("report", tmp_path / NAME / "nothing")
 
@@ -306,7 +306,7 @@ def test_python_code_still_gets_the_exception(monkeypatch: pytest.MonkeyPatch) -
     def fails(**arguments: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr("fastar.config.settings.config_path", lambda *arguments: fails())
+    monkeypatch.setattr("fastar.config.load.config_path", lambda *arguments: fails())
     with pytest.raises(ZeroDivisionError):
         config.load_settings(dataset="digits")
 
