@@ -16,7 +16,6 @@ from test_checkpoints import Malicious, files_at_most
 
 from fastar.runs import RunFolder, RunLog
 from fastar.runs.model_files import load_checkpoint, save_checkpoint
-from fastar.runs.run_log import RunLog
 
 
 @pytest.fixture(scope="module")

@@ -34,7 +34,7 @@ def test_the_list_has_every_configuration_and_the_papers_figures() -> None:
 
 def test_a_terminal_without_plus_minus_gets_ascii() -> None:
     with io.TextIOWrapper(io.BytesIO(), encoding="ascii") as out, contextlib.redirect_stdout(out):
-    
+        assert "+/-" in next(iter(catalogue_table(catalogue("full")).columns[3].cells))
 
 
 def test_one_configuration_as_settings() -> None:

@@ -14,8 +14,8 @@ from rich.text import Text
 
 from fastar.errors import FastarError
 from fastar.runs import write_atomically
-from fastar.runtime.standard_streams import plus_minus
 from fastar.runtime.progress import size_text
+from fastar.runtime.standard_streams import plus_minus
 
 # Okabe-Ito colours, which the colour-blind can tell apart; markers and dashes tell the curves apart in grey print.
 STYLES = {
