@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import argparse
-import os
 import signal
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING
+
+from fastar.config import DATASETS, dataset_spec, variable_size_names
+from fastar.data import PRESETS, Encoding
+from fastar.errors import FastarError, printable
+from fastar.runtime.failure import failure
+from fastar.runtime.progress import Progress, TerminalProgress, size_text
+from fastar.runtime.standard_streams import say, streams
+
+if TYPE_CHECKING:
+    from fastar.data import DatasetFiles
 
 ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 LEFT_NOTHING = "nothing unfinished was left behind"
@@ -24,45 +33,26 @@ class Ended(KeyboardInterrupt):
         self.code = 128 + number
 
 
-def leave(number: int, frame: FrameType | None) -> None:
-    """While nothing is being written: end here and now, inside an import too."""
-    ended = Ended(number)
-    os.write(2, f"{ended}; {LEFT_NOTHING}\n".encode())
-    os._exit(ended.code)
-
-
-def handle(handler: Any) -> dict[int, Any]:
-    """Set for all signals that are not ignored (`nohup`); those that were set before."""
-    numbers = [number for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN]
-    return {number: signal.signal(number, handler) for number in numbers}
-
-
 @contextmanager
 def signals_end() -> Iterator[None]:
-    """Inside, the first of the signals raises `Ended`; further ones do not disturb removing what is unfinished."""
+    """Inside, the first of the signals raises `Ended`; further ones do not disturb removing what is unfinished.
+
+    Those that are ignored (`nohup`) stay so.
+    """
 
     def end(number: int, frame: FrameType | None) -> None:
         for other in before:
             signal.signal(other, signal.SIG_IGN)
         raise Ended(number)
 
-    before = handle(end)
+    heard = [number for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, end) for number in heard}
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
-
-if __name__ == "__main__":
-    handle(leave)  # importing takes seconds
-
-from fastar.config import dataset_spec, variable_size_names  # noqa: E402
-from fastar.data import DATASETS, PRESETS, DatasetFiles, Encoding, prepare  # noqa: E402
-from fastar.errors import FastarError, printable  # noqa: E402
-from fastar.runtime.failure import failure  # noqa: E402
-from fastar.runtime.progress import Progress, TerminalProgress, size_text  # noqa: E402
-from fastar.runtime.standard_streams import say, streams  # noqa: E402
 
 EXAMPLES = """examples:
   python tools/write_ffcv.py --dataset digits --out betons
@@ -141,7 +131,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def encoding(options: argparse.Namespace) -> Encoding | None:
-    """What was asked for, over the preset that was named; None: nothing was."""
+    """The encoding that was asked for, over the preset that was named; None: nothing was."""
     changes = {
         key: getattr(options, key)
         for key in ("max_resolution", "compress_probability", "jpeg_quality")
@@ -167,6 +157,8 @@ OF_VARIABLE_SIZES = (
 
 
 def convert(options: argparse.Namespace, progress: Progress) -> DatasetFiles:
+    from fastar.data import prepare  # only here, where signals are heard: it takes seconds
+
     variable = dataset_spec(options.dataset).variable_size
     for key in () if variable else ("name", *OF_VARIABLE_SIZES):
         if getattr(options, key) is not None:

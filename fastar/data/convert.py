@@ -179,12 +179,13 @@ def _write(
     splits: dict[str, RawSplit] = {"train": raw.train, "test": raw.test}
     chosen = {split: _chosen(spec, split, images, limit, shuffled) for split, images in splits.items()}
 
-    def layout_of(count: int) -> Layout:
+    layouts: dict[str, Layout] = {}
+    for split, indices in chosen.items():
+        count, classes = len(indices), len(raw.train.classes)
         if spec.variable_size:
-            return VariableLayout(count, len(raw.train.classes), encoding)
-        return FixedLayout(count, len(raw.train.classes), (spec.height, spec.width, spec.channels))
-
-    layouts = {split: layout_of(len(indices)) for split, indices in chosen.items()}
+            layouts[split] = VariableLayout(count, classes, encoding)
+        else:
+            layouts[split] = FixedLayout(count, classes, (spec.height, spec.width, spec.channels))
     # Both splits before the first is begun: hours lie between their beginnings.
     predicted = sum(predicted_bytes(layouts[split], splits[split], chosen[split], skip=skip) for split in splits)
     free = shutil.disk_usage(folder).free
@@ -225,20 +226,29 @@ def _write(
         "content": {split: sums.content for split, sums in checksums.items()},
         "versions": {"fastar": __version__, **{package: version(package) for package in ("ffcv", "numpy", "pillow")}},
     }
-    mean, std, statistics = spec.mean, spec.std, "fixed (ImageNet)"
-    if mean is None or std is None:
-        layout = layouts["train"]
-        assert isinstance(layout, FixedLayout)
-        (mean, std), statistics = measured(folder / f"train.beton{PARTIAL}", layout), "measured on the train split"
-    metadata |= {"mean": list(mean), "std": list(std)}
     if spec.variable_size:
         metadata |= {"kind": VARIABLE, "encoding": asdict(encoding), "shuffled": shuffled, "skipped": skipped}
-        metadata["source"] = _source(spec, raw)
+        metadata |= {"mean": list(spec.mean or ()), "std": list(spec.std or ()), "source": _source(spec, raw)}
     else:
-        metadata |= {"channels": spec.channels, "height": spec.height, "width": spec.width, "statistics": statistics}
-        metadata |= {"augmentation": asdict(spec.augmentation), "source": {"kind": raw.kind, "digest": raw.digest}}
+        metadata |= _metadata_of_one_size(spec, raw, folder / f"train.beton{PARTIAL}", layouts["train"])
         settings["encoding"] = "raw"
     return publish(folder, metadata, checksums)
+
+
+def _metadata_of_one_size(spec: DatasetSpec, raw: RawDataset, train: Path, layout: Layout) -> dict[str, Any]:
+    mean, std, statistics = spec.mean, spec.std, "fixed (ImageNet)"
+    if mean is None or std is None:
+        (mean, std), statistics = measured(train, layout), "measured on the train split"
+    return {
+        "channels": spec.channels,
+        "height": spec.height,
+        "width": spec.width,
+        "mean": list(mean),
+        "std": list(std),
+        "statistics": statistics,
+        "augmentation": asdict(spec.augmentation),
+        "source": {"kind": raw.kind, "digest": raw.digest},
+    }
 
 
 def _chosen(spec: DatasetSpec, split: str, raw: RawSplit, limit: int | None, shuffled: bool) -> np.ndarray:

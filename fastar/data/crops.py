@@ -1,4 +1,4 @@
-"""Which part of an image of any size becomes the network's square input: a box per image, before it is decoded.
+"""The part of an image of any size that becomes the network's square input: a box per image, before it is decoded.
 
 Every random box is a function of a key and the image's index alone, through counter-based draws (streams from 8 on; the
 mirroring's are below), so that threads, batches and where an epoch is begun cannot change it.
@@ -17,7 +17,7 @@ Boxes = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 """(index, height, width), int64 [b] each, to int64 [b, 4]: top, left, height, width of the box."""
 
 KEPT = 224 / 256
-"""Of the shorter side, at evaluation and by resize256-crop224, whatever size comes out."""
+"""The share of the shorter side that evaluation and resize256-crop224 keep, whatever size comes out."""
 SCALE = (0.08, 1.0)
 RATIO = (3 / 4, 4 / 3)
 ATTEMPTS = 10

@@ -1,4 +1,4 @@
-"""What training and evaluation ask of a data set, wherever its images live."""
+"""The data set that training and evaluation take, wherever its images live."""
 
 from collections.abc import Iterator
 from typing import Protocol
@@ -16,7 +16,7 @@ class Dataset(Protocol):
 
     classes: int
     digest: str
-    """Of the files that it came from."""
+    """SHA-256 of the files that it came from."""
 
     def __len__(self) -> int: ...
 
@@ -55,7 +55,7 @@ class Dataset(Protocol):
         ...
 
     def sequential(self, batch_size: int, *, augment: bool = False, seed: int = 0, epoch: int = 0) -> Iterator[Batch]:
-        """As `batches`, in file order, every sample exactly once; the last batch may be short."""
+        """Batches in file order, every sample exactly once; the last may be short. See `batches`."""
         ...
 
 
@@ -65,7 +65,7 @@ def count_batches(count: int, batch_size: int, drop_last: bool) -> int:
 
 
 def chosen_batches(count: int, batch_size: int, drop_last: bool, begin: int) -> slice:
-    """Which part of an epoch's order of `count` samples makes its batches from number `begin` on.
+    """The part of an epoch's order of `count` samples that makes its batches from number `begin` on.
 
     Raises:
         FastarError: a batch size below 1 or with no whole batch, or `begin` outside the epoch.

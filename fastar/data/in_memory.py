@@ -94,7 +94,7 @@ class DeviceDataset:
         return self._blocks(order, batch_size, self._key(augment, seed, epoch))
 
     def sequential(self, batch_size: int, *, augment: bool = False, seed: int = 0, epoch: int = 0) -> Iterator[Batch]:
-        """As `batches`, in file order, every sample exactly once; the last batch may be short."""
+        """See `Dataset.sequential`."""
         chosen_batches(len(self), batch_size, False, 0)
         key = self._key(augment, seed, epoch)
         if key is None and self._normalised is not None:

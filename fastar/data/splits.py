@@ -1,4 +1,4 @@
-"""Which images of a file make a split: those kept for validation lie in the training set's file.
+"""The images of a file that make a split: those kept for validation lie in the training set's file.
 
 The validation images are taken first, of all that the file holds; a limit then takes its images from the rest. So they
 are the same whatever the limit, and no model of any limit has seen them.
@@ -24,7 +24,7 @@ def stored_in(split: str) -> str:
 
 
 def held_out(count: int, share: float, name: str) -> int:
-    """How many of the `count` training images of the dataset `name` the `share` for validation is.
+    """The number of the `count` training images of the dataset `name` that the `share` for validation is.
 
     Raises:
         FastarError: not one, or all.

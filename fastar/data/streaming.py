@@ -132,7 +132,7 @@ class StreamingDataset:
         return self._epoch(self._index[order[chosen]], batch_size, self._key(augment, seed, epoch), size)
 
     def sequential(self, batch_size: int, *, augment: bool = False, seed: int = 0, epoch: int = 0) -> Batches:
-        """As `batches`, in file order, every sample exactly once; the last batch may be short."""
+        """See `Dataset.sequential`."""
         chosen = chosen_batches(len(self), batch_size, False, 0)
         return self._epoch(self._index[chosen], batch_size, self._key(augment, seed, epoch), None)
 

@@ -28,7 +28,7 @@ from fastar.errors import FastarError
 
 @dataclass(frozen=True)
 class Plan:
-    """How the images of one epoch come out: cut to `boxes`, resized (by area where that makes them smaller) to `size`
+    """The form of one epoch's images: cut to `boxes`, resized (by area where that makes them smaller) to `size`
     squared; in pinned memory if they are to go to a GPU."""
 
     size: int
@@ -40,8 +40,8 @@ class CropDecoder(SimpleRGBImageDecoder):
     """Reads, decodes, cuts and resizes images as the epoch's `Plan` says, the last of the loader's storage state.
 
     For loaders made without FFCV's compiler. `sizes` are the bytes of each image in `path`, `sums` their CRC-32, with
-    which each image is compared once. The result is a tensor of
-    its own for every batch, uint8 [b, size, size, 3]. `close` ends the threads.
+    which each image is compared once. Every batch is a tensor of its own, uint8 [b, size, size, 3]. `close` ends the
+    threads.
     """
 
     def __init__(self, path: Path, sizes: np.ndarray, sums: np.ndarray, threads: int):

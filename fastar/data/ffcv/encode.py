@@ -62,7 +62,7 @@ class Encoding:
             raise FastarError(f"jpeg-quality={self.jpeg_quality} must be within 1..100")
 
     def __str__(self) -> str:
-        """In words, for messages: the preset's name, if it is one, and the three values."""
+        """The preset's name, if it is one, and the three values, in words."""
         name = next((name for name, preset in PRESETS.items() if preset == self), "no preset's")
         side = f"at most {self.max_resolution} pixels" if self.max_resolution is not None else "as large as they are"
         return f"{name} ({side}, {self.compress_probability:.0%} as JPEG of quality {self.jpeg_quality})"

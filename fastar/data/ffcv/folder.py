@@ -77,12 +77,12 @@ class DatasetFiles:
 
     @property
     def augmentation(self) -> Augmentation:
-        """In training, of images of one size."""
+        """Augmentation in training, of images of one size."""
         return Augmentation(**self.metadata["augmentation"])
 
     @property
     def encoding(self) -> Encoding | None:
-        """Of images of any size."""
+        """Storage of images of any size; None: they are of one size."""
         return Encoding(**self.metadata["encoding"]) if self.variable_size else None
 
     @property
@@ -135,7 +135,7 @@ class DatasetFiles:
         return content_digest({key: self.metadata[key] for key in keys})
 
     def checksums(self, split: str, progress: Progress = SILENT) -> Checksums:
-        """Those of images of any size, kept beside the split's file. Where there are none that count (an earlier
+        """Checksums of images of any size, kept beside the split's file. Where there are none that count (an earlier
         version wrote the file, or they are damaged), all of it is read once, compared with the digest of its content,
         and they are kept."""
         if split not in self._checksums:
@@ -287,7 +287,7 @@ def _remove_partial(folder: Path) -> None:
 
 
 def refuse_foreign(folder: Path) -> None:
-    """A .beton that no metadata file describes is not ours to overwrite. (Metadata is written before the renames.)"""
+    """Refuse to overwrite a .beton that no metadata file describes. (Metadata is written before the renames.)"""
     if (folder / METADATA).exists():
         return
     for split in SPLITS:

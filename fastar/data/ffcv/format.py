@@ -5,7 +5,6 @@ FFCV itself trusts a file: a truncated, empty or foreign one gives an IndexError
 
 import hashlib
 import math
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -33,50 +32,23 @@ _BLOCKS = 256
 
 
 @dataclass(frozen=True)
-class Layout(ABC):
-    """The content of a file: image and label of `count` samples, labels in 0..classes-1."""
+class FixedLayout:
+    """The content of a file of `count` raw images uint8 [H, W, C] = `shape`, with labels in 0..classes-1."""
 
     count: int
     classes: int
-
-    PAGE: ClassVar[int]
-    """Bytes of a page of the file; an encoded image must fit into one."""
-
-    @abstractmethod
-    def fields(self) -> dict[str, Field]:
-        """FFCV's fields in file order."""
-
-    @abstractmethod
-    def encoded(self, raw: RawSplit, indices: np.ndarray, workers: int = 1) -> EncodedImages:
-        """The raw images `indices` as the file holds them; in place of one that cannot be used, its error."""
-
-    @abstractmethod
-    def describe(self) -> str:
-        """The kind of images, for messages."""
-
-    @abstractmethod
-    def pointers(self, image: np.ndarray) -> np.ndarray:
-        """Where each image's bytes start, out of the sample table's image column."""
-
-    @abstractmethod
-    def fault(self, image: np.ndarray, sizes: np.ndarray) -> str | None:
-        """The first fault of a file's images (table column, and bytes of each), or None."""
-
-
-@dataclass(frozen=True)
-class FixedLayout(Layout):
-    """Raw images uint8 [H, W, C], all of one size: `shape` is (H, W, C)."""
-
     shape: tuple[int, int, int]
 
     PAGE: ClassVar[int] = 1 << 21
+    """Bytes of a page of the file; an encoded image must fit into one."""
 
     def fields(self) -> dict[str, Field]:
-        """RGB images as FFCV images, others as arrays of bytes."""
+        """FFCV's fields in file order: RGB images as FFCV images, others as arrays of bytes."""
         image = RGBImageField(write_mode="raw") if self._rgb else NDArrayField(np.dtype("uint8"), self.shape)
         return {"image": image, "label": IntField()}
 
     def encoded(self, raw: RawSplit, indices: np.ndarray, workers: int = 1) -> EncodedImages:
+        """The raw images `indices` as the file holds them; in place of one that cannot be used, its error."""
         for index in indices.tolist():
             image, _ = raw[index]
             if image.shape == self.shape and image.dtype == np.uint8:
@@ -86,12 +58,15 @@ class FixedLayout(Layout):
                 yield UnusableImage(raw.where(index), reason, "convert it")
 
     def describe(self) -> str:
+        """The kind of images, for messages."""
         return f"{'x'.join(map(str, self.shape))} images"
 
     def pointers(self, image: np.ndarray) -> np.ndarray:
+        """Places of each image's first byte, out of the sample table's image column."""
         return image["data_ptr"] if self._rgb else image
 
     def fault(self, image: np.ndarray, sizes: np.ndarray) -> str | None:
+        """The first fault of a file's images (table column, and bytes of each), or None."""
         height, width, _ = self.shape
         if self._rgb:
             same = (image["mode"] == RAW_MODE) & (image["height"] == height) & (image["width"] == width)
@@ -105,9 +80,11 @@ class FixedLayout(Layout):
 
 
 @dataclass(frozen=True)
-class VariableLayout(Layout):
-    """RGB images of any size, JPEG or raw, by `encoding`."""
+class VariableLayout:
+    """RGB images of any size, JPEG or raw, by `encoding`; see `FixedLayout`."""
 
+    count: int
+    classes: int
     encoding: Encoding
 
     PAGE: ClassVar[int] = PAGE
@@ -133,6 +110,9 @@ class VariableLayout(Layout):
         if (sizes[raw] != 3 * pixels[raw]).any() or (sizes == 0).any():
             return "its allocation table does not match its samples"
         return None
+
+
+Layout = FixedLayout | VariableLayout
 
 
 def field_descriptors(fields: dict[str, Field]) -> np.ndarray:
@@ -164,61 +144,77 @@ def fingerprint(path: Path) -> dict[str, Any]:
 def check_beton(path: Path, layout: Layout) -> np.ndarray:
     """Check header, fields, sizes, labels and allocation table; returns the labels (int64 [count]).
 
-    Raises FastarError that names the file and its first fault. Nothing of FFCV's reader or loader runs.
+    Nothing of FFCV's reader or loader runs.
+
+    Raises:
+        FastarError: it names the file and its first fault.
     """
-
-    def fault(what: str) -> FastarError:
-        return FastarError(f"{path}: {what}; delete its folder and write it again")
-
-    if path.exists() and not path.is_file():
-        raise fault("is no file")  # opening a pipe would wait
     try:
-        data = np.memmap(path, np.uint8, mode="r")
+        if path.exists() and not path.is_file():
+            raise _Fault("is no file")  # opening a pipe would wait
+        try:
+            data = np.memmap(path, np.uint8, mode="r")
+        except ValueError:  # an empty file cannot be mapped
+            raise _Fault("empty file") from None
+        return _checked_tables(data, _checked_front(data, layout), layout)
+    except _Fault as fault:
+        raise FastarError(f"{path}: {fault}; delete its folder and write it again") from None
     except FileNotFoundError:
         raise FastarError(f"{path}: missing; write it again") from None
-    except ValueError:  # an empty file cannot be mapped
-        raise fault("empty file") from None
     except OSError as error:
         raise FastarError(f"{path}: cannot be read ({error.strerror}); check the file") from error
 
-    def part(dtype: np.dtype, start: int, count: int, what: str) -> np.ndarray:
-        stop = start + count * dtype.itemsize
-        if stop > len(data):
-            raise fault(f"truncated in its {what} ({len(data):,} bytes)")
-        return data[start:stop].view(dtype)
 
-    header = part(HeaderType, 0, 1, "header")[0]
+class _Fault(Exception):
+    """What is wrong with a file."""
+
+
+def _part(data: np.ndarray, dtype: np.dtype, start: int, count: int, what: str) -> np.ndarray:
+    stop = start + count * dtype.itemsize
+    if stop > len(data):
+        raise _Fault(f"truncated in its {what} ({len(data):,} bytes)")
+    return data[start:stop].view(dtype)
+
+
+def _checked_front(data: np.ndarray, layout: Layout) -> np.void:
+    """The header, once it and the fields behind it are as fastar writes them."""
+    header = _part(data, HeaderType, 0, 1, "header")[0]
     fields = layout.fields()
     if header["version"] != CURRENT_VERSION or header["num_fields"] != len(fields):
-        raise fault("not a .beton file of fastar (foreign header)")
+        raise _Fault("not a .beton file of fastar (foreign header)")
     page_size, count = int(header["page_size"]), int(header["num_samples"])
     if page_size < 1 << 21 or page_size & (page_size - 1):
-        raise fault(f"damaged header (page size {page_size})")
+        raise _Fault(f"damaged header (page size {page_size})")
     if count != layout.count:
-        raise fault(f"holds {count} samples where {layout.count} are due")
-    expected = field_descriptors(fields)
-    written = part(FieldDescType, HeaderType.itemsize, len(fields), "fields")
-    for name, want, got in zip(fields, expected, written, strict=True):
+        raise _Fault(f"holds {count} samples where {layout.count} are due")
+    written = _part(data, FieldDescType, HeaderType.itemsize, len(fields), "fields")
+    for name, want, got in zip(fields, field_descriptors(fields), written, strict=True):
         if any(not np.array_equal(want[key], got[key]) for key in ("type_id", "name", "arguments")):
-            raise fault(f"its field {name!r} is not what fastar writes for {layout.describe()}")
+            raise _Fault(f"its field {name!r} is not what fastar writes for {layout.describe()}")
+    return header
 
-    start = HeaderType.itemsize + expected.nbytes
-    metadata = part(get_metadata_type(list(fields.values())), start, count, "sample table")
+
+def _checked_tables(data: np.ndarray, header: np.void, layout: Layout) -> np.ndarray:
+    """The labels, once the tables of samples and of their places agree."""
+    fields = layout.fields()
+    start, count = HeaderType.itemsize + len(fields) * FieldDescType.itemsize, layout.count
+    metadata = _part(data, get_metadata_type(list(fields.values())), start, count, "sample table")
+    end = start + metadata.nbytes
     table_start = int(header["alloc_table_ptr"])
-    if table_start < start + metadata.nbytes or len(data) - table_start != count * ALLOC_TABLE_TYPE.itemsize:
-        raise fault("truncated, or its allocation table is damaged")
-    table = part(ALLOC_TABLE_TYPE, table_start, count, "allocation table")
+    if table_start < end or len(data) - table_start != count * ALLOC_TABLE_TYPE.itemsize:
+        raise _Fault("truncated, or its allocation table is damaged")
+    table = _part(data, ALLOC_TABLE_TYPE, table_start, count, "allocation table")
 
     labels = np.array(metadata["f1"], dtype=np.int64)
     if labels.min() < 0 or labels.max() >= layout.classes:
-        raise fault(f"labels are not all in 0..{layout.classes - 1}")
+        raise _Fault(f"labels are not all in 0..{layout.classes - 1}")
     pointers = layout.pointers(metadata["f0"])
     by_sample = table[np.argsort(table["sample_id"], kind="stable")]
     sizes = by_sample["size"]
     # The images first: what is said of them is plainer.
     found = layout.fault(metadata["f0"], sizes)
     if found is not None:
-        raise fault(found)
+        raise _Fault(found)
     in_file = np.argsort(pointers, kind="stable")
     starts, stops = pointers[in_file], pointers[in_file] + sizes[in_file]
     if not (
@@ -226,9 +222,9 @@ def check_beton(path: Path, layout: Layout) -> np.ndarray:
         and np.array_equal(by_sample["ptr"], pointers)
         and (stops[:-1] <= starts[1:]).all()
     ):
-        raise fault("its allocation table does not match its samples")
-    if starts[0] < start + metadata.nbytes or int(stops[-1]) > table_start:
-        raise fault("its images lie outside the file's pages")
+        raise _Fault("its allocation table does not match its samples")
+    if starts[0] < end or int(stops[-1]) > table_start:
+        raise _Fault("its images lie outside the file's pages")
     return labels
 
 

@@ -1,4 +1,4 @@
-"""FFCV, imported once and with care. The other modules of this room take its names from here.
+"""FFCV, imported once and with care. The modules beside it take its names from here.
 
 Importing FFCV, and every loader of it, sets torch's thread count for the whole process (to 1, or to its workers).
 """
@@ -44,9 +44,8 @@ def no_thread_pool() -> Iterator[None]:
     """Inside, numba's `set_num_threads` does nothing, and FFCV keeps that one.
 
     FFCV calls it when it is imported and for every loader, which starts numba's thread pool, though nothing runs in it:
-    loaders have one worker here, so no loop is compiled for several threads. The pool must not be there when the writer
-    processes are forked: numba's TBB layer is taken down before a fork and set up again after it, and where that leaves
-    it one CPU, taking it down once more, at exit, waits for ever.
+    loaders have one worker here. With that pool a process of one CPU that forks (as a user's own loader does) may wait
+    for ever at its end.
     """
     import numba
 

@@ -65,7 +65,7 @@ class GuardedIterator(EpochIterator):
         super().close()
         self.closed = True
         while self.is_alive():
-            # The thread may be waiting for room in the queue, without a time limit when it has just finished.
+            # The thread may be waiting for space in the queue, without a time limit when it has just finished.
             try:
                 self.output_queue.get_nowait()
             except queue.Empty:

@@ -154,12 +154,13 @@ def verify_beton(
     return sums
 
 
-def measured(path: Path, layout: FixedLayout) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def measured(path: Path, layout: Layout) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and population standard deviation, per channel, of pixels in 0..1 of a checked file.
 
     Raises:
         FastarError: a channel is one flat colour.
     """
+    assert isinstance(layout, FixedLayout)
     channels, levels = layout.shape[2], np.arange(256)
     counts = np.zeros((channels, 256), np.int64)
     for _, content in stored_images(path, layout):

@@ -76,9 +76,9 @@ def write_beton(
         FastarError: an image that cannot be used, a full disk, or a process that died. The caller removes the file.
     """
     fields = layout.fields()
-    descriptors, row = field_descriptors(fields), get_metadata_type(list(fields.values()))
+    row = get_metadata_type(list(fields.values()))
     samples, places = np.zeros(len(indices), row), np.zeros(len(indices), ALLOC_TABLE_TYPE)
-    begin = HeaderType.itemsize + descriptors.nbytes
+    begin = HeaderType.itemsize + field_descriptors(fields).nbytes
     end = -(-(begin + samples.nbytes) // layout.PAGE) * layout.PAGE  # of the last page that was begun, none so far
     place, kept, skipped = end, 0, {}
     told = begun = time.monotonic()
@@ -111,22 +111,29 @@ def write_beton(
                     progress.line(f"{description}: {_standing(position + 1, len(indices), told - begun)}")
             if kept == 0:
                 raise FastarError(f"{path}: none of the {len(indices)} images can be used ({skipped[0]})")
-            # Rows of images that were left out stay empty before the pages.
-            stream.seek(HeaderType.itemsize)
-            stream.write(descriptors.tobytes() + samples[:kept].tobytes())
-            stream.seek(end)
-            stream.write(places[:kept].tobytes())
-            _flush(stream)
-            # The header is written last: until then the file's version is 0, and nothing opens it.
-            header = np.zeros(1, dtype=HeaderType)
-            header["version"], header["num_fields"], header["page_size"] = CURRENT_VERSION, len(fields), layout.PAGE
-            header["num_samples"], header["alloc_table_ptr"] = kept, end
-            stream.seek(0)
-            stream.write(header.tobytes())
-            _flush(stream)
+            _write_tables(stream, layout, samples[:kept], places[:kept], end)
     except OSError as error:
         raise disk_full(path, error) from error
     return skipped
+
+
+def _write_tables(stream: IO[bytes], layout: Layout, samples: np.ndarray, places: np.ndarray, end: int) -> None:
+    """All but the pages, which reach to `end`. Rows of images that were left out stay empty before the pages.
+
+    The header is written last: until then the file's version is 0, and nothing opens it.
+    """
+    fields = layout.fields()
+    stream.seek(HeaderType.itemsize)
+    stream.write(field_descriptors(fields).tobytes() + samples.tobytes())
+    stream.seek(end)
+    stream.write(places.tobytes())
+    _flush(stream)
+    header = np.zeros(1, dtype=HeaderType)
+    header["version"], header["num_fields"], header["page_size"] = CURRENT_VERSION, len(fields), layout.PAGE
+    header["num_samples"], header["alloc_table_ptr"] = len(samples), end
+    stream.seek(0)
+    stream.write(header.tobytes())
+    _flush(stream)
 
 
 def _standing(done: int, total: int, seconds: float) -> str:

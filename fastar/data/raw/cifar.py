@@ -150,7 +150,7 @@ def _parse_pickle(data: bytes, where: str, layout: _Layout) -> tuple[np.ndarray,
 
 
 def _check_places(data: bytes) -> None:
-    """Python makes room for as many things to be remembered as the largest place that a pickle names."""
+    """Refuse a pickle that remembers things at a place beyond its size: Python takes memory up to the largest place."""
     for operation, argument, _ in pickletools.genops(data):
         if operation.name in ("PUT", "LONG_BINPUT") and int(argument or 0) > len(data):
             raise FastarError("remembers something at a place beyond its own size; get the file again")

@@ -49,7 +49,7 @@ def _finders(spec: DatasetSpec) -> tuple[Finder, ...]:
 
 
 def _places(spec: DatasetSpec, data_root: Path | None) -> list[tuple[Path, tuple[Finder, ...]]]:
-    """Where to look, and for what. A folder that was not named by the user may belong to another dataset: only the
+    """Places to look, and for what. A folder that was not named by the user may belong to another dataset: only the
     dataset's own folders in it are searched for every format, the folder itself for official file names alone."""
     finders = _finders(spec)
     if data_root is not None:

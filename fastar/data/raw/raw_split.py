@@ -99,7 +99,7 @@ class RawSplit(Protocol):
         ...
 
     def where(self, index: int) -> str:
-        """Where sample `index` comes from, for messages."""
+        """The origin of sample `index`, for messages."""
         ...
 
     @property
@@ -236,9 +236,9 @@ class RawDataset:
     kind: str
     where: Path | None
     note: str | None = None
-    """A line that its reader has for the user."""
+    """Line that its reader has for the user."""
     files: tuple[Path, ...] = ()
-    """Those that were read, where they have official names."""
+    """The files that were read, where they have official names."""
 
     @property
     def digest(self) -> str:
