@@ -25,9 +25,19 @@ from fastar.experiments.measure import epoch_seconds, speed
 from fastar.experiments.reuse import finished_results
 from fastar.report.results import check_results
 from fastar.report.run_list import overview, runs_below
-from fastar.runs import IN_TRAINING, RETRY, RunFolder, delete, lock, remove_checkpoints, write_atomically
+from fastar.runs import (
+    IN_TRAINING,
+    RETRY,
+    RunFolder,
+    delete,
+    hold,
+    is_held,
+    lock,
+    read_holder,
+    remove_checkpoints,
+    write_atomically,
+)
 from fastar.runs.live_metrics import EventFile
-from fastar.runs.lock import hold, is_held, read_holder
 from fastar.runs.model_files import load_checkpoint, save_checkpoint
 from fastar.runtime.json_files import parse_object, read_object, sealed, unsealed
 from fastar.training import RegularStep, StarStep

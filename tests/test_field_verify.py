@@ -18,9 +18,8 @@ from test_stopping import at_call
 from fastar.experiments import train_star
 from fastar.experiments.verify_files import recheck
 from fastar.report.results import barrier_picture
-from fastar.runs import RETRY, RunFolder
+from fastar.runs import RETRY, RunFolder, hold
 from fastar.runs.live_metrics import EventFile
-from fastar.runs.lock import hold
 from fastar.runs.model_files import load_checkpoint, save_checkpoint
 from fastar.training import StarStep
 

@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 
 from fastar.errors import FastarError
-from fastar.runs import lock
-from fastar.runs.lock import NAME, Holder, hold, is_held, read_holder
+from fastar.runs import hold, is_held, lock, read_holder
+from fastar.runs.lock import NAME, Holder
 
 
 def left_by(folder: Path, *, age: float = 0.0, **changes: Any) -> None:

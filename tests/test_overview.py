@@ -20,8 +20,7 @@ from test_stopping import at_call
 from fastar.experiments import train_star
 from fastar.report import run_list as overview_module
 from fastar.report.run_list import RunOverview, overview, overview_table, runs_below
-from fastar.runs import RunFolder
-from fastar.runs.lock import hold
+from fastar.runs import RunFolder, hold
 from fastar.training import RegularStep, StarStep
 
 

@@ -11,9 +11,8 @@ from typing import Any
 
 from fastar.errors import FastarError
 from fastar.experiments.reuse import check_permutations
-from fastar.runs import CHECKPOINT, LAST_GOOD, RETRY, RunFolder, checkpoint_files, is_checkpoint
+from fastar.runs import CHECKPOINT, LAST_GOOD, RETRY, RunFolder, checkpoint_files, is_checkpoint, is_held, read_holder
 from fastar.runs.live_metrics import event_files, is_event_file_whole
-from fastar.runs.lock import is_held, read_holder
 from fastar.runs.model_files import load_checkpoint, state_digest
 from fastar.runtime.json_files import read_file, read_object, unsealed
 from fastar.runtime.progress import SILENT, Progress

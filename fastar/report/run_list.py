@@ -14,8 +14,7 @@ from rich import box
 from rich.table import Table
 
 from fastar.errors import FastarError
-from fastar.runs import CHECKPOINT, RunFolder
-from fastar.runs.lock import is_held
+from fastar.runs import CHECKPOINT, RunFolder, is_held
 
 
 @dataclass(frozen=True)

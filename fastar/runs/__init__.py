@@ -14,6 +14,7 @@ from fastar.runs.folder import (
     remove_checkpoints,
     remove_if_empty,
 )
+from fastar.runs.lock import hold, is_held, read_holder
 from fastar.runs.model_names import checkpoint_files, is_checkpoint, stem_of
 from fastar.runs.provenance import commit, versions
 from fastar.runs.run_log import RunLog
@@ -30,7 +31,10 @@ __all__ = [
     "commit",
     "default_run_folder",
     "delete",
+    "hold",
     "is_checkpoint",
+    "is_held",
+    "read_holder",
     "read_metadata",
     "remove_checkpoints",
     "remove_if_empty",

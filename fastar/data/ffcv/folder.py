@@ -19,7 +19,7 @@ from fastar.data.ffcv.verify import Checksums, checksums_path, kept_checksums, t
 from fastar.data.ffcv.write import disk_full
 from fastar.data.raw.raw_split import readable
 from fastar.errors import FastarError
-from fastar.runs.atomic import write_atomically
+from fastar.runs import write_atomically
 from fastar.runtime.json_files import content_digest, read_object
 from fastar.runtime.progress import SILENT, Progress
 
