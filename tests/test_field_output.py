@@ -25,7 +25,7 @@ from fastar import config
 from fastar.cli.main import main
 from fastar.cli.output import print_table
 from fastar.config import load_settings
-from fastar.config.recipes import read_yaml
+from fastar.config.strict_yaml import read_yaml
 from fastar.errors import printable
 from fastar.report.results import barriers_table
 from fastar.runs import RunFolder

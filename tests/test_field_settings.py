@@ -11,7 +11,8 @@ import torch
 from cli_cases import refused
 
 from fastar.config import as_override, load_settings, parse_overrides
-from fastar.config.recipes import read_recipe, read_yaml
+from fastar.config.recipes import read_recipe
+from fastar.config.strict_yaml import read_yaml
 from fastar.errors import FastarError
 from fastar.models import build_model
 from fastar.report.run_list import runs_below

@@ -59,7 +59,7 @@ def test_figures_of_the_paper_are_its_tables(found: dict[str, Any]) -> None:
         rows[f"cifar10-resnet18-{row['activation']}"] = row
     assert len(rows) == 8 + 1 + 3 + 3
     for name, row in rows.items():
-        paper, settings = found[name].paper.as_dict(), found[name].settings
+        paper, settings = found[name].paper.model_dump(), found[name].settings
         for key in ("regular_loss", "star_loss", "regular_regular", "star_regular"):
             assert paper[key] == (pair(row[key]) if key in row else None), (name, key)
         assert settings.sources.number == row.get("sources", settings.sources.number), name
@@ -150,7 +150,7 @@ def test_epochs_and_learning_rate_shrink_in_proportion() -> None:
 
 
 def test_widths_are_those_of_the_architectures() -> None:
-    """What a scale takes for the default width of an architecture is its default."""
+    """Default widths of scales are those of the architectures."""
     for arch, pattern in (
         ("mlp", "mlp"),
         ("vit", "vit"),
@@ -183,7 +183,7 @@ def test_overrides_are_taken_as_they_are() -> None:
     [
         ("paper: 3", "where is needed"),
         ("paper: {table: 1}", "where is needed"),
-        ("paper: {where: table 1, star_loss: x}", "paper.star_loss='x'"),
+        ("paper: {where: table 1, star_loss: x}", "paper.star_loss is wrong"),
         ("paper: {where: table 1, star_loss: [1, 2, 3]}", "paper.star_loss"),
     ],
 )

@@ -37,7 +37,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from fastar.config import MatchingSettings, Settings, as_override, load_settings
+from fastar.config import MatchingSettings, Settings, load_settings
 from fastar.errors import FastarError
 from fastar.evaluation import Path as Segment
 from fastar.evaluation import PathLosses, evaluate_paths
@@ -323,8 +323,8 @@ def settings_of(args: argparse.Namespace, arch: str) -> Settings:
         **{f"model.{key}": value for key, value in NETWORKS.get(arch, {}).items()},
         **({} if args.width is None else {"model.width": args.width}),
     }
-    overrides = [as_override(key, value) for key, value in given.items() if value is not None]
-    return load_settings(dataset=args.dataset, arch=arch, scale="small", overrides=overrides)
+    given = {key: value for key, value in given.items() if value is not None}
+    return load_settings(dataset=args.dataset, arch=arch, scale="small", values=given)
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""What `fastar doctor` finds: each part that fastar stands on, ok or what to do."""
+"""Checks of an installation, for `fastar doctor`: each part that fastar needs, ok or what to do."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def _gpu() -> str:
 
 
 def _bf16() -> str:
-    """Of the CPU; a GPU's is said with the GPU."""
+    """bf16 on the CPU; a GPU's is said with the GPU."""
     found = bf16_instructions()
     if found:
         return (

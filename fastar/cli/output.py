@@ -1,4 +1,4 @@
-"""What commands print: tables, lines, JSON."""
+"""Output of commands: tables, lines, JSON."""
 
 from __future__ import annotations
 

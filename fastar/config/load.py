@@ -12,10 +12,11 @@ from pydantic import BaseModel, ValidationError
 
 from fastar.config.compare import default_values, nested, put
 from fastar.config.datasets import dataset_spec
-from fastar.config.recipes import config_path, merge, read_recipe, read_yaml, recipe_path, shortened
+from fastar.config.recipes import config_path, merge, read_recipe, recipe_path
 from fastar.config.renamed import renewed
 from fastar.config.scales import scaled
 from fastar.config.settings import MatchingSettings, Settings
+from fastar.config.strict_yaml import read_yaml, shortened
 from fastar.errors import FastarError
 
 

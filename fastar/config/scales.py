@@ -96,7 +96,7 @@ def scaled(content: Mapping[str, Any], name: str, *, defaults: Mapping[str, Any]
 
 
 def _shortened(old: Mapping[str, Any], after: int, resolution: int) -> dict[str, Any]:
-    """What is said in epochs, in proportion to `after`, the epochs that are left."""
+    """Settings in epochs, in proportion to `after`, the epochs that are left."""
     before = old["train.epochs"]
     new: dict[str, Any] = {}
     if old.get("star.epochs") is not None:

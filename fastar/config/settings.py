@@ -30,7 +30,7 @@ DATA_FOLDER = "~/.cache/fastar/data"
 
 
 class DatasetSettings(Section):
-    """Which images, and where they are."""
+    """The images, and their files."""
 
     name: str
     """The data set: digits, cifar10, ... (`--dataset`)."""
@@ -248,7 +248,7 @@ class SinkhornSettings(Section):
     """Matching by gradient on doubly stochastic matrices (appendix D.3), for `matching.method=sinkhorn`."""
 
     objective: Literal["l2", "mid", "random"] = "l2"
-    """What is made small. l2: the distance of the weights. mid: the loss on training batches half way between the two
+    """The objective. l2: the distance of the weights. mid: the loss on training batches half way between the two
     networks. random: that loss at a random point of the path."""
     steps: Positive = 100
     """Steps of Adam for each source."""
@@ -263,7 +263,7 @@ class SinkhornSettings(Section):
 
 
 class MatchingSettings(Section):
-    """How sources are matched to the star, and models to each other."""
+    """Matching of sources to the star, and of models to each other."""
 
     method: Literal["weight", "activation", "sinkhorn", "none"] = "weight"
     """The way to find permutations.

@@ -24,7 +24,7 @@ class Entry:
     paper: Paper | None
 
     def as_dict(self) -> dict[str, Any]:
-        paper = None if self.paper is None else self.paper.as_dict()
+        paper = None if self.paper is None else self.paper.model_dump(mode="json")
         return {"config": self.name, "settings": self.settings.model_dump(mode="json"), "paper": paper}
 
 
@@ -58,7 +58,7 @@ def catalogue_table(entries: Iterable[Entry]) -> Table:
     for column in ("paper", "regular", "star"):
         table.add_column(column, no_wrap=True)
     for entry in entries:
-        sources, paper = entry.settings.sources, entry.paper or Paper("")
+        sources, paper = entry.settings.sources, entry.paper or Paper(where="")
         table.add_row(
             entry.name,
             f"{sources.number} + {sources.heldout}",

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fastar.config import Settings, as_override, changes
-from fastar.config.recipes import read_yaml
+from fastar.config.strict_yaml import read_yaml
 from fastar.errors import FastarError
 from fastar.runs.atomic import delete, write_atomically
 from fastar.runs.lock import NAME as LOCK
