@@ -366,9 +366,6 @@ def test_working_weights_follow_theta_and_the_path(dtype: torch.dtype) -> None:
     working.interpolate(theta, source, t)
     assert_holds(between, 4)
     working.write(theta)
-    store = torch.stack([theta, source])
-    working.interpolate(theta, store, t, index=torch.tensor(1))
-    assert_holds(between, 4)
     assert torch.equal(theta, layout.flatten(start))  # the master is only read
 
 

@@ -86,25 +86,26 @@ class WorkingWeights(_BoundModule):
 
     Matrices [layout.matrices] are in `dtype`, vectors [P - layout.matrices] in fp32; for fp32 both are sections of one
     buffer. They start as `module`'s values. Run the module under autocast where dtype is bf16 or fp16: the matrices
-    need no casts there; biases do, which autocast caches, so leave its region between steps.
+    need no casts there; biases do, which autocast caches, so leave its region between steps. `values` are the weights
+    themselves, in the parts of `collect_gradient()`.
     """
 
     def __init__(self, layout: FlatLayout, module: nn.Module, dtype: torch.dtype = torch.float32) -> None:
         layout.check_compatible(FlatLayout.from_module(module))
         device = _device_of(module)
         self._one_buffer = dtype == torch.float32
-        self._values: tuple[torch.Tensor, ...]
+        self.values: tuple[torch.Tensor, ...]
         self._gradients: tuple[torch.Tensor, ...]
         if self._one_buffer:
             whole = torch.zeros(layout.numel, device=device, dtype=torch.float32)
             gradient = torch.zeros_like(whole)
-            self._values, self._gradients = (whole,), (gradient,)
+            self.values, self._gradients = (whole,), (gradient,)
             sections, gradients = _split(whole, layout), _split(gradient, layout)
         else:
             matrices = torch.zeros(layout.matrices, dtype=dtype, device=device)
             vectors = torch.zeros(layout.numel - layout.matrices, device=device, dtype=torch.float32)
             sections, gradients = (matrices, vectors), (torch.zeros_like(matrices), torch.zeros_like(vectors))
-            self._values = tuple(part for part in sections if part.numel())
+            self.values = tuple(part for part in sections if part.numel())
             self._gradients = tuple(part for part in gradients if part.numel())
         values = _parameters_of(module)
         with torch.no_grad():
@@ -121,26 +122,20 @@ class WorkingWeights(_BoundModule):
 
     def write(self, theta: torch.Tensor) -> None:
         """The working weights become theta [P], fp32, rounded to their dtypes."""
-        for working, master in zip(self._values, self.sections(theta), strict=True):
+        for working, master in zip(self.values, self.sections(theta), strict=True):
             working.copy_(master)
 
-    def interpolate(
-        self, theta: torch.Tensor, source: torch.Tensor, t: torch.Tensor, *, index: torch.Tensor | None = None
-    ) -> None:
-        """The working weights become (1 - t) theta + t source; arguments as in `kernels.interpolate`."""
-        for working, master, other in zip(self._values, self.sections(theta), self.sections(source), strict=True):
-            interpolate(master, other, t, working, index=index)
+    def interpolate(self, theta: torch.Tensor, source: torch.Tensor, t: torch.Tensor) -> None:
+        """The working weights become (1 - t) theta + t source, both [P]; t [] fp32."""
+        for working, master, other in zip(self.values, self.sections(theta), self.sections(source), strict=True):
+            interpolate(master, other, t, working)
 
     def next_points(
         self, source: torch.Tensor, t: torch.Tensor, *, index: torch.Tensor | None = None
     ) -> tuple[NextPoint, ...]:
         """`interpolate` for an update to do: a point to write for each part of `collect_gradient()`."""
-        parts = zip(self._values, self.sections(source), strict=True)
+        parts = zip(self.values, self.sections(source), strict=True)
         return tuple(NextPoint(other, t, working, index) for working, other in parts)
-
-    def values(self) -> tuple[torch.Tensor, ...]:
-        """The working weights themselves, in the parts of `collect_gradient()`."""
-        return self._values
 
     def collect_gradient(self) -> tuple[torch.Tensor, ...]:
         """After backward: the gradient, one part [P] in fp32, else (matrices in `dtype`, vectors in fp32).

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing, nullcontext
 from dataclasses import asdict, replace
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -24,40 +23,7 @@ from fastar.training.epochs import Epoch, Good, NonFiniteLoss, SoFar, check_batc
 from fastar.training.profiling import StepsProfile
 from fastar.training.resume import Saved, TrainingCheckpoints
 from fastar.training.schedule import learning_rate, resolution
-from fastar.training.steps import StepDraws
-
-
-class Step(Protocol):
-    """One kind of training step over flat parameters."""
-
-    def begin_epoch(self, epoch: int, steps: int) -> None:
-        """Prepare epoch number `epoch` (from 0) of `steps` steps, such as matching the sources."""
-        ...
-
-    def resume_epoch(self, epoch: int, steps: int, begin: int) -> None:
-        """Prepare the steps from number `begin` on of an epoch that had begun, and been matched, before `load`."""
-        ...
-
-    def __call__(self, images: Tensor, labels: Tensor, lr: Tensor) -> Tensor:
-        """Do one step at learning rate `lr` (0-d, on the device); the loss, 0-d, without synchronising."""
-        ...
-
-    def describe(self, step: int) -> str:
-        """The draws of step number `step` of the current epoch, for error messages."""
-        ...
-
-    def state(self) -> dict[str, Tensor]:
-        """The model's state dict as trained so far. Copies."""
-        ...
-
-    def save(self) -> dict[str, Tensor]:
-        """All that steps change and later steps depend on. The tensors themselves."""
-        ...
-
-    def load(self, state: Mapping[str, Tensor]) -> None:
-        """Become what was saved."""
-        ...
-
+from fastar.training.steps import Step, StepDraws
 
 # Seconds from which on an epoch is told of in a line of its own; shorter ones show in the progress and in the log.
 WORTH_A_LINE = 30.0

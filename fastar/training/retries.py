@@ -12,8 +12,9 @@ from fastar.config import TrainSettings
 from fastar.data import Dataset
 from fastar.runtime.seeds import derive_seed
 from fastar.training.epochs import Epoch, Good, NonFiniteLoss
-from fastar.training.loop import Step, fit
+from fastar.training.loop import fit
 from fastar.training.resume import Resumable, Saved, TrainingCheckpoints
+from fastar.training.steps import Step
 
 # How often a training whose losses are not finite goes back, where train.on_nonfinite=retry.
 RETRIES = 3
@@ -72,13 +73,25 @@ def fit_with_retries(
     Raises:
         NonFiniteLoss: the last attempt's; `left` is the furthest good state of all attempts.
     """
+
+    def attempt() -> Trained:  # a function of its own: what a failed one held is gone when the next one begins
+        number = checkpoints.attempt
+        own = attempt_seed(seed, number)
+        # Torch's own generators (dropout) begin alike whatever ran before this model, and are saved with it.
+        with torch.random.fork_rng([data.device] if data.device.type == "cuda" else []):
+            torch.manual_seed(derive_seed(own, "network"))
+            prepared = make(number)
+            checkpoints.parts = prepared.parts
+            kept: dict[str, Any] = {"figures": prepared.figures, "checkpoints": checkpoints, "saved": saved}
+            history = fit(prepared.step, data, settings, name=name, seed=own, **kept, **more)
+        return Trained(prepared, history, number)
+
     checkpoints.recall(saved)
     furthest: Good | None = None
     while True:
         begin(saved)
         try:
-            # A function of its own: what a failed attempt held is gone when the next one begins.
-            return _attempt(make, data, settings, checkpoints, name, seed, saved, more)
+            return attempt()
         except NonFiniteLoss as error:
             good = [one for one in (furthest, error.left) if one is not None]
             furthest = max(good, key=lambda one: (one.epochs, one.steps), default=None)
@@ -86,35 +99,3 @@ def fit_with_retries(
                 raise NonFiniteLoss(str(error), furthest) from error
             saved = checkpoints.go_back()
             went_back(error, saved)
-
-
-def _attempt(
-    make: Callable[[int], Prepared],
-    data: Dataset,
-    settings: TrainSettings,
-    checkpoints: TrainingCheckpoints,
-    name: str,
-    seed: int,
-    saved: Saved | None,
-    more: Mapping[str, Any],
-) -> Trained:
-    attempt = checkpoints.attempt
-    own = attempt_seed(seed, attempt)
-    # Torch's own generators (dropout) begin alike whatever ran before this model, and are saved with it.
-    with torch.random.fork_rng([data.device] if data.device.type == "cuda" else []):
-        torch.manual_seed(derive_seed(own, "network"))
-        prepared = make(attempt)
-        checkpoints.parts = prepared.parts
-        figures = prepared.figures
-        history = fit(
-            prepared.step,
-            data,
-            settings,
-            name=name,
-            seed=own,
-            figures=figures,
-            checkpoints=checkpoints,
-            saved=saved,
-            **more,
-        )
-    return Trained(prepared, history, attempt)

@@ -5,8 +5,8 @@ Each epoch, the sources are matched to theta:
 and each step moves theta by the loss at a random point of the path to a random source:
     2. n ~ Unif(Z), t ~ Unif[0, 1]                                                           `draw`, `EpochDraws`
     3. point = (1 - t) theta + t theta_n                                                     `StarStep.__call__`
-    4. the loss's gradient at the point, times 1 - t: the gradient with respect to theta     `FlatStep._backward`
-    5. theta <- a step of the optimizer along it                                             `FlatStep._update`
+    4. the loss's gradient at the point, times 1 - t: the gradient with respect to theta     `Step._backward`
+    5. theta <- a step of the optimizer along it                                             `Step._update`
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fastar.runtime.seeds import derive_seed
 from fastar.runtime.timing import span
 from fastar.symmetry import Permutations, Symmetry
 from fastar.training.sources import SourcesStore
-from fastar.training.steps import FlatStep
+from fastar.training.steps import Step
 
 
 def match_store(
@@ -202,7 +202,7 @@ class EpochDraws:
         return len(self.indices)
 
 
-class StarStep(FlatStep):
+class StarStep(Step):
     """Steps 2 to 5: the loss at a random point of the path to a random source moves the star.
 
     The network holds (1 - t) theta + t theta_n and runs in training mode, so batch-norm normalises with the batch; its

@@ -28,8 +28,14 @@ from fastar.training.resume import copy_into
 SMALL_FLOPS = 100_000_000
 
 
-class FlatStep:
-    """Base of all steps: theta [P] and its optimizer, forward and backward in the AMP dtype, the flat update."""
+class Step:
+    """Base of all training steps: theta [P] and its optimizer, forward and backward in the AMP dtype, the flat update.
+
+    Args:
+        model: gives the architecture and the initial theta; it is trained in place.
+        settings: the recipe.
+        working_copy: whether the network holds other weights than theta.
+    """
 
     def __init__(self, model: nn.Module, settings: TrainSettings, *, working_copy: bool):
         self.model = model
@@ -67,7 +73,10 @@ class FlatStep:
         self.__dict__.clear()
 
     def save(self) -> dict[str, Tensor]:
-        """theta, what the optimizer and the loss scale remember, the module's buffers. The tensors themselves."""
+        """All that steps change and later steps depend on: theta, the optimizer, the loss scale, the module's buffers.
+
+        The tensors themselves.
+        """
         remembered = {"optimizer": self.optimizer.state(), "loss_scale": self.loss_scale.state()}
         return {
             "theta": self.theta,
@@ -79,14 +88,25 @@ class FlatStep:
         """Become what was saved, in place: at the same addresses, for graphs."""
         copy_into(self.save(), state)
 
+    def __call__(self, images: Tensor, labels: Tensor, lr: Tensor) -> Tensor:
+        """Do one step at learning rate `lr` (0-d, on the device); the loss, 0-d, without synchronising."""
+        raise NotImplementedError
+
+    def begin_epoch(self, epoch: int, steps: int) -> None:
+        """Prepare epoch number `epoch` (from 0) of `steps` steps, such as matching the sources."""
+
+    def resume_epoch(self, epoch: int, steps: int, begin: int) -> None:
+        """Prepare the steps from number `begin` on of an epoch that had begun, and been matched, before `load`."""
+
     def describe(self, step: int) -> str:
+        """The draws of step number `step` of the current epoch, for error messages."""
         return ""
 
     def _graph_of(self, body: Callable[[Tensor, Tensor, Tensor], Tensor]) -> CallGraph | None:
         """`body` as a CUDA graph, where `train.graph` asks for it."""
         if not self.settings.graph:
             return None
-        working = () if self._working is None else self._working.values()
+        working = () if self._working is None else self._working.values
         moved = [self.theta, *working, *self.optimizer.state(), *self.loss_scale.state(), *self.model.buffers()]
         return CallGraph(body, moved, self.device)
 
@@ -125,18 +145,12 @@ class FlatStep:
             self.loss_scale.update()
 
 
-class RegularStep(FlatStep):
+class RegularStep(Step):
     """Ordinary training of one network."""
 
     def __init__(self, model: nn.Module, settings: TrainSettings):
         super().__init__(model, settings, working_copy=False)
         self._graph = self._graph_of(self._body)
-
-    def begin_epoch(self, epoch: int, steps: int) -> None:
-        return
-
-    def resume_epoch(self, epoch: int, steps: int, begin: int) -> None:
-        return
 
     def __call__(self, images: Tensor, labels: Tensor, lr: Tensor) -> Tensor:
         graph = self._replayed(self._graph, images, labels)
