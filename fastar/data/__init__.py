@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from fastar.data.ffcv.encode import PRESETS, Encoding
     from fastar.data.ffcv.folder import DatasetFiles, is_finished, open_files, verify_folder
     from fastar.data.in_memory import DeviceDataset, load
-    from fastar.data.raw.class_folders import count_images, is_packed
+    from fastar.data.raw.class_folders import count_images
     from fastar.data.raw.raw_split import ArraySplit, RawDataset, RawSplit
     from fastar.data.splits import check_limit, held_out
     from fastar.data.streaming import StreamingDataset
@@ -26,7 +26,7 @@ _PLACES = {
     "fastar.data.ffcv.folder": ("DatasetFiles", "is_finished", "open_files", "verify_folder"),
     "fastar.data.in_memory": ("DeviceDataset", "load"),
     "fastar.data.convert": ("prepare",),
-    "fastar.data.raw.class_folders": ("count_images", "is_packed"),
+    "fastar.data.raw.class_folders": ("count_images",),
     "fastar.data.raw.raw_split": ("ArraySplit", "RawDataset", "RawSplit"),
     "fastar.data.splits": ("check_limit", "held_out"),
     "fastar.data.streaming": ("StreamingDataset",),

@@ -38,11 +38,7 @@ def resolve_device(name: str) -> torch.device:
     if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
         raise FastarError(f"device={name!r}: no such GPU here; use device=cpu or see `fastar doctor`")
     if device.type == "cuda":
-        # Streams, events and graphs are made on the current device. The first one is that, and is not touched yet: the
-        # writers of data sets are forked first.
-        index = torch.cuda.current_device() if torch.cuda.is_initialized() else 0
-        if device.index not in (None, index):
+        if device.index is not None:  # streams, events and graphs are made on the current device
             torch.cuda.set_device(device)
-            index = device.index
-        device = torch.device("cuda", index)
+        device = torch.device("cuda", torch.cuda.current_device())
     return device

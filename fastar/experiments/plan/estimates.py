@@ -22,6 +22,7 @@ from fastar.experiments.plan.sizes import (
     Item,
     during,
     evaluated_models,
+    held_bytes,
     limits_of,
     training_sides,
 )
@@ -122,7 +123,7 @@ class Needs:
 
     @property
     def gpu(self) -> bool:
-        """Whether models are trained on a GPU."""
+        """True where models are trained on a GPU."""
         return self.exact.place == "gpu"
 
     @property
@@ -146,11 +147,10 @@ class Needs:
             short = 0 if exact.settings.train.drop_last else exact.counts.train % choice.batch
             step = self.training.at(short) if short else 0
         estimate(f"a step on {choice.batch} images", 4 * block + max(step, NEXT * block), "training")
-        if not (exact.in_place(choice.store) or not self.gpu):
-            part = min(exact.settings.sources.number, PART_ROWS, max(1, self.free // 8 // exact.row))
+        part = exact.settings.sources.number
+        if self.gpu and not exact.in_place(choice.store):  # as `SourcesStore.parts`
+            part = min(part, PART_ROWS, max(1, self.free // 8 // exact.row))
             items.append(Item(place, f"matching: {part} sources at a time", part * exact.row, "matching"))
-        else:
-            part = exact.settings.sources.number
         left = max(0, self.free - during(items, place, "matching"))
         estimate("matching: copies and scores", self._matching(choice, part, left), "matching")
         models, passes = self._evaluation(choice)
@@ -158,7 +158,7 @@ class Needs:
         items.append(Item(place, whole, models * (exact.row + self.statistics), "evaluation"))
         ends = (ENDS + 1) * exact.row + exact.buffers
         items.append(Item(place, "ends of paths, and a network", ends, "evaluation"))
-        estimate(f"evaluation of {choice.measured} images", passes, "evaluation")
+        estimate("evaluation: images and activations", passes, "evaluation")
         if not exact.settings.dataset.spec.variable_size:
             return items
         decoded = DECODED * choice.batch * pixels, DECODED * choice.measured * math.prod(self.measured_image)
@@ -191,9 +191,7 @@ class Needs:
         for batch in (choice.measured, choice.batch) if self.statistics else (choice.measured,):
             block = pixels * self._made(pixels, batch)
             passes = max(passes, 4 * block + max(self.forward.at(batch), NEXT * block))
-        held = sum(
-            item.bytes for item in exact.items(choice.store) if (item.what, item.phase) == ("data set", "evaluation")
-        )
+        held = held_bytes(exact.settings, exact.counts)
         free = max(0, self.free - held - exact.row - exact.buffers)
         extra = passes + ENDS * exact.row if self.gpu else None
         wanted = evaluated_models(exact.settings)

@@ -15,6 +15,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from fastar.config import Settings, as_override
 from fastar.data import PRESETS, Encoding
 from fastar.errors import FastarError
@@ -122,10 +124,7 @@ def published_gigabytes(settings: Settings, encoding: Encoding) -> float | None:
     sides = sorted(published)
     if not sides or side is None or encoding.jpeg_quality != 90 or not sides[0] <= side <= sides[-1]:
         return None
-    above = next(i for i, other in enumerate(sides) if other >= side) or 1
-    low, high = sides[above - 1], sides[above]
-    share = (side - low) / (high - low)
-    raw, jpeg = (a + share * (b - a) for a, b in zip(published[low], published[high], strict=True))
+    raw, jpeg = (float(np.interp(side, sides, sizes)) for sizes in zip(*(published[s] for s in sides), strict=True))
     return raw + encoding.compress_probability * (jpeg - raw)
 
 
@@ -148,7 +147,7 @@ def _notes(settings: Settings, counts: DataCounts, needs: Needs) -> Iterator[str
         yield f"sources are kept in {'the GPU' if needs.gpu else 'memory'} (sources.store=device)"
     else:
         yield f"sources are kept outside (sources.store={stored}): {SLOTS} rows at a time, whatever their number"
-    yield "~: counted at two small batches, on a straight line; all other sizes are exact"
+    yield "~: estimated, activations from two batches of tensors without memory; all other sizes are exact"
     if needs.gpu:
         yield "memory: workspaces of cuDNN and cuBLAS and CUDA's own memory are not counted"
 

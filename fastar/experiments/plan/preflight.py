@@ -60,8 +60,8 @@ def prepare_data(session: Session) -> None:
     counts = data_counts(session.settings)
     if counts is not None:
         check_run(session, counts)
-    elif session.settings.dataset.root is not None:
-        session.progress.line("whether the run fits is checked when the data are written: archives are not counted")
+    else:
+        session.progress.line("the images are not counted yet: whether the run fits is checked when they are written")
     _ = session.data.files
     if counts is None or not counts.written:
         written = data_counts(session.settings)

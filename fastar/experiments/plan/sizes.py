@@ -131,7 +131,7 @@ class Exact:
 
     @property
     def place(self) -> str:
-        """Where models are trained."""
+        """The place where models are trained: gpu or host."""
         return "gpu" if "gpu" in self.limits else "host"
 
     @property
@@ -140,18 +140,18 @@ class Exact:
         return self.row * (1 if self.settings.train.optimizer == "sgd" else 2)
 
     def stored(self, store: str) -> str:
-        """Where `sources.store` puts the sources: device, host or file."""
+        """The place that `sources.store` means: device, host or file."""
         if store != "auto":
             return store
         needed = self.settings.sources.number * (self.row + self.activations)
         return automatic(needed, self.limits[self.place], self.limits["host"] if self.place == "gpu" else None)
 
     def in_place(self, store: str) -> bool:
-        """Whether all sources are in the memory that they are used in."""
+        """True where all sources are in the memory that they are used in."""
         return self.stored(store) == "device" or (self.stored(store) == "host" and self.place == "host")
 
     def items(self, store: str) -> Iterator[Item]:
-        """All that is known without running anything."""
+        """The items that are known without running anything."""
         sources, place, stored = self.settings.sources, self.place, self.stored(store)
         rows = sources.number if self.in_place(store) else SLOTS
         held = held_bytes(self.settings, self.counts)
