@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_map_only
 from fastar import matching
 from fastar.config import MatchingSettings, matching_settings
 from fastar.errors import FastarError
-from fastar.evaluation import Endpoint, Path, evaluate_paths
+from fastar.evaluation import Endpoint, Segment, evaluate_paths
 from fastar.evaluation.batch_norm import batch_norm_layers, joined, layer_of_single_values
 from fastar.evaluation.batches import (
     Batches,
@@ -415,7 +415,7 @@ def barrier(
     (measured,) = evaluate_paths(
         model,
         layout,
-        [Path("path", *ends)],
+        [Segment("path", *ends)],
         {"data": batches},
         points=int(points),
         statistics_batches=_of_statistics(model, batches, first, statistics_data),

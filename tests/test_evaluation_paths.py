@@ -10,7 +10,7 @@ from evaluation_cases import Batches, alone, data, mlp, population_by_hand, resn
 from torch import Tensor, nn
 
 from fastar.errors import FastarError
-from fastar.evaluation import Endpoint, Path, PathLosses, barrier, barrier_gaps, evaluate_paths, evaluate_rows
+from fastar.evaluation import Endpoint, PathLosses, Segment, barrier, barrier_gaps, evaluate_paths, evaluate_rows
 from fastar.evaluation.batch_norm import own_statistics
 from fastar.flat import FlatLayout
 from fastar.matching import match_weights
@@ -26,7 +26,7 @@ def end(name: str, model: nn.Module) -> Endpoint:
 
 def evaluate(
     model: nn.Module,
-    paths: list[Path],
+    paths: list[Segment],
     *,
     points: int = 11,
     resident: int | None = None,
@@ -86,7 +86,7 @@ def test_barrier_is_no_more_than_a_number_per_split() -> None:
 def test_points_equal_plain_evaluation_of_each_model_alone(arch: str) -> None:
     build = BUILDERS[arch]
     first, second = build(1), build(2)
-    (found,) = evaluate(build(0), [Path("x", end("a", first), end("b", second))], points=5)
+    (found,) = evaluate(build(0), [Segment("x", end("a", first), end("b", second))], points=5)
     assert found.t == [0.0, 0.25, 0.5, 0.75, 1.0]
     assert (found.first, found.second, found.kind) == ("a", "b", "x")
     ones, others = dict(first.named_parameters()), dict(second.named_parameters())
@@ -105,7 +105,7 @@ def test_points_equal_plain_evaluation_of_each_model_alone(arch: str) -> None:
 def test_the_ends_have_exactly_their_own_losses(arch: str) -> None:
     build = BUILDERS[arch]
     model, first, second = build(0), build(1), build(2)
-    (found,) = evaluate(model, [Path("x", end("a", first), end("b", second))])
+    (found,) = evaluate(model, [Segment("x", end("a", first), end("b", second))])
     rows = torch.stack([row(first), row(second)])
     own = evaluate_rows(model, FlatLayout.from_module(model), rows, {"train": data()}, statistics_batches=data())
     assert [found.loss["train"][0], found.loss["train"][-1]] == own["train"].loss.tolist()
@@ -116,7 +116,7 @@ def test_the_ends_have_exactly_their_own_losses(arch: str) -> None:
 def test_a_path_to_itself_has_no_barrier(arch: str) -> None:
     model = BUILDERS[arch](1)
     same, copy = end("a", model), end("copy", model)
-    for path in (Path("x", same, same), Path("x", same, copy)):
+    for path in (Segment("x", same, same), Segment("x", same, copy)):
         (found,) = evaluate(BUILDERS[arch](0), [path])
         assert len(set(found.loss["train"])) == 1  # interpolating equal numbers gives them back bit for bit
         assert found.barrier("train") == 0
@@ -134,7 +134,7 @@ def test_a_path_to_its_permuted_copy_has_no_barrier_once_matched(arch: str) -> N
     matched = build(0)
     matched.load_state_dict(symmetry.apply(found.permutations.select(0), shuffled.state_dict()))
     assert torch.equal(row(matched), row(model))  # recovered exactly
-    paths = [Path(name, end("a", model), end(name, other)) for name, other in (("raw", shuffled), ("ok", matched))]
+    paths = [Segment(name, end("a", model), end(name, other)) for name, other in (("raw", shuffled), ("ok", matched))]
     raw, ok = evaluate(build(0), paths)
     assert ok.barrier("train") == 0  # the same bits all along
     assert raw.barrier("train") > 0.01  # unmatched, there is one
@@ -185,7 +185,7 @@ def test_models_share_two_passes_over_the_data_and_shared_ends_are_evaluated_onc
     evaluate_paths(
         template,
         FlatLayout.from_module(template),
-        [*(Path("x", star, other) for other in others), Path("x", others[0], others[1])],
+        [*(Segment("x", star, other) for other in others), Segment("x", others[0], others[1])],
         {"train": counted("train"), "test": counted("test")},
         points=3,
         statistics_batches=counted("statistics"),
@@ -198,14 +198,14 @@ def test_models_share_two_passes_over_the_data_and_shared_ends_are_evaluated_onc
 @pytest.mark.parametrize("resident", [1, 2, 5, 100])
 def test_how_many_are_resident_does_not_matter(resident: int) -> None:
     ends = [end(str(seed), resnet(seed)) for seed in (1, 2, 3)]
-    paths = [Path("x", ends[0], ends[1]), Path("x", ends[0], ends[2]), Path("x", ends[2], ends[1])]
+    paths = [Segment("x", ends[0], ends[1]), Segment("x", ends[0], ends[2]), Segment("x", ends[2], ends[1])]
     splits = {"train": data(), "test": data(seed=1, count=20)}
     reference = evaluate(resnet(0), paths, points=4, splits=splits)
     assert evaluate(resnet(0), paths, points=4, splits=splits, resident=resident) == reference
 
 
 def test_batch_sizes_of_the_losses_do_not_matter() -> None:
-    path = Path("x", end("a", resnet(1)), end("b", resnet(2)))
+    path = Segment("x", end("a", resnet(1)), end("b", resnet(2)))
     found = [evaluate(resnet(0), [path], splits={"train": data(size=size)})[0] for size in (50, 16, 7)]
     for other in found[1:]:
         assert other.loss["train"] == pytest.approx(found[0].loss["train"], rel=1e-6)  # fp32 sums of a batch
@@ -215,7 +215,7 @@ def test_batch_sizes_of_the_losses_do_not_matter() -> None:
 def test_results_come_in_the_order_of_the_paths() -> None:
     ends = {seed: end(str(seed), mlp(seed)) for seed in (1, 2, 3)}
     pairs = [(3, 1), (1, 2), (1, 3), (3, 3)]
-    found = evaluate(mlp(0), [Path(f"{a}{b}", ends[a], ends[b]) for a, b in pairs], points=3)
+    found = evaluate(mlp(0), [Segment(f"{a}{b}", ends[a], ends[b]) for a, b in pairs], points=3)
     assert [(path.kind, path.first, path.second) for path in found] == [(f"{a}{b}", str(a), str(b)) for a, b in pairs]
     there, back = found[0], found[2]
     assert there.loss["train"] == pytest.approx(back.loss["train"][::-1], rel=1e-6)
@@ -228,7 +228,7 @@ def test_no_paths() -> None:
 
 def test_a_path_has_two_ends() -> None:
     with pytest.raises(ValueError, match="points=1"):
-        evaluate(mlp(0), [Path("x", end("a", mlp(1)), end("b", mlp(2)))], points=1)
+        evaluate(mlp(0), [Segment("x", end("a", mlp(1)), end("b", mlp(2)))], points=1)
 
 
 # The reference's way
@@ -236,7 +236,7 @@ def test_a_path_has_two_ends() -> None:
 
 def test_in_the_references_way_ends_keep_their_statistics_and_inner_points_a_moving_average() -> None:
     first, second = resnet(1), resnet(2)
-    (found,) = evaluate(resnet(0), [Path("x", end("a", first), end("b", second))], points=3, method="reference")
+    (found,) = evaluate(resnet(0), [Segment("x", end("a", first), end("b", second))], points=3, method="reference")
     assert found.loss["train"][0] == pytest.approx(alone(first, data())[0], rel=2e-5)
     assert found.loss["train"][2] == pytest.approx(alone(second, data())[0], rel=2e-5)
     middle = resnet(0).train()
@@ -247,7 +247,7 @@ def test_in_the_references_way_ends_keep_their_statistics_and_inner_points_a_mov
         for images, _ in data()():
             middle(images)  # torch's own moving average, momentum 0.1
     assert found.loss["train"][1] == pytest.approx(alone(middle, data())[0], rel=2e-5)
-    (population,) = evaluate(resnet(0), [Path("x", end("a", first), end("b", second))], points=3)
+    (population,) = evaluate(resnet(0), [Segment("x", end("a", first), end("b", second))], points=3)
     for one, other in zip(found.loss["train"], population.loss["train"], strict=True):
         assert abs(one - other) > 1e-3  # another way indeed
 
@@ -269,7 +269,7 @@ def test_a_point_whose_loss_is_not_finite_is_named(first: float, second: float, 
     between = r"the point t=0.5 from (g to [ab]|a to b)"
     for resident in (1, 100):
         with pytest.raises(FastarError, match=f"^({named}|{between}) has a loss that is not finite on train"):
-            evaluate(resnet(0), [Path("x", good, good), Path("x", *ends)], points=3, resident=resident)
+            evaluate(resnet(0), [Segment("x", good, good), Segment("x", *ends)], points=3, resident=resident)
 
 
 def test_an_empty_split_is_refused() -> None:

@@ -15,7 +15,7 @@ import torch
 from evaluation_cases import Batches, data, resnet, row
 from torch import Tensor
 
-from fastar.evaluation import Endpoint, Path, evaluate_paths
+from fastar.evaluation import Endpoint, Segment, evaluate_paths
 from fastar.evaluation.batch_norm import statistics_bytes
 from fastar.flat import FlatLayout
 from fastar.runtime import memory
@@ -93,7 +93,7 @@ def test_passes_over_the_data(machine: File, fit: int, passes: int) -> None:
     found = evaluate_paths(
         model,
         layout,
-        [Path("x", star, other) for other in others],
+        [Segment("x", star, other) for other in others],
         {"train": counted("losses")},
         statistics_batches=counted("statistics"),
     )
@@ -120,7 +120,7 @@ def test_rows_are_brought_when_their_paths_turn_comes() -> None:
         return made
 
     def measured(ends: list[Endpoint]) -> list[list[float]]:
-        paths = [Path("x", ends[0], end) for end in ends[1:]]
+        paths = [Segment("x", ends[0], end) for end in ends[1:]]
         found = evaluate_paths(model, layout, paths, {"train": data()}, points=3, statistics_batches=data(), resident=4)
         return [path.loss["train"] for path in found]
 

@@ -30,8 +30,7 @@ from torch import Tensor, nn
 
 from fastar.data import Encoding, StreamingDataset, prepare
 from fastar.errors import FastarError
-from fastar.evaluation import Endpoint, PathLosses, evaluate_paths, evaluate_rows
-from fastar.evaluation import Path as Segment
+from fastar.evaluation import Endpoint, PathLosses, Segment, evaluate_paths, evaluate_rows
 from fastar.flat import FlatLayout
 from fastar.models import build_model
 from fastar.runtime.device import resolve_device

@@ -39,8 +39,7 @@ from torch import Tensor
 
 from fastar.config import MatchingSettings, Settings, load_settings
 from fastar.errors import FastarError
-from fastar.evaluation import Path as Segment
-from fastar.evaluation import PathLosses, evaluate_paths
+from fastar.evaluation import PathLosses, Segment, evaluate_paths
 from fastar.experiments.measure import choose_pairs, endpoint
 from fastar.experiments.regular import regular_models
 from fastar.experiments.session import Session, threads

@@ -11,7 +11,7 @@ from fastar.cli.options import CHECKPOINTS, Given, paths_and_settings, takes
 from fastar.cli.output import print_json, print_lines, print_table
 
 if TYPE_CHECKING:
-    from fastar.experiments.match_files import Named
+    from fastar.experiments.given_files import Named
 
 UNSAID = "For checkpoints that do not say it."
 PERMUTED = "Write permuted B here (.safetensors); several B: into this folder."
@@ -111,7 +111,7 @@ def match_many(
 
 
 @takes(
-    *("dataset", "name", "arch", "points", "data_root", "bn_batches", "picture", "json", "quiet"),
+    *("dataset", "name", "arch", "permutations", "points", "data_root", "bn_batches", "picture", "json", "quiet"),
     dataset="Default: the one A was trained on.",
     arch=UNSAID,
 )
@@ -128,8 +128,11 @@ def barrier(
         fastar barrier runs/five/star.safetensors runs/five/heldout/*.safetensors
 
         fastar barrier a.pt b.pt --dataset cifar10 --arch resnet18 --no-match --points 21
+
+        fastar barrier star.safetensors heldout/*.safetensors --permutations matchings.safetensors
     """
     from fastar.experiments.barrier_files import barriers_of_files
+    from fastar.experiments.given_files import Named
     from fastar.report.results import barrier_picture, barriers_table, check_picture, statistics_lines
 
     picture = given["picture"]
@@ -139,10 +142,9 @@ def barrier(
     result = barriers_of_files(
         first,
         paths,
-        dataset=given["dataset"],
-        arch=given["arch"],
+        named=Named(given["dataset"], given["arch"], changes=given.changes(overrides)),
         matching=matching,
-        changes=given.changes(overrides),
+        permutations=given["permutations"],
         progress=given.progress(),
     )
     if picture is not None:
@@ -158,7 +160,7 @@ def barrier(
 
 def _named(given: Given, overrides: list[str]) -> Named:
     """The command line's words on what the checkpoints are of."""
-    from fastar.experiments.match_files import Named
+    from fastar.experiments.given_files import Named
 
     known = {name: given[name] for name in CHECKPOINTS if name != "name"}
     return Named(**known, changes=given.changes(overrides))

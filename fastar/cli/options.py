@@ -68,6 +68,7 @@ OPTIONS = {
     "centre": Option(Path, "FILE", "The checkpoint that all are matched to, such as a star."),
     "average": Option(Path, "FILE", "Write the average of the permuted ones here (.safetensors)."),
     "rounds": Option(int, "N", "With --to mean: the most passes over all.", default=20),
+    "permutations": Option(Path, "FILE", "A run's matchings.safetensors: take its permutations, match nothing."),
     "picture": Option(Path, "FILE", "Write the curves to this PNG."),
     "json": Option(bool, None, "Print results as JSON on stdout, and nothing else there."),
     "quiet": Option(bool, None, "No progress."),

@@ -2,13 +2,13 @@
 
 from fastar.evaluation.batch_norm import re_estimate
 from fastar.evaluation.losses import Measured, evaluate_rows
-from fastar.evaluation.paths import Endpoint, Path, PathLosses, barrier, barrier_gaps, evaluate_paths
+from fastar.evaluation.paths import Endpoint, PathLosses, Segment, barrier, barrier_gaps, evaluate_paths
 
 __all__ = [
     "Endpoint",
     "Measured",
-    "Path",
     "PathLosses",
+    "Segment",
     "barrier",
     "barrier_gaps",
     "evaluate_paths",

@@ -59,7 +59,7 @@ class _Rows:
 
 
 @dataclass(frozen=True, eq=False)
-class Path:
+class Segment:
     """The segment from `first` (t = 0) to `second` (t = 1)."""
 
     kind: str
@@ -103,7 +103,7 @@ def barrier(t: Sequence[float], loss: Sequence[float]) -> float:
 def evaluate_paths(
     model: nn.Module,
     layout: FlatLayout,
-    paths: Sequence[Path],
+    paths: Sequence[Segment],
     splits: Mapping[str, Batches],
     *,
     points: int = 11,
@@ -136,7 +136,7 @@ def evaluate_paths(
     if points < 2:
         raise ValueError(f"points={points}: a path needs its two ends")
     ts = [i / (points - 1) for i in range(points)]
-    jobs: dict[tuple[int, int, float], tuple[Path, float]] = {}
+    jobs: dict[tuple[int, int, float], tuple[Segment, float]] = {}
     keys: list[list[tuple[int, int, float]]] = []
     for path in paths:
         keys.append([])
@@ -200,7 +200,7 @@ def evaluate_paths(
 def _models_at_once(
     model: nn.Module,
     layout: FlatLayout,
-    path: Path,
+    path: Segment,
     row_of: _Rows,
     wanted: int,
     splits: Mapping[str, Batches],
@@ -230,13 +230,13 @@ def _models_at_once(
     return resident_models(4 * layout.numel + statistics_bytes(model), device, wanted, extra)
 
 
-def _name(path: Path, t: float) -> str:
+def _name(path: Segment, t: float) -> str:
     """What a point of a path is called."""
     first, second = path.first.name, path.second.name
     return first if t == 0 else second if t == 1 else f"the point t={t:g} from {first} to {second}"
 
 
-def _own_statistics(path: Path, t: float, method: str) -> Statistics | None:
+def _own_statistics(path: Segment, t: float, method: str) -> Statistics | None:
     if method != "reference" or t not in (0.0, 1.0):
         return None
     end = path.first if t == 0.0 else path.second

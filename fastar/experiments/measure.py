@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import statistics
 import time
@@ -13,9 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastar.evaluation import Endpoint, Path, PathLosses, evaluate_paths, evaluate_rows
+from fastar.evaluation import Endpoint, PathLosses, Segment, evaluate_paths, evaluate_rows
 from fastar.evaluation.batch_norm import batch_norm_layers
 from fastar.evaluation.ends import check_end
+from fastar.experiments.matchings import Matchings
 from fastar.experiments.regular import device_name
 from fastar.experiments.session import Session
 from fastar.experiments.statistics_batches import examples, statistics_batches, whole_statistics
@@ -37,22 +39,23 @@ CHECKED_ON = 64
 KINDS = ("regular_regular", "star_heldout", "star_source", "regular_regular_unmatched")
 
 
+def permuted(session: Session, checkpoint: Checkpoint, permutation: Permutations | None) -> Mapping[str, Tensor]:
+    """A checkpoint's state, its units permuted if `permutation` is given."""
+    state = checkpoint.state
+    return state if permutation is None else session.network.symmetry.apply(permutation, state)
+
+
 def endpoint(session: Session, name: str, checkpoint: Checkpoint, permutation: Permutations | None = None) -> Endpoint:
     """A checkpoint as one end of a path, permuted by `permutation` if given; its row is made when it is asked for."""
 
-    def state() -> Mapping[str, Tensor]:
-        return (
-            checkpoint.state if permutation is None else session.network.symmetry.apply(permutation, checkpoint.state)
-        )
-
     def row() -> Tensor:
-        return session.network.layout.flatten(state())
+        return session.network.layout.flatten(permuted(session, checkpoint, permutation))
 
     own = None
     if session.settings.evaluation.batch_norm == "reference":
         found = {  # in float32, as the rows are, whatever the file holds
             name: value.to(session.device, torch.float32)
-            for name, value in state().items()
+            for name, value in permuted(session, checkpoint, permutation).items()
             if name.endswith(("running_mean", "running_var"))
         }
         own = found or None
@@ -64,31 +67,28 @@ def check_endpoint(session: Session, name: str, checkpoint: Checkpoint, permutat
     test images and with its own batch-norm statistics."""
     own, standing = session.network.build(seed=0), session.network.build(seed=0)
     load_into(own, checkpoint)
-    state = checkpoint.state if permutation is None else session.network.symmetry.apply(permutation, checkpoint.state)
+    state = permuted(session, checkpoint, permutation)
     images, _ = next(iter(session.data.splits()["test"]()))
     check_end(own, standing, session.network.layout, state, images[:CHECKED_ON], name)
 
 
-def matched_endpoints(
+def match_to(
     session: Session,
     first: Checkpoint,
     others: Sequence[Checkpoint],
-    names: Sequence[str],
     *,
     start: Permutations | None = None,
-    checked: bool = False,
     progress: Progress = SILENT,
-) -> list[Endpoint]:
-    """`others` as ends of paths from `first`, each permuted to match it: weight matching, some dozen at a time.
+) -> list[Permutations]:
+    """The permutations of `others` that match each to `first`, found for some dozen at a time.
 
-    `checked`: each is run beside its checkpoint's own network (`check_endpoint`).
+    Args:
+        start: where the others are known to match.
     """
-    if not others:
-        return []
-    settings, symmetry, layout = session.settings, session.network.symmetry, session.network.layout
+    settings, layout = session.settings, session.network.layout
     theta = layout.views(session.network.row(first))
     size = min(PART_ROWS, resident_models(4 * layout.numel, session.device, len(others)))
-    ends = []
+    matched: list[Permutations] = []
     with progress.task("matching", total=len(others), unit="sources") as advance:
         for begin in range(0, len(others), size):
             some = others[begin : begin + size]
@@ -97,7 +97,7 @@ def matched_endpoints(
                 row.copy_(layout.flatten(other.state))
             found = match(
                 settings.matching,
-                symmetry,
+                session.network.symmetry,
                 theta,
                 layout.views(rows),
                 start=None if start is None else start.part(begin, begin + len(some)),
@@ -105,12 +105,9 @@ def matched_endpoints(
                 seed=derive_seed(settings.seed, "evaluation", "matching"),
                 threads=matching_threads(session.device, settings.workers),
             ).permutations.to("cpu")
-            for k, other in enumerate(some):
-                if checked:
-                    check_endpoint(session, names[begin + k], other, found.select(k))
-                ends.append(endpoint(session, names[begin + k], other, found.select(k)))
+            matched += [found.select(k) for k in range(len(some))]
             advance(len(some))
-    return ends
+    return matched
 
 
 def choose(count: int, wanted: int | None, seed: int) -> list[int]:
@@ -135,42 +132,47 @@ def paths_of_run(
     sources: Sequence[Checkpoint],
     heldouts: Sequence[Checkpoint],
     permutations: Permutations | None,
-) -> list[Path]:
-    """All paths of a run: star to heldouts and sources, and pairs of regular models, matched and not."""
-    settings = session.settings
-    centre = endpoint(session, "star", star)
-    source_names = [f"source {i}" for i in range(len(sources))]
-    heldout_names = [f"heldout {i}" for i in range(len(heldouts))]
-    matching = settings.ends_matched
-    paths: list[Path] = []
-    measured = choose(len(sources), settings.evaluation.star_sources, derive_seed(settings.seed, "star sources"))
-    chosen = [sources[i] for i in measured], [source_names[i] for i in measured]
-    known = None if permutations is None else Permutations({k: v[measured] for k, v in permutations.items()})
-    for kind, models, names, start in (
-        ("star_heldout", heldouts, heldout_names, None),
-        ("star_source", *chosen, known),
-    ):
-        if matching:
-            ends = matched_endpoints(session, star, models, names, start=start, progress=session.progress)
-        else:
-            ends = [endpoint(session, name, model) for name, model in zip(names, models, strict=True)]
-        paths += [Path(kind, centre, end) for end in ends]
+) -> tuple[list[Segment], Matchings]:
+    """All paths of a run (star to heldouts and sources, and pairs of regular models, matched and not), and the
+    permutations of those that are matched.
 
+    Args:
+        permutations: of the sources, that the star was trained with: where matching them to it starts.
+    """
+    settings, found = session.settings, Matchings()
     regular = [*sources, *heldouts]
-    names = [*source_names, *heldout_names]
+    names = [f"source {i}" for i in range(len(sources))] + [f"heldout {i}" for i in range(len(heldouts))]
+    plain = functools.cache(lambda index: endpoint(session, names[index], regular[index]))
+
+    def paths(
+        kind: str, first: Checkpoint, end: Endpoint, seconds: Sequence[int], start: Permutations | None, shown: Progress
+    ) -> list[Segment]:
+        """Paths from `first`, whose end is `end`, to the regular models `seconds`, matched where the run matches."""
+        if not settings.ends_matched or not seconds:
+            return [Segment(kind, end, plain(index)) for index in seconds]
+        others = [regular[index] for index in seconds]
+        matched = match_to(session, first, others, start=start, progress=shown)
+        found.add(first, others, matched)
+        return [
+            Segment(kind, end, endpoint(session, names[index], regular[index], permutation))
+            for index, permutation in zip(seconds, matched, strict=True)
+        ]
+
+    centre, progress = endpoint(session, "star", star), session.progress
+    measured = choose(len(sources), settings.evaluation.star_sources, derive_seed(settings.seed, "star sources"))
+    known = None if permutations is None else Permutations({k: v[measured] for k, v in permutations.items()})
+    segments = paths("star_heldout", star, centre, range(len(sources), len(regular)), None, progress)
+    segments += paths("star_source", star, centre, measured, known, progress)
+
     pairs = choose_pairs(len(regular), settings.evaluation.regular_pairs, derive_seed(settings.seed, "pairs"))
-    plain = {i: endpoint(session, names[i], regular[i]) for pair in pairs for i in pair}
-    with session.progress.task("matching pairs", total=len(pairs), unit="pairs") as advance:
+    with progress.task("matching pairs", total=len(pairs), unit="pairs") as advance:
         for first, group in itertools.groupby(pairs, key=lambda pair: pair[0]):
             seconds = [second for _, second in group]
-            if matching:
-                ends = matched_endpoints(
-                    session, regular[first], [regular[i] for i in seconds], [names[i] for i in seconds]
-                )
-                paths += [Path("regular_regular", plain[first], end) for end in ends]
-            paths += [Path("regular_regular_unmatched", plain[first], plain[i]) for i in seconds]
+            if settings.ends_matched:
+                segments += paths("regular_regular", regular[first], plain(first), seconds, None, SILENT)
+            segments += [Segment("regular_regular_unmatched", plain(first), plain(index)) for index in seconds]
             advance(len(seconds))
-    return paths
+    return segments, found
 
 
 def spread(values: Sequence[float]) -> dict[str, float | int | None]:
@@ -181,32 +183,42 @@ def spread(values: Sequence[float]) -> dict[str, float | int | None]:
     return {"mean": statistics.fmean(values), "std": std, "min": min(values), "max": max(values), "n": len(values)}
 
 
+def evaluated(session: Session, segments: Sequence[Segment]) -> tuple[list[PathLosses], dict[str, Any] | None]:
+    """Losses and accuracies along paths on the session's data, and `statistics_error`."""
+    evaluation = session.settings.evaluation
+    found = evaluate_paths(
+        session.network.build(seed=0),
+        session.network.layout,
+        segments,
+        session.data.splits(),
+        points=evaluation.points,
+        statistics_batches=partial(statistics_batches, session),
+        method=evaluation.batch_norm,
+        graph=evaluation.graph,
+        progress=session.progress,
+    )
+    return found, statistics_error(session, segments)
+
+
 def measure(
     session: Session,
     star: Checkpoint,
     sources: Sequence[Checkpoint],
     heldouts: Sequence[Checkpoint],
     permutations: Permutations | None,
-) -> dict[str, Any]:
-    """Everything in `results.json`."""
+) -> tuple[dict[str, Any], Matchings]:
+    """The content of `results.json`, and the permutations that its paths were measured with.
+
+    Args:
+        permutations: of the sources, that the star was trained with (None: never matched).
+    """
     settings = session.settings
     start = time.perf_counter()
-    paths = paths_of_run(session, star, sources, heldouts, permutations)
-    measured = evaluate_paths(
-        session.network.build(seed=0),
-        session.network.layout,
-        paths,
-        session.data.splits(),
-        points=settings.evaluation.points,
-        statistics_batches=partial(statistics_batches, session),
-        method=settings.evaluation.batch_norm,
-        graph=settings.evaluation.graph,
-        progress=session.progress,
-    )
-    error = statistics_error(session, paths)
+    segments, matchings = paths_of_run(session, star, sources, heldouts, permutations)
+    measured, error = evaluated(session, segments)
     seconds = time.perf_counter() - start
     log = session.run.log.read()
-    return {
+    results = {
         "dataset": settings.dataset.label,
         "arch": settings.model.arch,
         "sources": len(sources),
@@ -223,16 +235,17 @@ def measure(
         "seed": settings.seed,
         "batch_norm_error": error,
     }
+    return results, matchings
 
 
-def statistics_error(session: Session, paths: Sequence[Path]) -> dict[str, Any] | None:
+def statistics_error(session: Session, segments: Sequence[Segment]) -> dict[str, Any] | None:
     """What `evaluation.bn_batches` changes in the test loss half-way along the first path: the difference to eight
     times as many batches, or all there are. None where all batches are taken, or without batch-norm."""
     wanted, model = session.settings.evaluation.bn_batches, session.network.build(seed=0)
     whole = whole_statistics(session)
     if wanted is None or wanted >= whole or not batch_norm_layers(model):
         return None
-    path, half = paths[0], torch.tensor(0.5, device=session.device, dtype=torch.float32)
+    path, half = segments[0], torch.tensor(0.5, device=session.device, dtype=torch.float32)
     row = torch.empty(session.network.layout.numel, device=session.device, dtype=torch.float32)
     interpolate(path.first.row_on(session.device), path.second.row_on(session.device), half, row)
     losses = []

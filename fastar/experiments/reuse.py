@@ -65,6 +65,8 @@ def finished_results(settings: Settings, run: RunFolder, progress: Progress = SI
         return None
     if results.get("measured") != measured_digest(settings, run, str(metadata.get("dataset_digest"))):
         return None
+    if results.get("matchings") and not run.matchings.is_file():  # older versions keep none
+        return None
     for line in heard:
         progress.line(line)
     progress.line(f"{run.path}: finished already; these are its results")

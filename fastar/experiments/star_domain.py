@@ -13,7 +13,7 @@ from fastar.experiments.regular import device_name, given_sources, regular_model
 from fastar.experiments.reuse import measured_digest
 from fastar.experiments.session import Session, measuring, new_session, opened, threads
 from fastar.experiments.star import star_model, steps_profile
-from fastar.runs import RunFolder
+from fastar.runs import RunFolder, delete, stored_digest
 from fastar.runs.live_metrics import import_wandb
 from fastar.runtime.memory import peak_bytes
 from fastar.runtime.progress import SILENT, Progress, size_text
@@ -80,8 +80,14 @@ def do_run(settings: Settings, out: Path, progress: Progress = SILENT, *, profil
         heldouts = regular_models(session, "heldout", settings.sources.heldout)
         star, permutations = star_model(session, sources, profile=looking)
         with measuring("barriers"):
-            found = measure(session, star, sources, heldouts, permutations)
-        measured = measured_digest(settings, session.run, str(session.data.files.digest))
-        results = {**found, "measured": measured}
-        session.run.write_results(results)
+            found, matchings = measure(session, star, sources, heldouts, permutations)
+        run = session.run
+        delete(run.results)  # of other permutations than those that are written first
+        kept = matchings.save(run.matchings)
+        results = {
+            **found,
+            "measured": measured_digest(settings, run, str(session.data.files.digest)),
+            "matchings": {"file": run.matchings.name, "digest": stored_digest(run.matchings)} if kept else None,
+        }
+        run.write_results(results)
     return results

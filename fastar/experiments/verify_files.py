@@ -10,8 +10,19 @@ from pathlib import Path
 from typing import Any
 
 from fastar.errors import FastarError
+from fastar.experiments.matchings import Matchings
 from fastar.experiments.reuse import check_permutations
-from fastar.runs import CHECKPOINT, LAST_GOOD, RETRY, RunFolder, checkpoint_files, is_checkpoint, is_held, read_holder
+from fastar.runs import (
+    CHECKPOINT,
+    LAST_GOOD,
+    RETRY,
+    RunFolder,
+    checkpoint_files,
+    is_checkpoint,
+    is_held,
+    read_holder,
+    stored_digest,
+)
 from fastar.runs.live_metrics import event_files, is_event_file_whole
 from fastar.runs.model_files import load_checkpoint, state_digest
 from fastar.runtime.json_files import read_file, read_object, unsealed
@@ -90,6 +101,7 @@ def _run(run: RunFolder, progress: Progress) -> Rechecked:
     checks += [partial(model, *named) for named in run.models()]
     checks += [partial(model, run.star, "star", 0)] if run.star.exists() else []
     checks += [partial(_permutations, run, metadata)] if run.permutations.is_file() else []
+    checks += [partial(_matchings, run)] if run.matchings.is_file() else []
     checks += [partial(_training, path) for folder, _, _ in run.trainings() for path in sorted(folder.iterdir())]
     checks += [partial(_training, path) for path in sorted((run.path / LAST_GOOD).glob("*.safetensors"))]
     checks += [partial(_events, path) for path in event_files(run.path)]
@@ -164,6 +176,17 @@ def _permutations(run: RunFolder, metadata: Mapping[Path, Mapping[str, Any]]) ->
     return None
 
 
+def _matchings(run: RunFolder) -> None:
+    """Check that all are permutations of their units, and those that the results were measured with."""
+    Matchings.load(run.matchings)
+    try:
+        named = run.read_results().get("matchings")
+    except FastarError:  # which is said of the results
+        return
+    if named and named.get("digest") != stored_digest(run.matchings, own=True):
+        raise FastarError(f"{run.matchings}: is not what {run.results.name} was measured with; restore both")
+
+
 def _training(path: Path) -> None:
     """Check a file that a training keeps, or has left behind."""
     try:
@@ -206,7 +229,8 @@ def _results(run: RunFolder) -> str | None:
     said: list[str] = []
     results = run.read_results(said.append)
     models = [run.model("heldout", i) for i in range(results.get("heldout", 0))]
-    missing = next((path for path in (*models, run.star, run.permutations) if not path.exists()), None)
+    needed = [*models, run.star, run.permutations, *([run.matchings] if results.get("matchings") else [])]
+    missing = next((path for path in needed if not path.exists()), None)
     if missing is not None:
         raise FastarError(f"{missing}: missing, and {run.results.name} is of it; restore it")
     return said[0] if said else None

@@ -99,6 +99,11 @@ class RunFolder:
     def permutations(self) -> Path:
         return self.path / "permutations.safetensors"
 
+    @property
+    def matchings(self) -> Path:
+        """The permutations that results were measured with."""
+        return self.path / "matchings.safetensors"
+
     def finished(self, kind: str, index: int) -> bool:
         """Tell whether a model's training is over; a star without its permutations is trained again."""
         return self.model(kind, index).is_file() and (kind != "star" or self.permutations.is_file())
@@ -229,7 +234,7 @@ class RunFolder:
     def _check_names(self) -> None:
         """Raise FastarError where something else has the name of a file or folder that a run writes."""
         models = (path for path, _, _ in self.models())
-        for path in (self.star, self.permutations, self.results, self.picture, self.log.path, *models):
+        for path in (self.star, self.permutations, self.matchings, self.results, self.picture, self.log.path, *models):
             if path.exists() and not path.is_file():
                 raise FastarError(f"{path}: is not a file, and the run has one of this name; move it away")
         for name in ("sources", "heldout", IN_TRAINING, LAST_GOOD, "tensorboard"):
