@@ -96,8 +96,8 @@ def speed_lines(results: Mapping[str, Any]) -> list[str]:
     lines = []
     for kind, found in results.get("speed", {}).items():
         if found is not None:
-            parts = sorted(found["shares"].items(), key=lambda item: -item[1])
-            said = ", ".join(f"{name} {share:.0%}" for name, share in parts if share >= 0.005)
+            shares = sorted(found["shares"].items(), key=lambda item: -item[1])
+            said = ", ".join(f"{name} {share:.0%}" for name, share in shares if share >= 0.005)
             limit = f", {found['limited']}" if "limited" in found else ""
             lines.append(f"{kind + ' training:':<18}{found['images_per_second']:,.0f} images/s{limit} ({said})")
     if lines:

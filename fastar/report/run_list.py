@@ -53,8 +53,8 @@ def runs_below(folder: Path) -> list[RunOverview]:
 
 def _run_folders(folder: Path) -> Iterator[Path]:
     """All run folders in `folder`, and itself if it is one. Other programs call their files config.yaml too."""
-    for place, inner, files in os.walk(folder):
-        run = RunFolder(Path(place))
+    for name, inner, files in os.walk(folder):
+        run = RunFolder(Path(name))
         if "config.yaml" not in files or not run.config.is_file():
             continue
         try:
@@ -180,10 +180,10 @@ def _results(run: RunFolder, *, running: bool) -> dict[str, Any]:
 
 
 def _number(results: Mapping[str, Any], *keys: str) -> float | None:
-    place: Any = results
+    found: Any = results
     for key in keys:
-        place = place.get(key) if isinstance(place, Mapping) else None
-    return float(place) if isinstance(place, int | float) and not isinstance(place, bool) else None
+        found = found.get(key) if isinstance(found, Mapping) else None
+    return float(found) if isinstance(found, int | float) and not isinstance(found, bool) else None
 
 
 def _barrier(results: Mapping[str, Any]) -> float | None:
@@ -196,28 +196,28 @@ def overview_table(runs: Sequence[RunOverview], below: Path) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("run", overflow="fold", min_width=8)
     table.add_column("state", min_width=9)
-    shown = [_figures(run) for run in runs]
+    shown = [_numbers(run) for run in runs]
     for n, name in enumerate(("age", "models", "loss", "barrier", "accuracy")):
-        # Names give way where there is no room: a figure that is cut looks like another one.
+        # Names give way where there is no space: a number that is cut looks like another one.
         widest = max(len(text) for text in (name, *(row[n] for row in shown)))
         table.add_column(name, justify="right", no_wrap=True, min_width=widest)
-    for run, figures in zip(runs, shown, strict=True):
+    for run, numbers in zip(runs, shown, strict=True):
         name = os.path.relpath(run.run, below)
         joined = {"running": " in ", "damaged": ": "}.get(run.state, " at ")
         state = f"{run.state}{joined}{run.where}" if run.where else run.state
-        table.add_row(run.run if name == "." else name, state, *figures)
+        table.add_row(run.run if name == "." else name, state, *numbers)
     return table
 
 
-def _figures(run: RunOverview) -> list[str]:
-    numbers = ("-" if value is None else _figure(value) for value in (run.loss, run.barrier, run.star_accuracy))
+def _numbers(run: RunOverview) -> list[str]:
+    numbers = ("-" if value is None else _short(value) for value in (run.loss, run.barrier, run.star_accuracy))
     return [duration(run.age), "-" if run.state == "damaged" else f"{run.sources} + {run.heldout}", *numbers]
 
 
-def _figure(value: float) -> str:
+def _short(value: float) -> str:
     """A number of few digits, of a training that diverges too.
 
-    >>> _figure(0.25), _figure(123.4), _figure(2.5e28)
+    >>> _short(0.25), _short(123.4), _short(2.5e28)
     ('0.250', '123.400', '2.5e+28')
     """
     return f"{value:.3f}" if abs(value) < 1e4 else f"{value:.3g}"

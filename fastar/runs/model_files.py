@@ -80,7 +80,7 @@ class StoredState(Mapping[str, torch.Tensor]):
     """The tensors of a .safetensors file, each read anew whenever it is asked for: many models take no memory.
 
     Args:
-        names: what they are called here -> in the file.
+        names: name here -> name in the file.
     """
 
     def __init__(self, file: SafetensorsFile, names: Mapping[str, str]):
@@ -321,5 +321,5 @@ def _as_named_by(model: torch.nn.Module, checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _prefixes(name: str) -> list[str]:
-    parts = name.split(".")
-    return [".".join(parts[:n]) + "." for n in range(1, len(parts))]
+    words = name.split(".")
+    return [".".join(words[:n]) + "." for n in range(1, len(words))]

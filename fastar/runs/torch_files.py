@@ -87,7 +87,7 @@ _DEPTH = 4
 
 
 def is_averaged(name: str) -> bool:
-    """Tell whether an entry or a prefix is called as averages of a training's weights are."""
+    """Tell whether an entry or a prefix has a name that averages of a training's weights have."""
     return _AVERAGED.search(name) is not None
 
 
