@@ -345,11 +345,11 @@ def test_prepare_writes_once_and_reuses(tmp_path):
     assert files.metadata["counts"] == {"train": 200, "test": 100}
     assert tuple(files.metadata["mean"]) == (0.485, 0.456, 0.406)
     assert files.input_shape == (3, 32, 32)
-    stamp = files.train.stat().st_mtime_ns
+    stamp = files.path("train").stat().st_mtime_ns
     again = prepare("cifar10", data_root=None, directory=tmp_path / "betons")  # raw data no longer needed
     assert again.metadata == files.metadata
     assert prepare("cifar10", data_root=tmp_path / "raw", directory=tmp_path / "betons").digest == files.digest
-    assert files.train.stat().st_mtime_ns == stamp
+    assert files.path("train").stat().st_mtime_ns == stamp
     split = load(again, "test", "cpu")
     assert np.array_equal(split.images.numpy(), raw.test.images)
     assert split.labels.tolist() == raw.test.labels.tolist()
@@ -388,33 +388,33 @@ def test_other_settings_are_refused_naming_them(tmp_path):
 
 def test_files_replaced_or_damaged_later_are_refused(tmp_path):
     files = converted(tmp_path, raw_dataset("cifar10", 100, 50))
-    content = files.train.read_bytes()
+    content = files.path("train").read_bytes()
     other, _ = write(tmp_path / "other.beton", "cifar10", 100)
 
-    files.train.write_bytes((tmp_path / "other.beton").read_bytes()[:-5])
+    files.path("train").write_bytes((tmp_path / "other.beton").read_bytes()[:-5])
     with pytest.raises(FastarError, match="truncated"):
-        open_files(files.train.parent)
+        open_files(files.path("train").parent)
     changed = bytearray(content)
     position = content.index(other.images[50].tobytes())  # both come from the same made-up images
     changed[position + 100] ^= 1
-    files.train.write_bytes(changed)
+    files.path("train").write_bytes(changed)
     with pytest.raises(FastarError, match=r"not the file that metadata\.json describes"):
         prepare("cifar10", data_root=None, directory=tmp_path)
     with pytest.raises(FastarError, match="its pixels are not those that were written"):
         load(files, "train", "cpu")
-    files.train.write_bytes(content)
-    assert open_files(files.train.parent).digest == files.digest
+    files.path("train").write_bytes(content)
+    assert open_files(files.path("train").parent).digest == files.digest
 
-    metadata = json.loads((files.train.parent / "metadata.json").read_text())
+    metadata = json.loads((files.path("train").parent / "metadata.json").read_text())
     for text, message in (
         ("{", "damaged"),
         (json.dumps({**metadata, "format": 9}), "format 9"),
         (json.dumps({**metadata, "mean": [0, 0, 0]}), "edited by hand"),
         (json.dumps({key: value for key, value in metadata.items() if key != "files"}), "damaged"),
     ):
-        (files.train.parent / "metadata.json").write_text(text)
+        (files.path("train").parent / "metadata.json").write_text(text)
         with pytest.raises(FastarError, match=message):
-            open_files(files.train.parent)
+            open_files(files.path("train").parent)
 
 
 def test_a_beton_without_metadata_is_not_overwritten(tmp_path):
@@ -429,7 +429,7 @@ def test_a_beton_without_metadata_is_not_overwritten(tmp_path):
 def test_a_conversion_killed_at_any_step_starts_again(tmp_path, kept):
     """What a SIGKILL can leave: partial files, then the metadata, then the first renamed file."""
     finished = converted(tmp_path, raw_dataset("cifar10"))
-    folder = finished.train.parent
+    folder = finished.path("train").parent
     (folder / "train.beton.partial").write_bytes(b"half")
     for path in folder.iterdir():
         if path.name not in kept:
@@ -456,7 +456,7 @@ def test_two_writers_at_once(tmp_path):
         thread.join()
     assert errors == []
     assert results[0].metadata == results[1].metadata
-    assert open_files(results[0].train.parent).metadata == results[0].metadata
+    assert open_files(results[0].path("train").parent).metadata == results[0].metadata
 
 
 def test_folder_that_cannot_be_made(tmp_path):

@@ -116,7 +116,7 @@ def refuse_to_write(path: Path, data: bytes) -> None:
 
 def used_places(files: DatasetFiles) -> np.ndarray:
     """Of the training file: every place whose byte says something."""
-    data, table, sizes = image_table(files.train, files.layout("train"))
+    data, table, sizes = image_table(files.path("train"), files.layout("train"))
     front, allocated = front_bytes(data, files.layout("train"))
     runs = [(0, len(front)), (len(data) - len(allocated), len(data))]
     runs += [(int(start), int(start + size)) for start, size in zip(table["data_ptr"], sizes, strict=True)]
@@ -131,10 +131,10 @@ def test_no_changed_byte_of_a_streamed_file_is_trained_on(
     folder, whole = images.folder, read(images)
     places = used_places(images)
     for place in places[np.linspace(0, len(places) - 1, 60).astype(int)].tolist():
-        change(images.train, place)
+        change(images.path("train"), place)
         with pytest.raises(FastarError, match="write it again"):
             read(open_files(folder))
-        change(images.train, place)
+        change(images.path("train"), place)
     assert read(open_files(folder)) == whole
     assert verify_folder(folder) == []
 
@@ -163,8 +163,8 @@ def test_a_streamed_file_without_checksums_is_read_once_to_make_them(
         " it is read once to make them",
         " each run reads the whole file until they can be kept",
     ]
-    _, table, _ = image_table(images.train, images.layout("train"))
-    change(images.train, int(table["data_ptr"][3]))
+    _, table, _ = image_table(images.path("train"), images.layout("train"))
+    change(images.path("train"), int(table["data_ptr"][3]))
     with pytest.raises(FastarError, match="its images are not those that were written"):
         read(DatasetFiles(folder, images.metadata))
     assert not kept.exists()
@@ -180,14 +180,14 @@ def test_verify_folder_names_what_is_damaged(kind: str, request: pytest.FixtureR
     files: DatasetFiles = request.getfixturevalue(kind)
     folder = files.folder
     assert verify_folder(folder) == []
-    _, table, _ = image_table(files.train, files.layout("train"))
-    change(files.train, int(files.layout("train").pointers(table)[7]) + 5)
+    _, table, _ = image_table(files.path("train"), files.layout("train"))
+    change(files.path("train"), int(files.layout("train").pointers(table)[7]) + 5)
     (line,) = verify_folder(folder)
-    assert line.startswith(f"{files.train}: ")
+    assert line.startswith(f"{files.path('train')}: ")
     said = "not what was written (first: sample 7)" if kind == "images" else "not those that were written"
     assert line.endswith(f"{said}; delete {folder} and write it again")
-    files.test.unlink()
-    assert [line.split(":")[0] for line in verify_folder(folder)] == [str(files.train), str(files.test)]
+    files.path("test").unlink()
+    assert [line.split(":")[0] for line in verify_folder(folder)] == [str(files.path("train")), str(files.path("test"))]
     metadata = (folder / "metadata.json").read_text()
     (folder / "metadata.json").write_text(metadata.replace('"counts"', '"count5"'))
     (line,) = verify_folder(folder)

@@ -125,24 +125,19 @@ class StreamingDataset:
         The pixels do not depend on the number of threads. Decoding runs in them, up to three batches ahead.
         """
         chosen = chosen_batches(len(self), batch_size, drop_last, begin)
+        _check_size(self._size if size is None else size)
         if self._order == "pages":
             order = paged_order(self._reader.pages[self._index], self._window, seed, epoch)
         else:
             order = epoch_order(len(self), seed, epoch, torch.device("cpu")).numpy()
-        return self._epoch(self._index[order[chosen]], batch_size, self._key(augment, seed, epoch), size)
+        key = derive_seed(seed, "augmentation", epoch) if augment else None
+        return self._decoded(self._index[order[chosen]], batch_size, key, size or self._size)
 
     def sequential(self, batch_size: int, *, augment: bool = False, seed: int = 0, epoch: int = 0) -> Batches:
         """See `Dataset.sequential`."""
         chosen = chosen_batches(len(self), batch_size, False, 0)
-        return self._epoch(self._index[chosen], batch_size, self._key(augment, seed, epoch), None)
-
-    def _key(self, augment: bool, seed: int, epoch: int) -> int | None:
-        return derive_seed(seed, "augmentation", epoch) if augment else None
-
-    def _epoch(self, order: np.ndarray, batch_size: int, key: int | None, size: int | None) -> Batches:
-        if size is not None:
-            _check_size(size)
-        return self._decoded(order, batch_size, key, size or self._size)
+        key = derive_seed(seed, "augmentation", epoch) if augment else None
+        return self._decoded(self._index[chosen], batch_size, key, self._size)
 
     def _decoded(self, order: np.ndarray, batch_size: int, key: int | None, size: int) -> Batches:
         if len(order) == 0:

@@ -105,14 +105,6 @@ class DatasetFiles:
         """apply: the images were turned as their EXIF orientation says."""
         return self.metadata["settings"].get("exif", "ignore")
 
-    @property
-    def train(self) -> Path:
-        return self.path("train")
-
-    @property
-    def test(self) -> Path:
-        return self.path("test")
-
     def count(self, split: str) -> int:
         return self.metadata["counts"][split]
 

@@ -5,7 +5,6 @@ Importing FFCV, and every loader of it, sets torch's thread count for the whole 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 
 import torch
 
@@ -60,48 +59,26 @@ def no_thread_pool() -> Iterator[None]:
 try:
     with torch_threads_kept(), plain_dict(), no_thread_pool():
         import ffcv.loader.epoch_iterator
-        from ffcv.fields import IntField, NDArrayField, RGBImageField
-        from ffcv.fields.base import Field
-        from ffcv.fields.rgb_image import SimpleRGBImageDecoder
-        from ffcv.libffcv import imdecode, resize_crop
-        from ffcv.loader import Loader, OrderOption
-        from ffcv.loader.epoch_iterator import EpochIterator
-        from ffcv.pipeline.compiler import Compiler
-        from ffcv.types import (
-            ALLOC_TABLE_TYPE,
-            CURRENT_VERSION,
-            TYPE_ID_HANDLER,
-            FieldDescType,
-            HeaderType,
-            get_metadata_type,
-        )
+        from ffcv.fields import IntField as IntField
+        from ffcv.fields import NDArrayField as NDArrayField
+        from ffcv.fields import RGBImageField as RGBImageField
+        from ffcv.fields.base import Field as Field
+        from ffcv.fields.rgb_image import SimpleRGBImageDecoder as SimpleRGBImageDecoder
+        from ffcv.libffcv import imdecode as imdecode
+        from ffcv.libffcv import resize_crop as resize_crop
+        from ffcv.loader import Loader as Loader
+        from ffcv.loader import OrderOption as OrderOption
+        from ffcv.loader.epoch_iterator import EpochIterator as EpochIterator
+        from ffcv.pipeline.compiler import Compiler as Compiler
+        from ffcv.types import ALLOC_TABLE_TYPE as ALLOC_TABLE_TYPE
+        from ffcv.types import CURRENT_VERSION as CURRENT_VERSION
+        from ffcv.types import TYPE_ID_HANDLER as TYPE_ID_HANDLER
+        from ffcv.types import FieldDescType as FieldDescType
+        from ffcv.types import HeaderType as HeaderType
+        from ffcv.types import get_metadata_type as get_metadata_type
 except ImportError as error:
     raise FastarError(f"FFCV cannot be imported ({error}); run `make install` or see `fastar doctor`") from error
-
-FFCV_VERSION = version("ffcv")
 
 # Batches go to the GPU by our own hands. FFCV's streams, a new set every epoch, would come from the few that torch
 # hands out in turn, and so be the same as those of fastar: a copy would wait for foreign work.
 ffcv.loader.epoch_iterator.IS_CUDA = False
-
-__all__ = [
-    "ALLOC_TABLE_TYPE",
-    "CURRENT_VERSION",
-    "FFCV_VERSION",
-    "TYPE_ID_HANDLER",
-    "Compiler",
-    "EpochIterator",
-    "Field",
-    "FieldDescType",
-    "HeaderType",
-    "IntField",
-    "Loader",
-    "NDArrayField",
-    "OrderOption",
-    "RGBImageField",
-    "SimpleRGBImageDecoder",
-    "get_metadata_type",
-    "imdecode",
-    "resize_crop",
-    "torch_threads_kept",
-]

@@ -3,8 +3,8 @@
 import copy
 import queue
 import weakref
-from collections.abc import Generator, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Generator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -77,31 +77,39 @@ class GuardedIterator(EpochIterator):
 
 
 class GuardedLoader(Loader):
-    """FFCV's loader whose iterators are `GuardedIterator`s."""
+    """FFCV's loader whose epochs are `GuardedIterator`s; `decoder` is the images' own, FFCV's where there is none.
 
-    def __iter__(self) -> GuardedIterator:
-        order = self.next_traversal_order()
-        self.next_epoch += 1
-        return self.epoch(order[: len(self) * self.batch_size])
+    With `compiled` its loops are compiled; without, they run as Python.
+    """
+
+    def __init__(
+        self, path: Path, batch_size: int, *, compiled: bool, ahead: int = 3, decoder: CropDecoder | None = None
+    ):
+        before = Compiler.is_enabled
+        Compiler.set_enabled(compiled)
+        try:
+            super().__init__(
+                str(path),
+                batch_size=batch_size,
+                num_workers=1,
+                os_cache=True,
+                order=OrderOption.SEQUENTIAL,
+                seed=0,
+                drop_last=False,
+                batches_ahead=ahead,
+                pipelines={} if decoder is None else {"image": [decoder], "label": None},
+            )
+        finally:
+            Compiler.set_enabled(before)
 
     def epoch(self, order: np.ndarray, batch_size: int | None = None, plan: Plan | None = None) -> GuardedIterator:
-        """An epoch of the samples `order` (uint64), in that order; `batch_size` None is the loader's own."""
+        """An epoch of the samples `order` (int64), in that order; `batch_size` None is the loader's own."""
         Compiler.set_num_threads(self.num_workers)
         loader = self
         if batch_size is not None:
             loader = copy.copy(self)  # shares all that took time to make
             loader.batch_size = batch_size
-        return GuardedIterator(loader, order, plan)
-
-
-@contextmanager
-def _compiling(enabled: bool) -> Iterator[None]:
-    before = Compiler.is_enabled
-    Compiler.set_enabled(enabled)
-    try:
-        yield
-    finally:
-        Compiler.set_enabled(before)
+        return GuardedIterator(loader, order.astype(np.uint64), plan)
 
 
 def read_batches(
@@ -115,17 +123,8 @@ def read_batches(
     check_beton(path, layout)
     with torch_threads_kept():
         try:
-            with _compiling(layout.count >= compile_from):
-                loader = GuardedLoader(
-                    str(path),
-                    batch_size=min(batch_size, layout.count),
-                    num_workers=1,
-                    os_cache=True,
-                    order=OrderOption.SEQUENTIAL,
-                    seed=0,
-                    drop_last=False,
-                )
-                batches = iter(loader)
+            loader = GuardedLoader(path, min(batch_size, layout.count), compiled=layout.count >= compile_from)
+            batches = loader.epoch(np.arange(layout.count))
             try:
                 with closing(batches):
                     for images, labels in batches:
@@ -153,23 +152,12 @@ class ImageReader:
                 f"{path}: its tables are not those that were written; delete its folder and write it again"
             )
         _, table, sizes = image_table(path, layout)
-        self.page_size = layout.PAGE
         self.pages = (table["data_ptr"] // np.uint64(layout.PAGE)).astype(np.int64)
         try:
             decoder = CropDecoder(path, sizes, checksums.images, threads)
             weakref.finalize(self, decoder.close)
-            with torch_threads_kept(), _compiling(False):
-                self._loader = GuardedLoader(
-                    str(path),
-                    batch_size=1,
-                    num_workers=1,
-                    os_cache=True,
-                    order=OrderOption.SEQUENTIAL,
-                    seed=0,
-                    drop_last=False,
-                    batches_ahead=2,
-                    pipelines={"image": [decoder], "label": None},
-                )
+            with torch_threads_kept():
+                self._loader = GuardedLoader(path, 1, compiled=False, ahead=2, decoder=decoder)
         # Whatever FFCV's compiler ran into belongs to this file; the cause stays attached.
         except Exception as error:
             raise FastarError(f"{path}: FFCV's loader failed ({type(error).__name__}: {error})") from error
@@ -181,7 +169,7 @@ class ImageReader:
         """
         try:
             with torch_threads_kept():
-                batches = self._loader.epoch(order.astype(np.uint64), batch_size, plan)
+                batches = self._loader.epoch(order, batch_size, plan)
             with closing(batches):
                 while True:
                     # FFCV's thread sets torch's thread count when it starts, which is before its first batch.
