@@ -258,7 +258,7 @@ def test_names_that_are_not_utf_8_are_written_and_listed(
     assert files.skipped["train"][0]["path"] == str(broken)
     assert prepare("imagefolder", own_name="x", data_root=root, directory=out).digest == files.digest
     again = find_images(root / "train", val_share=0.4)
-    assert (len(again.path("train")), len(again.path("test"))) == (3, 3)
+    assert (len(again.train), len(again.test)) == (3, 3)
     # Without --on-error skip: one line, and nothing half-written.
     assert tool.main([*arguments[:-1], str(tmp_path / "other")]) == 2
     assert capfd.readouterr().err.count("\n") == 2  # what is passed over, and the error
