@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections import namedtuple
@@ -182,19 +181,6 @@ def test_images_that_cannot_be_used_are_left_out_and_listed(root: Path) -> None:
         prepared(root, "none", on_error="skip")
 
 
-def test_a_png_named_jpeg_and_a_palette_come_out_rgb(root: Path) -> None:
-    path = root / "train" / "c0" / "00.png"
-    rgb = np.array(Image.open(path))
-    path.rename(path.with_suffix(".JPEG"))
-    palette = root / "train" / "c1" / "01.png"
-    want = Image.open(palette).quantize(16)
-    want.save(palette)
-    raw = in_folders(root / "train")
-    named = [Path(raw.where(k)).name for k in range(len(raw))]
-    assert np.array_equal(raw[named.index("00.JPEG")][0], rgb)
-    assert np.array_equal(raw[named.index("01.png")][0], np.array(want.convert("RGB")))
-
-
 def test_a_disk_too_small_is_told_before_anything_is_written(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 40 << 20))
@@ -297,16 +283,6 @@ def test_a_share_where_there_is_none_to_take_is_refused(classes: Path, root: Pat
         prepared(root, "other", val_share=0.5)
     with pytest.raises(FastarError, match=r"val-share=1 must be above 0 and below 1"):
         prepared(root, "other", val_share=1)
-
-
-def test_a_file_cut_short_under_the_reader_is_an_error_not_a_crash(root: Path) -> None:
-    files = prepared(root)
-    data = StreamingDataset(files, "train", "cpu", size=16, threads=2)
-    os.truncate(
-        files.path("train"), (8 << 20) + 1
-    )  # the first byte of its first page: whichever image lies there is cut
-    with pytest.raises(FastarError, match=r"train\.beton: sample \d+ cannot be read whole: the file was cut off"):
-        list(data.sequential(4))
 
 
 def test_presets_and_metadata(root: Path) -> None:

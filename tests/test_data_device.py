@@ -8,9 +8,8 @@ import pytest
 import torch
 from data_samples import arrays, raw_dataset
 
-import fastar.data.in_memory as device_module
 from fastar.data import Augmentation, DeviceDataset, load, prepare
-from fastar.data.augment import crop_and_mirror
+from fastar.data.augment import augmented, crop_and_mirror, draw_augmentation
 from fastar.data.sampling import draw, draw_below
 from fastar.errors import FastarError
 from fastar.runtime.seeds import derive_seed
@@ -19,7 +18,7 @@ MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
 CROP_AND_FLIP = Augmentation(pad=2, flip=True)
 
 
-def dataset(count=101, augmentation=CROP_AND_FLIP, shape=(6, 8, 3), device="cpu") -> DeviceDataset:
+def dataset(count=101, augmentation=CROP_AND_FLIP, shape=(6, 8, 3), device="cpu", **options) -> DeviceDataset:
     images, _ = arrays(count, shape, 7)
     # The label of a sample is made its number, so that batches tell which samples they hold.
     return DeviceDataset(
@@ -29,6 +28,7 @@ def dataset(count=101, augmentation=CROP_AND_FLIP, shape=(6, 8, 3), device="cpu"
         mean=MEAN[: shape[2]],
         std=STD[: shape[2]],
         augmentation=augmentation,
+        **options,
     )
 
 
@@ -64,15 +64,14 @@ def test_augmentation_by_its_definition(augmentation, shape):
 
 
 @pytest.mark.parametrize("keep_normalised", [True, False])
-def test_without_augmentation_by_its_definition(monkeypatch, keep_normalised):
-    if not keep_normalised:
-        monkeypatch.setattr(device_module, "NORMALISED_BYTES", 0)
-    data = dataset()
+def test_without_augmentation_by_its_definition(keep_normalised):
+    options = {} if keep_normalised else {"normalised_bytes": 0}
+    data = dataset(**options)
     expected = np.stack([plain(data, sample, None, 0) for sample in range(101)])
     for batches in (
         data.sequential(10),
         data.batches(10, seed=0, epoch=0, augment=False, drop_last=False),
-        dataset(augmentation=Augmentation()).batches(10, seed=0, epoch=0, drop_last=False),
+        dataset(augmentation=Augmentation(), **options).batches(10, seed=0, epoch=0, drop_last=False),
     ):
         np.testing.assert_allclose(by_sample(batches)[0].numpy(), expected, atol=2e-6)
 
@@ -113,10 +112,9 @@ def test_every_sample_once_in_an_order_of_its_own():
 
 
 @pytest.mark.parametrize("block", [1, 5000, 10**9])
-def test_nothing_depends_on_blocks_batches_or_order(monkeypatch, block):
-    data = dataset()
-    reference = by_sample(data.batches(10, seed=1, epoch=2, drop_last=False))
-    monkeypatch.setitem(device_module.BLOCK_BYTES, "cpu", block)
+def test_nothing_depends_on_blocks_batches_or_order(block):
+    reference = by_sample(dataset().batches(10, seed=1, epoch=2, drop_last=False))
+    data = dataset(block_bytes=block)
     for batches in (
         data.batches(7, seed=1, epoch=2, drop_last=False),
         data.batches(101, seed=1, epoch=2, drop_last=False),
@@ -141,8 +139,8 @@ def test_compiled_loop_and_torch_give_the_same_bits():
     data = dataset(500)
     key = derive_seed(0, "augmentation", 0)
     chosen = torch.arange(499, -1, -1)
-    draws = device_module.draw_augmentation(CROP_AND_FLIP, key, chosen)
-    compiled = device_module.augmented(data.images, chosen, draws, data._normalise)
+    draws = draw_augmentation(CROP_AND_FLIP, key, chosen)
+    compiled = augmented(data.images, chosen, draws, data._normalise)
     assert torch.equal(compiled, data._normalise(crop_and_mirror(data.images, chosen, *draws)))
 
 

@@ -204,16 +204,16 @@ def test_class_folders(tmp_path, name):
     assert found.train.classes == DATASETS[name].classes
 
 
-def test_grey_and_palette_files_become_rgb(tmp_path):
+def test_grey_and_palette_files_and_a_png_called_jpeg_become_rgb(tmp_path):
     raw = raw_dataset("cifar10")
     write_folders(tmp_path, raw)
     grey = np.arange(1024, dtype=np.uint16).reshape(32, 32).astype(np.uint8)
     Image.fromarray(grey).save(tmp_path / "train" / "airplane" / "a.png")
-    Image.fromarray(raw.train.images[0]).convert("P").save(tmp_path / "train" / "airplane" / "b.png")
+    Image.fromarray(raw.train.images[0]).convert("P").save(tmp_path / "train" / "airplane" / "b.JPEG", "PNG")
     found = find_raw(DATASETS["cifar10"], tmp_path).train
     names = [name.rsplit("/", 1)[-1] for name in found.names]
     assert np.array_equal(found[names.index("a.png")][0], np.repeat(grey[..., None], 3, axis=2))
-    assert found[names.index("b.png")][0].shape == (32, 32, 3)
+    assert found[names.index("b.JPEG")][0].shape == (32, 32, 3)
 
 
 def test_class_folders_digest_follows_content(tmp_path):

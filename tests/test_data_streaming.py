@@ -204,20 +204,6 @@ def test_torch_keeps_its_threads_and_no_thread_stays_behind(root: Path) -> None:
     assert threading.active_count() == running
 
 
-def damage(path: Path, what: bytes | int) -> None:
-    path.write_bytes(path.read_bytes()[:what] if isinstance(what, int) else what)
-
-
-@pytest.mark.parametrize("what", [b"", b"not an image", 500])
-def test_a_corrupt_image_is_named_and_leaves_nothing(root: Path, what: bytes | int) -> None:
-    path = root / "train" / "n1" / "02.JPEG"
-    damage(path, what)
-    with pytest.raises(FastarError, match=r"train/n1/02\.JPEG: cannot be read as an image") as caught:
-        prepared(root, JPEG)
-    assert "\n" not in str(caught.value)
-    assert not (root.parent / "out").exists()
-
-
 def test_images_of_no_use_are_refused(root: Path) -> None:
     path = root / "train" / "n0" / "00.JPEG"
     Image.new("RGB", (2000, 1500)).save(path)

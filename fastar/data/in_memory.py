@@ -43,6 +43,8 @@ class DeviceDataset:
         augmentation: Augmentation,
         index: torch.Tensor | None = None,
         digest: str = "",
+        normalised_bytes: int = NORMALISED_BYTES,
+        block_bytes: int | None = None,
     ):
         if images.dtype != torch.uint8 or images.ndim != 4 or labels.dtype != torch.int64:
             raise ValueError(f"need uint8 [n, H, W, C] and int64 labels, not {images.dtype} {tuple(images.shape)}")
@@ -52,7 +54,8 @@ class DeviceDataset:
         self.augmentation, self.digest = augmentation, digest
         self.index = torch.arange(len(labels), device=labels.device) if index is None else index
         self._normalise = Normalisation(mean, std, images.shape[1], images.shape[2], images.device)
-        self._normalised = self._normalise(images) if images.numel() * 4 <= NORMALISED_BYTES else None
+        self._normalised = self._normalise(images) if images.numel() * 4 <= normalised_bytes else None
+        self._block_bytes = BLOCK_BYTES[images.device.type] if block_bytes is None else block_bytes
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -107,7 +110,7 @@ class DeviceDataset:
 
     def _blocks(self, order: torch.Tensor, batch_size: int, key: int | None) -> Iterator[Batch]:
         sample_bytes = 4 * self.images[0].numel()
-        block = max(1, BLOCK_BYTES[self.device.type] // (sample_bytes * batch_size)) * batch_size
+        block = max(1, self._block_bytes // (sample_bytes * batch_size)) * batch_size
         draws = None
         if key is not None:
             with span("augment"):

@@ -20,8 +20,6 @@ from fastar.errors import FastarError
 Batches = Generator[tuple[np.ndarray, np.ndarray], None, None]
 
 BATCH = 1024
-# Batches that FFCV's loader has buffers for: three ahead (its default), the one in use and the one being filled.
-BUFFERS = 5
 # Compiling FFCV's loops takes 1 to 2 s a file; running them as plain Python costs 15 to 30 us a sample.
 COMPILE_FROM = 100_000
 

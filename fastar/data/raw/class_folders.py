@@ -231,19 +231,13 @@ def _escaped(path: Path) -> str:
     return path.as_posix().encode("utf-8", "backslashreplace").decode()
 
 
-def is_packed(root: Path, *, val_share: float | None = None) -> bool:
-    """Tell whether any of a data root's images are read from an archive. As in `find_images`, folders come first."""
-    if val_share is not None:
-        return False
-    with readable(root):
-        train = not (root / "train").is_dir() and (root / TRAIN_ARCHIVE).is_file()
-        return train or (not any((root / name).is_dir() for name in TEST_FOLDERS) and (root / VAL_ARCHIVE).is_file())
-
-
 def count_images(root: Path, *, val_share: float | None = None) -> tuple[int, int, int] | None:
     """(training images, test images, classes) of a data root, decoding none; None where any are in archives, which
     take minutes to list. FastarError as `find_images`."""
-    if is_packed(root, val_share=val_share):
+    with readable(root):
+        folders = (root / "train").is_dir() and any((root / name).is_dir() for name in TEST_FOLDERS)
+        packed = (root / TRAIN_ARCHIVE).is_file() or (root / VAL_ARCHIVE).is_file()
+    if val_share is None and packed and not folders:  # where there are both, folders come first
         return None
     raw = find_images(root, val_share=val_share)
     return len(raw.train), len(raw.test), len(raw.train.classes)
