@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from fastar.errors import FastarError
 from fastar.symmetry import PermutationSpec, Symmetry, derive_symmetry, verify_symmetry
-from fastar.symmetry.random_network import Trial
+from fastar.symmetry.random_network import RandomNetwork
 
 X = (torch.zeros(2, 6),)
 Axes = dict[str, Any]
@@ -106,7 +106,7 @@ def test_whole_number_inputs_that_cannot_be_varied_stay() -> None:
     inputs = (torch.zeros(2, 6), torch.tensor([2, 3]))
     axes = dense(("hidden", "h", None), ("out", None, "h"))
     assert [g.size for g in prove(Picks(), axes, inputs).groups] == [7]
-    trial = Trial(Picks(), inputs, 0)
+    trial = RandomNetwork(Picks(), inputs, 0)
     trial.vary_integers(trial.state(1.0, buffers=True))
     assert trial.inputs[1].tolist() == [2, 3]
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Rows:
-    """Which of `count` sources: their numbers, ascending.
+    """Some of `count` sources: their numbers, ascending.
 
     `index` is the same [m] on the device; None where the numbers follow each other, since a slice does then.
     """
@@ -33,11 +33,11 @@ class Rows:
 
     @property
     def everything(self) -> bool:
-        """Whether these are all sources."""
+        """Tell whether these are all sources."""
         return len(self.numbers) == self.count
 
     def of(self, x: Tensor) -> Tensor:
-        """These rows of x [count, ...]: a view where they follow each other, else a copy."""
+        """A view of these rows of x [count, ...] where they follow each other, else a copy."""
         if self.index is None:
             return x.narrow(0, int(self.numbers[0]), len(self.numbers))
         return x.index_select(0, self.index)
@@ -50,7 +50,7 @@ class Rows:
             x.index_copy_(0, self.index, values)
 
     def split(self, most: int) -> list[tuple[slice, Rows]]:
-        """The same in parts of at most `most`, each with where it lies among these."""
+        """Parts of at most `most` rows, each with its slice of these."""
         parts = [slice(begin, begin + most) for begin in range(0, len(self), most)]
         return [
             (at, Rows(part, self.count, None if self.index is None or _follow(part) else self.index[at]))
@@ -67,7 +67,7 @@ def chosen(numbers: NDArray[np.int64], count: int, *arrays: NDArray[Any], device
 
 
 def _follow(numbers: NDArray[np.int64]) -> bool:
-    """Whether ascending numbers follow each other without a gap."""
+    """Tell whether ascending numbers follow each other without a gap."""
     return len(numbers) == int(numbers[-1]) - int(numbers[0]) + 1
 
 

@@ -66,7 +66,7 @@ class Permutations(Mapping[str, Tensor]):
         return Permutations({name: index.argsort(dim=-1) for name, index in self.items()})
 
     def then(self, other: Permutations) -> Permutations:
-        """These first, `other` afterwards, as one step. One of the two may be a single network's."""
+        """One step for these first and `other` afterwards. One of the two may be a single network's."""
         if self.keys() != other.keys():
             raise FastarError("permutations of different groups cannot be combined")
         out = {}
@@ -76,11 +76,11 @@ class Permutations(Mapping[str, Tensor]):
         return Permutations(out)
 
     def is_identity(self) -> bool:
-        """Whether no unit of any network moves."""
+        """Tell whether no unit of any network moves."""
         return all(bool((i == torch.arange(i.shape[-1], device=i.device)).all()) for i in self.values())
 
     def select(self, network: int) -> Permutations:
-        """Those of one of the N networks; of no groups, none."""
+        """The permutations of one of the N networks; of no groups, none."""
         if not self._indices:
             return self
         if self.count is None:
@@ -88,7 +88,7 @@ class Permutations(Mapping[str, Tensor]):
         return Permutations({name: index[network] for name, index in self.items()})
 
     def part(self, begin: int, end: int) -> Permutations:
-        """Those of the networks `begin` to `end` - 1; of a single network, the same for all."""
+        """The permutations of the networks `begin` to `end` - 1; of a single network, the same for all."""
         if self.count is None:
             return self
         return Permutations({name: index[begin:end] for name, index in self.items()})
@@ -99,7 +99,7 @@ class Permutations(Mapping[str, Tensor]):
         return Permutations({name: torch.stack([one[name] for one in networks]) for name in networks[0]})
 
     def to(self, device: torch.device | str) -> Permutations:
-        """The same on `device`."""
+        """A copy on `device`."""
         return Permutations({name: index.to(device) for name, index in self.items()})
 
     def as_dict(self) -> dict[str, list[int] | list[list[int]]]:

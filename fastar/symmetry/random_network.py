@@ -24,7 +24,7 @@ State = dict[str, Tensor]
 _STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
-class Trial:
+class RandomNetwork:
     """`model` as a function of a state, on example inputs that are made to count. The model is copied, not touched."""
 
     def __init__(self, model: nn.Module, example_inputs: Batch, seed: int):

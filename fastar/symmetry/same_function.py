@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fastar.errors import FastarError
 from fastar.flat.forward import gaps
 from fastar.flat.state_check import first_few, tensors_of
-from fastar.symmetry.random_network import ExampleInputs, Trial
+from fastar.symmetry.random_network import ExampleInputs, RandomNetwork
 from fastar.symmetry.verify import DRAWS, RELATIVE_TOLERANCE, largest
 
 # Attributes of a module that do not change its outputs in evaluation mode, or are compared elsewhere.
@@ -40,7 +40,7 @@ def check_same_function(
 
 def _agree(first: nn.Module, other: nn.Module, example_inputs: ExampleInputs) -> bool:
     """Tell whether outputs are the same on several draws of weights: small ones, and such that saturate."""
-    one, two = (Trial(model, example_inputs, seed=0) for model in (first, other))
+    one, two = (RandomNetwork(model, example_inputs, seed=0) for model in (first, other))
     for number, (gain, positive) in enumerate(DRAWS[:3]):
         state = one.state(gain, positive=positive, number=number)
         expected = one.outputs(state)

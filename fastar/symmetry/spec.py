@@ -33,7 +33,7 @@ AxisSpec = str | Span | None | Sequence[str | Span | int]
 
 @dataclass(frozen=True)
 class PermutationSpec:
-    """Which hidden units of a network move together, as names of groups on the axes of its parameters and buffers.
+    """Hidden units that move together, as names of groups on the axes of a network's parameters and buffers.
 
         PermutationSpec({
             "fc1.weight": ("hidden", None), "fc1.bias": ("hidden",),
@@ -66,14 +66,13 @@ class PermutationSpec:
         self._check_names(name, empty)
         sizes = self._sizes(shapes)
         members: dict[str, list[Member]] = {}
-        owners = [empty.tied.get(tensor, tensor) for tensor in self.axes]
-        for (tensor, spans), owner in zip(self._spans(shapes, sizes), owners, strict=True):
+        for tensor in self.axes:
+            owner = empty.tied.get(tensor, tensor)
             if tensor != owner and owner in self.axes:
-                continue  # it says the same as its owner, which places both
-            names = [owner, *(other for other, whose in empty.tied.items() if whose == owner)]
-            for member, group in spans:
-                members.setdefault(group, []).extend(replace(member, tensor=one) for one in names)
-        groups = [Group(one, sizes[one], tuple(places), self.blocks.get(one)) for one, places in members.items()]
+                continue  # it says the same as its owner, which is followed under both names
+            for group, member in self._members(tensor, shapes[tensor], sizes):
+                members.setdefault(group, []).extend(replace(member, tensor=name) for name in empty.names[owner])
+        groups = [Group(one, sizes[one], tuple(sites), self.blocks.get(one)) for one, sites in members.items()]
         known = {group.name for group in groups}
         bare = [Group(one, sizes[one], ()) for one in dict.fromkeys(self.blocks.values()) if one not in known]
         groups.sort(key=lambda group: group.parent is not None)  # parents come before their children
@@ -106,7 +105,7 @@ class PermutationSpec:
                 raise FastarError(f"PermutationSpec.blocks: {parent!r}, the parent of {child!r}, has a parent itself")
 
     def _entries(self, tensor: str, axis: int) -> list[Span | int] | None:
-        """What lies on an axis, one after the other; None: it stays."""
+        """The spans of an axis, and numbers of positions that stay, in order; None: the whole axis stays."""
         entry = self.axes[tensor][axis]
         if entry is None:
             return None
@@ -160,23 +159,16 @@ class PermutationSpec:
                 )
         return sizes
 
-    def _spans(
-        self, shapes: Mapping[str, tuple[int, ...]], sizes: Mapping[str, int]
-    ) -> Iterator[tuple[str, list[tuple[Member, str]]]]:
-        """For each tensor, its members and their groups."""
-        for tensor in self.axes:
-            out = []
-            for axis, length in enumerate(shapes[tensor]):
-                entries, offset = self._entries(tensor, axis), 0
-                for one in entries or ():
-                    if isinstance(one, Span):
-                        out.append((Member(tensor, axis, one.inner, one.outer, offset), one.group))
-                        offset += sizes[one.group] * one.inner * one.outer
-                    else:
-                        offset += one
-                if entries is not None and offset != length:
-                    raise FastarError(
-                        f"PermutationSpec: what is written for axis {axis} of {tensor!r} has {offset} positions; the "
-                        f"axis has {length}"
-                    )
-            yield tensor, out
+    def _members(self, tensor: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> Iterator[tuple[str, Member]]:
+        """The groups on the axes of a tensor, each with its site there."""
+        for axis, length in enumerate(shape):
+            entries, offset = self._entries(tensor, axis), 0
+            for one in entries or ():
+                if isinstance(one, Span):
+                    yield one.group, Member(tensor, axis, one.inner, one.outer, offset)
+                offset += sizes[one.group] * one.inner * one.outer if isinstance(one, Span) else one
+            if entries is not None and offset != length:
+                raise FastarError(
+                    f"PermutationSpec: what is written for axis {axis} of {tensor!r} has {offset} positions; the axis "
+                    f"has {length}"
+                )

@@ -21,7 +21,7 @@ from fastar.symmetry.permutations import Permutations
 
 @dataclass(frozen=True, slots=True)
 class Member:
-    """One place where a group's units lie: positions offset .. offset + outer * size * inner of an axis of a tensor.
+    """One site of a group's units: positions offset .. offset + outer * size * inner of an axis of a tensor.
 
     Args:
         tensor: parameter or buffer name.
@@ -253,7 +253,7 @@ class Symmetry:
         ]
 
     def computed_with(self, theta: Mapping[str, Tensor], sources: Mapping[str, Tensor]) -> list[str]:
-        """The same, and the buffers that groups permute: what a forward pass is made with."""
+        """The parameters that `counted` gives, and the buffers that groups permute: all that a forward pass reads."""
         buffers = (name for name in self.moved if name in self.buffers and name in theta and name in sources)
         return [*self.counted(theta, sources), *buffers]
 

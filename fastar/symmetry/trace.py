@@ -1,4 +1,4 @@
-"""The graph of a model's forward pass (torch.export), and what is said where there is none."""
+"""The graph of a model's forward pass (torch.export), or an error that says why there is none."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fastar.flat.forward import arguments_of
 from fastar.flat.state_check import copied
 from fastar.symmetry.random_network import ExampleInputs, without_cache
 
-# What torch says, in its several kinds of errors, of a forward pass that needs the value of a tensor.
+# Words of torch, in its several kinds of errors, for a forward pass that needs the value of a tensor.
 _VALUES = ("data-dependent", "data dependent", "GuardOnDataDependent", "unbacked")
 # torch.export's words for an output that is no tensor, tuple, list, mapping, nor registered as one.
 _RETURNED = re.compile(r"Found <class '([^']+)'> in output, which is not a known type")
@@ -63,7 +63,7 @@ def _sizes(value: Any) -> Iterator[Any]:
 
 
 def _why(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], error: Exception) -> str:
-    """What kind of error it was, where, and what to do."""
+    """The rest of the message: the kind of error, its place, and what to do."""
     try:
         with _quiet(), torch.no_grad(), torch.random.fork_rng(devices=[]):
             copied(model).eval()(*arguments, **keywords)
@@ -87,7 +87,7 @@ def _why(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any],
 
 
 def _place(error: BaseException) -> str:
-    """Where in the user's code an error of tracing came from, as far as its traceback shows."""
+    """The line of the user's code that an error of tracing came from, as far as its traceback shows."""
     inside = os.path.dirname(torch.__file__), os.path.dirname(__file__), forward.__file__, "<"
     library = sysconfig.get_paths()["stdlib"]
     frames = [

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +11,7 @@ from fastar.errors import FastarError
 from fastar.flat.forward import gaps
 from fastar.runtime.seeds import derive_seed
 from fastar.symmetry.permutations import Permutations
-from fastar.symmetry.random_network import ExampleInputs, State, Trial
+from fastar.symmetry.random_network import ExampleInputs, RandomNetwork, State
 from fastar.symmetry.symmetry import Group, Member, Symmetry
 
 # float64 rounding through a few hundred layers stays below 1e-12 of the outputs' size; a wrong group changes them by
@@ -21,11 +20,11 @@ RELATIVE_TOLERANCE = 1e-8
 # An output that is a difference of large values, or of a chaotic network, shows more rounding: it may differ by this
 # many times what a change of all weights in their last digits does.
 ROUNDING = 1e3
-# By how many tolerances a wrong permutation has to change the outputs, so that a right one says something.
-SEEN = 1e3
-# How weights are drawn: their gain, and whether vectors are positive. With the first, ReLU keeps the size of
-# activations; sigmoid needs the third; positive biases leave few units of narrow layers dead. Later ones are tried for
-# what is not seen with those before.
+# A wrong permutation has to change the outputs by this many tolerances, so that a right one says something.
+SHOWN = 1e3
+# Draws of weights: their gain, and whether vectors are positive. With the first, ReLU keeps the size of activations;
+# sigmoid needs the third; positive biases leave few units of narrow layers dead. Later ones are tried for what is not
+# shown by those before.
 DRAWS = ((math.sqrt(2), False), (1.0, False), (4.0, False), (math.sqrt(2), True), (1.0, True), (math.sqrt(2), True))
 
 
@@ -40,9 +39,9 @@ def verify_symmetry(
     (`RELATIVE_TOLERANCE`).
 
     Args:
-        controls: also require that the comparison could have failed. Permuting any one place of a group in a parameter
+        controls: also require that the comparison could have failed. Permuting any one site of a group in a parameter
             of two axes or more, by itself, has to change the outputs; so has another draw of such a parameter in which
-            no group is, if the outputs are computed from it; and so has one place of each group at least. (Vectors by
+            no group is, if the outputs are computed from it; and so has one site of each group at least. (Vectors by
             themselves may do nothing, as the bias of keys in attention.) False for symmetries that are derived: where
             a unit has no effect the derivation is the proof.
 
@@ -52,7 +51,7 @@ def verify_symmetry(
     """
     if not symmetry.groups:
         return
-    proof = _Proof(Trial(model, example_inputs, seed), symmetry, controls)
+    proof = _Proof(RandomNetwork(model, example_inputs, seed), symmetry, controls)
     for draw in range(len(DRAWS)):
         proof.compare(draw)
         if not controls or not proof.unseen():
@@ -67,39 +66,39 @@ def verify_symmetry(
 
 
 class _Proof:
-    """Comparisons on one model, and what is still to be seen by them."""
+    """Comparisons on one network, and what they have still to show."""
 
-    def __init__(self, trial: Trial, symmetry: Symmetry, controls: bool):
-        self.trial, self.symmetry, self.controls = trial, symmetry, controls
-        self.permutations = moving(symmetry, trial.seed)
-        self.names: dict[str, list[str]] = {}  # of one tensor
-        for name in (*symmetry.parameters, *symmetry.buffers):
-            self.names.setdefault(symmetry.tied.get(name, name), []).append(name)
-        self.places = [
+    def __init__(self, network: RandomNetwork, symmetry: Symmetry, controls: bool):
+        self.network, self.symmetry, self.controls = network, symmetry, controls
+        self.permutations = moving(symmetry, network.seed)
+        self.sites = [
             (group, member)
             for group in symmetry.groups
             for member in group.members
-            if group.size > 1 and member.tensor in self.names
+            if group.size > 1 and member.tensor in symmetry.names  # one name of each tensor
         ]
+        shapes = {name: symmetry.parameters.get(name, ()) for name in symmetry.names}
+        self.matrices = [name for name, shape in shapes.items() if len(shape) > 1 and 0 not in shape]
+        placed = {member.tensor for _, member in self.sites}
+        self.held = [name for name in self.matrices if name not in placed]  # parameters that no group is in
+        self.shown: set[Member | str] = set()  # members, and parameters of `held`
+        self.left: list[str] = []
+        self.buffers = 2 if network.has_buffers else 0  # as `RandomNetwork.state` says
         self.draw = 0
         self.state: State = {}
         self.expected: list[Tensor] = []
         self.scales: list[float] = []
         self.noise: list[float] | None = None
-        self.left: list[str] = []
-        self.seen: set[Member | str] = set()  # places, and parameters that no group is in
-        self.varied = False
-        self.buffers = 2 if trial.has_buffers else 0  # as `Trial.state` says
 
     def compare(self, draw: int) -> None:
-        """Raise FastarError if all groups permuted change the outputs."""
-        self.begin(draw)
-        if not all(scale < math.inf for scale in self.scales):
+        """Raise FastarError if all groups permuted change the outputs of this draw of weights."""
+        self._begin(draw)
+        if not self._finite():
             if draw:
-                return  # too large weights: nothing is seen with them
+                return  # too large weights: nothing is shown with them
             raise FastarError(
-                f"cannot verify the permutation groups of {self.trial.name}: random weights give outputs that are not "
-                "finite"
+                f"cannot verify the permutation groups of {self.network.name}: random weights give outputs that are "
+                "not finite"
             )
         # In place, because a second copy of a large network takes longer than its forward pass.
         self.symmetry.apply_rows(self.permutations, {key: tensor[None] for key, tensor in self.state.items()})
@@ -108,33 +107,35 @@ class _Proof:
         if different:
             self.refuse()
 
-    def _drawn(self) -> State:
-        gain, positive = DRAWS[self.draw]
-        return self.trial.state(gain, positive=positive, buffers=self.buffers, number=self.draw)
-
-    def begin(self, draw: int) -> None:
+    def _begin(self, draw: int) -> None:
         """The outputs on one draw of weights, with the inputs and buffers that the model runs on."""
         self.draw = draw
         self.state = self._drawn()
         while self.buffers and not self._runs():
             self.buffers -= 1
             self.state = self._drawn()
-        if not self.varied:
-            self.trial.vary_integers(self.state)
-            self.varied = True
-        self.expected = self.trial.outputs(self.state)
+        if draw == 0:
+            self.network.vary_integers(self.state)
+        self.expected = self.network.outputs(self.state)
         self.scales = [largest(out) for out in self.expected]
         self.noise = None
 
+    def _drawn(self) -> State:
+        gain, positive = DRAWS[self.draw]
+        return self.network.state(gain, positive=positive, buffers=self.buffers, number=self.draw)
+
     def _runs(self) -> bool:
         try:
-            return all(largest(out) < math.inf for out in self.trial.outputs(self.state))
+            return all(largest(out) < math.inf for out in self.network.outputs(self.state))
         except FastarError:
             return False
 
+    def _finite(self) -> bool:
+        return all(scale < math.inf for scale in self.scales)
+
     def differs(self, state: State, times: float = 1.0) -> bool:
         """Tell whether any output is not what is expected, by more than `times` the tolerance."""
-        found = gaps(self.expected, self.trial.outputs(state))
+        found = gaps(self.expected, self.network.outputs(state))
         if all(gap <= times * RELATIVE_TOLERANCE * scale for gap, scale in zip(found, self.scales, strict=True)):
             return False
         if self.noise is None:
@@ -144,14 +145,14 @@ class _Proof:
 
     def _rounding(self) -> list[float]:
         """The change of each output when all weights change in their last digits."""
-        generator = torch.Generator().manual_seed(derive_seed(self.trial.seed, "verify", "rounding"))
+        generator = torch.Generator().manual_seed(derive_seed(self.network.seed, "verify", "rounding"))
         begun = self._drawn()
         for tensor in begun.values():
             if tensor.is_floating_point():
                 tensor.mul_(
                     1 + 1e-15 * torch.rand(tensor.shape, generator=generator, dtype=torch.float64, device="cpu")
                 )
-        return gaps(self.expected, self.trial.outputs(begun))
+        return gaps(self.expected, self.network.outputs(begun))
 
     def refuse(self) -> None:
         """Raise FastarError, naming the groups that change the outputs."""
@@ -170,68 +171,56 @@ class _Proof:
 
         named = wrong(self.symmetry.families)
         raise FastarError(
-            f"permuting the groups found in {self.trial.name} changes its outputs (groups "
+            f"permuting the groups found in {self.network.name} changes its outputs (groups "
             f"{', '.join(named) or 'together'}): it is not matched; an axis is left out or wrong, or its forward "
             "depends on the order of units in a way its graph does not show"
         )
 
     def unseen(self) -> list[str]:
-        """What could be permuted wrongly, in this draw and those before, without changing the outputs."""
-        if not all(scale < math.inf for scale in self.scales):
+        """Names for everything that could be permuted wrongly without changing the outputs, in all draws so far."""
+        if not self._finite():
             return self.left
-        for group, member in self.places:
-            if member not in self.seen and self.differs(self._apart(group, member), SEEN):
-                self.seen.add(member)
-        held = [one for one in self._matrices() if not any(m.tensor == one for _, m in self.places)]
+        for group, member in self.sites:
+            if member not in self.shown and self.differs(self._apart(group, member), SHOWN):
+                self.shown.add(member)
         gain, positive = DRAWS[self.draw]
-        other = self.trial.state(gain, positive=positive, number=-1) if held else {}
-        for name in held:
-            if name in self.seen:
+        other = self.network.state(gain, positive=positive, number=-1) if self.held else {}
+        for name in self.held:
+            if name in self.shown:
                 continue
-            if self.differs(self._with(name, other[name]), SEEN) or not self._reads(name):
-                self.seen.add(name)
-        self.left = list(self._left(held))
+            if self.differs(self._with(name, other[name]), SHOWN) or not self._reads(name):
+                self.shown.add(name)
+        groups = {group.name: False for group, _ in self.sites}
+        groups |= {group.name: True for group, member in self.sites if member in self.shown}
+        self.left = [
+            *(
+                f"the order of group {group.name!r} in axis {member.axis} of {member.tensor!r}"
+                for group, member in self.sites
+                if member.tensor in self.matrices and member not in self.shown
+            ),
+            *(repr(name) for name in self.held if name not in self.shown),
+            *(f"the order of group {name!r}" for name, shown in groups.items() if not shown),
+        ]
         return self.left
 
     def _reads(self, name: str) -> bool:
-        """Whether the outputs are computed from a parameter at all, a factor of 0 included: NaN passes it."""
+        """Tell whether the outputs are computed from a parameter at all, a factor of 0 included: NaN passes it."""
         try:
             return self.differs(self._with(name, torch.full_like(self.state[name], math.nan)))
         except FastarError:
             return True  # the model noticed
 
-    def _matrices(self) -> list[str]:
-        """Parameters of two axes or more, by one name each."""
-        return [
-            name
-            for name, shape in self.symmetry.parameters.items()
-            if len(shape) > 1 and 0 not in shape and name in self.names
-        ]
-
     def _with(self, name: str, tensor: Tensor) -> State:
         """The state with another tensor under all its names."""
-        return {**self.state, **dict.fromkeys(self.names[name], tensor)}
+        return {**self.state, **dict.fromkeys(self.symmetry.names[name], tensor)}
 
     def _apart(self, group: Group, member: Member) -> State:
-        """The state with one place of a group permuted by itself."""
+        """The state with one site of a group permuted by itself."""
         tensor = self.state[member.tensor].clone()
         positions = torch.from_numpy(member.positions(self.permutations[group.name].numpy(), group.size))
         row = tensor.narrow(member.axis, member.offset, len(positions))
         row.copy_(self.state[member.tensor].index_select(member.axis, positions))
         return self._with(member.tensor, tensor)
-
-    def _left(self, held: list[str]) -> Iterator[str]:
-        matrices = set(self._matrices())
-        for group, member in self.places:
-            if member.tensor in matrices and member not in self.seen:
-                yield f"the order of group {group.name!r} in axis {member.axis} of {member.tensor!r}"
-        for name in held:
-            if name not in self.seen:
-                yield repr(name)
-        for group in self.symmetry.groups:
-            places = [member for whose, member in self.places if whose is group]
-            if places and not any(member in self.seen for member in places):
-                yield f"the order of group {group.name!r}"
 
 
 def moving(symmetry: Symmetry, seed: int) -> Permutations:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from fastar.flat.forward import Batch, forward, gaps, in_float32, on_device
 from fastar.matching.activation.record import Kind, Observer
 from fastar.symmetry.permutations import Permutations
-from fastar.symmetry.random_network import State, Trial
+from fastar.symmetry.random_network import RandomNetwork, State
 from fastar.symmetry.symmetry import Group, Member, Symmetry
 from fastar.symmetry.verify import DRAWS, moving
 
@@ -64,7 +64,7 @@ def moving_axes(
     Raises:
         FastarError: something seems to move, and the model does not run in float64.
     """
-    trial = Trial(model, _few(batch), 0)
+    trial = RandomNetwork(model, _few(batch), 0)
     state = trial.state(DRAWS[0][0])
     names, short = symmetry.computed_with(state, state), {k: in_float32(v).to(device) for k, v in state.items()}
     wanted = {(member.tensor, member.axis) for group in symmetry.groups for member in group.members}
@@ -77,7 +77,7 @@ def moving_axes(
     try:
         suspects = suspected(_few(batch))
     except RuntimeError:  # a forward may be written for batches of one size
-        trial, suspects = Trial(model, batch, 0), suspected(batch)
+        trial, suspects = RandomNetwork(model, batch, 0), suspected(batch)
     if not suspects:
         return {}
     look = _Look(symmetry, state, list(state), trial.outputs)
