@@ -103,7 +103,7 @@ def test_frozen_batch_norms_move_with_their_channels() -> None:
 def test_twelve_groups_of_resnet18_with_frozen_batch_norms() -> None:
     if importlib.util.find_spec("torchvision") is None:
         pytest.skip("torchvision is not installed")
-    from test_symmetry_libraries import symmetry_table  # which gets by the wheel that the CPU build does not fit
+    import symmetry_table  # which gets by the wheel that the CPU build does not fit
 
     symmetry_table.import_torchvision()
     from torchvision.models import resnet18

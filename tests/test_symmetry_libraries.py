@@ -3,26 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
-import sys
 import warnings
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
+import symmetry_table
 import torch
 
 from fastar.errors import FastarError
 from fastar.symmetry import derive_symmetry, verify_symmetry
-
-_spec = importlib.util.spec_from_file_location(
-    "symmetry_table", Path(__file__).resolve().parent.parent / "tools" / "symmetry_table.py"
-)
-assert _spec is not None
-assert _spec.loader is not None
-symmetry_table = importlib.util.module_from_spec(_spec)
-sys.modules["symmetry_table"] = symmetry_table
-_spec.loader.exec_module(symmetry_table)
 
 # name -> (groups, units, of these in blocks), counted by hand.
 TABLE: dict[str, tuple[int, int, int]] = {
@@ -70,7 +59,7 @@ def _cases(names: list[str]) -> list[object]:
 
 def _make(name: str) -> tuple[torch.nn.Module, object]:
     try:
-        made: tuple[torch.nn.Module, object] = symmetry_table.NETWORKS[name].make()
+        made: tuple[torch.nn.Module, object] = symmetry_table.NETWORKS[name]()
     except ModuleNotFoundError as error:
         pytest.skip(f"{error.name} is not installed (torchvision is among the test requirements, the others are not)")
     return made

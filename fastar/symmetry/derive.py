@@ -16,7 +16,7 @@ from fastar.errors import FastarError
 from fastar.flat.state_check import is_vector, tensors_of
 from fastar.symmetry import cache
 from fastar.symmetry.axes import FIXED, Axis, AxisSolver, fixed
-from fastar.symmetry.axis_views import Copies, Dims, Factor, factor_length
+from fastar.symmetry.axis_views import Copies, Dims, factor_length
 from fastar.symmetry.random_network import ExampleInputs
 from fastar.symmetry.rules.call import Refused
 from fastar.symmetry.rules.table import apply_rule, is_fill
@@ -185,8 +185,10 @@ class _Derivation:
         """Hold what no parameter goes into and has two axes or more: a table (positions, frequencies, masks of pairs),
         which all networks of an architecture have in common. A value for each unit has one axis, and copies."""
         for one in labels if isinstance(labels, list) else [labels]:
-            long = [dim for dim in one.dims if any(_counts(factor) for factor in dim)] if isinstance(one, Dims) else []
-            if len(long) > 1:
+            factors = (
+                [[f for f in dim if not isinstance(f, Copies)] for dim in one.dims] if isinstance(one, Dims) else []
+            )
+            if sum(any(factor_length(factor) > 1 for factor in dim) for dim in factors) > 1:
                 self.solver.fix(*_axes(one))
 
     def _labels(self, node: fx.Node, labels: dict[fx.Node, Any]) -> Any:
@@ -369,11 +371,6 @@ def _numbered(base: str, taken: dict[str, int]) -> str:
     """`base`, or where it is taken `base#1`, `base#2` ..."""
     count = taken[base] = taken.get(base, -1) + 1
     return f"{base}#{count}" if count else base
-
-
-def _counts(factor: Factor) -> bool:
-    """Tell whether a factor has several positions that are not all alike."""
-    return not isinstance(factor, Copies) and factor_length(factor) > 1
 
 
 def _held(node: fx.Node) -> Any:

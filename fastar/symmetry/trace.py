@@ -114,29 +114,17 @@ def _hooks_kept() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Inside, torch neither warns nor logs nor prints to stderr: what it says of a failure is in the error, and pages
-    of its own traceback would come before that. Whoever set TORCH_LOGS asked for them."""
+    """Inside, nothing is warned of, logged or printed to stderr: a failure is told by its error, and torch would print
+    pages of its own traceback before. Whoever set TORCH_LOGS asked for them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         if os.environ.get("TORCH_LOGS"):
             yield
             return
-        names = [one for one in logging.root.manager.loggerDict if one.partition(".")[0] == "torch"]
-        loggers = [logger for logger in map(logging.getLogger, names) if not logger.disabled]
-        handlers = [handler for logger in loggers for handler in logger.handlers]
-        for logger in loggers:
-            logger.disabled = True
-        for handler in handlers:  # of loggers that are made inside
-            handler.addFilter(_nothing)
+        before = logging.root.manager.disable
+        logging.disable(logging.CRITICAL)
         try:
             with contextlib.redirect_stderr(io.StringIO()):
                 yield
         finally:
-            for logger in loggers:
-                logger.disabled = False
-            for handler in handlers:
-                handler.removeFilter(_nothing)
-
-
-def _nothing(record: logging.LogRecord) -> bool:
-    return False
+            logging.disable(before)

@@ -50,6 +50,11 @@ class Call:
             raise Refused(f"uses {node}, which is not one tensor")
         return found
 
+    def operand(self, argument: Any) -> tuple[Dims, tuple[int, ...]]:
+        """Labels and shape of a tensor argument, a graph node or its schema name."""
+        node = self.arguments[argument] if isinstance(argument, str) else argument
+        return self.dims(node), self.shape(node)
+
     def labels(self, argument: Any = None) -> Labels:
         """Labels of a tensor argument with one axis per dimension: parts of views are made independent."""
         return plain(self.solver, self.dims(argument))

@@ -71,7 +71,7 @@ def layer_norm(call: Call) -> Dims:
     x = views.inside(call.solver, x, range(len(shape) - len(call["normalized_shape"]), len(shape)))
     for name in ("weight", "bias"):
         if call.arguments.get(name) is not None:
-            x = broadcast(call, [(x, shape), (call.dims(name), call.shape(call[name]))], shape)
+            x = broadcast(call, [(x, shape), call.operand(name)], shape)
     return x
 
 
@@ -89,12 +89,11 @@ def instance_norm(call: Call) -> Dims:
 
 
 def prelu(call: Call) -> Dims:
-    first, weight = call.tensors()
-    x = call.dims(first)
+    x, (_, weight) = call.dims(), call.tensors()
     if call.shape(weight) in ((), (1,)):
         return x
     if len(x.dims) < 2:
-        return broadcast(call, [(x, call.shape()), (call.dims(weight), call.shape(weight))], call.shape())
+        return broadcast(call, [(x, call.shape()), call.operand(weight)], call.shape())
     return per_channel(call, x, "weight")
 
 

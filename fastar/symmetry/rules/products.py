@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from torch import fx
-
 from fastar.symmetry import axis_views as views
 from fastar.symmetry.axes import fixed
 from fastar.symmetry.axis_views import Dim, Dims
@@ -18,7 +16,7 @@ Letter = str | int
 
 def pointwise(call: Call) -> Dims:
     """Any number of tensors, broadcast against each other."""
-    return broadcast(call, [(call.dims(node), call.shape(node)) for node in call.tensors()], call.shape())
+    return broadcast(call, [call.operand(node) for node in call.tensors()], call.shape())
 
 
 def broadcast(call: Call, operands: Sequence[tuple[Dims, Sequence[int]]], shape: Sequence[int]) -> Dims:
@@ -55,19 +53,14 @@ def linear(call: Call) -> Dims:
     out = contract(call, [(x, [*batch, "i"]), (weight, [*units, "i"])], [*batch, *units])
     if call["bias"] is None:
         return out
-    return _added(call, out, [call["bias"]])
-
-
-def _added(call: Call, out: Dims, nodes: Sequence[fx.Node]) -> Dims:
-    operands = [(out, call.shape()), *((call.dims(node), call.shape(node)) for node in nodes)]
-    return broadcast(call, operands, call.shape())
+    return broadcast(call, [(out, call.shape()), call.operand("bias")], call.shape())
 
 
 def matmul(call: Call) -> Dims:
     """mm, bmm, matmul, and what is added by addmm and baddbmm."""
     *added, left, right = call.tensors()
-    out = _matmul(call, (call.dims(left), call.shape(left)), (call.dims(right), call.shape(right)))
-    return _added(call, out, added)
+    out = _matmul(call, call.operand(left), call.operand(right))
+    return broadcast(call, [(out, call.shape()), *map(call.operand, added)], call.shape())
 
 
 def _matmul(call: Call, left: tuple[Dims, Sequence[int]], right: tuple[Dims, Sequence[int]]) -> Dims:
@@ -135,7 +128,7 @@ def attention(call: Call) -> Dims:
     shape = [*call.shape()[:-1], shapes["key"][-2]]
     mask = call.arguments.get("attn_mask")
     if mask is not None:
-        scores = broadcast(call, [(scores, shape), (call.dims(mask), call.shape(mask))], shape)
+        scores = broadcast(call, [(scores, shape), call.operand(mask)], shape)
     weights = views.inside(call.solver, scores, {len(shape) - 1})
     return _matmul(call, (weights, shape), (v, shapes["value"]))
 
