@@ -50,17 +50,21 @@ Start with
 
     fastar train-star --dataset digits
 
-which trains 30 sources, 5 heldouts and a star model in about a minute, measures the barriers between them, and prints a
+It trains 30 sources, 5 heldouts and a star model in about a minute, measures the barriers between them, and prints a
 table and the path of a picture. It needs no data from anywhere.
 
-Every setting of a run is a key of its YAML configuration (`configs/`); give any of them as `key=value` after the
-options, such as `train.epochs=30 model.width=32 star.t=beta`. What is already in the run folder and matches is reused:
-the same command goes on where it was stopped.
+Every setting of a run is a key of its YAML configuration (`configs/`). Give any of them as `key=value` after the
+options, such as `train.epochs=30 model.width=32 star.t=beta`. Whatever is in the run folder and matches is reused: the
+same command goes on where it was stopped, to the same result. `fastar runs` lists runs and where they stand.
 
-Bad input ends with one line on stderr and exit code 2, as does output that cannot be written; a defect of fastar with
-one line that says where its traceback is, and exit code 70. Ctrl-C, SIGTERM and SIGUSR1 save what is being trained and
-end with a code that says so: 130 for Ctrl-C (a second one stops at once), 75 for the signals of batch schedulers. After
-either, and after a crash, the same command goes on to the same result. `fastar runs` lists runs and where they stand.
+Exit codes:
+
+- 0: done.
+- 1: something does not fit (`plan`), is damaged (`verify`) or does not work (`doctor`).
+- 2: bad input, or output that cannot be written. One line on stderr says what to do.
+- 70: a defect of fastar. One line says where its traceback is.
+- 75: stopped by SIGTERM or SIGUSR1; what was being trained is saved.
+- 130: stopped by Ctrl-C, likewise. A second Ctrl-C stops at once.
 """,
 )
 for _name, _command in COMMANDS.items():

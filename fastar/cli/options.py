@@ -52,10 +52,12 @@ OPTIONS = {
     "config": Option(Path, "FILE", "YAML file of settings, or the name of a shipped one."),
     "scale": Option(str, "smoke|small|full", "Run a smaller version: seconds, or minutes on a CPU.", default="full"),
     "data_root": Option(Path, "DIR", "Folder of the raw data.", "dataset.root"),
-    "val_share": Option(float, "SHARE", "Share of class folders for testing, such as 0.1.", "dataset.val_share"),
-    "validation": Option(float, "SHARE", "Share of training images for validation alone.", "dataset.validation"),
-    "on_nonfinite": Option(str, "stop|retry", "What to do when a loss is not finite.", "train.on_nonfinite"),
-    "bn_batches": Option(int, "N", "Batch-norm statistics from N training batches.", "evaluation.bn_batches"),
+    "val_share": Option(float, "SHARE", "Share for testing of class folders that have no val/.", "dataset.val_share"),
+    "validation": Option(float, "SHARE", "Share of training images kept for validation.", "dataset.validation"),
+    "on_nonfinite": Option(
+        str, "stop|retry", "When a loss is not finite: stop, or go back and retry.", "train.on_nonfinite"
+    ),
+    "bn_batches": Option(int, "N", "Batch-norm statistics from N batches. Default: all.", "evaluation.bn_batches"),
     "points": Option(int, "N", "Equispaced values of t, ends included.", "evaluation.points", default=11),
     "gpu_memory": Option(str, "SIZE", "The most memory of the GPU that is taken, such as 40GB.", "gpu_memory"),
     "profile": Option(int, "N", "Time N steps of the star's training, part by part, into OUT/profile."),
