@@ -6,6 +6,7 @@ import doctest
 import functools
 import json
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from fastar.config import load_settings
 from fastar.data import PRESETS, Encoding
 from fastar.errors import FastarError
 from fastar.experiments import task
-from fastar.experiments.plan import Plan, plan_run, planning, seconds
+from fastar.experiments.plan import Plan, estimates, plan_run, planning, seconds
 from fastar.experiments.plan.estimates import forward_line, training_line
 from fastar.experiments.session import new_session
 from fastar.experiments.task import Shape
@@ -91,18 +92,24 @@ def symmetry(width: float) -> Symmetry:
     return derive_symmetry(model, (torch.zeros(2, *SHAPE),))
 
 
-@pytest.fixture(autouse=True)
-def derived_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    own = task.symmetry_by_settings
-    monkeypatch.setattr(
-        task,
-        "symmetry_by_settings",
-        lambda settings, model, *more, **options: (
-            symmetry(WIDTH)
-            if hasattr(model, "stages") and len(model.stages) == 4
-            else own(settings, model, *more, **options)
-        ),
-    )
+@pytest.fixture(autouse=True, scope="module")
+def counted_once() -> Iterator[None]:
+    """Bytes of one network are counted once, and its symmetry is derived once, for all plans."""
+    count, derive = estimates.peak_line, task.symmetry_by_settings
+    known: dict[Any, PeakLine] = {}
+
+    def counted(model: nn.Module, run: Any, *more: Any) -> PeakLine:
+        key = (sum(p.numel() for p in model.parameters()), model.training, *more)
+        return known.setdefault(key, known.get(key) or count(model, run, *more))
+
+    def derived(settings: Any, model: nn.Module, *more: Any, **options: Any) -> Symmetry:
+        own = len(getattr(model, "stages", ())) == 4  # ResNet-18 and no other of these tests
+        return symmetry(WIDTH) if own else derive(settings, model, *more, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(estimates, "peak_line", counted)
+        patch.setattr(task, "symmetry_by_settings", derived)
+        yield
 
 
 def plan_of(tmp_path: Path, *overrides: str, timed: bool = False, **more: Any) -> Plan:
