@@ -7,9 +7,14 @@ from typing import Any
 
 import torch
 from matching_models import CASES, random_state
-from torch import Tensor
+from torch import Tensor, nn
 
-from fastar.matching import MatchResult, match_weights
+from fastar.config import MatchingSettings, SinkhornSettings
+from fastar.flat.forward import Batch
+from fastar.matching import Examples, MatchResult, Request, SourceActivations, match
+from fastar.matching.activation.match_activations import correlate_units, not_worse
+from fastar.matching.checks import check_networks
+from fastar.runtime.progress import SILENT, Progress
 from fastar.symmetry import Permutations, Symmetry
 
 State = Mapping[str, Tensor]
@@ -44,6 +49,23 @@ def hard_problem(count: int = 3) -> tuple[dict[str, Tensor], list[dict[str, Tens
     return theta, states
 
 
+def match_weights(
+    symmetry: Symmetry,
+    theta: State,
+    sources: State,
+    *,
+    start: Permutations | None = None,
+    begin: str = "auto",
+    seed: int = 0,
+    threads: int | None = None,
+    progress: Progress = SILENT,
+    **settings: Any,
+) -> MatchResult:
+    """`match` by weights; `begin` is the setting `start`."""
+    chosen = MatchingSettings.model_validate({"start": begin, **settings})
+    return match(chosen, symmetry, theta, sources, start=start, seed=seed, threads=threads, progress=progress)
+
+
 def match_one(
     symmetry: Symmetry, theta: State, source: State, **how: Any
 ) -> tuple[dict[str, Tensor], Permutations, MatchResult]:
@@ -52,3 +74,49 @@ def match_one(
     result = match_weights(symmetry, theta, batched, **how)
     permutations = result.permutations.select(0)
     return symmetry.apply(permutations, source), permutations, result
+
+
+def match_activations(
+    model: nn.Module,
+    symmetry: Symmetry,
+    theta: State,
+    sources: State,
+    batches: Sequence[Batch],
+    *,
+    threads: int = 1,
+    **settings: Any,
+) -> tuple[Permutations, tuple[str, ...]]:
+    """`match` by activations of `batches`: the permutations, and the groups that were not observed."""
+    chosen = MatchingSettings(method="activation", **settings)
+    examples = Examples(model, [(batch, None) for batch in batches])
+    result = match(chosen, symmetry, theta, sources, examples=lambda: examples, threads=threads)
+    return result.permutations, result.left
+
+
+def match_cached(
+    theta: State, sources: State, activations: SourceActivations, *, threads: int = 1, **settings: Any
+) -> tuple[Permutations, tuple[str, ...]]:
+    """The same, of sources whose activations are cached."""
+    chosen, symmetry = MatchingSettings(method="activation", **settings), activations.cache.measure.symmetry
+    result = match(chosen, symmetry, theta, sources, activations=activations, threads=threads)
+    return result.permutations, result.left
+
+
+def activations_start(
+    model: nn.Module, symmetry: Symmetry, theta: State, sources: State, batches: Sequence[Batch]
+) -> Permutations:
+    """The permutations that `start=activations` lets weight matching begin with."""
+    examples = Examples(model, [(batch, None) for batch in batches])
+    count, device = check_networks(symmetry, theta, sources)
+    settings, give = MatchingSettings(start="activations"), lambda: examples
+    request = Request(settings, symmetry, theta, sources, None, give, None, 0, 1, SILENT, count, device)
+    return not_worse(request, correlate_units(request)[0])
+
+
+def match_sinkhorn(
+    symmetry: Symmetry, theta: State, sources: State, settings: SinkhornSettings, seed: int = 0
+) -> Permutations:
+    """The permutations of `match` by Sinkhorn."""
+    return match(
+        MatchingSettings(method="sinkhorn", sinkhorn=settings), symmetry, theta, sources, seed=seed
+    ).permutations

@@ -7,13 +7,13 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from evaluation_cases import Batches, alone, data, mlp, population_by_hand, resnet, row
+from matching_calls import match_weights
 from torch import Tensor, nn
 
 from fastar.errors import FastarError
 from fastar.evaluation import Endpoint, PathLosses, Segment, barrier, barrier_gaps, evaluate_paths, evaluate_rows
 from fastar.evaluation.batch_norm import own_statistics
 from fastar.flat import FlatLayout
-from fastar.matching import match_weights
 from fastar.symmetry import derive_symmetry
 
 BUILDERS: dict[str, Callable[[int], nn.Module]] = {"mlp": mlp, "resnet8": resnet}

@@ -9,17 +9,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matching_calls import match_weights
 from matching_family_models import FAMILIES
 from matching_models import CASES, Mlp, derived, random_state
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastar.errors import FastarError
-from fastar.matching import MatchResult, match_weights
-from fastar.matching import solving as solving_module
+from fastar.matching import MatchResult
+from fastar.matching import blocks as blocks_module
+from fastar.matching.blocks import solve_family, solve_rows
 from fastar.matching.checks import check_networks
-from fastar.matching.families import solve_family
-from fastar.matching.solving import solve_rows
 from fastar.matching.weight import descent as descent_module
 from fastar.matching.weight.descent import Descent
 from fastar.matching.weight.problem import Problem
@@ -59,7 +59,7 @@ def ways(symmetry: Symmetry, count: int) -> dict[str, dict[str, Any]]:
     return {
         "cold": {},
         "warm": {"start": symmetry.random(3, count=count)},
-        "escapes": {"kicks": 1, "start": [symmetry.identity(), None]},
+        "escapes": {"perturbations": 1, "start": symmetry.identity(), "begin": "backward"},
     }
 
 
@@ -71,7 +71,7 @@ def same(first: MatchResult, second: MatchResult) -> None:
     torch.testing.assert_close(first.objective_weights, second.objective_weights, rtol=1e-6, atol=1e-5)
     assert first.sweeps.tolist() == second.sweeps.tolist()
     assert first.solves == second.solves
-    assert first.kicks_kept.tolist() == second.kicks_kept.tolist()
+    assert first.perturbations_kept.tolist() == second.perturbations_kept.tolist()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -114,7 +114,7 @@ def operations_of_visits(
         return download(tensor)
 
     monkeypatch.setattr(descent_module, "download", counted)
-    monkeypatch.setattr(solving_module, "download", counted)
+    monkeypatch.setattr(blocks_module, "download", counted)
     visit = Descent._visit
 
     def record(self: Descent, f: int) -> None:
@@ -172,7 +172,7 @@ def test_sources_whose_rows_agree_are_solved_without_their_scores(monkeypatch: p
         solved_by_family.append(1)
         return solve_family(tables, **settings)
 
-    monkeypatch.setattr(solving_module, "solve_family", count)
+    monkeypatch.setattr(blocks_module, "solve_family", count)
     for numbers in ([0, 1, 2, 3, 4], [0, 2, 4], [3]):
         solved_by_family.clear()
         (rows,) = chosen(np.array(numbers), 5, device=CPU)

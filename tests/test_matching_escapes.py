@@ -1,4 +1,4 @@
-"""Ways out of local optima: kicks, activations as a start, and the settings that ask for them."""
+"""Ways out of local optima: perturbations, activations as a start, and the settings that ask for them."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import torch
 from cli_cases import fastar, tiny
-from matching_calls import hard_problem, objective, problem_of, stacked
+from matching_calls import activations_start, hard_problem, match_weights, objective, problem_of, stacked
 from matching_models import CASES, IMAGES, derived
 from torch import Tensor, nn
 
 import fastar as package
 from fastar.config import MatchingSettings, load_settings
 from fastar.errors import FastarError
-from fastar.matching import Examples, match, match_activations, match_weights
+from fastar.matching import Examples, Request, match
+from fastar.matching.weight import match_weights as weight
 from fastar.matching.weight.descent import Descent
-from fastar.matching.weight.match_weights import _starts
 from fastar.matching.weight.problem import Problem
 from fastar.symmetry import Permutations, Symmetry
 
@@ -34,57 +34,57 @@ def images(case: str, count: int = 2) -> list[Tensor]:
     return [torch.randn(32, *shape, generator=generator) for _ in range(count)]
 
 
-# Kicks
+# Perturbations
 
 
 @pytest.mark.parametrize("name", ["resnet", "concatenated", "two_axes", "grouped"])
 @pytest.mark.parametrize("chunk", [1, 3])
-def test_kicks_never_lower_the_objective_and_are_what_they_say(
+def test_perturbations_never_lower_the_objective_and_are_what_they_say(
     name: str, chunk: int, symmetries: dict[str, Symmetry]
 ) -> None:
     symmetry = symmetries[name]
     theta, states = hard_problem() if name == "resnet" else problem_of(name)
     sources = stacked(symmetry, states)
     plain = match_weights(symmetry, theta, sources, chunk=chunk)
-    kicked = match_weights(symmetry, theta, sources, chunk=chunk, kicks=4)
-    assert bool((kicked.objective >= plain.objective).all())
-    torch.testing.assert_close(kicked.objective_start, plain.objective_start, rtol=0, atol=0)
+    perturbed = match_weights(symmetry, theta, sources, chunk=chunk, perturbations=4)
+    assert bool((perturbed.objective >= plain.objective).all())
+    torch.testing.assert_close(perturbed.objective_start, plain.objective_start, rtol=0, atol=0)
     for n, state in enumerate(states):
-        reached = objective(symmetry, theta, symmetry.apply(kicked.permutations.select(n), state))
-        assert kicked.objective[n] == pytest.approx(reached, rel=1e-6, abs=1e-5)
-        if not kicked.kicks_kept[n]:
-            assert kicked.permutations.select(n) == plain.permutations.select(n)
-    assert bool(kicked.converged.all())
+        reached = objective(symmetry, theta, symmetry.apply(perturbed.permutations.select(n), state))
+        assert perturbed.objective[n] == pytest.approx(reached, rel=1e-6, abs=1e-5)
+        if not perturbed.perturbations_kept[n]:
+            assert perturbed.permutations.select(n) == plain.permutations.select(n)
+    assert bool(perturbed.converged.all())
     if name == "resnet":  # of many local optima better ones are found
-        assert int((kicked.objective > plain.objective + 1).sum()) >= 2
-        assert torch.equal(kicked.kicks_kept > 0, kicked.objective > plain.objective)
+        assert int((perturbed.objective > plain.objective + 1).sum()) >= 2
+        assert torch.equal(perturbed.perturbations_kept > 0, perturbed.objective > plain.objective)
 
 
-def test_more_kicks_go_on_from_fewer_and_a_source_does_not_see_the_others(symmetries: dict[str, Symmetry]) -> None:
+def test_more_perturbations_go_on_from_fewer_and_a_source_does_not_see_the_others(
+    symmetries: dict[str, Symmetry],
+) -> None:
     symmetry = symmetries["resnet"]
     theta, states = hard_problem()
     sources = stacked(symmetry, states)
-    three, six = (match_weights(symmetry, theta, sources, kicks=k) for k in (3, 6))
+    three, six = (match_weights(symmetry, theta, sources, perturbations=k) for k in (3, 6))
     assert bool((six.objective >= three.objective).all())
-    together = match_weights(symmetry, theta, sources, kicks=3, chunk=3)
+    together = match_weights(symmetry, theta, sources, perturbations=3, chunk=3)
     for n, state in enumerate(states):
-        alone = match_weights(symmetry, theta, stacked(symmetry, [state]), kicks=3)
+        alone = match_weights(symmetry, theta, stacked(symmetry, [state]), perturbations=3)
         assert alone.permutations.select(0) == three.permutations.select(n) == together.permutations.select(n)
-    others = [match_weights(symmetry, theta, sources, kicks=3, seed=s).permutations for s in (1, 2)]
+    others = [match_weights(symmetry, theta, sources, perturbations=3, seed=s).permutations for s in (1, 2)]
     assert any(other != three.permutations for other in others)
-    with pytest.raises(FastarError, match="kicks=-1 must be at least 0"):
-        match_weights(symmetry, theta, sources, kicks=-1)
 
 
-def test_kicks_after_several_attempts_start_from_the_best(symmetries: dict[str, Symmetry]) -> None:
+def test_perturbations_after_several_attempts_start_from_the_best(symmetries: dict[str, Symmetry]) -> None:
     symmetry = symmetries["resnet"]
     theta, states = hard_problem()
     sources = stacked(symmetry, states)
-    tried = match_weights(symmetry, theta, sources, orders=4)
-    kicked = match_weights(symmetry, theta, sources, orders=4, kicks=1)
-    assert bool((kicked.objective >= tried.objective).all())
-    assert kicked.sweeps.tolist() == tried.sweeps.tolist()
-    assert kicked.solves > tried.solves
+    tried = match_weights(symmetry, theta, sources, restarts=4)
+    perturbed = match_weights(symmetry, theta, sources, restarts=4, perturbations=1)
+    assert bool((perturbed.objective >= tried.objective).all())
+    assert perturbed.sweeps.tolist() == tried.sweeps.tolist()
+    assert perturbed.solves > tried.solves
 
 
 @pytest.mark.parametrize("name", ["resnet", "two_axes", "concatenated"])
@@ -95,8 +95,8 @@ def test_going_back_restores_the_very_numbers(name: str, count: int, symmetries:
     sources = stacked(symmetry, states)
     problem = Problem(symmetry, theta, sources)
     data = {n: problem.source(n, sources, 0, count) for n in problem.names}
-    (start,) = _starts(symmetry, None, count)
-    descent = Descent(problem, data, start.permutations, "auto", None)
+    start = [np.tile(np.arange(group.size), (count, 1)) for group in symmetry.groups]
+    descent = Descent(problem, data, start, "auto", None)
     descent.run(lambda sweep: range(len(symmetry.families)), 100)
     before = {n: t.clone() for n, t in descent.sources.data.items()}
     mark, (values, _) = descent.mark(), descent.sources.objectives()
@@ -127,7 +127,7 @@ def test_activations_find_the_units_of_a_shuffled_copy(name: str, symmetries: di
     shuffles = [symmetry.random(seed) for seed in range(2)]
     copies = [symmetry.apply(shuffle, theta) for shuffle in shuffles]
     sources = stacked(symmetry, [{n: t * 1.5 for n, t in copy.items()} for copy in copies])
-    found = match_activations(model, symmetry, {n: theta[n] for n in symmetry.parameters}, sources, images(name))
+    found = activations_start(model, symmetry, {n: theta[n] for n in symmetry.parameters}, sources, images(name))
     for n, shuffle in enumerate(shuffles):
         inverse = shuffle.inverse()
         for group in symmetry.groups:
@@ -143,9 +143,9 @@ def test_activations_touch_nothing_and_need_no_statistics(symmetries: dict[str, 
     sources = stacked(symmetry, states)
     copies = {n: t.clone() for n, t in sources.items()}
     before = {n: t.clone() for n, t in model.state_dict().items()}
-    found = match_activations(model, symmetry, parameters, sources, images("resnet"))
+    found = activations_start(model, symmetry, parameters, sources, images("resnet"))
     other = {**theta, **{n: t + 3 for n, t in theta.items() if "running" in n}}
-    assert match_activations(model, symmetry, other, sources, images("resnet")) == found
+    assert activations_start(model, symmetry, other, sources, images("resnet")) == found
     assert all(torch.equal(t, before[n]) for n, t in model.state_dict().items())
     assert all(torch.equal(t, copies[n]) for n, t in sources.items())
     for n, state in enumerate(states):
@@ -161,7 +161,7 @@ def test_activations_that_would_lower_the_objective_are_not_taken(symmetries: di
     # What the units do is theirs shuffled; what the next layer makes of them says the opposite, ten times as loud.
     shuffled = symmetry.apply(symmetry.random(3), source)
     shuffled["layers.2.weight"] = 10 * theta["layers.2.weight"]
-    found = match_activations(model, symmetry, theta, stacked(symmetry, [shuffled]), images("mlp"))
+    found = activations_start(model, symmetry, theta, stacked(symmetry, [shuffled]), images("mlp"))
     after = objective(symmetry, theta, symmetry.apply(found.select(0), shuffled))
     assert after >= objective(symmetry, theta, shuffled) - 1e-5
     assert found.is_identity()
@@ -172,14 +172,14 @@ def test_bad_input_to_activations(symmetries: dict[str, Symmetry]) -> None:
     theta, states = problem_of("mlp")
     sources = stacked(symmetry, states)
     with pytest.raises(FastarError, match="at least one batch"):
-        match_activations(model, symmetry, theta, sources, [])
+        activations_start(model, symmetry, theta, sources, [])
     broken = {n: t.clone() for n, t in sources.items()}
     broken["layers.0.bias"][1, 0] = float("nan")
     with pytest.raises(FastarError, match=r"source 1 has NaN or infinite values in 'layers\.0\.bias'"):
-        match_activations(model, symmetry, theta, broken, images("mlp"))
+        activations_start(model, symmetry, theta, broken, images("mlp"))
     broken["layers.0.bias"][1], broken["layers.1.weight"][1] = 1e30, 1e30
     with pytest.raises(FastarError, match=r"source 1: activations at 'layers\.2\.weight' are not finite"):
-        match_activations(model, symmetry, theta, broken, images("mlp"))
+        activations_start(model, symmetry, theta, broken, images("mlp"))
 
 
 # Settings
@@ -191,11 +191,11 @@ def test_settings_say_where_the_descent_starts(
     symmetry = symmetries["mlp"]
     theta, states = problem_of("mlp")
     sources = stacked(symmetry, states)
-    seen: list[dict[str, Any]] = []
+    given_starts: list[list[Permutations | None]] = []
 
-    def spy(*args: Any, **kwargs: Any) -> Any:
-        seen.append(kwargs)
-        return match_weights(*args, **kwargs)
+    def spy(request: Request, starts: list[Permutations | None]) -> Any:
+        given_starts.append(starts)
+        return weight.match_weights(request, starts)
 
     monkeypatch.setattr("fastar.matching.methods.match_weights", spy)
     known, acts = symmetry.random(1), symmetry.random(2, count=len(states))
@@ -204,13 +204,9 @@ def test_settings_say_where_the_descent_starts(
     examples = Examples(CASES["mlp"][0], [])
 
     def starts(start: str, given: Permutations | None) -> list[Permutations | None]:
-        settings = MatchingSettings(start=start, perturbations=2, restarts=3, max_sweeps=50, solver="scipy")  # type: ignore[arg-type]
-        match(settings, symmetry, theta, sources, start=given, examples=lambda: examples, seed=7)
-        passed = seen[-1]
-        assert (passed["kicks"], passed["orders"], passed["max_sweeps"], passed["solver"]) == (2, 3, 50, "scipy")
-        assert passed["seed"] == 7
-        found = passed["start"]
-        return list(found) if isinstance(found, list) else [found]
+        settings = MatchingSettings(start=start)  # type: ignore[arg-type]
+        match(settings, symmetry, theta, sources, start=given, examples=lambda: examples)
+        return given_starts[-1]
 
     identity = symmetry.identity()
     assert starts("auto", None) == [None]
@@ -225,15 +221,6 @@ def test_settings_say_where_the_descent_starts(
         match(MatchingSettings(start="activations"), symmetry, theta, sources)
 
 
-def test_a_guess_among_starts_counts_as_one(symmetries: dict[str, Symmetry]) -> None:
-    symmetry = symmetries["resnet"]
-    theta, states = hard_problem()
-    sources = stacked(symmetry, states)
-    each = [match_weights(symmetry, theta, sources, start=s).objective for s in (symmetry.random(3), None)]
-    both = match_weights(symmetry, theta, sources, start=[symmetry.random(3), None])
-    torch.testing.assert_close(both.objective, torch.stack(each).amax(0), rtol=1e-6, atol=0)
-
-
 def test_keys_of_settings() -> None:
     loaded = load_settings(
         dataset="digits", overrides=["matching.perturbations=5", "matching.start=activations"]
@@ -244,14 +231,14 @@ def test_keys_of_settings() -> None:
             load_settings(dataset="digits", overrides=[wrong])
 
 
-def test_a_run_that_starts_from_activations_and_kicks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_starts_from_activations_and_perturbs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Star, heldouts, sources and pairs are all matched so; the star's two epochs start from activations too."""
     seen: list[int] = []
 
-    def spy(*args: Any, **kwargs: Any) -> Any:
-        seen.append(len(kwargs["start"]))
-        assert kwargs["kicks"] == 1
-        return match_weights(*args, **kwargs)
+    def spy(request: Request, starts: list[Permutations | None]) -> Any:
+        seen.append(len(starts))
+        assert request.settings.perturbations == 1
+        return weight.match_weights(request, starts)
 
     monkeypatch.setattr("fastar.matching.methods.match_weights", spy)
     outcome = fastar(

@@ -8,15 +8,14 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from matching_calls import match_one, objective, stacked
+from matching_calls import match_one, match_weights, objective, stacked
 from matching_family_models import FAMILIES
 from matching_models import random_state
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from fastar.errors import FastarError
-from fastar.matching import match_weights
-from fastar.matching.families import solve_family
+from fastar.matching.blocks import solve_family
 from fastar.matching.weight.descent import Descent
 from fastar.matching.weight.problem import Problem
 from fastar.symmetry import Group, Member, Permutations, Symmetry, verify_symmetry
@@ -149,7 +148,7 @@ def test_bounds_cost_no_optimum(blocks: int, inside: int, noise: float) -> None:
 
 
 @pytest.mark.parametrize("name", ["attention", "group_norm"])
-@pytest.mark.parametrize("way", [{}, {"kicks": 2}, {"orders": 3}])
+@pytest.mark.parametrize("way", [{}, {"perturbations": 2}, {"restarts": 3}])
 def test_a_shuffled_copy_is_recovered_exactly(name: str, way: dict[str, int]) -> None:
     model, symmetry, _ = FAMILIES[name]
     theta = random_state(model, 100)
@@ -168,7 +167,7 @@ def test_a_shuffled_copy_under_a_quadratic_family_is_recovered(name: str) -> Non
     theta = random_state(model, 100)
     for seed in range(3):
         shuffle = symmetry.random(seed)
-        _, found, _ = match_one(symmetry, theta, symmetry.apply(shuffle, theta), orders=5, kicks=5)
+        _, found, _ = match_one(symmetry, theta, symmetry.apply(shuffle, theta), restarts=5, perturbations=5)
         assert found == shuffle.inverse()
 
 
@@ -177,15 +176,15 @@ def test_every_step_raises_the_objective(name: str, monkeypatch: pytest.MonkeyPa
     model, symmetry, _ = FAMILIES[name]
     theta, states = random_state(model, 100), [random_state(model, seed) for seed in range(3)]
     history: list[list[float]] = [[objective(symmetry, theta, state)] for state in states]
-    taken = Descent.taken
+    note = Descent.note
 
     def record(self: Descent, f: int, numbers: np.ndarray, answers: tuple[np.ndarray, ...]) -> None:
-        taken(self, f, numbers, answers)
+        note(self, f, numbers, answers)
         for n in numbers:
             index = {g.name: torch.from_numpy(p[n]) for g, p in zip(symmetry.groups, self.permutations, strict=True)}
             history[n].append(objective(symmetry, theta, symmetry.apply(Permutations(index), states[n])))
 
-    monkeypatch.setattr(Descent, "taken", record)
+    monkeypatch.setattr(Descent, "note", record)
     result = match_weights(symmetry, theta, stacked(symmetry, states), chunk=3, start=symmetry.identity())
     for n, values in enumerate(history):
         assert len(values) > 1
@@ -253,7 +252,7 @@ def test_tiny_networks_end_where_no_single_family_can_improve() -> None:
     best_found = 0
     for seed in range(4):
         theta, source = random_state(model, 50 + seed), random_state(model, seed)
-        matched, found, _ = match_one(symmetry, theta, source, orders=8, seed=seed)
+        matched, found, _ = match_one(symmetry, theta, source, restarts=8, seed=seed)
         reached = objective(symmetry, theta, matched)
         totals = {}
         for p, q in itertools.product(range(8), repeat=2):
@@ -279,9 +278,9 @@ def test_batches_and_threads_change_nothing(name: str) -> None:
     model, symmetry, _ = FAMILIES[name]
     theta, states = random_state(model, 100), [random_state(model, seed) for seed in range(4)]
     sources = stacked(symmetry, states)
-    result = match_weights(symmetry, theta, sources, kicks=1)
+    result = match_weights(symmetry, theta, sources, perturbations=1)
     for settings in ({"chunk": 2}, {"chunk": 4, "threads": 2}, {"solver": "scipy"}):
-        other = match_weights(symmetry, theta, sources, kicks=1, **settings)  # type: ignore[arg-type]
+        other = match_weights(symmetry, theta, sources, perturbations=1, **settings)  # type: ignore[arg-type]
         assert result.permutations == other.permutations, settings
     symmetry.check(result.permutations)
     for n, state in enumerate(states):

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cli_cases import fastar, refused, tiny
-from matching_calls import objective, stacked
+from matching_calls import match_activations, match_sinkhorn, match_weights, objective, stacked
 from matching_family_models import FAMILIES
 from matching_models import CASES, Mlp, ResNet, derived, random_state
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from fastar.config import MatchingSettings, SinkhornSettings, load_settings
 from fastar.errors import FastarError
-from fastar.matching import Examples, correlate_units, match, match_sinkhorn, match_weights
+from fastar.matching import Examples, match
 from fastar.matching.activation.record import Observer
 from fastar.matching.sinkhorn import SoftPermutations, sinkhorn
 from fastar.symmetry import Group, Member, Permutations, Symmetry, symmetry_by_settings, without_groups
@@ -112,15 +112,15 @@ def test_sinkhorn_is_a_function_of_its_inputs_and_seed() -> None:
     sources = stacked(symmetry, states)
     settings = SinkhornSettings(steps=20)
     before = {n: t.clone() for n, t in sources.items()}
-    found = match_sinkhorn(symmetry, theta, sources, settings=settings, seed=3)
+    found = match_sinkhorn(symmetry, theta, sources, settings, seed=3)
     torch.manual_seed(1)
     with torch.no_grad():  # as a caller's may be
-        again = match_sinkhorn(symmetry, theta, {n: t[1:] for n, t in sources.items()}, settings=settings, seed=3)
+        again = match_sinkhorn(symmetry, theta, {n: t[1:] for n, t in sources.items()}, settings, seed=3)
     assert again == found.part(1, 3)
     assert all(torch.equal(t, before[n]) for n, t in sources.items())
     # Nothing but the noise of the first logits is drawn: other noise, another way.
     noisy = SinkhornSettings(steps=1, lr=1e-6, noise=5.0)
-    one, two = (match_sinkhorn(symmetry, theta, sources, settings=noisy, seed=seed) for seed in (0, 1))
+    one, two = (match_sinkhorn(symmetry, theta, sources, noisy, seed=seed) for seed in (0, 1))
     assert one != two
 
 
@@ -188,7 +188,7 @@ def test_bad_input_to_sinkhorn() -> None:
         match(MatchingSettings(method="sinkhorn"), symmetry, {}, sources)
     wild = SinkhornSettings(lr=1e20, temperature=1e-20, noise=0.0, steps=2)
     with pytest.raises(FastarError, match=r"not finite in group 'layers\.0': lower matching\.sinkhorn\.lr"):
-        match_sinkhorn(symmetry, theta, sources, settings=wild)
+        match_sinkhorn(symmetry, theta, sources, wild)
 
 
 # Activations
@@ -335,7 +335,7 @@ def test_named_inputs_and_tied_weights_are_taken() -> None:
     shuffle = symmetry.random(1)
     sources = stacked(symmetry, [symmetry.apply(shuffle, theta)])
     for batch in (inputs, (inputs,), {"x": inputs}):
-        found, unseen = correlate_units(model, symmetry, theta, sources, [batch])
+        found, unseen = match_activations(model, symmetry, theta, sources, [batch])
         assert unseen == ()
         assert found.select(0) == shuffle.inverse()
 

@@ -144,5 +144,5 @@ def test_a_shuffled_copy_is_recovered(name: str) -> None:
     }
     shuffled = symmetry.apply(symmetry.random(3), theta)
     assert any(not torch.equal(shuffled[key], theta[key]) for key in theta)
-    again, _, _ = match_one(symmetry, theta, shuffled, orders=3, kicks=3)
+    again, _, _ = match_one(symmetry, theta, shuffled, restarts=3, perturbations=3)
     assert all(torch.equal(again[key], theta[key]) for key in theta)

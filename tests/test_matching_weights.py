@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from matching_calls import hard_problem, match_one, objective, problem_of, stacked
+from matching_calls import hard_problem, match_one, match_weights, objective, problem_of, stacked
 from matching_models import CASES, Mlp, derived, random_state
 from torch import Tensor
 
 from fastar.errors import FastarError
-from fastar.matching import MatchResult, match_weights
+from fastar.matching import MatchResult
 from fastar.matching.weight.descent import Descent
 from fastar.matching.weight.problem import Problem
 from fastar.symmetry import Permutations, Symmetry, derive_symmetry
@@ -38,7 +38,7 @@ def test_a_shuffled_copy_is_recovered_exactly(name: str, symmetries: dict[str, S
     # Near its own copy every unit's best partner is itself: noise would be recovered too, an exact copy must be.
     for seed in range(3):
         shuffle = symmetry.random(seed)
-        permuted, found, result = match_one(symmetry, theta, symmetry.apply(shuffle, theta), orders=5)
+        permuted, found, result = match_one(symmetry, theta, symmetry.apply(shuffle, theta), restarts=5)
         assert found == shuffle.inverse(), name
         assert all(torch.equal(permuted[n], theta[n]) for n in theta)
         assert result.objective[0] == pytest.approx(objective(symmetry, theta, theta), rel=1e-6)
@@ -67,17 +67,17 @@ def test_every_step_raises_the_objective(
     symmetry = symmetries[name]
     theta, states = problem_of(name)
     history: dict[int, list[float]] = {n: [] for n in range(len(states))}
-    taken = Descent.taken
+    note = Descent.note
 
     def record(self: Descent, f: int, numbers: Any, answers: Any) -> None:
-        taken(self, f, numbers, answers)
+        note(self, f, numbers, answers)
         for n in numbers:
             index = {
                 group.name: torch.from_numpy(p[n]) for group, p in zip(symmetry.groups, self.permutations, strict=True)
             }
             history[n].append(objective(symmetry, theta, symmetry.apply(Permutations(index), states[n])))
 
-    monkeypatch.setattr(Descent, "taken", record)
+    monkeypatch.setattr(Descent, "note", record)
     sources = stacked(symmetry, states)
     result = match_weights(symmetry, theta, sources, chunk=len(states), start=symmetry.identity())
     for n, state in enumerate(states):
@@ -114,7 +114,7 @@ def test_tiny_networks_end_where_no_single_group_can_improve() -> None:
     global_best = 0
     for seed in range(4):
         theta, source = random_state(model, 50 + seed), random_state(model, seed)
-        matched, found, result = match_one(symmetry, theta, source, orders=8, seed=seed)
+        matched, found, result = match_one(symmetry, theta, source, restarts=8, seed=seed)
         reached = objective(symmetry, theta, matched)
         totals = {}
         for p, q in itertools.product(everything, everything):
@@ -165,7 +165,7 @@ def test_inputs_are_not_written(symmetries: dict[str, Symmetry]) -> None:
     sources = stacked(symmetry, states)
     copies = [{n: t.clone() for n, t in d.items()} for d in (theta, sources)]
     for chunk in (1, 3):
-        match_weights(symmetry, theta, sources, chunk=chunk, start=symmetry.random(1), orders=2)
+        match_weights(symmetry, theta, sources, chunk=chunk, start=symmetry.random(1), restarts=2)
     match_one(symmetry, theta, states[0])
     for given, copy in zip((theta, sources), copies, strict=True):
         assert all(torch.equal(given[n], copy[n]) for n in copy)
@@ -211,12 +211,12 @@ def test_more_attempts_and_starts_are_never_worse(symmetries: dict[str, Symmetry
     theta, states = hard_problem()
     sources = stacked(symmetry, states)
     one = match_weights(symmetry, theta, sources)
-    many = match_weights(symmetry, theta, sources, orders=6)
+    many = match_weights(symmetry, theta, sources, restarts=6)
     assert (many.objective >= one.objective).all()
     assert (many.objective > one.objective + 1e-3).any()
-    starts = [symmetry.identity(), symmetry.random(3), symmetry.random(4, count=len(states))]
-    from_each = [match_weights(symmetry, theta, sources, start=s) for s in starts]
-    together = match_weights(symmetry, theta, sources, start=starts)
+    start = symmetry.random(4, count=len(states))
+    from_each = [match_weights(symmetry, theta, sources, start=s) for s in (start, None)]
+    together = match_weights(symmetry, theta, sources, start=start, begin="backward")
     best = torch.stack([r.objective for r in from_each]).amax(0)
     torch.testing.assert_close(together.objective, best, rtol=1e-6, atol=0)
     assert from_each[0].permutations != from_each[1].permutations
@@ -227,11 +227,11 @@ def test_the_seed_alone_decides(symmetries: dict[str, Symmetry]) -> None:
     theta, states = hard_problem()
     sources = stacked(symmetry, states)
     torch.manual_seed(1)
-    first = match_weights(symmetry, theta, sources, orders=3, seed=5)
+    first = match_weights(symmetry, theta, sources, restarts=3, seed=5)
     torch.manual_seed(2)
-    again = match_weights(symmetry, theta, sources, orders=3, seed=5)
+    again = match_weights(symmetry, theta, sources, restarts=3, seed=5)
     assert first.permutations == again.permutations
-    others = [match_weights(symmetry, theta, sources, orders=3, seed=s).permutations for s in range(6, 10)]
+    others = [match_weights(symmetry, theta, sources, restarts=3, seed=s).permutations for s in range(6, 10)]
     assert any(first.permutations != other for other in others)
 
 
@@ -260,7 +260,7 @@ def test_bad_input_is_named(symmetries: dict[str, Symmetry], monkeypatch: pytest
     def no_solve(*args: object, **kwargs: object) -> None:
         raise AssertionError("solved before the check")
 
-    monkeypatch.setattr("fastar.matching.families.solve_assignment", no_solve)
+    monkeypatch.setattr("fastar.matching.blocks.solve_assignment", no_solve)
     for value in (float("nan"), float("inf"), float("-inf")):
         with pytest.raises(FastarError, match=r"theta has NaN or infinite values in 'linear\.weight'"):
             match_weights(symmetry, broken(theta, "linear.weight", value), sources)
@@ -274,8 +274,6 @@ def test_bad_input_is_named(symmetries: dict[str, Symmetry], monkeypatch: pytest
         match_weights(symmetry, theta, {**sources, "linear.bias": sources["linear.bias"][:2]})
     with pytest.raises(FastarError, match="no sources"):
         match_weights(symmetry, theta, {n: t[:0] for n, t in sources.items()})
-    with pytest.raises(FastarError, match="orders=0"):
-        match_weights(symmetry, theta, sources, orders=0)
     with pytest.raises(FastarError, match="of 2 sources, there are 3"):
         match_weights(symmetry, theta, sources, start=symmetry.random(0, count=2))
     with pytest.raises(FastarError, match="do not fit"):

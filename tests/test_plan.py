@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 from cli_cases import fastar, refused
+from matching_calls import match_weights
 from torch import nn
 from torch.nn import functional as F
 
@@ -25,7 +26,7 @@ from fastar.experiments.plan import Plan, estimates, plan_run, planning, seconds
 from fastar.experiments.plan.estimates import forward_line, training_line
 from fastar.experiments.session import new_session
 from fastar.experiments.task import Shape
-from fastar.matching import match_weights, working_bytes
+from fastar.matching import working_bytes
 from fastar.models import build_model
 from fastar.runs import RunFolder
 from fastar.runtime.live_bytes import LiveBytes, PeakLine
@@ -310,11 +311,13 @@ def test_memory_of_matching() -> None:
     assert working_bytes(groups, 50, 4 * 3 * one, gpu=True, threads=2) == 2 * 3 * one  # two chunks of three: half
     assert working_bytes(groups, 50, 0, gpu=True, threads=2) == 2 * one
     assert working_bytes(groups, 50, 0, gpu=False, threads=3) == 3 * one
-    kicked = one + 3 * 4 * 10**2  # a third table to go back to; the noise, and what it makes of the first
-    assert working_bytes(groups, 50, 10**9, gpu=True, threads=2, kicks=1) == 50 * kicked
+    perturbed = one + 3 * 4 * 10**2  # a third table to go back to; the noise, and what it makes of the first
+    assert working_bytes(groups, 50, 10**9, gpu=True, threads=2, perturbations=1) == 50 * perturbed
 
 
-@pytest.mark.parametrize("ways", [{}, {"kicks": 2}, {"orders": 2}, {"orders": 2, "kicks": 2}], ids=str)
+@pytest.mark.parametrize(
+    "ways", [{}, {"perturbations": 2}, {"restarts": 2}, {"restarts": 2, "perturbations": 2}], ids=str
+)
 @pytest.mark.parametrize("count", [1, 4])
 def test_memory_of_matching_is_what_is_taken(count: int, ways: dict[str, int]) -> None:
     def state(seed: int) -> dict[str, torch.Tensor]:
@@ -326,7 +329,7 @@ def test_memory_of_matching_is_what_is_taken(count: int, ways: dict[str, int]) -
     with LiveBytes() as live:
         match_weights(groups, theta, sources, chunk=count, threads=1, **ways)
     # As one chunk: what a GPU's lane takes with so many.
-    planned = count * working_bytes(groups, 1, 0, gpu=False, threads=1, kicks=ways.get("kicks", 0))
+    planned = count * working_bytes(groups, 1, 0, gpu=False, threads=1, perturbations=ways.get("perturbations", 0))
     # Which parts a step moves differs from source to source; what is planned is enough.
     assert 0.8 * planned < live.peak <= planned
 

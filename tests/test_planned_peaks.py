@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matching_calls import match_weights
 from PIL import Image
 from session_cases import with_data
 
@@ -24,7 +25,6 @@ from fastar.data import DATASETS, Augmentation, DeviceDataset
 from fastar.experiments import measure, regular, star
 from fastar.experiments.plan import plan_run
 from fastar.experiments.session import Session, new_session
-from fastar.matching import match_weights
 from fastar.matching.weight import match_weights as weights
 from fastar.matching.weight.match_weights import bytes_of_one
 from fastar.models import build_model
@@ -184,7 +184,7 @@ def test_of_images_that_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("settings", [{}, {"kicks": 2}, {"orders": 2, "kicks": 2}], ids=str)
+@pytest.mark.parametrize("settings", [{}, {"perturbations": 2}, {"restarts": 2, "perturbations": 2}], ids=str)
 def test_the_automatic_chunk_of_matching(settings: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Two chunks take at most half of what is free, whatever a way out of local optima holds beside them."""
     count, device = 12, torch.device("cuda")

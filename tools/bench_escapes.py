@@ -1,4 +1,4 @@
-"""What the ways out of matching's local optima buy and cost, beside one attempt: a JSON line for each.
+"""Gain and cost of the ways out of matching's local optima, beside one attempt: a JSON line for each.
 
     python tools/bench_escapes.py --arch resnet18 --sources 2
 
@@ -21,12 +21,12 @@ from bench import timed, where
 from bench.trained import EXAMPLE, digits, trained
 from torch import Tensor, nn
 
+from fastar.config import MatchingSettings
 from fastar.errors import FastarError
 from fastar.flat import FlatLayout
-from fastar.matching import match_activations, match_weights, solver_name
+from fastar.matching import Examples, match, solver_name
 from fastar.runtime.device import resolve_device
-from fastar.runtime.seeds import derive_seed
-from fastar.symmetry import Symmetry, derive_symmetry
+from fastar.symmetry import Permutations, Symmetry, derive_symmetry
 
 
 def escapes(
@@ -38,15 +38,24 @@ def escapes(
     device: torch.device,
     seed: int,
 ) -> None:
-    """What the ways out of local optima buy and cost: gain in the objective over one attempt, and its time.
+    """Measure the ways out of local optima: gain in the objective over one attempt, and time.
 
-    One attempt is what `match_weights` does by itself: a guess from the output backwards, and a descent from it.
+    One attempt is what the default settings do: a start from the output backwards, and a descent from it.
     """
     count = next(iter(sources.values())).shape[0]
     images = digits()[0]
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed))
     batches = [images[part].to(device) for part in order[:256].split(64)]
-    once, base = timed(lambda: match_weights(symmetry, theta, sources, seed=seed), device)
+
+    def attempt(
+        given: dict[str, Tensor], centre: dict[str, Tensor], start: Permutations | None = None, **settings: Any
+    ) -> Callable[[], Any]:
+        begin = settings.pop("begin", "auto")
+        chosen = MatchingSettings(start=begin, **settings)
+        examples = Examples(model, [(batch, None) for batch in batches])
+        return lambda: match(chosen, symmetry, centre, given, start=start, examples=lambda: examples, seed=seed)
+
+    once, base = timed(attempt(sources, theta), device)
     aligned = {name: tensor.clone() for name, tensor in sources.items()}
     symmetry.apply_rows(base.permutations, aligned)
     # As an epoch later: theta has moved, the sources stand as they were last permuted.
@@ -57,13 +66,6 @@ def escapes(
         else tensor
         for name, tensor in theta.items()
     }
-
-    def attempt(given: dict[str, Tensor], centre: dict[str, Tensor], **settings: Any) -> Callable[[], Any]:
-        return lambda: match_weights(symmetry, centre, given, seed=seed, **settings)
-
-    def by_activations(centre: dict[str, Tensor]) -> Any:
-        start = match_activations(model, symmetry, centre, sources, batches)
-        return match_weights(symmetry, centre, sources, start=start, seed=seed)
 
     def measure(name: str, way: Callable[[], Any], once: float, base: Any) -> None:
         took, result = timed(way, device)
@@ -79,20 +81,17 @@ def escapes(
 
     for name, way in {
         "identity as the start": attempt(sources, theta, start=symmetry.identity()),
-        "activations as the start": lambda: by_activations(theta),
-        "best of 3 random starts": attempt(
-            sources, theta, start=[symmetry.random(derive_seed(seed, "start", n)) for n in range(3)]
-        ),
-        **{f"{orders} orders": attempt(sources, theta, orders=orders) for orders in (3, 8)},
-        **{f"{kicks} kicks": attempt(sources, theta, kicks=kicks) for kicks in (1, 5, 15)},
-        "3 orders and 5 kicks": attempt(sources, theta, orders=3, kicks=5),
+        "activations as the start": attempt(sources, theta, begin="activations"),
+        **{f"{n} restarts": attempt(sources, theta, restarts=n) for n in (3, 8)},
+        **{f"{n} perturbations": attempt(sources, theta, perturbations=n) for n in (1, 5, 15)},
+        "3 restarts and 5 perturbations": attempt(sources, theta, restarts=3, perturbations=5),
     }.items():
         measure(name, way, once, base)
     warm, later = timed(attempt(aligned, moved, start=symmetry.identity()), device)
     report(case="last epoch as the start", seconds_per_source=warm / count, n=count)
     for name, way in {
-        "a guess instead of last epoch": attempt(aligned, moved),
-        "last epoch and 1 kick": attempt(aligned, moved, start=symmetry.identity(), kicks=1),
+        "backward instead of last epoch": attempt(aligned, moved),
+        "last epoch and 1 perturbation": attempt(aligned, moved, start=symmetry.identity(), perturbations=1),
     }.items():
         measure(name, way, warm, later)
 

@@ -38,9 +38,10 @@ from bench import failing_alone, gpu_work, matching_threads, profiler_sees_gpu, 
 from bench.trained import BATCH, EXAMPLE, digits, train, trained
 from torch import Tensor, nn
 
+from fastar.config import MatchingSettings
 from fastar.errors import FastarError
 from fastar.flat import FlatLayout
-from fastar.matching import match_weights, solver_name
+from fastar.matching import match, solver_name
 from fastar.runtime.device import resolve_device
 from fastar.runtime.seeds import derive_seed
 from fastar.symmetry import Permutations, Symmetry, derive_symmetry
@@ -115,9 +116,8 @@ class Fastar:
     def match(
         self, theta: dict[str, Tensor], given: dict[str, Tensor], start: Permutations | None
     ) -> tuple[float, Any]:
-        args, threads = self.args, matching_threads(self.device)
-        settings: dict[str, Any] = {"seed": args.seed, "orders": args.orders, "start": start, "threads": threads}
-        return timed(lambda: match_weights(self.symmetry, theta, given, **settings), self.device)
+        settings, seed = MatchingSettings(restarts=self.args.restarts), self.args.seed
+        return timed(lambda: match(settings, self.symmetry, theta, given, start=start, seed=seed), self.device)
 
     def pair(self, n: int) -> dict[str, float]:
         """The objective of source `n`, with and without 1-D parameters: matched, and as it was trained."""
@@ -277,7 +277,7 @@ def main() -> None:
     parser.add_argument("--sources", type=int, default=8)
     parser.add_argument("--steps", type=int, default=60, help="training steps of each network")
     parser.add_argument("--repeats", type=int, default=3, help="repetitions of fastar's cases")
-    parser.add_argument("--orders", type=int, default=1)
+    parser.add_argument("--restarts", type=int, default=1)
     parser.add_argument("--against", choices=["rebasin", "nothing"], default="nothing")
     parser.add_argument("--rebasin-seconds", type=float, help="stop before that; default: after all sources")
     parser.add_argument("--cache", type=Path, help="folder in which trained networks are kept")

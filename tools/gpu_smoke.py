@@ -22,18 +22,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import CannotRun, Problem, failure, matching_threads, profiler_sees_gpu, where
+from bench import CannotRun, Problem, failure, profiler_sees_gpu, where
 from bench.fake_images import make_images
 from fastar.kernels import NextPoint, adam_update, backend, find_nonfinite, interpolate, sgd_update
 from torch import Tensor
 
 import fastar
-from fastar.config import TrainSettings, parse_bytes
+from fastar.config import MatchingSettings, TrainSettings, parse_bytes
 from fastar.data import Encoding, StreamingDataset, prepare
 from fastar.errors import FastarError
 from fastar.evaluation import evaluate_rows
 from fastar.flat import FlatLayout
-from fastar.matching import match_weights
+from fastar.matching import match
 from fastar.runtime.device import resolve_device, simulated, synchronize
 from fastar.runtime.memory import cap_gpu, peak_bytes
 from fastar.symmetry import derive_symmetry
@@ -158,7 +158,7 @@ def matching(problem: Problem) -> Facts:
         layout = FlatLayout.from_module(models[0])
         rows = torch.stack([layout.flatten(model.state_dict()) for model in models])
         views = layout.views(rows[1:])
-        result = match_weights(symmetry, layout.views(rows[0]), views, threads=matching_threads(device))
+        result = match(MatchingSettings(), symmetry, layout.views(rows[0]), views)
         found[device.type] = result.objective.tolist()
     # Ends of descents differ where sums are rounded otherwise; objectives hardly do.
     for here, there in zip(*found.values(), strict=True) if len(found) == 2 else ():

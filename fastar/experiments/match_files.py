@@ -16,7 +16,7 @@ from fastar.experiments.session import Session
 from fastar.experiments.statistics_batches import examples
 from fastar.experiments.task import DATA_KEYS
 from fastar.flat.state_check import REAL
-from fastar.matching import ManyResult, match, match_many, matching_threads
+from fastar.matching import ManyResult, match, match_many
 from fastar.matching import average as mean_of
 from fastar.runs import checkpoint_files, stem_of
 from fastar.runs.model_files import Checkpoint, save_checkpoint
@@ -106,7 +106,7 @@ def _match_file(
         {**layout.views(other[None]), **buffers},
         examples=partial(examples, session),
         seed=session.settings.seed,
-        threads=matching_threads(device, session.settings.workers),
+        threads=session.settings.workers,
     )
     permutations = result.permutations.select(0).to("cpu")
     state = symmetry.apply(permutations, source.state)
@@ -185,7 +185,7 @@ def match_many_files(
         examples=partial(examples, session),
         rounds=rounds,
         seed=session.settings.seed,
-        threads=matching_threads(session.device, session.settings.workers),
+        threads=session.settings.workers,
         progress=progress,
     )
     found = {

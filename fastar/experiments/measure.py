@@ -22,7 +22,7 @@ from fastar.experiments.regular import device_name
 from fastar.experiments.session import Session
 from fastar.experiments.statistics_batches import examples, statistics_batches, whole_statistics
 from fastar.kernels import interpolate
-from fastar.matching import match, matching_threads
+from fastar.matching import match
 from fastar.runs import versions
 from fastar.runs.model_files import Checkpoint, load_into
 from fastar.runtime.memory import peak_bytes, resident_models
@@ -103,7 +103,7 @@ def match_to(
                 start=None if start is None else start.part(begin, begin + len(some)),
                 examples=partial(examples, session),
                 seed=derive_seed(settings.seed, "evaluation", "matching"),
-                threads=matching_threads(session.device, settings.workers),
+                threads=settings.workers,
             ).permutations.to("cpu")
             matched += [found.select(k) for k in range(len(some))]
             advance(len(some))

@@ -18,7 +18,7 @@ from fastar.experiments.reuse import check_permutations
 from fastar.experiments.session import Session, measuring
 from fastar.experiments.statistics_batches import examples, statistics_batches
 from fastar.flat.forward import on_device
-from fastar.matching import ActivationCache, UnitActivations, cache_bytes, matching_threads
+from fastar.matching import ActivationCache, UnitActivations, cache_bytes
 from fastar.runs import delete, read_metadata, write_atomically
 from fastar.runs.model_files import (
     Checkpoint,
@@ -96,7 +96,7 @@ def _store(
     views = store.views()
     rows = ({name: value[n] for name, value in views.items()} for n in range(len(store)))
     names = [f"source {name}" for name in store.names]
-    return store, ActivationCache(look, rows, names, place=store.make_beside, progress=session.progress)
+    return store, ActivationCache(look, rows, names, allocate=store.make_beside, progress=session.progress)
 
 
 def _train(
@@ -117,7 +117,7 @@ def _train(
                 store,
                 settings.matching,
                 seed=settings.seed,
-                threads=matching_threads(session.device, settings.workers),
+                threads=settings.workers,
                 examples=partial(examples, session),
                 kept=kept,
                 progress=session.progress,

@@ -1,32 +1,32 @@
-"""Matching: which permutation brings networks together, by weights, activations or Sinkhorn; of many."""
+"""Matching: which permutation brings networks together, by weights, activations or Sinkhorn; of one or of many."""
 
-from fastar.matching.activation.match_activations import comparing_bytes, correlate_units, match_activations
-from fastar.matching.activation.statistics import ActivationCache, SourceActivations, UnitActivations, cache_bytes
+from fastar.matching.activation.activation_cache import ActivationCache, SourceActivations, cache_bytes
+from fastar.matching.activation.match_activations import comparing_bytes
+from fastar.matching.activation.statistics import UnitActivations
 from fastar.matching.assignment import solve_assignment, solver_name
 from fastar.matching.many import ManyResult, To, average, match_many
-from fastar.matching.methods import EXAMPLE_BATCHES, Examples, GiveExamples, match
-from fastar.matching.sinkhorn import match_sinkhorn
-from fastar.matching.weight.match_weights import MatchResult, match_weights, matching_threads, working_bytes
+from fastar.matching.methods import EXAMPLE_BATCHES, METHODS, Method, match, matching_threads
+from fastar.matching.request import Examples, GiveExamples, MatchResult, Request
+from fastar.matching.weight.match_weights import working_bytes
 
 __all__ = [
     "EXAMPLE_BATCHES",
+    "METHODS",
     "ActivationCache",
     "Examples",
     "GiveExamples",
     "ManyResult",
     "MatchResult",
+    "Method",
+    "Request",
     "SourceActivations",
     "To",
     "UnitActivations",
     "average",
     "cache_bytes",
     "comparing_bytes",
-    "correlate_units",
     "match",
-    "match_activations",
     "match_many",
-    "match_sinkhorn",
-    "match_weights",
     "matching_threads",
     "solve_assignment",
     "solver_name",

@@ -12,9 +12,11 @@ from torch import Tensor
 
 from fastar.config import MatchingSettings
 from fastar.errors import FastarError
-from fastar.matching.activation.statistics import ActivationCache, SourceActivations, UnitActivations
+from fastar.matching.activation.activation_cache import ActivationCache, SourceActivations
+from fastar.matching.activation.statistics import UnitActivations
 from fastar.matching.checks import check_finite
-from fastar.matching.methods import GiveExamples, match
+from fastar.matching.methods import METHODS, match
+from fastar.matching.request import GiveExamples
 from fastar.runtime.progress import SILENT, Progress
 from fastar.runtime.seeds import derive_seed
 from fastar.symmetry.permutations import Permutations
@@ -22,6 +24,7 @@ from fastar.symmetry.symmetry import Symmetry
 
 To = Literal["star", "mean", "pairwise"]
 State = Mapping[str, Tensor]
+Matches = Iterator[tuple[list[int], Permutations, Tensor]]
 
 # Networks that are matched to one theta in one call: memory is bounded to a copy of so many.
 PART = 8
@@ -78,7 +81,6 @@ def match_many(
     settings: MatchingSettings | None = None,
     examples: GiveExamples | None = None,
     rounds: int = 20,
-    first: int = 0,
     seed: int = 0,
     threads: int | None = None,
     progress: Progress = SILENT,
@@ -87,39 +89,38 @@ def match_many(
 
     star: each to `centre`, such as a star model. pairwise: each to every one before it, a few at a time.
 
-    mean: to one another, through their mean (git re-basin's algorithm 3). All are matched to network `first`; then, in
-    rounds of a random order, each to the mean of the others, until a round changes nothing. What a step raises is the
-    mean inner product of all pairs of permuted networks, and a step that would lower it is not taken: `history` never
+    mean: to one another, through their mean (git re-basin's algorithm 3). All are matched to the first network; then,
+    in rounds of a random order, each to the mean of the others, until a round changes nothing. A step raises the mean
+    inner product of all pairs of permuted networks, and a step that would lower it is not taken: `history` never
     falls. Since there is one permutation for each network, they are cycle-consistent: network j comes to network i by
-    pi_ij = pi_i^-1 pi_j (`pair`), and pi_ij pi_jk = pi_ik. `first` ends where it was given.
+    pi_ij = pi_i^-1 pi_j (`pair`), and pi_ij pi_jk = pi_ik. The first network stays as it was given.
 
     Args:
         states: names -> tensors of each network, on one device; buffers may be among them.
         centre: of star alone.
         settings: method and its settings; mean follows the weights, so its method is weight or sinkhorn with l2.
         rounds: of mean, at most.
-        first: of mean: the network that the others are matched to at first.
 
     Raises:
         FastarError: too few networks, a centre that is missing or not needed, a method that mean does not take; as
             `match`.
     """
     settings = settings or MatchingSettings()
-    _check(states, to, centre, settings, rounds, first)
+    _check(states, to, centre, settings, rounds)
     for n, state in enumerate(states):
         symmetry.check_state(state, f"model {n}")
         for name in symmetry.counted(state, state):
             check_finite(state[name], name, f"model {n}")
-    kept = _look(symmetry, states, settings, examples, progress)
-    networks = _Networks(symmetry, states, settings, examples, seed, threads, kept)
+    networks = _Networks(symmetry, states, settings, examples, seed, threads, progress)
     if to == "pairwise":
         result = _pairwise(networks, progress)
-    elif to == "star":
-        assert centre is not None
+    elif centre is not None:
         result = _star(networks, centre, progress)
     else:
-        result = _to_mean(networks, first, rounds, progress)
-    return replace(result, left=kept.measure.unseen) if kept is not None and settings.method == "activation" else result
+        result = _to_mean(networks, rounds, progress)
+    if networks.cache is not None and settings.method == "activation":
+        return replace(result, left=networks.cache.measure.unobserved)
+    return result
 
 
 def average(symmetry: Symmetry, states: Sequence[State], permutations: Permutations) -> dict[str, Tensor]:
@@ -141,75 +142,52 @@ def average(symmetry: Symmetry, states: Sequence[State], permutations: Permutati
     }
 
 
-def _look(
-    symmetry: Symmetry,
-    states: Sequence[State],
-    settings: MatchingSettings,
-    examples: GiveExamples | None,
-    progress: Progress,
-) -> ActivationCache | None:
-    """What the units of all networks do, in host memory, where they are matched by it."""
-    if examples is None or not settings.by_activations or not symmetry.groups:
-        return None
-    given, device = examples(), next(iter(states[0].values())).device
-    look = UnitActivations(given.model, symmetry, given.inputs, device)
-    names = [f"model {n}" for n in range(len(states))]
-
-    def place(width: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(len(states), width, dtype=dtype, device="cpu")
-
-    return ActivationCache(look, states, names, place=place, progress=progress)
-
-
-@dataclass(frozen=True)
 class _Networks:
-    """The networks, and how they are matched to whatever theta."""
+    """The networks, and how they are matched to whatever theta; their activations are cached in host memory where they
+    are matched by these."""
 
-    symmetry: Symmetry
-    states: Sequence[State]
-    settings: MatchingSettings
-    examples: GiveExamples | None
-    seed: int
-    threads: int | None
-    kept: ActivationCache | None
-
-    def match(
+    def __init__(
         self,
-        theta: State,
-        some: Sequence[int],
-        start: Permutations | None = None,
-        activations: SourceActivations | None = None,
-    ) -> tuple[Permutations, Tensor]:
-        """Permutations [n, size] of the networks `some`, and their objectives [n]."""
-        names = [name for name in self.symmetry.moved if name in theta and name in self.states[0]]
-        if activations is None and self.kept is not None:
-            activations = SourceActivations(self.kept, self.symmetry.identity(), some)
-        result = match(
-            self.settings,
-            self.symmetry,
-            {name: theta[name] for name in names},
-            {name: torch.stack([self.states[n][name] for n in some]) for name in names},
-            start=start,
-            examples=self.examples,
-            seed=self.seed,
-            threads=self.threads,
-            activations=activations,
-        )
-        return result.permutations.to("cpu"), result.objective
+        symmetry: Symmetry,
+        states: Sequence[State],
+        settings: MatchingSettings,
+        examples: GiveExamples | None,
+        seed: int,
+        threads: int | None,
+        progress: Progress,
+    ):
+        self.symmetry, self.states, self.seed = symmetry, states, seed
+        self._settings, self._examples, self._threads = settings, examples, threads
+        self.cache: ActivationCache | None = None
+        if examples is not None and settings.by_activations and symmetry.groups:
+            given, device = examples(), next(iter(states[0].values())).device
+            measure = UnitActivations(given.model, symmetry, given.inputs, device)
+            names = [f"model {n}" for n in range(len(states))]
+            self.cache = ActivationCache(measure, states, names, allocate=self._on_host, progress=progress)
 
-    def match_all(self, theta: State, some: Sequence[int]) -> Iterator[tuple[list[int], Permutations, Tensor]]:
-        """The same, a few at a time."""
+    def _on_host(self, width: int, dtype: torch.dtype) -> Tensor:
+        return torch.empty(len(self.states), width, dtype=dtype, device="cpu")
+
+    def match(self, theta: State, some: Sequence[int], start: Permutations | None = None) -> Matches:
+        """The networks `some`, matched to theta a few at a time: which, their permutations [n, size] and objectives."""
+        names = [name for name in self.symmetry.moved if name in theta and name in self.states[0]]
         activations = None
-        if self.kept is not None:
-            activations = SourceActivations(self.kept, self.symmetry.identity(), some).with_theta(theta)
+        if self.cache is not None:
+            activations = SourceActivations(self.cache, self.symmetry.identity(), some).with_theta(theta)
         for begin in range(0, len(some), PART):
             part = list(some[begin : begin + PART])
-            yield (
-                part,
-                *self.match(
-                    theta, part, activations=None if activations is None else activations.part(begin, begin + PART)
-                ),
+            result = match(
+                self._settings,
+                self.symmetry,
+                {name: theta[name] for name in names},
+                {name: torch.stack([self.states[n][name] for n in part]) for name in names},
+                start=start,
+                examples=self._examples,
+                activations=None if activations is None else activations.part(begin, begin + PART),
+                seed=self.seed,
+                threads=self._threads,
             )
+            yield part, result.permutations.to("cpu"), result.objective
 
     def permuted(self, n: int, permutations: Permutations) -> dict[str, Tensor]:
         return self.symmetry.apply(permutations, self.states[n])
@@ -220,7 +198,7 @@ def _star(networks: _Networks, centre: State, progress: Progress) -> ManyResult:
     found: list[Permutations] = []
     objectives: list[Tensor] = []
     with progress.task("matching to the star", count, "models") as advance:
-        for part, permutations, objective in networks.match_all(centre, range(count)):
+        for part, permutations, objective in networks.match(centre, range(count)):
             found += [permutations.select(k) for k in range(len(part))]
             objectives.append(objective)
             advance(len(part))
@@ -235,21 +213,20 @@ def _pairwise(networks: _Networks, progress: Progress) -> ManyResult:
     objectives: list[Tensor] = []
     with progress.task("matching pairs", count * (count - 1) // 2, "pairs") as advance:
         for i in range(count - 1):
-            for part, permutations, objective in networks.match_all(networks.states[i], range(i + 1, count)):
+            for part, permutations, objective in networks.match(networks.states[i], range(i + 1, count)):
                 pairs |= {(i, j): permutations.select(k) for k, j in enumerate(part)}
                 objectives.append(objective)
                 advance(len(part))
     return ManyResult(None, pairs, torch.cat(objectives), None, (), 0, True)
 
 
-def _to_mean(networks: _Networks, first: int, rounds: int, progress: Progress) -> ManyResult:
+def _to_mean(networks: _Networks, rounds: int, progress: Progress) -> ManyResult:
     """Coordinate ascent: of sum_{i<j} <pi_i theta_i, pi_j theta_j>, n's part is <sum of the others, pi_n theta_n>."""
     symmetry, states = networks.symmetry, networks.states
     count = len(states)
     names = symmetry.counted(states[0], states[0])
-    others = [n for n in range(count) if n != first]
-    found = {first: symmetry.identity()}
-    for part, permutations, _ in networks.match_all(states[first], others):
+    found = {0: symmetry.identity()}
+    for part, permutations, _ in networks.match(states[0], range(1, count)):
         found |= {n: permutations.select(k) for k, n in enumerate(part)}
     # float64 sums of float32 numbers: what is added and taken away again leaves nothing behind.
     total = {name: torch.zeros_like(states[0][name], dtype=torch.float64) for name in names}
@@ -273,16 +250,16 @@ def _to_mean(networks: _Networks, first: int, rounds: int, progress: Progress) -
                 now = networks.permuted(n, found[n])
                 rest = {name: total[name] - now[name] for name in names}
                 theta = {name: (value / (count - 1)).to(states[0][name].dtype) for name, value in rest.items()}
-                permutations, _ = networks.match(theta, [n], found[n])
-                then = networks.permuted(n, permutations.select(0))
+                ((_, matched, _),) = networks.match(theta, [n], found[n])
+                then = networks.permuted(n, matched.select(0))
                 gain = sum(float((rest[name] * (then[name].double() - now[name])).sum()) for name in names)
                 if gain > 0:
-                    found[n], changed = permutations.select(0), True
+                    found[n], changed = matched.select(0), True
                     total = {name: value + then[name] for name, value in rest.items()}
             done += 1
             history.append(between())
             advance(note=f"{history[-1]:.4g}")
-    back = found[first].inverse()
+    back = found[0].inverse()
     together = Permutations.stack([found[n].then(back) for n in range(count)])
     mean = average(symmetry, states, together)
     objective = [
@@ -293,27 +270,19 @@ def _to_mean(networks: _Networks, first: int, rounds: int, progress: Progress) -
     return ManyResult(together, {}, reached, mean, tuple(history), done, not changed)
 
 
-def _check(
-    states: Sequence[State], to: str, centre: State | None, settings: MatchingSettings, rounds: int, first: int
-) -> None:
+def _check(states: Sequence[State], to: str, centre: State | None, settings: MatchingSettings, rounds: int) -> None:
     if to not in ("star", "mean", "pairwise"):
         raise FastarError(f"matching many: to={to!r} is none of star, mean, pairwise")
     if (to == "star") != (centre is not None):
         raise FastarError(f"matching many: to={to} {'needs' if to == 'star' else 'takes no'} centre")
     if len(states) < (1 if to == "star" else 2):
         raise FastarError(f"matching many: to={to} needs more than {len(states)} models")
-    by_data, remedy = "", ""
-    if settings.method == "activation":
-        by_data, remedy = "method=activation", "let weights begin with activations (method=weight, start=activations)"
-    elif settings.method == "sinkhorn" and settings.sinkhorn.objective != "l2":
-        by_data, remedy = f"sinkhorn's objective={settings.sinkhorn.objective}", "set that objective to l2"
-    if to == "mean" and by_data:
+    wanted = METHODS[settings.method].needs_data(settings)
+    if to == "mean" and wanted and settings.method != "weight":
         raise FastarError(
-            f"matching many: to=mean follows the weights, not {by_data}, since the mean of networks that do not match "
-            "yet computes nothing of use: match to one of them (to=star, with it as the centre) or pairwise "
-            f"(to=pairwise), or {remedy}"
+            f"matching many: to=mean follows the weights, not {wanted}, since the mean of networks that do not match "
+            "yet computes nothing of use: match to one of them (to=star, with it as the centre), pairwise "
+            "(to=pairwise) or by weights (matching.method=weight; matching.start=activations begins with activations)"
         )
     if rounds < 1:
         raise FastarError(f"matching many: rounds={rounds} must be at least 1")
-    if not 0 <= first < len(states):
-        raise FastarError(f"matching many: first={first} is none of the models 0 to {len(states) - 1}")

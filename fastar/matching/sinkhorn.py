@@ -6,32 +6,23 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.utils._pytree import tree_map_only
 
 from fastar.config import SinkhornSettings
 from fastar.errors import FastarError
+from fastar.flat.forward import forward, without_statistics
 from fastar.matching.assignment import Solver
-from fastar.matching.checks import check_networks
-from fastar.matching.families import solve_family
-from fastar.runtime.progress import SILENT, Progress
+from fastar.matching.blocks import solve_family
+from fastar.matching.request import Request
 from fastar.runtime.seeds import derive_seed
-from fastar.symmetry.permutations import Permutations
-from fastar.symmetry.symmetry import Member, Symmetry
+from fastar.symmetry import Member, Permutations, Symmetry
 
 Loss = Callable[[Mapping[str, Tensor], int], Tensor]
-"""(parameters, step) -> mean loss of that network on a batch: what `objective` mid and random descend on."""
+"""(parameters, step) -> mean loss of that network on a batch."""
 
 
-def match_sinkhorn(
-    symmetry: Symmetry,
-    theta: Mapping[str, Tensor],
-    sources: Mapping[str, Tensor],
-    *,
-    settings: SinkhornSettings | None = None,
-    loss: Loss | None = None,
-    seed: int = 0,
-    solver: Solver = "auto",
-    progress: Progress = SILENT,
-) -> Permutations:
+def match_sinkhorn(request: Request) -> Permutations:
     """Permutations [N, size] found by Adam on soft ones, of all groups at once, made hard by exact assignment.
 
     Each group has a matrix of logits, [size, size]; the Sinkhorn operator makes it doubly stochastic: rows and columns
@@ -40,68 +31,72 @@ def match_sinkhorn(
     by these on every axis that a group permutes, which is a permutation once they are hard. Residual streams need
     nothing more, since all of their layers share one group.
 
-    What is descended on (`settings.objective`):
+    The objective (`matching.sinkhorn.objective`) is one of:
 
     - l2: |theta - pi(theta_n)|^2, for permutations |theta|^2 + |theta_n|^2 - 2 <theta, pi(theta_n)>. It is this inner
       product that is followed: taken literally, the square rewards matrices that average units away.
     - mid, random: the loss half way between theta and the soft pi(theta_n), or at a uniformly random t of each step.
 
-    Each call starts from the same small random logits, a function of `seed` alone, for every source: nothing is kept
-    from earlier matchings, so a star run matches anew each epoch. float32, on theta's device.
-
-    Args:
-        theta: parameter name -> tensor; buffers may be among them and do not count.
-        sources: parameter name -> [N, *shape], on theta's device.
-        loss: needed by mid and random alone.
+    Each source starts from the same small random logits, a function of the seed alone: nothing is kept from earlier
+    matchings, so a star run matches anew each epoch. float32, on theta's device.
 
     Raises:
-        FastarError: mid or random without a loss, or a search that ended in numbers that are not finite.
+        FastarError: mid or random without labels, or a search that ended in numbers that are not finite.
     """
-    settings = settings or SinkhornSettings()
-    if settings.objective != "l2" and loss is None:
-        raise FastarError(
-            f"matching.sinkhorn.objective={settings.objective} needs data, and here are none; set it to l2"
-        )
-    count, device = check_networks(symmetry, theta, sources)
-    names = symmetry.counted(theta, sources)
+    settings, symmetry, seed = request.settings.sinkhorn, request.symmetry, request.seed
+    names = symmetry.counted(request.theta, request.sources)
+    loss = None if settings.objective == "l2" else _loss(request)
+    steps = request.count * settings.steps
     found = []
     with (
         torch.inference_mode(False),
         torch.enable_grad(),
-        progress.task("sinkhorn", count * settings.steps, "steps") as advance,
+        request.progress.task("sinkhorn", steps, "steps") as advance,
     ):
-        centre = {name: recordable(theta[name].detach().float()) for name in names}
-        for n in range(count):
-            source = {name: recordable(sources[name][n].detach().float()) for name in names}
-            soft = SoftPermutations(symmetry, settings, device, derive_seed(seed, "sinkhorn"))
+        theta = {name: _recordable(request.theta[name].detach().float()) for name in names}
+        for n in range(request.count):
+            source = {name: _recordable(request.sources[name][n].detach().float()) for name in names}
+            soft = SoftPermutations(symmetry, settings, request.device, derive_seed(seed, "sinkhorn"))
             optimizer = torch.optim.Adam(soft.logits(), lr=settings.lr)
             draw = torch.Generator().manual_seed(derive_seed(seed, "sinkhorn", "t"))
             for step in range(settings.steps):
                 optimizer.zero_grad(set_to_none=True)
-                _value(settings, centre, soft.apply(source), loss, step, draw).backward()
+                moved = soft.apply(source)
+                if loss is None:
+                    value = -torch.stack([(theta[name] * one).sum() for name, one in moved.items()]).sum()
+                else:
+                    t = 0.5
+                    if settings.objective == "random":
+                        t = float(torch.rand((), generator=draw, dtype=torch.float32, device="cpu"))
+                    value = loss({name: torch.lerp(one, moved[name], t) for name, one in theta.items()}, step)
+                value.backward()
                 optimizer.step()
                 advance()
-            found.append(soft.hard(solver))
+            found.append(soft.hard(request.settings.solver))
     return Permutations.stack(found)
 
 
-def recordable(tensor: Tensor) -> Tensor:
+def _loss(request: Request) -> Loss:
+    """Cross-entropy on the batches in turn; batch-norm normalises with the batch."""
+    assert request.examples is not None
+    examples = request.examples()
+    with torch.inference_mode(False):
+        model = without_statistics(examples.model, request.device)
+
+    def loss(parameters: Mapping[str, Tensor], step: int) -> Tensor:
+        inputs, labels = tree_map_only(Tensor, _recordable, examples.batches[step % len(examples.batches)])
+        if labels is None:
+            raise FastarError(
+                "matching.sinkhorn.objective=mid and random need labels, and these data have none; set l2"
+            )
+        return F.cross_entropy(forward(model, parameters, inputs), labels)
+
+    return loss
+
+
+def _recordable(tensor: Tensor) -> Tensor:
     """The same for autograd, which keeps no tensors that were made in inference mode."""
     return tensor.clone() if tensor.is_inference() else tensor
-
-
-def _value(
-    settings: SinkhornSettings,
-    theta: Mapping[str, Tensor],
-    moved: Mapping[str, Tensor],
-    loss: Loss | None,
-    step: int,
-    draw: torch.Generator,
-) -> Tensor:
-    if loss is None or settings.objective == "l2":
-        return -torch.stack([(theta[name] * value).sum() for name, value in moved.items()]).sum()
-    t = 0.5 if settings.objective == "mid" else float(torch.rand((), generator=draw, dtype=torch.float32, device="cpu"))
-    return loss({name: torch.lerp(value, moved[name], t) for name, value in theta.items()}, step)
 
 
 class SoftPermutations:
@@ -143,8 +138,8 @@ class SoftPermutations:
             for member in group.members:
                 if member.tensor in out:
                     members.setdefault((member.tensor, member.axis), []).append((member, matrices[group.name]))
-        for (name, axis), places in members.items():
-            out[name] = _multiplied(out[name], axis, places)
+        for (name, axis), stretches in members.items():
+            out[name] = _multiplied(out[name], axis, stretches)
         return out
 
     def hard(self, solver: Solver = "auto") -> Permutations:
@@ -177,11 +172,11 @@ def sinkhorn(logits: Tensor, iterations: int) -> Tensor:
     return logits.exp()
 
 
-def _multiplied(tensor: Tensor, axis: int, places: Sequence[tuple[Member, Tensor]]) -> Tensor:
+def _multiplied(tensor: Tensor, axis: int, stretches: Sequence[tuple[Member, Tensor]]) -> Tensor:
     """`tensor` with each member's stretch of `axis` multiplied by its matrix."""
     x = tensor.movedim(axis, 0)
     parts, at = [], 0
-    for member, matrix in sorted(places, key=lambda place: place[0].offset):
+    for member, matrix in sorted(stretches, key=lambda one: one[0].offset):
         size = len(matrix)
         length = size * member.inner * member.outer
         stretch = x[member.offset : member.offset + length].reshape(member.outer, size, -1)

@@ -201,7 +201,7 @@ class Problem:
         kept = None
         if images:
             look = UnitActivations(model, symmetry, images, self.device)
-            kept = ActivationCache(look, states, names, place=store.make_beside)
+            kept = ActivationCache(look, states, names, allocate=store.make_beside)
         return store, Matcher(symmetry, store, chosen, seed=0, threads=matching_threads(self.device), kept=kept)
 
     @cached_property

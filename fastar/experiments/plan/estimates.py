@@ -177,7 +177,7 @@ class Needs:
     def _matching(self, choice: Choice, part: int, left: int) -> int:
         settings = self.exact.settings
         shared: dict[str, Any] = {"gpu": self.gpu, "threads": settings.workers, "chunk": settings.matching.chunk}
-        by_weights = working_bytes(self.symmetry, part, left, kicks=settings.matching.perturbations, **shared)
+        by_weights = working_bytes(self.symmetry, part, left, perturbations=settings.matching.perturbations, **shared)
         if not self.exact.activations:
             return by_weights
         images = min(choice.batch, LOOKED_AT)

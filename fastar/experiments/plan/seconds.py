@@ -13,7 +13,7 @@ import torch
 from fastar.experiments.plan.sizes import DataCounts, evaluated_models, training_sides
 from fastar.experiments.session import Session
 from fastar.experiments.statistics_batches import LOOKED_AT
-from fastar.matching import EXAMPLE_BATCHES, Examples, match, matching_threads
+from fastar.matching import EXAMPLE_BATCHES, Examples, match
 from fastar.runtime.device import synchronize
 from fastar.training import RegularStep
 
@@ -145,13 +145,9 @@ def matching_seconds(session: Session) -> float:
         labels = torch.zeros(size, dtype=torch.int64, device=device)
         return Examples(session.network.build(seed=0), [(images.to(device), labels)] * EXAMPLE_BATCHES)
 
-    sources, threads = (
-        {name: source[name][None] for name in symmetry.parameters},
-        matching_threads(device, settings.workers),
-    )
+    sources, threads = {name: source[name][None] for name in symmetry.parameters}, settings.workers
     return _median(
-        lambda: match(settings.matching, symmetry, theta, sources, examples=examples, threads=threads),
-        device,
+        lambda: match(settings.matching, symmetry, theta, sources, examples=examples, threads=threads), device
     )
 
 

@@ -1,4 +1,4 @@
-"""What the hidden units of any network do: values that pass its parameters in a forward pass."""
+"""A recorder of activations: values that pass a network's parameters in a forward pass."""
 
 from __future__ import annotations
 

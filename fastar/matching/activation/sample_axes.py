@@ -1,4 +1,4 @@
-"""Axes of what is observed that move with hidden units: in a mixer, a unit of the tokens is seen once for each channel,
+"""Axes of activations that move with hidden units: in a mixer, a unit of the tokens is observed once for each channel,
 and channels are hidden units themselves."""
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from fastar.symmetry.random_network import RandomNetwork, State
 from fastar.symmetry.symmetry import Group, Member, Symmetry
 from fastar.symmetry.verify import DRAWS, moving
 
-# Inputs that are looked at: one has no batch-norm's statistics, and two show as much as many.
+# Inputs that are run: one has no batch-norm's statistics, and two show as much as many.
 _INPUTS = 2
 # Values move if they differ by more than this from where they would be, relative to how much they vary.
 _DIFFERS = 1e-3
@@ -31,30 +31,30 @@ Key = tuple[str, int]
 
 @dataclass(frozen=True)
 class Along:
-    """An axis of observed values, `place.axis`, that moves with a group whose units lie on it as `place` says."""
+    """An axis of observed values, `member.axis`, that moves with a group whose units lie on it as `member` says."""
 
     group: str
     size: int
-    place: Member
+    member: Member
 
     @property
     def length(self) -> int:
         """Positions on the axis."""
-        return self.place.outer * self.size * self.place.inner
+        return self.member.outer * self.size * self.member.inner
 
     def positions(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
         """Sources of the axis' positions, [..., length], once its group is permuted by `index` [..., size]."""
-        return self.place.positions(index, self.size)
+        return self.member.positions(index, self.size)
 
 
 def moving_axes(
     model: nn.Module, twin: nn.Module, symmetry: Symmetry, batch: Batch, device: torch.device
 ) -> dict[Key, tuple[Along, ...] | None]:
-    """The places where samples move when hidden units do, and the axes of the values that they move along, in order;
-    None where they move in a way that is not understood. At all other places samples stay.
+    """Sites where samples move when hidden units do, and the axes of the values that they move along, in order; None
+    where they move in a way that is not understood. At all other sites samples stay.
 
     Found with random weights: groups are permuted, and what is observed is compared. Where nothing else seems to move
-    than the units that are looked at (the rule), two forward passes of two inputs are all; else float64 decides.
+    than the units that are observed (the rule), two forward passes of two inputs are all; else float64 decides.
 
     Args:
         model: of the architecture, with any weights; copied, not touched.
@@ -71,8 +71,8 @@ def moving_axes(
     everything = moving(symmetry, 0)
 
     def suspected(inputs: Batch) -> set[Key]:
-        look = _Look(symmetry, short, names, lambda s: forward(twin, s, on_device(inputs, device)))
-        return look.differing(everything, wanted)
+        comparison = _Comparison(symmetry, short, names, lambda s: forward(twin, s, on_device(inputs, device)))
+        return comparison.differing(everything, wanted)
 
     try:
         suspects = suspected(_few(batch))
@@ -80,48 +80,48 @@ def moving_axes(
         trial, suspects = RandomNetwork(model, batch, 0), suspected(batch)
     if not suspects:
         return {}
-    look = _Look(symmetry, state, list(state), trial.outputs)
-    found: dict[Key, tuple[Along, ...] | None] = dict.fromkeys(look.differing(everything, suspects), ())
+    comparison = _Comparison(symmetry, state, list(state), trial.outputs)
+    found: dict[Key, tuple[Along, ...] | None] = dict.fromkeys(comparison.differing(everything, suspects), ())
     for family in symmetry.families if found else ():
         groups = [symmetry.groups[g] for g in family]
         alone = Permutations({**symmetry.identity(), **{group.name: everything[group.name] for group in groups}})
-        for key in look.differing(alone, set(found)):
-            before, along = found[key], look.explained(key, alone, groups)
+        for key in comparison.differing(alone, set(found)):
+            before, along = found[key], comparison.explained(key, alone, groups)
             found[key] = None if before is None or along is None else (*before, along)
     return {
-        key: tuple(sorted(axes, key=lambda along: along.place.axis)) if axes else None for key, axes in found.items()
+        key: tuple(sorted(axes, key=lambda along: along.member.axis)) if axes else None for key, axes in found.items()
     }
 
 
-class _Look:
-    """Values at places of a network's groups, before and after its units are permuted."""
+class _Comparison:
+    """Values at the sites of a network's groups, before and after its units are permuted."""
 
     def __init__(self, symmetry: Symmetry, state: State, names: Sequence[str], run: Callable[[State], object]):
         self._symmetry, self._state, self._names, self._run = symmetry, state, names, run
-        self._places: dict[Key, list[tuple[Group, Member]]] = {}
+        self._sites: dict[Key, list[tuple[Group, Member]]] = {}
         for group in symmetry.groups:
             for member in group.members:
-                self._places.setdefault((member.tensor, member.axis), []).append((group, member))
+                self._sites.setdefault((member.tensor, member.axis), []).append((group, member))
         self._first: dict[Key, list[Tensor]] = {}
         self._now: dict[Key, list[Tensor]] = {}
 
     def _values(self, state: State, wanted: set[Key]) -> dict[Key, list[Tensor]]:
-        """Values of each place, call after call, less the mean of each unit, the largest of size 1."""
-        seen: dict[Key, list[Tensor]] = {}
+        """Values of each site, call after call, less the mean of each unit, the largest of size 1."""
+        observed: dict[Key, list[Tensor]] = {}
 
         def keep(name: str, axis: int, kind: Kind, values: Tensor) -> None:
             if (name, axis) in wanted:
                 centred = values - values.mean(tuple(range(values.ndim - 1))) if values.ndim > 1 else values
                 largest = centred.abs().amax().clamp_min(torch.finfo(values.dtype).tiny)
-                seen.setdefault((name, axis), []).append((centred / largest).float())
+                observed.setdefault((name, axis), []).append((centred / largest).float())
 
         given = {name: state[name] for name in self._names}
         with torch.no_grad(), Observer({id(tensor): name for name, tensor in given.items()}, keep):
             self._run(given)
-        return seen
+        return observed
 
     def differing(self, permutations: Permutations, wanted: set[Key]) -> set[Key]:
-        """The places, of those `wanted`, at which more moves than the units that are looked at, if all units of the
+        """The sites, of those `wanted`, at which more moves than the units that are observed, if all units of the
         network are so permuted."""
         if not self._first:
             self._first = self._values(self._state, wanted)
@@ -145,10 +145,10 @@ class _Look:
         return None
 
     def _units(self, key: Key, permutations: Permutations) -> list[Tensor]:
-        """The values at a place before, its units permuted."""
+        """Values of a site before, its units permuted."""
         first = self._first[key]
         at = np.arange(first[0].shape[-1])
-        for group, member in self._places[key]:
+        for group, member in self._sites[key]:
             positions = member.positions(permutations[group.name].numpy(), group.size)
             at[member.offset : member.offset + len(positions)] = positions
         index = torch.from_numpy(at).to(first[0].device)

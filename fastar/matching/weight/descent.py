@@ -24,8 +24,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastar.matching.assignment import Solver
-from fastar.matching.families import Answers
-from fastar.matching.solving import Solved, solve_rows
+from fastar.matching.blocks import Answers, Solved, solve_rows
 from fastar.matching.weight.permuted_sources import Change, PermutedSources, gains
 from fastar.matching.weight.problem import Problem
 from fastar.matching.weight.unit_products import add_products
@@ -85,10 +84,10 @@ class Descent:
     def add(self, score: Tensor, name: str, g: int) -> None:
         """Add what one parameter contributes to S_g of every source."""
         everyone, size = Rows.every(self.count), self.problem.groups[g].size
-        for place in self.problem.places[name]:
-            if place.group == g:
+        for site in self.problem.sites[name]:
+            if site.group == g:
                 theta, own = self.problem.theta[name][None], self.sources.data[name]
-                add_products(score, theta, own, place.member, place.axis, size, everyone)
+                add_products(score, theta, own, site.member, site.axis, size, everyone)
 
     def solve(self, f: int, scores: Sequence[Tensor], numbers: Numbers) -> list[Solved]:
         """The best assignments of family f, given the S_g of its groups, for each of the sources `numbers`."""
@@ -140,7 +139,7 @@ class Descent:
                 rows.put(now, rows.of(before))
         self.unsolved[:, numbers] = mark.unsolved[:, numbers]
 
-    def taken(self, f: int, numbers: Numbers, answers: Answers) -> None:
+    def note(self, f: int, numbers: Numbers, answers: Answers) -> None:
         """Note that family f of the sources `numbers` has been permuted by `answers`."""
         for g, answer in zip(self.problem.families[f], answers, strict=True):
             self.permutations[g][numbers] = np.take_along_axis(self.permutations[g][numbers], answer, 1)
@@ -211,7 +210,7 @@ class Descent:
                 self.scores[g] = columns
             else:
                 step.rows.put(score, columns)
-        self.taken(f, numbers, answers)
+        self.note(f, numbers, answers)
 
     def _moving(self, f: int, answers: Answers) -> Iterator[tuple[int, Numbers, NDArray[np.int64]]]:
         """Each group of family f that some sources move: the group, positions of these sources, their answers.
@@ -225,21 +224,21 @@ class Descent:
 
     def _is_known(self, g: int, name: str) -> bool:
         """Whether permuting group g corrects an S_h that is known, of a group on another axis of this parameter."""
-        own = {place.axis for place in self.problem.places[name] if place.group == g}
-        return any(p.axis not in own and self.scores[p.group] is not None for p in self.problem.places[name])
+        own = {site.axis for site in self.problem.sites[name] if site.group == g}
+        return any(p.axis not in own and self.scores[p.group] is not None for p in self.problem.sites[name])
 
     def _correct_scores(self, g: int, change: Change) -> None:
         """Bring the S_h of the other groups on this parameter up to date, and have them solved again."""
-        for place in self.problem.places[change.name]:
-            if place.group == g or place.axis == change.axis:
+        for site in self.problem.sites[change.name]:
+            if site.group == g or site.axis == change.axis:
                 continue
-            self.unsolved[place.group, change.rows.numbers] = True
-            score = self.scores[place.group]
+            self.unsolved[site.group, change.rows.numbers] = True
+            score = self.scores[site.group]
             if score is not None:
                 assert change.theta is not None
                 assert change.difference is not None
-                size = self.problem.groups[place.group].size
-                add_products(score, change.theta, change.difference, place.member, place.axis, size, change.rows)
+                size = self.problem.groups[site.group].size
+                add_products(score, change.theta, change.difference, site.member, site.axis, size, change.rows)
 
     def _differences(self, f: int, numbers: Numbers, answers: Answers) -> Iterator[tuple[Tensor, Tensor]]:
         """theta [1, ...] and what permuting family f adds [m, ...], of whole parameters."""
@@ -254,16 +253,16 @@ class Descent:
         for name, row in parameters:
             theta, difference = self.problem.theta[name][None], row - rows.of(self.sources.data[name])
             self.sources.put(name, rows, row)
-            for place in self.problem.places[name]:
-                self.unsolved[place.group, numbers] = True
-                score = self.scores[place.group]
-                if score is not None and place.group not in family:
-                    size = self.problem.groups[place.group].size
-                    add_products(score, theta, difference, place.member, place.axis, size, rows)
+            for site in self.problem.sites[name]:
+                self.unsolved[site.group, numbers] = True
+                score = self.scores[site.group]
+                if score is not None and site.group not in family:
+                    size = self.problem.groups[site.group].size
+                    add_products(score, theta, difference, site.member, site.axis, size, rows)
         for g in family:
             self.scores[g] = None
             self.unsolved[g, numbers] = True
-        self.taken(f, numbers, answers)
+        self.note(f, numbers, answers)
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastar.matching.families import Answers
-from fastar.matching.weight.problem import Place, Problem
+from fastar.matching.blocks import Answers
+from fastar.matching.weight.problem import Problem, Site
 from fastar.matching.weight.unit_products import dot, dots
 from fastar.symmetry.batched_index import Rows, along, chosen, download, put_along
 
@@ -116,16 +116,16 @@ class PermutedSources:
         arrays: list[NDArray[np.int64]] = []
         of_names: dict[str, list[tuple[int, int]]] = {}  # name -> (axis, which array)
         for name in problem.touched[f]:
-            places = problem.of_family(f, name)
-            for axis in sorted({place.axis for place in places}):
-                own, length = [p for p in places if p.axis == axis], self.data[name].shape[axis + 1]
-                key = (length, *(_kind(place) for place in own))
+            sites = problem.of_family(f, name)
+            for axis in sorted({site.axis for site in sites}):
+                own, length = [p for p in sites if p.axis == axis], self.data[name].shape[axis + 1]
+                key = (length, *(_kind(site) for site in own))
                 if key not in made:
                     made[key] = len(arrays)
                     at = np.tile(np.arange(length), (len(numbers), 1))
-                    for place in own:
-                        positions = place.member.positions(units[place.group], problem.groups[place.group].size)
-                        at[:, place.member.offset : place.member.offset + positions.shape[1]] = positions
+                    for site in own:
+                        positions = site.member.positions(units[site.group], problem.groups[site.group].size)
+                        at[:, site.member.offset : site.member.offset + positions.shape[1]] = positions
                     arrays.append(at)
                 of_names.setdefault(name, []).append((axis, made[key]))
         rows, *index = chosen(numbers, self.count, *arrays, device=self.device)
@@ -146,25 +146,6 @@ class PermutedSources:
             rows, parameters = self.permuted(f, numbers[moving], tuple(index[moving] for index in answers))
             for name, row in parameters:
                 self.put(name, rows, row)
-
-    def keep(self) -> tuple[dict[str, Tensor], set[str]]:
-        """What `go_back` needs; what is written to afterwards is copied first."""
-        kept = dict(self.data), set(self.owned)
-        self.owned.clear()
-        return kept
-
-    def go_back(self, kept: tuple[dict[str, Tensor], set[str]], numbers: NDArray[np.int64]) -> None:
-        """The sources `numbers` as they were when `keep` was called."""
-        data, owned = kept
-        if len(numbers) == self.count:
-            self.data, self.owned = dict(data), set(owned)
-            for values in self._products.values():
-                values[:] = np.nan
-            return
-        (rows,) = chosen(numbers, self.count, device=self.device)
-        for name, tensor in data.items():
-            if tensor is not self.data[name]:
-                self.put(name, rows, rows.of(tensor))
 
     def _own(self, name: str) -> None:
         if name not in self.owned:
@@ -194,13 +175,13 @@ class GroupStep:
         made: dict[tuple[object, ...], tuple[int | None, int]] = {}
         self._indices: dict[str, tuple[int, int | None, int]] = {}  # name -> axis, positions, where from
         for name in problem.tensors[g]:
-            places = [place for place in problem.places[name] if place.group == g]
-            axis = places[0].axis
+            sites = [site for site in problem.sites[name] if site.group == g]
+            axis = sites[0].axis
             length = sources.data[name].shape[axis + 1]
-            key = (length, *(_kind(place) for place in places))
+            key = (length, *(_kind(site) for site in sites))
             if key not in made:
                 to, origin = (
-                    np.concatenate([place.member.positions(some, size) for place in places], axis=1)
+                    np.concatenate([site.member.positions(some, size) for site in sites], axis=1)
                     for some in (units, origins)
                 )
                 whole = to.shape[1] == length and bool((to[0] == np.arange(length)).all())
@@ -249,8 +230,8 @@ def gains(pairs: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
     return totals
 
 
-def _kind(place: Place) -> tuple[int, int, int, int]:
-    return place.group, place.member.inner, place.member.outer, place.member.offset
+def _kind(site: Site) -> tuple[int, int, int, int]:
+    return site.group, site.member.inner, site.member.outer, site.member.offset
 
 
 def _sums(values: Sequence[NDArray[np.float64]], count: int) -> NDArray[np.float64]:

@@ -13,7 +13,7 @@ from fastar.symmetry.symmetry import Member, Symmetry
 
 
 @dataclass(frozen=True)
-class Place:
+class Site:
     """A member of a group, with its axis in memory order."""
 
     group: int
@@ -33,24 +33,24 @@ class Problem:
         self.names = symmetry.counted(theta, sources)
         self.orders = {name: memory_order(sources[name][0]) for name in self.names}
         self.theta = {name: in_memory_order(theta[name], self.orders[name]).float() for name in self.names}
-        self.places: dict[str, list[Place]] = {name: [] for name in self.names}
+        self.sites: dict[str, list[Site]] = {name: [] for name in self.names}
         for g, group in enumerate(self.groups):
             for member in group.members:
-                if member.tensor in self.places:
+                if member.tensor in self.sites:
                     axis = self.orders[member.tensor].index(member.axis)
-                    self.places[member.tensor].append(Place(g, member, axis))
-        self.tensors = [sorted({m.tensor for m in group.members if m.tensor in self.places}) for group in self.groups]
+                    self.sites[member.tensor].append(Site(g, member, axis))
+        self.tensors = [sorted({m.tensor for m in group.members if m.tensor in self.sites}) for group in self.groups]
         self.touched = [sorted({name for g in family for name in self.tensors[g]}) for family in self.families]
         # On a tensor that a family permutes along two axes at once the objective is quadratic, and S_g only its slope.
         self.quadratic = [any(self.twice(f, name) for name in touched) for f, touched in enumerate(self.touched)]
 
-    def of_family(self, f: int, name: str) -> list[Place]:
+    def of_family(self, f: int, name: str) -> list[Site]:
         """Where the groups of family f lie on a parameter."""
-        return [place for place in self.places[name] if place.group in self.families[f]]
+        return [site for site in self.sites[name] if site.group in self.families[f]]
 
     def twice(self, f: int, name: str) -> bool:
         """Whether family f lies on two axes of this parameter."""
-        return len({place.axis for place in self.of_family(f, name)}) > 1
+        return len({site.axis for site in self.of_family(f, name)}) > 1
 
     def source(self, name: str, sources: Mapping[str, Tensor], begin: int, end: int) -> Tensor:
         """sources[name][begin:end] in memory order, [n, ...]; a view where nothing has to be converted."""

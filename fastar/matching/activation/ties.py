@@ -1,4 +1,4 @@
-"""Units that do the same on all that was looked at (those that never fire above all), told apart by their weights."""
+"""Units of equal activations (those that never fire above all), told apart by their weights."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastar.matching.assignment import Solver, solve_assignment
-from fastar.matching.families import Answers, solve_family
+from fastar.matching.blocks import Answers, solve_family
 from fastar.matching.weight.descent import Descent
 from fastar.matching.weight.problem import Problem
 from fastar.runtime.seeds import derive_seed
@@ -66,7 +66,7 @@ def by_weights(
     <theta, pi(theta_n)> most. No others move, so that the sum of correlations stays what it is.
 
     Args:
-        own, theirs: [size], units of theta and of the source that do the same; of groups that were seen.
+        own, theirs: [size], units of theta and of the source of equal activations; of groups that were observed.
     """
     tied = [
         f
@@ -96,7 +96,7 @@ def _step(descent: Descent, f: int, own: Classes, theirs: Classes) -> bool:
     for group, g in zip(groups, descent.problem.families[f], strict=True):
         score, rows = descent.score(g)[0], np.arange(group.size)
         if group.name in own:
-            # Whatever two places do the same, or two units that are there now: such pairs are as good as each other in
+            # Whatever two sites do the same, or two units that are there now: such pairs are as good as each other in
             # every assignment of the highest score.
             here, there = own[group.name], theirs[group.name][descent.permutations[g][0]]
             if len(groups) == 1:  # few are tied, the rule
@@ -104,7 +104,7 @@ def _step(descent: Descent, f: int, own: Classes, theirs: Classes) -> bool:
                 at = torch.from_numpy(rows).to(score.device)
                 score, here, there = score[at][:, at], here[rows], there[rows]
             allowed = (here[:, None] == here) | (there[:, None] == there)
-        else:  # not seen: its units stay, inside their blocks if these move
+        else:  # not observed: its units stay, inside their blocks if these move
             blocks = group.size if group is groups[0] else groups[0].size
             allowed = np.kron(np.ones((blocks, blocks)), np.eye(group.size // blocks)).astype(bool)
         # Pairs that are not allowed cost more than all others together can gain.
