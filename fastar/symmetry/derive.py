@@ -185,10 +185,9 @@ class _Derivation:
         """Hold what no parameter goes into and has two axes or more: a table (positions, frequencies, masks of pairs),
         which all networks of an architecture have in common. A value for each unit has one axis, and copies."""
         for one in labels if isinstance(labels, list) else [labels]:
-            factors = (
-                [[f for f in dim if not isinstance(f, Copies)] for dim in one.dims] if isinstance(one, Dims) else []
-            )
-            if sum(any(factor_length(factor) > 1 for factor in dim) for dim in factors) > 1:
+            dims = one.dims if isinstance(one, Dims) else ()
+            long = [dim for dim in dims if any(factor_length(f) > 1 for f in dim if not isinstance(f, Copies))]
+            if len(long) > 1:
                 self.solver.fix(*_axes(one))
 
     def _labels(self, node: fx.Node, labels: dict[fx.Node, Any]) -> Any:

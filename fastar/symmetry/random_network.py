@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -32,7 +31,7 @@ class RandomNetwork:
         self.twin = without_cache(_without_weights(model).eval())
         self.inputs, self._structure = tree_flatten(tree_map(_as_double, arguments_of(example_inputs)))
 
-    @cached_property
+    @property
     def has_buffers(self) -> bool:
         """Tell whether the state has buffers that are no batch-norm's statistics."""
         own = tensors_of(self.model).items()
@@ -61,9 +60,9 @@ class RandomNetwork:
         what tells them apart. They are drawn up to the largest given, or the rows of the smallest embedding."""
         rows = [m.num_embeddings for m in self.model.modules() if isinstance(m, nn.Embedding)]
         for key, given in enumerate(self.inputs):
-            if not isinstance(given, Tensor) or given.dtype == torch.bool or given.is_floating_point():
+            if not isinstance(given, Tensor) or given.is_floating_point() or given.is_complex():
                 continue
-            if given.is_complex() or given.numel() < 2:
+            if given.dtype == torch.bool or given.numel() < 2:
                 continue
             high = max(int(given.max()), min(rows, default=1) - 1)
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "verify", "input", str(key)))
@@ -71,12 +70,15 @@ class RandomNetwork:
             self.inputs[key] = torch.randint(low, high + 1, given.shape, generator=generator, device="cpu").to(
                 given.dtype
             )
-            try:
-                fits = all(bool(out.isfinite().all()) for out in self.outputs(state))
-            except FastarError:
-                fits = False
-            if not fits:
+            if not self.runs(state):
                 self.inputs[key] = given
+
+    def runs(self, state: State) -> bool:
+        """Tell whether it runs and all its outputs are finite."""
+        try:
+            return all(bool(out.isfinite().all()) for out in self.outputs(state))
+        except FastarError:
+            return False
 
     def outputs(self, state: State) -> list[Tensor]:
         """All floating outputs that hold a value, complex ones as pairs of real ones.

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
+from torch.utils._pytree import tree_leaves
 
 from fastar.errors import FastarError, first_line
 from fastar.flat import forward
@@ -45,21 +46,14 @@ def trace(model: nn.Module, example_inputs: ExampleInputs, name: str) -> torch.e
         # the model itself runs.
         raise FastarError(f"cannot trace {name}{_why(model, arguments, keywords, error)}") from error
     for node in program.graph.nodes:
-        if any(not isinstance(n, int) for n in _sizes(node.meta.get("val"))):
+        tensors = (one for one in tree_leaves(node.meta.get("val")) if isinstance(one, Tensor))
+        if any(not isinstance(size, int) for one in tensors for size in one.shape):
             raise FastarError(
                 f"cannot trace {name} with torch.export to find its permutation groups: the size of {node.target} "
                 f"(node {node.name}) depends on values of tensors; change that part, or write its groups down as a "
                 "PermutationSpec"
             )
     return program
-
-
-def _sizes(value: Any) -> Iterator[Any]:
-    if isinstance(value, Tensor):
-        yield from value.shape
-    elif isinstance(value, tuple | list):
-        for one in value:
-            yield from _sizes(one)
 
 
 def _why(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any], error: Exception) -> str:

@@ -111,7 +111,7 @@ class _Proof:
         """The outputs on one draw of weights, with the inputs and buffers that the model runs on."""
         self.draw = draw
         self.state = self._drawn()
-        while self.buffers and not self._runs():
+        while self.buffers and not self.network.runs(self.state):
             self.buffers -= 1
             self.state = self._drawn()
         if draw == 0:
@@ -123,12 +123,6 @@ class _Proof:
     def _drawn(self) -> State:
         gain, positive = DRAWS[self.draw]
         return self.network.state(gain, positive=positive, buffers=self.buffers, number=self.draw)
-
-    def _runs(self) -> bool:
-        try:
-            return all(largest(out) < math.inf for out in self.network.outputs(self.state))
-        except FastarError:
-            return False
 
     def _finite(self) -> bool:
         return all(scale < math.inf for scale in self.scales)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
 from typing import Any
 
 from torch import fx
+from torch.utils._pytree import tree_leaves
 
 from fastar.symmetry.axes import Axis, AxisSolver, length_of
 from fastar.symmetry.axis_views import Dims, plain
@@ -40,7 +40,7 @@ class Call:
 
     def tensors(self) -> list[fx.Node]:
         """The tensor arguments in order, lists included."""
-        return list(_nodes([*self.node.args, *self.node.kwargs.values()]))
+        return [one for one in tree_leaves((self.node.args, self.node.kwargs)) if isinstance(one, fx.Node)]
 
     def dims(self, argument: Any = None) -> Dims:
         """Labels of a tensor argument (a graph node, its schema name, or the first), whose axes may be in parts."""
@@ -69,11 +69,3 @@ class Call:
         """Refuse unless `axis` is already known not to move: its units may not be cut, reversed or reordered."""
         if not self.solver.is_fixed(axis):
             raise Refused(f"{what} an axis of {length_of(axis)} hidden units")
-
-
-def _nodes(values: Sequence[Any]) -> Iterator[fx.Node]:
-    for value in values:
-        if isinstance(value, fx.Node):
-            yield value
-        elif isinstance(value, list | tuple):
-            yield from _nodes(value)

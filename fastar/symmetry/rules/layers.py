@@ -47,14 +47,13 @@ def convolution(call: Call) -> Labels:
 
 def per_channel(call: Call, x: Dims, *names: str) -> Dims:
     """`x` with vectors along axis 1 applied to it."""
-    nodes = [call[name] for name in names if call.arguments.get(name) is not None]
     shape = call.shape()
-    for node in nodes:
-        along_channels = [1] * len(shape)
-        along_channels[1] = call.shape(node)[0]
-        vector = call.dims(node).dims[0]
-        dims = Dims(tuple(vector if d == 1 else (fixed(1),) for d in range(len(shape))))
-        x = broadcast(call, [(x, shape), (dims, along_channels)], shape)
+    rest = len(shape) - 2
+    for name in names:
+        if call.arguments.get(name) is not None:
+            (vector,), (length,) = call.dims(name).dims, call.shape(call[name])
+            labels = Dims(((fixed(1),), vector, *[(fixed(1),)] * rest))
+            x = broadcast(call, [(x, shape), (labels, (1, length, *[1] * rest))], shape)
     return x
 
 

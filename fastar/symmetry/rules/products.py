@@ -113,24 +113,21 @@ def attention(call: Call) -> Dims:
     """
     if call.arguments.get("dropout_p"):
         raise Refused("dropout that stays active in evaluation mode")
-    q, k, v = (call.dims(name) for name in ("query", "key", "value"))
-    shapes = {name: list(call.shape(call[name])) for name in ("query", "key", "value")}
-    if call.arguments.get("enable_gqa"):
-        times = shapes["query"][-3] // shapes["key"][-3]
-        if times > 1:
-            k, v = (repeated(call, x, -3, times) for x in (k, v))
-            shapes["key"][-3] = shapes["value"][-3] = shapes["query"][-3]
+    (q, q_shape), (k, k_shape), (v, v_shape) = (call.operand(name) for name in ("query", "key", "value"))
+    times = q_shape[-3] // k_shape[-3] if call.arguments.get("enable_gqa") else 1
+    if times > 1:
+        k, v = (repeated(call, x, -3, times) for x in (k, v))
+        k_shape, v_shape = ((*shape[:-3], q_shape[-3], *shape[-2:]) for shape in (k_shape, v_shape))
     if call.arguments.get("is_causal"):
         q, k, v = (_ordered(call, x) for x in (q, k, v))
     turned = Dims((*k.dims[:-2], k.dims[-1], k.dims[-2]))
-    turned_shape = [*shapes["key"][:-2], shapes["key"][-1], shapes["key"][-2]]
-    scores = _matmul(call, (q, shapes["query"]), (turned, turned_shape))
-    shape = [*call.shape()[:-1], shapes["key"][-2]]
+    scores = _matmul(call, (q, q_shape), (turned, (*k_shape[:-2], k_shape[-1], k_shape[-2])))
+    shape = (*call.shape()[:-1], k_shape[-2])
     mask = call.arguments.get("attn_mask")
     if mask is not None:
         scores = broadcast(call, [(scores, shape), call.operand(mask)], shape)
     weights = views.inside(call.solver, scores, {len(shape) - 1})
-    return _matmul(call, (weights, shape), (v, shapes["value"]))
+    return _matmul(call, (weights, shape), (v, v_shape))
 
 
 def softmax(call: Call) -> Dims:
