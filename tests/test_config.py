@@ -17,6 +17,7 @@ from fastar.config import (
     flatten,
     load_settings,
     matching_settings,
+    nested,
     parse_overrides,
     validate,
 )
@@ -112,16 +113,16 @@ def test_overrides_win_in_order_over_the_file() -> None:
 
 
 @pytest.mark.parametrize(
-    "value", ["/plain", "/a #b", "/a: [x]", "123", "null", "~", "ü 日本", "a\\b", "'quoted\"", "1e-5", "- x", ""]
+    "value", ["/plain", "/a #b", "/a: [x]", "123", "null", "~", "ü 日本", "a\\b", "'quoted\"", "1e-5", "- x", "x=y"]
 )
-def test_a_path_given_as_option_keeps_every_character(value: str) -> None:
-    override = as_override("dataset.root", Path(value) if value else value)
-    assert parse_overrides([override]) == {"dataset": {"root": str(Path(value)) if value else ""}}
+def test_a_path_keeps_every_character(value: str) -> None:
+    assert parse_overrides([as_override("dataset.root", Path(value))]) == {"dataset": {"root": value}}
+    assert load_settings(dataset="digits", values={"dataset.root": Path(value)}).dataset.root == Path(value)
 
 
-@pytest.mark.parametrize("value", [3, 0.25, 1e-05, True, None, [1, 2], "x"])
+@pytest.mark.parametrize("value", [3, 0.25, 1e-05, True, None, [1, 2], "x", ""])
 def test_values_survive_as_overrides(value: Any) -> None:
-    assert parse_overrides([as_override("a.b", value)]) == {"a": {"b": value}}
+    assert parse_overrides([as_override("a.b", value)]) == nested({"a.b": value}) == {"a": {"b": value}}
 
 
 @pytest.mark.parametrize(

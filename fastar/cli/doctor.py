@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -20,25 +20,20 @@ class Check:
     name: str
     ok: bool
     text: str
-    needed: bool = True
+    needed: bool
+
+    def __str__(self) -> str:
+        return f"{'ok  ' if self.ok else 'FAIL' if self.needed else 'note'} {self.name}: {self.text}"
 
 
-def examine() -> list[Check]:
+Part = tuple[str, Callable[[], str], bool]
+"""A part's name, its check (which says what is there, or raises what is wrong), and whether fastar needs it."""
+
+
+def examine(parts: Iterable[Part] | None = None) -> list[Check]:
     """Try every part for real (a tiny kernel, a tiny assignment, a tiny .beton file) and say how it went."""
-    parts: list[tuple[str, Callable[[], str], bool]] = [
-        ("python", _python, True),
-        ("torch", _torch, True),
-        ("gpu", _gpu, False),
-        ("bf16", _bf16, False),
-        ("kernels", _kernels, True),
-        ("assignment", _assignment, True),
-        ("lapjv", _lapjv, False),
-        ("ffcv", _ffcv, True),
-        ("torchvision", _torchvision, False),
-        ("memory", _memory, False),
-    ]
     checks = []
-    for name, part, needed in parts:
+    for name, part, needed in PARTS if parts is None else parts:
         try:
             checks.append(Check(name, True, part(), needed))
         except Exception as error:  # noqa: BLE001 (a broken installation fails in any way; each is reported)
@@ -72,24 +67,19 @@ def _gpu() -> str:
     return f"{torch.cuda.get_device_name()}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free, {bf16}"
 
 
-def _bf16() -> str:
-    """bf16 on the CPU; a GPU's is said with the GPU."""
-    found = bf16_instructions()
+def _bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """bf16 on the CPU, by the instructions of x86 or ARM; a GPU's is said with the GPU."""
+    try:
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    flags = next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), [])
+    found = [name for name in ("avx512_bf16", "amx_bf16", "bf16", "svebf16") if name in flags]
     if found:
         return (
             f"this CPU computes in it ({', '.join(found)}): train.precision=bf16 can halve a convolutional step on it"
         )
     return "this CPU has none of its own: train.precision=bf16 is emulated on it, and slower than fp32"
-
-
-def bf16_instructions(cpuinfo: Path = Path("/proc/cpuinfo")) -> list[str]:
-    """The instructions by which this CPU computes in bf16: of x86 or ARM, none where it is not known."""
-    try:
-        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:  # not Linux
-        return []
-    flags = next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), [])
-    return [name for name in ("avx512_bf16", "amx_bf16", "bf16", "svebf16") if name in flags]
 
 
 def _kernels() -> str:
@@ -153,3 +143,17 @@ def _torchvision() -> str:
 def _memory() -> str:
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return f"{pages / 2**30:.1f} GiB"
+
+
+PARTS: tuple[Part, ...] = (
+    ("python", _python, True),
+    ("torch", _torch, True),
+    ("gpu", _gpu, False),
+    ("bf16", _bf16, False),
+    ("kernels", _kernels, True),
+    ("assignment", _assignment, True),
+    ("lapjv", _lapjv, False),
+    ("ffcv", _ffcv, True),
+    ("torchvision", _torchvision, False),
+    ("memory", _memory, False),
+)

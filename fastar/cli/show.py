@@ -162,7 +162,6 @@ def doctor(given: Given) -> None:
     if given.json:
         print_json([vars(check) for check in checks])
     else:
-        for check in checks:
-            print(f"{'ok  ' if check.ok else 'FAIL' if check.needed else 'note'} {check.name}: {check.text}")
+        print_lines(map(str, checks))
     if any(check.needed and not check.ok for check in checks):
         raise typer.Exit(1)
