@@ -291,7 +291,7 @@ def test_missing_raw_data_says_where_and_how(tmp_path, monkeypatch):
     assert len(find_raw(DATASETS["cifar10"], None).train) == 60
 
 
-def test_digits_come_with_scikit_learn():
+def test_digits_come_with_scikit_learn(tmp_path):
     sklearn = pytest.importorskip("sklearn.datasets")
     raw = find_raw(DATASETS["digits"], None)
     assert (len(raw.train), len(raw.test)) == (1437, 360)
@@ -306,6 +306,8 @@ def test_digits_come_with_scikit_learn():
     shares = np.bincount(raw.test.labels) / np.bincount(labels)
     assert np.abs(shares - 0.2).max() < 0.005  # one image of a class is 0.0057
     assert raw.digest == find_raw(DATASETS["digits"], None).digest
+    files = prepare("digits", data_root=None, directory=tmp_path, raw=raw)
+    assert files.digest.startswith("5fddd7a29ac3")  # as ever: models name the data that they were trained on
 
 
 def test_array_split_refuses_what_does_not_fit():

@@ -19,7 +19,7 @@ from attempts import SECONDS, Attempts
 from cli_cases import contents, fastar
 from run_cases import SMALL, assert_log_is_whole, assert_same_models
 
-from fastar.data import open_files, verify_folder
+from fastar.data import verify_folder
 
 KILLS, TWENTY = 30, 20
 FASTAR = [sys.executable, "-m", "fastar"]
@@ -114,9 +114,7 @@ def test_twenty_kills_while_data_are_written_change_no_bit(tmp_path: Path, made:
         return sum(path.stat().st_blocks for path in present(cut.glob("made/*.partial")))
 
     assert killed_at_progress(command(cut), written, TWENTY, random.Random(3)) == TWENTY
-    # Which worker wrote which page, and so the files' bytes, changes from run to run; images, labels and order do not.
-    assert contents(cut).keys() == contents(whole).keys()
-    assert open_files(cut / "made").digest == open_files(whole / "made").digest
+    assert contents(cut) == contents(whole)
     assert verify_folder(cut / "made") == []
 
 
@@ -152,10 +150,10 @@ def test_twenty_kills_while_barriers_are_measured_change_no_bit(tmp_path: Path) 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """JPEGs of ImageNet's sizes."""
+    """JPEGs of ImageNet's sizes, enough for two processes that encode."""
     folder = tmp_path_factory.mktemp("made") / "images"
     tool = Path(__file__).parent.parent / "tools" / "make_images.py"
-    assert run([sys.executable, str(tool), str(folder), "--train", "200", "--val", "40"]).returncode == 0
+    assert run([sys.executable, str(tool), str(folder), "--train", "520", "--val", "40"]).returncode == 0
     return folder
 
 

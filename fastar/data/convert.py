@@ -56,7 +56,7 @@ def prepare(
     What is there is reused where it is whole and was written with the same settings (None: whatever it has, or the
     default) and limit, and, where `data_root` is given, from the same raw data: of images of one size their content, of
     others their names and sizes. Otherwise FastarError names the difference. Two processes may call this at once: the
-    second waits. Nothing unfinished is left behind.
+    second waits. Nothing unfinished is left behind. (Long for its arguments.)
 
     Args:
         dataset: as `--dataset` takes it.
@@ -178,7 +178,6 @@ def _write(
     name, limit, skip = folder.name, settings["limit"], settings.get("on_error") == "skip"
     splits: dict[str, RawSplit] = {"train": raw.train, "test": raw.test}
     chosen = {split: _chosen(spec, split, images, limit, shuffled) for split, images in splits.items()}
-
     layouts: dict[str, Layout] = {}
     for split, indices in chosen.items():
         count, classes = len(indices), len(raw.train.classes)
@@ -188,16 +187,11 @@ def _write(
             layouts[split] = FixedLayout(count, classes, (spec.height, spec.width, spec.channels))
     # Both splits before the first is begun: hours lie between their beginnings.
     predicted = sum(predicted_bytes(layouts[split], splits[split], chosen[split], skip=skip) for split in splits)
-    free = shutil.disk_usage(folder).free
-    needs = f"{sum(map(len, chosen.values())):,} images need about {size_text(predicted)}"
-    if predicted > free:
-        advice = "free some, or use a smaller preset" if spec.variable_size else "free some"
-        raise FastarError(f"{folder}: {needs}, the disk has {size_text(free)} free; {advice}")
+    said = _check_space(folder, sum(map(len, chosen.values())), predicted, spec.variable_size)
     if spec.variable_size:
-        progress.line(f"{name}: {needs} in {folder} ({size_text(free)} free)")
+        progress.line(f"{name}: {said}")
     if limit is None or not spec.variable_size:  # of a few images most of an archive is not read
-        md5 = dataset_spec("imagenet").md5 if spec.variable_size else spec.md5
-        note_other_files(md5, raw.files, progress)
+        note_other_files(dataset_spec("imagenet").md5 if spec.variable_size else spec.md5, raw.files, progress)
     checksums: dict[str, Checksums] = {}
     skipped = {}
     for split, images in splits.items():
@@ -233,6 +227,16 @@ def _write(
         metadata |= _metadata_of_one_size(spec, raw, folder / f"train.beton{PARTIAL}", layouts["train"])
         settings["encoding"] = "raw"
     return publish(folder, metadata, checksums)
+
+
+def _check_space(folder: Path, count: int, predicted: int, smaller_is_possible: bool) -> str:
+    """Raise FastarError where the disk has no space for the files; returns what there is, in words."""
+    free = shutil.disk_usage(folder).free
+    needs = f"{count:,} images need about {size_text(predicted)}"
+    if predicted > free:
+        advice = "free some, or use a smaller preset" if smaller_is_possible else "free some"
+        raise FastarError(f"{folder}: {needs}, the disk has {size_text(free)} free; {advice}")
+    return f"{needs} in {folder} ({size_text(free)} free)"
 
 
 def _metadata_of_one_size(spec: DatasetSpec, raw: RawDataset, train: Path, layout: Layout) -> dict[str, Any]:

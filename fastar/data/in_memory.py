@@ -1,7 +1,6 @@
 """A split held whole on the device: read once through FFCV, shuffled, augmented and normalised there."""
 
 from collections.abc import Iterator
-from contextlib import closing
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -152,8 +151,7 @@ def load(
     """
     # Only here: FFCV takes seconds, and tensors of a user's own need none of it.
     from fastar.data.ffcv.format import FixedLayout, check_beton
-    from fastar.data.ffcv.read import read_batches
-    from fastar.data.ffcv.verify import ContentDigest
+    from fastar.data.ffcv.read import read_chosen
 
     stored = stored_in(split)
     path, layout = files.path(stored), files.layout(stored)
@@ -164,21 +162,8 @@ def load(
         index = chosen_images(
             check_beton(path, layout), split, validation=validation, limit=limit, classes=files.classes, name=files.name
         )
-    images = np.empty((len(index), *layout.shape), np.uint8)
-    labels = np.empty(len(index), np.int64)
-    digest, start = ContentDigest(), 0
-    with (
-        closing(read_batches(path, layout)) as batches,
-        progress.task(f"reading {files.name} {split}", layout.count, "images") as advance,
-    ):
-        for some_images, some_labels in batches:
-            stop = start + len(some_labels)
-            these = slice(*np.searchsorted(index, (start, stop)))
-            images[these], labels[these] = some_images[index[these] - start], some_labels[index[these] - start]
-            digest.update(some_images, some_labels)
-            start = stop
-            advance(len(some_labels))
-    if digest.hexdigest() != files.metadata["content"][stored]:
+    images, labels, content = read_chosen(path, layout, index, progress, f"reading {files.name} {split}")
+    if content != files.metadata["content"][stored]:
         raise FastarError(
             f"{path}: its pixels are not those that were written (damaged or replaced); "
             f"delete {path.parent} and write it again"

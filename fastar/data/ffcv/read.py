@@ -14,8 +14,9 @@ import torch
 from fastar.data.ffcv.decode import CropDecoder, Plan
 from fastar.data.ffcv.format import FixedLayout, VariableLayout, check_beton, image_table
 from fastar.data.ffcv.names import Compiler, EpochIterator, Loader, OrderOption, torch_threads_kept
-from fastar.data.ffcv.verify import Checksums, tables_digest
+from fastar.data.ffcv.verify import Checksums, ContentDigest, tables_digest
 from fastar.errors import FastarError
+from fastar.runtime.progress import Progress
 
 Batches = Generator[tuple[np.ndarray, np.ndarray], None, None]
 
@@ -133,6 +134,26 @@ def read_batches(
         # Whatever FFCV's thread or compiler ran into belongs to this file; the cause stays attached.
         except Exception as error:
             raise FastarError(f"{path}: FFCV's loader failed ({type(error).__name__}: {error})") from error
+
+
+def read_chosen(
+    path: Path, layout: FixedLayout, index: np.ndarray, progress: Progress, description: str
+) -> tuple[np.ndarray, np.ndarray, str]:
+    """Images uint8 [n, H, W, C] and labels int64 [n] of the samples `index` (sorted), and the digest of all content."""
+    images, labels = np.empty((len(index), *layout.shape), np.uint8), np.empty(len(index), np.int64)
+    digest, start = ContentDigest(), 0
+    with (
+        closing(read_batches(path, layout)) as batches,
+        progress.task(description, layout.count, "images") as advance,
+    ):
+        for some_images, some_labels in batches:
+            stop = start + len(some_labels)
+            these = slice(*np.searchsorted(index, (start, stop)))
+            images[these], labels[these] = some_images[index[these] - start], some_labels[index[these] - start]
+            digest.update(some_images, some_labels)
+            start = stop
+            advance(len(some_labels))
+    return images, labels, digest.hexdigest()
 
 
 class ImageReader:
