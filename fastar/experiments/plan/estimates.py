@@ -161,11 +161,16 @@ class Needs:
         estimate("evaluation: images and activations", passes, "evaluation")
         if not exact.settings.dataset.spec.variable_size:
             return items
-        decoded = DECODED * choice.batch * pixels, DECODED * choice.measured * math.prod(self.measured_image)
+        shown = max(self._passes(choice)) * math.prod(self.measured_image)
+        decoded = DECODED * choice.batch * pixels, DECODED * shown
         return [
             *items,
             *(Item("host", "decoded batches ahead", n, p) for n, p in zip(decoded, PHASES[::2], strict=True)),
         ]
+
+    def _passes(self, choice: Choice) -> tuple[int, ...]:
+        """Images of a batch of losses, and of batch-norm statistics where they are taken."""
+        return (choice.measured, choice.batch) if self.statistics else (choice.measured,)
 
     def _made(self, pixels: int, batch: int) -> int:
         """Images that are on the device in fp32 at a time: a batch, or a block of batches of a set that is held."""
@@ -188,7 +193,7 @@ class Needs:
         """Models that are held at a time, and bytes of the images and activations of a batch."""
         exact, pixels = self.exact, math.prod(self.measured_image)
         passes = 0
-        for batch in (choice.measured, choice.batch) if self.statistics else (choice.measured,):
+        for batch in self._passes(choice):
             block = pixels * self._made(pixels, batch)
             passes = max(passes, 4 * block + max(self.forward.at(batch), NEXT * block))
         held = held_bytes(exact.settings, exact.counts)
