@@ -94,161 +94,140 @@ def evaluate_rows(
     """
     if rows.ndim != 2 or rows.shape[1] != layout.numel:
         raise ValueError(f"rows must be [K, {layout.numel}], got {tuple(rows.shape)}")
-    count = len(rows)
-    views = layout.views(rows)
-    names = list(views)
-    singles = [{name: view[k] for name, view in views.items()} for k in range(count)]
-    found: list[Statistics | None] = list(statistics) if statistics is not None else [None] * count
     if method not in ("population", "reference"):
         raise ValueError(f"method={method!r}: population or reference")
-    stacked = views if count > 1 and stackable(model) and all(value is None for value in found) else None
-    results = {}
-    graphed = _graphed if graph else _plain
-    with full_precision(), bound(model, names) as bind, evaluating(model):
-        if batch_norm_layers(model):
-            todo = [k for k in range(count) if found[k] is None]
-            if todo and statistics_batches is None:
-                raise FastarError("the model has batch-norm: statistics_batches are needed to re-estimate it")
-            if todo and statistics_batches is not None:
-                estimate = _population if method == "population" else _moving_average
-                for k, value in zip(
-                    todo,
-                    estimate(model, bind, [singles[k] for k in todo], statistics_batches, graphed, advance),
-                    strict=True,
-                ):
-                    found[k] = value
+    views, results = layout.views(rows), {}
+    found: list[Statistics | None] = list(statistics) if statistics is not None else [None] * len(rows)
+    with full_precision(), bound(model, list(views)) as bind, evaluating(model):
+        passes = _Passes(model, bind, views, graph, advance)
+        todo = [k for k, one in enumerate(found) if one is None] if batch_norm_layers(model) else []
+        if todo and statistics_batches is None:
+            raise FastarError("the model has batch-norm: statistics_batches are needed to re-estimate it")
+        if todo and statistics_batches is not None:
+            estimate = passes.population if method == "population" else passes.moving_average
+            for k, value in zip(todo, estimate(todo, statistics_batches), strict=True):
+                found[k] = value
         for split, batches in splits.items():
-            measured = _measure(model, bind, singles, found, batches, rows.device, graphed, advance, stacked)
-            wrong = (~torch.isfinite(measured.loss)).nonzero().flatten().tolist()
+            results[split] = passes.measure(found, batches)
+            wrong = (~torch.isfinite(results[split].loss)).nonzero().flatten().tolist()
             if wrong:
                 name = f"model {wrong[0]}" if called is None else called[wrong[0]]
                 raise FastarError(
                     f"{name} has a loss that is not finite on {split}: its weights, or what they compute, are too "
                     "large for float32; measure without it"
                 )
-            results[split] = measured
     return results
 
 
-Work = Callable[[Tensor, Tensor], Tensor]
+@dataclass(frozen=True)
+class _Passes:
+    """Passes over data with K models.
 
+    Args:
+        bind: makes given tensors the parameters of `model`.
+        views: parameters [K, ...] of the models, by name.
+        graph: replay the work of each batch as a CUDA graph.
+        advance: told the number of (model, batch) evaluations done.
+    """
 
-def _plain(work: Work, moved: Sequence[Tensor], device: torch.device) -> Work:
-    return work
+    model: nn.Module
+    bind: Callable[[Mapping[str, Tensor]], None]
+    views: Mapping[str, Tensor]
+    graph: bool
+    advance: Callable[[int], None]
 
+    def one(self, k: int) -> dict[str, Tensor]:
+        """The parameters of model `k`."""
+        return {name: view[k] for name, view in self.views.items()}
 
-def _graphed(work: Work, moved: Sequence[Tensor], device: torch.device) -> Work:
-    """`work` on a batch as a CUDA graph; batches of another shape than the first (the last one) go without it."""
-    graph = CallGraph(work, moved, device, setting="evaluation.graph")
-    return lambda images, labels: (graph if graph.fits(images, labels) else work)(images, labels)
-
-
-def _population(
-    model: nn.Module,
-    bind: Callable[[Mapping[str, Tensor]], None],
-    singles: Sequence[Mapping[str, Tensor]],
-    batches: Batches,
-    graphed: Callable[[Work, Sequence[Tensor], torch.device], Work],
-    advance: Callable[[int], None],
-) -> list[Statistics]:
-    batch = BatchStatistics(model)
-    populations = [PopulationStatistics(batch) for _ in singles]
-
-    def show(images: Tensor, labels: Tensor) -> Tensor:
-        for parameters, population in zip(singles, populations, strict=True):
-            bind(parameters)
-            call(model, images)
-            population.add()
-        return batch.buffer
-
-    moved = [batch.buffer, *(tensor for population in populations for tensor in population.state())]
-    work = graphed(show, moved, batch.buffer.device)
-    with batch.capturing():
+    def run(
+        self, work: Callable[[Tensor, Tensor], Tensor], moved: Sequence[Tensor], batches: Batches, models: int
+    ) -> int:
+        """Do `work`, which changes the tensors `moved`, on every batch; the number of samples."""
+        samples = 0
+        # Batches of another shape than the first (the last one) go without the graph.
+        graph = CallGraph(work, moved, moved[0].device, setting="evaluation.graph") if self.graph else None
         for images, labels in batches():
-            work(images, labels)
-            advance(len(singles))
-    return [population.result() for population in populations]
+            (graph if graph is not None and graph.fits(images, labels) else work)(images, labels)
+            samples += len(labels)
+            self.advance(models)
+        return samples
 
+    def population(self, chosen: Sequence[int], batches: Batches) -> list[Statistics]:
+        """The exact batch-norm statistics of the models `chosen` over all data."""
+        batch = BatchStatistics(self.model)
+        populations = [PopulationStatistics(batch) for _ in chosen]
+        singles = [self.one(k) for k in chosen]
 
-def _moving_average(
-    model: nn.Module,
-    bind: Callable[[Mapping[str, Tensor]], None],
-    singles: Sequence[Mapping[str, Tensor]],
-    batches: Batches,
-    graphed: Callable[[Work, Sequence[Tensor], torch.device], Work],
-    advance: Callable[[int], None],
-) -> list[Statistics]:
-    layers = batch_norm_layers(model)
-    found = [own_statistics(model) for _ in singles]
-    kept = {name: layer.momentum for name, layer in layers.items()}
-    for layer in layers.values():
-        layer.momentum = 0.1
-        layer.train()
+        def show(images: Tensor, labels: Tensor) -> Tensor:
+            for parameters, population in zip(singles, populations, strict=True):
+                self.bind(parameters)
+                call(self.model, images)
+                population.add()
+            return batch.buffer
 
-    def show(images: Tensor, labels: Tensor) -> Tensor:
-        for parameters, statistics in zip(singles, found, strict=True):
-            bind(parameters)
-            set_statistics(model, statistics)
-            call(model, images)  # writes into `statistics`
-        return labels
+        moved = [batch.buffer, *(tensor for population in populations for tensor in population.state())]
+        with batch.capturing():
+            self.run(show, moved, batches, len(chosen))
+        return [population.result() for population in populations]
 
-    moved = [tensor for statistics in found for tensor in statistics.values()]
-    work = graphed(show, moved, moved[0].device)
-    for images, labels in batches():
-        work(images, labels)
-        advance(len(singles))
-    for name, layer in layers.items():
-        layer.momentum = kept[name]
-        layer.eval()
-    return found
+    def moving_average(self, chosen: Sequence[int], batches: Batches) -> list[Statistics]:
+        """The moving averages of batch-norm statistics, as the paper's code takes them."""
+        found = [own_statistics(self.model) for _ in chosen]
+        singles = [self.one(k) for k in chosen]
+        layers = batch_norm_layers(self.model).values()
+        kept = [layer.momentum for layer in layers]
+        for layer in layers:
+            layer.momentum = 0.1
+            layer.train()
 
+        def show(images: Tensor, labels: Tensor) -> Tensor:
+            for parameters, statistics in zip(singles, found, strict=True):
+                self.bind(parameters)
+                set_statistics(self.model, statistics)
+                call(self.model, images)  # writes into `statistics`
+            return labels
 
-def _measure(
-    model: nn.Module,
-    bind: Callable[[Mapping[str, Tensor]], None],
-    singles: Sequence[Mapping[str, Tensor]],
-    statistics: Sequence[Statistics | None],
-    batches: Batches,
-    device: torch.device,
-    graphed: Callable[[Work, Sequence[Tensor], torch.device], Work],
-    advance: Callable[[int], None],
-    stacked: Mapping[str, Tensor] | None,
-) -> Measured:
-    losses = torch.zeros(len(singles), dtype=torch.float64, device=device)
-    correct = torch.zeros(len(singles), dtype=torch.int64, device=device)
-    tried = False
+        self.run(show, [tensor for statistics in found for tensor in statistics.values()], batches, len(chosen))
+        for layer, momentum in zip(layers, kept, strict=True):
+            layer.momentum = momentum
+            layer.eval()
+        return found
 
-    def add(images: Tensor, labels: Tensor) -> Tensor:
-        nonlocal stacked, tried
-        if not tried and not (stacked is not None and isinstance(images, Tensor) and stacks(model, stacked, images)):
-            stacked = None
-        tried = True
-        at_once = networks_at_once(model, len(labels), labels.device) if stacked is not None else 1
-        if stacked is not None and at_once > 1:
-            for start in range(0, len(singles), at_once):
-                part = slice(start, start + at_once)
-                together = stacked_logits(model, {name: view[part] for name, view in stacked.items()}, images).float()
-                each = F.cross_entropy(together.flatten(0, 1), labels.repeat(len(together)), reduction="none")
-                losses[part] += each.view(len(together), -1).sum(1)
-                correct[part] += (together.argmax(2) == labels).sum(1)
-                del together, each  # before the next ones are made
+    def measure(self, statistics: Sequence[Statistics | None], batches: Batches) -> Measured:
+        """Mean loss and accuracy of all models, with these batch-norm statistics (None: there is no batch-norm)."""
+        count = len(statistics)
+        singles = [self.one(k) for k in range(count)]
+        device = next(iter(self.views.values())).device
+        losses = torch.zeros(count, dtype=torch.float64, device=device)
+        correct = torch.zeros(count, dtype=torch.int64, device=device)
+        stacked = None  # known at the first batch
+        together = count > 1 and stackable(self.model) and all(one is None for one in statistics)
+
+        def add(images: Tensor, labels: Tensor) -> Tensor:
+            nonlocal stacked
+            if stacked is None:
+                stacked = together and isinstance(images, Tensor) and stacks(self.model, self.views, images)
+            at_once = networks_at_once(self.model, len(labels), labels.device) if stacked else 1
+            if at_once > 1:
+                for part in (slice(start, start + at_once) for start in range(0, count, at_once)):
+                    some = {name: view[part] for name, view in self.views.items()}
+                    logits = stacked_logits(self.model, some, images).float()
+                    each = F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(logits)), reduction="none")
+                    losses[part] += each.view(len(logits), -1).sum(1)
+                    correct[part] += (logits.argmax(2) == labels).sum(1)
+                    del logits, each  # before the next ones are made
+                return losses
+            for k, (parameters, own) in enumerate(zip(singles, statistics, strict=True)):
+                self.bind(parameters)
+                if own is not None:
+                    set_statistics(self.model, own)
+                logits = call(self.model, images).float()
+                losses[k].add_(F.cross_entropy(logits, labels, reduction="sum"))
+                correct[k].add_((logits.argmax(1) == labels).sum())
             return losses
-        for k, parameters in enumerate(singles):
-            bind(parameters)
-            own = statistics[k]
-            if own is not None:
-                set_statistics(model, own)
-            logits = call(model, images).float()
-            losses[k].add_(F.cross_entropy(logits, labels, reduction="sum"))
-            correct[k].add_((logits.argmax(1) == labels).sum())
-        return losses
 
-    work = graphed(add, [losses, correct], device)
-    seen = 0
-    for images, labels in batches():
-        work(images, labels)
-        seen += len(labels)
-        advance(len(singles))
-    if not seen:
-        raise FastarError("no data to evaluate on: the split is empty")
-    return Measured(loss=(losses / seen).cpu(), accuracy=(correct.double() / seen).cpu())
+        samples = self.run(add, [losses, correct], batches, count)
+        if not samples:
+            raise FastarError("no data to evaluate on: the split is empty")
+        return Measured(loss=(losses / samples).cpu(), accuracy=(correct.double() / samples).cpu())

@@ -136,71 +136,75 @@ def evaluate_paths(
     if points < 2:
         raise ValueError(f"points={points}: a path needs its two ends")
     ts = [i / (points - 1) for i in range(points)]
-    jobs: dict[tuple[int, int, float], tuple[Segment, float]] = {}
-    keys: list[list[tuple[int, int, float]]] = []
-    for path in paths:
-        keys.append([])
-        for t in ts:
-            first, second = (
-                (path.first, path.first)
-                if t == 0
-                else (path.second, path.second)
-                if t == 1
-                else (path.first, path.second)
-            )
-            key = (id(first), id(second), 0.0 if first is second else t)
-            keys[-1].append(key)
-            jobs.setdefault(key, (path, t))
-    todo = list(jobs.items())
+    of_paths = [[_Point.of(path, t) for t in ts] for path in paths]
+    todo = list(dict.fromkeys(point for points in of_paths for point in points))
     if not todo:
         return []
     device = next(model.parameters()).device
     check_kernels(device)
     row_of = _Rows(device)
-    chunk = resident or _models_at_once(
-        model, layout, todo[0][1][0], row_of, len(todo), splits, statistics_batches, method
-    )
-    measured: dict[tuple[int, int, float], dict[str, tuple[float, float]]] = {}
+    chunk = resident or _models_at_once(model, layout, todo[0], row_of, len(todo), splits, statistics_batches, method)
+    measured: dict[_Point, dict[str, tuple[float, float]]] = {}
     rows = torch.empty(min(chunk, len(todo)), layout.numel, device=device, dtype=torch.float32)
     with progress.task("evaluating", total=len(todo), unit="models") as advance:
-        for start in range(0, len(todo), chunk):
-            part = todo[start : start + chunk]
-            for row, (_, (path, t)) in zip(rows, part, strict=False):
-                interpolate(
-                    row_of(path.first), row_of(path.second), torch.tensor(t, device=device, dtype=torch.float32), row
-                )
-            own = [_own_statistics(path, t, method) for _, (path, t) in part]
+        for some in (todo[start : start + chunk] for start in range(0, len(todo), chunk)):
+            for row, point in zip(rows, some, strict=False):
+                t = torch.tensor(point.t, device=device, dtype=torch.float32)
+                interpolate(row_of(point.first), row_of(point.second), t, row)
             results = evaluate_rows(
                 model,
                 layout,
-                rows[: len(part)],
+                rows[: len(some)],
                 splits,
-                statistics=own,
+                statistics=[point.statistics(method) for point in some],
                 statistics_batches=statistics_batches,
                 method=method,
                 graph=graph,
-                called=[_name(path, t) for _, (path, t) in part],
+                called=[point.name for point in some],
             )
-            for k, (key, _) in enumerate(part):
-                measured[key] = {s: (float(m.loss[k]), float(m.accuracy[k])) for s, m in results.items()}
-            advance(len(part))
+            for k, point in enumerate(some):
+                measured[point] = {s: (float(m.loss[k]), float(m.accuracy[k])) for s, m in results.items()}
+            advance(len(some))
     return [
         PathLosses(
             path.kind,
             path.first.name,
             path.second.name,
             ts,
-            {split: [measured[key][split][0] for key in path_keys] for split in splits},
-            {split: [measured[key][split][1] for key in path_keys] for split in splits},
+            {split: [measured[point][split][0] for point in points] for split in splits},
+            {split: [measured[point][split][1] for point in points] for split in splits},
         )
-        for path, path_keys in zip(paths, keys, strict=True)
+        for path, points in zip(paths, of_paths, strict=True)
     ]
+
+
+@dataclass(frozen=True)
+class _Point:
+    """A point of a path; an end is a point between itself and itself, so that it is one for all its paths."""
+
+    first: Endpoint
+    second: Endpoint
+    t: float
+
+    @classmethod
+    def of(cls, path: Segment, t: float) -> _Point:
+        first, second = path.second if t == 1 else path.first, path.first if t == 0 else path.second
+        return cls(first, second, 0.0 if first is second else t)
+
+    @property
+    def name(self) -> str:
+        first, second = self.first.name, self.second.name
+        return first if self.first is self.second else f"the point t={self.t:g} from {first} to {second}"
+
+    def statistics(self, method: str) -> Statistics | None:
+        """The batch-norm statistics that it is measured with; None: they are re-estimated."""
+        return self.first.statistics or None if method == "reference" and self.first is self.second else None
 
 
 def _models_at_once(
     model: nn.Module,
     layout: FlatLayout,
-    path: Segment,
+    point: _Point,
     row_of: _Rows,
     wanted: int,
     splits: Mapping[str, Batches],
@@ -208,7 +212,7 @@ def _models_at_once(
     method: str,
 ) -> int:
     """How many of `wanted` models to hold at once; on a GPU what is left for batches and activations is measured, on
-    the first batches of every pass with the first end of `path`."""
+    the first batches of every pass with the first end of `point`."""
     device, extra = next(model.parameters()).device, None
 
     def some(batches: Batches) -> Batches:
@@ -219,25 +223,12 @@ def _models_at_once(
             evaluate_rows(
                 model,
                 layout,
-                row_of(path.first)[None],
+                row_of(point.first)[None],
                 {split: some(batches) for split, batches in splits.items()},
-                statistics=[_own_statistics(path, 0.0, method)],
+                statistics=[point.statistics(method)],
                 statistics_batches=None if statistics_batches is None else some(statistics_batches),
                 method=method,
-                called=[path.first.name],
+                called=[point.name],
             )
         extra = live.peak + ENDS * 4 * layout.numel
     return resident_models(4 * layout.numel + statistics_bytes(model), device, wanted, extra)
-
-
-def _name(path: Segment, t: float) -> str:
-    """What a point of a path is called."""
-    first, second = path.first.name, path.second.name
-    return first if t == 0 else second if t == 1 else f"the point t={t:g} from {first} to {second}"
-
-
-def _own_statistics(path: Segment, t: float, method: str) -> Statistics | None:
-    if method != "reference" or t not in (0.0, 1.0):
-        return None
-    end = path.first if t == 0.0 else path.second
-    return end.statistics or None
