@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from numbers import Integral
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedParameter
 from torch.utils._pytree import tree_map_only
 
@@ -33,23 +31,22 @@ from fastar.evaluation.batches import (
     tried,
     with_parameters,
 )
-from fastar.evaluation.ends import check_end, outputs_of
+from fastar.evaluation.ends import check_end, interpolated_buffers, outputs_of
 from fastar.flat import FlatLayout
 from fastar.flat.forward import Batch
-from fastar.flat.state_check import check_computed, check_one_value, check_state_of, copied, is_vector, tensors_of
+from fastar.flat.state_check import check_computed, check_one_value, check_state_of, copied
 from fastar.matching import EXAMPLE_BATCHES, Examples, ManyResult, MatchResult, To
 from fastar.runtime.progress import SILENT, Progress
 from fastar.symmetry import (
+    TIE_ALIKE,
     ExampleInputs,
     Permutations,
     PermutationSpec,
     Symmetry,
     check_same_function,
+    check_ties,
     symmetry_by_settings,
 )
-from fastar.symmetry.symmetry import Member
-
-TIE_ALIKE = "tie them in both networks or in neither"
 
 
 class Matched(Permutations):
@@ -176,21 +173,18 @@ def match_many(
         raise FastarError(f"models is a {type(models).__name__}: give a list of networks")
     if not models:
         raise FastarError("there are no models to match: give at least two")
-    first = models[0] if centre is None else centre
-    device = _device(first, "models[0]" if centre is None else "centre")
-    for n, model in enumerate(models):
-        _device(model, f"models[{n}]")
+    named = ({} if centre is None else {"centre": centre}) | {f"models[{n}]": model for n, model in enumerate(models)}
+    first, (device, *_) = next(iter(named.values())), [_device(model, name) for name, model in named.items()]
     states = [model.state_dict() for model in models]
     for n, state in enumerate(states):
         check_state_of(first, state, f"models[{n}]")
         if to != "pairwise":
             check_one_value(first, state, f"models[{n}]", f"their average can hold but one; {TIE_ALIKE}")
-    called = {} if centre is None else {"centre": centre}
-    called |= {f"models[{n}]": model for n, model in enumerate(models)}
-    symmetry = _symmetry(called, example_inputs, settings, spec, allow_partial)
+    symmetry = _symmetry(named, example_inputs, settings, spec, allow_partial)
     result = matching.match_many(
         symmetry,
-        [_tensors(state, device) for state in states],
+        # A state dict may hold more than tensors (`get_extra_state`).
+        [{n: v.to(device) for n, v in state.items() if isinstance(v, Tensor)} for state in states],
         to=to or ("mean" if centre is None else "star"),
         centre=None if centre is None else centre.state_dict(),
         settings=settings,
@@ -200,18 +194,16 @@ def match_many(
         progress=progress,
     )
     found = [] if result.permutations is None else [result.permutations.select(n) for n in range(len(models))]
-    average = None
-    if result.mean is not None:
-        average = copied(first)
-        state = average.state_dict()  # with its modules' versions
-        state.update(result.mean)
-        average.load_state_dict(state)
-    return ManyMatched(found, average, symmetry, result)
+    return ManyMatched(found, None if result.mean is None else _with_state(first, result.mean), symmetry, result)
 
 
-def _tensors(state: Mapping[str, Any], device: torch.device) -> dict[str, Tensor]:
-    """What of a state dict can be matched: it may hold more than tensors (`get_extra_state`)."""
-    return {name: value.to(device) for name, value in state.items() if isinstance(value, Tensor)}
+def _with_state(model: nn.Module, tensors: Mapping[str, Tensor]) -> nn.Module:
+    """A copy of a network with other tensors."""
+    twin = copied(model)
+    state = twin.state_dict()  # with its modules' versions
+    state.update(tensors)
+    twin.load_state_dict(state)
+    return twin
 
 
 def _symmetry(
@@ -234,23 +226,22 @@ def _symmetry(
     else:
         symmetry = symmetry_by_settings(settings, twin, inputs, allow_partial=allow_partial)
     for called, one in models.items():
-        _check_ties(symmetry, one, called)
+        check_ties(symmetry, one, called)
     return symmetry
 
 
 def _examples(model: nn.Module, data: Data | None, settings: MatchingSettings) -> Callable[[], Examples]:
     """The first batches, for methods that look at data."""
-    method = settings.method
 
     def examples() -> Examples:
         if data is None:
-            raise FastarError(f"method={method!r} needs data: give (inputs, labels) batches as data")
+            raise FastarError(f"method={settings.method!r} needs data: give (inputs, labels) batches as data")
         device = _device(model, "the model")
         found = list(islice(batches_of(data, device, "data")(), EXAMPLE_BATCHES))
         if not found:
-            raise FastarError(f"method={method!r} needs data, and there is no batch in what was given as data")
+            raise FastarError(f"method={settings.method!r} needs data, and there is no batch in what was given as data")
         twin, floats = float_copy(model, device), list(in_float(lambda: iter(found))())
-        by_loss = method == "sinkhorn"
+        by_loss = settings.method == "sinkhorn"
         for inputs, labels in floats if by_loss else floats[:1]:
             outputs = outputs_of(twin, inputs, "the model, on data,")
             if by_loss:
@@ -284,31 +275,6 @@ def _device(model: nn.Module, name: str) -> torch.device:
     return first.device
 
 
-def _check_ties(symmetry: Symmetry, model: nn.Module, name: str) -> None:
-    """A FastarError where `model` ties tensors that the symmetry moves apart: one tensor cannot move in two ways."""
-    moves: dict[str, set[tuple[str, Member]]] = {}
-    for group in symmetry.groups:
-        for member in group.members:
-            moves.setdefault(member.tensor, set()).add((group.name, replace(member, tensor="")))
-    first: dict[object, str] = {}
-    in_memory: dict[object, str] = {}
-    for own, tensor in tensors_of(model).items():
-        owner = first.setdefault(id(tensor), own)
-        if symmetry.tied.get(own, own) != symmetry.tied.get(owner, owner):
-            raise FastarError(
-                f"{name}: {own!r} and {owner!r} are one tensor, but two in the model that the groups were derived "
-                f"from: {TIE_ALIKE}"
-            )
-        if not tensor.numel():
-            continue
-        other = in_memory.setdefault((tensor.device, tensor.data_ptr()), own)
-        if moves.get(own) != moves.get(other):
-            raise FastarError(
-                f"{name}: {own!r} and {other!r} are two tensors that share memory, and would have to move in two "
-                "ways: tie them by using one nn.Parameter, or one buffer, twice"
-            )
-
-
 def apply(permutations: Permutations, model: nn.Module, *, symmetry: Symmetry | None = None) -> nn.Module:
     """A copy of `model` with its hidden units permuted: it computes the same in evaluation mode.
 
@@ -332,7 +298,7 @@ def apply(permutations: Permutations, model: nn.Module, *, symmetry: Symmetry | 
         if not isinstance(permutations, Matched):
             raise FastarError("these permutations do not know their groups: give symmetry=matched.symmetry")
         symmetry = permutations.symmetry
-    _check_ties(symmetry, model, "model")
+    check_ties(symmetry, model, "model")
     twin = copied(model)
     twin.load_state_dict(symmetry.apply(permutations, twin.state_dict()))
     return twin
@@ -369,13 +335,11 @@ def barrier(
 ) -> Barrier:
     """The loss barrier between two models of one architecture, as they are (paper, eq. 10).
 
-    Models are evaluated in float32 on the device of `model_a`, whatever their dtype and that of their inputs; neither
-    is changed. Parameters are interpolated, and buffers of the state dict that hold a value for each unit (those of
-    frozen batch-norms) and differ; batch-norm statistics are re-estimated at every point, ends included (paper,
-    appendix B.3). All else that a model computes with has to be the same in both, since nothing says what it is between
-    two models. Other buffers are compared, also those that no state dict has (`persistent=False`). The rest
-    (tensors and numbers that are plain attributes, kinds of layers, caches) is held by running each model once, on the
-    first batch and with its own batch-norm statistics, beside the network that stands for it at its end of the path.
+    Models are evaluated in float32 on the device of `model_a`; neither is changed. Parameters are interpolated, and
+    buffers of the state dict that hold a value for each unit (those of frozen batch-norms) and differ. Batch-norm
+    statistics are re-estimated at every point, ends included (paper, appendix B.3). All else has to be the same in
+    both: other buffers are compared, and each model is run once, on the first batch and with its own batch-norm
+    statistics, beside the network that stands for it at its end of the path.
 
     Args:
         model_a: at t = 0; its forward takes a batch of inputs and returns logits [batch, classes]. Labels are whole
@@ -387,10 +351,8 @@ def barrier(
             batch of one sample that a layer could not take a variance of is joined to the one before it.
 
     Raises:
-        FastarError: no networks, another architecture or other buffers, an end of the path that does not compute what
-            its model does, a model that draws random numbers in evaluation mode, fewer than 2 points, no data or data
-            of one pass only, inputs that the forward does not take, outputs that are not logits, labels that do not fit
-            them, a loss that is not finite.
+        FastarError: models that are no networks of one architecture, that differ in more than parameters, or that draw
+            random numbers in evaluation mode; data, labels or outputs that do not fit; a loss that is not finite.
     """
     if not isinstance(points, Integral) or points < 2:
         raise FastarError(f"points={points}: a path needs its two ends, give a whole number of at least 2")
@@ -399,8 +361,7 @@ def barrier(
     states = [given.state_dict() for given in models.values()]
     check_state_of(model_a, states[1], "model_b")
     check_one_value(model_a, states[1], "model_b", f"a path can hold but one; {TIE_ALIKE}")
-    between = _interpolated_buffers(model_a, model_b)
-    model = with_parameters(float_copy(model_a, device), between)
+    model = with_parameters(float_copy(model_a, device), interpolated_buffers(model_a, model_b))
     layout = FlatLayout.from_module(model)
     floats = in_float(batches_of(data, device, "data"))
     first = next(floats(), None)
@@ -436,34 +397,3 @@ def _of_statistics(
     if layer_of_single_values(model, first[0], len(first[1])) is None:
         return batches
     return lambda: joined(batches())
-
-
-def _equal(first: Tensor, second: Tensor) -> bool:
-    """Tell whether two tensors have one shape and, in the coarser of their dtypes, one value; NaN equals itself."""
-    if first.shape != second.shape:
-        return False
-    pairs = ((first, second.to(first)), (first.to(second), second))
-    return any(bool(((a == b) | ((a != a) & (b != b))).all()) for a, b in pairs)
-
-
-def _interpolated_buffers(model_a: nn.Module, model_b: nn.Module) -> list[str]:
-    """The buffers that differ and can be interpolated; a FastarError where another one differs that is not a statistic
-    of a batch-norm."""
-    norms = [name for name, module in model_a.named_modules(remove_duplicate=False) if isinstance(module, _BatchNorm)]
-    buffers = [dict(model.named_buffers(remove_duplicate=False)) for model in (model_a, model_b)]
-    persistent, found = model_a.state_dict().keys() & model_b.state_dict().keys(), []
-    for name in dict.fromkeys((*buffers[0], *buffers[1])):
-        module, _, leaf = name.rpartition(".")
-        if leaf == "num_batches_tracked" or (leaf in ("running_mean", "running_var") and module in norms):
-            continue
-        first, second = (own.get(name) for own in buffers)
-        if first is not None and second is not None and _equal(first, second):
-            continue
-        if name in persistent and first is not None and first.is_floating_point() and is_vector(first):
-            found.append(name)
-            continue
-        raise FastarError(
-            f"model_a and model_b differ in buffer {name!r}, which is neither a parameter to interpolate nor a "
-            "batch-norm's statistic to re-estimate: make it equal in both, or a parameter"
-        )
-    return found

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 
 from fastar.errors import FastarError, first_line
@@ -16,7 +17,7 @@ from fastar.evaluation.batch_norm import evaluating, own_statistics, set_statist
 from fastar.evaluation.losses import bound
 from fastar.flat import FlatLayout
 from fastar.flat.forward import Batch, call, gaps
-from fastar.flat.state_check import NAMED, first_few
+from fastar.flat.state_check import NAMED, first_few, is_vector
 from fastar.runtime.full_precision import full_precision
 from fastar.symmetry.same_function import differences
 
@@ -144,3 +145,37 @@ def _layout_hint(model: nn.Module, batch: Batch) -> str:
     if batch.shape[3] != first.in_channels:
         return ""
     return " (these look like [batch, height, width, channels]: inputs.permute(0, 3, 1, 2))"
+
+
+def _equal(first: Tensor, second: Tensor) -> bool:
+    """Tell whether two tensors have one shape and, in the coarser of their dtypes, one value; NaN equals itself."""
+    if first.shape != second.shape:
+        return False
+    pairs = ((first, second.to(first)), (first.to(second), second))
+    return any(bool(((a == b) | ((a != a) & (b != b))).all()) for a, b in pairs)
+
+
+def interpolated_buffers(model_a: nn.Module, model_b: nn.Module) -> list[str]:
+    """The buffers that differ between two networks of one architecture, and can be interpolated.
+
+    Raises:
+        FastarError: another one differs that is no statistic of a batch-norm.
+    """
+    norms = [name for name, module in model_a.named_modules(remove_duplicate=False) if isinstance(module, _BatchNorm)]
+    buffers = [dict(model.named_buffers(remove_duplicate=False)) for model in (model_a, model_b)]
+    persistent, found = model_a.state_dict().keys() & model_b.state_dict().keys(), []
+    for name in dict.fromkeys((*buffers[0], *buffers[1])):
+        module, _, leaf = name.rpartition(".")
+        if leaf == "num_batches_tracked" or (leaf in ("running_mean", "running_var") and module in norms):
+            continue
+        first, second = (own.get(name) for own in buffers)
+        if first is not None and second is not None and _equal(first, second):
+            continue
+        if name in persistent and first is not None and first.is_floating_point() and is_vector(first):
+            found.append(name)
+            continue
+        raise FastarError(
+            f"model_a and model_b differ in buffer {name!r}, which is neither a parameter to interpolate nor a "
+            "batch-norm's statistic to re-estimate: make it equal in both, or a parameter"
+        )
+    return found

@@ -3,12 +3,13 @@
 from fastar.symmetry.derive import derive_symmetry, symmetry_by_settings
 from fastar.symmetry.permutations import Permutations
 from fastar.symmetry.random_network import ExampleInputs
-from fastar.symmetry.same_function import check_same_function
+from fastar.symmetry.same_function import TIE_ALIKE, check_same_function, check_ties
 from fastar.symmetry.spec import PermutationSpec, Span
 from fastar.symmetry.symmetry import Group, Member, Symmetry, without_groups
 from fastar.symmetry.verify import verify_symmetry
 
 __all__ = [
+    "TIE_ALIKE",
     "ExampleInputs",
     "Group",
     "Member",
@@ -17,6 +18,7 @@ __all__ = [
     "Span",
     "Symmetry",
     "check_same_function",
+    "check_ties",
     "derive_symmetry",
     "symmetry_by_settings",
     "verify_symmetry",

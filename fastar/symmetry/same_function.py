@@ -4,6 +4,7 @@ and permuting or interpolating the one as if it were the other would be wrong wi
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,10 +14,14 @@ from fastar.errors import FastarError
 from fastar.flat.forward import gaps
 from fastar.flat.state_check import first_few, tensors_of
 from fastar.symmetry.random_network import ExampleInputs, RandomNetwork
+from fastar.symmetry.symmetry import Member, Symmetry
 from fastar.symmetry.verify import DRAWS, RELATIVE_TOLERANCE, largest
 
 # Attributes of a module that do not change its outputs in evaluation mode, or are compared elsewhere.
 _APART = frozenset({"training", "_modules", "_parameters", "_buffers", "_backward_hooks", "_backward_pre_hooks"})
+
+
+TIE_ALIKE = "tie them in both networks or in neither"
 
 
 def check_same_function(
@@ -101,3 +106,28 @@ def _said(value: Any) -> str:
         return f"a tensor {list(value.shape)}"
     text = getattr(value, "__qualname__", None) or repr(value)
     return text if len(text) <= 40 and "\n" not in text else type(value).__name__
+
+
+def check_ties(symmetry: Symmetry, model: nn.Module, name: str) -> None:
+    """Raise FastarError where `model` ties tensors that the symmetry moves apart: one tensor cannot move two ways."""
+    moves: dict[str, set[tuple[str, Member]]] = {}
+    for group in symmetry.groups:
+        for member in group.members:
+            moves.setdefault(member.tensor, set()).add((group.name, replace(member, tensor="")))
+    first: dict[object, str] = {}
+    in_memory: dict[object, str] = {}
+    for own, tensor in tensors_of(model).items():
+        owner = first.setdefault(id(tensor), own)
+        if symmetry.tied.get(own, own) != symmetry.tied.get(owner, owner):
+            raise FastarError(
+                f"{name}: {own!r} and {owner!r} are one tensor, but two in the model that the groups were derived "
+                f"from: {TIE_ALIKE}"
+            )
+        if not tensor.numel():
+            continue
+        other = in_memory.setdefault((tensor.device, tensor.data_ptr()), own)
+        if moves.get(own) != moves.get(other):
+            raise FastarError(
+                f"{name}: {own!r} and {other!r} are two tensors that share memory, and would have to move in two "
+                "ways: tie them by using one nn.Parameter, or one buffer, twice"
+            )
