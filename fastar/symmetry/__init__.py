@@ -1,4 +1,4 @@
-"""Symmetry: which axes of a network's parameters are permuted together, derived from its graph and proven."""
+"""Axes of a network's parameters that are permuted together, derived from its graph and proven."""
 
 from fastar.symmetry.derive import derive_symmetry, symmetry_by_settings
 from fastar.symmetry.permutations import Permutations

@@ -1,4 +1,4 @@
-"""Labels of tensor axes, solved by unification: which positions of which axes must be permuted together.
+"""Labels of tensor axes, solved by unification: positions of several axes that must be permuted together.
 
 An axis is a list of segments. A segment holds `outer * size * inner` positions, ordered (outer, unit, inner): its
 `size` units belong to one unknown, and every unit owns `outer * inner` positions. Flattening channels [C, H, W] gives
@@ -91,7 +91,7 @@ class AxisSolver:
         return self.resolve((segment,))
 
     def parent_of(self, var: int) -> tuple[Segment, int] | None:
-        """For an unknown that moves in blocks: its parent, one segment, and the units in a block. After `resolve`."""
+        """The parent, one segment, of an unknown that moves in blocks, and the units in a block. After `resolve`."""
         if var not in self._inside:
             return None
         parent, inner = self._inside[var]

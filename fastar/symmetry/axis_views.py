@@ -1,4 +1,4 @@
-"""Axes of tensors seen in parts: what a reshape leaves undecided until an operation needs to know it.
+"""Axes of tensors in parts: a reshape leaves them undecided until an operation needs to know them.
 
 A reshape may cut an axis of hidden units into several ([B, N, E] to [B, N, heads, E / heads]) and another one may put
 them together again. As long as operations treat the parts alike, any permutation of the axis travels through them, so
@@ -89,7 +89,7 @@ class Draft:
         factors = [factor for dim in self.dims for factor in dim or ()]
         return list(dict.fromkeys(factor.view for factor in factors if isinstance(factor, Part)))
 
-    def places(self, view: View) -> list[tuple[int, int]]:
+    def sites(self, view: View) -> list[tuple[int, int]]:
         """Dimension and position in it of each part of `view`."""
         found = {
             factor.index: (d, at)
@@ -120,7 +120,7 @@ class Draft:
     def flatten(self, d: int) -> Axis:
         """Make dimension `d` one axis; of several factors that can move, the outermost keeps moving."""
         for view in self.views():
-            if any(place == d for place, _ in self.places(view)):
+            if any(site == d for site, _ in self.sites(view)):
                 self.separate(view)
         axes: list[Axis] = []
         for factor in self.dims[d] or ():
@@ -172,10 +172,10 @@ class Draft:
         return Dims(tuple(out))
 
     def _join_neighbours(self, view: View) -> None:
-        places = self.places(view)
+        sites = self.sites(view)
         lengths = list(view.lengths[:1])
         owner = [0]  # part of the coarser view that each part belongs to
-        for (d, at), (before, before_at), length in zip(places[1:], places, view.lengths[1:], strict=False):
+        for (d, at), (before, before_at), length in zip(sites[1:], sites, view.lengths[1:], strict=False):
             if d == before and at == before_at + 1:
                 lengths[-1] *= length
             else:
@@ -237,7 +237,7 @@ def inside(solver: AxisSolver, labels: Dims, along: Collection[int]) -> Dims:
     """
     draft = Draft(solver, labels.dims)
     for view in draft.views():
-        inner = [d in along for d, _ in draft.places(view)]
+        inner = [d in along for d, _ in draft.sites(view)]
         if all(inner) or not any(inner):
             continue
         first = inner.index(True)
@@ -252,7 +252,7 @@ def reduce(solver: AxisSolver, labels: Dims, along: Collection[int], *, keep: bo
     """Labels after a symmetric function (sum, mean, maximum) over the dimensions `along`."""
     draft = Draft(solver, inside(solver, labels, along).dims)
     for view in draft.views():
-        left = [d for d, _ in draft.places(view) if d not in along]
+        left = [d for d, _ in draft.sites(view) if d not in along]
         if not left or len(left) == len(view.lengths):
             continue
         outer = solver.blocks(view.axis, prod(view.lengths[len(left) :]))

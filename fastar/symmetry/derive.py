@@ -18,7 +18,7 @@ from fastar.symmetry import cache
 from fastar.symmetry.axes import FIXED, Axis, AxisSolver, fixed
 from fastar.symmetry.axis_views import Copies, Dims, factor_length
 from fastar.symmetry.random_network import ExampleInputs
-from fastar.symmetry.rules.call import Refused
+from fastar.symmetry.rules.call import Call, Refused
 from fastar.symmetry.rules.table import apply_rule, is_fill
 from fastar.symmetry.symmetry import Group, Member, Symmetry, without_groups
 from fastar.symmetry.trace import trace
@@ -215,11 +215,10 @@ class _Derivation:
         """Placeholders that are some batch-norm's running mean or variance, and nothing else: buffers that may move."""
         found = set()
         for node in self.program.graph.nodes:
-            schema = getattr(node.target, "_schema", None)
-            if node.op == "call_function" and schema is not None and "batch_norm" in schema.name:
-                for argument, value in zip(schema.arguments, node.args, strict=False):
-                    if argument.name in ("running_mean", "running_var") and isinstance(value, fx.Node):
-                        found.add(value.name)
+            if node.op == "call_function" and "batch_norm" in str(node.target):
+                arguments = Call(node, {}, self.solver).arguments
+                values = (arguments.get(name) for name in ("running_mean", "running_var"))
+                found |= {value.name for value in values if isinstance(value, fx.Node)}
         return found
 
     def _placeholder(self, node: fx.Node, statistics: set[str]) -> Any:
@@ -257,17 +256,17 @@ class _Derivation:
             return []
         supposed = _Derivation(self.model, self.program, self.movable, supposing=True)
         supposed._follow()
-        places: dict[int, list[tuple[str, int]]] = {}
+        sites: dict[int, list[tuple[str, int]]] = {}
         sizes: dict[int, int] = {}
         for tensor, axes in supposed.tensors.items():
             for axis, label in enumerate(axes):
                 for segment in supposed.solver.resolve(label):
                     stays = tensor not in self.tensors or self.solver.is_fixed(self.tensors[tensor][axis])
                     if segment.var != FIXED and stays:
-                        places.setdefault(segment.var, []).append((tensor, axis))
+                        sites.setdefault(segment.var, []).append((tensor, axis))
                         sizes[segment.var] = segment.size
         lines = []
-        for var, those in places.items():
+        for var, those in sites.items():
             holders = dict.fromkeys(supposed.others[tensor] for tensor, _ in those if tensor in supposed.others)
             of_parameters = [(tensor, axis) for tensor, axis in those if tensor in self.empty.parameters]
             if holders and of_parameters:
@@ -309,28 +308,28 @@ class _Derivation:
                     if segment.var != FIXED:
                         sizes[segment.var] = segment.size
                         for name in self.empty.names.get(tensor, (tensor,)):
-                            place = Member(name, axis, segment.inner, segment.outer, offset)
-                            members.setdefault(segment.var, []).append(place)
+                            site = Member(name, axis, segment.inner, segment.outer, offset)
+                            members.setdefault(segment.var, []).append(site)
                     offset += segment.length
-        learned = {var for var, places in members.items() if any(m.tensor in self.empty.parameters for m in places)}
+        learned = {var for var, sites in members.items() if any(m.tensor in self.empty.parameters for m in sites)}
         over = [self.solver.parent_of(var) for var in learned]
         members = {  # not those of buffers alone, whose order then says nothing
-            var: places
-            for var, places in members.items()
+            var: sites
+            for var, sites in members.items()
             if var in learned or any(found is not None and found[0].var == var for found in over)
         }
         parents = {var: found[0] for var in members if (found := self.solver.parent_of(var)) is not None}
         taken: dict[str, int] = {}
         named: dict[int, str] = {}
-        for var, places in members.items():
-            producers = [m.tensor for m in places if m.axis == 0 and m.tensor in self.empty.parameters]
-            named[var] = _numbered(_module((producers or [places[0].tensor])[0]), taken)
+        for var, sites in members.items():
+            producers = [m.tensor for m in sites if m.axis == 0 and m.tensor in self.empty.parameters]
+            named[var] = _numbered(_module((producers or [sites[0].tensor])[0]), taken)
         for var, parent in parents.items():
             if parent.var not in named:
                 named[parent.var] = _numbered(f"{named[var].partition('#')[0]}:blocks", taken)
                 sizes[parent.var] = parent.size
         first_use = {
-            var: min(self.first_use[self._first_name(m.tensor)] for m in places) for var, places in members.items()
+            var: min(self.first_use[self._first_name(m.tensor)] for m in sites) for var, sites in members.items()
         }
         groups: dict[int, Group] = {}
         for var in sorted(members, key=first_use.__getitem__):

@@ -161,14 +161,11 @@ def _constant(tensor: Tensor) -> Tensor:
 
 
 def _as_double(value: Any) -> Any:
-    if not isinstance(value, Tensor):
-        return value
-    value = value.detach().cpu()
-    if not value.is_floating_point():
-        return value
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        return _constant(value) if isinstance(value, Tensor) else value
     # Example inputs are often zeros; noise makes every input count.
     noise = torch.randn(value.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu")
-    return value.double() + noise
+    return _constant(value) + noise
 
 
 class _InFloat64(TorchDispatchMode):

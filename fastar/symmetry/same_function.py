@@ -1,5 +1,8 @@
-"""Comparison of two networks as functions of their state: of one class, but with another activation, say, they differ,
-and permuting or interpolating the one as if it were the other would be wrong without a word."""
+"""Comparison of two networks as functions of their state.
+
+Two of one class differ where one has another activation, say: permuting or interpolating it as if it were the other
+would be wrong without a word.
+"""
 
 from __future__ import annotations
 

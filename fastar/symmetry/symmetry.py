@@ -1,4 +1,4 @@
-"""Permutation symmetries of an architecture: which axes of which tensors must be permuted together."""
+"""Permutation symmetries of an architecture: the axes of its tensors that must be permuted together."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ class Symmetry:
         parameters: name -> shape of every parameter, including those that no group moves.
         buffers: name -> shape of every buffer of the state dict.
         tied: name -> the other name of the same tensor; such a name is permuted, but counted once.
-        frozen: what was left in place because its symmetry could not be proven, or because something that cannot be
-            permuted has a value for each unit (a buffer that is not in the state dict, a table); a line of text each.
+        frozen: lines of text, one for each operation whose symmetry could not be proven, and for all units held by
+            something that has a value for each and cannot be permuted (a table, a buffer outside the state dict).
 
     Raises:
         FastarError: two groups of one name, a parent that does not come before its child, has a parent itself, or does
@@ -202,7 +202,6 @@ class Symmetry:
         """
         if permutations.count is not None:
             raise FastarError("apply takes one network's permutations; select(n) one, or use apply_rows")
-        self.check(permutations)
         self.check_state(state, "state")
         out = OrderedDict(state)
         if hasattr(state, "_metadata"):

@@ -69,7 +69,7 @@ def _align(a: Draft, b: Draft) -> bool:
 def _partners(view: View, mine: Draft, other: Draft) -> list[Factor | None]:
     """The factors of the other tensor where the parts of `view` are; None where it is broadcast or all alike."""
     out: list[Factor | None] = []
-    for d, at in mine.places(view):
+    for d, at in mine.sites(view):
         dim = other.dims[d]
         factor = None if dim is None else dim[at]
         out.append(None if isinstance(factor, Copies) else factor)
