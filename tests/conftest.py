@@ -7,6 +7,7 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
 import torch
 
 # What the scripts in tools/ share is imported as they import it.
@@ -32,3 +33,29 @@ if not torch.cuda.is_available():
     del os.environ["TRITON_INTERPRET"]
     if asked is not None:
         os.environ["TRITON_INTERPRET"] = asked
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the data sets that a module's small runs write."""
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture(scope="module")
+def options(data: Path) -> list[str]:
+    """Command-line options of a small run."""
+    from run_cases import SMALL
+
+    return ["--dataset", "digits", "--quiet", f"dataset.directory={data}", *SMALL]
+
+
+@pytest.fixture(scope="module")
+def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small finished run; not to be changed."""
+    from run_cases import small
+
+    from fastar.experiments import train_star
+
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    train_star(small(data), folder)
+    return folder

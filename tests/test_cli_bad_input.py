@@ -19,11 +19,6 @@ from fastar.runs.model_files import load_checkpoint, save_checkpoint
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("data")
-
-
-@pytest.fixture(scope="module")
 def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run's folder of two sources, not to be changed."""
     folder = tmp_path_factory.mktemp("runs") / "run"

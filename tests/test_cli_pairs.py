@@ -18,11 +18,6 @@ PLACE = "device=cpu"
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("data")
-
-
-@pytest.fixture(scope="module")
 def pair(data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """Two trained sources, in a folder with an equals sign and a space."""
     folder = tmp_path_factory.mktemp("runs") / "lr=0.1 ü"

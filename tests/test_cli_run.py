@@ -31,11 +31,6 @@ TOP = {
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("data")
-
-
-@pytest.fixture(scope="module")
 def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A finished run, not to be changed, in a folder with an awkward name."""
     folder = tmp_path_factory.mktemp("runs") / "a run=ü" / "digits"

@@ -12,7 +12,6 @@ import pytest
 import torch
 from cli_cases import contents, fastar, refused
 from run_cases import (
-    SMALL,
     Heard,
     Killed,
     assert_log_is_whole,
@@ -30,23 +29,6 @@ from fastar.experiments import star, train_star
 from fastar.runs import model_files as files
 from fastar.runs.model_files import load_checkpoint, save_checkpoint
 from fastar.training import RegularStep, SourcesStore, StarStep
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("data")
-
-
-@pytest.fixture(scope="module")
-def options(data: Path) -> list[str]:
-    return ["--dataset", "digits", "--quiet", f"dataset.directory={data}", *SMALL]
-
-
-@pytest.fixture(scope="module")
-def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    train_star(small(data), folder)
-    return folder
 
 
 def half_done(data: Path, folder: Path, *overrides: str) -> None:

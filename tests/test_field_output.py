@@ -66,11 +66,6 @@ def called(*arguments: object, out: Any, err: Any, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("data")
-
-
-@pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     """A finished run."""
     folder = tmp_path_factory.mktemp("runs") / NAME

@@ -45,11 +45,6 @@ from fastar.training.resume import TrainingCheckpoints
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("data")
-
-
-@pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     """A small finished run; not to be changed."""
     folder = tmp_path_factory.mktemp("runs") / "finished"

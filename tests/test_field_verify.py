@@ -25,11 +25,6 @@ from fastar.training import StarStep
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("data")
-
-
-@pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory, data: Path) -> Path:
     """A small finished run with all that a run folder may hold; not to be changed."""
     run = RunFolder(tmp_path_factory.mktemp("runs") / "finished")

@@ -97,11 +97,6 @@ def test_a_forked_child_dies_of_it() -> None:
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("data")
-
-
-@pytest.fixture(scope="module")
 def options(data: Path) -> list[str]:
     # Only the signal makes it save.
     return ["--dataset", "digits", "--quiet", f"dataset.directory={data}", *SMALL, "checkpoint.minutes=0"]

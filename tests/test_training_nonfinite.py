@@ -13,7 +13,6 @@ import pytest
 import torch
 from cli_cases import fastar, refused
 from run_cases import (
-    SMALL,
     Heard,
     Killed,
     assert_same_models,
@@ -28,23 +27,6 @@ from fastar.experiments import train_star
 from fastar.runs import RunFolder
 from fastar.runs.model_files import load_checkpoint
 from fastar.training import RegularStep, SourcesStore, StarStep, epochs
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("data")
-
-
-@pytest.fixture(scope="module")
-def options(data: Path) -> list[str]:
-    return ["--dataset", "digits", "--quiet", f"dataset.directory={data}", *SMALL]
-
-
-@pytest.fixture(scope="module")
-def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("whole") / "run"
-    train_star(small(data), folder)
-    return folder
 
 
 def test_retry_goes_back_to_the_last_checkpoint_with_other_draws(

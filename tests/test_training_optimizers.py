@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import pytest
 import torch
@@ -239,3 +239,7 @@ def test_what_an_update_by_plain_torch_takes_for_a_moment(
             )  # fmt: skip
     assert live.peak // (4 * count) == OPTIMIZERS[optimizer].PLAIN_ROWS
     assert rows_of_an_update(optimizer, CPU) == 0
+
+
+def test_every_optimizer_that_settings_name_is_in_the_table() -> None:
+    assert set(OPTIMIZERS) == set(get_args(TrainSettings.model_fields["optimizer"].annotation))

@@ -19,11 +19,6 @@ from fastar.runs.model_files import load_checkpoint
 from fastar.training import NonFiniteLoss, RegularStep, SourcesStore, StarStep, fit
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("data")
-
-
 def settings(data: Path, *overrides: str) -> Settings:
     small = [
         f"dataset.directory={data}",

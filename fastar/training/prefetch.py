@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Protocol
 
 import numpy as np
 import torch
@@ -13,40 +12,27 @@ from torch import Tensor
 SLOTS = 2
 
 
-class RowFeed(Protocol):
-    """Rows of a table on the device, one per step."""
+class RowFeed:
+    """Rows of a table on the device, one per step. Here all are there.
 
-    table: Tensor
-    """[rows, P] on the device, always the same memory."""
+    Args:
+        table: [rows, P], always the same memory.
+        indices: the source of each step.
+    """
 
-    def take(self, step: int) -> int:
-        """The row of `table` that holds the source of step number `step`; work queued from now on may read it."""
-        ...
-
-    def done(self, step: int) -> None:
-        """Note that all work which reads the source of step number `step` has been queued."""
-        ...
-
-    def close(self) -> None:
-        """Wait for what is being fetched."""
-        ...
-
-
-class ResidentRows:
-    """Rows that are all on the device."""
-
-    def __init__(self, rows: Tensor, indices: Sequence[int]):
-        self.table = rows
+    def __init__(self, table: Tensor, indices: Sequence[int]):
+        self.table = table
         self._indices = indices
 
     def take(self, step: int) -> int:
+        """The row of `table` that holds the source of step number `step`; work queued from now on may read it."""
         return self._indices[step]
 
     def done(self, step: int) -> None:
-        return
+        """Note that all work which reads the source of step number `step` has been queued."""
 
     def close(self) -> None:
-        return
+        """Wait for what is being fetched."""
 
 
 class Slots:
@@ -94,13 +80,12 @@ class Slots:
             torch.cuda.current_stream(self.device).wait_event(sent)
 
 
-class FetchedRows:
+class FetchedRows(RowFeed):
     """Rows that are fetched two steps ahead into two slots: device memory does not grow with their number."""
 
     def __init__(self, slots: Slots, indices: Sequence[int]):
-        self.table = slots.table
+        super().__init__(slots.table, indices)
         self._slots = slots
-        self._indices = indices
         self._coming: dict[int, Future[None] | None] = {}
         # The slots' last readers of the epoch before may still be queued.
         now = torch.cuda.current_stream(slots.device).record_event() if slots.cuda else None

@@ -15,7 +15,7 @@ from torch import Tensor
 from fastar.errors import FastarError
 from fastar.flat import FlatLayout
 from fastar.runtime.memory import free_bytes
-from fastar.training.prefetch import FetchedRows, ResidentRows, RowFeed, Slots
+from fastar.training.prefetch import FetchedRows, RowFeed, Slots
 
 Placement = Literal["device", "host", "file"]
 Free = Callable[[torch.device], int]
@@ -109,7 +109,7 @@ class SourcesStore:
         """The rows for steps that need the sources `indices`, in this order; the feed before is over."""
         self._settle()
         if self.store == "device" or (self.store == "host" and self.device.type == "cpu"):
-            self._feed = ResidentRows(self.rows, indices)
+            self._feed = RowFeed(self.rows, indices)
         else:
             if self._slots is None:
                 self._slots = Slots(self.rows, self.device)
