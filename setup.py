@@ -30,12 +30,13 @@ setup(
         "scikit-learn>=1.4",
         "scipy>=1.11",
         "setuptools>=70",  # FFCV imports distutils
+        "tensorboardX>=2.6.2",
         "torch>=2.11,<2.15",
         "triton>=3.5; platform_system == 'Linux'",
         "typer>=0.16",
     ],
     extras_require={
-        "figures": ["tensorboard>=2.16"],  # looks at what fastar writes by itself
+        "figures": ["tensorboard>=2.16"],  # shows the event files
         "test": ["pytest>=8", "tensorboard>=2.16", "torchvision>=0.26"],
         "check": ["mypy>=1.11", "ruff>=0.9", "types-PyYAML"],
         "bench": ["rebasin==0.0.47"],

@@ -11,7 +11,7 @@ import torch
 from fastar.config import Settings
 from fastar.experiments.task import Network, RunData, Shape
 from fastar.runs import RunFolder
-from fastar.runs.live_metrics import LiveFigures
+from fastar.runs.live_metrics import LiveMetrics
 from fastar.runtime.device import resolve_device
 from fastar.runtime.memory import within_memory
 from fastar.runtime.progress import SILENT, Progress
@@ -32,7 +32,7 @@ class Session:
     progress: Progress
     data: RunData
     network: Network
-    metrics: LiveFigures | None = None
+    metrics: LiveMetrics | None = None
 
 
 def new_session(
@@ -56,7 +56,7 @@ def opened(session: Session) -> Iterator[Session]:
     """The session with its run folder held, and with live metrics, until the block ends."""
     settings, run = session.settings, session.run
     with run.open(settings, session.progress):
-        metrics = LiveFigures(run.path, settings.logging, settings.model_dump(mode="json"))
+        metrics = LiveMetrics(run.path, settings.logging, settings.model_dump(mode="json"))
         try:
             yield replace(session, metrics=metrics)
         finally:

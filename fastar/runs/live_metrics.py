@@ -1,18 +1,22 @@
-"""Live figures of trainings: TensorBoard's event files, written without TensorBoard, and Weights & Biases."""
+"""Live metrics of trainings, a point for each epoch: TensorBoard's event files, and Weights & Biases."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import struct
 import time
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.record_writer import masked_crc32c
 
 from fastar.config import LoggingSettings
 from fastar.errors import FastarError
@@ -20,77 +24,13 @@ from fastar.runs.atomic import write_atomically
 from fastar.runs.lock import check_held
 from fastar.runtime.json_files import read_file, read_object
 
-# Folders of event files end in these numbers, one more with every attempt; TensorBoard reads them in this order.
+# Names of event files end in these numbers, one more with every attempt; TensorBoard reads them in this order.
 _EVENTS = "events.out.tfevents."
 _NUMBERED = re.compile(r"events\.out\.tfevents\.([0-9]{10,})")
 
 
-def _crc_table() -> list[int]:
-    table = []
-    for byte in range(256):
-        for _ in range(8):
-            byte = byte >> 1 ^ (0x82F63B78 if byte & 1 else 0)
-        table.append(byte)
-    return table
-
-
-_CRC = _crc_table()
-
-
-def masked_crc(data: bytes) -> int:
-    """CRC-32C of `data`, masked as TFRecord files have it.
-
-    >>> hex(masked_crc(b"123456789"))  # CRC-32C is 0xe3069283
-    '0xc78ab0e5'
-    """
-    crc = 0xFFFFFFFF
-    for byte in data:
-        crc = _CRC[(crc ^ byte) & 0xFF] ^ crc >> 8
-    crc ^= 0xFFFFFFFF
-    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value > 0x7F:
-        out.append(value & 0x7F | 0x80)
-        value >>= 7
-    out.append(value)
-    return bytes(out)
-
-
-def _field(number: int, content: bytes) -> bytes:
-    """A length-delimited protobuf field."""
-    return _varint(number << 3 | 2) + _varint(len(content)) + content
-
-
-def event(
-    *, step: int = 0, version: str = "", starts: bool = False, scalars: Mapping[str, float] | None = None
-) -> bytes:
-    """A record of an event file: tensorflow.Event with wall time and step, framed as TFRecord files are.
-
-    Args:
-        step: what the figures stand over.
-        version: of the file format; the first event of a file has it.
-        starts: a session starts here: figures that an earlier file has for this step and later ones are void.
-        scalars: tag -> value.
-    """
-    data = b"\x09" + struct.pack("<d", time.time())  # 1: wall_time, double
-    if step:
-        data += b"\x10" + _varint(step)  # 2: step, int64
-    if version:
-        data += _field(3, version.encode())  # 3: file_version
-    if scalars:  # 5: summary, of values (1) with tag (1) and simple_value (2, float)
-        values = (_field(1, tag.encode()) + b"\x15" + struct.pack("<f", value) for tag, value in scalars.items())
-        data += _field(5, b"".join(_field(1, value) for value in values))
-    if starts:
-        data += _field(7, b"\x08\x01")  # 7: session_log, its status (1) START
-    length = struct.pack("<Q", len(data))
-    return length + struct.pack("<I", masked_crc(length)) + data + struct.pack("<I", masked_crc(data))
-
-
 class EventFile:
-    """The figures of one model as TensorBoard reads them, one point per epoch.
+    """The metrics of one model as TensorBoard reads them, one point per epoch.
 
     Every attempt writes a file of its own; the first point of a later one makes void what an earlier one has from there
     on, so that no epoch is there twice. Each point is written at once and whole: a kill can cut the last.
@@ -101,37 +41,48 @@ class EventFile:
 
     def __init__(self, folder: Path):
         self._folder = folder
-        self._handle: int | None = None
+        self._file: FileIO | None = None
 
-    def add(self, step: int, figures: Mapping[str, float]) -> None:
+    def add(self, step: int, metrics: Mapping[str, float]) -> None:
         """Add the point of epoch number `step` (from 1).
 
         Raises:
             FastarError: the file cannot be written.
         """
         check_held(self._folder)
-        record = event(step=step, scalars=figures)
+        values = [Summary.Value(tag=tag, simple_value=value) for tag, value in metrics.items()]
         try:
-            if self._handle is None:
-                self._folder.mkdir(parents=True, exist_ok=True)
-                before = [int(found[1]) for name in os.listdir(self._folder) if (found := _NUMBERED.fullmatch(name))]
-                number = max(before, default=-1) + 1
-                path = self._folder / f"{_EVENTS}{number:010d}"
-                self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o666)
-                start = event(step=step, starts=True) if before else b""
-                record = event(version="brain.Event:2") + start + record
-            os.write(self._handle, record)
+            if self._file is None:
+                self._file = self._begin(step)
+            self._file.write(_record(Event(wall_time=time.time(), step=step, summary=Summary(value=values))))
         except OSError as error:
             raise FastarError(
-                f"{self._folder}: figures cannot be written ({error.strerror}); free space or set "
+                f"{self._folder}: metrics cannot be written ({error.strerror}); free space or set "
                 "logging.tensorboard=false"
             ) from error
 
+    def _begin(self, step: int) -> FileIO:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        before = [int(found[1]) for path in self._folder.iterdir() if (found := _NUMBERED.fullmatch(path.name))]
+        file = FileIO(self._folder / f"{_EVENTS}{max(before, default=-1) + 1:010d}", "xb")
+        file.write(_record(Event(wall_time=time.time(), file_version="brain.Event:2")))
+        if before:
+            starts = SessionLog(status=SessionLog.START)
+            file.write(_record(Event(wall_time=time.time(), step=step, session_log=starts)))
+        return file
+
     def close(self) -> None:
         """After the last point."""
-        if self._handle is not None:
-            os.close(self._handle)
-            self._handle = None
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+
+def _record(event: Event) -> bytes:
+    """An event as TFRecord files frame it, for one write."""
+    data = event.SerializeToString()
+    length = struct.pack("<Q", len(data))
+    return length + struct.pack("<I", masked_crc32c(length)) + data + struct.pack("<I", masked_crc32c(data))
 
 
 def event_files(folder: Path) -> list[Path]:
@@ -149,10 +100,11 @@ def is_event_file_whole(path: Path) -> bool:
     data, place = read_file(path), 0
     while len(data) - place >= 12:
         length = data[place : place + 8]
-        if masked_crc(length) != int.from_bytes(data[place + 8 : place + 12], "little"):
+        if masked_crc32c(length) != int.from_bytes(data[place + 8 : place + 12], "little"):
             return False
         end = place + 12 + int.from_bytes(length, "little")
-        if end + 4 <= len(data) and masked_crc(data[place + 12 : end]) != int.from_bytes(data[end : end + 4], "little"):
+        saved = int.from_bytes(data[end : end + 4], "little")
+        if end + 4 <= len(data) and masked_crc32c(data[place + 12 : end]) != saved:
             return False
         place = end + 4
     return True
@@ -185,15 +137,14 @@ class WandbRun:
         except Exception as error:  # its own kinds of errors: no login, no network
             reason = " ".join(str(error).split())
             raise FastarError(f"logging.wandb={project}: {reason}; set logging.wandb=null to go on without") from error
-        self._id = str(self._run.id)
 
-    def add(self, model: str, step: int, figures: Mapping[str, float]) -> None:
+    def add(self, model: str, step: int, metrics: Mapping[str, float]) -> None:
         """Send the point of epoch number `step` of `model`."""
         if step <= self._sent.get(model, 0):
             return
-        self._run.log({f"{model}/epoch": step, **{f"{model}/{name}": value for name, value in figures.items()}})
+        self._run.log({f"{model}/epoch": step, **{f"{model}/{name}": value for name, value in metrics.items()}})
         self._sent[model] = step
-        write_atomically(self._file, json.dumps({"id": self._id, "sent": self._sent}).encode())
+        write_atomically(self._file, json.dumps({"id": str(self._run.id), "sent": self._sent}).encode())
 
     def forget(self, model: str, step: int) -> None:
         """The points of `model` after number `step` are made again, and will differ."""
@@ -204,12 +155,12 @@ class WandbRun:
         self._run.finish()
 
 
-class LiveFigures:
-    """Where a run's figures are shown, as `settings` say.
+class LiveMetrics:
+    """The places where a run's metrics are shown, as `settings` say.
 
     Args:
         folder: the run folder.
-        settings: `figures`.
+        settings: `logging`.
         resolved: all settings of the run.
 
     Raises:
@@ -219,37 +170,31 @@ class LiveFigures:
     def __init__(self, folder: Path, settings: LoggingSettings, resolved: Mapping[str, Any]):
         self._folder = folder
         self._settings = settings
-        self._model: tuple[str, int] | None = None
-        self._file: EventFile | None = None
+        self._model, self._file = "", EventFile(folder)
         self._wandb = WandbRun(folder, settings.wandb, resolved) if settings.wandb else None
 
-    def add(self, kind: str, index: int, step: int, figures: Mapping[str, float]) -> None:
-        """Show the figures of epoch number `step` (from 1) of a model."""
+    def add(self, kind: str, index: int, step: int, metrics: Mapping[str, float]) -> None:
+        """Show the metrics of epoch number `step` (from 1) of a model."""
+        model = f"{kind}-{index:04d}"
         if self._settings.tensorboard:
-            if self._file is None or self._model != (kind, index):
-                self._end_file()
-                self._file = EventFile(self._folder / "tensorboard" / f"{kind}-{index:04d}")
-                self._model = (kind, index)
-            self._file.add(step, figures)
+            if self._model != model:
+                self._file.close()
+                self._model, self._file = model, EventFile(self._folder / "tensorboard" / model)
+            self._file.add(step, metrics)
         if self._wandb is not None:
-            self._wandb.add(f"{kind}-{index:04d}", step, figures)
+            self._wandb.add(model, step, metrics)
 
     def forget(self, kind: str, index: int, step: int) -> None:
         """The points of a model after number `step` are made again, and will differ."""
-        self._end_file()
+        self._file.close()  # the next point begins a new one, which makes void what this one has
         if self._wandb is not None:
             self._wandb.forget(f"{kind}-{index:04d}", step)
 
     def close(self) -> None:
         """After the last."""
-        self._end_file()
+        self._file.close()
         if self._wandb is not None:
             self._wandb.close()
-
-    def _end_file(self) -> None:
-        if self._file is not None:
-            self._file.close()
-            self._file = None
 
 
 def import_wandb(project: str) -> ModuleType:
@@ -266,10 +211,10 @@ def import_wandb(project: str) -> ModuleType:
     return wandb
 
 
-def finite(figures: Iterable[tuple[str, float | None]]) -> dict[str, float]:
+def finite(metrics: Iterable[tuple[str, float | None]]) -> dict[str, float]:
     """Those that are numbers.
 
     >>> finite([("a", 1.0), ("b", None), ("c", float("nan"))])
     {'a': 1.0}
     """
-    return {name: float(value) for name, value in figures if value is not None and math.isfinite(value)}
+    return {name: float(value) for name, value in metrics if value is not None and math.isfinite(value)}
