@@ -6,6 +6,7 @@ import ast
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -95,3 +96,45 @@ def test_settings_and_help_do_not_wait_for_torch(code: str) -> None:
     assert "Traceback" not in result.stderr
     assert result.returncode == (2 if "lrr" in code else 0)
     assert result.stdout.splitlines()[-1] == "[]"
+
+
+# File names of two rooms, where both are the same part of theirs.
+SAME_PART = {
+    "checks.py": "checks before kernels, and before matching",
+    "folder.py": "of a run, and of a data set's .beton files",
+    "layers.py": "of networks, and of their rules",
+    "match.py": "matching, and its commands",
+    "star.py": "the star's training, and its part of a run",
+    "verify.py": "of a symmetry, and of .beton files",
+}
+# Lines of statements that are read at once.
+LONG = 60
+
+
+def test_no_file_is_longer_than_400_lines() -> None:
+    lengths = {path: len(path.read_text(encoding="utf-8").splitlines()) for path in modules()}
+    assert {path.name: length for path, length in lengths.items() if length > 400} == {}
+
+
+def test_folders_of_more_than_a_dozen_modules_have_folders() -> None:
+    found = Counter(path.parent for path in modules() if path.name != "__init__.py")
+    flat = {folder for folder in found if not any(other.parent == folder for other in found)}
+    assert {str(folder.relative_to(ROOT)): found[folder] for folder in flat if found[folder] > 12} == {}
+
+
+def test_no_file_name_stands_twice_but_of_the_same_part() -> None:
+    names = Counter(path.name for path in modules() if path.name != "__init__.py")
+    assert {name for name, count in names.items() if count > 1} <= set(SAME_PART)
+
+
+def test_long_functions_say_why() -> None:
+    """The statements of a function take no more than 60 lines, or its docstring says that it is long, and why."""
+    silent = []
+    for path in modules():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                text = ast.get_docstring(node)
+                first = node.body[0 if text is None else min(1, len(node.body) - 1)].lineno
+                if (node.end_lineno or 0) - first >= LONG and "long" not in (text or "").lower():
+                    silent.append(f"{path.relative_to(ROOT)}: {node.name}")
+    assert silent == []

@@ -50,7 +50,8 @@ def trained(
     lr: float | None = None,
     profile: StepsProfile | None = None,
 ) -> Iterator[Trained]:
-    """Train a model, from its last checkpoint if it has one; its checkpoints go when the block ends well.
+    """Train a model, from its last checkpoint if it has one; its checkpoints go when the block ends well. As long as it
+    is since callbacks of the training and the block around it share the checkpoints.
 
     Args:
         make: model, optimizer and all, anew for an attempt (its number gives the seeds of draws).

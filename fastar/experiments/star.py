@@ -102,6 +102,8 @@ def _store(
 def _train(
     session: Session, sources: Sequence[Checkpoint], wanted: dict[str, Any], profile: StepsProfile | None
 ) -> None:
+    """Train the star, measure it, and save it with its permutations. One long sequence: each part frees memory that the
+    next one needs."""
     settings, run = session.settings, session.run
     seed = derive_seed(settings.seed, "star", 0)
     matched = settings.star_matched_every > 0

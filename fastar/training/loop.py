@@ -64,7 +64,8 @@ def fit(
 ) -> list[Epoch]:
     """Train: `epochs` passes over `data` in batches, the learning rate set before each step.
 
-    The host waits for the device once an epoch, when the losses are read, and when a checkpoint is written.
+    The host waits for the device once an epoch, when the losses are read, and when a checkpoint is written. The loop is
+    long, as its order is its meaning: what an epoch begins with, its steps, and what is saved after which of them.
 
     Args:
         step: what to do with a batch.
