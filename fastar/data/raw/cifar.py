@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from fastar.config import DatasetSpec
-from fastar.data.raw.raw_split import ArraySplit, RawDataset
+from fastar.data.raw.raw_split import ArraySplit, RawDataset, readable
 from fastar.data.raw.tars import read_members
 from fastar.errors import FastarError, first_line, printable
 from fastar.runtime.json_files import read_file
@@ -86,24 +86,19 @@ def _split(
     for name in files:
         pixels, labels = parse(contents[name], f"{where}/{name}", layout)
         # Checked file by file, so that a bad label is named by its own file and index.
-        parts.append(ArraySplit(_as_images(pixels), labels, spec.classes, f"{where}/{name}"))
+        images = pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        parts.append(ArraySplit(images, labels, spec.classes, f"{where}/{name}"))
     images = np.concatenate([part.images for part in parts])
     return ArraySplit(images, np.concatenate([part.labels for part in parts]), spec.classes, f"{where}/{files[0]}...")
-
-
-def _as_images(pixels: np.ndarray) -> np.ndarray:
-    return pixels.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
 
 
 def _read_folder(root: Path, wanted: list[str]) -> dict[str, bytes]:
     contents = {}
     for name in wanted:
-        try:
+        if not (root / name).exists():
+            raise FastarError(f"{root / name}: missing beside the other CIFAR files; get the archive again")
+        with readable(root / name):
             contents[name] = read_file(root / name, _LARGEST)
-        except FileNotFoundError:
-            raise FastarError(f"{root / name}: missing beside the other CIFAR files; get the archive again") from None
-        except OSError as error:
-            raise FastarError(f"{root / name}: cannot be read ({error.strerror}); check the file") from error
     return contents
 
 

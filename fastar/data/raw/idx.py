@@ -11,44 +11,37 @@ from fastar.config import DatasetSpec
 from fastar.data.raw.raw_split import ArraySplit, RawDataset
 from fastar.errors import FastarError
 
-_STEMS = {"train": "train", "test": "t10k"}
+_STEMS = ("train", "t10k")
 _LARGEST = 1 << 30  # bytes; MNIST's images have 47 million
 
 
 def find_idx(root: Path, spec: DatasetSpec) -> RawDataset | None:
     """The four IDX files in `root`, or None where there is none of them."""
-    paths = {(split, part): _find(root, split, part) for split in _STEMS for part in ("images", "labels")}
-    if not any(paths.values()):
+    names = {
+        (stem, part): f"{stem}-{part}-idx{d}-ubyte" for stem in _STEMS for part, d in (("images", 3), ("labels", 1))
+    }
+    paths = {key: path for key, name in names.items() if (path := _find(root, name)) is not None}
+    if not paths:
         return None
-    for (split, part), path in paths.items():
-        if path is None:
-            raise FastarError(f"{root}: {_name(split, part)}[.gz] is missing; put all four IDX files there")
-    splits = {}
-    for split in _STEMS:
-        images, labels = paths[split, "images"], paths[split, "labels"]
-        assert images is not None
-        assert labels is not None
+    missing = next((name for key, name in names.items() if key not in paths), None)
+    if missing is not None:
+        raise FastarError(f"{root}: {missing}[.gz] is missing; put all four IDX files there")
+    splits = []
+    for stem in _STEMS:
+        images = paths[stem, "images"]
         pixels = read_idx(images, 3)
         if pixels.shape[1:] != (spec.height, spec.width):
             size = f"{pixels.shape[1]}x{pixels.shape[2]}"
             raise FastarError(
                 f"{images}: images are {size}, {spec.name} has {spec.height}x{spec.width}; check --dataset"
             )
-        splits[split] = ArraySplit(pixels[..., None], read_idx(labels, 1), spec.classes, str(images))
-    read = tuple(path for path in paths.values() if path is not None)
-    return RawDataset(splits["train"], splits["test"], "IDX files", root, files=read)
+        splits.append(ArraySplit(pixels[..., None], read_idx(paths[stem, "labels"], 1), spec.classes, str(images)))
+    return RawDataset(splits[0], splits[1], "IDX files", root, files=tuple(paths.values()))
 
 
-def _name(split: str, part: str) -> str:
-    return f"{_STEMS[split]}-{part}-idx{3 if part == 'images' else 1}-ubyte"
-
-
-def _find(root: Path, split: str, part: str) -> Path | None:
-    name = _name(split, part)
-    for candidate in (name, name + ".gz", name.replace("-idx", ".idx"), name.replace("-idx", ".idx") + ".gz"):
-        if (root / candidate).is_file():
-            return root / candidate
-    return None
+def _find(root: Path, name: str) -> Path | None:
+    dotted = name.replace("-idx", ".idx")
+    return next((root / file for file in (name, f"{name}.gz", dotted, f"{dotted}.gz") if (root / file).is_file()), None)
 
 
 def read_idx(path: Path, dimensions: int) -> np.ndarray:
