@@ -1,4 +1,4 @@
-"""Which path a device takes: Triton kernels or the plain-torch reference. The choice is logged once, never silent."""
+"""The choice of a path for a device: Triton kernels or the plain-torch reference. It is logged once, never silent."""
 
 import functools
 import logging

@@ -199,7 +199,7 @@ def _check_update(
     found_nonfinite: torch.Tensor | None,
     next_point: NextPoint | None,
 ) -> None:
-    """What every update takes."""
+    """Check the arguments that all updates share."""
     check_vector(where, "theta", theta, like=theta)
     check_vector(where, "gradient", gradient, like=theta, dtypes=FLOATS)
     check_scalar(where, "lr", lr, like=theta)

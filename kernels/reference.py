@@ -190,7 +190,7 @@ class _PointOnCpu(NamedTuple):
 
     @property
     def direct(self) -> bool:
-        """Whether `write` needs no scratch."""
+        """True where `write` needs no scratch."""
         return self.row.dtype == self.out.dtype == torch.float32
 
     def write(self, theta: torch.Tensor, block: Block, scratch: torch.Tensor) -> None:

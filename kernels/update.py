@@ -1,4 +1,4 @@
-"""What the Triton update kernels share: the end of their pass over a block, and the arguments for it."""
+"""Parts that the Triton update kernels share: the end of their pass over a block, and the arguments for it."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Where each parameter of an architecture lies in a flat buffer."""
+"""Layouts: the place of each parameter of an architecture in a flat buffer."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ class FlatEntry:
 
 @dataclass(frozen=True)
 class FlatLayout:
-    """Where each parameter of an architecture lies in a buffer of `numel` = P elements.
+    """The place of each parameter of an architecture in a buffer of `numel` = P elements.
 
     Parameters with two or more dimensions come first and fill [0, matrices); those with fewer (biases, norms) fill
     [matrices, P), so that a working copy can hold the first in the AMP dtype and the second in fp32. Within a section
@@ -87,7 +87,7 @@ class FlatLayout:
         return {entry.name: _view(buffer, entry, entry.offset) for entry in self.entries}
 
     def section_views(self, matrices: torch.Tensor, vectors: torch.Tensor) -> dict[str, torch.Tensor]:
-        """As `views`, of a buffer held in two pieces: [0, matrices) and [matrices, P)."""
+        """Name -> view as `views` gives, of a buffer held in two pieces: [0, matrices) and [matrices, P)."""
         return {
             entry.name: _view(matrices, entry, entry.offset)
             if len(entry.shape) >= 2

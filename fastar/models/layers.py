@@ -1,4 +1,4 @@
-"""What the blocks of all architectures are made of, by setting: activation, normalisation, dropout."""
+"""Layers of all architectures that are chosen by setting: activation, normalisation, dropout."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from fastar.errors import FastarError
 
 Example = tuple[Tensor, ...] | Mapping[str, Tensor]
-"""What a network's forward takes: positional inputs, or inputs by keyword."""
+"""Arguments of a network's forward: positional inputs, or inputs by keyword."""
 
 
 def own_model(reference: str, input_shape: str | None = None) -> tuple[nn.Module, Example]:

@@ -37,7 +37,7 @@ class Good:
     steps: int
 
     def after(self) -> str:
-        """How far it is, in words.
+        """The length of its training, in words.
 
         >>> Good({}, 2, 0).after(), Good({}, 2, 1).after(), Good({}, 0, 3).after()
         ('epoch 2', 'epoch 2 and 1 step of the next', '3 steps of the first epoch')

@@ -34,7 +34,7 @@ class _Piece:
         return whole if self.bounds is None else whole[..., self.bounds[0] : self.bounds[1]]
 
     def point(self, points: Sequence[NextPoint] | None) -> NextPoint | None:
-        """What is to be written of the next step's point."""
+        """The part of the next step's point that the update of this piece writes."""
         if points is None or self.bounds is None:
             return None if points is None else points[self.part]
         whole, (begin, end) = points[self.part], self.bounds

@@ -1,4 +1,4 @@
-"""Where the time of training goes: its parts, the top operations, a Chrome trace."""
+"""Profiles of training: the time of its parts, the top operations, a Chrome trace."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastar.runtime.timing import SpanClock
 
 @dataclass(frozen=True)
 class Profile:
-    """What was measured over one call.
+    """Measurements of one call.
 
     `parts`: seconds of each part, in the order of first use; `other`, the rest of `seconds`; `idle`, the seconds in
     which the GPU ran nothing (on a CPU: in which the calling thread did not run), which lie within the parts.
@@ -125,7 +125,7 @@ class Recording:
         self._operations = found.key_averages().table(sort_by=key, row_limit=self._rows, max_name_column_width=50)
 
     def result(self) -> Profile:
-        """What both looks saw."""
+        """The profile, once both looks are over."""
         other = self._seconds - sum(self._parts.values())
         return Profile(self._seconds, self._parts, other, self._idle, self._operations, self._peak)
 

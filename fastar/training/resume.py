@@ -1,4 +1,4 @@
-"""What a model in training is saved as, and where its training goes on from."""
+"""Checkpoints of a model in training, and the choice of the one that it goes on from."""
 
 from __future__ import annotations
 
@@ -38,25 +38,28 @@ class Resumable(Protocol):
 
 @dataclass(frozen=True)
 class Saved:
-    """A training after `epoch` whole epochs and `step` steps of the next one."""
+    """A training after `epoch` whole epochs and `step` steps of the next one.
+
+    Args:
+        recipe: of the model; only the same one may go on from here.
+        attempt: times that the training has gone back because of losses that were not finite: part of its seeds.
+        history: records of the whole epochs.
+        so_far: record of the epoch that is not whole.
+        tensors: by name: a part's own names after the part's and a slash; losses [step]; random generators' states.
+    """
 
     path: Path
     recipe: dict[str, Any]
-    """Of the model: only the same one may go on from here."""
     attempt: int
-    """How often the training has gone back because of losses that were not finite: part of its seeds."""
     epoch: int
     step: int
     history: list[dict[str, Any]]
-    """What is known of each whole epoch."""
     so_far: dict[str, Any]
-    """What is known of the epoch that is not whole."""
     tensors: dict[str, Tensor]
-    """By name: a part's own names after the part's and a slash; losses [step]; random generators' states."""
 
     @property
     def place(self) -> str:
-        """What a training goes on with, for users."""
+        """The epoch and step that come next, for users."""
         return f"epoch {self.epoch + 1}" + (f", step {self.step + 1}" if self.step else "")
 
     def of(self, part: str) -> dict[str, Tensor]:
@@ -174,12 +177,12 @@ class TrainingCheckpoints:
             self.attempt, self.back_to = attempt, back_to
 
     def due_within(self) -> bool:
-        """Whether it is time to save within an epoch."""
+        """True when it is time to save within an epoch."""
         minutes = self._settings.minutes
         return minutes > 0 and self._clock() - self._last >= 60 * minutes
 
     def due_after(self, epochs: int) -> bool:
-        """Whether it is time to save after so many whole epochs."""
+        """True when it is time to save after so many whole epochs."""
         every = self._settings.epochs
         return every > 0 and epochs % every == 0 and self._clock() - self._last >= self._settings.seconds
 

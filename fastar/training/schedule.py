@@ -1,4 +1,4 @@
-"""What changes from epoch to epoch: the learning rate, and the side of the training images."""
+"""Schedules: the learning rate, and the side of the training images."""
 
 from __future__ import annotations
 
