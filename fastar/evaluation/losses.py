@@ -21,7 +21,6 @@ from fastar.evaluation.batch_norm import (
     own_statistics,
     set_statistics,
 )
-from fastar.evaluation.stacked import networks_at_once, stackable, stacked_logits, stacks
 from fastar.flat import FlatLayout
 from fastar.flat.forward import call
 from fastar.flat.state_check import drops_caches, forget
@@ -201,23 +200,8 @@ class _Passes:
         device = next(iter(self.views.values())).device
         losses = torch.zeros(count, dtype=torch.float64, device=device)
         correct = torch.zeros(count, dtype=torch.int64, device=device)
-        stacked = None  # known at the first batch
-        together = count > 1 and stackable(self.model) and all(one is None for one in statistics)
 
         def add(images: Tensor, labels: Tensor) -> Tensor:
-            nonlocal stacked
-            if stacked is None:
-                stacked = together and isinstance(images, Tensor) and stacks(self.model, self.views, images)
-            at_once = networks_at_once(self.model, len(labels), labels.device) if stacked else 1
-            if at_once > 1:
-                for part in (slice(start, start + at_once) for start in range(0, count, at_once)):
-                    some = {name: view[part] for name, view in self.views.items()}
-                    logits = stacked_logits(self.model, some, images).float()
-                    each = F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(logits)), reduction="none")
-                    losses[part] += each.view(len(logits), -1).sum(1)
-                    correct[part] += (logits.argmax(2) == labels).sum(1)
-                    del logits, each  # before the next ones are made
-                return losses
             for k, (parameters, own) in enumerate(zip(singles, statistics, strict=True)):
                 self.bind(parameters)
                 if own is not None:
