@@ -427,7 +427,7 @@ def test_a_beton_without_metadata_is_not_overwritten(tmp_path):
 
 @pytest.mark.parametrize("kept", [(), ("train.beton.partial",), ("metadata.json",), ("metadata.json", "train.beton")])
 def test_a_conversion_killed_at_any_step_starts_again(tmp_path, kept):
-    """What a SIGKILL can leave: partial files, then the metadata, then the first renamed file."""
+    """Leavings of a SIGKILL: partial files, then the metadata, then the first renamed file."""
     finished = converted(tmp_path, raw_dataset("cifar10"))
     folder = finished.path("train").parent
     (folder / "train.beton.partial").write_bytes(b"half")

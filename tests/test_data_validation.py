@@ -138,7 +138,7 @@ def streamed(tmp_path: Path) -> DatasetFiles:
 
 
 def greys(data: StreamingDataset, *, epoch: int | None = None) -> list[int]:
-    """Which images a pass shows: of an epoch, or in file order."""
+    """The images that a pass shows: of an epoch, or in file order."""
     passes = data.sequential(7) if epoch is None else data.batches(7, seed=0, epoch=epoch, drop_last=False)
     pixels = torch.cat([x[:, 0, 4, 4] for x, _ in passes])
     return [round(grey / 5) for grey in ((pixels * IMAGENET_STD[0] + IMAGENET_MEAN[0]) * 255).tolist()]

@@ -1,4 +1,4 @@
-"""What went wrong with data in earnest: one CPU, damaged archives, damaged .beton files."""
+"""Faults of data that users met: one CPU, damaged archives, damaged .beton files."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_no_changed_byte_of_a_streamed_file_is_trained_on(
 def test_a_streamed_file_without_checksums_is_read_once_to_make_them(
     images: DatasetFiles, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Those that an earlier version wrote, or damaged ones."""
+    """So it is with files of an earlier version, and where checksums are damaged."""
     folder, whole, told = images.folder, read(images), Listening()
     kept = folder / "train.checksums"
     content = kept.read_bytes()
@@ -198,7 +198,7 @@ def test_verify_folder_names_what_is_damaged(kind: str, request: pytest.FixtureR
 
 
 def test_no_changed_word_of_the_metadata_is_believed(images: DatasetFiles, cifar_files: DatasetFiles) -> None:
-    """What the dataset's digest does not cover, such as the augmentation, is covered by one of all."""
+    """A digest of all covers what the dataset's own does not, such as the augmentation."""
     for folder in (cifar_files.folder, images.folder):
         path = folder / "metadata.json"
         text = path.read_text()

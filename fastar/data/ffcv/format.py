@@ -166,7 +166,7 @@ def check_beton(path: Path, layout: Layout) -> np.ndarray:
 
 
 class _Fault(Exception):
-    """What is wrong with a file."""
+    """A fault of a file, in words."""
 
 
 def _part(data: np.ndarray, dtype: np.dtype, start: int, count: int, what: str) -> np.ndarray:
