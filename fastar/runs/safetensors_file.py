@@ -173,7 +173,7 @@ def _header(file: BinaryIO) -> tuple[dict[str, str], dict[str, _Site]]:
     length = int.from_bytes(file.read(8), "little")
     if size < 8 or length > min(size - 8, _HEADER_AT_MOST):
         raise ValueError("its header is cut short")
-    content = json.loads(file.read(length).decode())
+    content = json.loads(file.read(length).decode(), object_pairs_hook=_once)
     if not isinstance(content, dict):
         raise ValueError("its header names no tensors")
     metadata = content.pop("__metadata__", {})
@@ -188,6 +188,13 @@ def _header(file: BinaryIO) -> tuple[dict[str, str], dict[str, _Site]]:
     if end != size:
         raise ValueError(f"it has {size} bytes where its header says {end}")
     return metadata, sites
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        raise ValueError("its header says something twice")
+    return found
 
 
 def _site(name: str, entry: Any, first: int) -> _Site:
