@@ -118,7 +118,7 @@ def match(
 
 @dataclass(frozen=True)
 class ManyMatched:
-    """How a set of networks was matched.
+    """The outcome of matching a set of networks.
 
     Args:
         permutations: of each network; of pairwise none.

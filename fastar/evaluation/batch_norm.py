@@ -187,7 +187,7 @@ class PopulationStatistics:
         self._count += count
 
     def state(self) -> list[Tensor]:
-        """What `add` changes; the tensors themselves."""
+        """The tensors that `add` changes, themselves."""
         return [self._sums, self._count]
 
     def result(self) -> Statistics:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 
@@ -60,7 +60,7 @@ class _Rows:
 
 @dataclass(frozen=True, eq=False)
 class Segment:
-    """The segment from `first` (t = 0) to `second` (t = 1)."""
+    """The straight path from `first` (t = 0) to `second` (t = 1)."""
 
     kind: str
     first: Endpoint
@@ -69,7 +69,7 @@ class Segment:
 
 @dataclass(frozen=True)
 class PathLosses:
-    """What was measured along a path: for each split, loss and accuracy at each t."""
+    """Loss and accuracy at each t along a path, for each split."""
 
     kind: str
     first: str
@@ -124,10 +124,9 @@ def evaluate_paths(
         paths: ends already matched to each other.
         splits: name of a split to its data.
         points: number of t, at least 2.
-        statistics_batches: data for batch-norm statistics.
-        method: "population", or "reference": moving average at inner points, `Endpoint.statistics` at the ends.
-        resident: models held at once; None: as many as free memory holds (`resident_models`), on a GPU beside what
-            some batches are seen to take.
+        statistics_batches: data for batch-norm statistics; `method` as of `evaluate_rows`, where "reference" takes
+            `Endpoint.statistics` at the ends.
+        resident: models held at once; None: as many as free memory holds.
         graph: replay the work of each batch as a CUDA graph.
 
     Raises:
@@ -145,16 +144,12 @@ def evaluate_paths(
     row_of = _Rows(device)
     chunk = resident or _models_at_once(model, layout, todo[0], row_of, len(todo), splits, statistics_batches, method)
     measured: dict[_Point, dict[str, tuple[float, float]]] = {}
-    rows = torch.empty(min(chunk, len(todo)), layout.numel, device=device, dtype=torch.float32)
     with progress.task("evaluating", total=len(todo), unit="models") as advance:
-        for some in (todo[start : start + chunk] for start in range(0, len(todo), chunk)):
-            for row, point in zip(rows, some, strict=False):
-                t = torch.tensor(point.t, device=device, dtype=torch.float32)
-                interpolate(row_of(point.first), row_of(point.second), t, row)
+        for some, rows in _interpolated(todo, chunk, layout.numel, row_of, device):
             results = evaluate_rows(
                 model,
                 layout,
-                rows[: len(some)],
+                rows,
                 splits,
                 statistics=[point.statistics(method) for point in some],
                 statistics_batches=statistics_batches,
@@ -165,17 +160,11 @@ def evaluate_paths(
             for k, point in enumerate(some):
                 measured[point] = {s: (float(m.loss[k]), float(m.accuracy[k])) for s, m in results.items()}
             advance(len(some))
-    return [
-        PathLosses(
-            path.kind,
-            path.first.name,
-            path.second.name,
-            ts,
-            {split: [measured[point][split][0] for point in points] for split in splits},
-            {split: [measured[point][split][1] for point in points] for split in splits},
-        )
-        for path, points in zip(paths, of_paths, strict=True)
-    ]
+    found = []
+    for path, here in zip(paths, of_paths, strict=True):
+        loss, accuracy = ({split: [measured[point][split][k] for point in here] for split in splits} for k in (0, 1))
+        found.append(PathLosses(path.kind, path.first.name, path.second.name, ts, loss, accuracy))
+    return found
 
 
 @dataclass(frozen=True)
@@ -201,6 +190,19 @@ class _Point:
         return self.first.statistics or None if method == "reference" and self.first is self.second else None
 
 
+def _interpolated(
+    points: Sequence[_Point], chunk: int, numel: int, row_of: _Rows, device: torch.device
+) -> Iterator[tuple[Sequence[_Point], Tensor]]:
+    """At most `chunk` points at a time, and their parameters [K, P], which the next ones are written over."""
+    rows = torch.empty(min(chunk, len(points)), numel, device=device, dtype=torch.float32)
+    for start in range(0, len(points), chunk):
+        some = points[start : start + chunk]
+        for row, point in zip(rows, some, strict=False):
+            t = torch.tensor(point.t, device=device, dtype=torch.float32)
+            interpolate(row_of(point.first), row_of(point.second), t, row)
+        yield some, rows[: len(some)]
+
+
 def _models_at_once(
     model: nn.Module,
     layout: FlatLayout,
@@ -211,7 +213,7 @@ def _models_at_once(
     statistics_batches: Batches | None,
     method: str,
 ) -> int:
-    """How many of `wanted` models to hold at once; on a GPU what is left for batches and activations is measured, on
+    """The number of `wanted` models to hold at once; on a GPU what is left for batches and activations is measured, on
     the first batches of every pass with the first end of `point`."""
     device, extra = next(model.parameters()).device, None
 

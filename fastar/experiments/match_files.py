@@ -21,6 +21,7 @@ from fastar.matching import average as mean_of
 from fastar.runs import checkpoint_files, stem_of
 from fastar.runs.model_files import Checkpoint, save_checkpoint
 from fastar.runtime.progress import SILENT, Progress
+from fastar.symmetry import Permutations
 
 # Metadata that an average of checkpoints has as they do, if all have the same.
 _SAME = ("arch", "model", "input_shape", "classes", "dataset", "dataset_digest", *DATA_KEYS)
@@ -159,17 +160,7 @@ def match_many_files(
         objective (both), distance before and after, permutations; average, rounds, converged, history
         (`fastar.matching.ManyResult`).
     """
-    if not paths:
-        raise FastarError("there is nothing to match: give checkpoints")
-    if to == "pairwise" and (out is not None or average is not None):
-        raise FastarError(
-            f"{'--out' if out is not None else '--average'}: each pair is matched in its own way, there is no one set "
-            "to write; --json has the permutations"
-        )
-    written = _written(paths, out)
-    if average is not None and average.suffix != ".safetensors":
-        raise FastarError(f"--average {average}: the average is written as .safetensors; name it so")
-    _keep_inputs([*paths, *([] if centre is None else [centre])], [*written, average])
+    written = _written_of_many(paths, to, centre, out, average)
     session, first = open_first(paths[0] if centre is None else centre, named, progress, same_data=False)
     rest = [load_whole(session, path, same_data=False) for path in (paths[1:] if centre is None else paths)]
     loaded = [first, *rest] if centre is None else rest
@@ -188,14 +179,7 @@ def match_many_files(
         threads=session.settings.workers,
         progress=progress,
     )
-    found = {
-        "to": to,
-        **_groups(session, result.left),
-        "average": None if average is None else str(average),
-        "rounds": result.rounds,
-        "converged": result.converged,
-        "history": list(result.history),
-    }
+    found = {**_groups(session, result.left), **_course(result), "to": to, "average": average and str(average)}
     if result.permutations is None:
         return {**found, "pairs": _pairs(session, paths, states, result)}
     middle = result.mean if centre is None else first.state
@@ -206,18 +190,44 @@ def match_many_files(
         if target is not None:
             save_checkpoint(target, state, {**one.metadata, "matched_to": to if centre is None else centre.name})
         figures = _nearness(session, middle, states[n], state)
-        written_to = None if target is None else str(target)
-        files.append({"file": str(path), "written": written_to, "objective": float(result.objective[n]), **figures})
+        names = {"file": str(path), "written": target and str(target)}
+        files.append({**names, "objective": float(result.objective[n]), **figures})
     if average is not None:
-        known = {
-            key: loaded[0].metadata[key]
-            for key in _SAME
-            if key in loaded[0].metadata and all(one.metadata.get(key) == loaded[0].metadata[key] for one in loaded)
-        }
-        # The mean of the files' own numbers, in their type: they may have been matched in another.
-        mean = mean_of(session.network.symmetry, [one.state for one in loaded], result.permutations.to("cpu"))
-        save_checkpoint(average, mean, {**known, "kind": "average", "of": [path.name for path in paths]})
+        _save_average(average, session, paths, loaded, result.permutations)
     return {**found, "files": files}
+
+
+def _course(result: ManyResult) -> dict[str, Any]:
+    return {"rounds": result.rounds, "converged": result.converged, "history": list(result.history)}
+
+
+def _written_of_many(
+    paths: Sequence[Path], to: str, centre: Path | None, out: Path | None, average: Path | None
+) -> list[Path | None]:
+    """The file that each permuted checkpoint of a set goes to; checked, as is `average`, before any work."""
+    if not paths:
+        raise FastarError("there is nothing to match: give checkpoints")
+    if to == "pairwise" and (out is not None or average is not None):
+        raise FastarError(
+            f"{'--out' if out is not None else '--average'}: each pair is matched in its own way, there is no one set "
+            "to write; --json has the permutations"
+        )
+    written = _written(paths, out)
+    if average is not None and average.suffix != ".safetensors":
+        raise FastarError(f"--average {average}: the average is written as .safetensors; name it so")
+    _keep_inputs([*paths, *([] if centre is None else [centre])], [*written, average])
+    return written
+
+
+def _save_average(
+    target: Path, session: Session, paths: Sequence[Path], loaded: Sequence[Checkpoint], permutations: Permutations
+) -> None:
+    """Write the mean of the permuted checkpoints: of the files' own numbers, in their type, whatever they were matched
+    in."""
+    first, *others = (one.metadata for one in loaded)
+    known = {key: first[key] for key in _SAME if key in first and all(o.get(key) == first[key] for o in others)}
+    mean = mean_of(session.network.symmetry, [one.state for one in loaded], permutations.to("cpu"))
+    save_checkpoint(target, mean, {**known, "kind": "average", "of": [path.name for path in paths]})
 
 
 def _computed(state: Mapping[str, torch.Tensor], device: torch.device) -> dict[str, torch.Tensor]:

@@ -239,7 +239,7 @@ def measure(
 
 
 def statistics_error(session: Session, segments: Sequence[Segment]) -> dict[str, Any] | None:
-    """What `evaluation.bn_batches` changes in the test loss half-way along the first path: the difference to eight
+    """The change of the test loss half-way along the first path by `evaluation.bn_batches`: its difference to eight
     times as many batches, or all there are. None where all batches are taken, or without batch-norm."""
     wanted, model = session.settings.evaluation.bn_batches, session.network.build(seed=0)
     whole = whole_statistics(session)
@@ -284,7 +284,7 @@ def _accuracies(measured: Sequence[PathLosses], split: str) -> dict[str, Any]:
 
 
 def path_result(path: PathLosses) -> dict[str, Any]:
-    """What was measured along a path, JSON-able: `train_loss`, `train_accuracy` and so on for each split."""
+    """The losses and accuracies of a path, JSON-able: `train_loss`, `train_accuracy` and so on for each split."""
     return {
         "kind": path.kind,
         "first": path.first,
@@ -325,7 +325,7 @@ def _epochs(log: Sequence[Mapping[str, Any]], kind: str, needed: set[str]) -> li
 
 
 def speed(log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Of regular models and of the star: images per second of training, and the share of its time that each part took
+    """The speed of training regular models and the star: images per second, the share of time that each span took
     (matching, load, augment, interpolate, forward, backward, update, other), and what limits the steps. Null where the
     log does not know."""
     found: dict[str, Any] = {}

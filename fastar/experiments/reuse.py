@@ -95,7 +95,7 @@ def measured_digest(settings: Settings, run: RunFolder, data: str) -> str:
     given = [] if folder is None else given_paths(folder.expanduser(), number)
     sources = given or [run.model("source", i) for i in range(number)]
     heldouts = [run.model("heldout", i) for i in range(settings.sources.heldout)]
-    parts: dict[str, Any] = {
+    content: dict[str, Any] = {
         "models": [stored_digest(path, own=path not in given) for path in (run.star, *sources, *heldouts)],
         "data": data,
         "permutations": stored_digest(run.permutations, own=True),
@@ -105,8 +105,8 @@ def measured_digest(settings: Settings, run: RunFolder, data: str) -> str:
         "seed": settings.seed,
     }
     if settings.dataset.validation:
-        parts["validation"] = settings.dataset.validation
-    return content_digest(parts)
+        content["validation"] = settings.dataset.validation
+    return content_digest(content)
 
 
 def given_paths(folder: Path, count: int) -> list[Path]:

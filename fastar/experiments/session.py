@@ -20,7 +20,7 @@ from fastar.training import suitable_threads
 
 @dataclass(frozen=True)
 class Session:
-    """What an experiment shares; it holds, and does nothing.
+    """Settings, run, device, progress, data and network of an experiment; it holds them, and does nothing.
 
     Args:
         metrics: where the metrics of trainings are shown, if anywhere.

@@ -25,7 +25,7 @@ DATA_KEYS = {"called": "own_name", "crop": "crop", "limit": "limit", "order": "o
 
 @dataclass(frozen=True)
 class Shape:
-    """What a network must fit: (channels, height, width) of its images, and the number of classes."""
+    """The (channels, height, width) of images, and the number of classes, that a network is built for."""
 
     image: tuple[int, int, int]
     classes: int
