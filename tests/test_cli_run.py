@@ -25,6 +25,7 @@ SHORT = {"mean", "std", "n"}
 SPLIT = {"regular_loss", "star_loss", "regular_regular", "star_heldout", "star_source", "regular_regular_unmatched"}
 PATH = {"kind", "first", "second", "t", "train_loss", "train_accuracy", "test_loss", "test_accuracy"}
 TOP = {
+    "matchings",
     *("dataset", "arch", "sources", "heldout", "t", "train", "test", "accuracy", "paths", "seconds", "versions"),
     *("device", "seed", "measured", "batch_norm_error", "speed", "peak_bytes"),
 }
@@ -52,12 +53,15 @@ def results_of(folder: Path) -> dict[str, Any]:
 
 
 def models(folder: Path) -> dict[str, bytes]:
-    return {name: data for name, data in contents(folder).items() if name.endswith(".safetensors")}
+    """Models and the star's permutations; the others' belong to the results."""
+    tensors = {name: data for name, data in contents(folder).items() if name.endswith(".safetensors")}
+    return {name: data for name, data in tensors.items() if name != "matchings.safetensors"}
 
 
 def test_run_folder_holds_what_it_says(run: Path) -> None:
     assert set(contents(run)) == {
-        *("barrier.png", "config.yaml", "log.jsonl", "permutations.safetensors", "results.json", "star.safetensors"),
+        *("barrier.png", "config.yaml", "log.jsonl", "results.json"),
+        *("star.safetensors", "permutations.safetensors", "matchings.safetensors"),
         *("heldout/seed-0000.safetensors", "sources/seed-0000.safetensors", "sources/seed-0001.safetensors"),
         *(
             f"tensorboard/{model}/events.out.tfevents.0000000000"

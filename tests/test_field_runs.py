@@ -435,7 +435,15 @@ def test_what_people_leave_in_a_training_is_theirs(run: RunFolder, data: Path) -
 
 
 @pytest.mark.parametrize(
-    "name", ["star.safetensors", "permutations.safetensors", "results.json", "barrier.png", "log.jsonl"]
+    "name",
+    [
+        "star.safetensors",
+        "permutations.safetensors",
+        "matchings.safetensors",
+        "results.json",
+        "barrier.png",
+        "log.jsonl",
+    ],
 )
 def test_a_folder_with_the_name_of_a_file_is_refused_at_once(run: RunFolder, data: Path, name: str) -> None:
     (run.path / name).unlink(missing_ok=True)
