@@ -162,7 +162,7 @@ def test_a_shuffled_copy_is_recovered_exactly(name: str, way: dict[str, int]) ->
 
 @pytest.mark.parametrize("name", ["group_norm_residual", "gated"])
 def test_a_shuffled_copy_under_a_quadratic_family_is_recovered(name: str) -> None:
-    """The descent follows a slope only, so restarts may be needed; 5 orders and kicks suffice for these."""
+    """The descent follows a slope only, so restarts may be needed; 5 restarts and perturbations suffice for these."""
     model, symmetry, _ = FAMILIES[name]
     theta = random_state(model, 100)
     for seed in range(3):

@@ -18,7 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastar import config
-from fastar.config import load_settings
+from fastar.config import MatchingSettings, load_settings
 from fastar.data import PRESETS, Encoding
 from fastar.errors import FastarError
 from fastar.experiments import task
@@ -26,7 +26,7 @@ from fastar.experiments.plan import Plan, estimates, plan_run, planning, seconds
 from fastar.experiments.plan.estimates import forward_line, training_line
 from fastar.experiments.session import new_session
 from fastar.experiments.task import Shape
-from fastar.matching import working_bytes
+from fastar.matching import Extent, extra_bytes
 from fastar.models import build_model
 from fastar.runs import RunFolder
 from fastar.runtime.live_bytes import LiveBytes, PeakLine
@@ -306,13 +306,17 @@ def test_memory_of_matching() -> None:
     members = (Member("a", 0), Member("b", 1))
     groups = Symmetry((Group("hidden", 10, members),), {"a": (10, 3), "b": (4, 10), "c": (4, 10)}, tied={"c": "b"})
     one = 4 * (30 + 40) + 2 * 4 * 40 + 8 * 10**2  # as permuted so far; what a step holds; two tables in float32
-    assert working_bytes(groups, 50, 10**9, gpu=True, threads=2) == 50 * one
-    assert working_bytes(groups, 1, 10**9, gpu=True, threads=2) == one
-    assert working_bytes(groups, 50, 4 * 3 * one, gpu=True, threads=2) == 2 * 3 * one  # two chunks of three: half
-    assert working_bytes(groups, 50, 0, gpu=True, threads=2) == 2 * one
-    assert working_bytes(groups, 50, 0, gpu=False, threads=3) == 3 * one
+
+    def needed(count: int, free: int, *, gpu: bool, threads: int, perturbations: int = 0) -> int:
+        return extra_bytes(Extent(MatchingSettings(perturbations=perturbations), groups, count, free, gpu, threads))
+
+    assert needed(50, 10**9, gpu=True, threads=2) == 50 * one
+    assert needed(1, 10**9, gpu=True, threads=2) == one
+    assert needed(50, 4 * 3 * one, gpu=True, threads=2) == 2 * 3 * one  # two chunks of three: half
+    assert needed(50, 0, gpu=True, threads=2) == 2 * one
+    assert needed(50, 0, gpu=False, threads=3) == 3 * one
     perturbed = one + 3 * 4 * 10**2  # a third table to go back to; the noise, and what it makes of the first
-    assert working_bytes(groups, 50, 10**9, gpu=True, threads=2, perturbations=1) == 50 * perturbed
+    assert needed(50, 10**9, gpu=True, threads=2, perturbations=1) == 50 * perturbed
 
 
 @pytest.mark.parametrize(
@@ -329,7 +333,7 @@ def test_memory_of_matching_is_what_is_taken(count: int, ways: dict[str, int]) -
     with LiveBytes() as live:
         match_weights(groups, theta, sources, chunk=count, threads=1, **ways)
     # As one chunk: what a GPU's lane takes with so many.
-    planned = count * working_bytes(groups, 1, 0, gpu=False, threads=1, perturbations=ways.get("perturbations", 0))
+    planned = count * extra_bytes(Extent(MatchingSettings.model_validate(ways), groups, 1, 0, False, 1))
     # Which parts a step moves differs from source to source; what is planned is enough.
     assert 0.8 * planned < live.peak <= planned
 

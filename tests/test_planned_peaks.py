@@ -193,7 +193,7 @@ def test_the_automatic_chunk_of_matching(settings: dict[str, int], monkeypatch: 
     theta = {name: value.detach().to(device) for name, value in states[0].state_dict().items()}
     rows = [model.state_dict() for model in states[1:]]
     sources = {name: torch.stack([row[name] for row in rows]).to(device) for name in groups.parameters}
-    free = 4 * 4 * bytes_of_one(groups)  # four sources in each chunk, if nothing is kicked
+    free = 4 * 4 * bytes_of_one(groups)  # four sources in each chunk, if nothing is perturbed
     monkeypatch.setattr(weights, "free_bytes", lambda device: free)
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()

@@ -6,7 +6,7 @@
 
 Trains small networks on CIFAR-10 images (or takes them from --cache): an MLP, a VGG without and with batch-norm, a
 residual network and a DenseNet, or those that --arch names. For each, and each way of matching (none; by weights; the
-same with kicks out of local optima; by activations; by Sinkhorn; PyPI's rebasin 0.0.47), it measures on pairs of
+same with perturbations; by activations; by Sinkhorn; PyPI's rebasin 0.0.47), it measures on pairs of
 regular models the objective <theta, pi(theta_n)>, seconds of matching per pair, and the barrier. With --star also a
 star model trained with this matching at the start of every epoch: seconds of matching in all, the barrier from it to
 heldouts that it was never shown, matched to it in the same way.
@@ -81,7 +81,7 @@ NETWORKS: dict[str, dict[str, float]] = {
 }
 
 
-WAYS = ("unmatched", "weight", "activation", "sinkhorn", "rebasin")  # weight: with kicks too
+WAYS = ("unmatched", "weight", "activation", "sinkhorn", "rebasin")  # weight: with perturbations too
 
 
 class CannotMatch(Exception):
@@ -90,15 +90,21 @@ class CannotMatch(Exception):
 
 def ways(session: Session) -> list[Way]:
     """The ways that can be had here; a further one is one more entry."""
-    kicks = session.settings.matching.perturbations
+    perturbations = session.settings.matching.perturbations
     found = [
         Way("unmatched", lambda theta, sources, warm: sources),
         Way("weight", _fastar(session, MatchingSettings())),
         Way("activation", _fastar(session, MatchingSettings(method="activation"))),
         Way("sinkhorn", _fastar(session, MatchingSettings(method="sinkhorn"))),
     ]
-    if kicks:
-        found.insert(2, Way(f"weight, {kicks} kicks", _fastar(session, MatchingSettings(perturbations=kicks))))
+    if perturbations:
+        found.insert(
+            2,
+            Way(
+                f"weight, {perturbations} perturbations",
+                _fastar(session, MatchingSettings(perturbations=perturbations)),
+            ),
+        )
     if util.find_spec("rebasin") is None:
         print("rebasin is left out: pip install fastar[bench]", file=sys.stderr)
     else:
@@ -316,7 +322,7 @@ def settings_of(args: argparse.Namespace, arch: str) -> Settings:
         "evaluation.points": args.points,
         "evaluation.limit": min(args.measure, args.images),
         "evaluation.bn_batches": max(1, args.measure // args.batch),
-        "matching.perturbations": args.kicks,
+        "matching.perturbations": args.perturbations,
         "seed": args.seed,
         "device": args.device,
         **{f"model.{key}": value for key, value in NETWORKS.get(arch, {}).items()},
@@ -344,7 +350,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--points", type=int, default=7)
     parser.add_argument("--measure", type=int, default=1000, help="images for losses, and for batch-norm statistics")
-    parser.add_argument("--kicks", type=int, default=5)
+    parser.add_argument("--perturbations", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--quiet", action="store_true", help="no progress")

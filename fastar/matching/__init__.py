@@ -1,19 +1,18 @@
 """Matching: which permutation brings networks together, by weights, activations or Sinkhorn; of one or of many."""
 
 from fastar.matching.activation.activation_cache import ActivationCache, SourceActivations, cache_bytes
-from fastar.matching.activation.match_activations import comparing_bytes
 from fastar.matching.activation.statistics import UnitActivations
 from fastar.matching.assignment import solve_assignment, solver_name
 from fastar.matching.many import ManyResult, To, average, match_many
-from fastar.matching.methods import EXAMPLE_BATCHES, METHODS, Method, match, matching_threads
-from fastar.matching.request import Examples, GiveExamples, MatchResult, Request
-from fastar.matching.weight.match_weights import working_bytes
+from fastar.matching.methods import EXAMPLE_BATCHES, METHODS, Method, extra_bytes, match, matching_threads
+from fastar.matching.request import Examples, Extent, GiveExamples, MatchResult, Request
 
 __all__ = [
     "EXAMPLE_BATCHES",
     "METHODS",
     "ActivationCache",
     "Examples",
+    "Extent",
     "GiveExamples",
     "ManyResult",
     "MatchResult",
@@ -24,11 +23,10 @@ __all__ = [
     "UnitActivations",
     "average",
     "cache_bytes",
-    "comparing_bytes",
+    "extra_bytes",
     "match",
     "match_many",
     "matching_threads",
     "solve_assignment",
     "solver_name",
-    "working_bytes",
 ]

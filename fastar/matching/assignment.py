@@ -40,10 +40,8 @@ class ScoresNotFinite(FastarError):
     """Scores of an assignment that are NaN or infinite."""
 
 
-def solve_assignment(
-    score: Tensor | NDArray[Any], *, maximise: bool = True, solver: Solver = "auto"
-) -> NDArray[np.int64]:
-    """The permutation with the best total score: column `out[i]` for row i.
+def solve_assignment(score: Tensor | NDArray[Any], *, solver: Solver = "auto") -> NDArray[np.int64]:
+    """The permutation with the highest total score: column `out[i]` for row i.
 
     lapjv aborts the process on rows that are not finite, is silently wrong on single ones, and works in float32.
     So scores are checked and freed of their offset, and its answer is checked to be a bijection and, through the dual
@@ -76,7 +74,7 @@ def solve_assignment(
         )
     if n == 1:
         return np.zeros(1, dtype=np.int64)
-    cost = _centred_cost(table, maximise)
+    cost = _centred_cost(table)
     for favourites, of_columns in ((cost.argmin(axis=1), False), (cost.argmin(axis=0), True)):
         # Everybody gets what suits them best: no assignment can do better. Common once networks are aligned.
         if len(np.unique(favourites)) == n:
@@ -90,15 +88,13 @@ def _scipy(cost: NDArray[Any]) -> NDArray[np.int64]:
     return np.asarray(linear_sum_assignment(cost)[1], dtype=np.int64)
 
 
-def _centred_cost(table: NDArray[Any], maximise: bool) -> NDArray[Any]:
+def _centred_cost(table: NDArray[Any]) -> NDArray[Any]:
     """Costs to minimise, in the table's precision, each row shifted by its best so that large offsets cost no digits.
 
     A shift of a whole row changes no assignment. The subtraction is exact to the last digit of the difference.
     """
     floating = table if table.dtype in (np.float32, np.float64) else table.astype(np.float64)
-    if maximise:
-        return floating.max(axis=1, keepdims=True) - floating
-    return floating - floating.min(axis=1, keepdims=True)
+    return floating.max(axis=1, keepdims=True) - floating
 
 
 def _guarded_lapjv(cost: NDArray[Any]) -> NDArray[np.int64]:

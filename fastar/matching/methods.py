@@ -14,12 +14,11 @@ from torch import Tensor
 from fastar.config import MatchingSettings
 from fastar.errors import FastarError
 from fastar.matching.activation.activation_cache import SourceActivations
-from fastar.matching.activation.match_activations import correlate_units, not_worse
-from fastar.matching.assignment import solver_name
+from fastar.matching.activation.match_activations import comparing_bytes, correlate_units, not_worse
 from fastar.matching.checks import check_networks
-from fastar.matching.request import GiveExamples, MatchResult, Request
+from fastar.matching.request import Extent, GiveExamples, MatchResult, Request
 from fastar.matching.sinkhorn import match_sinkhorn
-from fastar.matching.weight.match_weights import chunk_size, match_weights
+from fastar.matching.weight.match_weights import chunk_size, match_weights, permuting_bytes
 from fastar.matching.weight.permuted_sources import PermutedSources
 from fastar.matching.weight.problem import Problem
 from fastar.runtime.progress import SILENT, Progress
@@ -36,10 +35,12 @@ class Method:
     Args:
         match: finds the permutations.
         needs_data: the setting that asks for data, as users write it; None where these settings ask for none.
+        extra_bytes: bytes beside theta, the sources, and what it takes to permute them and measure the objective.
     """
 
     match: Callable[[Request], MatchResult]
     needs_data: Callable[[MatchingSettings], str | None]
+    extra_bytes: Callable[[Extent], int] = lambda extent: 0
 
 
 def match(
@@ -95,6 +96,11 @@ def matching_threads(device: torch.device, threads: int | None) -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def extra_bytes(extent: Extent) -> int:
+    """Bytes that matching takes beside theta and the sources themselves."""
+    return max(permuting_bytes(extent), METHODS[extent.settings.method].extra_bytes(extent))
+
+
 def _by_weights(request: Request) -> MatchResult:
     """Coordinate descent from where `matching.start` says; the best end is kept."""
     begin, start = request.settings.start, request.start
@@ -122,8 +128,12 @@ def _unmatched(request: Request) -> MatchResult:
 
 
 METHODS = {
-    "weight": Method(_by_weights, lambda s: "matching.start=activations" if s.start == "activations" else None),
-    "activation": Method(_by_activations, lambda s: "matching.method=activation"),
+    "weight": Method(
+        _by_weights,
+        lambda s: "matching.start=activations" if s.start == "activations" else None,
+        comparing_bytes,
+    ),
+    "activation": Method(_by_activations, lambda s: "matching.method=activation", comparing_bytes),
     "sinkhorn": Method(
         _by_sinkhorn,
         lambda s: None if s.sinkhorn.objective == "l2" else f"matching.sinkhorn.objective={s.sinkhorn.objective}",
@@ -147,7 +157,6 @@ def _measured(request: Request, found: Permutations) -> MatchResult:
         converged=torch.ones(count, dtype=torch.bool, device="cpu"),
         perturbations_kept=torch.zeros(count, dtype=torch.int64, device="cpu"),
         solves=count * len(request.symmetry.families),
-        solver=solver_name(request.settings.solver),
     )
 
 

@@ -60,6 +60,29 @@ class Request:
 
 
 @dataclass(frozen=True)
+class Extent:
+    """Sizes that the memory of a matching follows from.
+
+    Args:
+        count: sources that are matched in one call.
+        free: bytes that are free.
+        gpu: whether the sources are on a GPU.
+        threads: CPU threads.
+        cached: bytes that the activations of a source take (`cache_bytes`); 0 where none are compared.
+        forward: bytes that a forward pass over a batch of `Examples` takes, the batch included.
+    """
+
+    settings: MatchingSettings
+    symmetry: Symmetry
+    count: int
+    free: int
+    gpu: bool
+    threads: int
+    cached: int = 0
+    forward: int = 0
+
+
+@dataclass(frozen=True)
 class MatchResult:
     """Permutations that bring each source towards theta, and how they were found.
 
@@ -72,7 +95,6 @@ class MatchResult:
         converged: [N] whether no group's step improved any more (else `max_sweeps` ended the descent).
         perturbations_kept: [N] perturbations that led to a better end.
         solves: assignments solved, all sources and descents together.
-        solver: name and version of the assignment solver.
         seconds: wall time of the whole call.
         left: groups whose units a method could not observe, and left where they are.
     """
@@ -85,7 +107,6 @@ class MatchResult:
     converged: Tensor
     perturbations_kept: Tensor
     solves: int
-    solver: str
     seconds: float = 0.0
     left: tuple[str, ...] = ()
 

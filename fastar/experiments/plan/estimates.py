@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ from fastar.experiments.plan.sizes import (
 )
 from fastar.experiments.session import Session
 from fastar.experiments.statistics_batches import LOOKED_AT
-from fastar.matching import EXAMPLE_BATCHES, cache_bytes, comparing_bytes, working_bytes
+from fastar.matching import EXAMPLE_BATCHES, Extent, cache_bytes, extra_bytes
 from fastar.runtime.live_bytes import Network, PeakLine, peak_line
 from fastar.runtime.memory import models_that_fit
 from fastar.symmetry import Symmetry
@@ -180,14 +180,11 @@ class Needs:
         return min(max(1, block // (4 * pixels * batch)) * batch, self.exact.counts.train)
 
     def _matching(self, choice: Choice, part: int, left: int) -> int:
-        settings = self.exact.settings
-        shared: dict[str, Any] = {"gpu": self.gpu, "threads": settings.workers, "chunk": settings.matching.chunk}
-        by_weights = working_bytes(self.symmetry, part, left, perturbations=settings.matching.perturbations, **shared)
-        if not self.exact.activations:
-            return by_weights
-        images = min(choice.batch, LOOKED_AT)
-        looking = self.forward.at(images) + 4 * images * math.prod(self.measured_image)
-        return max(by_weights, comparing_bytes(self.symmetry, self.exact.activations, looking, part, left, **shared))
+        settings, images = self.exact.settings, min(choice.batch, LOOKED_AT)
+        cached = self.exact.activations
+        forward = self.forward.at(images) + 4 * images * math.prod(self.measured_image) if cached else 0
+        extent = Extent(settings.matching, self.symmetry, part, left, self.gpu, settings.workers, cached, forward)
+        return extra_bytes(extent)
 
     def _evaluation(self, choice: Choice) -> tuple[int, int]:
         """Models that are held at a time, and bytes of the images and activations of a batch."""

@@ -14,7 +14,7 @@ from fastar.matching.activation import ties
 from fastar.matching.activation.activation_cache import CACHED
 from fastar.matching.activation.statistics import Tables, UnitActivations, resampled, stacked
 from fastar.matching.blocks import solve_rows
-from fastar.matching.request import Request
+from fastar.matching.request import Extent, Request
 from fastar.matching.weight.problem import Problem
 from fastar.runtime.full_precision import full_precision
 from fastar.runtime.memory import free_bytes
@@ -128,29 +128,15 @@ def bytes_of_one(symmetry: Symmetry, kept: int) -> int:
     return 5 * kept + 12 * sum(group.size**2 for group in symmetry.groups)
 
 
-def comparing_bytes(
-    symmetry: Symmetry,
-    kept: int,
-    looking: int,
-    count: int,
-    free: int,
-    *,
-    gpu: bool,
-    threads: int,
-    chunk: int | None = None,
-) -> int:
-    """Bytes that comparing `count` sources takes beside theta and the sources, where `free` bytes are free.
-
-    Args:
-        kept: bytes of one in `ActivationCache`.
-        looking: bytes that a forward pass over a batch takes, the batch included.
-        gpu: whether the sources are on a GPU.
-        threads, chunk: as of `correlate_units`.
-    """
-    one = bytes_of_one(symmetry, kept)
-    together = min(count, chunk or _chunk_size(one, count, free if gpu else None, threads))
-    table = 2 * kept  # in full precision
-    return table + max(together * one, looking + together * table)  # theta's own; the last is measured, or all compared
+def comparing_bytes(extent: Extent) -> int:
+    """Bytes that comparing activations takes beside theta and the sources; 0 where none are compared."""
+    if not extent.cached:
+        return 0
+    one, table = bytes_of_one(extent.symmetry, extent.cached), 2 * extent.cached  # in full precision
+    size = _chunk_size(one, extent.count, extent.free if extent.gpu else None, extent.threads)
+    together = min(extent.count, extent.settings.chunk or size)
+    # theta's own; the last is measured, or all compared
+    return table + max(together * one, extent.forward + together * table)
 
 
 def _chunk_size(one: int, count: int, free: int | None, threads: int) -> int:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,8 +12,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastar.errors import FastarError
-from fastar.matching.assignment import ScoresNotFinite, solver_name
-from fastar.matching.request import MatchResult, Request
+from fastar.matching.assignment import ScoresNotFinite
+from fastar.matching.request import Extent, MatchResult, Request
 from fastar.matching.weight.permuted_sources import LARGEST_HELD
 from fastar.matching.weight.problem import Problem
 from fastar.matching.weight.restarts import Ends, best_ends
@@ -69,21 +68,21 @@ def match_weights(request: Request, starts: Sequence[Permutations | None]) -> Ma
             advance(end - begin)
     best = [found[begin] for begin, _ in bounds]
 
-    def joined(arrays: Iterable[NDArray[Any]]) -> Tensor:
-        return torch.from_numpy(np.concatenate(list(arrays)))
+    def joined(name: str) -> Tensor:
+        return torch.from_numpy(np.concatenate([getattr(one, name) for one in best]))
 
+    indices_of = zip(*(one.permutations for one in best), strict=True)
     return MatchResult(
-        permutations=Permutations(
-            {group.name: joined(one.permutations[g] for one in best) for g, group in enumerate(symmetry.groups)}
+        Permutations(
+            {g.name: torch.from_numpy(np.concatenate(i)) for g, i in zip(symmetry.groups, indices_of, strict=True)}
         ),
-        objective=joined(one.objective for one in best),
-        objective_weights=joined(one.objective_weights for one in best),
-        objective_start=joined(one.first for one in best),
-        sweeps=joined(one.sweeps for one in best),
-        converged=joined(one.converged for one in best),
-        perturbations_kept=joined(one.perturbations_kept for one in best),
+        objective=joined("objective"),
+        objective_weights=joined("objective_weights"),
+        objective_start=joined("first"),
+        sweeps=joined("sweeps"),
+        converged=joined("converged"),
+        perturbations_kept=joined("perturbations_kept"),
         solves=sum(one.solves for one in best),
-        solver=solver_name(settings.solver),
     )
 
 
@@ -153,23 +152,8 @@ def _chunk_on_gpu(one: int, count: int, free: int) -> int:
     return max(1, min(-(-count // 2), free // 4 // one))
 
 
-def working_bytes(
-    symmetry: Symmetry,
-    count: int,
-    free: int,
-    *,
-    gpu: bool,
-    threads: int,
-    chunk: int | None = None,
-    perturbations: int = 0,
-) -> int:
-    """Bytes that matching `count` sources takes beside theta and the sources themselves, where `free` bytes are free.
-
-    Args:
-        gpu: whether the sources are on a GPU.
-        threads: CPU threads.
-        chunk, perturbations: as of the settings.
-    """
-    one, lanes = bytes_of_one(symmetry, perturbations), 2 if gpu else threads
-    size = chunk or (_chunk_on_gpu(one, count, free) if gpu else 1)
-    return min(count, lanes * size) * one
+def permuting_bytes(extent: Extent) -> int:
+    """Bytes that permuting sources, and measuring their objective, takes beside theta and the sources themselves."""
+    one, lanes = bytes_of_one(extent.symmetry, extent.settings.perturbations), 2 if extent.gpu else extent.threads
+    size = extent.settings.chunk or (_chunk_on_gpu(one, extent.count, extent.free) if extent.gpu else 1)
+    return min(extent.count, lanes * size) * one
