@@ -16,7 +16,7 @@ from run_cases import Killed, kill, small
 from test_stopping import at_call
 
 from fastar.experiments import train_star
-from fastar.experiments.verify_files import recheck
+from fastar.experiments.files.verify_files import recheck
 from fastar.report.results import barrier_picture
 from fastar.runs import RETRY, RunFolder, hold
 from fastar.runs.live_metrics import EventFile

@@ -11,7 +11,7 @@ from fastar.cli.options import CHECKPOINTS, Given, paths_and_settings, takes
 from fastar.cli.output import print_json, print_lines, print_table
 
 if TYPE_CHECKING:
-    from fastar.experiments.given_files import Named
+    from fastar.experiments.files.given_files import Named
 
 UNSAID = "For checkpoints that do not say it."
 PERMUTED = "Write permuted B here (.safetensors); several B: into this folder."
@@ -35,7 +35,7 @@ def match(
 
         fastar match a.pt b.pt --model mynets:build --input-shape 2x3x224x224 --out b.safetensors
     """
-    from fastar.experiments.match_files import match_files
+    from fastar.experiments.files.match_files import match_files
 
     paths, overrides = paths_and_settings(others)
     results = match_files(first, paths, out=given["out"], named=_named(given, overrides), progress=given.progress())
@@ -83,7 +83,7 @@ def match_many(
 
         fastar match-many a.pt b.pt c.pt --to pairwise --model mynets:build --input-shape 2x3x32x32 --json
     """
-    from fastar.experiments.match_files import match_many_files
+    from fastar.experiments.files.match_files import match_many_files
 
     paths, overrides = paths_and_settings(files)
     result = match_many_files(
@@ -131,8 +131,8 @@ def barrier(
 
         fastar barrier star.safetensors heldout/*.safetensors --permutations matchings.safetensors
     """
-    from fastar.experiments.barrier_files import barriers_of_files
-    from fastar.experiments.given_files import Named
+    from fastar.experiments.files.barrier_files import barriers_of_files
+    from fastar.experiments.files.given_files import Named
     from fastar.report.results import barrier_picture, barriers_table, check_picture, statistics_lines
 
     picture = given["picture"]
@@ -160,7 +160,7 @@ def barrier(
 
 def _named(given: Given, overrides: list[str]) -> Named:
     """The command line's words on what the checkpoints are of."""
-    from fastar.experiments.given_files import Named
+    from fastar.experiments.files.given_files import Named
 
     known = {name: given[name] for name in CHECKPOINTS if name != "name"}
     return Named(**known, changes=given.changes(overrides))

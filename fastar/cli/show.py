@@ -90,7 +90,7 @@ def verify(
 
         fastar verify data/ffcv/digits
     """
-    from fastar.experiments.verify_files import recheck
+    from fastar.experiments.files.verify_files import recheck
 
     progress = given.progress()
     found = recheck(path, progress)

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastar.errors import FastarError
 from fastar.evaluation import Segment
-from fastar.experiments.given_files import Named, load_whole, open_first
+from fastar.experiments.files.given_files import Named, load_whole, open_first
 from fastar.experiments.matchings import Matchings
 from fastar.experiments.measure import check_endpoint, endpoint, evaluated, match_to, path_result
 from fastar.experiments.regular import device_name

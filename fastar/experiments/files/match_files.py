@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fastar.errors import FastarError
-from fastar.experiments.given_files import Named, load_whole, open_first
+from fastar.experiments.files.given_files import Named, load_whole, open_first
 from fastar.experiments.session import Session
 from fastar.experiments.statistics_batches import examples
 from fastar.experiments.task import DATA_KEYS

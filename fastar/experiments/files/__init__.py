@@ -1,0 +1,1 @@
+"""Commands on files, whoever wrote them: matching, barriers, verifying."""
