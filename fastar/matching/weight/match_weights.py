@@ -32,10 +32,8 @@ def match_weights(request: Request, starts: Sequence[Permutations | None]) -> Ma
     - `start=backward`: 6.3 over the identity, at about its cost;
     - `start=activations`: 1.0 less than backward, but better in one of the two pairs; needs data;
     - `restarts=3`: 2.4 more, `restarts=8`: 3.0 more, at nearly as many times the descents;
-    - `perturbations=1`: 7.8 more, 5: 13.5, 15: 17.8, each for about half of the first descent or less;
-      `restarts=3, perturbations=5`: 15.2;
-    - from last epoch's permutations, backward gains nothing, one perturbation 5.6 for about the time of the re-match
-      again.
+    - `perturbations=1`: 7.8 more, 5: 13.5 (with `restarts=3` 15.2), 15: 17.8, each for half of a descent or less;
+    - from last epoch's permutations, backward gains nothing, one perturbation 5.6 for as long as the re-match.
 
     Args:
         starts: permutations to start from, [size] or [N, size]; None: from the output layer backwards, wherever that
