@@ -4,7 +4,7 @@ Torch-free: settings, plans and help read it too.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 
 from fastar.errors import FastarError
@@ -80,7 +80,6 @@ class DatasetSpec:
 
 _DIGITS = tuple(str(digit) for digit in range(10))
 _FASHION = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
-_CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 _CIFAR100_NAMES = """
     apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle
     caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant
@@ -90,6 +89,52 @@ _CIFAR100_NAMES = """
     squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle
     wardrobe whale willow_tree wolf woman worm"""
 _CIFAR100 = tuple(_CIFAR100_NAMES.split())
+
+_MNIST = DatasetSpec(
+    name="mnist",
+    arch="mlp",
+    train=60_000,
+    test=10_000,
+    classes=_DIGITS,
+    channels=1,
+    height=28,
+    width=28,
+    reader="idx",
+    folders=("mnist", "MNIST/raw", "MNIST"),
+    usual=("/usr/share/datasets",),
+    obtain="put the four IDX files of MNIST (train-images-idx3-ubyte.gz, ...) in one folder",
+    md5={
+        "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
+        "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
+        "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
+        "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
+    },
+)
+_CIFAR10 = DatasetSpec(
+    name="cifar10",
+    train=50_000,
+    test=10_000,
+    classes=("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+    height=32,
+    width=32,
+    augmentation=Augmentation(pad=4, flip=True),
+    mean=IMAGENET_MEAN,
+    std=IMAGENET_STD,
+    reader="cifar10",
+    folders=("cifar-10-batches-py", "cifar-10-batches-bin", "cifar10", "cifar-10", "CIFAR10"),
+    usual=("/usr/share/datasets",),
+    obtain="get cifar-10-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html",
+    md5={
+        "cifar-10-python.tar.gz": "c58f30108f718f92721af3b95e74349a",
+        "cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530",
+        "data_batch_1": "c99cafc152244af753f735de768cd75f",
+        "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+        "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+        "data_batch_4": "634d18415352ddfa80567beed471001a",
+        "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+        "test_batch": "40351d587109b95175f43aff81a1287e",
+    },
+)
 
 DATASETS: dict[str, DatasetSpec] = {
     spec.name: spec
@@ -106,18 +151,11 @@ DATASETS: dict[str, DatasetSpec] = {
             reader="digits",
             obtain="install scikit-learn, which carries it",
         ),
-        DatasetSpec(
+        replace(
+            _MNIST,
             name="fashion-mnist",
-            arch="mlp",
-            train=60_000,
-            test=10_000,
             classes=_FASHION,
-            channels=1,
-            height=28,
-            width=28,
-            reader="idx",
             folders=("fashion-mnist", "FashionMNIST/raw", "FashionMNIST"),
-            usual=("/usr/share/datasets",),
             obtain="apt install dataset-fashion-mnist, or put the four IDX files of "
             "https://github.com/zalandoresearch/fashion-mnist in one folder",
             md5={
@@ -127,73 +165,22 @@ DATASETS: dict[str, DatasetSpec] = {
                 "t10k-labels-idx1-ubyte.gz": "bb300cfdad3c16e7a12a480ee83cd310",
             },
         ),
-        DatasetSpec(
-            name="mnist",
-            arch="mlp",
-            train=60_000,
-            test=10_000,
-            classes=_DIGITS,
-            channels=1,
-            height=28,
-            width=28,
-            reader="idx",
-            folders=("mnist", "MNIST/raw", "MNIST"),
-            usual=("/usr/share/datasets",),
-            obtain="put the four IDX files of MNIST (train-images-idx3-ubyte.gz, ...) in one folder",
-            md5={
-                "train-images-idx3-ubyte.gz": "f68b3c2dcbeaaa9fbdd348bbdeb94873",
-                "train-labels-idx1-ubyte.gz": "d53e105ee54ea40749a09fcbcd1e9432",
-                "t10k-images-idx3-ubyte.gz": "9fb629c4189551a2d022fa330f9573f3",
-                "t10k-labels-idx1-ubyte.gz": "ec29112dd5afa0611ce80d1b7f02629c",
-            },
-        ),
-        DatasetSpec(
-            name="cifar10",
-            arch="resnet18",
-            train=50_000,
-            test=10_000,
-            classes=_CIFAR10,
-            height=32,
-            width=32,
-            augmentation=Augmentation(pad=4, flip=True),
-            mean=IMAGENET_MEAN,
-            std=IMAGENET_STD,
-            reader="cifar10",
-            folders=("cifar-10-batches-py", "cifar-10-batches-bin", "cifar10", "cifar-10", "CIFAR10"),
-            usual=("/usr/share/datasets",),
-            obtain="get cifar-10-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html",
-            md5={
-                "cifar-10-python.tar.gz": "c58f30108f718f92721af3b95e74349a",
-                "cifar-10-binary.tar.gz": "c32a1d4ab5d03f1284b67883e8d87530",
-                "data_batch_1": "c99cafc152244af753f735de768cd75f",
-                "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
-                "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
-                "data_batch_4": "634d18415352ddfa80567beed471001a",
-                "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
-                "test_batch": "40351d587109b95175f43aff81a1287e",
-            },
-        ),
-        DatasetSpec(
+        _MNIST,
+        _CIFAR10,
+        replace(
+            _CIFAR10,
             name="cifar100",
-            arch="resnet18",
-            train=50_000,
-            test=10_000,
             classes=_CIFAR100,
-            height=32,
-            width=32,
-            augmentation=Augmentation(pad=4, flip=True),
-            mean=IMAGENET_MEAN,
-            std=IMAGENET_STD,
+            class_count=100,
             reader="cifar100",
             folders=("cifar-100-python", "cifar-100-binary", "cifar100", "cifar-100", "CIFAR100"),
-            usual=("/usr/share/datasets",),
-            obtain="get cifar-100-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html",
             md5={
                 "cifar-100-python.tar.gz": "eb9058c3a382ffc7106e4002c42a8d85",
                 "cifar-100-binary.tar.gz": "03b5dce01913d631647c71ecec9e9cb8",
                 "train": "16019d7e3df5f24257cddd939b257f8d",
                 "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
             },
+            obtain="get cifar-100-python.tar.gz from https://www.cs.toronto.edu/~kriz/cifar.html",
         ),
         DatasetSpec(
             name="imagenet",

@@ -56,12 +56,6 @@ WIDTHS = {
 }
 
 
-def require_scale(name: str) -> None:
-    """Raise FastarError unless `name` is a scale."""
-    if name not in ("full", *SCALES):
-        raise FastarError(f"--scale {name}: choose smoke, small or full")
-
-
 def scaled(content: Mapping[str, Any], name: str, *, defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Nested settings at scale `name`.
 
@@ -74,9 +68,10 @@ def scaled(content: Mapping[str, Any], name: str, *, defaults: Mapping[str, Any]
     Raises:
         FastarError: an unknown scale.
     """
-    require_scale(name)
     if name == "full":
         return dict(content)
+    if name not in SCALES:
+        raise FastarError(f"--scale {name}: choose smoke, small or full")
     column = SCALES.index(name)
     old = {**defaults, **flatten(content)}
     most = {key: values[column] for key, values in MOST.items()}

@@ -52,6 +52,7 @@ _MODEL = re.compile(r"seed-([0-9]{4,})\.safetensors")
 _TRAINING = re.compile(r"(source|heldout|star)-([0-9]{4,})")
 _TEMPORARY = re.compile(r"\..+\.[0-9]+(-[0-9a-f]{8})?\.tmp")
 _CONFIG_DIGEST = "# digest: "
+_FOLDERS = {"source": "sources", "heldout": "heldout"}
 
 
 class RunFolder:
@@ -60,22 +61,13 @@ class RunFolder:
     def __init__(self, path: Path):
         self.path = path
         self.log = RunLog(path / "log.jsonl")
-
-    @property
-    def config(self) -> Path:
-        return self.path / "config.yaml"
-
-    @property
-    def star(self) -> Path:
-        return self.path / "star.safetensors"
-
-    @property
-    def results(self) -> Path:
-        return self.path / "results.json"
-
-    @property
-    def picture(self) -> Path:
-        return self.path / "barrier.png"
+        self.config = path / "config.yaml"
+        self.star = path / "star.safetensors"
+        self.results = path / "results.json"
+        self.picture = path / "barrier.png"
+        self.permutations = path / "permutations.safetensors"
+        # The permutations that results were measured with.
+        self.matchings = path / "matchings.safetensors"
 
     def is_drawn(self) -> bool:
         """Tell whether the picture is there, and no older than the results it shows."""
@@ -92,17 +84,7 @@ class RunFolder:
         """File of source or heldout number `index`, or of the star."""
         if kind == "star":
             return self.star
-        folder = {"source": "sources", "heldout": "heldout"}[kind]
-        return self.path / folder / f"seed-{index:04d}.safetensors"
-
-    @property
-    def permutations(self) -> Path:
-        return self.path / "permutations.safetensors"
-
-    @property
-    def matchings(self) -> Path:
-        """The permutations that results were measured with."""
-        return self.path / "matchings.safetensors"
+        return self.path / _FOLDERS[kind] / f"seed-{index:04d}.safetensors"
 
     def finished(self, kind: str, index: int) -> bool:
         """Tell whether a model's training is over; a star without its permutations is trained again."""
@@ -114,8 +96,7 @@ class RunFolder:
 
     def models(self) -> list[tuple[Path, str, int]]:
         """Files of sources and heldouts that are there, each with its kind and number."""
-        kinds = {"source": "sources", "heldout": "heldout"}
-        found = ((path, kind) for kind, name in kinds.items() for path in sorted((self.path / name).glob("seed-*")))
+        found = ((path, kind) for kind, name in _FOLDERS.items() for path in sorted((self.path / name).glob("seed-*")))
         return [(path, kind, int(name[1])) for path, kind in found if (name := _MODEL.fullmatch(path.name))]
 
     def trainings(self) -> list[tuple[Path, str, int]]:

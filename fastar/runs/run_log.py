@@ -15,8 +15,9 @@ from fastar.runs.atomic import write_atomically
 from fastar.runs.lock import check_held
 from fastar.runtime.json_files import parse_object, read_file
 
-_CHECKSUM = re.compile(r"[0-9a-f]{8}")
 _MARK = b', "checksum": "'
+# A line that had a checksum, whichever of its bytes has become another.
+_CHECKED = re.compile(rb'checksum|"[^"]{8}"\}.?\Z', re.DOTALL)
 # The end of a whole line of the log, whatever its last byte has become.
 _LINE_END = re.compile(rb'"checksum": "[0-9a-f]{8}"\}.?\Z|\n\Z', re.DOTALL)
 
@@ -97,29 +98,9 @@ def _entry(line: bytes) -> dict[str, Any] | None:
     """The entry in a line of the log; None: not a whole one. Lines of older versions have no checksum."""
     front, _, rest = line.rpartition(_MARK)
     text = front + b"}"
-    whole = rest == _checksum(text) + b'"}'
     try:
-        entry = parse_object(text if whole else line)
+        if rest == _checksum(text) + b'"}':
+            return parse_object(text)
+        return None if _CHECKED.search(line) else parse_object(line)
     except ValueError:
         return None
-    if whole:
-        return entry
-    name, value = next(reversed(entry.items()), ("", None))
-    if name == "checksum" or (isinstance(value, str) and _CHECKSUM.fullmatch(value)):
-        return None
-    return entry if all(_is_of_kind(name, value) for name, value in entry.items()) else None
-
-
-def _is_of_kind(name: str, value: object) -> bool:
-    """Tell whether a value of the log is of the type that values of this name have."""
-    if name in ("epoch", "attempt"):
-        return type(value) is int
-    if name in ("loss", "lr", "images", "seconds", "begin_seconds", "peak_bytes"):
-        return _is_number(value)
-    if name in ("parts", "figures"):
-        return isinstance(value, Mapping) and all(_is_number(one) for one in value.values())
-    return isinstance(value, str) if name in ("kind", "model", "reason", "back_to") else True
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
