@@ -6,20 +6,21 @@ the folder, to people and to hosts that do not share the kernel's lock, and is a
 
 from __future__ import annotations
 
-import json
 import os
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+import pydantic
 from filelock import lock_descriptor
 
 from fastar.errors import FastarError
-from fastar.runtime.json_files import read_object
+from fastar.runtime.json_files import read_file
 
 NAME = "lock.json"
 # A living holder touches its file this often; one on another host that has not for so long is taken for dead.
@@ -27,12 +28,12 @@ TOUCH_SECONDS = 20.0
 DEAD_SECONDS = 120.0
 
 
-@dataclass(frozen=True)
+@pydantic.dataclasses.dataclass(frozen=True, config={"strict": True})
 class Holder:
     """A process that holds, or held, a run folder."""
 
     host: str
-    pid: int
+    pid: Annotated[int, pydantic.Field(gt=0, lt=1 << 31)]
     started: int
     """The process's start in the kernel's clock ticks (0: not known), so that a number used again is not mistaken."""
     since: float
@@ -67,6 +68,9 @@ class Holder:
         return (self.device, self.inode) != (there.st_dev, there.st_ino)
 
 
+_HOLDER = pydantic.TypeAdapter(Holder)
+
+
 def _start_of(pid: int) -> int | None:
     """The start of process `pid` (see `Holder.started`); None: there is none, 0: there is one, and no more is known."""
     try:
@@ -85,11 +89,9 @@ def _start_of(pid: int) -> int | None:
 def read_holder(folder: Path) -> Holder | None:
     """The process that the lock file of `folder` names; None: no such file, a damaged one, or one copied here."""
     try:
-        holder = Holder(**read_object(folder / NAME))
-        numbers = (holder.pid, holder.started, holder.device, holder.inode)
-        whole = isinstance(holder.host, str) and all(type(number) is int for number in numbers)
-        return holder if whole and 0 < holder.pid < 1 << 31 and not holder.of_another(folder) else None
-    except (OSError, ValueError, TypeError):
+        holder = _HOLDER.validate_json(read_file(folder / NAME))
+        return None if holder.of_another(folder) else holder
+    except (OSError, ValueError):
         return None
 
 
@@ -197,10 +199,14 @@ def hold(
         lease = _Lease(Path(os.path.abspath(folder)), handle, Holder.here(folder))
         _write(folder, lease.holder)
         _leases.append(lease)
+        done = threading.Event()
+        thread = threading.Thread(target=_touch, args=(lease, touch_seconds, done), name="lock", daemon=True)
+        thread.start()
         try:
-            with _touched(lease, touch_seconds):
-                yield
+            yield
         finally:
+            done.set()
+            thread.join()
             _leases.remove(lease)
             if lease.lost() is None:
                 with suppress(OSError):  # a folder that has become read-only
@@ -235,8 +241,8 @@ def _write(folder: Path, holder: Holder) -> None:
     path = folder / NAME
     try:
         path.unlink(missing_ok=True)
-        with path.open("x") as file:  # where two come at once, it is there for one of them
-            file.write(json.dumps(asdict(holder)) + "\n")
+        with path.open("xb") as file:  # where two come at once, it is there for one of them
+            file.write(_HOLDER.dump_json(holder) + b"\n")
     except FileExistsError as error:
         raise FastarError(f"{folder}: in use by another fastar ({read_holder(folder)}); wait for it") from error
     except OSError as error:
@@ -244,21 +250,9 @@ def _write(folder: Path, holder: Holder) -> None:
         raise FastarError(what) from error
 
 
-@contextmanager
-def _touched(lease: _Lease, seconds: float) -> Iterator[None]:
-    """Touch the lock file every `seconds` in a thread, as long as it is this process's."""
-    done = threading.Event()
-
-    def touch() -> None:
-        while not done.wait(seconds):
-            if lease.lost() is None:
-                with suppress(OSError):
-                    os.utime(lease.folder / NAME)
-
-    thread = threading.Thread(target=touch, name="lock", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
+def _touch(lease: _Lease, seconds: float, done: threading.Event) -> None:
+    """Touch the lock file every `seconds`, as long as it is this process's."""
+    while not done.wait(seconds):
+        if lease.lost() is None:
+            with suppress(OSError):
+                os.utime(lease.folder / NAME)

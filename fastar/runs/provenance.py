@@ -29,12 +29,9 @@ def commit() -> str:
     """The checkout's commit, with `+changes` if it is not clean; outside a checkout FASTAR_COMMIT or `unknown`."""
     elsewhere = os.environ.get("FASTAR_COMMIT") or "unknown"  # of a copy that travelled without its .git
     git = ["git", "-C", str(Path(__file__).resolve().parent)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, timeout=10)
-        tracked = subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=10)
-        status = subprocess.run([*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
+    describe = [*git, "describe", "--always", "--exclude=*", "--abbrev=12", "--dirty=+changes"]
+    try:  # the first fails in a checkout of something else around an installed fastar
+        subprocess.run([*git, "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=10, check=True)
+        return subprocess.run(describe, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
         return elsewhere
-    if head.returncode != 0 or tracked.returncode != 0:  # a checkout of something else around an installed fastar
-        return elsewhere
-    return head.stdout.strip() + ("+changes" if status.stdout.strip() else "")

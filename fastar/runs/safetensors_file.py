@@ -114,16 +114,12 @@ class SafetensorsFile:
             return {}, None
         try:
             content = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise FastarError(f"{path}: its fastar metadata are damaged ({error}); delete it or restore it") from error
-        if not isinstance(content, dict) or not isinstance(content.get("model", {}), dict):
-            raise FastarError(f"{path}: its fastar metadata are damaged; delete it or restore it")
-        if content.pop(METADATA_DIGEST, None) != content_digest(content):
-            raise FastarError(f"{path}: its metadata are not those that were saved (damaged); delete it or restore it")
-        digest = content.pop(TENSORS_DIGEST, None)
-        if not isinstance(digest, str):
-            raise FastarError(f"{path}: has no digest of its tensors (damaged); delete it or restore it")
-        return content, digest
+            if content.pop(METADATA_DIGEST) != content_digest(content):
+                raise ValueError
+            return content, content.pop(TENSORS_DIGEST)
+        except (ValueError, AttributeError, LookupError, TypeError, RecursionError) as error:
+            what = f"{path}: its metadata are not those that were saved (damaged); delete it or restore it"
+            raise FastarError(what) from error
 
 
 def read_metadata(path: Path, *, own: bool = False) -> dict[str, Any]:
