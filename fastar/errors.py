@@ -1,5 +1,8 @@
 """The errors a user is meant to read: one line that says what is wrong, where, and what to do."""
 
+import difflib
+from collections.abc import Iterable
+
 
 class OldName(FutureWarning):
     """A setting is given by an old name; the text says the new one."""
@@ -7,6 +10,16 @@ class OldName(FutureWarning):
 
 class FastarError(ValueError):
     """Bad input or an unusable environment. The command line prints the message and exits with code 2."""
+
+
+def did_you_mean(given: str, valid: Iterable[str]) -> str:
+    """`did you mean NAME? ` with the nearest of the `valid` names; nothing where none is near.
+
+    >>> did_you_mean("colour", ["color", "size"])
+    "did you mean 'color'? "
+    """
+    near = difflib.get_close_matches(given, list(valid), n=1)
+    return f"did you mean {near[0]!r}? " if near else ""
 
 
 def first_line(error: BaseException) -> str:

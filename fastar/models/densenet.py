@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -60,44 +60,52 @@ class Transition(nn.Module):
 
 
 class DenseNet(nn.Module):
-    """3x3 stem, three dense blocks with transitions between them, norm, global average pooling, a linear classifier.
+    """DenseNet-`depth`: 3x3 stem, three dense blocks with transitions between them, norm, global average pooling, a
+    linear classifier.
+
+    Parameters at ten classes: 1,059,298 of DenseNet-40, with the stem of the implementation that the star-domain paper
+    names (`stem=16` is Huang et al.'s: 1,019,722, their 1.0 M); 176,122 of BC-40, 769,162 of BC-100.
 
     Args:
+        depth: layers with weights: the stem, two transitions, the classifier, and those of the blocks.
+        bottleneck: the BC form: bottlenecks, which are two layers each, and transitions that halve the channels.
         input_shape: (channels, height, width) of one image; only the channels determine parameters.
         classes: number of logits.
-        layers: dense layers in each block.
-        stem: channels of the first convolution.
-        growth: channels that each layer adds.
+        growth: channels that each dense layer adds.
         dropout: share that is dropped after each convolution but the first.
-        parts: activation and normalisation.
-        bottleneck: the BC form: bottlenecks, and transitions that halve the channels.
+        stem: channels of the first convolution; 0: twice `growth`.
     """
 
     def __init__(
         self,
+        depth: int,
+        bottleneck: bool,
         input_shape: tuple[int, int, int],
         classes: int,
-        layers: int,
-        stem: int,
-        growth: int,
-        dropout: float,
-        parts: Parts,
-        *,
-        bottleneck: bool,
+        growth: int = 12,
+        dropout: float = 0.0,
+        stem: int = 0,
+        activation: Activation = "relu",
+        norm: Norm = "batch",
     ):
         super().__init__()
-        channels = stem
+        arch = f"densenet{depth}{'_bc' if bottleneck else ''}"
+        at_least(growth, 1, "growth", arch)
+        at_least(stem, 0, "stem", arch)
+        check_side(input_shape, 4, arch, "halves images twice")
+        share, parts = dropout_share(dropout, arch), Parts(activation, norm)
+        channels = stem or 2 * growth
         self.conv1 = _wide(input_shape[0], channels)
         stages: list[nn.Module] = []
         for block in range(BLOCKS):
             dense = []
-            for _ in range(layers):
-                dense.append(DenseLayer(channels, growth, dropout, parts, bottleneck=bottleneck))
+            for _ in range((depth - 4) // (BLOCKS * (2 if bottleneck else 1))):
+                dense.append(DenseLayer(channels, growth, share, parts, bottleneck=bottleneck))
                 channels += growth
             stages.append(nn.Sequential(*dense))
             if block < BLOCKS - 1:
                 less = channels // 2 if bottleneck else channels
-                stages.append(Transition(channels, less, dropout, parts))
+                stages.append(Transition(channels, less, share, parts))
                 channels = less
         self.stages = nn.Sequential(*stages)
         self.bn1 = parts.norm(channels)
@@ -113,40 +121,12 @@ class DenseNet(nn.Module):
         return logits
 
 
-def densenet(depth: int, *, bottleneck: bool = False) -> Callable[..., nn.Module]:
-    """DenseNet-`depth`, or DenseNet-BC-`depth` with bottlenecks. `stem` 0 is twice `growth`.
-
-    Parameters at ten classes: 1,059,298 of DenseNet-40, with the stem of the implementation that the star-domain paper
-    names (`stem=16` is Huang et al.'s: 1,019,722, their 1.0 M); 176,122 of BC-40, 769,162 of BC-100.
-    """
-    arch = f"densenet{depth}{'_bc' if bottleneck else ''}"
-    # All layers but the stem, two transitions and the classifier; a bottleneck is two.
-    layers = (depth - 4) // (BLOCKS * (2 if bottleneck else 1))
-
-    def build(
-        input_shape: tuple[int, int, int],
-        classes: int,
-        growth: int = 12,
-        dropout: float = 0.0,
-        stem: int = 0,
-        activation: Activation = "relu",
-        norm: Norm = "batch",
-    ) -> nn.Module:
-        at_least(growth, 1, "growth", arch)
-        at_least(stem, 0, "stem", arch)
-        check_side(input_shape, 4, arch, "halves images twice")
-        share, parts = dropout_share(dropout, arch), Parts(activation, norm)
-        return DenseNet(input_shape, classes, layers, stem or 2 * growth, growth, share, parts, bottleneck=bottleneck)
-
-    return build
-
-
 def _wide(channels_in: int, channels: int) -> nn.Conv2d:
     return nn.Conv2d(channels_in, channels, 3, padding=1, bias=False)
 
 
 MODELS = {
-    "densenet40": densenet(40),
-    "densenet40_bc": densenet(40, bottleneck=True),
-    "densenet100_bc": densenet(100, bottleneck=True),
+    "densenet40": partial(DenseNet, 40, False),
+    "densenet40_bc": partial(DenseNet, 40, True),
+    "densenet100_bc": partial(DenseNet, 100, True),
 }

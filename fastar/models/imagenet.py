@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from fastar.models.layers import Activation, Norm, Parts, scaled
-from fastar.models.resnet import BasicBlock, Block, Bottleneck, stages_of
+from fastar.models.layers import Activation, Norm, Parts, initialise_convolutions, scaled, stages_of
+from fastar.models.resnet import BasicBlock, Block, Bottleneck
 
 
 class PublishedBasicBlock(BasicBlock):
@@ -24,38 +24,48 @@ class PublishedBottleneck(Bottleneck):
     residual = "downsample"
 
 
+# Depth to block and blocks of each stage. Parameters at width 1 and 1000 classes: 11,689,512; 21,797,672; 25,557,032.
+CHANNELS = (64, 128, 256, 512)
+SHAPES: dict[int, tuple[type[Block], tuple[int, ...]]] = {
+    18: (PublishedBasicBlock, (2, 2, 2, 2)),
+    34: (PublishedBasicBlock, (3, 4, 6, 3)),
+    50: (PublishedBottleneck, (3, 4, 6, 3)),
+}
+
+
 class ImageNetResNet(nn.Module):
-    """7x7 stem of stride 2, max-pooling, four stages at strides 1, 2, 2, 2, global average pooling, a linear `fc`.
+    """ResNet-`depth`: 7x7 stem of stride 2, max-pooling, four stages at strides 1, 2, 2, 2, global average pooling, a
+    linear `fc`.
 
     Takes images of any side from 32 on. Parameter names and shapes are torchvision's at `width` 1.
 
     Args:
+        depth: a key of `SHAPES`.
         input_shape: (channels, height, width) of one image; only the channels determine parameters.
         classes: number of logits.
-        block: kind of block.
-        blocks: blocks in each stage.
-        channels: channels inside the blocks of each stage.
-        parts: activation and normalisation.
+        width: factor of all channels.
     """
 
     def __init__(
         self,
+        depth: int,
         input_shape: tuple[int, int, int],
         classes: int,
-        block: type[Block],
-        blocks: Sequence[int],
-        channels: Sequence[int],
-        parts: Parts,
+        width: float = 1.0,
+        activation: Activation = "relu",
+        norm: Norm = "batch",
     ):
         super().__init__()
+        block, blocks = SHAPES[depth]
+        channels, parts = scaled(CHANNELS, width, f"imagenet-resnet{depth}"), Parts(activation, norm)
         self.conv1 = nn.Conv2d(input_shape[0], channels[0], 7, stride=2, padding=3, bias=False)
         self.bn1 = parts.norm(channels[0])
-        self.layer1, self.layer2, self.layer3, self.layer4 = stages_of(block, blocks, channels, parts)
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages_of(
+            partial(block, parts=parts), blocks, channels, channels[0], block.expansion
+        )
         self.fc = nn.Linear(channels[-1] * block.expansion, classes)
         self.activate = parts.activation()
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):  # as torchvision begins
-                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+        initialise_convolutions(self)  # as torchvision begins
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Logits [batch, classes] of images [batch, channels, height, width]."""
@@ -66,30 +76,4 @@ class ImageNetResNet(nn.Module):
         return logits
 
 
-# Depth to block and blocks of each stage. Parameters at width 1 and 1000 classes: 11,689,512; 21,797,672; 25,557,032.
-CHANNELS = (64, 128, 256, 512)
-SHAPES: dict[int, tuple[type[Block], tuple[int, ...]]] = {
-    18: (PublishedBasicBlock, (2, 2, 2, 2)),
-    34: (PublishedBasicBlock, (3, 4, 6, 3)),
-    50: (PublishedBottleneck, (3, 4, 6, 3)),
-}
-
-
-def imagenet_resnet(depth: int) -> Callable[..., nn.Module]:
-    """torchvision's ResNet-`depth`, its channels times `width`."""
-    block, counts = SHAPES[depth]
-
-    def build(
-        input_shape: tuple[int, int, int],
-        classes: int,
-        width: float = 1.0,
-        activation: Activation = "relu",
-        norm: Norm = "batch",
-    ) -> nn.Module:
-        channels = scaled(CHANNELS, width, f"imagenet-resnet{depth}")
-        return ImageNetResNet(input_shape, classes, block, counts, channels, Parts(activation, norm))
-
-    return build
-
-
-MODELS = {f"imagenet-resnet{depth}": imagenet_resnet(depth) for depth in SHAPES}
+MODELS = {f"imagenet-resnet{depth}": partial(ImageNetResNet, depth) for depth in SHAPES}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 from torch import nn
@@ -34,6 +34,25 @@ class Parts:
         if self._norm == "batch":
             return nn.BatchNorm2d(channels)
         return nn.GroupNorm(1 if self._norm == "layer" else group_count(channels), channels)
+
+
+def stages_of(
+    block: Callable[[int, int, int], nn.Module],
+    blocks: Sequence[int],
+    channels: Sequence[int],
+    channels_in: int,
+    expansion: int = 1,
+) -> nn.Sequential:
+    """Stages of so many blocks each, at strides 1, 2, 2, ...; `block` takes its input's channels, its own and a stride,
+    and writes `expansion` times its channels."""
+    stages: list[nn.Module] = []
+    for count, wide in zip(blocks, channels, strict=True):
+        layers: list[nn.Module] = []
+        for index in range(count):
+            layers.append(block(channels_in, wide, 2 if stages and index == 0 else 1))
+            channels_in = wide * expansion
+        stages.append(nn.Sequential(*layers))
+    return nn.Sequential(*stages)
 
 
 def group_count(channels: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import inspect
 import math
 from collections.abc import Callable, Iterator
@@ -13,7 +12,7 @@ from typing import Literal, get_args, get_origin
 import torch
 from torch import nn
 
-from fastar.errors import FastarError
+from fastar.errors import FastarError, did_you_mean
 from fastar.runtime.seeds import derive_seed
 
 _MODULES = (
@@ -37,9 +36,9 @@ LARGEST = 10**6
 def require_arch(arch: str) -> None:
     """Raise FastarError, with the nearest valid name, unless `arch` is registered."""
     if arch not in MODELS:
-        near = difflib.get_close_matches(arch, MODELS, n=1)
-        hint = f"did you mean {near[0]!r}? " if near else ""
-        raise FastarError(f"unknown architecture {arch!r}: {hint}choose one of {', '.join(sorted(MODELS))}")
+        raise FastarError(
+            f"unknown architecture {arch!r}: {did_you_mean(arch, MODELS)}choose one of {', '.join(sorted(MODELS))}"
+        )
 
 
 def model_options(arch: str) -> dict[str, object]:
@@ -67,12 +66,11 @@ def build_model(
     valid = model_options(arch)
     for name in options:
         if name not in valid:
-            near = difflib.get_close_matches(name, valid, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
+            hint = did_you_mean(name, valid)
             raise FastarError(f"model.{name} is not a setting of {arch}: {hint}it takes {', '.join(valid) or 'none'}")
         _check_value(arch, name, options[name], valid[name])
     try:
-        with _seeded(seed), _in_float32():
+        with _seeded(seed):
             model = MODELS[arch](input_shape=input_shape, classes=classes, **options)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
@@ -100,8 +98,7 @@ def _check_value(arch: str, name: str, value: object, default: object) -> None:
         if choices is None and not isinstance(value, str):
             raise FastarError(f"model.{name}={value!r} of {arch} must be a word")
         if choices is not None and value not in choices:
-            near = difflib.get_close_matches(str(value).lower(), choices, n=1)
-            hint = f"did you mean {near[0]!r}? " if near else ""
+            hint = did_you_mean(str(value).lower(), choices)
             raise FastarError(f"model.{name}={value!r} of {arch}: {hint}choose one of {', '.join(choices)}")
         return
     whole = isinstance(default, int)
@@ -113,29 +110,18 @@ def _check_value(arch: str, name: str, value: object, default: object) -> None:
 
 
 @contextmanager
-def _in_float32() -> Iterator[None]:
-    """Inside, layers are made in float32, whatever torch's default is: in others they would draw other values."""
+def _seeded(seed: int | None) -> Iterator[None]:
+    """Inside, torch's CPU generator runs from `seed`, afterwards it is where it was (None: left alone); and layers are
+    made in float32, whatever torch's default is: in others they would draw other values."""
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)
     try:
-        yield
+        with torch.random.fork_rng(devices=[], enabled=seed is not None):
+            if seed is not None:  # the CPU's alone: torch.manual_seed would move those of GPUs too
+                torch.default_generator.manual_seed(derive_seed(seed, "initialisation"))
+            yield
     finally:
         torch.set_default_dtype(default)
-
-
-@contextmanager
-def _seeded(seed: int | None) -> Iterator[None]:
-    """Inside, torch's CPU generator runs from `seed`; afterwards it is where it was. None: left alone."""
-    if seed is None:
-        yield
-        return
-    generator = torch.default_generator  # the CPU's alone: torch.manual_seed would move those of GPUs too
-    before = generator.get_state()
-    try:
-        generator.manual_seed(derive_seed(seed, "initialisation"))
-        yield
-    finally:
-        generator.set_state(before)
 
 
 def parameter_count(model: nn.Module) -> int:

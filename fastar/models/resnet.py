@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import nn
 
-from fastar.models.layers import Activation, Norm, Parts, scaled
+from fastar.models.layers import Activation, Norm, Parts, scaled, stages_of
 
 # oneDNN's weight gradient of a strided channels-last 1x1 convolution writes out of bounds on a CPU where the input has
 # fewer channels than a vector (seen in torch 2.13, AVX2, below 8 channels: the process aborts). AVX-512 has 16.
@@ -90,55 +90,6 @@ class Bottleneck(Block):
         return self.ended(self.bn3(self.conv3(out)), x)
 
 
-def stages_of(block: type[Block], blocks: Sequence[int], channels: Sequence[int], parts: Parts) -> list[nn.Sequential]:
-    """Stages of so many blocks each, at strides 1, 2, 2, ..., on an input of `channels[0]` channels."""
-    stages, channels_in = [], channels[0]
-    for stage, (count, wide) in enumerate(zip(blocks, channels, strict=True)):
-        layers: list[nn.Module] = []
-        for index in range(count):
-            layers.append(block(channels_in, wide, 2 if stage > 0 and index == 0 else 1, parts))
-            channels_in = wide * block.expansion
-        stages.append(nn.Sequential(*layers))
-    return stages
-
-
-class CifarResNet(nn.Module):
-    """3x3 stem, stages of blocks at strides 1, 2, 2, ..., global average pooling, a linear classifier.
-
-    Args:
-        input_shape: (channels, height, width) of one image.
-        classes: number of logits.
-        block: kind of block.
-        blocks: blocks in each stage.
-        channels: channels inside the blocks of each stage.
-        parts: activation and normalisation.
-    """
-
-    def __init__(
-        self,
-        input_shape: tuple[int, int, int],
-        classes: int,
-        block: type[Block],
-        blocks: Sequence[int],
-        channels: Sequence[int],
-        parts: Parts,
-    ):
-        super().__init__()
-        self.conv1 = nn.Conv2d(input_shape[0], channels[0], 3, padding=1, bias=False)
-        self.bn1 = parts.norm(channels[0])
-        self.stages = nn.ModuleList(stages_of(block, blocks, channels, parts))
-        self.classifier = nn.Linear(channels[-1] * block.expansion, classes)
-        self.activate = parts.activation()
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Logits [batch, classes] of images [batch, channels, height, width]."""
-        out = self.activate(self.bn1(self.conv1(images)))
-        for stage in self.stages:
-            out = stage(out)
-        logits: torch.Tensor = self.classifier(out.mean(dim=(2, 3)))
-        return logits
-
-
 # Depth to block, blocks of each stage and its channels (a bottleneck's are those inside). Parameters at width 1 and ten
 # classes: 11,173,962 of 18, 21,282,122 of 34, 23,520,842 of 50; 272,474 of 20, which has projections where He et al.
 # pad with zeros (269,722).
@@ -152,21 +103,39 @@ SHAPES: dict[int, tuple[type[Block], tuple[int, ...], tuple[int, ...]]] = {
 }
 
 
-def cifar_resnet(depth: int) -> Callable[..., nn.Module]:
-    """ResNet-`depth` for images of CIFAR's size, its channels times `width`."""
-    block, counts, channels = SHAPES[depth]
+class CifarResNet(nn.Module):
+    """ResNet-`depth`: 3x3 stem, stages of blocks at strides 1, 2, 2, ..., global average pooling, a linear classifier.
 
-    def build(
+    Args:
+        depth: a key of `SHAPES`.
+        input_shape: (channels, height, width) of one image; only the channels determine parameters.
+        classes: number of logits.
+        width: factor of all channels.
+    """
+
+    def __init__(
+        self,
+        depth: int,
         input_shape: tuple[int, int, int],
         classes: int,
         width: float = 1.0,
         activation: Activation = "relu",
         norm: Norm = "batch",
-    ) -> nn.Module:
-        wide = scaled(channels, width, f"resnet{depth}")
-        return CifarResNet(input_shape, classes, block, counts, wide, Parts(activation, norm))
+    ):
+        super().__init__()
+        block, blocks, base = SHAPES[depth]
+        channels, parts = scaled(base, width, f"resnet{depth}"), Parts(activation, norm)
+        self.conv1 = nn.Conv2d(input_shape[0], channels[0], 3, padding=1, bias=False)
+        self.bn1 = parts.norm(channels[0])
+        self.stages = stages_of(partial(block, parts=parts), blocks, channels, channels[0], block.expansion)
+        self.classifier = nn.Linear(channels[-1] * block.expansion, classes)
+        self.activate = parts.activation()
 
-    return build
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Logits [batch, classes] of images [batch, channels, height, width]."""
+        out = self.stages(self.activate(self.bn1(self.conv1(images))))
+        logits: torch.Tensor = self.classifier(out.mean(dim=(2, 3)))
+        return logits
 
 
-MODELS = {f"resnet{depth}": cifar_resnet(depth) for depth in SHAPES}
+MODELS = {f"resnet{depth}": partial(CifarResNet, depth) for depth in SHAPES}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
@@ -25,31 +25,33 @@ class Vgg(nn.Module):
     images' positions the mean is taken.
 
     Args:
+        depth: layers with weights, a key of `DEPTHS`.
+        normalised: whether a normalisation follows each convolution.
+        parts: activation and normalisation.
         input_shape: (channels, height, width) of one image; only the channels determine parameters.
         classes: number of logits.
-        convolutions: in each stage.
-        channels: of each stage.
-        hidden: units in each hidden layer of the classifier.
+        width: factor of all channels and hidden units.
         dropout: share of units that the classifier drops in training.
-        parts: activation and normalisation.
-        normalised: whether a normalisation follows each convolution.
     """
 
     def __init__(
         self,
+        depth: int,
+        normalised: bool,
+        parts: Parts,
         input_shape: tuple[int, int, int],
         classes: int,
-        convolutions: tuple[int, ...],
-        channels: list[int],
-        hidden: int,
+        width: float,
         dropout: float,
-        parts: Parts,
-        normalised: bool,
     ):
         super().__init__()
+        arch = f"vgg{depth}{'_bn' if normalised else ''}"
+        check_side(input_shape, SMALLEST, arch, "halves images five times")
+        *channels, hidden = scaled([*CHANNELS, HIDDEN], width, arch)
+        share = dropout_share(dropout, arch)
         layers: list[nn.Module] = []
         channels_in = input_shape[0]
-        for count, wide in zip(convolutions, channels, strict=True):
+        for count, wide in zip(DEPTHS[depth], channels, strict=True):
             for _ in range(count):
                 layers.append(nn.Conv2d(channels_in, wide, 3, padding=1))
                 layers += [parts.norm(wide)] if normalised else []
@@ -58,10 +60,10 @@ class Vgg(nn.Module):
             layers.append(nn.MaxPool2d(2, ceil_mode=True))
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Sequential(
-            nn.Dropout(dropout),
+            nn.Dropout(share),
             nn.Linear(channels_in, hidden),
             parts.activation(),
-            nn.Dropout(dropout),
+            nn.Dropout(share),
             nn.Linear(hidden, hidden),
             parts.activation(),
             nn.Linear(hidden, classes),
@@ -74,57 +76,31 @@ class Vgg(nn.Module):
         return logits
 
 
-def plain(depth: int) -> Callable[..., nn.Module]:
-    """VGG of so many layers with weights, without normalisation."""
-    arch = f"vgg{depth}"
-
-    def build(
-        input_shape: tuple[int, int, int],
-        classes: int,
-        width: float = 1.0,
-        dropout: float = 0.5,
-        activation: Activation = "relu",
-    ) -> nn.Module:
-        return _vgg(arch, input_shape, classes, width, dropout, Parts(activation), normalised=False)
-
-    return build
-
-
-def normalised(depth: int) -> Callable[..., nn.Module]:
-    """VGG of so many layers with weights, and batch-norm (or what `norm` says) after each convolution."""
-    arch = f"vgg{depth}_bn"
-
-    def build(
-        input_shape: tuple[int, int, int],
-        classes: int,
-        width: float = 1.0,
-        dropout: float = 0.5,
-        activation: Activation = "relu",
-        norm: Norm = "batch",
-    ) -> nn.Module:
-        return _vgg(arch, input_shape, classes, width, dropout, Parts(activation, norm), normalised=True)
-
-    return build
-
-
-def _vgg(
-    arch: str,
+def plain(
+    depth: int,
     input_shape: tuple[int, int, int],
     classes: int,
-    width: float,
-    dropout: float,
-    parts: Parts,
-    *,
-    normalised: bool,
-) -> nn.Module:
-    check_side(input_shape, SMALLEST, arch, "halves images five times")
-    depth = int(arch.removeprefix("vgg").removesuffix("_bn"))
-    *channels, hidden = scaled([*CHANNELS, HIDDEN], width, arch)
-    share = dropout_share(dropout, arch)
-    return Vgg(input_shape, classes, DEPTHS[depth], channels, hidden, share, parts, normalised)
+    width: float = 1.0,
+    dropout: float = 0.5,
+    activation: Activation = "relu",
+) -> Vgg:
+    """VGG of so many layers with weights, without normalisation."""
+    return Vgg(depth, False, Parts(activation), input_shape, classes, width, dropout)
 
 
-MODELS = {
-    **{f"vgg{depth}": plain(depth) for depth in DEPTHS},
-    **{f"vgg{depth}_bn": normalised(depth) for depth in DEPTHS},
+def normalised(
+    depth: int,
+    input_shape: tuple[int, int, int],
+    classes: int,
+    width: float = 1.0,
+    dropout: float = 0.5,
+    activation: Activation = "relu",
+    norm: Norm = "batch",
+) -> Vgg:
+    """VGG of so many layers with weights, and batch-norm (or what `norm` says) after each convolution."""
+    return Vgg(depth, True, Parts(activation, norm), input_shape, classes, width, dropout)
+
+
+MODELS = {f"vgg{depth}": partial(plain, depth) for depth in DEPTHS} | {
+    f"vgg{depth}_bn": partial(normalised, depth) for depth in DEPTHS
 }

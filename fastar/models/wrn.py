@@ -6,12 +6,12 @@ of a block has the stride, and projections read the input before norm and activa
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import nn
 
-from fastar.models.layers import Activation, Norm, Parts, dropout_share, initialise_convolutions, scaled
+from fastar.models.layers import Activation, Norm, Parts, dropout_share, initialise_convolutions, scaled, stages_of
 from fastar.models.resnet import Projection
 
 STEM = 16
@@ -44,40 +44,36 @@ class WideBlock(nn.Module):
 
 
 class WideResNet(nn.Module):
-    """3x3 stem of 16 channels, three stages at strides 1, 2, 2, norm, global average pooling, a linear classifier.
+    """WRN-`depth`: 3x3 stem of 16 channels, three stages at strides 1, 2, 2, norm, global average pooling, a linear
+    classifier.
 
     Args:
+        depth: of (depth - 4) / 6 blocks in each stage.
         input_shape: (channels, height, width) of one image; only the channels determine parameters.
         classes: number of logits.
-        blocks: in each stage.
-        channels: of each stage.
+        width: factor of the stages' channels, 16, 32 and 64.
         dropout: share that is dropped between a block's convolutions.
-        parts: activation and normalisation.
     """
 
     def __init__(
         self,
+        depth: int,
         input_shape: tuple[int, int, int],
         classes: int,
-        blocks: int,
-        channels: list[int],
-        dropout: float,
-        parts: Parts,
+        width: float = 1.0,
+        dropout: float = 0.0,
+        activation: Activation = "relu",
+        norm: Norm = "batch",
     ):
         super().__init__()
+        arch = f"wrn{depth}"
+        channels, parts = scaled(CHANNELS, width, arch), Parts(activation, norm)
+        block = partial(WideBlock, dropout=dropout_share(dropout, arch), parts=parts)
         self.conv1 = nn.Conv2d(input_shape[0], STEM, 3, padding=1, bias=False)
-        stages, channels_in = [], STEM
-        for stage, wide in enumerate(channels):
-            layers = []
-            for index in range(blocks):
-                stride = 2 if stage > 0 and index == 0 else 1
-                layers.append(WideBlock(channels_in, wide, stride, dropout, parts))
-                channels_in = wide
-            stages.append(nn.Sequential(*layers))
-        self.stages = nn.Sequential(*stages)
-        self.bn1 = parts.norm(channels_in)
+        self.stages = stages_of(block, [(depth - 4) // 6] * len(channels), channels, STEM)
+        self.bn1 = parts.norm(channels[-1])
         self.activate = parts.activation()
-        self.classifier = nn.Linear(channels_in, classes)
+        self.classifier = nn.Linear(channels[-1], classes)
         initialise_convolutions(self)
         nn.init.zeros_(self.classifier.bias)
 
@@ -88,22 +84,4 @@ class WideResNet(nn.Module):
         return logits
 
 
-def wide_resnet(depth: int) -> Callable[..., nn.Module]:
-    """WRN-`depth`: (depth - 4) / 6 blocks in each of three stages of 16, 32, 64 channels times `width`."""
-    arch = f"wrn{depth}"
-
-    def build(
-        input_shape: tuple[int, int, int],
-        classes: int,
-        width: float = 1.0,
-        dropout: float = 0.0,
-        activation: Activation = "relu",
-        norm: Norm = "batch",
-    ) -> nn.Module:
-        channels, share = scaled(CHANNELS, width, arch), dropout_share(dropout, arch)
-        return WideResNet(input_shape, classes, (depth - 4) // 6, channels, share, Parts(activation, norm))
-
-    return build
-
-
-MODELS = {f"wrn{depth}": wide_resnet(depth) for depth in (16, 22, 28, 34, 40)}
+MODELS = {f"wrn{depth}": partial(WideResNet, depth) for depth in (16, 22, 28, 34, 40)}

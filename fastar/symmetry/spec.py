@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from torch import nn
 
-from fastar.errors import FastarError
+from fastar.errors import FastarError, did_you_mean
 from fastar.symmetry.random_network import ExampleInputs
 from fastar.symmetry.symmetry import Group, Member, Symmetry, without_groups
 from fastar.symmetry.verify import verify_symmetry
@@ -85,9 +84,8 @@ class PermutationSpec:
         names = {**empty.parameters, **empty.buffers}
         for name in self.axes:
             if name not in names:
-                near = difflib.get_close_matches(name, names, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else "see model.state_dict()"
-                raise FastarError(f"PermutationSpec: {model} has no parameter or buffer {name!r}: {hint}")
+                hint = did_you_mean(name, names) or "see model.state_dict()"
+                raise FastarError(f"PermutationSpec: {model} has no parameter or buffer {name!r}: {hint.strip()}")
         needed = [*empty.parameters, *(n for n in empty.buffers if n.endswith(("running_mean", "running_var")))]
         placed = {empty.tied.get(name, name) for name in self.axes}
         missing = [name for name in needed if empty.tied.get(name, name) not in placed]
