@@ -15,7 +15,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / "docs" / "developers").glob("add-*.md"))
 STEP = re.compile(
-    r"^New file `(?P<new>[^`]+)`:\n\n|^In `(?P<old>[^`]+)`, below `(?P<line>[^`]+)`:\n\n", flags=re.MULTILINE
+    r"^New file `(?P<new>[^`]+)`:\n\n|^In `(?P<old>[^`]+)`, (?P<how>below|instead of) `(?P<line>[^`]+)`:\n\n",
+    flags=re.MULTILINE,
 )
 
 
@@ -40,7 +41,8 @@ def follow(page: str, package: Path) -> list[str]:
             path = package / steps[0]["old"]
             before, line, after = path.read_text(encoding="utf-8").partition(f"{steps[0]['line']}\n")
             assert line, f"{path} has no line {steps[0]['line']!r}"
-            path.write_text(before + line + code + after, encoding="utf-8")
+            kept = line if steps[0]["how"] == "below" else ""
+            path.write_text(before + kept + code + after, encoding="utf-8")
     return commands
 
 

@@ -16,7 +16,7 @@ from fastar.flat import FlatLayout
 from fastar.runtime.live_bytes import LiveBytes
 from fastar.training import RegularStep, StarStep
 from fastar.training.amp import LossScale, shortening
-from fastar.training.optimizer import OPTIMIZERS, Adam, rows_of_an_update
+from fastar.training.optimizers import OPTIMIZERS, Adam, rows_of_an_update
 
 SETTINGS = TrainSettings(lr=0.01, weight_decay=0.02, betas=(0.8, 0.95), eps=1e-3, precision="fp32")
 SHAPE = (3, 5, 5)
@@ -139,7 +139,7 @@ def test_without_decay_of_1d_parameters_the_next_point_is_written_in_its_pieces(
 def test_the_default_path_updates_each_part_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[float] = []
     monkeypatch.setattr(
-        "fastar.training.optimizer.sgd_update", lambda *args, weight_decay, **kwargs: calls.append(weight_decay)
+        "fastar.training.optimizers.sgd.sgd_update", lambda *args, weight_decay, **kwargs: calls.append(weight_decay)
     )
     for changes in ({}, {"decay_1d": False}, {"decay_1d": False, "weight_decay": 0.0}):
         step = RegularStep(network(PlainConvNet, 0), SETTINGS.model_copy(update=changes))

@@ -20,7 +20,7 @@ from fastar.runtime.cuda_graph import CallGraph
 from fastar.runtime.seeds import derive_seed
 from fastar.runtime.timing import span
 from fastar.training.amp import LossScale, resolve_precision, shortening
-from fastar.training.optimizer import flat_optimizer
+from fastar.training.optimizers import flat_optimizer
 from fastar.training.resume import copy_into
 
 # Below this a forward pass is over before a second thread has been woken; and threads that wait for each other on a

@@ -33,7 +33,7 @@ from fastar.runtime.live_bytes import Network, PeakLine, peak_line
 from fastar.runtime.memory import models_that_fit
 from fastar.symmetry import Symmetry
 from fastar.training import PART_ROWS, resolve_precision
-from fastar.training.optimizer import rows_of_an_update
+from fastar.training.optimizers import rows_of_an_update
 
 # Batches of decoded images on the host at a time: two ahead, the one in use and the one being filled.
 DECODED = 4

@@ -1,7 +1,4 @@
-"""SGD, Adam and AdamW over theta [P]: what they remember, and one update through the kernels.
-
-To add one: a subclass of `FlatOptimizer`, an entry of `OPTIMIZERS`, its name among `train.optimizer`'s.
-"""
+"""An optimizer of theta [P]: its moments, and one update through the kernels, piece by piece."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastar.config import TrainSettings
-from fastar.kernels import NextPoint, adam_update, backend, sgd_update
+from fastar.kernels import NextPoint
 from fastar.training.amp import LossScale
 
 Sections = Callable[[Tensor], tuple[Tensor, ...]]
@@ -111,62 +108,3 @@ class FlatOptimizer(ABC):
     def state(self) -> list[Tensor]:
         """All that an update moves besides theta; the tensors themselves."""
         return list(self.moments)
-
-
-class Sgd(FlatOptimizer):
-    """torch.optim.SGD with dampening 0; its moment is the momentum buffer."""
-
-    MOMENTS, PLAIN_ROWS = 1, 4
-
-    def kernel(self, theta: Tensor, gradient: Tensor, *moments: Tensor, **given: Any) -> None:
-        settings = self.settings
-        sgd_update(theta, gradient, *moments, momentum=settings.momentum, nesterov=settings.nesterov, **given)
-
-
-class Adam(FlatOptimizer):
-    """torch.optim.Adam; beside the two moments, the number of steps done, on the device."""
-
-    MOMENTS, PLAIN_ROWS = 2, 5
-    DECOUPLED: ClassVar[bool] = False
-
-    def __init__(self, settings: TrainSettings, theta: Tensor, sections: Sections, matrices: int):
-        super().__init__(settings, theta, sections, matrices)
-        self.steps_done = torch.zeros((), device=theta.device, dtype=torch.float32)
-
-    def kernel(self, theta: Tensor, gradient: Tensor, *moments: Tensor, **given: Any) -> None:
-        own: dict[str, Any] = {"betas": self.settings.betas, "eps": self.settings.eps, "decoupled": self.DECOUPLED}
-        adam_update(theta, gradient, *moments, steps_done=self.steps_done, **own, **given)
-
-    def update(self, gradients: Sequence[Tensor], *, loss_scale: LossScale, **given: Any) -> None:
-        super().update(gradients, loss_scale=loss_scale, **given)
-        found = loss_scale.found_nonfinite
-        # A skipped step does not count: its moments were not taken either.
-        self.steps_done.add_(1 if found is None else 1 - found)
-
-    def state(self) -> list[Tensor]:
-        return [*self.moments, self.steps_done]
-
-
-class AdamW(Adam):
-    """torch.optim.AdamW."""
-
-    PLAIN_ROWS = 6
-    DECOUPLED = True
-
-
-OPTIMIZERS: dict[str, type[FlatOptimizer]] = {"sgd": Sgd, "adam": Adam, "adamw": AdamW}
-
-
-def flat_optimizer(settings: TrainSettings, theta: Tensor, sections: Sections, matrices: int) -> FlatOptimizer:
-    """The optimizer of `train.optimizer`; arguments as of `FlatOptimizer`."""
-    return OPTIMIZERS[settings.optimizer](settings, theta, sections, matrices)
-
-
-def rows_of_an_update(optimizer: str, device: torch.device) -> int:
-    """Extra copies of theta that an update on `device` takes for a moment.
-
-    None by the Triton kernels, which a GPU that is not here is taken to have, and none on a CPU, where it is done in
-    blocks.
-    """
-    plain = device.type == "cuda" and backend(device) == "reference"
-    return OPTIMIZERS[optimizer].PLAIN_ROWS if plain else 0
