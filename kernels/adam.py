@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .next_point import NextPoint
-from .update import next_arguments, write_block
+from .arguments import Given
+from .update import shared_arguments, write_block
 
 BLOCK = 1024
 
@@ -95,36 +95,21 @@ def _adam_update_kernel(
 
 def launch(
     theta: torch.Tensor,
-    gradient: torch.Tensor,
+    given: Given,
     first_moment: torch.Tensor,
     second_moment: torch.Tensor,
     steps_done: torch.Tensor,
-    lr: torch.Tensor,
-    scale: torch.Tensor,
-    inverse_loss_scale: torch.Tensor,
-    weight_decay: float,
     betas: tuple[float, float],
     eps: float,
     decoupled: bool,
-    found_nonfinite: torch.Tensor | None,
-    next_point: NextPoint | None,
 ) -> None:
     """The kernel over arguments that `operations.adam_update` has checked."""
-    numel = theta.numel()
     beta1, beta2 = betas
     with torch.cuda.device_of(theta):  # Triton launches on the current device
-        _adam_update_kernel[(triton.cdiv(numel, BLOCK),)](
-            theta,
-            gradient,
-            first_moment,
-            second_moment,
-            steps_done,
-            lr,
-            scale,
-            inverse_loss_scale,
-            lr if found_nonfinite is None else found_nonfinite,
-            numel=numel,
-            weight_decay=weight_decay,
+        _adam_update_kernel[(triton.cdiv(theta.numel(), BLOCK),)](
+            first_ptr=first_moment,
+            second_ptr=second_moment,
+            steps_done_ptr=steps_done,
             beta1=beta1,
             beta2=beta2,
             # In the host's float64: 1 - 0.999 in fp32 is off by 1e-5.
@@ -134,11 +119,8 @@ def launch(
             log_beta2=_log(beta2),
             eps=eps,
             DECOUPLED=decoupled,
-            GUARDED=found_nonfinite is not None,
             BLOCK=BLOCK,
-            **next_arguments(theta, next_point),
-            # Named, because Triton's default changes with its version.
-            enable_fp_fusion=True,
+            **shared_arguments(theta, given),
         )
 
 

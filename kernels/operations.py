@@ -7,9 +7,9 @@ from typing import Any, cast
 import torch
 
 from . import reference
+from .arguments import Given, NextPoint
 from .checks import FLOATS, check_scalar, check_vector
 from .dispatch import backend
-from .next_point import NextPoint
 
 
 def interpolate(
@@ -81,7 +81,8 @@ def sgd_update(
     (tensor([0.5750]), tensor([3.5000]))
     """
     where = "sgd_update"
-    _check_update(where, theta, gradient, lr, scale, inverse_loss_scale, found_nonfinite, next_point)
+    given = Given(gradient, lr, scale, inverse_loss_scale, float(weight_decay), found_nonfinite, next_point)
+    given.check(where, theta)
     if momentum_buffer is not None:
         check_vector(where, "momentum_buffer", momentum_buffer, like=theta)
     elif momentum != 0:
@@ -89,19 +90,8 @@ def sgd_update(
     if nesterov and momentum == 0:
         raise ValueError(f"{where}: nesterov needs momentum above 0; set momentum or nesterov=False")
     if theta.numel():
-        _path(theta, "star_update", reference.sgd_update)(
-            theta,
-            gradient,
-            momentum_buffer if momentum != 0 else None,
-            lr,
-            scale,
-            inverse_loss_scale,
-            float(weight_decay),
-            float(momentum),
-            bool(nesterov),
-            found_nonfinite,
-            next_point,
-        )
+        buffer = momentum_buffer if momentum != 0 else None
+        _path(theta, "star_update", reference.sgd_update)(theta, given, buffer, float(momentum), bool(nesterov))
 
 
 def adam_update(
@@ -143,7 +133,8 @@ def adam_update(
     (tensor([0.8500]), tensor([2.]), tensor([4.]))
     """
     where = "adam_update"
-    _check_update(where, theta, gradient, lr, scale, inverse_loss_scale, found_nonfinite, next_point)
+    given = Given(gradient, lr, scale, inverse_loss_scale, float(weight_decay), found_nonfinite, next_point)
+    given.check(where, theta)
     check_vector(where, "first_moment", first_moment, like=theta)
     check_vector(where, "second_moment", second_moment, like=theta)
     check_scalar(where, "steps_done", steps_done, like=theta)
@@ -152,22 +143,8 @@ def adam_update(
     if eps < 0:
         raise ValueError(f"{where}: eps is {eps}, it must not be negative")
     if theta.numel():
-        _path(theta, "adam", reference.adam_update)(
-            theta,
-            gradient,
-            first_moment,
-            second_moment,
-            steps_done,
-            lr,
-            scale,
-            inverse_loss_scale,
-            float(weight_decay),
-            (float(betas[0]), float(betas[1])),
-            float(eps),
-            bool(decoupled),
-            found_nonfinite,
-            next_point,
-        )
+        own = (float(betas[0]), float(betas[1])), float(eps), bool(decoupled)
+        _path(theta, "adam", reference.adam_update)(theta, given, first_moment, second_moment, steps_done, *own)
 
 
 def find_nonfinite(values: torch.Tensor, found: torch.Tensor) -> None:
@@ -187,28 +164,6 @@ def find_nonfinite(values: torch.Tensor, found: torch.Tensor) -> None:
     check_scalar(where, "found", found, like=values)
     if values.numel():
         _path(values, "nonfinite", reference.find_nonfinite)(values, found)
-
-
-def _check_update(
-    where: str,
-    theta: torch.Tensor,
-    gradient: torch.Tensor,
-    lr: torch.Tensor,
-    scale: torch.Tensor,
-    inverse_loss_scale: torch.Tensor,
-    found_nonfinite: torch.Tensor | None,
-    next_point: NextPoint | None,
-) -> None:
-    """Check the arguments that all updates share."""
-    check_vector(where, "theta", theta, like=theta)
-    check_vector(where, "gradient", gradient, like=theta, dtypes=FLOATS)
-    check_scalar(where, "lr", lr, like=theta)
-    check_scalar(where, "scale", scale, like=theta)
-    check_scalar(where, "inverse_loss_scale", inverse_loss_scale, like=theta)
-    if found_nonfinite is not None:
-        check_scalar(where, "found_nonfinite", found_nonfinite, like=theta)
-    if next_point is not None:
-        next_point.check(f"{where}, next_point", theta)
 
 
 def _path(theta: torch.Tensor, module: str, plain: Callable[..., None]) -> Callable[..., None]:

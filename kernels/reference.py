@@ -5,11 +5,11 @@ reading a 0-d tensor there is no synchronisation. Elsewhere they work on whole b
 """
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from .next_point import NextPoint
+from .arguments import Given, NextPoint
 
 # 1 Mi elements: a block's scratch (4 MiB) stays in the last-level cache. Measured over 2^14 to 2^20 on one core: flat
 # from 2^18 up, 2.3 times slower at 2^14. The largest has the fewest parallel regions, which cost on a busy machine.
@@ -40,86 +40,42 @@ def interpolate(
 
 
 def sgd_update(
-    theta: torch.Tensor,
-    gradient: torch.Tensor,
-    momentum_buffer: torch.Tensor | None,
-    lr: torch.Tensor,
-    scale: torch.Tensor,
-    inverse_loss_scale: torch.Tensor,
-    weight_decay: float,
-    momentum: float,
-    nesterov: bool,
-    found_nonfinite: torch.Tensor | None,
-    next_point: NextPoint | None,
+    theta: torch.Tensor, given: Given, momentum_buffer: torch.Tensor | None, momentum: float, nesterov: bool
 ) -> None:
     """`operations.sgd_update` over checked arguments."""
-    factor = scale * inverse_loss_scale
-    if not _in_blocks(theta.device):
-        _sgd_update_on_device(
-            theta, gradient, momentum_buffer, lr, factor, weight_decay, momentum, nesterov, found_nonfinite
-        )
-        if next_point is not None:
-            _interpolate_on_device(theta, next_point)
-        return
-    rate = float(lr)
 
-    def update(block: Block, step: torch.Tensor) -> None:
+    def update(block: Block, step: torch.Tensor, **scalars: Any) -> None:
         # What torch.optim.SGD(fused=True) calls: the whole update of a block in one pass; it only reads `step`.
         torch._fused_sgd_(
             [_cut(theta, block)],
             [step],
             [] if momentum_buffer is None else [_cut(momentum_buffer, block)],
-            weight_decay=weight_decay,
+            weight_decay=given.weight_decay,
             momentum=momentum,
-            lr=rate,
             dampening=0.0,
             nesterov=nesterov,
             maximize=False,
             is_first_step=False,
+            **scalars,
         )
 
-    _update_in_blocks(update, theta, gradient, float(factor), found_nonfinite, next_point)
+    _update(update, theta, given)
 
 
 def adam_update(
     theta: torch.Tensor,
-    gradient: torch.Tensor,
+    given: Given,
     first_moment: torch.Tensor,
     second_moment: torch.Tensor,
     steps_done: torch.Tensor,
-    lr: torch.Tensor,
-    scale: torch.Tensor,
-    inverse_loss_scale: torch.Tensor,
-    weight_decay: float,
     betas: tuple[float, float],
     eps: float,
     decoupled: bool,
-    found_nonfinite: torch.Tensor | None,
-    next_point: NextPoint | None,
 ) -> None:
     """`operations.adam_update` over checked arguments."""
-    factor = scale * inverse_loss_scale
-    if not _in_blocks(theta.device):
-        _adam_update_on_device(
-            theta,
-            gradient,
-            (first_moment, second_moment),
-            steps_done,
-            lr,
-            factor,
-            weight_decay,
-            betas,
-            eps,
-            decoupled,
-            found_nonfinite,
-        )
-        if next_point is not None:
-            _interpolate_on_device(theta, next_point)
-        return
-    rate, steps = float(lr), [steps_done + 1]
-    fused = torch._fused_adamw_ if decoupled else torch._fused_adam_
+    fused, steps = torch._fused_adamw_ if decoupled else torch._fused_adam_, [steps_done + 1]
 
-    def update(block: Block, step: torch.Tensor) -> None:
+    def update(block: Block, step: torch.Tensor, **scalars: Any) -> None:
         # What torch.optim.Adam(fused=True) and AdamW(fused=True) call; they only read `step`.
         fused(
             [_cut(theta, block)],
@@ -128,16 +84,16 @@ def adam_update(
             [_cut(second_moment, block)],
             [],
             steps,
-            lr=rate,
             beta1=betas[0],
             beta2=betas[1],
-            weight_decay=weight_decay,
+            weight_decay=given.weight_decay,
             eps=eps,
             amsgrad=False,
             maximize=False,
+            **scalars,
         )
 
-    _update_in_blocks(update, theta, gradient, float(factor), found_nonfinite, next_point)
+    _update(update, theta, given)
 
 
 def find_nonfinite(values: torch.Tensor, found: torch.Tensor) -> None:
@@ -147,31 +103,32 @@ def find_nonfinite(values: torch.Tensor, found: torch.Tensor) -> None:
     found.masked_fill_(~(torch.isfinite(low) & torch.isfinite(high)), 1.0)
 
 
-def _update_in_blocks(
-    update: Callable[[Block, torch.Tensor], None],
-    theta: torch.Tensor,
-    gradient: torch.Tensor,
-    factor: float,
-    found_nonfinite: torch.Tensor | None,
-    next_point: NextPoint | None,
-) -> None:
-    """`update(block, factor * gradient[block])`, and the next point, while each block is in cache."""
-    point = None if next_point is None else _PointOnCpu.of(next_point)  # refuses before anything changes
-    skipped = found_nonfinite is not None and float(found_nonfinite) != 0
+def _update(update: Callable[..., None], theta: torch.Tensor, given: Given) -> None:
+    """`update(block, factor * gradient[block], lr=...)`, and the next point, while each block is in cache."""
+    gradient, found, factors = given.gradient, given.found_nonfinite, given.scale * given.inverse_loss_scale
+    if not _in_blocks(theta.device):
+        skipped = None if found is None else (found != 0).float()
+        update(None, gradient.to(torch.float32, copy=True).mul_(factors), lr=given.lr, found_inf=skipped)
+        if given.next_point is not None:
+            _interpolate_on_device(theta, given.next_point)
+        return
+    rate, factor = float(given.lr), float(factors)
+    point = None if given.next_point is None else _PointOnCpu.of(given.next_point)  # refuses before anything changes
+    counts = found is None or float(found) == 0
     ready = gradient.dtype == torch.float32 and factor == 1  # as in regular training: no scratch
     whole = ready and point is None  # one call is enough
     size = theta.numel() if whole else min(BLOCK, theta.numel())
     scratch = torch.empty(0 if whole else size, dtype=torch.float32, device="cpu")
     for block in _blocks(theta.numel(), size):
-        given = _cut(gradient, block)
-        if not skipped:
-            step = given if ready else scratch[: given.numel()]
+        part = _cut(gradient, block)
+        if counts:
+            step = part if ready else scratch[: part.numel()]
             if gradient.dtype != torch.float32:
                 # Multiplying in the gradient's dtype would round twice.
-                step.copy_(given).mul_(factor)
+                step.copy_(part).mul_(factor)
             elif not ready:
-                torch.mul(given, factor, out=step)
-            update(block, step)
+                torch.mul(part, factor, out=step)
+            update(block, step, lr=rate)
         if point is not None:
             point.write(theta, block, scratch)
 
@@ -219,61 +176,6 @@ def _interpolate_on_device(theta: torch.Tensor, point: NextPoint) -> None:
         torch.lerp(theta, row.float(), point.t, out=point.out)
     else:
         point.out.copy_(torch.lerp(theta, row.float(), point.t))
-
-
-def _sgd_update_on_device(
-    theta: torch.Tensor,
-    gradient: torch.Tensor,
-    momentum_buffer: torch.Tensor | None,
-    lr: torch.Tensor,
-    factor: torch.Tensor,
-    weight_decay: float,
-    momentum: float,
-    nesterov: bool,
-    found_nonfinite: torch.Tensor | None,
-) -> None:
-    """Whole buffers, scalars left on the device."""
-    step = (gradient.float() * factor).add_(theta, alpha=weight_decay)
-    buffer = None
-    if momentum_buffer is not None:
-        buffer = (momentum_buffer * momentum).add_(step)
-        step = step.add_(buffer, alpha=momentum) if nesterov else buffer
-    _keep(theta, theta - lr * step, found_nonfinite)
-    if momentum_buffer is not None and buffer is not None:
-        _keep(momentum_buffer, buffer, found_nonfinite)
-
-
-def _adam_update_on_device(
-    theta: torch.Tensor,
-    gradient: torch.Tensor,
-    moments: tuple[torch.Tensor, torch.Tensor],
-    steps_done: torch.Tensor,
-    lr: torch.Tensor,
-    factor: torch.Tensor,
-    weight_decay: float,
-    betas: tuple[float, float],
-    eps: float,
-    decoupled: bool,
-    found_nonfinite: torch.Tensor | None,
-) -> None:
-    """Whole buffers, scalars left on the device."""
-    step = gradient.float() * factor
-    shrunk = theta * (1 - lr * weight_decay) if decoupled else theta
-    if not decoupled:
-        step = step.add_(theta, alpha=weight_decay)
-    first = (moments[0] * betas[0]).add_(step, alpha=1 - betas[0])
-    second = (moments[1] * betas[1]).addcmul_(step, step, value=1 - betas[1])
-    # In float64, because 1 - 0.999 has few digits in fp32; 0-d, so the products stay fp32.
-    count = steps_done.double() + 1
-    size, root = lr / (1 - betas[0] ** count), (1 - betas[1] ** count).sqrt()
-    _keep(theta, shrunk - size * (first / (second.sqrt() / root).add_(eps)), found_nonfinite)
-    _keep(moments[0], first, found_nonfinite)
-    _keep(moments[1], second, found_nonfinite)
-
-
-def _keep(target: torch.Tensor, value: torch.Tensor, found_nonfinite: torch.Tensor | None) -> None:
-    """target = value, unless the step is to be skipped."""
-    target.copy_(value if found_nonfinite is None else torch.where(found_nonfinite != 0, target, value))
 
 
 def _row_on_cpu(store: torch.Tensor, index: int) -> torch.Tensor:

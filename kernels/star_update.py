@@ -4,8 +4,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .next_point import NextPoint
-from .update import next_arguments, write_block
+from .arguments import Given
+from .update import shared_arguments, write_block
 
 BLOCK = 1024
 
@@ -69,37 +69,15 @@ def _sgd_update_kernel(
 
 
 def launch(
-    theta: torch.Tensor,
-    gradient: torch.Tensor,
-    momentum_buffer: torch.Tensor | None,
-    lr: torch.Tensor,
-    scale: torch.Tensor,
-    inverse_loss_scale: torch.Tensor,
-    weight_decay: float,
-    momentum: float,
-    nesterov: bool,
-    found_nonfinite: torch.Tensor | None,
-    next_point: NextPoint | None,
+    theta: torch.Tensor, given: Given, momentum_buffer: torch.Tensor | None, momentum: float, nesterov: bool
 ) -> None:
     """The kernel over arguments that `operations.sgd_update` has checked."""
-    numel = theta.numel()
     with torch.cuda.device_of(theta):  # Triton launches on the current device
-        _sgd_update_kernel[(triton.cdiv(numel, BLOCK),)](
-            theta,
-            gradient,
-            theta if momentum_buffer is None else momentum_buffer,
-            lr,
-            scale,
-            inverse_loss_scale,
-            lr if found_nonfinite is None else found_nonfinite,
-            numel=numel,
-            weight_decay=weight_decay,
+        _sgd_update_kernel[(triton.cdiv(theta.numel(), BLOCK),)](
+            momentum_buffer_ptr=theta if momentum_buffer is None else momentum_buffer,
             momentum=momentum,
             MOMENTUM=momentum_buffer is not None,
             NESTEROV=nesterov,
-            GUARDED=found_nonfinite is not None,
             BLOCK=BLOCK,
-            **next_arguments(theta, next_point),
-            # Named, because Triton's default changes with its version.
-            enable_fp_fusion=True,
+            **shared_arguments(theta, given),
         )

@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .arguments import Given
 from .interpolation import point_on_path, read_source
-from .next_point import NextPoint
 
 
 @triton.jit
@@ -39,19 +39,28 @@ def write_block(
         tl.store(out_ptr + offsets, value.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def next_arguments(theta: torch.Tensor, next_point: NextPoint | None) -> dict[str, Any]:
-    """The kernel arguments for `next_point`; stand-ins where a kernel compiled without them never looks."""
-    if next_point is None:
-        nothing = {"source_ptr": theta, "t_ptr": theta, "index_ptr": theta, "out_ptr": theta}
-        return {**nothing, "rows": 1, "row_stride": 0, "NEXT": False, "INDEXED": False}
-    source, t, out, index = next_point
+def shared_arguments(theta: torch.Tensor, given: Given) -> dict[str, Any]:
+    """The kernel arguments for `given`; stand-ins where a kernel compiled without them never looks."""
+    found, point = given.found_nonfinite, given.next_point
+    source, t, out, index = (theta, theta, theta, None) if point is None else point
     return {
+        "theta_ptr": theta,
+        "gradient_ptr": given.gradient,
+        "lr_ptr": given.lr,
+        "scale_ptr": given.scale,
+        "inverse_loss_scale_ptr": given.inverse_loss_scale,
+        "found_nonfinite_ptr": given.lr if found is None else found,
         "source_ptr": source,
         "t_ptr": t,
         "index_ptr": t if index is None else index,
         "out_ptr": out,
+        "numel": theta.numel(),
+        "weight_decay": given.weight_decay,
         "rows": 1 if index is None else source.shape[0],
         "row_stride": 0 if index is None else source.stride(0),
-        "NEXT": True,
+        "GUARDED": found is not None,
+        "NEXT": point is not None,
         "INDEXED": index is not None,
+        # Named, because Triton's default changes with its version.
+        "enable_fp_fusion": True,
     }
