@@ -57,7 +57,7 @@ def _logged(choice: Backend, device_type: str, reason: str) -> Backend:
 
 
 def _triton_problem(device_type: str) -> str | None:
-    """The reason that Triton cannot be used here, or None. A launch of one element shows a missing compiler or driver."""
+    """The reason that Triton cannot be used here, or None; found by a launch of one element."""
     try:
         from triton.errors import TritonError
 

@@ -28,12 +28,12 @@ from fastar.experiments.plan.sizes import (
 )
 from fastar.experiments.session import Session
 from fastar.experiments.statistics_batches import LOOKED_AT
+from fastar.kernels import backend
 from fastar.matching import EXAMPLE_BATCHES, Extent, cache_bytes, extra_bytes
 from fastar.runtime.live_bytes import Network, PeakLine, peak_line
 from fastar.runtime.memory import models_that_fit
 from fastar.symmetry import Symmetry
 from fastar.training import PART_ROWS, resolve_precision
-from fastar.training.optimizers import rows_of_an_update
 
 # Batches of decoded images on the host at a time: two ahead, the one in use and the one being filled.
 DECODED = 4
@@ -114,7 +114,8 @@ class Needs:
             exact=exact,
             symmetry=session.network.symmetry,
             statistics=statistics_bytes(model),
-            update=row * rows_of_an_update(settings.train.optimizer, session.device),
+            # Without Triton a GPU's update holds the gradient once more; elsewhere it is done in blocks.
+            update=row if session.device.type == "cuda" and backend(session.device) == "reference" else 0,
             training=training_line(model, largest, dtype, batch),
             forward=forward_line(model, image, max(batch, settings.evaluation.batch_size)),
             image=largest,

@@ -17,7 +17,7 @@ from fastar.training.optimizers.flat_optimizer import FlatOptimizer, Sections
 class Adam(FlatOptimizer):
     """torch.optim.Adam; beside the two moments, the number of steps done, on the device."""
 
-    MOMENTS, PLAIN_ROWS = 2, 5
+    MOMENTS = 2
     DECOUPLED: ClassVar[bool] = False
 
     def __init__(self, settings: TrainSettings, theta: Tensor, sections: Sections, matrices: int):
@@ -41,5 +41,4 @@ class Adam(FlatOptimizer):
 class AdamW(Adam):
     """torch.optim.AdamW."""
 
-    PLAIN_ROWS = 6
     DECOUPLED = True

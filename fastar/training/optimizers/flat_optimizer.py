@@ -66,8 +66,6 @@ class FlatOptimizer(ABC):
     """
 
     MOMENTS: ClassVar[int]
-    PLAIN_ROWS: ClassVar[int]
-    """Copies of theta that an update by torch's own operations takes on a GPU for a moment."""
 
     def __init__(self, settings: TrainSettings, theta: Tensor, sections: Sections, matrices: int):
         self.settings = settings

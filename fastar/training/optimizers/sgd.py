@@ -13,7 +13,7 @@ from fastar.training.optimizers.flat_optimizer import FlatOptimizer
 class Sgd(FlatOptimizer):
     """torch.optim.SGD with dampening 0; its moment is the momentum buffer."""
 
-    MOMENTS, PLAIN_ROWS = 1, 4
+    MOMENTS = 1
 
     def kernel(self, theta: Tensor, gradient: Tensor, *moments: Tensor, **given: Any) -> None:
         settings = self.settings
