@@ -162,7 +162,7 @@ def test_damaged_files_are_refused_before_ffcv_sees_them(tmp_path, monkeypatch, 
 def test_every_table_entry_is_checked(tmp_path, field):
     path = tmp_path / "x.beton"
     _, layout = write(path)
-    assert len(check_beton(path, layout)) == 300
+    assert len(check_beton(path, layout).labels) == 300
     header = np.fromfile(path, HeaderType, 1)[0]
     start = HeaderType.itemsize + 2 * FieldDescType.itemsize
     table = np.memmap(path, get_metadata_type(list(layout.fields().values())), "r+", start, (300,))
@@ -201,7 +201,7 @@ def test_verification_notices_a_wrong_label_and_a_wrong_pixel(tmp_path):
 
 def test_verification_measures_mean_and_std_exactly(tmp_path):
     raw, layout = write(tmp_path / "x.beton")
-    mean, std = measured(tmp_path / "x.beton", layout)
+    mean, std = measured(check_beton(tmp_path / "x.beton", layout))
     pixels = raw.images.astype(np.float64) / 255
     # Sums are exact integers; what is left is the rounding of NumPy's own float64 mean.
     np.testing.assert_allclose(mean, pixels.mean((0, 1, 2)), rtol=1e-12)

@@ -16,7 +16,7 @@ from PIL import Image
 from fastar.config.datasets import IMAGENET_MEAN, IMAGENET_STD
 from fastar.data import PRESETS, DatasetFiles, Encoding, StreamingDataset, open_files, prepare, streaming
 from fastar.data.crops import centre
-from fastar.data.ffcv.format import JPEG_MODE, RAW_MODE, image_table
+from fastar.data.ffcv.format import JPEG_MODE, RAW_MODE, check_beton
 from fastar.data.sampling import file_order
 from fastar.errors import FastarError
 
@@ -181,7 +181,7 @@ def test_conversion_is_repeatable_and_mixes_jpeg_and_raw(root: Path) -> None:
     half = Encoding(compress_probability=0.5)
     first, second = prepared(root, half, "a"), prepared(root, half, "b")
     assert first.metadata["content"] == second.metadata["content"]
-    _, table, _ = image_table(first.path("train"), first.layout("train"))
+    table = check_beton(first.path("train"), first.layout("train")).images
     modes = table["mode"].tolist()
     assert 3 <= modes.count(JPEG_MODE) <= 13
     assert modes.count(JPEG_MODE) + modes.count(RAW_MODE) == 16
@@ -266,13 +266,13 @@ def test_a_jpeg_that_rots_in_the_file_is_told(root: Path) -> None:
     files = prepared(root, JPEG)
     data, fresh = (StreamingDataset(files, "train", "cpu", size=24, threads=2) for _ in range(2))
     everything(data)  # compares each image with its checksum; later epochs have the decoder's word alone
-    _, table, sizes = image_table(files.path("train"), files.layout("train"))
-    start, size = int(table["data_ptr"][11]), int(sizes[11])
+    beton = check_beton(files.path("train"), files.layout("train"))
+    start, size = int(beton.pointers[11]), int(beton.sizes[11])
     whole = files.path("train").read_bytes()
     files.path("train").write_bytes(whole[:start] + bytes(size) + whole[start + size :])
     for reader, said in ((data, "not a whole JPEG"), (fresh, "not what was written")):
         running = threading.active_count()
-        with pytest.raises(FastarError, match=rf"train\.beton: sample 11 is {said}; delete its folder and write it"):
+        with pytest.raises(FastarError, match=rf"train\.beton: sample 11 is {said}; delete .* and write it"):
             everything(reader)
         # Those of decoding stay with the data set, the loader's does not.
         assert threading.active_count() <= running + 2
@@ -288,7 +288,7 @@ def test_a_file_cut_short_in_mid_epoch_is_one_error(root: Path, threads: int, em
     epoch = data.sequential(1)
     next(epoch)
     # A few batches are decoded ahead; all images lie behind the cut.
-    os.truncate(path, 0 if emptied else image_table(path, files.layout("train"))[1]["data_ptr"].min())
+    os.truncate(path, 0 if emptied else check_beton(path, files.layout("train")).pointers.min())
     with pytest.raises(FastarError, match=r"train\.beton: sample \d+ cannot be read whole: the file was cut") as caught:
         list(epoch)
     assert "\n" not in str(caught.value)
@@ -376,6 +376,6 @@ def test_real_imagenet_jpegs(tmp_path: Path) -> None:
     for image in pixels(images)[grey]:
         # A JPEG's chroma of a grey image is zero but for rounding: one level.
         assert np.abs(image - image[..., :1]).max() < 1.01
-    _, table, _ = image_table(files.path("train"), files.layout("train"))
+    table = check_beton(files.path("train"), files.layout("train")).images
     assert 80 < (table["mode"] == JPEG_MODE).sum() < 120
     assert prepared(tmp_path / "raw", None, "again").metadata["content"] == files.metadata["content"]

@@ -26,7 +26,7 @@ from fastar.data import (
     prepare,
     verify_folder,
 )
-from fastar.data.ffcv.format import front_bytes, image_table
+from fastar.data.ffcv.format import check_beton
 from fastar.data.raw.archives import train_archive
 from fastar.data.raw.cifar import find_cifar
 from fastar.data.raw.idx import read_idx
@@ -116,10 +116,10 @@ def refuse_to_write(path: Path, data: bytes) -> None:
 
 def used_places(files: DatasetFiles) -> np.ndarray:
     """Of the training file: every place whose byte says something."""
-    data, table, sizes = image_table(files.path("train"), files.layout("train"))
-    front, allocated = front_bytes(data, files.layout("train"))
-    runs = [(0, len(front)), (len(data) - len(allocated), len(data))]
-    runs += [(int(start), int(start + size)) for start, size in zip(table["data_ptr"], sizes, strict=True)]
+    beton, end = check_beton(files.path("train"), files.layout("train")), files.path("train").stat().st_size
+    front, allocated = beton.tables
+    runs = [(0, len(front)), (end - len(allocated), end)]
+    runs += [(int(start), int(start + size)) for start, size in zip(beton.pointers, beton.sizes, strict=True)]
     return np.concatenate([np.arange(*run) for run in runs])
 
 
@@ -163,8 +163,7 @@ def test_a_streamed_file_without_checksums_is_read_once_to_make_them(
         " it is read once to make them",
         " each run reads the whole file until they can be kept",
     ]
-    _, table, _ = image_table(images.path("train"), images.layout("train"))
-    change(images.path("train"), int(table["data_ptr"][3]))
+    change(images.path("train"), int(check_beton(images.path("train"), images.layout("train")).pointers[3]))
     with pytest.raises(FastarError, match="its images are not those that were written"):
         read(DatasetFiles(folder, images.metadata))
     assert not kept.exists()
@@ -180,8 +179,7 @@ def test_verify_folder_names_what_is_damaged(kind: str, request: pytest.FixtureR
     files: DatasetFiles = request.getfixturevalue(kind)
     folder = files.folder
     assert verify_folder(folder) == []
-    _, table, _ = image_table(files.path("train"), files.layout("train"))
-    change(files.path("train"), int(files.layout("train").pointers(table)[7]) + 5)
+    change(files.path("train"), int(check_beton(files.path("train"), files.layout("train")).pointers[7]) + 5)
     (line,) = verify_folder(folder)
     assert line.startswith(f"{files.path('train')}: ")
     said = "not what was written (first: sample 7)" if kind == "images" else "not those that were written"

@@ -1,6 +1,7 @@
 """Preparing a dataset: its .beton files are there, are whole, and are the ones asked for; or are written."""
 
 import shutil
+from contextlib import nullcontext
 from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +23,7 @@ from fastar.data.ffcv.folder import (
     publish,
     refuse_foreign,
 )
-from fastar.data.ffcv.format import FixedLayout, Layout, VariableLayout
+from fastar.data.ffcv.format import FixedLayout, Layout, VariableLayout, check_beton
 from fastar.data.ffcv.verify import Checksums, measured, verify_beton
 from fastar.data.ffcv.write import predicted_bytes, write_beton
 from fastar.data.raw.class_folders import find_images
@@ -77,10 +78,9 @@ def prepare(
         progress: told of everything that takes long.
     """
     spec = dataset_spec(dataset)
-    if workers < 1:
-        raise FastarError(f"workers={workers} must be at least 1")
-    if limit is not None and limit < 1:
-        raise FastarError(f"limit={limit} must be at least 1")
+    for name, value in (("workers", workers), ("limit", limit)):
+        if value is not None and value < 1:
+            raise FastarError(f"{name}={value} must be at least 1")
     if limit is not None and limit < len(spec.classes):
         raise FastarError(f"limit={limit} is below one image per class; {dataset} needs at least {len(spec.classes)}")
     if val_share is not None and not 0 < val_share < 1:
@@ -92,25 +92,16 @@ def prepare(
     if raw is None and (given or not finished):
         raw = _found(spec, folder, data_root, progress, val_share, exif)
     asked = {"encoding": encoding, "shuffled": shuffled, "val-share": val_share, "exif": exif}
-    if is_finished(folder):
-        return _reused(folder, spec, raw if given else None, limit, asked)
-    assert raw is not None
-    with locked_folder(folder):
-        if is_finished(folder):
+    with nullcontext() if finished else locked_folder(folder):
+        if is_finished(folder):  # or another process has written it meanwhile
             return _reused(folder, spec, raw if given else None, limit, asked)
+        assert raw is not None
         refuse_foreign(folder)
         settings: dict[str, Any] = {"limit": limit}
         if spec.variable_size:
             settings |= {"on_error": on_error, "val_share": val_share}
             settings |= {"exif": exif} if exif == "apply" else {}
-        try:
-            return _write(folder, spec, raw, settings, encoding or Encoding(), shuffled is not False, workers, progress)
-        except UnusableImage as error:
-            if not spec.variable_size:
-                raise
-            raise FastarError(
-                f"{error}, or leave such images out: python tools/write_ffcv.py --on-error skip"
-            ) from error
+        return _write(folder, spec, raw, settings, encoding or Encoding(), shuffled is not False, workers, progress)
 
 
 def _found(
@@ -178,40 +169,33 @@ def _write(
     name, limit, skip = folder.name, settings["limit"], settings.get("on_error") == "skip"
     splits: dict[str, RawSplit] = {"train": raw.train, "test": raw.test}
     chosen = {split: _chosen(spec, split, images, limit, shuffled) for split, images in splits.items()}
+    classes, shape = len(raw.train.classes), (spec.height, spec.width, spec.channels)
     layouts: dict[str, Layout] = {}
     for split, indices in chosen.items():
-        count, classes = len(indices), len(raw.train.classes)
-        if spec.variable_size:
-            layouts[split] = VariableLayout(count, classes, encoding)
-        else:
-            layouts[split] = FixedLayout(count, classes, (spec.height, spec.width, spec.channels))
-    # Both splits before the first is begun: hours lie between their beginnings.
-    predicted = sum(predicted_bytes(layouts[split], splits[split], chosen[split], skip=skip) for split in splits)
-    said = _check_space(folder, sum(map(len, chosen.values())), predicted, spec.variable_size)
-    if spec.variable_size:
-        progress.line(f"{name}: {said}")
-    if limit is None or not spec.variable_size:  # of a few images most of an archive is not read
-        note_other_files(dataset_spec("imagenet").md5 if spec.variable_size else spec.md5, raw.files, progress)
+        count = len(indices)
+        variable = VariableLayout(count, classes, encoding)
+        layouts[split] = variable if spec.variable_size else FixedLayout(count, classes, shape)
     checksums: dict[str, Checksums] = {}
     skipped = {}
-    for split, images in splits.items():
-        indices, partial = chosen[split], folder / f"{split}.beton{PARTIAL}"
-        bad = write_beton(
-            partial,
-            images,
-            indices,
-            layouts[split],
-            workers=workers,
-            skip=skip,
-            progress=progress,
-            description=f"writing {name} {split}",
-        )
-        skipped[split] = [{"path": images.where(int(indices[place])), "reason": bad[place]} for place in sorted(bad)]
-        indices = np.delete(indices, list(bad))
-        layouts[split] = replace(layouts[split], count=len(indices))
-        checksums[split] = verify_beton(
-            partial, images, indices, layouts[split], progress=progress, description=f"verifying {name} {split}"
-        )
+    try:
+        # Both splits before the first is begun: hours lie between their beginnings.
+        predicted = sum(predicted_bytes(layouts[split], splits[split], chosen[split], skip=skip) for split in splits)
+        _check_space(folder, sum(map(len, chosen.values())), predicted, spec.variable_size, progress)
+        if limit is None or not spec.variable_size:  # of a few images most of an archive is not read
+            note_other_files(dataset_spec("imagenet").md5 if spec.variable_size else spec.md5, raw.files, progress)
+        for split, images in splits.items():
+            indices, partial, what = chosen[split], folder / f"{split}.beton{PARTIAL}", f"{name} {split}"
+            told: dict[str, Any] = {"progress": progress, "description": f"writing {what}"}
+            bad = write_beton(partial, images, indices, layouts[split], workers=workers, skip=skip, **told)
+            skipped[split] = [{"path": images.where(int(indices[n])), "reason": bad[n]} for n in sorted(bad)]
+            indices = np.delete(indices, list(bad))
+            layouts[split] = replace(layouts[split], count=len(indices))
+            told["description"] = f"verifying {what}"
+            checksums[split] = verify_beton(partial, images, indices, layouts[split], **told)
+    except UnusableImage as error:
+        if not spec.variable_size:
+            raise
+        raise FastarError(f"{error}, or leave such images out: python tools/write_ffcv.py --on-error skip") from error
     metadata: dict[str, Any] = {
         "dataset": name,
         "classes": list(raw.train.classes),
@@ -229,20 +213,21 @@ def _write(
     return publish(folder, metadata, checksums)
 
 
-def _check_space(folder: Path, count: int, predicted: int, smaller_is_possible: bool) -> str:
-    """Raise FastarError where the disk has no space for the files; returns what there is, in words."""
+def _check_space(folder: Path, count: int, predicted: int, variable_size: bool, progress: Progress) -> None:
+    """Raise FastarError where the disk has no space for the files."""
     free = shutil.disk_usage(folder).free
     needs = f"{count:,} images need about {size_text(predicted)}"
     if predicted > free:
-        advice = "free some, or use a smaller preset" if smaller_is_possible else "free some"
+        advice = "free some, or use a smaller preset" if variable_size else "free some"
         raise FastarError(f"{folder}: {needs}, the disk has {size_text(free)} free; {advice}")
-    return f"{needs} in {folder} ({size_text(free)} free)"
+    if variable_size:
+        progress.line(f"{folder.name}: {needs} in {folder} ({size_text(free)} free)")
 
 
 def _metadata_of_one_size(spec: DatasetSpec, raw: RawDataset, train: Path, layout: Layout) -> dict[str, Any]:
     mean, std, statistics = spec.mean, spec.std, "fixed (ImageNet)"
     if mean is None or std is None:
-        (mean, std), statistics = measured(train, layout), "measured on the train split"
+        (mean, std), statistics = measured(check_beton(train, layout)), "measured on the train split"
     return {
         "channels": spec.channels,
         "height": spec.height,

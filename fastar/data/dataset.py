@@ -1,36 +1,37 @@
 """The data set that training and evaluation take, wherever its images live."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any
 
 import torch
 
 from fastar.errors import FastarError
+from fastar.runtime.seeds import derive_seed
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 """(images fp32 [b, C, H, W] channels-last and normalised, labels int64 [b]), on the data set's device."""
 
 
-class Dataset(Protocol):
+class Dataset(ABC):
     """One split: `DeviceDataset` holds it on the device, `StreamingDataset` decodes it as it is read."""
 
     classes: int
+    device: torch.device
     digest: str
     """SHA-256 of the files that it came from."""
 
+    @abstractmethod
     def __len__(self) -> int: ...
 
     @property
-    def device(self) -> torch.device: ...
-
-    @property
+    @abstractmethod
     def input_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of its images, where no other size is asked for."""
-        ...
 
     def batch_count(self, batch_size: int, drop_last: bool = True) -> int:
         """Batches per epoch."""
-        ...
+        return len(self) // batch_size if drop_last else -(-len(self) // batch_size)
 
     def batches(
         self,
@@ -52,31 +53,40 @@ class Dataset(Protocol):
         Raises:
             FastarError: no whole batch, `begin` beyond the epoch, or a size that the set cannot give.
         """
-        ...
+        self._check_batch_size(batch_size, drop_last)
+        count = self.batch_count(batch_size, drop_last)
+        if not 0 <= begin <= count:
+            raise FastarError(
+                f"batch {begin} is outside the epoch's {count} batches of {batch_size}; begin within 0..{count}"
+            )
+        if size is not None:
+            self._check_size(size)
+        order = self._order(seed, epoch)[begin * batch_size : count * batch_size]
+        return self._made(order, batch_size, _key(augment, seed, epoch), size)
 
     def sequential(self, batch_size: int, *, augment: bool = False, seed: int = 0, epoch: int = 0) -> Iterator[Batch]:
         """Batches in file order, every sample exactly once; the last may be short. See `batches`."""
-        ...
+        self._check_batch_size(batch_size, drop_last=False)
+        return self._made(None, batch_size, _key(augment, seed, epoch), None)
+
+    def _check_batch_size(self, batch_size: int, drop_last: bool) -> None:
+        if batch_size < 1:
+            raise FastarError(f"batch size {batch_size} must be at least 1")
+        if drop_last and batch_size > len(self):
+            raise FastarError(f"batch size {batch_size} exceeds the {len(self)} samples of the split; lower it")
+
+    @abstractmethod
+    def _check_size(self, size: int) -> None:
+        """Raise FastarError where images of this side cannot be given."""
+
+    @abstractmethod
+    def _order(self, seed: int, epoch: int) -> Any:
+        """Positions of all samples as an epoch takes them."""
+
+    @abstractmethod
+    def _made(self, order: Any | None, batch_size: int, key: int | None, size: int | None) -> Iterator[Batch]:
+        """Batches of the samples `order` (None: all, in the order of the file), augmented by `key` if there is one."""
 
 
-def count_batches(count: int, batch_size: int, drop_last: bool) -> int:
-    """Batches in an epoch of `count` samples."""
-    return count // batch_size if drop_last else -(-count // batch_size)
-
-
-def chosen_batches(count: int, batch_size: int, drop_last: bool, begin: int) -> slice:
-    """The part of an epoch's order of `count` samples that makes its batches from number `begin` on.
-
-    Raises:
-        FastarError: a batch size below 1 or with no whole batch, or `begin` outside the epoch.
-    """
-    if batch_size < 1:
-        raise FastarError(f"batch size {batch_size} must be at least 1")
-    if drop_last and batch_size > count:
-        raise FastarError(f"batch size {batch_size} exceeds the {count} samples of the split; lower it")
-    whole = count_batches(count, batch_size, drop_last)
-    if not 0 <= begin <= whole:
-        raise FastarError(
-            f"batch {begin} is outside the epoch's {whole} batches of {batch_size}; begin within 0..{whole}"
-        )
-    return slice(begin * batch_size, min(whole * batch_size, count))
+def _key(augment: bool, seed: int, epoch: int) -> int | None:
+    return derive_seed(seed, "augmentation", epoch) if augment else None

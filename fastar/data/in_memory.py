@@ -8,12 +8,11 @@ import torch
 
 from fastar.config import Augmentation
 from fastar.data.augment import Draws, Normalisation, augmented, draw_augmentation
-from fastar.data.dataset import Batch, chosen_batches, count_batches
+from fastar.data.dataset import Batch, Dataset
 from fastar.data.sampling import epoch_order
 from fastar.data.splits import VALIDATION, chosen_images, stored_in
 from fastar.errors import FastarError
 from fastar.runtime.progress import SILENT, Progress
-from fastar.runtime.seeds import derive_seed
 from fastar.runtime.timing import span
 
 if TYPE_CHECKING:
@@ -25,10 +24,11 @@ NORMALISED_BYTES = 256 << 20
 BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
 
 
-class DeviceDataset:
+class DeviceDataset(Dataset):
     """Images uint8 [n, H, W, C] and labels int64 [n] on one device, and the batches made of them.
 
-    `index` holds each sample's position in the file, which is what its augmentation depends on.
+    `index` holds each sample's position in the file, which is what its augmentation depends on. Batches are views of
+    larger tensors: read them, do not write into them.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class DeviceDataset:
         if len(images) != len(labels) or len(mean) != images.shape[3] or len(std) != images.shape[3]:
             raise ValueError(f"{len(images)} images, {len(labels)} labels, {len(mean)} means do not fit together")
         self.images, self.labels, self.classes = images, labels, classes
-        self.augmentation, self.digest = augmentation, digest
+        self.device, self.augmentation, self.digest = images.device, augmentation, digest
         self.index = torch.arange(len(labels), device=labels.device) if index is None else index
         self._normalise = Normalisation(mean, std, images.shape[1], images.shape[2], images.device)
         self._normalised = self._normalise(images) if images.numel() * 4 <= normalised_bytes else None
@@ -60,52 +60,26 @@ class DeviceDataset:
         return len(self.labels)
 
     @property
-    def device(self) -> torch.device:
-        return self.images.device
-
-    @property
     def input_shape(self) -> tuple[int, int, int]:
         """(C, H, W)"""
         _, height, width, channels = self.images.shape
         return channels, height, width
 
-    def batch_count(self, batch_size: int, drop_last: bool = True) -> int:
-        """Batches per epoch."""
-        return count_batches(len(self), batch_size, drop_last)
-
-    def batches(
-        self,
-        batch_size: int,
-        *,
-        seed: int,
-        epoch: int,
-        augment: bool = True,
-        drop_last: bool = True,
-        begin: int = 0,
-        size: int | None = None,
-    ) -> Iterator[Batch]:
-        """One epoch, from batch number `begin`: see `Dataset.batches`. `size` cannot differ from the images'.
-
-        Batches are views of larger tensors: read them, do not write into them.
-        """
-        chosen = chosen_batches(len(self), batch_size, drop_last, begin)
-        if size is not None and (size, size) != self.input_shape[1:]:
-            _, height, width = self.input_shape
+    def _check_size(self, size: int) -> None:
+        _, height, width = self.input_shape
+        if (size, size) != (height, width):
             raise FastarError(f"images of {size}x{size} asked for, the data set's are {height}x{width} and stay so")
-        order = epoch_order(len(self), seed, epoch, self.device)[chosen]
-        return self._blocks(order, batch_size, self._key(augment, seed, epoch))
 
-    def sequential(self, batch_size: int, *, augment: bool = False, seed: int = 0, epoch: int = 0) -> Iterator[Batch]:
-        """See `Dataset.sequential`."""
-        chosen_batches(len(self), batch_size, False, 0)
-        key = self._key(augment, seed, epoch)
-        if key is None and self._normalised is not None:
+    def _order(self, seed: int, epoch: int) -> torch.Tensor:
+        return epoch_order(len(self), seed, epoch, self.device)
+
+    def _made(self, order: torch.Tensor | None, batch_size: int, key: int | None, size: int | None) -> Iterator[Batch]:
+        if not self.augmentation:
+            key = None
+        if order is None and key is None and self._normalised is not None:
             images = self._normalised.permute(0, 3, 1, 2)
             return zip(images.split(batch_size), self.labels.split(batch_size), strict=True)
-        return self._blocks(torch.arange(len(self), device=self.device), batch_size, key)
-
-    def _key(self, augment: bool, seed: int, epoch: int) -> int | None:
-        return derive_seed(seed, "augmentation", epoch) if augment and self.augmentation else None
+        return self._blocks(torch.arange(len(self), device=self.device) if order is None else order, batch_size, key)
 
     def _blocks(self, order: torch.Tensor, batch_size: int, key: int | None) -> Iterator[Batch]:
         sample_bytes = 4 * self.images[0].numel()
@@ -150,7 +124,7 @@ def load(
     dataset's own. The pixels are compared with the digest taken when they were written.
     """
     # Only here: FFCV takes seconds, and tensors of a user's own need none of it.
-    from fastar.data.ffcv.format import FixedLayout, check_beton
+    from fastar.data.ffcv.format import FixedLayout, check_beton, damaged
     from fastar.data.ffcv.read import read_chosen
 
     stored = stored_in(split)
@@ -159,15 +133,13 @@ def load(
     index = np.arange(layout.count)
     if limit is not None or split == VALIDATION or (validation and split == "train"):
         # Chosen before any is read: what is left out takes no memory.
+        labels_of_all = check_beton(path, layout).labels
         index = chosen_images(
-            check_beton(path, layout), split, validation=validation, limit=limit, classes=files.classes, name=files.name
+            labels_of_all, split, validation=validation, limit=limit, classes=files.classes, name=files.name
         )
     images, labels, content = read_chosen(path, layout, index, progress, f"reading {files.name} {split}")
     if content != files.metadata["content"][stored]:
-        raise FastarError(
-            f"{path}: its pixels are not those that were written (damaged or replaced); "
-            f"delete {path.parent} and write it again"
-        )
+        raise damaged(path, "its pixels are not those that were written (damaged or replaced)")
     try:
         return DeviceDataset(
             torch.from_numpy(images).to(device),

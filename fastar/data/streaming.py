@@ -10,7 +10,7 @@ import torch
 
 from fastar.data.augment import Normalisation, mirrored_and_normalised
 from fastar.data.crops import KEPT, Crop, centre, random_boxes
-from fastar.data.dataset import Batch, chosen_batches, count_batches
+from fastar.data.dataset import Batch, Dataset
 from fastar.data.ffcv.decode import Plan
 from fastar.data.ffcv.folder import DatasetFiles
 from fastar.data.ffcv.format import VariableLayout
@@ -19,7 +19,6 @@ from fastar.data.sampling import draw, epoch_order, paged_order
 from fastar.data.splits import chosen_images, stored_in
 from fastar.errors import FastarError
 from fastar.runtime.progress import SILENT, Progress
-from fastar.runtime.seeds import derive_seed
 from fastar.runtime.timing import span
 
 Order = Literal["random", "pages"]
@@ -30,8 +29,10 @@ WINDOW = 64
 _MIRROR = 2  # the stream of draws, as for images of one size
 
 
-class StreamingDataset:
+class StreamingDataset(Dataset):
     """Batches of images of any size, cut out and resized to `size` squared while they are decoded. See `Dataset`.
+
+    The pixels do not depend on the number of threads. Decoding runs in them, up to three batches ahead.
 
     Args:
         files: the finished dataset.
@@ -68,7 +69,7 @@ class StreamingDataset:
         progress: Progress = SILENT,
         window: int = WINDOW,
     ):
-        _check_size(size)
+        self._check_size(size)
         if not 0 < kept <= 1:
             raise FastarError(f"kept={kept} must be within 0..1")
         if threads is not None and threads < 1:
@@ -78,7 +79,7 @@ class StreamingDataset:
                 f"{files.folder}: holds its images by class, so reading it page by page would not mix classes; "
                 "use dataset.order=random, or write it again shuffled"
             )
-        self._size, self._crop, self._order, self._window = size, crop, order, window
+        self._size, self._crop, self._paged, self._window = size, crop, order == "pages", window
         self._centre = centre(kept)
         self.device = torch.device(device)
         self.classes, self.digest = len(files.classes), files.digest
@@ -105,41 +106,17 @@ class StreamingDataset:
         """(C, H, W)"""
         return 3, self._size, self._size
 
-    def batch_count(self, batch_size: int, drop_last: bool = True) -> int:
-        """Batches per epoch."""
-        return count_batches(len(self), batch_size, drop_last)
+    def _check_size(self, size: int) -> None:
+        if size < 1:
+            raise FastarError(f"size={size} must be at least 1")
 
-    def batches(
-        self,
-        batch_size: int,
-        *,
-        seed: int,
-        epoch: int,
-        augment: bool = True,
-        drop_last: bool = True,
-        begin: int = 0,
-        size: int | None = None,
-    ) -> Batches:
-        """One epoch, from batch number `begin`, of images [3, size, size]: see `Dataset.batches`.
+    def _order(self, seed: int, epoch: int) -> np.ndarray:
+        if self._paged:
+            return paged_order(self._reader.pages[self._index], self._window, seed, epoch)
+        return epoch_order(len(self), seed, epoch, torch.device("cpu")).numpy()
 
-        The pixels do not depend on the number of threads. Decoding runs in them, up to three batches ahead.
-        """
-        chosen = chosen_batches(len(self), batch_size, drop_last, begin)
-        _check_size(self._size if size is None else size)
-        if self._order == "pages":
-            order = paged_order(self._reader.pages[self._index], self._window, seed, epoch)
-        else:
-            order = epoch_order(len(self), seed, epoch, torch.device("cpu")).numpy()
-        key = derive_seed(seed, "augmentation", epoch) if augment else None
-        return self._decoded(self._index[order[chosen]], batch_size, key, size or self._size)
-
-    def sequential(self, batch_size: int, *, augment: bool = False, seed: int = 0, epoch: int = 0) -> Batches:
-        """See `Dataset.sequential`."""
-        chosen = chosen_batches(len(self), batch_size, False, 0)
-        key = derive_seed(seed, "augmentation", epoch) if augment else None
-        return self._decoded(self._index[chosen], batch_size, key, self._size)
-
-    def _decoded(self, order: np.ndarray, batch_size: int, key: int | None, size: int) -> Batches:
+    def _made(self, order: np.ndarray | None, batch_size: int, key: int | None, size: int | None) -> Batches:
+        order, size = self._index[slice(None) if order is None else order], size or self._size
         if len(order) == 0:
             return
         boxes = self._centre if key is None else random_boxes(self._crop, key)
@@ -169,8 +146,3 @@ class StreamingDataset:
         if size not in self._normalisations:
             self._normalisations[size] = Normalisation(self._mean, self._std, size, size, self.device)
         return self._normalisations[size]
-
-
-def _check_size(size: int) -> None:
-    if size < 1:
-        raise FastarError(f"size={size} must be at least 1")

@@ -22,8 +22,8 @@ import torch
 
 from fastar.data.crops import Boxes
 from fastar.data.ffcv.encode import JPEG_MODE
+from fastar.data.ffcv.format import damaged
 from fastar.data.ffcv.names import SimpleRGBImageDecoder, imdecode, resize_crop
-from fastar.errors import FastarError
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,8 @@ class CropDecoder(SimpleRGBImageDecoder):
 
     def __init__(self, path: Path, sizes: np.ndarray, sums: np.ndarray, threads: int):
         super().__init__()
-        self._file, self._sizes, self._threads = os.open(path, os.O_RDONLY), sizes, threads
+        self._path, self._file = path, os.open(path, os.O_RDONLY)
+        self._sizes, self._threads = sizes, threads
         self._sums, self._checked = sums, np.zeros(len(sums), bool)
         self._buffers = threading.local()
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decoder") if threads > 1 else None
@@ -90,15 +91,15 @@ class CropDecoder(SimpleRGBImageDecoder):
         height, width = int(row["height"]), int(row["width"])
         content = self._buffer("content", int(self._sizes[index]))
         if os.preadv(self._file, [content.data], int(row["data_ptr"])) != len(content):
-            raise FastarError(f"sample {index} cannot be read whole: the file was cut off; write it again")
+            raise damaged(self._path, f"sample {index} cannot be read whole: the file was cut off")
         if not self._checked[index]:
             if zlib.crc32(content.data) != self._sums[index]:
-                raise FastarError(f"sample {index} is not what was written; delete its folder and write it again")
+                raise damaged(self._path, f"sample {index} is not what was written")
             self._checked[index] = True
         if row["mode"] == JPEG_MODE:
             image = self._buffer("image", 3 * height * width).reshape(height, width, 3)
             if imdecode(content, image, height, width, height, width, 0, 0, 1, 1, False, False) != 0:
-                raise FastarError(f"sample {index} is not a whole JPEG; delete its folder and write it again")
+                raise damaged(self._path, f"sample {index} is not a whole JPEG")
         else:
             image = content.reshape(height, width, 3)
         top, left, box_height, box_width = box

@@ -5,8 +5,7 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -14,7 +13,7 @@ import numpy as np
 
 from fastar.config import Augmentation
 from fastar.data.ffcv.encode import Encoding
-from fastar.data.ffcv.format import FixedLayout, Layout, VariableLayout, check_beton, fingerprint
+from fastar.data.ffcv.format import FixedLayout, Layout, VariableLayout, check_beton, damaged, fingerprint
 from fastar.data.ffcv.verify import Checksums, checksums_path, kept_checksums, take_checksums
 from fastar.data.ffcv.write import disk_full
 from fastar.data.raw.raw_split import readable
@@ -42,6 +41,7 @@ class DatasetFiles:
 
     folder: Path
     metadata: dict[str, Any]
+    _checksums: dict[str, Checksums] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
     def name(self) -> str:
@@ -135,19 +135,12 @@ class DatasetFiles:
             self._checksums[split] = kept or self._new_checksums(split, progress)
         return self._checksums[split]
 
-    @cached_property
-    def _checksums(self) -> dict[str, Checksums]:
-        return {}
-
     def _new_checksums(self, split: str, progress: Progress) -> Checksums:
-        path, layout = self.path(split), self.layout(split)
+        path = self.path(split)
         progress.line(f"{path}: no checksums of its images are kept; it is read once to make them")
-        new = take_checksums(path, layout, check_beton(path, layout), progress, f"checking {self.name} {split}")
+        new = take_checksums(check_beton(path, self.layout(split)), progress, f"checking {self.name} {split}")
         if new.content != self.metadata["content"][split]:
-            raise FastarError(
-                f"{path}: its images are not those that were written (damaged or replaced); "
-                f"delete {self.folder} and write it again"
-            )
+            raise damaged(path, "its images are not those that were written (damaged or replaced)")
         try:
             write_atomically(checksums_path(path), new.to_bytes())
         except FastarError as error:
@@ -171,40 +164,37 @@ def open_files(folder: Path) -> DatasetFiles:
 def open_metadata(folder: Path) -> DatasetFiles:
     """The dataset that the metadata in `folder` describe; FastarError where they are missing or damaged. Nothing of its
     files is read."""
-    path, again = folder / METADATA, f"delete {folder} and write it again"
+    path = folder / METADATA
     try:
         metadata = read_object(path)
         files = DatasetFiles(folder, metadata)
         if metadata.get("kind") not in (None, VARIABLE):
             raise FastarError(f"{path}: holds {metadata['kind']}; use another directory")
         if metadata["format"] not in (1, FORMAT):
-            raise FastarError(f"{path}: format {metadata['format']}, this fastar reads {FORMAT}; {again}")
+            raise damaged(path, f"format {metadata['format']}, this fastar reads {FORMAT}")
         # Format 1 is without a digest of all; it then says nothing of what the dataset's own digest does not cover.
         whole = (metadata["format"] == 1 and "sha256" not in metadata) or metadata["sha256"] == _sha256(metadata)
         if not whole or metadata["digest"] != files.digest_of_content():
-            raise FastarError(f"{path}: edited by hand or damaged; {again}")
+            raise damaged(path, "edited by hand or damaged")
+        for split in SPLITS:
+            files.layout(split), metadata["files"][split]["bytes"]
     except OSError as error:
         raise FastarError(f"{error.filename or path}: cannot be read ({error.strerror}); check the folder") from error
     except FastarError:
         raise
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise FastarError(f"{path}: damaged ({error}); {again}") from error
+        raise damaged(path, f"damaged ({error})") from error
     return files
 
 
 def check_unchanged(files: DatasetFiles, split: str) -> None:
     """Raise FastarError where a split's file is not the one that was written, as far as its fingerprint tells."""
-    path, again = files.path(split), f"delete {files.folder} and write it again"
-    try:
-        known, layout = files.metadata["files"][split], files.layout(split)
-    except (KeyError, TypeError, ValueError) as error:
-        raise FastarError(f"{files.folder / METADATA}: damaged ({error}); {again}") from error
+    path = files.path(split)
     with readable(path):
-        if not path.is_file():  # a pipe would be waited for
-            raise FastarError(f"{path}: {'is no file' if path.exists() else 'missing'}; {again}")
-        if fingerprint(path) != known:
-            check_beton(path, layout)  # first: it can say what is wrong
-            raise FastarError(f"{path}: not the file that {METADATA} describes (replaced or damaged); {again}")
+        if path.is_file() and fingerprint(path) == files.metadata["files"][split]:
+            return
+    check_beton(path, files.layout(split))  # first: it can say what is wrong
+    raise damaged(path, f"not the file that {METADATA} describes (replaced or damaged)")
 
 
 def _sha256(metadata: dict[str, Any]) -> str:
@@ -302,23 +292,18 @@ def verify_folder(folder: Path, progress: Progress = SILENT) -> list[str]:
 
 
 def _damages(files: DatasetFiles, split: str, progress: Progress) -> list[str]:
-    path, again = files.path(split), f"delete {files.folder} and write it again"
-    description, content = f"checking {files.name} {split}", files.metadata["content"][split]
+    path, content = files.path(split), files.metadata["content"][split]
     found = []
     try:
-        if not path.exists():
-            return [f"{path}: missing; {again}"]
-        labels = check_beton(path, files.layout(split))
-        now = take_checksums(path, files.layout(split), labels, progress, description)
+        now = take_checksums(check_beton(path, files.layout(split)), progress, f"checking {files.name} {split}")
         kept = kept_checksums(path, content) if files.variable_size else None
         if kept is None and checksums_path(path).exists():
             found.append(f"{checksums_path(path)}: damaged; delete it, and the next run makes it again")
         if kept is not None and (bad := np.flatnonzero(now.images != kept.images)).size:
-            found.append(
-                f"{path}: {len(bad)} of {len(labels)} images are not what was written (first: sample {bad[0]}); {again}"
-            )
-        elif now.content != content or (kept is not None and now.tables != kept.tables):
-            found.append(f"{path}: its images or labels are not those that were written; {again}")
+            what = f"{len(bad)} of {len(now.images)} images are not what was written (first: sample {bad[0]})"
+            raise damaged(path, what)
+        if now.content != content or (kept is not None and now.tables != kept.tables):
+            raise damaged(path, "its images or labels are not those that were written")
         if not found:
             check_unchanged(files, split)
     except FastarError as error:

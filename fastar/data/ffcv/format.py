@@ -5,6 +5,8 @@ FFCV itself trusts a file: a truncated, empty or foreign one gives an IndexError
 
 import hashlib
 import math
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -24,7 +26,7 @@ from fastar.data.ffcv.names import (
     RGBImageField,
     get_metadata_type,
 )
-from fastar.data.raw.raw_split import ImageSplit, RawSplit, UnusableImage
+from fastar.data.raw.raw_split import ImageSplit, RawSplit, UnusableImage, readable
 from fastar.errors import FastarError
 
 _BLOCK = 1 << 16
@@ -44,7 +46,8 @@ class FixedLayout:
 
     def fields(self) -> dict[str, Field]:
         """FFCV's fields in file order: RGB images as FFCV images, others as arrays of bytes."""
-        image = RGBImageField(write_mode="raw") if self._rgb else NDArrayField(np.dtype("uint8"), self.shape)
+        rgb = self.shape[2] == 3
+        image = RGBImageField(write_mode="raw") if rgb else NDArrayField(np.dtype("uint8"), self.shape)
         return {"image": image, "label": IntField()}
 
     def encoded(self, raw: RawSplit, indices: np.ndarray, workers: int = 1) -> EncodedImages:
@@ -57,26 +60,17 @@ class FixedLayout:
                 reason = f"image is {image.dtype} {list(image.shape)}, not uint8 {list(self.shape)}"
                 yield UnusableImage(raw.where(index), reason, "convert it")
 
-    def describe(self) -> str:
-        """The kind of images, for messages."""
+    def __str__(self) -> str:
         return f"{'x'.join(map(str, self.shape))} images"
-
-    def pointers(self, image: np.ndarray) -> np.ndarray:
-        """Places of each image's first byte, out of the sample table's image column."""
-        return image["data_ptr"] if self._rgb else image
 
     def fault(self, image: np.ndarray, sizes: np.ndarray) -> str | None:
         """The first fault of a file's images (table column, and bytes of each), or None."""
         height, width, _ = self.shape
-        if self._rgb:
+        if image.dtype.names is not None:
             same = (image["mode"] == RAW_MODE) & (image["height"] == height) & (image["width"] == width)
             if not same.all():
                 return f"its images are not all raw {height}x{width}"
         return None if (sizes == math.prod(self.shape)).all() else "its allocation table does not match its samples"
-
-    @property
-    def _rgb(self) -> bool:
-        return self.shape[2] == 3
 
 
 @dataclass(frozen=True)
@@ -96,11 +90,8 @@ class VariableLayout:
         assert isinstance(raw, ImageSplit)
         return encoded_images(raw, indices.tolist(), self.encoding, workers)
 
-    def describe(self) -> str:
+    def __str__(self) -> str:
         return "RGB images of any size"
-
-    def pointers(self, image: np.ndarray) -> np.ndarray:
-        return image["data_ptr"]
 
     def fault(self, image: np.ndarray, sizes: np.ndarray) -> str | None:
         pixels = image["height"].astype(np.int64) * image["width"]
@@ -115,6 +106,51 @@ class VariableLayout:
 Layout = FixedLayout | VariableLayout
 
 
+def damaged(path: Path, what: str) -> FastarError:
+    """The error for a file of a dataset that is not what was written."""
+    return FastarError(f"{path}: {what}; delete {path.parent} and write it again")
+
+
+@dataclass(frozen=True)
+class Beton:
+    """A file whose tables are whole, as `check_beton` returns it. Rows are in the order of samples.
+
+    Args:
+        path: of the file.
+        layout: its content.
+        labels: int64 [n].
+        images: the image column of the table of samples [n].
+        pointers: the place of each image's first byte [n].
+        sizes: the bytes of each image [n].
+        tables: the bytes before the pages, and those behind them.
+    """
+
+    path: Path
+    layout: Layout
+    labels: np.ndarray
+    images: np.ndarray
+    pointers: np.ndarray
+    sizes: np.ndarray
+    tables: tuple[np.ndarray, np.ndarray]
+
+    def tables_digest(self) -> str:
+        """SHA-256, hexadecimal, of all of the file but its images."""
+        digest = hashlib.sha256(self.tables[0].data)
+        digest.update(self.tables[1].data)
+        return digest.hexdigest()
+
+    def contents(self, positions: Sequence[int] | None = None) -> Iterator[bytes]:
+        """The bytes of each image, or of those at `positions`; FastarError where they cannot be read. (A mapped file
+        would end the process where the disk fails.)"""
+        with readable(self.path), self.path.open("rb", buffering=0) as file:
+            for position in range(len(self.labels)) if positions is None else positions:
+                size = int(self.sizes[position])
+                content = os.pread(file.fileno(), size, int(self.pointers[position]))
+                if len(content) != size:
+                    raise damaged(self.path, f"is cut off in sample {position}")
+                yield content
+
+
 def field_descriptors(fields: dict[str, Field]) -> np.ndarray:
     """The file's second part: type, name and arguments of each field."""
     codes = {handler: code for code, handler in TYPE_ID_HANDLER.items()}
@@ -124,6 +160,11 @@ def field_descriptors(fields: dict[str, Field]) -> np.ndarray:
         row["name"][: len(name)] = np.frombuffer(name.encode("ascii"), np.uint8)
         row["arguments"][:] = field.to_binary()[0]
     return table
+
+
+def sample_type(layout: Layout) -> np.dtype:
+    """A row of the table of samples: f0 the image, f1 the label."""
+    return get_metadata_type(list(layout.fields().values()))
 
 
 def fingerprint(path: Path) -> dict[str, Any]:
@@ -141,28 +182,22 @@ def fingerprint(path: Path) -> dict[str, Any]:
     return {"bytes": size, "sha256_of_blocks": digest.hexdigest()}
 
 
-def check_beton(path: Path, layout: Layout) -> np.ndarray:
-    """Check header, fields, sizes, labels and allocation table; returns the labels (int64 [count]).
-
-    Nothing of FFCV's reader or loader runs.
+def check_beton(path: Path, layout: Layout) -> Beton:
+    """Check header, fields, sizes, labels and allocation table. Nothing of FFCV's reader or loader runs.
 
     Raises:
         FastarError: it names the file and its first fault.
     """
     try:
-        if path.exists() and not path.is_file():
-            raise _Fault("is no file")  # opening a pipe would wait
-        try:
+        with readable(path):
+            if not path.is_file():  # opening a pipe would wait
+                raise _Fault("is no file" if path.exists() else "missing")
+            if path.stat().st_size == 0:
+                raise _Fault("empty file")  # it cannot be mapped
             data = np.memmap(path, np.uint8, mode="r")
-        except ValueError:  # an empty file cannot be mapped
-            raise _Fault("empty file") from None
-        return _checked_tables(data, _checked_front(data, layout), layout)
+        return _checked_tables(path, data, _checked_front(data, layout), layout)
     except _Fault as fault:
-        raise FastarError(f"{path}: {fault}; delete its folder and write it again") from None
-    except FileNotFoundError:
-        raise FastarError(f"{path}: missing; write it again") from None
-    except OSError as error:
-        raise FastarError(f"{path}: cannot be read ({error.strerror}); check the file") from error
+        raise damaged(path, str(fault)) from None
 
 
 class _Fault(Exception):
@@ -190,15 +225,14 @@ def _checked_front(data: np.ndarray, layout: Layout) -> np.void:
     written = _part(data, FieldDescType, HeaderType.itemsize, len(fields), "fields")
     for name, want, got in zip(fields, field_descriptors(fields), written, strict=True):
         if any(not np.array_equal(want[key], got[key]) for key in ("type_id", "name", "arguments")):
-            raise _Fault(f"its field {name!r} is not what fastar writes for {layout.describe()}")
+            raise _Fault(f"its field {name!r} is not what fastar writes for {layout}")
     return header
 
 
-def _checked_tables(data: np.ndarray, header: np.void, layout: Layout) -> np.ndarray:
-    """The labels, once the tables of samples and of their places agree."""
-    fields = layout.fields()
-    start, count = HeaderType.itemsize + len(fields) * FieldDescType.itemsize, layout.count
-    metadata = _part(data, get_metadata_type(list(fields.values())), start, count, "sample table")
+def _checked_tables(path: Path, data: np.ndarray, header: np.void, layout: Layout) -> Beton:
+    """The file, once its tables of samples and of their places agree."""
+    start, count = HeaderType.itemsize + len(layout.fields()) * FieldDescType.itemsize, layout.count
+    metadata = _part(data, sample_type(layout), start, count, "sample table")
     end = start + metadata.nbytes
     table_start = int(header["alloc_table_ptr"])
     if table_start < end or len(data) - table_start != count * ALLOC_TABLE_TYPE.itemsize:
@@ -208,11 +242,12 @@ def _checked_tables(data: np.ndarray, header: np.void, layout: Layout) -> np.nda
     labels = np.array(metadata["f1"], dtype=np.int64)
     if labels.min() < 0 or labels.max() >= layout.classes:
         raise _Fault(f"labels are not all in 0..{layout.classes - 1}")
-    pointers = layout.pointers(metadata["f0"])
+    images = metadata["f0"]
+    pointers = images if images.dtype.names is None else images["data_ptr"]
     by_sample = table[np.argsort(table["sample_id"], kind="stable")]
     sizes = by_sample["size"]
     # The images first: what is said of them is plainer.
-    found = layout.fault(metadata["f0"], sizes)
+    found = layout.fault(images, sizes)
     if found is not None:
         raise _Fault(found)
     in_file = np.argsort(pointers, kind="stable")
@@ -225,22 +260,4 @@ def _checked_tables(data: np.ndarray, header: np.void, layout: Layout) -> np.nda
         raise _Fault("its allocation table does not match its samples")
     if starts[0] < end or int(stops[-1]) > table_start:
         raise _Fault("its images lie outside the file's pages")
-    return labels
-
-
-def front_bytes(data: np.ndarray, layout: Layout) -> tuple[np.ndarray, np.ndarray]:
-    """The bytes of a checked file before its pages, and those of its allocation table."""
-    fields = layout.fields()
-    rows = layout.count * get_metadata_type(list(fields.values())).itemsize
-    header = data[: HeaderType.itemsize].view(HeaderType)[0]
-    return data[: HeaderType.itemsize + field_descriptors(fields).nbytes + rows], data[int(header["alloc_table_ptr"]) :]
-
-
-def image_table(path: Path, layout: Layout) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The bytes of a checked file, the image column of its sample table, and the size of each image."""
-    data = np.memmap(path, np.uint8, mode="r")
-    front, allocated = front_bytes(data, layout)
-    row = get_metadata_type(list(layout.fields().values()))
-    table = front[len(front) - layout.count * row.itemsize :].view(row)["f0"]
-    by_number = allocated.view(ALLOC_TABLE_TYPE)
-    return data, table, by_number["size"][np.argsort(by_number["sample_id"], kind="stable")]
+    return Beton(path, layout, labels, images, pointers, sizes, (data[:end], data[table_start:]))

@@ -1,10 +1,11 @@
 """The one way from a .beton file to batches: FFCV's loader, kept from hanging, leaking and changing the process."""
 
 import copy
+import hashlib
 import queue
 import weakref
-from collections.abc import Generator
-from contextlib import closing
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,9 @@ import numpy as np
 import torch
 
 from fastar.data.ffcv.decode import CropDecoder, Plan
-from fastar.data.ffcv.format import FixedLayout, VariableLayout, check_beton, image_table
+from fastar.data.ffcv.format import FixedLayout, VariableLayout, check_beton, damaged
 from fastar.data.ffcv.names import Compiler, EpochIterator, Loader, OrderOption, torch_threads_kept
-from fastar.data.ffcv.verify import Checksums, ContentDigest, tables_digest
+from fastar.data.ffcv.verify import Checksums, content_of_one_size
 from fastar.errors import FastarError
 from fastar.runtime.progress import Progress
 
@@ -111,6 +112,17 @@ class GuardedLoader(Loader):
         return GuardedIterator(loader, order.astype(np.uint64), plan)
 
 
+@contextmanager
+def _loader_errors(path: Path) -> Iterator[None]:
+    """Inside, whatever FFCV's thread or compiler runs into belongs to this file; the cause stays attached."""
+    try:
+        yield
+    except FastarError:
+        raise
+    except Exception as error:
+        raise FastarError(f"{path}: FFCV's loader failed ({type(error).__name__}: {error})") from error
+
+
 def read_batches(
     path: Path, layout: FixedLayout, batch_size: int = BATCH, *, compile_from: int = COMPILE_FROM
 ) -> Batches:
@@ -120,20 +132,16 @@ def read_batches(
     in the loader's thread is raised here as FastarError. Close the generator to leave early.
     """
     check_beton(path, layout)
-    with torch_threads_kept():
+    with torch_threads_kept(), _loader_errors(path):
+        loader = GuardedLoader(path, min(batch_size, layout.count), compiled=layout.count >= compile_from)
+        batches = loader.epoch(np.arange(layout.count))
         try:
-            loader = GuardedLoader(path, min(batch_size, layout.count), compiled=layout.count >= compile_from)
-            batches = loader.epoch(np.arange(layout.count))
-            try:
-                with closing(batches):
-                    for images, labels in batches:
-                        yield images.numpy(), labels.numpy().reshape(-1)
-            finally:
-                # FFCV's objects refer to each other; until they are collected the whole file would count as memory.
-                loader.memory_manager.context.mmap, batches.storage_state = None, ()
-        # Whatever FFCV's thread or compiler ran into belongs to this file; the cause stays attached.
-        except Exception as error:
-            raise FastarError(f"{path}: FFCV's loader failed ({type(error).__name__}: {error})") from error
+            with closing(batches):
+                for images, labels in batches:
+                    yield images.numpy(), labels.numpy().reshape(-1)
+        finally:
+            # FFCV's objects refer to each other; until they are collected the whole file would count as memory.
+            loader.memory_manager.context.mmap, batches.storage_state = None, ()
 
 
 def read_chosen(
@@ -141,7 +149,7 @@ def read_chosen(
 ) -> tuple[np.ndarray, np.ndarray, str]:
     """Images uint8 [n, H, W, C] and labels int64 [n] of the samples `index` (sorted), and the digest of all content."""
     images, labels = np.empty((len(index), *layout.shape), np.uint8), np.empty(len(index), np.int64)
-    digest, start = ContentDigest(), 0
+    digest, all_labels, start = hashlib.sha256(), np.empty(layout.count, np.int64), 0
     with (
         closing(read_batches(path, layout)) as batches,
         progress.task(description, layout.count, "images") as advance,
@@ -150,10 +158,11 @@ def read_chosen(
             stop = start + len(some_labels)
             these = slice(*np.searchsorted(index, (start, stop)))
             images[these], labels[these] = some_images[index[these] - start], some_labels[index[these] - start]
-            digest.update(some_images, some_labels)
+            digest.update(some_images.data)
+            all_labels[start:stop] = some_labels
             start = stop
             advance(len(some_labels))
-    return images, labels, digest.hexdigest()
+    return images, labels, content_of_one_size(digest, all_labels)
 
 
 class ImageReader:
@@ -164,29 +173,23 @@ class ImageReader:
     """
 
     def __init__(self, path: Path, layout: VariableLayout, checksums: Checksums, *, threads: int):
-        self.path = path
-        self.labels = check_beton(path, layout)
-        if tables_digest(path, layout) != checksums.tables:
-            raise FastarError(
-                f"{path}: its tables are not those that were written; delete its folder and write it again"
-            )
-        _, table, sizes = image_table(path, layout)
-        self.pages = (table["data_ptr"] // np.uint64(layout.PAGE)).astype(np.int64)
-        try:
-            decoder = CropDecoder(path, sizes, checksums.images, threads)
+        self._path = path
+        beton = check_beton(path, layout)
+        if beton.tables_digest() != checksums.tables:
+            raise damaged(path, "its tables are not those that were written")
+        self.labels = beton.labels
+        self.pages = (beton.pointers // np.uint64(layout.PAGE)).astype(np.int64)
+        with _loader_errors(path), torch_threads_kept():
+            decoder = CropDecoder(path, beton.sizes, checksums.images, threads)
             weakref.finalize(self, decoder.close)
-            with torch_threads_kept():
-                self._loader = GuardedLoader(path, 1, compiled=False, ahead=2, decoder=decoder)
-        # Whatever FFCV's compiler ran into belongs to this file; the cause stays attached.
-        except Exception as error:
-            raise FastarError(f"{path}: FFCV's loader failed ({type(error).__name__}: {error})") from error
+            self._loader = GuardedLoader(path, 1, compiled=False, ahead=2, decoder=decoder)
 
     def epoch(self, order: np.ndarray, batch_size: int, plan: Plan) -> Generator[torch.Tensor, None, None]:
         """Yield images uint8 [b, size, size, 3] of the samples `order`, in that order, three batches ahead.
 
         torch's threads stay as they are. Close the generator to leave early.
         """
-        try:
+        with _loader_errors(self._path):
             with torch_threads_kept():
                 batches = self._loader.epoch(order, batch_size, plan)
             with closing(batches):
@@ -197,7 +200,3 @@ class ImageReader:
                     if batch is None:
                         return
                     yield batch[0]
-        except FastarError as error:
-            raise FastarError(f"{self.path}: {error}") from error
-        except Exception as error:
-            raise FastarError(f"{self.path}: FFCV's loader failed ({type(error).__name__}: {error})") from error

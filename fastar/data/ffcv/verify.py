@@ -7,16 +7,14 @@ names the content that they are of and ends in its own SHA-256: a damaged one, o
 """
 
 import hashlib
-import os
 import zlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from fastar.data.ffcv.encode import Encoded
-from fastar.data.ffcv.format import FixedLayout, Layout, check_beton, front_bytes, image_table
+from fastar.data.ffcv.format import Beton, FixedLayout, Layout, check_beton
 from fastar.data.raw.raw_split import RawSplit, readable
 from fastar.errors import FastarError
 from fastar.runtime.json_files import read_file
@@ -26,18 +24,9 @@ _MAGIC = b"fastar checksums 1\n"
 _SAMPLES = 64  # images of a new file that are compared with the raw ones
 
 
-class ContentDigest:
-    """SHA-256 over images of one size and labels in file order, however they are cut into batches."""
-
-    def __init__(self) -> None:
-        self._images, self._labels = hashlib.sha256(), hashlib.sha256()
-
-    def update(self, images: np.ndarray, labels: np.ndarray) -> None:
-        self._images.update(np.ascontiguousarray(images).data)
-        self._labels.update(np.ascontiguousarray(labels, dtype="<i8").data)
-
-    def hexdigest(self) -> str:
-        return hashlib.sha256(self._images.digest() + self._labels.digest()).hexdigest()
+def content_of_one_size(images: "hashlib._Hash", labels: np.ndarray) -> str:
+    """SHA-256, hexadecimal, of a file's images of one size, whose own digest is `images`, and labels, in file order."""
+    return hashlib.sha256(images.digest() + hashlib.sha256(labels.astype("<i8").data).digest()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -83,46 +72,25 @@ def kept_checksums(path: Path, content: str) -> Checksums | None:
     return kept if kept is not None and kept.content == content else None
 
 
-def tables_digest(path: Path, layout: Layout) -> str:
-    """SHA-256, hexadecimal, of all of a checked file but its images: header, fields, table of samples, their places."""
-    front, table = front_bytes(np.memmap(path, np.uint8, mode="r"), layout)
-    digest = hashlib.sha256(front.data)
-    digest.update(table.data)
-    return digest.hexdigest()
-
-
-def stored_images(path: Path, layout: Layout) -> Iterator[tuple[np.ndarray, bytes]]:
-    """The row of the sample table and the bytes of each image of a checked file, in order; FastarError where they
-    cannot be read. (A mapped file would end the process where the disk fails.)"""
-    _, table, sizes = image_table(path, layout)
-    pointers = layout.pointers(table)
-    with readable(path), path.open("rb", buffering=0) as file:
-        for position, (pointer, size) in enumerate(zip(pointers.tolist(), sizes.tolist(), strict=True)):
-            content = os.pread(file.fileno(), size, pointer)
-            if len(content) != size:
-                raise FastarError(f"{path}: is cut off in sample {position}; delete its folder and write it again")
-            yield table[position], content
-
-
-def take_checksums(path: Path, layout: Layout, labels: np.ndarray, progress: Progress, description: str) -> Checksums:
-    """Read all of a checked file; `labels` int64 [n] are its own.
+def take_checksums(beton: Beton, progress: Progress, description: str) -> Checksums:
+    """Read all of a file.
 
     The digest of the content covers every label and every image (of any size: its mode and sides too), in order,
     wherever in the file they lie.
     """
-    sums, fixed = np.empty(layout.count, np.uint32), ContentDigest()
-    varied = hashlib.sha256(labels.astype("<i8").tobytes())
-    with progress.task(description, layout.count, "images") as advance:
-        for position, (row, content) in enumerate(stored_images(path, layout)):
-            if isinstance(layout, FixedLayout):
-                fixed.update(np.frombuffer(content, np.uint8), labels[position : position + 1])
-            else:
-                varied.update(f"{row['mode']} {row['height']} {row['width']} {len(content)} ".encode())
-                varied.update(content)
+    fixed = isinstance(beton.layout, FixedLayout)
+    sums = np.empty(len(beton.labels), np.uint32)
+    digest = hashlib.sha256(b"" if fixed else beton.labels.astype("<i8").tobytes())
+    with progress.task(description, len(sums), "images") as advance:
+        for position, content in enumerate(beton.contents()):
+            if not fixed:
+                row = beton.images[position]
+                digest.update(f"{row['mode']} {row['height']} {row['width']} {len(content)} ".encode())
+            digest.update(content)
             sums[position] = zlib.crc32(content)
             advance()
-    content_digest = (fixed if isinstance(layout, FixedLayout) else varied).hexdigest()
-    return Checksums(content_digest, tables_digest(path, layout), sums)
+    whole = content_of_one_size(digest, beton.labels) if fixed else digest.hexdigest()
+    return Checksums(whole, beton.tables_digest(), sums)
 
 
 def verify_beton(
@@ -135,35 +103,33 @@ def verify_beton(
     description: str = "verifying",
 ) -> Checksums:
     """Read all of a new file, and compare every label, and 64 evenly spread images, with `raw`."""
-    labels = check_beton(path, layout)
-    wrong = np.flatnonzero(labels != raw.labels[indices])
-    sums = take_checksums(path, layout, labels, progress, description)
-    data, table, sizes = image_table(path, layout)
-    pointers = layout.pointers(table)
+    beton = check_beton(path, layout)
+    wrong = np.flatnonzero(beton.labels != raw.labels[indices]).tolist()
+    sums = take_checksums(beton, progress, description)
     sample = np.unique(np.linspace(0, layout.count - 1, _SAMPLES).astype(np.int64))
-    for position, want in zip(sample, layout.encoded(raw, indices[sample]), strict=True):
-        pixels = data[pointers[position] : pointers[position] + sizes[position]]
-        same = isinstance(want, Encoded) and want.content == pixels.tobytes()
-        if same and table.dtype.names is not None:
-            same = all(getattr(want, key) == table[key][position] for key in ("mode", "height", "width"))
+    wanted, stored = layout.encoded(raw, indices[sample]), beton.contents(sample.tolist())
+    for position, want, content in zip(sample.tolist(), wanted, stored, strict=True):
+        same = isinstance(want, Encoded) and want.content == content
+        if same and beton.images.dtype.names is not None:
+            same = all(getattr(want, key) == beton.images[key][position] for key in ("mode", "height", "width"))
         if not same:
-            wrong = np.append(wrong, position)
-    if len(wrong):
+            wrong.append(position)
+    if wrong:
         where = raw.where(int(indices[wrong[0]]))
         raise FastarError(f"{path}: sample {wrong[0]} differs from {where}; check the disk and run again")
     return sums
 
 
-def measured(path: Path, layout: Layout) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and population standard deviation, per channel, of pixels in 0..1 of a checked file.
+def measured(beton: Beton) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and population standard deviation, per channel, of pixels in 0..1 of a file of images of one size.
 
     Raises:
         FastarError: a channel is one flat colour.
     """
-    assert isinstance(layout, FixedLayout)
-    channels, levels = layout.shape[2], np.arange(256)
+    assert isinstance(beton.layout, FixedLayout)
+    channels, levels = beton.layout.shape[2], np.arange(256)
     counts = np.zeros((channels, 256), np.int64)
-    for _, content in stored_images(path, layout):
+    for content in beton.contents():
         pixels = np.frombuffer(content, np.uint8).reshape(-1, channels)
         counts += [np.bincount(pixels[:, channel], minlength=256) for channel in range(channels)]
     # Sums of whole numbers: exact, so the statistics do not depend on the order of samples.
@@ -171,5 +137,5 @@ def measured(path: Path, layout: Layout) -> tuple[tuple[float, ...], tuple[float
     mean = total / number
     std = np.sqrt(np.maximum(squares / number - mean**2, 0))
     if (std == 0).any():
-        raise FastarError(f"{path}: every image is one flat colour; check the raw data")
+        raise FastarError(f"{beton.path}: every image is one flat colour; check the raw data")
     return tuple((mean / 255).tolist()), tuple((std / 255).tolist())

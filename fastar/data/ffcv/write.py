@@ -15,8 +15,8 @@ from typing import IO
 import numpy as np
 
 from fastar.data.ffcv.encode import Encoded
-from fastar.data.ffcv.format import Layout, field_descriptors
-from fastar.data.ffcv.names import ALLOC_TABLE_TYPE, CURRENT_VERSION, HeaderType, get_metadata_type
+from fastar.data.ffcv.format import Layout, field_descriptors, sample_type
+from fastar.data.ffcv.names import ALLOC_TABLE_TYPE, CURRENT_VERSION, HeaderType
 from fastar.data.raw.raw_split import RawSplit
 from fastar.errors import FastarError
 from fastar.runtime.progress import SILENT, Progress
@@ -51,7 +51,7 @@ def predicted_bytes(layout: Layout, raw: RawSplit, indices: np.ndarray, *, skip:
     # A page is left when the next image does not fit: on average half an image is lost where sizes differ.
     per_page = layout.PAGE / np.mean(sizes or [1])
     pages = math.ceil(layout.count / max(per_page - 0.5, 1)) + 1
-    row = get_metadata_type(list(layout.fields().values())).itemsize + ALLOC_TABLE_TYPE.itemsize
+    row = sample_type(layout).itemsize + ALLOC_TABLE_TYPE.itemsize
     return layout.PAGE * (pages + 1) + layout.count * row
 
 
@@ -75,10 +75,9 @@ def write_beton(
     Raises:
         FastarError: an image that cannot be used, a full disk, or a process that died. The caller removes the file.
     """
-    fields = layout.fields()
-    row = get_metadata_type(list(fields.values()))
+    row = sample_type(layout)
     samples, places = np.zeros(len(indices), row), np.zeros(len(indices), ALLOC_TABLE_TYPE)
-    begin = HeaderType.itemsize + field_descriptors(fields).nbytes
+    begin = HeaderType.itemsize + field_descriptors(layout.fields()).nbytes
     end = -(-(begin + samples.nbytes) // layout.PAGE) * layout.PAGE  # of the last page that was begun, none so far
     place, kept, skipped = end, 0, {}
     told = begun = time.monotonic()
