@@ -86,18 +86,19 @@ def test_views_alias_the_buffer_with_torchs_channels_last_strides() -> None:
     for entry in layout.entries:
         view = layout.views(buffer)[entry.name]
         assert tuple(view.shape) == entry.shape
-        assert view.stride() == entry.strides
+        order = torch.channels_last if len(entry.shape) == 4 else torch.contiguous_format
+        strides = torch.empty(entry.shape).to(memory_format=order).stride()
+        assert view.stride() == strides
         assert view.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
         assert view.storage_offset() == entry.offset
         assert sorted(view.flatten().tolist()) == list(range(entry.offset, entry.offset + entry.numel))
         if len(entry.shape) == 4:
-            assert view.stride() == torch.empty(entry.shape).to(memory_format=torch.channels_last).stride()
             outputs, inputs, height, width = entry.shape
             assert view[outputs - 1, inputs - 1, height - 1, 0] == entry.offset + entry.numel - 1 - (width - 1) * inputs
         assert rows[entry.name].shape == (3, *entry.shape)
         for row in range(3):
             assert torch.equal(rows[entry.name][row], layout.views(store[row])[entry.name])
-            assert rows[entry.name][row].stride() == entry.strides
+            assert rows[entry.name][row].stride() == strides
     layout.views(buffer)["wide.weight"][2, 1, 0, 2] = -5.0
     start = next(entry.offset for entry in layout.entries if entry.name == "wide.weight")
     assert buffer[start + ((2 * 3 + 0) * 3 + 2) * 3 + 1] == -5.0  # (O, H, W, I) order
@@ -142,15 +143,11 @@ def test_layouts_are_equal_exactly_for_the_same_architecture() -> None:
     layout = FlatLayout.from_module(make(ConvNet, seed=1))
     same = FlatLayout.from_module(make(ConvNet, seed=2).to("meta"))
     assert layout == same
-    layout.check_compatible(same)
     other = make(ConvNet)
     other.head = nn.Linear(5, 7)
     wider = FlatLayout.from_module(other)
-    with pytest.raises(FastarError, match=r"parameter head\.weight has shape \(7, 5\), expected \(4, 5\)"):
-        layout.check_compatible(wider)
     del other.head
-    with pytest.raises(FastarError, match=r"where head\.weight was expected"):
-        layout.check_compatible(FlatLayout.from_module(other))
+    assert layout not in (wider, FlatLayout.from_module(other))
 
 
 # --- modules in flat buffers ---
@@ -418,5 +415,5 @@ def test_working_weights_of_one_section_only() -> None:
 
 
 def test_working_weights_refuse_another_architecture() -> None:
-    with pytest.raises(FastarError, match="the models differ"):
+    with pytest.raises(ValueError, match="the layout is not of this ConvNet"):
         WorkingWeights(FlatLayout.from_module(make(Tied)), make(ConvNet))

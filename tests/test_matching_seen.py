@@ -392,6 +392,6 @@ def test_sources_of_other_types_are_looked_at_as_they_are_used(
     monkeypatch.setattr(Matcher, "release", lambda self: (released.append(self._kept.rows.nbytes), release(self)))
     results = train_star(settings(tmp_path, f"sources.folder={folder}", "star.epochs=1"), tmp_path / "other")
     assert results["paths"]
-    numel = FlatLayout.from_shapes({name: tuple(value.shape) for name, value in state.items()}).numel
+    numel = FlatLayout.from_module(nn.ParameterList(state.values())).numel
     assert places == [2 * 4 * numel + released[0]]
     assert released[0] > 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,12 +42,11 @@ def statistics_bytes(model: nn.Module) -> int:
 
 def own_statistics(model: nn.Module) -> Statistics:
     """Copies of the running statistics of `model`."""
-    found = {}
-    for name, layer in batch_norm_layers(model).items():
-        for kind in ("running_mean", "running_var"):
-            value = getattr(layer, kind)
-            found[f"{name}.{kind}"] = value.clone()
-    return found
+    return {
+        f"{name}.{kind}": getattr(layer, kind).clone()
+        for name, layer in batch_norm_layers(model).items()
+        for kind in ("running_mean", "running_var")
+    }
 
 
 def values_per_channel(given: Tensor) -> int:
@@ -65,14 +65,14 @@ def layer_of_single_values(model: nn.Module, batch: Batch, samples: int) -> str 
     layers, found = batch_norm_layers(model), []
     if not layers:
         return None
+
+    def look(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+        if args and values_per_channel(args[0]) == samples:
+            found.append(name)
+
     with ExitStack() as hooks, torch.no_grad(), evaluating(model):
         for name, layer in layers.items():
-
-            def look(_: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
-                if args and values_per_channel(args[0]) == samples:
-                    found.append(name)
-
-            hooks.enter_context(layer.register_forward_pre_hook(look))
+            hooks.enter_context(layer.register_forward_pre_hook(partial(look, name)))
         call(model, batch)
     return found[0] if found else None
 
@@ -108,7 +108,7 @@ class BatchStatistics:
     """
 
     def __init__(self, model: nn.Module):
-        self.layers = batch_norm_layers(model)
+        self.model, self.layers = model, batch_norm_layers(model)
         self.channels = [layer.num_features for layer in self.layers.values()]
         first = next(iter(self.layers.values())).running_mean
         assert first is not None
@@ -118,36 +118,27 @@ class BatchStatistics:
 
     @contextmanager
     def capturing(self) -> Iterator[None]:
-        """Around forward passes of the model, each followed by `take`; afterwards its layers are as they were."""
-        hooks = []
-        kept = [(layer, layer.momentum, layer.training, dict(layer._buffers)) for layer in self.layers.values()]
-        for (name, layer), views in zip(self.layers.items(), self.buffer.split(self.channels, dim=1), strict=True):
+        """Around forward passes of the model, each followed by `take`; afterwards it is as it was."""
 
-            def remember(_: nn.Module, args: tuple[Tensor, ...], name: str = name) -> None:
-                if name in self._seen:
-                    raise FastarError(
-                        f"batch-norm layer {name} is used twice in a pass: it has no one set of statistics"
-                    )
-                self._seen[name] = values_per_channel(args[0])
-                if self._seen[name] == 1:
-                    raise FastarError(
-                        f"batch-norm layer {name} takes no variance of a batch of one sample: give larger batches"
-                    )
+        def remember(name: str, _: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if name in self._seen:
+                raise FastarError(f"batch-norm layer {name} is used twice in a pass: it has no one set of statistics")
+            self._seen[name] = values_per_channel(args[0])
+            if self._seen[name] == 1:
+                raise FastarError(
+                    f"batch-norm layer {name} takes no variance of a batch of one sample: give larger batches"
+                )
 
-            hooks.append(layer.register_forward_pre_hook(remember))
-            layer.momentum = 1.0  # running statistics become those of the batch
-            layer.train()
-            layer._buffers["running_mean"], layer._buffers["running_var"] = views
-        try:
-            yield
-        finally:
-            self._seen.clear()
-            for hook in hooks:
-                hook.remove()
-            for layer, momentum, training, buffers in kept:
-                layer.momentum = momentum
-                layer.train(training)
-                layer._buffers.update(buffers)
+        with ExitStack() as hooks, evaluating(self.model):
+            for (name, layer), views in zip(self.layers.items(), self.buffer.split(self.channels, dim=1), strict=True):
+                hooks.enter_context(layer.register_forward_pre_hook(partial(remember, name)))
+                layer.momentum = 1.0  # running statistics become those of the batch
+                layer.train()
+                layer._buffers["running_mean"], layer._buffers["running_var"] = views
+            try:
+                yield
+            finally:
+                self._seen.clear()
 
     def take(self) -> tuple[Tensor, Tensor]:
         """The last batch: values per channel, float64 [C], and [mean, mean square] of them, float64 [2, C]."""
@@ -235,7 +226,7 @@ def re_estimate(model: nn.Module, batches: Iterable[tuple[Any, Tensor]]) -> Stat
         return {}
     batch = BatchStatistics(model)
     population = PopulationStatistics(batch)
-    with evaluating(model), batch.capturing():
+    with batch.capturing():
         for images, _ in batches:
             call(model, images)
             population.add()

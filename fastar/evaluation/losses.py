@@ -71,7 +71,6 @@ def evaluate_rows(
     method: str = "population",
     graph: bool = False,
     called: Sequence[str] | None = None,
-    advance: Callable[[int], None] = lambda count: None,
 ) -> dict[str, Measured]:
     """Evaluate K models of one architecture in two passes: batch-norm statistics, then losses.
 
@@ -86,7 +85,6 @@ def evaluate_rows(
             paper's code).
         graph: replay the work of each batch of a pass as a CUDA graph (all K models in one); a GPU.
         called: names of the models, for errors.
-        advance: told the number of (model, batch) evaluations done.
 
     Raises:
         FastarError: a loss that is not finite, batch-norm without data to re-estimate it from, or a graph on a CPU.
@@ -98,7 +96,7 @@ def evaluate_rows(
     views, results = layout.views(rows), {}
     found: list[Statistics | None] = list(statistics) if statistics is not None else [None] * len(rows)
     with full_precision(), bound(model, list(views)) as bind, evaluating(model):
-        passes = _Passes(model, bind, views, graph, advance)
+        passes = _Passes(model, bind, views, graph)
         todo = [k for k, one in enumerate(found) if one is None] if batch_norm_layers(model) else []
         if todo and statistics_batches is None:
             raise FastarError("the model has batch-norm: statistics_batches are needed to re-estimate it")
@@ -126,22 +124,18 @@ class _Passes:
         bind: makes given tensors the parameters of `model`.
         views: parameters [K, ...] of the models, by name.
         graph: replay the work of each batch as a CUDA graph.
-        advance: told the number of (model, batch) evaluations done.
     """
 
     model: nn.Module
     bind: Callable[[Mapping[str, Tensor]], None]
     views: Mapping[str, Tensor]
     graph: bool
-    advance: Callable[[int], None]
 
     def one(self, k: int) -> dict[str, Tensor]:
         """The parameters of model `k`."""
         return {name: view[k] for name, view in self.views.items()}
 
-    def run(
-        self, work: Callable[[Tensor, Tensor], Tensor], moved: Sequence[Tensor], batches: Batches, models: int
-    ) -> int:
+    def run(self, work: Callable[[Tensor, Tensor], Tensor], moved: Sequence[Tensor], batches: Batches) -> int:
         """Do `work`, which changes the tensors `moved`, on every batch; the number of samples."""
         samples = 0
         # Batches of another shape than the first (the last one) go without the graph.
@@ -149,7 +143,6 @@ class _Passes:
         for images, labels in batches():
             (graph if graph is not None and graph.fits(images, labels) else work)(images, labels)
             samples += len(labels)
-            self.advance(models)
         return samples
 
     def population(self, chosen: Sequence[int], batches: Batches) -> list[Statistics]:
@@ -167,18 +160,13 @@ class _Passes:
 
         moved = [batch.buffer, *(tensor for population in populations for tensor in population.state())]
         with batch.capturing():
-            self.run(show, moved, batches, len(chosen))
+            self.run(show, moved, batches)
         return [population.result() for population in populations]
 
     def moving_average(self, chosen: Sequence[int], batches: Batches) -> list[Statistics]:
         """The moving averages of batch-norm statistics, as the paper's code takes them."""
         found = [own_statistics(self.model) for _ in chosen]
         singles = [self.one(k) for k in chosen]
-        layers = batch_norm_layers(self.model).values()
-        kept = [layer.momentum for layer in layers]
-        for layer in layers:
-            layer.momentum = 0.1
-            layer.train()
 
         def show(images: Tensor, labels: Tensor) -> Tensor:
             for parameters, statistics in zip(singles, found, strict=True):
@@ -187,10 +175,11 @@ class _Passes:
                 call(self.model, images)  # writes into `statistics`
             return labels
 
-        self.run(show, [tensor for statistics in found for tensor in statistics.values()], batches, len(chosen))
-        for layer, momentum in zip(layers, kept, strict=True):
-            layer.momentum = momentum
-            layer.eval()
+        with evaluating(self.model):
+            for layer in batch_norm_layers(self.model).values():
+                layer.momentum = 0.1
+                layer.train()
+            self.run(show, [tensor for statistics in found for tensor in statistics.values()], batches)
         return found
 
     def measure(self, statistics: Sequence[Statistics | None], batches: Batches) -> Measured:
@@ -211,7 +200,7 @@ class _Passes:
                 correct[k].add_((logits.argmax(1) == labels).sum())
             return losses
 
-        samples = self.run(add, [losses, correct], batches, count)
+        samples = self.run(add, [losses, correct], batches)
         if not samples:
             raise FastarError("no data to evaluate on: the split is empty")
         return Measured(loss=(losses / samples).cpu(), accuracy=(correct.double() / samples).cpu())

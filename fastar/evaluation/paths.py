@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from itertools import islice
 
 import torch
@@ -39,23 +40,6 @@ class Endpoint:
     def row_on(self, device: torch.device) -> Tensor:
         """The row [P] on `device`."""
         return (self.row if isinstance(self.row, Tensor) else self.row()).to(device)
-
-
-class _Rows:
-    """The rows of the ends that were asked for last, on the device."""
-
-    def __init__(self, device: torch.device, kept: int = ENDS):
-        self._device, self._kept = device, kept
-        self._rows: dict[int, Tensor] = {}
-
-    def __call__(self, end: Endpoint) -> Tensor:
-        row = self._rows.pop(id(end), None)
-        if row is None:
-            row = end.row_on(self._device)
-        self._rows[id(end)] = row
-        while len(self._rows) > self._kept:
-            self._rows.pop(next(iter(self._rows)))  # the one asked for longest ago
-        return row
 
 
 @dataclass(frozen=True, eq=False)
@@ -141,7 +125,11 @@ def evaluate_paths(
         return []
     device = next(model.parameters()).device
     check_kernels(device)
-    row_of = _Rows(device)
+
+    @lru_cache(maxsize=ENDS)
+    def row_of(end: Endpoint) -> Tensor:
+        return end.row_on(device)
+
     chunk = resident or _models_at_once(model, layout, todo[0], row_of, len(todo), splits, statistics_batches, method)
     measured: dict[_Point, dict[str, tuple[float, float]]] = {}
     with progress.task("evaluating", total=len(todo), unit="models") as advance:
@@ -191,7 +179,7 @@ class _Point:
 
 
 def _interpolated(
-    points: Sequence[_Point], chunk: int, numel: int, row_of: _Rows, device: torch.device
+    points: Sequence[_Point], chunk: int, numel: int, row_of: Callable[[Endpoint], Tensor], device: torch.device
 ) -> Iterator[tuple[Sequence[_Point], Tensor]]:
     """At most `chunk` points at a time, and their parameters [K, P], which the next ones are written over."""
     rows = torch.empty(min(chunk, len(points)), numel, device=device, dtype=torch.float32)
@@ -207,7 +195,7 @@ def _models_at_once(
     model: nn.Module,
     layout: FlatLayout,
     point: _Point,
-    row_of: _Rows,
+    row_of: Callable[[Endpoint], Tensor],
     wanted: int,
     splits: Mapping[str, Batches],
     statistics_batches: Batches | None,

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import zip_longest
+from math import prod
 
 import torch
 from torch import nn
@@ -14,13 +14,12 @@ ALIGNMENT = 16  # floats: 64 bytes, a cache line; also what a vectorised load wa
 
 @dataclass(frozen=True)
 class FlatEntry:
-    """One parameter in a flat buffer: elements [offset, offset + numel), seen as `shape` with `strides`."""
+    """One parameter in a flat buffer: elements [offset, offset + numel), seen as `shape`."""
 
     name: str
     shape: tuple[int, ...]
     offset: int
     numel: int
-    strides: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -56,26 +55,18 @@ class FlatLayout:
                 continue
             first_names[id(parameter)] = name
             shapes[name] = tuple(parameter.shape)
-        return cls.from_shapes(shapes, aliases=tuple(aliases))
-
-    @classmethod
-    def from_shapes(
-        cls, shapes: Mapping[str, tuple[int, ...]], *, aliases: tuple[tuple[str, str], ...] = ()
-    ) -> "FlatLayout":
-        """The layout of parameters known by name and shape only (a checkpoint's, say)."""
         if not shapes:
             raise FastarError("a module without parameters has no flat layout; pass one with parameters")
         names = sorted(shapes, key=lambda name: len(shapes[name]) < 2)  # stable: matrices first, each in its order
         entries = []
         offset = matrices = 0
         for name in names:
-            shape = tuple(shapes[name])
-            numel = torch.Size(shape).numel()
-            entries.append(FlatEntry(name, shape, offset, numel, _view_strides(shape)))
+            numel = prod(shapes[name])
+            entries.append(FlatEntry(name, shapes[name], offset, numel))
             offset += -(-numel // ALIGNMENT) * ALIGNMENT
-            if len(shape) >= 2:
+            if len(shapes[name]) >= 2:
                 matrices = offset
-        return cls(tuple(entries), matrices, offset, aliases)
+        return cls(tuple(entries), matrices, offset, tuple(aliases))
 
     def views(self, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
         """Name -> view of `buffer` [P] with the parameter's shape; of a store [N, P], views [N, *shape]."""
@@ -125,41 +116,11 @@ class FlatLayout:
 
     def unflatten(self, buffer: torch.Tensor) -> dict[str, torch.Tensor]:
         """Contiguous copies of the parameters in `buffer` [P], tied names included (as one tensor)."""
-        if buffer.dim() != 1:
-            raise FastarError(f"a buffer of shape {tuple(buffer.shape)} is not one model; pass one row")
         copies = {
             name: view.detach().clone(memory_format=torch.contiguous_format)
             for name, view in self.views(buffer).items()
         }
         return {**copies, **{alias: copies[name] for alias, name in self.aliases}}
-
-    def check_compatible(self, other: "FlatLayout") -> None:
-        """Raise FastarError naming the first parameter in which `other` differs from this layout."""
-        for mine, theirs in zip_longest(self.entries, other.entries):
-            if mine == theirs:
-                continue
-            if mine is None or theirs is None or mine.name != theirs.name:
-                have = "nothing" if mine is None else mine.name
-                got = "nothing" if theirs is None else theirs.name
-                raise FastarError(f"the models differ: {got} where {have} was expected; use models of one architecture")
-            raise FastarError(
-                f"the models differ: parameter {mine.name} has shape {theirs.shape}, expected {mine.shape}; "
-                "use models of one architecture and width"
-            )
-        if self.aliases != other.aliases:
-            raise FastarError("the models differ in which parameters are tied; use models of one architecture")
-
-
-def _view_strides(shape: tuple[int, ...]) -> tuple[int, ...]:
-    if len(shape) == 4:
-        _, inputs, height, width = shape
-        return (inputs * height * width, 1, width * inputs, inputs)
-    strides = []
-    stride = 1
-    for size in reversed(shape):
-        strides.append(stride)
-        stride *= size
-    return tuple(reversed(strides))
 
 
 def _view(buffer: torch.Tensor, entry: FlatEntry, offset: int) -> torch.Tensor:

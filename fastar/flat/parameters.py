@@ -91,7 +91,8 @@ class WorkingWeights(_BoundModule):
     """
 
     def __init__(self, layout: FlatLayout, module: nn.Module, dtype: torch.dtype = torch.float32) -> None:
-        layout.check_compatible(FlatLayout.from_module(module))
+        if layout != FlatLayout.from_module(module):
+            raise ValueError(f"the layout is not of this {type(module).__name__}")
         device = _device_of(module)
         self._one_buffer = dtype == torch.float32
         self.values: tuple[torch.Tensor, ...]
