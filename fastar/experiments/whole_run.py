@@ -1,0 +1,38 @@
+"""The entrance to the main job: a run that is finished is known by its files, before anything slow is imported."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from fastar.config import Settings
+from fastar.errors import FastarError
+from fastar.experiments.reuse import finished_results
+from fastar.runs import RunFolder
+from fastar.runtime.progress import SILENT, Progress
+
+
+def train_star(
+    settings: Settings, out: Path, progress: Progress = SILENT, *, profile: int | None = None
+) -> dict[str, Any]:
+    """Do a whole run (`star_domain.do_run`), unless it is finished.
+
+    Args:
+        profile: look at so many steps of the star's training.
+
+    Returns:
+        The content of `results.json`.
+
+    Raises:
+        FastarError: the folder belongs to another run, or bad input.
+    """
+    if settings.sources.number + settings.sources.heldout < 2:
+        raise FastarError("a barrier between regular models needs two of them: raise sources.number or .heldout")
+    run = RunFolder(out)
+    run.check(settings)
+    results = finished_results(settings, run, progress) if profile is None else None
+    if results is None:
+        from fastar.experiments.star_domain import do_run  # only now torch and all that is slow to import
+
+        results = do_run(settings, out, progress, profile=profile)
+    return results
