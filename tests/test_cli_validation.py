@@ -16,7 +16,7 @@ from cli_cases import contents, fastar, refused, tiny
 from PIL import Image
 
 from fastar.config import load_settings
-from fastar.experiments.plan import plan_run
+from fastar.experiments.plan.seconds import work_of
 from fastar.experiments.plan.sizes import data_counts, held_bytes
 from fastar.experiments.session import Session, new_session
 from fastar.experiments.statistics_batches import statistics_batches
@@ -161,22 +161,19 @@ def test_images_of_any_size(tmp_path: Path) -> None:
 
 
 def test_a_plan_counts_what_is_kept(run: Path, data: Path) -> None:
-    whole, split = (
-        plan_run(settings(data, "train.epochs=1", *more), data / "none", rate=1000, loader=1000)
-        for more in ([], ["dataset.validation=0.2"])
-    )
+    def work(*more: str) -> list[float | None]:
+        one = session_of(data, "train.epochs=1", *more)
+        counts = data_counts(one.settings)
+        assert counts is not None
+        return [part.seconds for part in work_of(one, counts, 1000, 0)]
+
     counts = data_counts(settings(data, "dataset.validation=0.2"))
     assert counts is not None
     assert (counts.train, counts.validation, counts.test) == (1437 - KEPT, KEPT, 360)
-    epochs = [plan.work[0].seconds for plan in (whole, split)]
-    assert epochs == pytest.approx([1.437, 1.437 - KEPT / 1000])
-    assert whole.work[2].seconds == pytest.approx(split.work[2].seconds)  # all images are measured
-    assert "data: 1,150 images to train on, 287 for validation, 360 for testing" in split.notes
-    assert not any(note.startswith("data:") for note in whole.notes)
-    capped = plan_run(
-        settings(data, "dataset.validation=0.2", "evaluation.limit=100"), data / "none", rate=1000, loader=1000
-    )
-    assert capped.work[2].seconds == pytest.approx(0.1 + 0.1 + 0.36)
+    whole, split = work(), work("dataset.validation=0.2")
+    assert (whole[0], split[0]) == pytest.approx((1.437, 1.437 - KEPT / 1000))
+    assert whole[-1] == pytest.approx(split[-1])  # all images are measured
+    assert work("dataset.validation=0.2", "evaluation.limit=100")[-1] == pytest.approx(0.1 + 0.1 + 0.36)
 
 
 def test_planned_data_are_those_that_are_held(run: Path, data: Path) -> None:

@@ -89,7 +89,7 @@ def test_rows_that_memory_cannot_hold_are_refused_before_the_data_are_written(
     monkeypatch.setattr(sizes, "free_bytes", lambda device: 1000)
     said = refused("train-star", *images(tmp_path))
     assert re.fullmatch(
-        r"this run does not fit: host: training needs more than .* are there \(`fastar plan` says what makes it fit\)",
+        r"this run does not fit: host: training needs .* are there \(see `fastar plan`\)",
         said,
     )
     assert not (tmp_path / "betons").exists()

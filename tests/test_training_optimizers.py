@@ -222,7 +222,7 @@ def test_clipping_is_after_the_loss_scale_is_removed() -> None:
 def test_what_an_update_by_plain_torch_takes_for_a_moment(
     optimizer: str, found: torch.Tensor | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a GPU without Triton, which the plan counts; on a CPU it is done in blocks."""
+    """On a GPU without Triton the gradient once more; on a CPU it is done in blocks."""
     monkeypatch.setattr(reference, "_in_blocks", lambda device: False)
     count = 10_000
     theta, gradient, first, second = (torch.ones(count) for _ in range(4))

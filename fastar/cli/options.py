@@ -62,7 +62,6 @@ OPTIONS = {
     "gpu_memory": Option(str, "SIZE", "The most memory of the GPU that is taken, such as 40GB.", "gpu_memory"),
     "profile": Option(int, "N", "Time N steps of the star's training, part by part, into OUT/profile."),
     "images_per_second": Option(float, "SPEED", "Speed of training, instead of measuring it here."),
-    "loader_images_per_second": Option(float, "SPEED", "Speed of loading, where it may limit."),
     "model": Option(str, "MODULE:FUNCTION", "A function that returns your own network; MODULE may be a file."),
     "input_shape": Option(str, "2x3x32x32", "With --model: the shape of its input."),
     "allow_partial": Option(bool, None, "With --model: leave in place what cannot be proven to move, and say it."),

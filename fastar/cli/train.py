@@ -36,12 +36,12 @@ def train_star(given: Given, overrides: Overrides = None) -> None:
         print(f"profile: {run.profile('')}")
 
 
-@takes(*RUN, "images_per_second", "loader_images_per_second", "json", "quiet")
+@takes(*RUN, "images_per_second", "json", "quiet")
 def plan(given: Given, overrides: Overrides = None) -> None:
     """Say what a run will take before anything runs: memory of the GPU and the host, disk, and hours.
 
     Bytes follow from the network, the recipe and the number of sources; seconds are measured on this machine, or
-    follow from the speeds that you state. Exit code 1 where something does not fit; it says which setting makes it fit.
+    follow from the speed that you state. Exit code 1 where something does not fit; it says which setting makes it fit.
 
     Examples:
 
@@ -55,8 +55,7 @@ def plan(given: Given, overrides: Overrides = None) -> None:
     from fastar.report.results import plan_lines, plan_table
 
     folder = given.run_folder(settings)
-    speeds = given["images_per_second"], given["loader_images_per_second"]
-    plan = plan_run(settings, folder, *speeds, given.progress()).as_dict()
+    plan = plan_run(settings, folder, given["images_per_second"], given.progress()).as_dict()
     if given.json:
         print_json(plan)
     else:

@@ -49,8 +49,7 @@ class DatasetSpec:
         folders: names of folders or archives that hold the raw data inside a data root.
         usual: further places to look when no data root is given.
         md5: published MD5 sums of the raw files, by name.
-        gigabytes: published sizes of the training set as .beton files, (all raw, all JPEG of quality 90), by the
-            longest side in pixels.
+        gigabytes: sizes of the training set's .beton file by encoding, as its makers' published ones say.
     """
 
     name: str
@@ -71,7 +70,7 @@ class DatasetSpec:
     folders: tuple[str, ...] = ()
     usual: tuple[str, ...] = ()
     md5: Mapping[str, str] = field(default_factory=dict)
-    gigabytes: Mapping[int, tuple[float, float]] = field(default_factory=dict)
+    gigabytes: Mapping[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.class_count is None and self.classes:
@@ -198,8 +197,8 @@ DATASETS: dict[str, DatasetSpec] = {
                 "ILSVRC2012_img_val.tar": "29b22e2961454d5413ddabcf34fc5622",
                 "ILSVRC2012_devkit_t12.tar.gz": "fa75699e90414af021442c21a62c3abf",
             },
-            # https://docs.ffcv.io/benchmarks.html, "Dataset sizes"
-            gigabytes={256: (169.79, 22.01), 384: (371.20, 40.31), 512: (616.18, 65.47)},
+            # From https://docs.ffcv.io/benchmarks.html, "Dataset sizes", on straight lines between them.
+            gigabytes={"rn50": 328, "rn18": 366, "jpeg": 65},
         ),
         DatasetSpec(
             name="imagefolder",

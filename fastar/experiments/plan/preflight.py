@@ -4,26 +4,14 @@ from __future__ import annotations
 
 import itertools
 
-import torch
-
 from fastar.config import parse_bytes
 from fastar.errors import FastarError
-from fastar.evaluation.batch_norm import layer_of_single_values
-from fastar.experiments.plan.sizes import (
-    PHASES,
-    DataCounts,
-    Exact,
-    data_counts,
-    disk_problem,
-    during,
-    limits_of,
-    training_sides,
-)
-from fastar.experiments.session import Session
-from fastar.flat import FlatLayout, check_kernels
-from fastar.models import build_model
+from fastar.experiments.plan.items import exact_items, network_bytes, shortages
+from fastar.experiments.plan.sizes import DataCounts, data_counts, limits_of, training_sides
+from fastar.experiments.session import Session, new_session
+from fastar.experiments.task import Network, Shape
+from fastar.flat import check_kernels
 from fastar.runtime.memory import cap_gpu
-from fastar.runtime.progress import size_text
 from fastar.training import check_batch, resolve_precision
 
 
@@ -46,8 +34,7 @@ def check_network(session: Session) -> None:
     Raises:
         FastarError: an architecture that is not known, or does not take these images or settings.
     """
-    model = session.settings.model
-    build_model(model.arch, input_shape=session.data.image, classes=2, seed=0, **model.options)
+    _network(session).build(seed=0, device="cpu")
 
 
 def prepare_data(session: Session) -> None:
@@ -79,43 +66,28 @@ def check_run(session: Session, counts: DataCounts) -> None:
     check_batches(session, counts.train)
     if settings.gpu_memory is not None and session.device.type == "cpu":
         session.progress.line(f"gpu_memory={settings.gpu_memory}: this run is on the CPU, where it bounds nothing")
-    chosen = settings.model
-    model = build_model(chosen.arch, input_shape=session.data.image, classes=counts.classes, seed=0, **chosen.options)
-    row = 4 * FlatLayout.from_module(model).numel
-    dtype = resolve_precision(settings.train.precision, session.device)
-    exact = Exact(
-        settings,
-        counts,
-        row=row,
-        low=row * dtype.itemsize // 4,
-        buffers=sum(buffer.nbytes for buffer in model.buffers()),
-        activations=0,
-        limits=limits_of(session, here=True),
-    )
-    items = list(exact.items(settings.sources.store))
-    problem = disk_problem(items, exact.limits)
-    if problem is not None:
-        raise FastarError(f"this run does not fit: {problem} (see `fastar plan`)")
-    for place, phase in itertools.product(("gpu", "host"), PHASES):
-        needed = during(items, place, phase)
-        if needed > exact.limits.get(place, needed):
-            sizes = f"{phase} needs more than {size_text(needed)}, {size_text(exact.limits[place])} are there"
-            raise FastarError(f"this run does not fit: {place}: {sizes} (`fastar plan` says what makes it fit)")
+    model = _network(session, counts.classes).build(seed=0, device="cpu")
+    network = network_bytes(model, resolve_precision(settings.train.precision, session.device))
+    limits = limits_of(session, here=True)
+    for line in shortages(exact_items(settings, counts, network, limits), limits):
+        raise FastarError(f"this run does not fit: {line} (see `fastar plan`)")
+
+
+def _network(session: Session, classes: int = 2) -> Network:
+    """The run's network for so many classes, which otherwise the files must say."""
+    shape = Shape(session.data.image, classes)
+    return new_session(session.settings, session.run, shape=shape).network
 
 
 def check_batches(session: Session, images: int) -> None:
     """Raise FastarError unless so many training images make a batch, and none of a single image where a layer takes no
     variance of that."""
-    train, chosen = session.settings.train, session.settings.model
+    train = session.settings.train
     check_batch(train, images)
     size = train.batch_size
     if size > 1 and (train.drop_last or images % size != 1):
         return
-    channels, height, width = session.data.image
-    side = min(training_sides(session)) if train.resolutions else None
-    shape = (channels, height, width) if side is None else (channels, side, side)
-    model = build_model(chosen.arch, input_shape=session.data.image, classes=2, seed=0, **chosen.options)
-    layer = layer_of_single_values(model, torch.zeros(2, *shape, dtype=torch.float32, device="cpu"), 2)
+    layer = _network(session).layer_of_single_values(min(training_sides(session)) if train.resolutions else None)
     if layer is None:
         return
     none = f"batch-norm layer {layer} takes no variance of one image"
