@@ -1,7 +1,8 @@
 """The errors a user is meant to read: one line that says what is wrong, where, and what to do."""
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class OldName(FutureWarning):
@@ -20,6 +21,15 @@ def did_you_mean(given: str, valid: Iterable[str]) -> str:
     """
     near = difflib.get_close_matches(given, list(valid), n=1)
     return f"did you mean {near[0]!r}? " if near else ""
+
+
+@contextmanager
+def refusal(what: str, remedy: str) -> Iterator[None]:
+    """Inside, an OSError is an error for users: `what`, the system's reason, and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise FastarError(f"{what} ({error.strerror or error}); {remedy}") from error
 
 
 def first_line(error: BaseException) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from fastar.config.renamed import with_old_names
-from fastar.errors import FastarError
+from fastar.errors import FastarError, refusal
 from fastar.evaluation import evaluate_rows, re_estimate
 from fastar.evaluation.batch_norm import set_statistics
 from fastar.experiments.regular import check_recipe, recipe, save_model
@@ -196,8 +196,6 @@ def steps_profile(session: Session, steps: int) -> StepsProfile:
     memory = run.profile("memory.pickle") if session.device.type == "cuda" else None
     found = StepsProfile(steps, Recording(session.device, trace=run.profile("trace.json"), memory=memory))
     found.check(star.epochs or train.epochs, session.data.train.batch_count(train.batch_size, train.drop_last))
-    try:
+    with refusal(f"{run.profile('')}: cannot be made", "choose another --out"):
         run.profile("").mkdir(exist_ok=True)
-    except OSError as error:
-        raise FastarError(f"{run.profile('')}: cannot be made ({error.strerror}); choose another --out") from error
     return found

@@ -7,7 +7,7 @@ import secrets
 from contextlib import suppress
 from pathlib import Path
 
-from fastar.errors import FastarError
+from fastar.errors import refusal
 from fastar.runs.lock import check_held
 
 
@@ -22,16 +22,14 @@ def write_atomically(path: Path, data: bytes) -> None:
     # No two writers share it: threads have one process id, and so may processes of two containers or hosts.
     temporary = path.with_name(f".{path.name}.{os.getpid()}-{secrets.token_hex(4)}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        check_held(path)  # again: writing may have taken long
-        temporary.replace(path)
-    except OSError as error:
-        what = f"{path}: cannot be written ({error.strerror}); free space or choose another folder"
-        raise FastarError(what) from error
+        with refusal(f"{path}: cannot be written", "free space or choose another folder"):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            check_held(path)  # again: writing may have taken long
+            temporary.replace(path)
     finally:
         with suppress(OSError):  # gone after the rename; else best effort
             temporary.unlink()
@@ -44,7 +42,5 @@ def delete(path: Path) -> None:
         FastarError: see `write_atomically`.
     """
     check_held(path)
-    try:
+    with refusal(f"{path}: cannot be deleted", "delete it or move it away"):
         path.unlink(missing_ok=True)
-    except OSError as error:
-        raise FastarError(f"{path}: cannot be deleted ({error.strerror}); delete it or move it away") from error

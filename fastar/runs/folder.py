@@ -8,13 +8,13 @@ import json
 import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from fastar.config import Settings, as_override, changes
 from fastar.config.strict_yaml import read_yaml
-from fastar.errors import FastarError
+from fastar.errors import FastarError, refusal
 from fastar.runs.atomic import delete, write_atomically
 from fastar.runs.lock import NAME as LOCK
 from fastar.runs.lock import hold, lost
@@ -119,11 +119,9 @@ class RunFolder:
         self.check(settings)
         made = not self.path.exists()
         lock = ExitStack()
-        try:
+        with self._usable():
             self.path.mkdir(parents=True, exist_ok=True)
             lock.enter_context(hold(self.path, progress.line))
-        except OSError as error:
-            raise self._unusable(error) from error
         nothing_done = False
         try:
             with lock:
@@ -142,8 +140,8 @@ class RunFolder:
             if nothing_done:  # leave no trace
                 self._remove_empty(made)
 
-    def _unusable(self, error: OSError) -> FastarError:
-        return FastarError(f"{self.path}: cannot be used as run folder ({error.strerror}); choose another --out")
+    def _usable(self) -> AbstractContextManager[None]:
+        return refusal(f"{self.path}: cannot be used as run folder", "choose another --out")
 
     def _has_models(self) -> bool:
         return any(path.parent.name != LAST_GOOD and not self.failed(path) for path in self.path.rglob("*.safetensors"))
@@ -181,7 +179,7 @@ class RunFolder:
 
     def check(self, settings: Settings) -> None:
         """Raise FastarError unless the folder is empty, missing, or a run with these settings; writes nothing."""
-        try:
+        with self._usable():
             for path in (self.path, *self.path.parents):
                 if path.exists() and not path.is_dir():
                     raise FastarError(f"{path}: is a file; choose a folder for --out")
@@ -197,8 +195,6 @@ class RunFolder:
             old = self.saved_settings()
             if not self._has_models():
                 return  # nothing of it was finished: it may become any run
-        except OSError as error:
-            raise self._unusable(error) from error
         new = settings.model_dump(mode="json")
         changed = changes(old, new)
         fixed = {k: v for k, v in changed.items() if not k.startswith(FREE_KEYS) and not self._may_grow(k, v)}
@@ -271,13 +267,12 @@ class RunFolder:
         Raises:
             FastarError: missing or damaged.
         """
-        try:
-            results, checked = unsealed(read_object(self.results))
-        except OSError as error:
-            what = f"{self.results}: no results ({error.strerror}); run `fastar train-star` first"
-            raise FastarError(what) from error
-        except ValueError as error:
-            raise FastarError(f"{self.results}: holds no results ({error}); run `fastar train-star` again") from error
+        with refusal(f"{self.results}: no results", "run `fastar train-star` first"):
+            try:
+                results, checked = unsealed(read_object(self.results))
+            except ValueError as error:
+                what = f"{self.results}: holds no results ({error}); run `fastar train-star` again"
+                raise FastarError(what) from error
         if not checked:
             say(f"{self.results}: by an older fastar, without a digest, so that damage to it is not seen")
         return results

@@ -19,7 +19,7 @@ from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.record_writer import masked_crc32c
 
 from fastar.config import LoggingSettings
-from fastar.errors import FastarError
+from fastar.errors import FastarError, refusal
 from fastar.runs.atomic import write_atomically
 from fastar.runs.lock import check_held
 from fastar.runtime.json_files import read_file, read_object
@@ -51,15 +51,10 @@ class EventFile:
         """
         check_held(self._folder)
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in metrics.items()]
-        try:
+        with refusal(f"{self._folder}: metrics cannot be written", "free space or set logging.tensorboard=false"):
             if self._file is None:
                 self._file = self._begin(step)
             self._file.write(_record(Event(wall_time=time.time(), step=step, summary=Summary(value=values))))
-        except OSError as error:
-            raise FastarError(
-                f"{self._folder}: metrics cannot be written ({error.strerror}); free space or set "
-                "logging.tensorboard=false"
-            ) from error
 
     def _begin(self, step: int) -> FileIO:
         self._folder.mkdir(parents=True, exist_ok=True)

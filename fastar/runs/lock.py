@@ -19,7 +19,7 @@ from typing import Annotated
 import pydantic
 from filelock import lock_descriptor
 
-from fastar.errors import FastarError
+from fastar.errors import FastarError, refusal
 from fastar.runtime.json_files import read_file
 
 NAME = "lock.json"
@@ -239,15 +239,13 @@ def _take(folder: Path, handle: int, say: Callable[[str], None], dead_seconds: f
 
 def _write(folder: Path, holder: Holder) -> None:
     path = folder / NAME
-    try:
+    with refusal(f"{path}: cannot be written", "free space or choose another folder"):
         path.unlink(missing_ok=True)
-        with path.open("xb") as file:  # where two come at once, it is there for one of them
-            file.write(_HOLDER.dump_json(holder) + b"\n")
-    except FileExistsError as error:
-        raise FastarError(f"{folder}: in use by another fastar ({read_holder(folder)}); wait for it") from error
-    except OSError as error:
-        what = f"{path}: cannot be written ({error.strerror}); free space or choose another folder"
-        raise FastarError(what) from error
+        try:
+            with path.open("xb") as file:  # where two come at once, it is there for one of them
+                file.write(_HOLDER.dump_json(holder) + b"\n")
+        except FileExistsError as error:
+            raise FastarError(f"{folder}: in use by another fastar ({read_holder(folder)}); wait for it") from error
 
 
 def _touch(lease: _Lease, seconds: float, done: threading.Event) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastar.errors import FastarError
+from fastar.errors import refusal
 from fastar.runs.atomic import write_atomically
 from fastar.runs.lock import check_held
 from fastar.runtime.json_files import parse_object, read_file
@@ -40,16 +40,13 @@ class RunLog:
         """
         check_held(self.path)
         line = _line(entry)
-        try:
-            with self.path.open("ab+") as file:
-                if file.seek(0, os.SEEK_END):
-                    file.seek(-1, os.SEEK_END)
-                    if file.read(1) != b"\n":  # cut by a kill: that line is lost, not this one too
-                        line = b"\n" + line
-                file.write(line)
-        except OSError as error:
-            what = f"{self.path}: cannot be written ({error.strerror}); free space or choose another folder"
-            raise FastarError(what) from error
+        cannot = refusal(f"{self.path}: cannot be written", "free space or choose another folder")
+        with cannot, self.path.open("ab+") as file:
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                if file.read(1) != b"\n":  # cut by a kill: that line is lost, not this one too
+                    line = b"\n" + line
+            file.write(line)
 
     def lines(self) -> list[dict[str, Any] | None]:
         """All lines that are not empty; None: one that was cut by a kill, or is damaged.
@@ -57,10 +54,8 @@ class RunLog:
         Raises:
             FastarError: it cannot be read.
         """
-        try:
+        with refusal(f"{self.path}: cannot be read", "make it readable"):
             lines = read_file(self.path).splitlines() if self.path.exists() else []
-        except OSError as error:
-            raise FastarError(f"{self.path}: cannot be read ({error.strerror}); make it readable") from error
         return [_entry(line) for line in lines if line.strip()]
 
     def read(self) -> list[dict[str, Any]]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from safetensors import SafetensorError, safe_open
 
-from fastar.errors import FastarError
+from fastar.errors import FastarError, refusal
 from fastar.runs.model_names import SAFETENSORS, require_file
 from fastar.runtime.json_files import content_digest
 
@@ -145,12 +145,9 @@ def stored_digest(path: Path, *, own: bool = False) -> str:
         return stored
     require_file(path)
     digest = hashlib.sha256()
-    try:
-        with path.open("rb") as file:
-            while chunk := file.read(1 << 20):
-                digest.update(chunk)
-    except OSError as error:
-        raise FastarError(f"{path}: cannot be read ({error.strerror}); restore it") from error
+    with refusal(f"{path}: cannot be read", "restore it"), path.open("rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
     return digest.hexdigest()
 
 

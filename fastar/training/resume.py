@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastar.config import CheckpointSettings
-from fastar.errors import FastarError
+from fastar.errors import FastarError, refusal
 from fastar.runs import CHECKPOINT, RETRY, delete, read_metadata, remove_checkpoints, write_atomically
 from fastar.runs.model_files import load_checkpoint, save_checkpoint
 from fastar.runtime.json_files import read_object, sealed, unsealed
@@ -276,13 +276,9 @@ _SAVED = {"recipe", "attempt", "epoch", "step", "history", "so_far"}
 def _check_readable(path: Path) -> None:
     if path.exists() and not path.is_file():
         raise FastarError(f"{path}: is not a file, and has the name of a checkpoint; move it away")
-    try:
-        with path.open("rb") as file:
-            file.read(1)
-    except OSError as error:
-        raise FastarError(
-            f"{path}: cannot be read ({error.strerror}); make it readable, or delete it to go on from the one before"
-        ) from error
+    remedy = "make it readable, or delete it to go on from the one before"
+    with refusal(f"{path}: cannot be read", remedy), path.open("rb") as file:
+        file.read(1)
 
 
 def copy_into(tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fastar.errors import FastarError
+from fastar.errors import FastarError, refusal
 from fastar.flat import FlatLayout
 from fastar.runtime.memory import free_bytes
 from fastar.training.prefetch import FetchedRows, RowFeed, Slots
@@ -149,16 +149,11 @@ def _rows_in_file(shape: tuple[int, int], dtype: torch.dtype, folder: Path | Non
     """Zeros over a file without a name: it takes no memory that cannot be given up, and nothing has to be cleaned."""
     size = dtype.itemsize * shape[0] * shape[1]
     where = folder or Path(tempfile.gettempdir())
-    try:
-        with tempfile.TemporaryFile(dir=where) as file:
-            # Reserved now: a page for which the disk has no space when it is written would end the process.
-            os.posix_fallocate(file.fileno(), 0, size)
-            mapped = np.memmap(file, dtype=np.uint8, mode="r+", shape=(size,))
-    except OSError as error:
-        raise FastarError(
-            f"sources.store=file: no {size / 1e9:.2f} GB for {shape[0]} sources in {where} ({error.strerror}); "
-            "free space there or use fewer sources"
-        ) from error
+    what = f"sources.store=file: no {size / 1e9:.2f} GB for {shape[0]} sources in {where}"
+    with refusal(what, "free space there or use fewer sources"), tempfile.TemporaryFile(dir=where) as file:
+        # Reserved now: a page for which the disk has no space when it is written would end the process.
+        os.posix_fallocate(file.fileno(), 0, size)
+        mapped = np.memmap(file, dtype=np.uint8, mode="r+", shape=(size,))
     return torch.from_numpy(mapped).view(dtype).view(shape)
 
 

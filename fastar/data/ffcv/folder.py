@@ -17,7 +17,7 @@ from fastar.data.ffcv.format import FixedLayout, Layout, VariableLayout, check_b
 from fastar.data.ffcv.verify import Checksums, checksums_path, kept_checksums, take_checksums
 from fastar.data.ffcv.write import disk_full
 from fastar.data.raw.raw_split import readable
-from fastar.errors import FastarError
+from fastar.errors import FastarError, refusal
 from fastar.runs import write_atomically
 from fastar.runtime.json_files import content_digest, read_object
 from fastar.runtime.progress import SILENT, Progress
@@ -235,14 +235,12 @@ def publish(folder: Path, content: dict[str, Any], checksums: Mapping[str, Check
 def locked_folder(folder: Path) -> Iterator[None]:
     """Hold `folder` (created if needed) for this process; remove what is unfinished in it, before and after."""
     created = []
-    try:
+    with refusal(f"{folder}: cannot be created", "choose another directory"):
         for path in [*reversed(folder.parents), folder]:
             if not path.exists():
                 path.mkdir(exist_ok=True)
                 created.append(path)
         handle = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise FastarError(f"{folder}: cannot be created ({error.strerror}); choose another directory") from error
     try:
         # Some network file systems know no locks; there two writers at once are the user's own risk.
         with suppress(OSError):
@@ -262,10 +260,9 @@ def locked_folder(folder: Path) -> Iterator[None]:
 
 def _remove_partial(folder: Path) -> None:
     for path in (*folder.glob(f"*{PARTIAL}"), *folder.glob(".*.tmp")):  # the latter of `write_atomically`
-        try:
+        # A folder may have that name, or nothing may be removed in one.
+        with refusal(f"{path}: cannot be removed", "move it away"):
             path.unlink(missing_ok=True)
-        except OSError as error:  # a folder of that name, or one in which nothing may be removed
-            raise FastarError(f"{path}: cannot be removed ({error.strerror}); move it away") from error
 
 
 def refuse_foreign(folder: Path) -> None:
