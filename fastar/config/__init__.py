@@ -16,31 +16,3 @@ from fastar.config.settings import (
     TrainSettings,
 )
 from fastar.config.types import parse_bytes
-
-__all__ = [
-    "DATASETS",
-    "OF_ONE_SIDE",
-    "Augmentation",
-    "CheckpointSettings",
-    "DatasetSettings",
-    "DatasetSpec",
-    "LoggingSettings",
-    "MatchingSettings",
-    "Settings",
-    "SinkhornSettings",
-    "StarSettings",
-    "TrainSettings",
-    "as_override",
-    "changes",
-    "config_path",
-    "dataset_spec",
-    "flatten",
-    "load_settings",
-    "matching_settings",
-    "nested",
-    "parse_bytes",
-    "parse_overrides",
-    "register",
-    "validate",
-    "variable_size_names",
-]

@@ -3,7 +3,6 @@
 Names are imported when they are first used: FFCV and what it brings take seconds.
 """
 
-# ruff: noqa: F401 (what is imported for type checkers alone)
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +30,6 @@ _PLACES = {
     "fastar.data.splits": ("check_limit", "held_out"),
     "fastar.data.streaming": ("StreamingDataset",),
 }
-__all__ = [name for names in _PLACES.values() for name in names]
 
 
 def __getattr__(name: str) -> Any:

@@ -3,15 +3,3 @@
 from fastar.evaluation.batch_norm import re_estimate
 from fastar.evaluation.losses import Measured, evaluate_rows
 from fastar.evaluation.paths import Endpoint, PathLosses, Segment, barrier, barrier_gaps, evaluate_paths
-
-__all__ = [
-    "Endpoint",
-    "Measured",
-    "PathLosses",
-    "Segment",
-    "barrier",
-    "barrier_gaps",
-    "evaluate_paths",
-    "evaluate_rows",
-    "re_estimate",
-]

@@ -2,5 +2,3 @@
 
 from fastar.experiments.reuse import finished_results
 from fastar.experiments.whole_run import train_star
-
-__all__ = ["finished_results", "train_star"]

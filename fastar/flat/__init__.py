@@ -7,11 +7,3 @@ step (the star step, and AMP), while the caller keeps the fp32 master row.
 
 from fastar.flat.layout import FlatEntry, FlatLayout
 from fastar.flat.parameters import FlatParameters, WorkingWeights, check_kernels
-
-__all__ = [
-    "FlatEntry",
-    "FlatLayout",
-    "FlatParameters",
-    "WorkingWeights",
-    "check_kernels",
-]

@@ -6,27 +6,3 @@ from fastar.matching.assignment import solve_assignment, solver_name
 from fastar.matching.many import ManyResult, To, average, match_many
 from fastar.matching.methods import EXAMPLE_BATCHES, METHODS, Method, extra_bytes, match, matching_threads
 from fastar.matching.request import Examples, Extent, GiveExamples, MatchResult, Request
-
-__all__ = [
-    "EXAMPLE_BATCHES",
-    "METHODS",
-    "ActivationCache",
-    "Examples",
-    "Extent",
-    "GiveExamples",
-    "ManyResult",
-    "MatchResult",
-    "Method",
-    "Request",
-    "SourceActivations",
-    "To",
-    "UnitActivations",
-    "average",
-    "cache_bytes",
-    "extra_bytes",
-    "match",
-    "match_many",
-    "matching_threads",
-    "solve_assignment",
-    "solver_name",
-]

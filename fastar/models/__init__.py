@@ -8,5 +8,3 @@ from fastar.models.registry import (
     parameter_count,
     require_arch,
 )
-
-__all__ = ["MODELS", "build_model", "model_options", "option_choices", "parameter_count", "require_arch"]

@@ -19,27 +19,3 @@ from fastar.runs.model_names import checkpoint_files, is_checkpoint, stem_of
 from fastar.runs.provenance import commit, versions
 from fastar.runs.run_log import RunLog
 from fastar.runs.safetensors_file import read_metadata, stored_digest
-
-__all__ = [
-    "CHECKPOINT",
-    "IN_TRAINING",
-    "LAST_GOOD",
-    "RETRY",
-    "RunFolder",
-    "RunLog",
-    "checkpoint_files",
-    "commit",
-    "default_run_folder",
-    "delete",
-    "hold",
-    "is_checkpoint",
-    "is_held",
-    "read_holder",
-    "read_metadata",
-    "remove_checkpoints",
-    "remove_if_empty",
-    "stem_of",
-    "stored_digest",
-    "versions",
-    "write_atomically",
-]

@@ -7,20 +7,3 @@ from fastar.symmetry.same_function import TIE_ALIKE, check_same_function, check_
 from fastar.symmetry.spec import PermutationSpec, Span
 from fastar.symmetry.symmetry import Group, Member, Symmetry, without_groups
 from fastar.symmetry.verify import verify_symmetry
-
-__all__ = [
-    "TIE_ALIKE",
-    "ExampleInputs",
-    "Group",
-    "Member",
-    "PermutationSpec",
-    "Permutations",
-    "Span",
-    "Symmetry",
-    "check_same_function",
-    "check_ties",
-    "derive_symmetry",
-    "symmetry_by_settings",
-    "verify_symmetry",
-    "without_groups",
-]

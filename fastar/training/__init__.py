@@ -8,27 +8,3 @@ from fastar.training.schedule import learning_rate, resolution
 from fastar.training.sources import PART_ROWS, SourcesStore
 from fastar.training.star import Matcher, StarStep, draw, match_store
 from fastar.training.steps import RegularStep, Step, suitable_threads
-
-__all__ = [
-    "PART_ROWS",
-    "Epoch",
-    "Good",
-    "Matcher",
-    "NonFiniteLoss",
-    "Profile",
-    "Recording",
-    "RegularStep",
-    "SourcesStore",
-    "StarStep",
-    "Step",
-    "StepsProfile",
-    "check_batch",
-    "draw",
-    "fit",
-    "learning_rate",
-    "limited",
-    "match_store",
-    "resolution",
-    "resolve_precision",
-    "suitable_threads",
-]

@@ -2,5 +2,3 @@
 
 from fastar.experiments.plan.planning import Plan, plan_run
 from fastar.experiments.plan.preflight import check_network, prepare_data, use_device
-
-__all__ = ["Plan", "check_network", "plan_run", "prepare_data", "use_device"]
