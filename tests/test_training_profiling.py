@@ -242,7 +242,7 @@ def test_a_profile_has_parts_operations_and_a_trace(tmp_path: Path) -> None:
             time.sleep(0.02)
             images @ images
 
-    found = profiling.profile(run, CPU, trace=tmp_path / "trace.json")
+    found = benchmarks.profile(run, CPU, trace=tmp_path / "trace.json")
     assert found.seconds >= found.parts["forward"] >= 0.02
     assert found.other == pytest.approx(found.seconds - found.parts["forward"])
     assert found.idle >= 0.015  # asleep; thread clocks may be coarse
@@ -256,9 +256,9 @@ def test_a_profile_has_parts_operations_and_a_trace(tmp_path: Path) -> None:
 
 def test_profiles_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(FastarError, match=r"missing.*cannot be written \(No such file"):
-        profiling.profile(lambda: None, CPU, trace=tmp_path / "missing" / "trace.json")
+        benchmarks.profile(lambda: None, CPU, trace=tmp_path / "missing" / "trace.json")
     with pytest.raises(FastarError, match="of a GPU's memory"):
-        profiling.profile(lambda: None, CPU, memory=tmp_path / "memory.pickle")
+        benchmarks.profile(lambda: None, CPU, memory=tmp_path / "memory.pickle")
 
 
 def test_examples() -> None:

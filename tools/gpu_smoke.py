@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench import CannotRun, Problem, failure, profiler_sees_gpu, where
+from bench import CannotRun, Problem, failure, profile, profiler_sees_gpu, where
 from bench.fake_images import make_images
 from fastar.kernels import NextPoint, adam_update, backend, find_nonfinite, interpolate, sgd_update
 from torch import Tensor
@@ -38,7 +38,6 @@ from fastar.runtime.device import resolve_device, simulated, synchronize
 from fastar.runtime.memory import cap_gpu, peak_bytes
 from fastar.symmetry import derive_symmetry
 from fastar.training import RegularStep, StarStep, fit
-from fastar.training.profiling import profile
 
 STEPS = 5
 ROUGHLY = 0.05  # of a loss after some steps in half precision, whose sums other kernels round otherwise

@@ -15,13 +15,12 @@ import argparse
 from pathlib import Path
 
 import torch
-from bench import Problem, add_problem_arguments, problem_of, where
+from bench import Problem, add_problem_arguments, problem_of, profile, where
 
 from fastar.errors import FastarError
 from fastar.evaluation import evaluate_rows
 from fastar.runtime.timing import span
 from fastar.training import Profile, fit
-from fastar.training.profiling import profile
 
 
 def step_profile(problem: Problem, arguments: argparse.Namespace) -> Profile:

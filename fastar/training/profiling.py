@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,16 +49,13 @@ class Recording:
         device: where the work runs.
         trace: file for a Chrome trace (chrome://tracing, ui.perfetto.dev), with memory in use over time.
         memory: file for a snapshot of the GPU's memory over time (pytorch.org/memory_viz).
-        rows: operations to list.
 
     Raises:
         FastarError: a memory snapshot is asked of a CPU.
     """
 
-    def __init__(
-        self, device: torch.device, *, trace: Path | None = None, memory: Path | None = None, rows: int = 15
-    ) -> None:
-        self._device, self._trace, self._memory, self._rows = device, trace, memory, rows
+    def __init__(self, device: torch.device, *, trace: Path | None = None, memory: Path | None = None) -> None:
+        self._device, self._trace, self._memory = device, trace, memory
         self._cuda = device.type == "cuda"
         if memory is not None and not self._cuda:
             raise FastarError("a memory snapshot is of a GPU's memory; on a CPU, memory in use is in the trace")
@@ -122,33 +119,12 @@ class Recording:
             first, last = min((a for a, _ in spans), default=0), max((b for _, b in spans), default=0)
             self._idle = self._seconds * (1 - union(spans) / (last - first)) if spans else self._seconds
         key = "self_device_time_total" if kernels else "self_cpu_time_total"
-        self._operations = found.key_averages().table(sort_by=key, row_limit=self._rows, max_name_column_width=50)
+        self._operations = found.key_averages().table(sort_by=key, row_limit=15, max_name_column_width=50)
 
     def result(self) -> Profile:
         """The profile, once both looks are over."""
         other = self._seconds - sum(self._parts.values())
         return Profile(self._seconds, self._parts, other, self._idle, self._operations, self._peak)
-
-
-def profile(
-    run: Callable[[], object],
-    device: torch.device,
-    *,
-    trace: Path | None = None,
-    memory: Path | None = None,
-    rows: int = 15,
-) -> Profile:
-    """Call `run` (the work, such as ten training steps), which has been warmed up, twice: see `Recording`.
-
-    Raises:
-        FastarError: a file cannot be written, or a memory snapshot is asked of a CPU.
-    """
-    recording = Recording(device, trace=trace, memory=memory, rows=rows)
-    with recording.clocked():
-        run()
-    with recording.profiled():
-        run()
-    return recording.result()
 
 
 class StepsProfile:

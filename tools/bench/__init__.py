@@ -3,7 +3,7 @@
 from bench.lines import CannotRun, failing_alone, failure, line, where
 from bench.problem import EPOCH, Problem, add_problem_arguments, matching_threads, problem_of
 from bench.timing import Case, Timing, built_when_run, in_one_graph, quantiles, ratio, time_in_turns, timed
-from bench.work import gpu_work, profiler_sees_gpu
+from bench.work import gpu_work, profile, profiler_sees_gpu
 
 __all__ = [
     "EPOCH",
@@ -20,6 +20,7 @@ __all__ = [
     "line",
     "matching_threads",
     "problem_of",
+    "profile",
     "profiler_sees_gpu",
     "quantiles",
     "ratio",

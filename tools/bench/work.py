@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 
 from fastar.runtime.device import synchronize
-from fastar.training.profiling import union
+from fastar.training.profiling import Profile, Recording, union
 
 
 def profiler_sees_gpu() -> bool:
@@ -34,3 +35,19 @@ def gpu_work(run: Callable[[], object], device: torch.device) -> dict[str, float
         "waits": total("StreamSynchronize", "DeviceSynchronize", "EventSynchronize"),
         "gpu_busy_ms": union((span.start, span.end) for span in spans) / 1e3,
     }
+
+
+def profile(
+    run: Callable[[], object], device: torch.device, *, trace: Path | None = None, memory: Path | None = None
+) -> Profile:
+    """Call `run` (the work, such as ten training steps), which has been warmed up, twice: see `Recording`.
+
+    Raises:
+        FastarError: a file cannot be written, or a memory snapshot is asked of a CPU.
+    """
+    recording = Recording(device, trace=trace, memory=memory)
+    with recording.clocked():
+        run()
+    with recording.profiled():
+        run()
+    return recording.result()
