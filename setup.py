@@ -23,6 +23,7 @@ setup(
         "numba>=0.60",
         "numpy>=1.26",
         "pillow>=10",
+        "psutil>=5.9",
         "pydantic>=2.7",
         "PyYAML>=6",
         "rich>=13.7",

@@ -9,7 +9,9 @@ import weakref
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path as File
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 from evaluation_cases import Batches, data, resnet, row
@@ -25,9 +27,8 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def machine(tmp_path: File, monkeypatch: pytest.MonkeyPatch) -> File:
-    monkeypatch.setattr(memory, "MEMINFO", tmp_path / "meminfo")
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=8000 * 1024))
     monkeypatch.setattr(memory, "CGROUP", tmp_path)
-    (tmp_path / "meminfo").write_text("MemTotal: 9000 kB\nMemFree: 10 kB\nMemAvailable: 8000 kB\n")
     return tmp_path
 
 

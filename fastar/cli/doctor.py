@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 
 import numpy as np
+import psutil
 
 
 @dataclass(frozen=True)
@@ -141,8 +142,7 @@ def _torchvision() -> str:
 
 
 def _memory() -> str:
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return f"{pages / 2**30:.1f} GiB"
+    return f"{psutil.virtual_memory().total / 2**30:.1f} GiB"
 
 
 PARTS: tuple[Part, ...] = (

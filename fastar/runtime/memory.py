@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import torch
 
 from fastar.errors import FastarError
 
-MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
 # Of models that are held at once on a host.
 LIMIT = 4 << 30
@@ -37,7 +36,7 @@ def free_bytes(device: torch.device) -> int:
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - held
         cap = _caps.get(_index(device))
         return free if cap is None else max(0, min(free, cap - held))
-    free, container = _available_on_host(), _left_in_container()
+    free, container = int(psutil.virtual_memory().available), _left_in_container()
     return free if container is None else min(free, container)
 
 
@@ -87,16 +86,6 @@ def models_that_fit(each: int, free: int, wanted: int, extra: int | None = None,
     else:
         space = free - free // FOR_LIBRARIES - extra
     return max(1, min(wanted, space // each))
-
-
-def _available_on_host() -> int:
-    try:
-        for line in MEMINFO.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:  # not Linux
-        pass
-    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _left_in_container() -> int | None:
