@@ -329,7 +329,7 @@ class EvaluationSettings(Section):
 
 
 class CheckpointSettings(Section):
-    """When a model in training is saved; the same command goes on from there to the same bits."""
+    """Times at which a model in training is saved. The same command goes on from there to the same bits."""
 
     epochs: Count = 1
     """Save at the end of every so many epochs. 0: of none."""
