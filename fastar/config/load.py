@@ -80,15 +80,11 @@ def load_settings(
         arch = arch or dataset_spec(dataset).arch
         path = config_path(dataset, arch)
         content = read_recipe(path) if path else {}
-    named: dict[str, Any] = {}
-    if dataset is not None:
-        named["dataset"] = {"name": dataset}
-    if arch is not None:
-        named["model"] = {"arch": arch}
-        model = content.get("model")
-        if isinstance(model, Mapping) and model.get("arch", arch) != arch:  # its width would not fit
-            content = {**content, "model": {}}
-    content = merge(content, named)
+    model = content.get("model")
+    if arch is not None and isinstance(model, Mapping) and model.get("arch", arch) != arch:
+        content = {**content, "model": {}}  # its width would not fit
+    named = {"dataset.name": dataset, "model.arch": arch}
+    content = merge(content, nested({key: name for key, name in named.items() if name is not None}))
     source = str(file or "settings")
     if scale != "full":
         validate(merge(content, changes), source)  # what is wrong is said of the file, not of the scale

@@ -37,17 +37,11 @@ def catalogue(scale: str = "full") -> list[Entry]:
     return sorted(found, key=_place)
 
 
-def _place(entry: Entry) -> tuple[bool, str, int, str, int]:
+def _place(entry: Entry) -> tuple[Any, ...]:
     if entry.paper is None:
-        return True, "", 0, entry.name, 0
+        return (True,)
     kind, _, number = entry.paper.where.partition(" ")
-    return (
-        False,
-        "" if kind == "table" else kind,
-        int(number),
-        entry.settings.dataset.name,
-        entry.settings.sources.number,
-    )
+    return False, kind != "table", kind, int(number), entry.settings.dataset.name, entry.settings.sources.number
 
 
 def catalogue_table(entries: Iterable[Entry]) -> Table:

@@ -39,11 +39,7 @@ SPLITS = ("train", "validation", "test")
 def check_results(results: Mapping[str, Any], where: Path) -> None:
     """Raise FastarError unless `results` (read from `where`) has all that the table and the picture show."""
     try:
-        for split in [split for split in SPLITS if split in results or split != "validation"]:
-            _ = results["accuracy"][split]["regular"]["mean"], results["accuracy"][split]["star"]
-            _ = results[split]["regular_loss"]["mean"], results[split]["star_loss"]
-            _ = [results[split][kind][key] for kind, _ in ROWS for key in ("mean", "std", "n")]
-        _ = [results[key] for key in ("dataset", "arch", "sources", "t")]
+        _ = [results[split][kind]["n"] for split in ("train", "test") for kind, _ in ROWS]
         _ = results_table(results), speed_lines(results), statistics_lines(results)
         curves = [path[key] for path in results["paths"] for key in ("train_loss", "train_accuracy")]
         whole = (

@@ -211,13 +211,12 @@ class RunFolder:
     def _check_names(self) -> None:
         """Raise FastarError where something else has the name of a file or folder that a run writes."""
         models = (path for path, _, _ in self.models())
-        for path in (self.star, self.permutations, self.matchings, self.results, self.picture, self.log.path, *models):
-            if path.exists() and not path.is_file():
-                raise FastarError(f"{path}: is not a file, and the run has one of this name; move it away")
-        for name in ("sources", "heldout", IN_TRAINING, LAST_GOOD, "tensorboard"):
-            path = self.path / name
-            if path.exists() and not path.is_dir():
-                raise FastarError(f"{path}: is not a folder, and the run has one of this name; move it away")
+        files = self.star, self.permutations, self.matchings, self.results, self.picture, self.log.path, *models
+        folders = [self.path / name for name in ("sources", "heldout", IN_TRAINING, LAST_GOOD, "tensorboard")]
+        wrong = [(path, "file") for path in files if path.exists() and not path.is_file()]
+        wrong += [(path, "folder") for path in folders if path.exists() and not path.is_dir()]
+        for path, kind in wrong:
+            raise FastarError(f"{path}: is not a {kind}, and the run has one of this name; move it away")
 
     def sources_to_take_over(self) -> tuple[int, str]:
         """The number of sources finished here, and the settings by which another run takes them over, for a shell."""
