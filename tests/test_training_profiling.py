@@ -372,7 +372,7 @@ def test_a_plain_star_step_does_what_fastars_does(monkeypatch: pytest.MonkeyPatc
     theirs = tool["PlainStarStep"](model, problem, model, [problem.network(1 + n) for n in range(3)])
     count = 6
     mine.begin_epoch(0, count)
-    theirs.draws = iter(list(zip(mine._indices, mine._ts, strict=True)))
+    theirs.draws = iter(list(zip(mine._draws.indices, mine._draws.ts, strict=True)))
     before = mine.theta.clone()
     for _ in range(count):
         mine(images, labels, torch.tensor(0.05))
