@@ -34,9 +34,8 @@ import torch
 from cli_cases import fastar
 from data_samples import cifar_binary_files, cifar_python_files, raw_dataset, write_archive, write_files, write_folders
 from data_samples import write_idx as write_idx_files
-from run_cases import Killed, kill, small
+from run_cases import Killed, at_call, kill, small
 from test_data_archives import devkit, jpeg, tar
-from test_stopping import at_call
 
 from fastar.config import load_settings
 from fastar.data import StreamingDataset, dataset_spec, load, open_files, prepare

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import pytest
 import torch
 from matching_models import CASES, random_state
 from torch import Tensor, nn
@@ -14,6 +16,7 @@ from fastar.flat.forward import Batch
 from fastar.matching import Examples, MatchResult, Request, SourceActivations, match
 from fastar.matching.activation.match_activations import correlate_units, not_worse
 from fastar.matching.checks import check_networks
+from fastar.matching.weight.descent import Descent
 from fastar.runtime.progress import SILENT, Progress
 from fastar.symmetry import Permutations, Symmetry
 
@@ -120,3 +123,26 @@ def match_sinkhorn(
     return match(
         MatchingSettings(method="sinkhorn", sinkhorn=settings), symmetry, theta, sources, seed=seed
     ).permutations
+
+
+def every_step_raises_the_objective(
+    monkeypatch: pytest.MonkeyPatch, symmetry: Symmetry, theta: State, states: Sequence[State]
+) -> None:
+    """Match all together; the objective written out after each answer that the descent takes."""
+    history = [[objective(symmetry, theta, state)] for state in states]
+    note = Descent.note
+
+    def record(self: Descent, f: int, numbers: Any, answers: Any) -> None:
+        note(self, f, numbers, answers)
+        for n in numbers:
+            index = {g.name: torch.from_numpy(p[n]) for g, p in zip(symmetry.groups, self.permutations, strict=True)}
+            history[n].append(objective(symmetry, theta, symmetry.apply(Permutations(index), states[n])))
+
+    monkeypatch.setattr(Descent, "note", record)
+    count = len(states)
+    result = match_weights(symmetry, theta, stacked(symmetry, states), chunk=count, start=symmetry.identity())
+    for n, values in enumerate(history):
+        assert len(values) > 1
+        assert all(b > a for a, b in itertools.pairwise(values))
+        assert values[-1] == pytest.approx(float(result.objective[n]), rel=1e-6, abs=1e-5)
+    assert bool(result.converged.all())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.torch import load_file
 from fastar.config import Settings, load_settings
 from fastar.runs import RunFolder
 from fastar.runtime.progress import SilentProgress
+from fastar.training import SourcesStore
 
 SMALL = [
     "dataset.limit=300",
@@ -68,16 +70,45 @@ def kill() -> None:
     raise Killed
 
 
+def around_calls(monkeypatch: pytest.MonkeyPatch, kind: type, around: Callable[..., Any]) -> list[int]:
+    """Do `around(call, number, step, images, labels, lr)` in the place of each call of this kind of step.
+
+    Returns the calls' numbers, from 1, which grow as training goes on.
+    """
+    call, calls = kind.__call__, list[int]()  # type: ignore[operator]
+
+    def counted(self: Any, *arguments: torch.Tensor) -> Any:
+        calls.append(len(calls) + 1)
+        return around(call, calls[-1], self, *arguments)
+
+    monkeypatch.setattr(kind, "__call__", counted)
+    return calls
+
+
 def poison(monkeypatch: pytest.MonkeyPatch, kind: type, bad: Callable[[int], bool]) -> list[int]:
     """Images that are no numbers in those calls that `bad` says."""
-    call, calls = kind.__call__, []  # type: ignore[operator]
 
-    def poisoned(self: Any, images: torch.Tensor, labels: torch.Tensor, lr: torch.Tensor) -> Any:
-        calls.append(1)
-        return call(self, images * (float("nan") if bad(len(calls)) else 1.0), labels, lr)
+    def poisoned(call: Any, number: int, step: Any, images: torch.Tensor, *more: torch.Tensor) -> Any:
+        return call(step, images * (float("nan") if bad(number) else 1.0), *more)
 
-    monkeypatch.setattr(kind, "__call__", poisoned)
-    return calls
+    return around_calls(monkeypatch, kind, poisoned)
+
+
+def at_call(monkeypatch: pytest.MonkeyPatch, kind: type, wanted: int, act: Callable[[], None]) -> list[int]:
+    """`act` within call number `wanted` of this kind of step."""
+
+    def acting(call: Any, number: int, *arguments: Any) -> Any:
+        if number == wanted:
+            act()
+        return call(*arguments)
+
+    return around_calls(monkeypatch, kind, acting)
+
+
+def copied_parts(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    """Sources are matched as on a GPU where they do not live there: so many at a time, copied there and back."""
+    made = partialmethod(SourcesStore.__init__, in_place=False, part_rows=rows)
+    monkeypatch.setattr(SourcesStore, "__init__", made)
 
 
 class Heard(SilentProgress):

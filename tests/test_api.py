@@ -98,6 +98,7 @@ def test_every_method_keeps_the_function_and_lowers_the_barrier(method: str, tra
         assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.quick
 def test_a_shuffled_copy_is_brought_back(trained: Any) -> None:
     a, _, data = trained
     symmetry = fastar.match(a, a, example_inputs=IMAGES).symmetry
@@ -226,6 +227,7 @@ def test_importing_fastar_is_instant() -> None:
         fastar.matched  # noqa: B018
 
 
+@pytest.mark.quick
 def test_permutations_of_a_matching_are_permutations(trained: Any) -> None:
     a, b, _ = trained
     matched = fastar.match(a, b, example_inputs=IMAGES)

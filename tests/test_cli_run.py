@@ -58,6 +58,7 @@ def models(folder: Path) -> dict[str, bytes]:
     return {name: data for name, data in tensors.items() if name != "matchings.safetensors"}
 
 
+@pytest.mark.quick
 def test_run_folder_holds_what_it_says(run: Path) -> None:
     assert set(contents(run)) == {
         *("barrier.png", "config.yaml", "log.jsonl", "results.json"),
@@ -139,6 +140,7 @@ def test_profile_of_a_run(data: Path, tmp_path: Path) -> None:
     assert (late.code, late.err.count("is trained already")) == (2, 1)
 
 
+@pytest.mark.quick
 def test_paths_are_complete(run: Path) -> None:
     results = results_of(run)
     for path in results["paths"]:
@@ -162,6 +164,7 @@ def barrier(path: dict[str, Any], split: str) -> float:
     return max(loss - (1 - t) * losses[0] - t * losses[-1] for t, loss in zip(path["t"], losses, strict=True))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("split", ["train", "test"])
 def test_barriers_and_losses_follow_from_the_paths(run: Path, split: str) -> None:
     """Unrounded: to 1e-12, which is rounding in double precision and no more."""

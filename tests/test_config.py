@@ -26,6 +26,8 @@ from fastar.config.renamed import with_old_names
 from fastar.errors import FastarError, OldName
 from fastar.models import build_model
 
+pytestmark = pytest.mark.quick
+
 
 def digits(*overrides: str) -> Settings:
     return load_settings(dataset="digits", overrides=overrides)

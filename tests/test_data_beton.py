@@ -50,6 +50,7 @@ def debris(folder) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("name", ["cifar10", "mnist"])
 def test_round_trip(tmp_path, name, compiled):

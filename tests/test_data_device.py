@@ -85,6 +85,7 @@ def test_form_of_batches():
         assert (labels.shape, labels.dtype) == ((16,), torch.int64)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("batch_size", [1, 10, 50, 101])
 def test_counts_and_last_batches(batch_size):
     data = dataset()
@@ -97,6 +98,7 @@ def test_counts_and_last_batches(batch_size):
     assert seen == list(range(101))
 
 
+@pytest.mark.quick
 def test_every_sample_once_in_an_order_of_its_own():
     data = dataset()
 

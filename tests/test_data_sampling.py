@@ -55,6 +55,7 @@ def test_keys_that_differ_in_either_half_give_other_draws():
         assert (draw(KEY, index) == draw(other, index)).mean() < 0.01
 
 
+@pytest.mark.quick
 def test_orders_are_permutations_and_differ_by_seed_and_epoch():
     cpu = torch.device("cpu")
     orders = {(seed, epoch): epoch_order(1000, seed, epoch, cpu) for seed in range(3) for epoch in range(3)}

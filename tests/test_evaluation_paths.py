@@ -58,6 +58,7 @@ def test_barrier_by_hand() -> None:
     assert barrier_gaps([0.0, 0.25, 0.5, 1.0], [4.0, 4.0, 1.0, 0.0]) == [0.0, 1.0, -1.0, 0.0]
 
 
+@pytest.mark.quick
 def test_ends_and_level_lines_have_exactly_no_gap() -> None:
     generator = torch.Generator().manual_seed(0)
     t = [i / 10 for i in range(11)]
@@ -82,6 +83,7 @@ def test_barrier_is_no_more_than_a_number_per_split() -> None:
 # The ends
 
 
+@pytest.mark.quick
 @both
 def test_points_equal_plain_evaluation_of_each_model_alone(arch: str) -> None:
     build = BUILDERS[arch]
@@ -101,6 +103,7 @@ def test_points_equal_plain_evaluation_of_each_model_alone(arch: str) -> None:
     assert barrier(found.t, found.loss["train"]) == found.barrier("train")
 
 
+@pytest.mark.quick
 @both
 def test_the_ends_have_exactly_their_own_losses(arch: str) -> None:
     build = BUILDERS[arch]
@@ -112,6 +115,7 @@ def test_the_ends_have_exactly_their_own_losses(arch: str) -> None:
     assert [found.accuracy["train"][0], found.accuracy["train"][-1]] == own["train"].accuracy.tolist()
 
 
+@pytest.mark.quick
 @both
 def test_a_path_to_itself_has_no_barrier(arch: str) -> None:
     model = BUILDERS[arch](1)
@@ -122,6 +126,7 @@ def test_a_path_to_itself_has_no_barrier(arch: str) -> None:
         assert found.barrier("train") == 0
 
 
+@pytest.mark.quick
 @both
 def test_a_path_to_its_permuted_copy_has_no_barrier_once_matched(arch: str) -> None:
     build = BUILDERS[arch]
@@ -146,6 +151,7 @@ def test_a_path_to_its_permuted_copy_has_no_barrier_once_matched(arch: str) -> N
 # Every sample once, everyone together
 
 
+@pytest.mark.quick
 def test_every_sample_counts_once() -> None:
     """With an uneven last batch; a mean of batches' means would be another number."""
     model = mlp(1)

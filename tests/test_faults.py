@@ -16,19 +16,20 @@ from run_cases import (
     Killed,
     assert_log_is_whole,
     assert_same_models,
+    at_call,
+    copied_parts,
     kill,
     poison,
     small,
 )
 from test_checkpoints import files_at_most
-from test_stopping import at_call
 
 from fastar.data.ffcv.read import GuardedIterator
 from fastar.errors import FastarError
 from fastar.experiments import star, train_star
 from fastar.runs import model_files as files
 from fastar.runs.model_files import load_checkpoint, save_checkpoint
-from fastar.training import RegularStep, SourcesStore, StarStep
+from fastar.training import RegularStep, StarStep
 
 
 def half_done(data: Path, folder: Path, *overrides: str) -> None:
@@ -223,8 +224,7 @@ def test_the_sources_may_be_kept_elsewhere_by_every_attempt(
     """They are permuted anew from their files, some at a time where they do not live on the device."""
     run = tmp_path / "run"
     half_done(data, run)
-    monkeypatch.setattr(SourcesStore, "_usable_in_place", False)
-    monkeypatch.setattr(SourcesStore.parts, "__defaults__", (1,))
+    copied_parts(monkeypatch, 1)
     train_star(small(data, f"sources.store={store}"), run)
     assert_same_models(run, whole)
 

@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 from cli_cases import contents, fastar, refused
-from run_cases import Heard, small
-from test_stopping import at_call
+from run_cases import Heard, at_call, small
 
 from fastar.config import load_settings
 from fastar.errors import FastarError

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from cli_cases import contents, fastar, refused
-from run_cases import Killed, kill, small
-from test_stopping import at_call
+from run_cases import Killed, at_call, kill, small
 
 from fastar.experiments import train_star
 from fastar.experiments.files.verify_files import recheck

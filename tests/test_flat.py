@@ -104,6 +104,7 @@ def test_views_alias_the_buffer_with_torchs_channels_last_strides() -> None:
     assert buffer[start + ((2 * 3 + 0) * 3 + 2) * 3 + 1] == -5.0  # (O, H, W, I) order
 
 
+@pytest.mark.quick
 def test_flatten_and_unflatten_are_inverse_and_pad_with_zeros() -> None:
     module = make(ConvNet)
     layout = FlatLayout.from_module(module)
@@ -153,6 +154,7 @@ def test_layouts_are_equal_exactly_for_the_same_architecture() -> None:
 # --- modules in flat buffers ---
 
 
+@pytest.mark.quick
 def test_a_flat_module_computes_what_the_module_computed() -> None:
     module = make(ConvNet)
     plain = copy.deepcopy(module)

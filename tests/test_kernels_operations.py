@@ -73,6 +73,7 @@ def scalar(value: float, device: torch.device) -> torch.Tensor:
 # --- interpolate ---
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("source_dtype", [torch.float32, torch.bfloat16])
@@ -100,6 +101,7 @@ def test_interpolate_is_the_weighted_mean(
         assert_only_inside_written(whole, size)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("size", SIZES)
 def test_interpolate_is_exact_at_both_ends_and_between_equals(
     device: torch.device, random: Callable[..., torch.Tensor], size: int
@@ -175,6 +177,7 @@ def settings_name(settings: dict[str, Any]) -> str:
     return ",".join(f"{name}={value}" for name, value in settings.items())
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("settings", SETTINGS, ids=settings_name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -275,6 +278,7 @@ ADAM_SETTINGS = [
 ]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("settings", ADAM_SETTINGS, ids=settings_name)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
@@ -420,6 +424,7 @@ def update_with(kind: str, theta: torch.Tensor, gradient: torch.Tensor, state: l
         adam_update(theta, gradient, *state, steps_done=steps_done, **scalars, **ADAM_SETTINGS[0], **more)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("found", [None, 0.0, 1.0])
 @pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["sgd", "adam"])
@@ -471,6 +476,7 @@ def test_a_next_point_outside_the_store_is_refused_or_shown(path: str, device: t
 # --- find_nonfinite ---
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("size", [*SIZES, 4097])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_find_nonfinite(

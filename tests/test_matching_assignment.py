@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import itertools
+import sys
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -34,6 +37,7 @@ def tables(n: int) -> dict[str, NDArray[Any]]:
     }
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("solver", SOLVERS)
 @pytest.mark.parametrize("n", [1, 2, 3, 17, 64])
 def test_the_total_is_the_optimum(n: int, solver: Any) -> None:
@@ -49,6 +53,7 @@ def test_the_total_is_the_optimum(n: int, solver: Any) -> None:
             assert abs(exact[rows, columns].sum() - exact[rows, out].sum()) <= n * 2.0**-22 * spread, name
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_brute_force(solver: Any) -> None:
     random = np.random.default_rng(0)
@@ -94,6 +99,18 @@ def test_shapes_and_names() -> None:
     assert solver_name().split()[0] in ("lapjv", "scipy")
 
 
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Any], None]]:
+    """Gives another package lapjv to import; None: it is not installed."""
+
+    def put(package: Any) -> None:
+        monkeypatch.setitem(sys.modules, "lapjv", package)
+        assignment._lapjv.cache_clear()
+
+    yield put
+    assignment._lapjv.cache_clear()
+
+
 @pytest.mark.parametrize(
     "answer",
     [
@@ -102,16 +119,16 @@ def test_shapes_and_names() -> None:
         lambda cost: (np.arange(len(cost)), None, (0, *[np.full(len(cost), np.nan)] * 2)),  # no proof
     ],
 )
-def test_a_wrong_answer_of_lapjv_is_caught(answer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_answer_of_lapjv_is_caught(answer: Any, library: Callable[[Any], None]) -> None:
     table = np.random.default_rng(2).normal(size=(30, 30))
-    monkeypatch.setattr(assignment, "_lapjv", lambda: lambda cost, force_doubles: answer(cost))
+    library(SimpleNamespace(lapjv=lambda cost, force_doubles: answer(cost)))
     assert (solve_assignment(table) == linear_sum_assignment(table, maximize=True)[1]).all()
 
 
-def test_without_lapjv_scipy_solves(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_lapjv_scipy_solves(library: Callable[[Any], None]) -> None:
     table = np.random.default_rng(3).normal(size=(30, 30))
     expected = solve_assignment(table)
-    monkeypatch.setattr(assignment, "_lapjv", lambda: None)
+    library(None)
     assert (solve_assignment(table) == expected).all()
     assert solver_name().startswith("scipy ")
     with pytest.raises(FastarError, match="not installed"):

@@ -37,6 +37,7 @@ def images(case: str, count: int = 2) -> list[Tensor]:
 # Perturbations
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", ["resnet", "concatenated", "two_axes", "grouped"])
 @pytest.mark.parametrize("chunk", [1, 3])
 def test_perturbations_never_lower_the_objective_and_are_what_they_say(
@@ -185,19 +186,25 @@ def test_bad_input_to_activations(symmetries: dict[str, Symmetry]) -> None:
 # Settings
 
 
+def requests(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Request, list[Permutations | None]]]:
+    """What matching by weights is asked for from now on, and where it starts."""
+    asked: list[tuple[Request, list[Permutations | None]]] = []
+
+    def spy(request: Request, starts: list[Permutations | None]) -> Any:
+        asked.append((request, starts))
+        return weight.match_weights(request, starts)
+
+    monkeypatch.setattr("fastar.matching.methods.match_weights", spy)
+    return asked
+
+
 def test_settings_say_where_the_descent_starts(
     symmetries: dict[str, Symmetry], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     symmetry = symmetries["mlp"]
     theta, states = problem_of("mlp")
     sources = stacked(symmetry, states)
-    given_starts: list[list[Permutations | None]] = []
-
-    def spy(request: Request, starts: list[Permutations | None]) -> Any:
-        given_starts.append(starts)
-        return weight.match_weights(request, starts)
-
-    monkeypatch.setattr("fastar.matching.methods.match_weights", spy)
+    asked = requests(monkeypatch)
     known, acts = symmetry.random(1), symmetry.random(2, count=len(states))
     monkeypatch.setattr("fastar.matching.methods.correlate_units", lambda *args, **kwargs: (acts, ()))
     monkeypatch.setattr("fastar.matching.methods.not_worse", lambda *args: args[-1])
@@ -206,7 +213,7 @@ def test_settings_say_where_the_descent_starts(
     def starts(start: str, given: Permutations | None) -> list[Permutations | None]:
         settings = MatchingSettings(start=start)  # type: ignore[arg-type]
         match(settings, symmetry, theta, sources, start=given, examples=lambda: examples)
-        return given_starts[-1]
+        return asked[-1][1]
 
     identity = symmetry.identity()
     assert starts("auto", None) == [None]
@@ -233,21 +240,18 @@ def test_keys_of_settings() -> None:
 
 def test_a_run_that_starts_from_activations_and_perturbs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Star, heldouts, sources and pairs are all matched so; the star's two epochs start from activations too."""
-    seen: list[int] = []
-
-    def spy(request: Request, starts: list[Permutations | None]) -> Any:
-        seen.append(len(starts))
-        assert request.settings.perturbations == 1
-        return weight.match_weights(request, starts)
-
-    monkeypatch.setattr("fastar.matching.methods.match_weights", spy)
+    asked = requests(monkeypatch)
     outcome = fastar(
         "train-star", *tiny(tmp_path / "data"), "--out", tmp_path / "run", "matching.start=activations",
         "matching.perturbations=1", "evaluation.regular_pairs=1",
     )  # fmt: skip
     assert outcome.code == 0, outcome
-    assert seen[:2] == [1, 2]  # the first epoch of the star knows nothing else, the second last epoch's permutations
-    assert len(seen) >= 5
+    assert {request.settings.perturbations for request, _ in asked} == {1}
+    assert [len(starts) for _, starts in asked[:2]] == [
+        1,
+        2,
+    ]  # the first epoch of the star knows nothing else, the second last epoch's permutations
+    assert len(asked) >= 5
 
 
 # Whole modules

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from matching_calls import match_one, match_weights, objective, stacked
+from matching_calls import every_step_raises_the_objective, match_one, match_weights, objective, stacked
 from matching_family_models import FAMILIES
 from matching_models import random_state
 from scipy.optimize import linear_sum_assignment
@@ -39,6 +39,7 @@ def all_of_family(blocks: int, inside: int, children: int) -> Iterator[tuple[lis
 # The symmetry
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", list(FAMILIES))
 def test_random_permutations_of_blocks_keep_the_function(name: str) -> None:
     model, symmetry, example = FAMILIES[name]
@@ -147,6 +148,7 @@ def test_bounds_cost_no_optimum(blocks: int, inside: int, noise: float) -> None:
 # The descent
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", ["attention", "group_norm"])
 @pytest.mark.parametrize("way", [{}, {"perturbations": 2}, {"restarts": 3}])
 def test_a_shuffled_copy_is_recovered_exactly(name: str, way: dict[str, int]) -> None:
@@ -175,22 +177,7 @@ def test_a_shuffled_copy_under_a_quadratic_family_is_recovered(name: str) -> Non
 def test_every_step_raises_the_objective(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model, symmetry, _ = FAMILIES[name]
     theta, states = random_state(model, 100), [random_state(model, seed) for seed in range(3)]
-    history: list[list[float]] = [[objective(symmetry, theta, state)] for state in states]
-    note = Descent.note
-
-    def record(self: Descent, f: int, numbers: np.ndarray, answers: tuple[np.ndarray, ...]) -> None:
-        note(self, f, numbers, answers)
-        for n in numbers:
-            index = {g.name: torch.from_numpy(p[n]) for g, p in zip(symmetry.groups, self.permutations, strict=True)}
-            history[n].append(objective(symmetry, theta, symmetry.apply(Permutations(index), states[n])))
-
-    monkeypatch.setattr(Descent, "note", record)
-    result = match_weights(symmetry, theta, stacked(symmetry, states), chunk=3, start=symmetry.identity())
-    for n, values in enumerate(history):
-        assert len(values) > 1
-        assert all(b > a for a, b in itertools.pairwise(values))
-        assert values[-1] == pytest.approx(float(result.objective[n]), rel=1e-6, abs=1e-5)
-    assert bool(result.converged.all())
+    every_step_raises_the_objective(monkeypatch, symmetry, theta, states)
 
 
 @pytest.mark.parametrize("name", list(FAMILIES))

@@ -50,6 +50,7 @@ def between(symmetry: Symmetry, states: list[State], permutations: Permutations)
     return sum(found) / len(found)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", ["mlp", "resnet", "attention", "group_norm"])
 def test_shuffled_copies_come_together_exactly(name: str) -> None:
     model, symmetry = case(name)
@@ -70,6 +71,7 @@ def test_shuffled_copies_come_together_exactly(name: str) -> None:
         assert found.pair(i, j) == shuffles[j].inverse().then(shuffles[i])
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", ["concatenated", "two_axes", "attention"])
 def test_the_mean_objective_never_falls_and_ends_where_no_network_can_improve(name: str) -> None:
     _, symmetry = case(name)

@@ -92,6 +92,7 @@ def test_gradients_reach_all_groups_at_once(name: str) -> None:
             assert float(logits.grad.abs().max()) > 0, group.name
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", ["mlp", "resnet", "concatenated", "attention", "group_norm_residual", "gated"])
 def test_sinkhorn_recovers_a_shuffled_copy(name: str) -> None:
     model, symmetry, _ = case(name)
@@ -194,6 +195,7 @@ def test_bad_input_to_sinkhorn() -> None:
 # Activations
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", EVERY)
 def test_activations_as_the_method_find_a_shuffled_copy(name: str) -> None:
     """Up to units that do the same: what is reached is the function's, not the objective's."""

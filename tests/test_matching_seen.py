@@ -11,7 +11,7 @@ import pytest
 import torch
 from matching_calls import match_activations, match_cached, stacked
 from matching_models import random_state
-from run_cases import Killed, Settings, assert_same_models, kill, small
+from run_cases import Killed, Settings, assert_same_models, at_call, kill, small
 from safetensors.torch import load_file
 from test_matching_methods import case
 from torch import Tensor, nn
@@ -179,13 +179,7 @@ def test_bad_networks_are_named() -> None:
 
 def test_starts_by_activations_take_the_time_that_looking_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     model, symmetry, batches, theta, sources, _ = keep("mlp")
-    call = UnitActivations.__call__
-
-    def slow(self: UnitActivations, state: Mapping[str, Tensor], where: str) -> Any:
-        time.sleep(0.1)
-        return call(self, state, where)
-
-    monkeypatch.setattr(UnitActivations, "__call__", slow)
+    looked(monkeypatch, seconds=0.1)
     given = Examples(model, [(batch, None) for batch in batches])
     for how in (MatchingSettings(start="activations"), MatchingSettings(method="activation")):
         found = match(how, symmetry, theta, stacked(symmetry, sources), examples=lambda: given)
@@ -213,11 +207,8 @@ def test_a_store_s_parts_are_of_its_own_sources(monkeypatch: pytest.MonkeyPatch,
     names = [str(n) for n in range(7)]
     centre = layout.flatten(theta)
     found = []
-    for parts in (False, True):
-        store = SourcesStore(layout, sources, names, CPU, store="file", folder=tmp_path)
-        if parts:
-            monkeypatch.setattr(SourcesStore, "_usable_in_place", False)
-            monkeypatch.setattr(SourcesStore.parts, "__defaults__", (3,))
+    for in_place in (True, False):
+        store = SourcesStore(layout, sources, names, CPU, store="file", folder=tmp_path, in_place=in_place, part_rows=3)
         asked = looked(monkeypatch)
         seen = kept.permuted(symmetry.identity(7))
         how: dict[str, Any] = {"start": symmetry.identity(), "seed": 0, "threads": 1, "activations": seen}
@@ -254,13 +245,15 @@ def test_every_network_of_a_set_is_looked_at_once_more_as_theta_alone(monkeypatc
             assert float((index == wanted[group][0]).float().mean()) >= 0.75, (i, j, group)
 
 
-def looked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+def looked(monkeypatch: pytest.MonkeyPatch, seconds: float = 0.0) -> list[str]:
+    """The networks that are run from now on, each `seconds` longer."""
     names: list[str] = []
     call = UnitActivations.__call__
 
     def counted(self: UnitActivations, state: Mapping[str, Tensor], where: str) -> Any:
         if self.device.type != "meta":
             names.append(where)
+            time.sleep(seconds)
         return call(self, state, where)
 
     monkeypatch.setattr(UnitActivations, "__call__", counted)
@@ -290,15 +283,7 @@ def test_a_star_looks_at_each_source_once_and_goes_on_to_the_same_bits(
     assert star == ["source seed-0000.safetensors", "source seed-0001.safetensors"]
     assert names[2:5] == ["theta"] * 3  # an epoch each
     assert "source seed-0001.safetensors" not in names[5:]
-    calls, step = [0], StarStep.__call__
-
-    def killed(self: StarStep, *args: Any, **kwargs: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == 6:  # of 9: in the second epoch, when sources have been permuted
-            kill()
-        return step(self, *args, **kwargs)
-
-    monkeypatch.setattr(StarStep, "__call__", killed)
+    at_call(monkeypatch, StarStep, 6, kill)  # of 9: in the second epoch, when sources have been permuted
     with pytest.raises(Killed):
         train_star(chosen, tmp_path / "again")
     train_star(chosen, tmp_path / "again")

@@ -8,7 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from matching_calls import hard_problem, match_one, match_weights, objective, problem_of, stacked
+from matching_calls import (
+    every_step_raises_the_objective,
+    hard_problem,
+    match_one,
+    match_weights,
+    objective,
+    problem_of,
+    stacked,
+)
 from matching_models import CASES, Mlp, derived, random_state
 from torch import Tensor
 
@@ -31,6 +39,7 @@ def same(first: MatchResult, second: MatchResult) -> bool:
     return first.permutations == second.permutations and torch.allclose(first.objective, second.objective, rtol=1e-6)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", [n for n in CASES if n != "two_axes"])
 def test_a_shuffled_copy_is_recovered_exactly(name: str, symmetries: dict[str, Symmetry]) -> None:
     symmetry = symmetries[name]
@@ -45,6 +54,7 @@ def test_a_shuffled_copy_is_recovered_exactly(name: str, symmetries: dict[str, S
         assert bool(result.converged[0])
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", list(CASES))
 def test_objective_is_what_it_says_and_never_falls(name: str, symmetries: dict[str, Symmetry]) -> None:
     symmetry = symmetries[name]
@@ -66,25 +76,7 @@ def test_every_step_raises_the_objective(
 ) -> None:
     symmetry = symmetries[name]
     theta, states = problem_of(name)
-    history: dict[int, list[float]] = {n: [] for n in range(len(states))}
-    note = Descent.note
-
-    def record(self: Descent, f: int, numbers: Any, answers: Any) -> None:
-        note(self, f, numbers, answers)
-        for n in numbers:
-            index = {
-                group.name: torch.from_numpy(p[n]) for group, p in zip(symmetry.groups, self.permutations, strict=True)
-            }
-            history[n].append(objective(symmetry, theta, symmetry.apply(Permutations(index), states[n])))
-
-    monkeypatch.setattr(Descent, "note", record)
-    sources = stacked(symmetry, states)
-    result = match_weights(symmetry, theta, sources, chunk=len(states), start=symmetry.identity())
-    for n, state in enumerate(states):
-        values = [objective(symmetry, theta, state), *history[n]]
-        assert all(b > a for a, b in itertools.pairwise(values))
-        assert values[-1] == pytest.approx(float(result.objective[n]), rel=1e-6, abs=1e-5)
-        assert history[n]
+    every_step_raises_the_objective(monkeypatch, symmetry, theta, states)
 
 
 @pytest.mark.parametrize("name", list(CASES))
@@ -105,6 +97,7 @@ def test_scores_kept_up_to_date_equal_fresh_ones(name: str, symmetries: dict[str
         torch.testing.assert_close(kept, fresh, rtol=1e-4, atol=1e-5 * float(fresh.abs().max()))
 
 
+@pytest.mark.quick
 def test_tiny_networks_end_where_no_single_group_can_improve() -> None:
     """All 4! permutations of each of two groups, by hand; and the best of several orders is often the global best."""
     model = Mlp(3, 4, 4, 2)

@@ -14,8 +14,7 @@ from pathlib import Path
 import pytest
 from cli_cases import contents, fastar, refused
 from rich.console import Console
-from run_cases import small
-from test_stopping import at_call
+from run_cases import at_call, small
 
 from fastar.experiments import train_star
 from fastar.report import run_list as overview_module

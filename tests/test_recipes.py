@@ -86,6 +86,7 @@ def test_every_row_of_the_paper_has_a_configuration(found: dict[str, Any]) -> No
     assert found["mnist-vit"].settings.matching.method == "none"
 
 
+@pytest.mark.quick
 def test_a_recipe_says_only_how_it_differs_from_its_base() -> None:
     for name in names():
         own = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())

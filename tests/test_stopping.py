@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from cli_cases import fastar
-from run_cases import SMALL, assert_log_is_whole, assert_same_models, small
+from run_cases import SMALL, assert_log_is_whole, assert_same_models, at_call, small
 
 from fastar.experiments import train_star
 from fastar.runtime.signals import Stopped, deferred, requested, signals_stop
@@ -109,19 +108,6 @@ def whole(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def at_call(monkeypatch: pytest.MonkeyPatch, kind: type, number: int, act: Callable[[], None]) -> None:
-    """`act` within call number `number` of this kind of step."""
-    call, calls = kind.__call__, []  # type: ignore[operator]
-
-    def acting(self: Any, *arguments: Any) -> Any:
-        calls.append(1)
-        if len(calls) == number:
-            act()
-        return call(self, *arguments)
-
-    monkeypatch.setattr(kind, "__call__", acting)
-
-
 @pytest.mark.parametrize(
     ("kind", "number", "signal_number", "code", "where"),
     [
@@ -152,10 +138,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
     assert outcome.err == f"fastar: {reason}; the same command goes on from {where}\n"
     assert len(list(run.glob("in-training/*/*"))) == 1
     assert not (run / "lock.json").exists()
-    calls: list[int] = []
-    at_call(monkeypatch, kind, -1, lambda: None)
-    counted = kind.__call__  # type: ignore[operator]
-    monkeypatch.setattr(kind, "__call__", lambda self, *arguments: (calls.append(1), counted(self, *arguments))[1])
+    calls = at_call(monkeypatch, kind, -1, lambda: None)
     train_star(small(data, "checkpoint.epochs=0", "checkpoint.minutes=0"), run)
     assert len(calls) == (12 if kind is RegularStep else 21) - number  # no step was done again
     assert_same_models(run, whole)

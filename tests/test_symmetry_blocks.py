@@ -162,6 +162,7 @@ def sizes(symmetry: Symmetry) -> list[tuple[int, int | None]]:
     return [(g.size, None if g.parent is None else symmetry.group(g.parent).size) for g in symmetry.groups]
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", list(ATTENTION))
 def test_attention(name: str) -> None:
     """Each is proven by running it, too; what is counted here is that nothing was held that could move."""

@@ -62,6 +62,7 @@ def test_resnet18_has_twelve_groups(symmetries: dict[str, Symmetry]) -> None:
     assert placed == expected
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("name", list(CASES))
 def test_permuted_network_computes_the_same(name: str, symmetries: dict[str, Symmetry]) -> None:
     """To float64 rounding; a permutation that skips one member of a group changes the outputs (negative control)."""
@@ -228,6 +229,7 @@ def test_buffers_with_a_value_for_each_unit_move_if_the_state_has_them(persisten
     assert any("held by buffer 'mask'" in line for line in symmetry.frozen) == (not persistent)
 
 
+@pytest.mark.quick
 def test_verification_finds_a_wrong_group() -> None:
     model, inputs = Mlp(5, 4, 4, 3), (torch.zeros(2, 5),)
     symmetry = derive_symmetry(model, inputs)

@@ -246,6 +246,7 @@ def star(fetched: bool = False) -> StarStep:
     return StarStep(model, SETTINGS, StarSettings(), z, seed=4)
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(("epoch", "step"), [(0, 1), (0, 5), (1, 0), (1, 3), (2, 5), (3, 0)])
 @pytest.mark.parametrize("kind", ["sgd", "adam", "star", "star, fetched"])
 def test_a_training_goes_on_to_the_same_bits(tmp_path: Path, kind: str, epoch: int, step: int) -> None:

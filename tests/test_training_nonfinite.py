@@ -15,12 +15,13 @@ from cli_cases import fastar, refused
 from run_cases import (
     Heard,
     Killed,
+    around_calls,
     assert_same_models,
+    at_call,
     kill,
     poison,
     small,
 )
-from test_stopping import at_call
 
 from fastar.errors import FastarError
 from fastar.experiments import train_star
@@ -54,17 +55,14 @@ def test_retry_goes_back_to_the_last_checkpoint_with_other_draws(
 
 def spoil(monkeypatch: pytest.MonkeyPatch, kind: type, when: int) -> list[int]:
     """An update, number `when`, that leaves theta infinite though its loss was finite."""
-    call, calls = kind.__call__, []  # type: ignore[operator]
 
-    def spoiled(self: Any, images: torch.Tensor, labels: torch.Tensor, lr: torch.Tensor) -> Any:
-        calls.append(1)
-        loss = call(self, images, labels, lr)
-        if len(calls) == when:
-            self.theta.mul_(float("inf"))
+    def spoiled(call: Any, number: int, step: Any, *batch: torch.Tensor) -> Any:
+        loss = call(step, *batch)
+        if number == when:
+            step.theta.mul_(float("inf"))
         return loss
 
-    monkeypatch.setattr(kind, "__call__", spoiled)
-    return calls
+    return around_calls(monkeypatch, kind, spoiled)
 
 
 @pytest.mark.parametrize("when", [6, 21], ids=["an epoch", "the training"])

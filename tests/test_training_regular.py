@@ -87,6 +87,7 @@ def plain_training(model: nn.Module, data: Any, settings: TrainSettings, seed: i
     return losses
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("drop_last", [True, False])
 @pytest.mark.parametrize("nesterov", [True, False])
 def test_equals_plain_torch_training(nesterov: bool, drop_last: bool) -> None:

@@ -45,6 +45,7 @@ class Killed(BaseException):
     """As a signal: nothing catches it."""
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("model", "epoch", "there"),
     [

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from run_cases import copied_parts, poison
 from training_cases import dataset
 
 from fastar.config import Settings, TrainSettings, load_settings
@@ -16,7 +17,7 @@ from fastar.errors import FastarError
 from fastar.experiments import train_star
 from fastar.models import build_model
 from fastar.runs.model_files import load_checkpoint
-from fastar.training import NonFiniteLoss, RegularStep, SourcesStore, StarStep, fit
+from fastar.training import NonFiniteLoss, RegularStep, StarStep, fit
 
 
 def settings(data: Path, *overrides: str) -> Settings:
@@ -38,9 +39,7 @@ def settings(data: Path, *overrides: str) -> Settings:
 def test_a_run_with_sources_in_a_file(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Matched part by part, fetched row by row; the folder goes on under another `sources.store`."""
     wanted = train_star(settings(data), tmp_path / "auto")
-    # As on a GPU: two sources at a time, copied there and back.
-    monkeypatch.setattr(SourcesStore, "_usable_in_place", False)
-    monkeypatch.setattr("fastar.training.sources.free_bytes", lambda device: 8 * 4 * 2 * 2000)
+    copied_parts(monkeypatch, 2)
     found = train_star(settings(data, "sources.store=file"), tmp_path / "file")
     for path in ("star", "permutations", "sources/seed-0002"):
         one, other = (load_checkpoint(tmp_path / run / f"{path}.safetensors").state for run in ("auto", "file"))
@@ -146,13 +145,7 @@ def test_a_star_that_becomes_nan_leaves_its_last_good_state(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = settings(data)
-    call, calls = StarStep.__call__, []
-
-    def poisoned(self: StarStep, images: torch.Tensor, labels: torch.Tensor, lr: torch.Tensor) -> torch.Tensor:
-        calls.append(1)
-        return call(self, images * (float("nan") if len(calls) == 10 else 1.0), labels, lr)  # epochs of four steps
-
-    monkeypatch.setattr(StarStep, "__call__", poisoned)
+    poison(monkeypatch, StarStep, lambda call: call == 10)  # epochs of four steps
     file = tmp_path / "last-good" / "star-0000.safetensors"
     wanted = r"^training star: loss not finite at epoch 3, step 2 \(source seed-.*, t=.*\).* after epoch 2 is in "
     with pytest.raises(FastarError, match=wanted) as caught:
@@ -172,13 +165,7 @@ def test_a_source_that_becomes_nan_does_not_bind_the_folder(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As the error says: the learning rate is lowered, and the same folder used."""
-    call, calls = RegularStep.__call__, []
-
-    def poisoned(self: RegularStep, images: torch.Tensor, labels: torch.Tensor, lr: torch.Tensor) -> torch.Tensor:
-        calls.append(1)
-        return call(self, images * (float("nan") if len(calls) == 6 else 1.0), labels, lr)
-
-    monkeypatch.setattr(RegularStep, "__call__", poisoned)
+    poison(monkeypatch, RegularStep, lambda call: call == 6)
     with pytest.raises(FastarError, match=r"training source 0: .*last-good.source-0000\.safetensors"):
         train_star(settings(data), tmp_path)
     monkeypatch.undo()

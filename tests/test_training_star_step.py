@@ -70,6 +70,7 @@ def run(
     return step, losses, plain
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("kind", [PlainMlp, PlainConvNet])
 @pytest.mark.parametrize(
     "star",
@@ -94,6 +95,7 @@ def test_equals_algorithm_1_with_other_momentum(momentum: float, nesterov: bool)
     assert largest_difference(step.state(), theta) < TOLERANCE
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize("optimizer", ["adam", "adamw"])
 @pytest.mark.parametrize("kind", [PlainMlp, PlainConvNet])
 def test_equals_algorithm_1_with_adam(kind: type[nn.Module], optimizer: Literal["adam", "adamw"]) -> None:
@@ -166,6 +168,7 @@ def test_without_matching_the_sources_stay() -> None:
         assert largest_difference(step.layout.unflatten(row), dict(source.named_parameters())) == 0
 
 
+@pytest.mark.quick
 @pytest.mark.parametrize(
     "wrong",
     [{"decay_is_scaled": True}, {"gradient_is_scaled": False}, {"matching": False}],

@@ -39,7 +39,7 @@ def train(sources: SourcesStore, epochs: int = 3, steps: int = 9) -> tuple[list[
     """A star whose `match` reverses the hidden units of every second source, part by part."""
 
     def reverse(theta: Tensor, sources: SourcesStore, epoch: int) -> None:
-        for views in sources.parts(2):
+        for views in sources.parts():
             for name, axis in PlainConvNet.hidden:
                 views[name][::2] = views[name][::2].flip(axis + 1)
 
@@ -61,14 +61,12 @@ def test_no_number_depends_on_the_place(place: str, tmp_path: Path) -> None:
     assert torch.equal(same, theta)
 
 
-def test_what_matching_reaches_is_told_with_and_without_vectors(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_matching_reaches_is_told_with_and_without_vectors(tmp_path: Path) -> None:
     """Part by part: inner products of theta with the rows as they then are, each in its place."""
-    monkeypatch.setattr(SourcesStore, "_usable_in_place", False)  # as on a GPU: parts are copied there and back
     model = network(PlainConvNet, 0)
     symmetry = derive_symmetry(model, (torch.zeros(2, *SHAPE),))
-    sources = make_store("file", folder=tmp_path, free=lambda device: 8 * 4 * 3 * LAYOUT.numel)  # three rows
+    # As on a GPU: three rows at a time are copied there and back.
+    sources = make_store("file", folder=tmp_path, free=lambda device: 8 * 4 * 3 * LAYOUT.numel, in_place=False)
     theta = LAYOUT.flatten(model.state_dict())
     _, whole, weights = match_store(symmetry, theta, sources, MatchingSettings(), start=None, seed=0, threads=1)
     one = {name: value.double() for name, value in LAYOUT.views(theta).items()}
@@ -118,13 +116,12 @@ def test_rows_changed_by_matching_are_what_is_fetched(tmp_path: Path) -> None:
     assert not difference["conv.weight"].any()
 
 
-def test_parts_cover_all_rows_in_order_and_are_written_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_parts_cover_all_rows_in_order_and_are_written_back() -> None:
     """As on a GPU, where parts are copies."""
-    sources = make_store("host", 7)
-    monkeypatch.setattr(SourcesStore, "_usable_in_place", False)
+    sources = make_store("host", 7, in_place=False, part_rows=3)
     wanted = sources.rows.clone()
     sizes = []
-    for views in sources.parts(3):
+    for views in sources.parts():
         sizes.append(len(views["out.bias"]))
         assert views["out.bias"].data_ptr() not in range(
             sources.rows.data_ptr(), sources.rows.data_ptr() + 4 * sources.rows.numel()
@@ -137,12 +134,11 @@ def test_parts_cover_all_rows_in_order_and_are_written_back(monkeypatch: pytest.
         assert torch.equal(sources.rows[n], LAYOUT.flatten(expected))
 
 
-def test_few_rows_at_a_time_where_the_device_is_nearly_full(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(SourcesStore, "_usable_in_place", False)
+def test_few_rows_at_a_time_where_the_device_is_nearly_full() -> None:
     # Of what is free an eighth; the store itself asks for host memory first.
-    sources = make_store("file", 7, free=lambda device: 8 * 4 * LAYOUT.numel * 2)
+    sources = make_store("file", 7, free=lambda device: 8 * 4 * LAYOUT.numel * 2, in_place=False)
     assert [len(views["out.bias"]) for views in sources.parts()] == [2, 2, 2, 1]
-    assert len(list(make_store("file", 7, free=lambda device: 0).parts())) == 7
+    assert len(list(make_store("file", 7, free=lambda device: 0, in_place=False).parts())) == 7
 
 
 def test_a_file_leaves_nothing_behind_and_is_really_a_file(tmp_path: Path) -> None:

@@ -42,6 +42,9 @@ class SourcesStore:
         folder: where the file of a `file` store is made; None: the system's temporary folder.
         beside: extra bytes of each source that are to be kept where its row is (see `make_beside`).
         free: free memory.
+        in_place: whether the device works on rows where they live. None: where it can; a file's rows are a CPU's own
+            memory too.
+        part_rows: how many it has at a time where not.
 
     Raises:
         FastarError: a source of another architecture; more than fit in the place that was chosen.
@@ -58,16 +61,19 @@ class SourcesStore:
         folder: Path | None = None,
         beside: int = 0,
         free: Free = free_bytes,
+        in_place: bool | None = None,
+        part_rows: int = PART_ROWS,
     ):
         if not states:
             raise FastarError("a star model needs at least one source")
         self.layout = layout
         self.names = list(names)
         self.device = device
-        self._folder, self._free = folder, free
+        self._folder, self._free, self._part_rows = folder, free, part_rows
         needed = (4 * layout.numel + beside) * len(states)
         self.store = choose_placement(store, needed, device, sources=len(states), free=free)
         self.rows = self._make(len(states), layout.numel, torch.float32)
+        self._in_place = self.rows.device.type == device.type if in_place is None else in_place
         self._slots: Slots | None = None
         self._feed: RowFeed | None = None
         for row, state, name in zip(self.rows, states, self.names, strict=True):
@@ -83,16 +89,16 @@ class SourcesStore:
         """Parameter name to [N, *shape] view of the rows, where they live."""
         return self.layout.views(self.rows)
 
-    def parts(self, size: int = PART_ROWS) -> Iterator[dict[str, Tensor]]:
+    def parts(self) -> Iterator[dict[str, Tensor]]:
         """All sources in order, as [n, *shape] views on the device; what is written into them before the next is kept.
 
-        One part of all rows where the rows are on the device (or device and host are one), else of at most `size`.
+        One part of all rows where the rows are on the device (or device and host are one), else of at most `part_rows`.
         """
         self._settle()
-        if self._usable_in_place:
+        if self._in_place:
             yield self.views()
             return
-        size = max(1, min(size, len(self), int(self._free(self.device) // 8 // (4 * self.layout.numel))))
+        size = max(1, min(self._part_rows, len(self), int(self._free(self.device) // 8 // (4 * self.layout.numel))))
         # Once: two would be twice the memory.
         whole = torch.empty(size, self.layout.numel, device=self.device, dtype=torch.float32)
         for begin in range(0, len(self), size):
@@ -133,11 +139,6 @@ class SourcesStore:
             remedy = "use sources.store=host or file, or fewer sources"
             needed = dtype.itemsize * count * width
             raise _does_not_fit(needed, self.device, count, "device", remedy, self._free(self.device)) from error
-
-    @property
-    def _usable_in_place(self) -> bool:
-        """True where the device can work on the rows where they live; a file's rows are a CPU's own memory too."""
-        return self.rows.device.type == self.device.type
 
     def _settle(self) -> None:
         if self._feed is not None:
