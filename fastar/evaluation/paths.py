@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastar.evaluation.batch_norm import Statistics, statistics_bytes
-from fastar.evaluation.losses import Batches, evaluate_rows
+from fastar.evaluation.losses import Batches, Measured, evaluate_rows
 from fastar.flat import FlatLayout, check_kernels
 from fastar.kernels import interpolate
 from fastar.runtime.live_bytes import LiveBytes
@@ -130,23 +130,34 @@ def evaluate_paths(
     def row_of(end: Endpoint) -> Tensor:
         return end.row_on(device)
 
-    chunk = resident or _models_at_once(model, layout, todo[0], row_of, len(todo), splits, statistics_batches, method)
+    def measure(some: Sequence[_Point], rows: Tensor, most: int | None = None) -> dict[str, Measured]:
+        """The losses of some points; of so many batches of each pass."""
+
+        def chosen(batches: Batches) -> Batches:
+            return batches if most is None else lambda: islice(batches(), most)
+
+        return evaluate_rows(
+            model,
+            layout,
+            rows,
+            {split: chosen(batches) for split, batches in splits.items()},
+            statistics=[point.statistics(method) for point in some],
+            statistics_batches=None if statistics_batches is None else chosen(statistics_batches),
+            method=method,
+            graph=graph and most is None,
+            called=[point.name for point in some],
+        )
+
+    def trial() -> None:
+        measure(todo[:1], row_of(todo[0].first)[None], MEASURED_BATCHES)
+
+    chunk = resident or _models_at_once(model, layout, len(todo), trial)
     measured: dict[_Point, dict[str, tuple[float, float]]] = {}
     with progress.task("evaluating", total=len(todo), unit="models") as advance:
         for some, rows in _interpolated(todo, chunk, layout.numel, row_of, device):
-            results = evaluate_rows(
-                model,
-                layout,
-                rows,
-                splits,
-                statistics=[point.statistics(method) for point in some],
-                statistics_batches=statistics_batches,
-                method=method,
-                graph=graph,
-                called=[point.name for point in some],
-            )
+            results = measure(some, rows).items()
             for k, point in enumerate(some):
-                measured[point] = {s: (float(m.loss[k]), float(m.accuracy[k])) for s, m in results.items()}
+                measured[point] = {s: (float(m.loss[k]), float(m.accuracy[k])) for s, m in results}
             advance(len(some))
     found = []
     for path, here in zip(paths, of_paths, strict=True):
@@ -191,34 +202,12 @@ def _interpolated(
         yield some, rows[: len(some)]
 
 
-def _models_at_once(
-    model: nn.Module,
-    layout: FlatLayout,
-    point: _Point,
-    row_of: Callable[[Endpoint], Tensor],
-    wanted: int,
-    splits: Mapping[str, Batches],
-    statistics_batches: Batches | None,
-    method: str,
-) -> int:
-    """The number of `wanted` models to hold at once; on a GPU what is left for batches and activations is measured, on
-    the first batches of every pass with the first end of `point`."""
+def _models_at_once(model: nn.Module, layout: FlatLayout, wanted: int, trial: Callable[[], object]) -> int:
+    """The number of `wanted` models to hold at once; on a GPU what is left for batches and activations is measured, in
+    `trial`."""
     device, extra = next(model.parameters()).device, None
-
-    def some(batches: Batches) -> Batches:
-        return lambda: islice(batches(), MEASURED_BATCHES)
-
     if device.type == "cuda" and wanted > 1:
         with LiveBytes() as live:
-            evaluate_rows(
-                model,
-                layout,
-                row_of(point.first)[None],
-                {split: some(batches) for split, batches in splits.items()},
-                statistics=[point.statistics(method)],
-                statistics_batches=None if statistics_batches is None else some(statistics_batches),
-                method=method,
-                called=[point.name],
-            )
+            trial()
         extra = live.peak + ENDS * 4 * layout.numel
     return resident_models(4 * layout.numel + statistics_bytes(model), device, wanted, extra)

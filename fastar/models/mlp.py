@@ -8,8 +8,7 @@ import math
 import torch
 from torch import nn
 
-from fastar.errors import FastarError
-from fastar.models.layers import Activation, Parts
+from fastar.models.layers import Activation, Parts, at_least
 
 
 class Mlp(nn.Module):
@@ -32,11 +31,7 @@ class Mlp(nn.Module):
         activation: Activation = "relu",
     ):
         super().__init__()
-        if width < 1 or width != int(width):
-            raise FastarError(f"model.width={width} of mlp must be a whole number of units, at least 1")
-        if depth < 1:
-            raise FastarError(f"model.depth={depth} of mlp must be at least 1 hidden layer")
-        sizes = [math.prod(input_shape), *[int(width)] * depth]
+        sizes = [math.prod(input_shape), *[at_least(width, 1, "width", "mlp")] * at_least(depth, 1, "depth", "mlp")]
         parts = Parts(activation)
         layers: list[nn.Module] = []
         for fan_in, fan_out in itertools.pairwise(sizes):

@@ -187,12 +187,6 @@ class Draft:
         self.substitute(view, [[] if part in owner[:i] else [joined[part]] for i, part in enumerate(owner)])
 
 
-def plain(solver: AxisSolver, labels: Dims) -> tuple[Axis, ...]:
-    """Every dimension as one axis, for operations that know nothing of draft."""
-    draft = Draft(solver, labels.dims)
-    return tuple(draft.flatten(d) for d in range(len(labels.dims)))
-
-
 def reshape(solver: AxisSolver, labels: Dims, shape: Sequence[int]) -> Dims:
     """Labels after a reshape. CannotSplit where the new dimensions cut units that can move at no common position."""
     if 0 in shape:

@@ -90,14 +90,11 @@ def derive_symmetry(
 def _derived(model: nn.Module, program: torch.export.ExportedProgram, allow_partial: bool) -> Symmetry:
     """The symmetry of a traced graph; where it is refused with buffers that move, they stay, as constants do."""
     movable = _movable(model, program)
-    ways = [(movable, allow_partial)]
-    if movable:
-        ways = [(movable, False), (frozenset(), False), *(ways if allow_partial else [])]
-    for buffers, partial in ways[:-1]:
+    for buffers in (movable, frozenset[str]()) if movable else ():
         with suppress(FastarError):
-            return _Derivation(model, program, buffers, allow_partial=partial).symmetry()
-    buffers, partial = ways[-1]
-    return _Derivation(model, program, buffers, allow_partial=partial).symmetry()
+            return _Derivation(model, program, buffers).symmetry()
+    last = movable if allow_partial else frozenset[str]()
+    return _Derivation(model, program, last, allow_partial=allow_partial).symmetry()
 
 
 def _movable(model: nn.Module, program: torch.export.ExportedProgram) -> frozenset[str]:

@@ -51,13 +51,14 @@ def verify_symmetry(
     """
     if not symmetry.groups:
         return
-    proof = _Proof(RandomNetwork(model, example_inputs, seed), symmetry, controls)
+    proof = _Proof(RandomNetwork(model, example_inputs, seed), symmetry)
     for draw in range(len(DRAWS)):
         proof.compare(draw)
-        if not controls or not proof.unseen():
+        left = proof.unseen() if controls else []
+        if not left:
             return
-    what = proof.left[0]
-    more = f" and {len(proof.left) - 1} more" if len(proof.left) > 1 else ""
+    what = left[0]
+    more = f" and {len(left) - 1} more" if len(left) > 1 else ""
     raise FastarError(
         f"the permutation groups of {type(model).__name__} cannot be proven: its outputs do not depend on "
         f"{what}{more}, with random weights and these example inputs: give inputs for which they do, and write None "
@@ -68,8 +69,8 @@ def verify_symmetry(
 class _Proof:
     """Comparisons on one network, and what they have still to show."""
 
-    def __init__(self, network: RandomNetwork, symmetry: Symmetry, controls: bool):
-        self.network, self.symmetry, self.controls = network, symmetry, controls
+    def __init__(self, network: RandomNetwork, symmetry: Symmetry):
+        self.network, self.symmetry = network, symmetry
         self.permutations = moving(symmetry, network.seed)
         self.sites = [
             (group, member)
@@ -82,7 +83,6 @@ class _Proof:
         placed = {member.tensor for _, member in self.sites}
         self.held = [name for name in self.matrices if name not in placed]  # parameters that no group is in
         self.shown: set[Member | str] = set()  # members, and parameters of `held`
-        self.left: list[str] = []
         self.buffers = 2 if network.has_buffers else 0  # as `RandomNetwork.state` says
         self.draw = 0
         self.state: State = {}
@@ -172,8 +172,22 @@ class _Proof:
 
     def unseen(self) -> list[str]:
         """Names for everything that could be permuted wrongly without changing the outputs, in all draws so far."""
-        if not self._finite():
-            return self.left
+        if self._finite():
+            self._show()
+        groups = {group.name: False for group, _ in self.sites}
+        groups |= {group.name: True for group, member in self.sites if member in self.shown}
+        return [
+            *(
+                f"the order of group {group.name!r} in axis {member.axis} of {member.tensor!r}"
+                for group, member in self.sites
+                if member.tensor in self.matrices and member not in self.shown
+            ),
+            *(repr(name) for name in self.held if name not in self.shown),
+            *(f"the order of group {name!r}" for name, shown in groups.items() if not shown),
+        ]
+
+    def _show(self) -> None:
+        """Permute and replace one thing at a time: what then changes the outputs is shown."""
         for group, member in self.sites:
             if member not in self.shown and self.differs(self._apart(group, member), SHOWN):
                 self.shown.add(member)
@@ -184,18 +198,6 @@ class _Proof:
                 continue
             if self.differs(self._with(name, other[name]), SHOWN) or not self._reads(name):
                 self.shown.add(name)
-        groups = {group.name: False for group, _ in self.sites}
-        groups |= {group.name: True for group, member in self.sites if member in self.shown}
-        self.left = [
-            *(
-                f"the order of group {group.name!r} in axis {member.axis} of {member.tensor!r}"
-                for group, member in self.sites
-                if member.tensor in self.matrices and member not in self.shown
-            ),
-            *(repr(name) for name in self.held if name not in self.shown),
-            *(f"the order of group {name!r}" for name, shown in groups.items() if not shown),
-        ]
-        return self.left
 
     def _reads(self, name: str) -> bool:
         """Tell whether the outputs are computed from a parameter at all, a factor of 0 included: NaN passes it."""
@@ -218,24 +220,17 @@ class _Proof:
 
 
 def moving(symmetry: Symmetry, seed: int) -> Permutations:
-    """Random permutations in which every group moves, and inside its blocks too, as far as there is more than one."""
-    chosen: dict[str, Tensor] = {}
-    for attempt in range(100):
-        drawn = symmetry.random(derive_seed(seed, "verify", attempt))
-        for family in symmetry.families:
-            groups = [symmetry.groups[position] for position in family]
-            if not all(group.name in chosen for group in groups) and all(_moves(g, drawn, symmetry) for g in groups):
-                chosen |= {group.name: drawn[group.name] for group in groups}
-        if len(chosen) == len(symmetry.groups):
-            break
-    return Permutations({group.name: chosen.get(group.name, drawn[group.name]) for group in symmetry.groups})
-
-
-def _moves(group: Group, permutations: Permutations, symmetry: Symmetry) -> bool:
-    inside = group.size if group.parent is None else group.size // symmetry.group(group.parent).size
-    if inside < 2:
-        return True
-    return bool((permutations[group.name] % inside != torch.arange(group.size, device="cpu") % inside).any())
+    """Random permutations in which every group moves, and inside its blocks too: where it would not, it is reversed."""
+    drawn, out = symmetry.random(derive_seed(seed, "verify", 0)), dict[str, Tensor]()
+    for group in symmetry.groups:
+        sigma = torch.zeros(1, dtype=torch.int64, device="cpu") if group.parent is None else out[group.parent]
+        index = drawn[group.name].unflatten(0, (len(sigma), -1))
+        size = index.shape[1]
+        inside = index % size
+        if bool((inside == torch.arange(size, device="cpu")).all()):
+            inside = inside.flip(1)
+        out[group.name] = (sigma[:, None] * size + inside).flatten()
+    return Permutations(out)
 
 
 def largest(values: Tensor) -> float:

@@ -8,7 +8,7 @@ from torch import fx
 from torch.utils._pytree import tree_leaves
 
 from fastar.symmetry.axes import Axis, AxisSolver, length_of
-from fastar.symmetry.axis_views import Dims, plain
+from fastar.symmetry.axis_views import Dims, Draft
 
 Labels = tuple[Axis, ...]
 Result = Labels | Dims | list[Any] | None
@@ -57,7 +57,8 @@ class Call:
 
     def labels(self, argument: Any = None) -> Labels:
         """Labels of a tensor argument with one axis per dimension: parts of views are made independent."""
-        return plain(self.solver, self.dims(argument))
+        draft = Draft(self.solver, self.dims(argument).dims)
+        return tuple(draft.flatten(d) for d in range(len(draft.dims)))
 
     def shape(self, node: fx.Node | None = None) -> tuple[int, ...]:
         """Shape of the result, or of an argument."""

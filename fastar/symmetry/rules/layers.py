@@ -17,11 +17,6 @@ def constant_fill(call: Call) -> Dims:
     return Dims(tuple((views.Copies(n),) for n in call.shape()))
 
 
-def fixed_result(call: Call) -> Labels:
-    """A tensor that depends on nothing that can move."""
-    return tuple(fixed(n) for n in call.shape())
-
-
 def convolution(call: Call) -> Labels:
     """Channels on axis 1. With groups, whole groups move; channels that a group writes move inside it, channels that
     it reads stay in place, because their permutation in the weights would differ from group to group."""
@@ -123,10 +118,6 @@ def dropout(call: Call) -> Dims:
     if call["train"]:
         raise Refused("dropout that stays active in evaluation mode")
     return same(call)
-
-
-def nothing(call: Call) -> None:
-    """A check that the tracer wrote into the graph."""
 
 
 def embedding(call: Call) -> Labels:

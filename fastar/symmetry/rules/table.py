@@ -74,10 +74,9 @@ _TABLE: list[tuple[str, Rule]] = [
     ("flip roll cumsum cumprod logcumsumexp", shapes.along),
     ("layer_norm rms_norm", layers.layer_norm),
     ("dropout alpha_dropout feature_dropout feature_alpha_dropout", layers.dropout),
-    ("_assert_tensor_metadata _assert_async", layers.nothing),
+    ("_assert_tensor_metadata _assert_async", lambda call: None),  # checks that the tracer wrote into the graph
     ("pad constant_pad_nd", shapes.pad),
     ("prelu _prelu_kernel", layers.prelu),
-    ("arange", layers.fixed_result),
     ("cat", shapes.concatenate),
     ("einsum", products.einsum),
     ("embedding", layers.embedding),
