@@ -76,21 +76,9 @@ def _adam_update_kernel(
     root = tl.sqrt(_one_minus_power(log_beta2, steps))
     updated = shrunk - size * (first / (tl.sqrt(second) / root + eps))
     write_block(
-        theta_ptr,
-        source_ptr,
-        t_ptr,
-        index_ptr,
-        out_ptr,
-        offsets,
-        mask,
-        kept,
-        theta,
-        updated,
-        rows,
-        row_stride,
-        NEXT,
-        INDEXED,
-    )
+        theta_ptr, source_ptr, t_ptr, index_ptr, out_ptr, offsets, mask, kept, theta, updated, rows, row_stride,
+        NEXT, INDEXED,
+    )  # fmt: skip
 
 
 def launch(

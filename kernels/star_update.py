@@ -51,21 +51,9 @@ def _sgd_update_kernel(
         step = step + momentum * buffer if NESTEROV else buffer
     updated = theta - lr * step
     write_block(
-        theta_ptr,
-        source_ptr,
-        t_ptr,
-        index_ptr,
-        out_ptr,
-        offsets,
-        mask,
-        kept,
-        theta,
-        updated,
-        rows,
-        row_stride,
-        NEXT,
-        INDEXED,
-    )
+        theta_ptr, source_ptr, t_ptr, index_ptr, out_ptr, offsets, mask, kept, theta, updated, rows, row_stride,
+        NEXT, INDEXED,
+    )  # fmt: skip
 
 
 def launch(
