@@ -108,13 +108,13 @@ def total(items: list[Item], place: str, moment: str | None = None) -> int:
 def shortages(items: list[Item], limits: dict[str, int]) -> list[str]:
     """A line for all that does not fit; of the disk it says what to do."""
     found = []
-    for place in limits:
-        for moment in MOMENTS if place != "disk" else ("run",):
-            needed = total(items, place, moment)
-            if needed > limits[place]:
-                found.append(f"{place}: {moment} needs {size_text(needed)}, {size_text(limits[place])} are there")
-                if place == "disk":
-                    found[-1] += "; free some, choose --out on another disk, or use fewer sources"
+    moments = [(place, moment) for place in limits if place != "disk" for moment in MOMENTS]
+    for place, moment in (*moments, ("disk", "the run")):
+        needed = total(items, place, moment)
+        if needed > limits[place]:
+            remedy = "; free some, choose --out on another disk, or use fewer sources" if place == "disk" else ""
+            sizes = f"needs {size_text(needed)}, {size_text(limits[place])} are there"
+            found.append(f"{place}: {moment} {sizes}{remedy}")
     return found
 
 
@@ -136,10 +136,8 @@ def activation_bytes(
         tensors = {}
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
             low = training and tensor.ndim > 1  # as `flat.WorkingWeights` holds them
-            kept = torch.empty_strided(
-                tensor.shape, tensor.stride(), dtype=dtype if low else tensor.dtype, device="cpu"
-            )
-            tensors[name] = kept.requires_grad_(tensor.requires_grad)
+            tensors[name] = torch.empty_like(tensor, dtype=dtype if low else None, device="cpu")
+            tensors[name].requires_grad_(tensor.requires_grad)
         pixels = torch.empty(images, *shape, dtype=torch.float32, device="cpu").to(memory_format=torch.channels_last)
         labels = torch.empty(images, dtype=torch.int64, device="cpu")
         with LiveBytes() as live, torch.set_grad_enabled(training):
@@ -158,15 +156,9 @@ def activation_bytes(
     return lambda images: max(0, round(low + slope * (images - few)))
 
 
-@dataclass(frozen=True)
-class Counted:
-    """What is counted once of a run, whatever is then changed to make it fit.
-
-    Args:
-        statistics: bytes of a model's batch-norm statistics while they are re-estimated.
-        training, forward: bytes of a step, and of an evaluation, by the number of images.
-        pixels, shown: values of an image in training, at its largest, and in evaluation.
-    """
+class Counted(NamedTuple):
+    """What is counted once of a run, whatever is then changed to make it fit: batch-norm `statistics` are bytes of a
+    model, `training` and `forward` bytes of a batch by its images, `pixels` and `shown` values of an image there."""
 
     network: NetworkBytes
     symmetry: Symmetry

@@ -103,13 +103,13 @@ def _speeds(
 
     `here`: the run is on the device that is here.
     """
-    matching, said = None, "images/s as stated, for evaluation too"
-    if speed is None and here:
+    matching, said = None, "give --images-per-second: the GPU's speed cannot be measured here"
+    if speed is not None:
+        said = f"{speed:,.0f} images/s stated, for evaluation too"
+    elif here:
         session.progress.line("planning: timing some steps")
         speed = images_per_second(session, counted.training)
         said = f"{speed:,.0f} images/s of training measured here, for evaluation too; loading is not counted"
-    elif speed is None:
-        said = "give --images-per-second: the GPU's speed cannot be measured here"
     if session.settings.star_matched_every and session.settings.matching.method in ("weight", "activation"):
         session.progress.line("planning: timing a matching")
         matching = matching_seconds(session)

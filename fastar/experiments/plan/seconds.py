@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch.utils.benchmark import Timer
 
 from fastar.experiments.plan.sizes import DataCounts, evaluated_models, training_sides
 from fastar.experiments.session import Session
@@ -15,7 +14,7 @@ from fastar.matching import EXAMPLE_BATCHES, Examples, match
 from fastar.runtime.memory import free_bytes
 from fastar.training import RegularStep
 
-# Steps that are timed after a first one, and what one may take on a CPU: a larger batch's speed is the same.
+# Steps that are timed, and what one may take on a CPU: a larger batch's speed is the same.
 STEPS, CPU_BYTES = 3, 64 << 20
 
 
@@ -49,7 +48,9 @@ def images_per_second(session: Session, step_bytes: Callable[[int], int]) -> flo
 
 
 def _seconds(run: Callable[[], object], times: int = 1) -> float:
-    """The mean of so many times, after a first one."""
+    """The mean of so many times, after two that are not timed."""
+    from torch.utils.benchmark import Timer  # takes a third of a second to import
+
     timer = Timer("run()", globals={"run": run}, num_threads=torch.get_num_threads())
     return float(timer.timeit(times).mean)
 
