@@ -60,18 +60,24 @@ class SafetensorsFile:
 
     Tensors are read, never mapped: a mapped file that is cut short ends the process.
 
+    Args:
+        tensors: they will be read, so the whole header is checked first, by the format's own reader (imports torch).
+
     Raises:
         FastarError: missing, truncated or foreign file.
     """
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, *, tensors: bool = True):
         require_file(path)
         self.path = path
         try:
+            if tensors:
+                with safe_open(path, "pt"):
+                    pass
             with path.open("rb") as file:
                 self._identity = _identity(file)
-                self.metadata, self._sites = _header(path, file)
-        except (OSError, ValueError, TypeError, LookupError, RecursionError, SafetensorError) as error:
+                self.metadata, self._sites = _header(file)
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError, SafetensorError) as error:
             raise FastarError(f"{path}: not a readable safetensors file ({error}); delete it or restore it") from error
 
     @property
@@ -131,7 +137,7 @@ def read_metadata(path: Path, *, own: bool = False) -> dict[str, Any]:
     Raises:
         FastarError: missing, truncated, damaged or foreign file.
     """
-    return SafetensorsFile(path).fastar_metadata(own=own)[0]
+    return SafetensorsFile(path, tensors=False).fastar_metadata(own=own)[0]
 
 
 def stored_digest(path: Path, *, own: bool = False) -> str:
@@ -140,7 +146,7 @@ def stored_digest(path: Path, *, own: bool = False) -> str:
     Raises:
         FastarError: missing, truncated or damaged file; with `own` one that fastar did not write.
     """
-    stored = SafetensorsFile(path).fastar_metadata(own=own)[1] if path.suffix == SAFETENSORS else None
+    stored = SafetensorsFile(path, tensors=False).fastar_metadata(own=own)[1] if path.suffix == SAFETENSORS else None
     if stored is not None:
         return stored
     require_file(path)
@@ -156,16 +162,15 @@ def _identity(file: BinaryIO) -> tuple[int, int]:
     return found.st_size, found.st_mtime_ns
 
 
-def _header(path: Path, file: BinaryIO) -> tuple[dict[str, str], dict[str, _Site]]:
+def _header(file: BinaryIO) -> tuple[dict[str, str], dict[str, _Site]]:
     """The header of a safetensors file: metadata, and sites of tensors.
 
     Raises:
-        SafetensorError: it is none, cut short, or its tensors do not fill the file without gaps.
-        ValueError: a tensor of a type that is not known.
+        ValueError, TypeError, LookupError, AttributeError: it is none, cut short, or has a type that is not known.
     """
-    with safe_open(path, "np"):  # the format's own check; it maps the file no longer than for this
-        first = 8 + int.from_bytes(file.read(8), "little")
-    content = json.loads(file.read(first - 8), object_pairs_hook=_once)
+    size = os.fstat(file.fileno()).st_size
+    first = 8 + int.from_bytes(file.read(8), "little")
+    content = json.loads(file.read(min(first, size) - 8).decode(), object_pairs_hook=_once)
     metadata = content.pop("__metadata__", None) or {}
     sites = {}
     for name, entry in content.items():
@@ -173,12 +178,14 @@ def _header(path: Path, file: BinaryIO) -> tuple[dict[str, str], dict[str, _Site
         if kind not in _TYPES:
             raise ValueError(f"{name!r} is of a type that is not known, {kind!r}")
         sites[name] = _Site(_TYPES[kind], tuple(entry["shape"]), first + begin, end - begin)
+    if size != max((site.begin + site.size for site in sites.values()), default=first):
+        raise ValueError(f"it has {size} bytes, and its header says otherwise")
     return metadata, sites
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
-    if len(found) != len(pairs):  # which that check passes over
+    if len(found) != len(pairs):  # which the format's own reader passes over
         raise ValueError("its header says something twice")
     return found
 
