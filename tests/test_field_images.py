@@ -684,13 +684,10 @@ def test_a_damaged_meta_mat_kills_a_process_of_its_own_alone(tmp_path: Path, mon
         damaged[place] ^= 1 << bit
         with pytest.raises(FastarError, match=r"ILSVRC2012_devkit_t12: its labels or meta\.mat are damaged \("):
             archives._synsets(bytes(damaged), where)
-    monkeypatch.setattr(archives, "READ_SYNSETS", "import os; os.kill(os.getpid(), 11)")
     with pytest.raises(FastarError, match=r"meta\.mat are damaged \(signal 11\); get it again"):
-        archives._synsets(meta, where)
-    monkeypatch.setattr(archives, "READ_SYNSETS", "import time; time.sleep(3600)")
-    monkeypatch.setattr(archives, "SECONDS", 0.2)
+        archives._synsets(meta, where, "import os; os.kill(os.getpid(), 11)")
     with pytest.raises(FastarError, match=r"reading its meta\.mat takes more than 0\.2 s; get it again"):
-        archives._synsets(meta, where)
+        archives._synsets(meta, where, "import time; time.sleep(3600)", 0.2)
 
 
 def test_a_folder_of_finished_data_may_hold_anything(tmp_path: Path) -> None:

@@ -238,6 +238,16 @@ def test_python_ends_without_a_word_of_its_own(run: Path, redirect: str) -> None
     assert ended.stderr.count("\n") == bool(said)
 
 
+def failing(monkeypatch: pytest.MonkeyPatch, what: str, error: BaseException, folder: Path) -> None:
+    """This function fails; the system's temporary folder is `folder`."""
+
+    def fails(*arguments: object, **named: object) -> None:
+        raise error
+
+    monkeypatch.setattr(what, fails)
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+
+
 class Panic(BaseException):
     """As libraries in Rust raise it: no Exception."""
 
@@ -246,11 +256,7 @@ class Panic(BaseException):
 def test_a_defect_is_one_line_that_says_where_its_traceback_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, defect: BaseException
 ) -> None:
-    def fails(**arguments: object) -> None:
-        raise defect
-
-    monkeypatch.setattr(config, "load_settings", fails)
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    failing(monkeypatch, "fastar.config.load_settings", defect, tmp_path)
     outcome = fastar("train-star", "--dataset", "digits")
     assert (outcome.code, outcome.out) == (70, "")
     (file,) = tmp_path.iterdir()
@@ -265,10 +271,7 @@ def test_a_defect_is_one_line_that_says_where_its_traceback_is(
 def test_a_defect_within_a_run_is_kept_in_its_folder(
     run: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(*arguments: object, **named: object) -> None:
-        raise KeyError("x")
-
-    monkeypatch.setattr("fastar.report.results.barrier_picture", fails)
+    failing(monkeypatch, "fastar.report.results.barrier_picture", KeyError("x"), tmp_path)
     before = {path.name for path in run.iterdir()}
     outcome = fastar("report", run)
     assert outcome.code == 70
@@ -276,19 +279,15 @@ def test_a_defect_within_a_run_is_kept_in_its_folder(
     assert f"the traceback is in {printable(str(run / name))};" in outcome.err
     (run / name).unlink()
 
-    monkeypatch.setattr("fastar.experiments.train_star", fails)  # before there is a folder: it is not made for this
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    # Before there is a folder: it is not made for this.
+    failing(monkeypatch, "fastar.experiments.train_star", KeyError("x"), tmp_path)
     outcome = fastar("train-star", *tiny(data), "--out", tmp_path / "new")
     assert outcome.code == 70
     assert [path.suffix for path in tmp_path.iterdir()] == [".txt"]
 
 
 def test_a_traceback_that_cannot_be_kept_is_printed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(**arguments: object) -> None:
-        raise ZeroDivisionError
-
-    monkeypatch.setattr(config, "load_settings", fails)
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "not there"))
+    failing(monkeypatch, "fastar.config.load_settings", ZeroDivisionError(), tmp_path / "not there")
     outcome = fastar("train-star", "--dataset", "digits")
     assert outcome.code == 70
     assert outcome.err.startswith("Traceback (most recent call last)")
@@ -297,11 +296,8 @@ def test_a_traceback_that_cannot_be_kept_is_printed(tmp_path: Path, monkeypatch:
     )
 
 
-def test_python_code_still_gets_the_exception(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(**arguments: object) -> None:
-        raise ZeroDivisionError
-
-    monkeypatch.setattr("fastar.config.load.config_path", lambda *arguments: fails())
+def test_python_code_still_gets_the_exception(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failing(monkeypatch, "fastar.config.load.config_path", ZeroDivisionError(), tmp_path)
     with pytest.raises(ZeroDivisionError):
         config.load_settings(dataset="digits")
 
@@ -340,11 +336,8 @@ def test_the_tool_that_writes_data_has_the_same_ends(tmp_path: Path, monkeypatch
 
 
 def test_what_the_system_refuses_is_no_defect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(**arguments: object) -> None:
-        raise PermissionError(errno.EACCES, "Permission denied", tmp_path / "x")
-
-    monkeypatch.setattr(config, "load_settings", fails)
-    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    denied = PermissionError(errno.EACCES, "Permission denied", tmp_path / "x")
+    failing(monkeypatch, "fastar.config.load_settings", denied, tmp_path)
     said = refused("train-star", "--dataset", "digits")
     assert said == f"{tmp_path}/x: cannot be used (Permission denied)"
     assert list(tmp_path.iterdir()) == []

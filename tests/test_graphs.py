@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import evaluation_cases
@@ -19,8 +18,8 @@ from fastar.errors import FastarError
 from fastar.evaluation import Measured, evaluate_rows
 from fastar.flat import FlatLayout
 from fastar.models import build_model
-from fastar.runtime.cuda_graph import WARM_UP, CallGraph
-from fastar.training import RegularStep, SourcesStore, StarStep, steps
+from fastar.runtime.cuda_graph import WARM_UP, CallGraph, Record
+from fastar.training import RegularStep, SourcesStore, StarStep
 
 SHAPE = (3, 8, 8)
 EAGER = TrainSettings(lr=0.05, weight_decay=5e-3, precision="fp32")
@@ -48,14 +47,12 @@ class Recorder:
 
 
 @pytest.fixture
-def recorder(monkeypatch: pytest.MonkeyPatch) -> Recorder:
-    recorder = Recorder()
-    monkeypatch.setattr(steps, "CallGraph", lambda body, moved, device: CallGraph(body, moved, device, record=recorder))
-    return recorder
+def recorder() -> Recorder:
+    return Recorder()
 
 
-def regular(settings: TrainSettings, device: torch.device = CPU) -> RegularStep:
-    return RegularStep(resnet(0).to(device), settings)
+def regular(settings: TrainSettings, device: torch.device = CPU, **more: Any) -> RegularStep:
+    return RegularStep(resnet(0).to(device), settings, **more)
 
 
 def star(settings: TrainSettings, device: torch.device = CPU, place: str = "device", **more: Any) -> StarStep:
@@ -95,7 +92,7 @@ def test_replays_equal_eager_steps(
 ) -> None:
     """Warm-up leaves no trace (weights, moments, batch-norm), every replay reads its own batch, rate, source and t."""
     eager = kind(EAGER.model_copy(update=change), **more)
-    graph = kind(GRAPH.model_copy(update=change), **more)
+    graph = kind(GRAPH.model_copy(update=change), **more, record=recorder)
     assert run(graph) == run(eager)
     assert recorder.replays == 2 * 6  # the short last batches are not replayed
     assert torch.equal(graph.theta, eager.theta)
@@ -107,7 +104,7 @@ def test_replays_equal_eager_steps(
 def test_a_replay_that_overflows_is_skipped(recorder: Recorder) -> None:
     found = []
     for settings in (EAGER, GRAPH):
-        step = regular(settings)
+        step = regular(settings, record=recorder)
         step.loss_scale.enabled, step.loss_scale.found_nonfinite = True, torch.zeros(())
         if settings.graph:  # it is told of the loss scale's tensors when it is made
             step._graph = step._graph_of(step._body)
@@ -119,7 +116,7 @@ def test_a_replay_that_overflows_is_skipped(recorder: Recorder) -> None:
 
 
 def test_a_loss_outlives_the_next_replay(recorder: Recorder) -> None:
-    step = regular(GRAPH)
+    step = regular(GRAPH, record=recorder)
     (first, labels), (second, others) = batches(2, 0, SHAPE)
     loss = step(first, labels % 4, torch.tensor(0.05))
     before = float(loss)
@@ -237,7 +234,9 @@ def test_warm_up_and_captures_share_a_stream_of_their_own() -> None:
 # Evaluation
 
 
-def evaluated(kind: str, method: str, graph: bool, device: torch.device = CPU) -> dict[str, Measured]:
+def evaluated(
+    kind: str, method: str, graph: bool, device: torch.device = CPU, record: Record | None = None
+) -> dict[str, Measured]:
     """Three models over batches of 16, 16, 16 and 2 images."""
     models = [evaluation_cases.resnet(n) if kind == "resnet" else evaluation_cases.mlp(n) for n in range(3)]
     rows = torch.stack([evaluation_cases.row(model) for model in models]).to(device)
@@ -254,6 +253,7 @@ def evaluated(kind: str, method: str, graph: bool, device: torch.device = CPU) -
         statistics_batches=moved(evaluation_cases.data(seed=2)),
         method=method,
         graph=graph,
+        record=record,
     )
 
 
@@ -261,12 +261,8 @@ EVALUATED = [("resnet", "population", 9), ("resnet", "reference", 9), ("mlp", "p
 
 
 @pytest.mark.parametrize(("kind", "method", "replays"), EVALUATED)
-def test_evaluation_by_replays_is_the_same(
-    monkeypatch: pytest.MonkeyPatch, kind: str, method: str, replays: int
-) -> None:
-    recorder = Recorder()
-    monkeypatch.setattr("fastar.evaluation.losses.CallGraph", partial(CallGraph, record=recorder))
-    graph, eager = (evaluated(kind, method, on) for on in (True, False))
+def test_evaluation_by_replays_is_the_same(recorder: Recorder, kind: str, method: str, replays: int) -> None:
+    graph, eager = (evaluated(kind, method, on, record=recorder) for on in (True, False))
     assert recorder.replays == replays  # a pass of statistics and two of losses, without their short last batches
     for split, wanted in eager.items():
         assert torch.equal(graph[split].loss, wanted.loss)

@@ -21,7 +21,6 @@ from fastar.errors import FastarError
 from fastar.experiments import train_star
 from fastar.flat import FlatLayout
 from fastar.matching import ActivationCache, Examples, UnitActivations, cache_bytes, match, match_many
-from fastar.matching.activation import statistics
 from fastar.symmetry import Symmetry, derive_symmetry
 from fastar.training import Matcher, SourcesStore, StarStep, match_store
 from fastar.training import sources as store_module
@@ -108,13 +107,12 @@ def test_what_is_kept_has_its_bytes_known_beforehand() -> None:
         assert len(kept) == 2
 
 
-def test_no_place_has_more_samples_than_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_place_has_more_samples_than_the_limit() -> None:
     model, symmetry, inputs = case("resnet")
     state = random_state(model, 0)
     whole = UnitActivations(model, symmetry, [inputs], CPU)(state, "whole")
     assert max(len(table) for table in whole.values()) > 300
-    monkeypatch.setattr(statistics, "SAMPLES", 100)
-    few = UnitActivations(model, symmetry, [inputs[:32], inputs[32:]], CPU)
+    few = UnitActivations(model, symmetry, [inputs[:32], inputs[32:]], CPU, samples=100)
     tables = few(state, "few")
     for group in symmetry.groups:
         places = len({(m.tensor, m.axis) for m in group.members})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -11,9 +12,9 @@ from rich.console import Console
 from fastar.runtime.progress import SILENT, TerminalProgress
 
 
-def plain() -> tuple[TerminalProgress, io.StringIO]:
+def plain(**more: Any) -> tuple[TerminalProgress, io.StringIO]:
     stream = io.StringIO()
-    return TerminalProgress(Console(file=stream, width=40)), stream
+    return TerminalProgress(Console(file=stream, width=40), **more), stream
 
 
 def terminal() -> tuple[TerminalProgress, io.StringIO]:
@@ -52,11 +53,9 @@ def test_plain_says_nothing_of_nothing_or_of_failures() -> None:
     assert stream.getvalue() == ""
 
 
-def test_plain_tells_of_tasks_within_others_only_if_they_were_long(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_tells_of_tasks_within_others_only_if_they_were_long() -> None:
     for seconds, told in ((9.0, ["all"]), (11.0, ["part", "all"])):
-        progress, stream = plain()
-        clock = iter([0.0, 0.0, seconds, seconds])
-        monkeypatch.setattr("fastar.runtime.progress.time.perf_counter", lambda clock=clock: next(clock))
+        progress, stream = plain(clock=iter([0.0, 0.0, seconds, seconds]).__next__)
         with progress.task("all", total=1) as outer, progress.task("part", total=1) as inner:
             inner()
             outer()

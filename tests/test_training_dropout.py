@@ -16,7 +16,6 @@ from training_cases import CPU, dataset, network, store
 
 from fastar.config import StarSettings, TrainSettings
 from fastar.flat import FlatLayout
-from fastar.runtime.cuda_graph import CallGraph
 from fastar.training import RegularStep, StarStep, fit, steps
 from fastar.training.steps import StepDraws
 
@@ -38,14 +37,14 @@ class Dropping(nn.Module):
         return self.out(F.dropout(out.mean((2, 3)), self.share, self.training))
 
 
-def regular(settings: TrainSettings = SETTINGS, kind: Callable[[], nn.Module] = Dropping) -> RegularStep:
-    return RegularStep(network(kind, 0), settings)  # type: ignore[arg-type]
+def regular(settings: TrainSettings = SETTINGS, kind: Callable[[], nn.Module] = Dropping, **more: Any) -> RegularStep:
+    return RegularStep(network(kind, 0), settings, **more)  # type: ignore[arg-type]
 
 
-def star(settings: TrainSettings = SETTINGS) -> StarStep:
+def star(settings: TrainSettings = SETTINGS, **more: Any) -> StarStep:
     model = network(Dropping, 0)
     z = store([network(Dropping, seed) for seed in (1, 2, 3)], FlatLayout.from_module(model))
-    return StarStep(model, settings, StarSettings(), z, seed=4)
+    return StarStep(model, settings, StarSettings(), z, seed=4, **more)
 
 
 def train(step: Any, seed: int = 0, settings: TrainSettings = SETTINGS, **more: Any) -> list[float]:
@@ -139,7 +138,7 @@ def test_generators_are_set_only_where_the_first_step_drew(drawing: bool) -> Non
 
 
 @pytest.mark.parametrize("make", [regular, star])
-def test_a_graph_drops_what_eager_steps_drop(monkeypatch: pytest.MonkeyPatch, make: Callable[..., Any]) -> None:
+def test_a_graph_drops_what_eager_steps_drop(make: Callable[..., Any]) -> None:
     """With a recorder in the place of CUDA graphs: what the warm-up drew does not count."""
     captures: list[int] = []
 
@@ -148,8 +147,7 @@ def test_a_graph_drops_what_eager_steps_drop(monkeypatch: pytest.MonkeyPatch, ma
         captures.append(len(captures))
         return run
 
-    monkeypatch.setattr(steps, "CallGraph", lambda body, moved, device: CallGraph(body, moved, device, record=record))
-    eager, graph = make(), make(SETTINGS.model_copy(update={"graph": True}))
+    eager, graph = make(), make(SETTINGS.model_copy(update={"graph": True}), record=record)
     assert train(graph) == train(eager)
     assert torch.equal(graph.theta, eager.theta)
     assert captures == [0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import doctest
+import itertools
 import json
 import re
 import runpy
@@ -114,7 +115,9 @@ class Hours:
 
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
-        monkeypatch.setattr(timing.time, "perf_counter", lambda: self.now)
+
+    def __call__(self) -> float:
+        return self.now
 
     def pass_by(self, seconds: float) -> None:
         self.now += seconds
@@ -123,7 +126,8 @@ class Hours:
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_a_part_within_another_counts_for_itself(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     hours = Hours(monkeypatch)
-    with SpanClock(torch.device(device)) as first, SpanClock(torch.device(device)) as second:
+    first, second = (SpanClock(torch.device(device), clock=hours) for _ in range(2))
+    with first, second:
         with span("outer"):
             hours.pass_by(2)
             with span("inner"):
@@ -161,8 +165,8 @@ def test_what_is_done_to_images_is_no_waiting_for_them(
     monkeypatch.setattr(device_data, "augmented", slow)
     images = dataset(channels=3, size=4, pad=1)
     steps = images.batch_count(16)
-    clock = EpochClock(torch.device(device), steps)
-    with SpanClock(torch.device(device)) if profiled else nullcontext() as other:
+    clock = EpochClock(torch.device(device), steps, clock=hours)
+    with SpanClock(torch.device(device), clock=hours) if profiled else nullcontext() as other:
         for number, _ in enumerate(timed_batches(waiting(images.batches(16, seed=0, epoch=0)), clock)):
             with clock.step(number), span("forward"):
                 hours.pass_by(2)
@@ -189,18 +193,18 @@ def test_an_epoch_says_what_limits_it() -> None:
     assert slow.note() == "loss 0.5000, 500 images/s, loader-limited (load 50%)"
 
 
-def test_long_epochs_are_told_of_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_long_epochs_are_told_of_one_by_one() -> None:
     class Told(SilentProgress):
         def line(self, text: str) -> None:
             lines.append(text)
 
     settings = TrainSettings(batch_size=16, precision="fp32")
     images = dataset(channels=3, size=2, pad=0)
-    for least, told in ((30.0, 0), (0.0, 2)):
+    for seconds, told in ((29, 0), (31, 2)):
         lines: list[str] = []
-        monkeypatch.setattr("fastar.training.loop.WORTH_A_LINE", least)
+        clock = itertools.count(step=seconds).__next__
         step = RegularStep(network(PlainMlp, 0), settings)
-        fit(step, images, settings, name="source 3", seed=0, epochs=2, progress=Told())
+        fit(step, images, settings, name="source 3", seed=0, epochs=2, progress=Told(), clock=clock)
         assert len(lines) == told
     assert re.fullmatch(
         r"source 3, epoch 2 of 2: loss \d\.\d+, [\d,]+ images/s, (loader|compute)-limited \(load \d+%\)", lines[1]

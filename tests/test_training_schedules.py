@@ -13,8 +13,7 @@ from fastar.config import TrainSettings, load_settings
 from fastar.config.recipes import CONFIGS
 from fastar.errors import FastarError
 from fastar.models import build_model
-from fastar.runtime.cuda_graph import CallGraph
-from fastar.training import RegularStep, fit, learning_rate, resolution, steps
+from fastar.training import RegularStep, fit, learning_rate, resolution
 
 
 def test_sides_between_two_epochs_are_multiples_of_32() -> None:
@@ -123,7 +122,7 @@ def test_training_asks_for_the_side_of_the_epoch(resolutions: Any, wanted: list[
     assert images.sides == wanted
 
 
-def test_images_of_another_side_are_captured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_of_another_side_are_captured_anew() -> None:
     """With a recorder in the place of CUDA graphs: one capture for each side, and the losses of eager steps."""
     captures: list[int] = []
 
@@ -132,11 +131,10 @@ def test_images_of_another_side_are_captured_anew(monkeypatch: pytest.MonkeyPatc
         captures.append(len(captures))
         return run
 
-    monkeypatch.setattr(steps, "CallGraph", lambda body, moved, device: CallGraph(body, moved, device, record=record))
     found = []
     for graph in (False, True):
         model = build_model("imagenet-resnet18", input_shape=(3, 32, 32), classes=4, seed=0, width=0.0625)
-        step = RegularStep(model, TrainSettings(precision="fp32", graph=graph))
+        step = RegularStep(model, TrainSettings(precision="fp32", graph=graph), record=record)
         generator = torch.Generator().manual_seed(0)
         losses = []
         for side, count in ((32, 4), (32, 4), (32, 3), (64, 4), (64, 4)):  # the third is an epoch's short last batch

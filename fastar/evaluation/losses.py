@@ -24,7 +24,7 @@ from fastar.evaluation.batch_norm import (
 from fastar.flat import FlatLayout
 from fastar.flat.forward import call
 from fastar.flat.state_check import drops_caches, forget
-from fastar.runtime.cuda_graph import CallGraph
+from fastar.runtime.cuda_graph import CallGraph, Record
 from fastar.runtime.full_precision import full_precision
 
 Batches = Callable[[], Iterable[tuple[Any, Tensor]]]
@@ -71,6 +71,7 @@ def evaluate_rows(
     method: str = "population",
     graph: bool = False,
     called: Sequence[str] | None = None,
+    record: Record | None = None,
 ) -> dict[str, Measured]:
     """Evaluate K models of one architecture in two passes: batch-norm statistics, then losses.
 
@@ -85,6 +86,7 @@ def evaluate_rows(
             paper's code).
         graph: replay the work of each batch of a pass as a CUDA graph (all K models in one); a GPU.
         called: names of the models, for errors.
+        record: captures the graph; None: as a CUDA graph.
 
     Raises:
         FastarError: a loss that is not finite, batch-norm without data to re-estimate it from, or a graph on a CPU.
@@ -96,7 +98,7 @@ def evaluate_rows(
     views, results = layout.views(rows), {}
     found: list[Statistics | None] = list(statistics) if statistics is not None else [None] * len(rows)
     with full_precision(), bound(model, list(views)) as bind, evaluating(model):
-        passes = _Passes(model, bind, views, graph)
+        passes = _Passes(model, bind, views, graph, record)
         todo = [k for k, one in enumerate(found) if one is None] if batch_norm_layers(model) else []
         if todo and statistics_batches is None:
             raise FastarError("the model has batch-norm: statistics_batches are needed to re-estimate it")
@@ -130,6 +132,7 @@ class _Passes:
     bind: Callable[[Mapping[str, Tensor]], None]
     views: Mapping[str, Tensor]
     graph: bool
+    record: Record | None
 
     def one(self, k: int) -> dict[str, Tensor]:
         """The parameters of model `k`."""
@@ -139,7 +142,9 @@ class _Passes:
         """Do `work`, which changes the tensors `moved`, on every batch; the number of samples."""
         samples = 0
         # Batches of another shape than the first (the last one) go without the graph.
-        graph = CallGraph(work, moved, moved[0].device, setting="evaluation.graph") if self.graph else None
+        graph = None
+        if self.graph:
+            graph = CallGraph(work, moved, moved[0].device, setting="evaluation.graph", record=self.record)
         for images, labels in batches():
             (graph if graph is not None and graph.fits(images, labels) else work)(images, labels)
             samples += len(labels)

@@ -5,7 +5,7 @@ Rooms take a `Progress` and never print. `SILENT` is the default; `fastar.cli` p
 
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Protocol
 
@@ -74,7 +74,8 @@ class TerminalProgress:
     """Bars with rate and time remaining on a terminal; elsewhere one plain line when a task ends, unless it was a short
     one within another. Writes to stderr; where that fails it says nothing from then on, and the work goes on."""
 
-    def __init__(self, console: Console | None = None):
+    def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.perf_counter):
+        self._clock = clock
         self.console = console or Console(file=sys.stderr)
         self.console.file = forgiving(sys.stderr if console is None else console.file)
         self._live: RichProgress | None = None
@@ -95,7 +96,7 @@ class TerminalProgress:
                     bars.remove_task(identity)
             return
 
-        start, done, last_note = time.perf_counter(), 0, ""
+        start, done, last_note = self._clock(), 0, ""
 
         def advance_plain(count: int = 1, note: str = "") -> None:
             nonlocal done, last_note
@@ -106,7 +107,7 @@ class TerminalProgress:
             yield advance_plain
         finally:
             self._depth -= 1
-        seconds = time.perf_counter() - start
+        seconds = self._clock() - start
         if not total or (self._depth and seconds < _WORTH_A_LINE):  # nothing to do, or nothing to tell
             return
         rate = f", {done / seconds:,.1f} {unit}/s" if seconds > 0 else ""

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
 
+Clock = Callable[[], float]
 _NOTHING = nullcontext()
 _clocks: tuple[SpanClock, ...] = ()
 
@@ -49,10 +50,12 @@ class SpanClock:
     Args:
         device: where the work runs.
         names: whether torch's profiler is to see the spans; it costs some microseconds each.
+        clock: seconds, on a host.
     """
 
-    def __init__(self, device: torch.device, *, names: bool = True):
+    def __init__(self, device: torch.device, *, names: bool = True, clock: Clock = time.perf_counter):
         self._device = device
+        self._clock = clock
         self._names = names
         self._open: list[str] = []
         self._events: list[tuple[str, str | None, torch.cuda.Event, torch.cuda.Event]] = []
@@ -83,9 +86,9 @@ class SpanClock:
                     end.record()
                     self._events.append((name, outer, start, end))
                 else:
-                    begin = time.perf_counter()
+                    begin = self._clock()
                     yield
-                    self._add(name, outer, time.perf_counter() - begin)
+                    self._add(name, outer, self._clock() - begin)
         finally:
             self._open.pop()
 
@@ -115,9 +118,9 @@ class EpochClock:
         steps: steps of the epoch, of which about `samples` are looked into.
     """
 
-    def __init__(self, device: torch.device, steps: int, samples: int = 8):
-        self._between = SpanClock(device, names=False)
-        self._inside = SpanClock(device, names=False)
+    def __init__(self, device: torch.device, steps: int, samples: int = 8, clock: Clock = time.perf_counter):
+        self._between = SpanClock(device, names=False, clock=clock)
+        self._inside = SpanClock(device, names=False, clock=clock)
         every = max(1, steps // samples)
         # The first step of an epoch starts things up; it is taken only where there is no other.
         self._sampled = range(min(every // 2 + 1, steps - 1), steps, every)

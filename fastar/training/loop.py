@@ -61,6 +61,7 @@ def fit(
     saved: Saved | None = None,
     profile: StepsProfile | None = None,
     progress: Progress = SILENT,
+    clock: Callable[[], float] = time.perf_counter,
 ) -> list[Epoch]:
     """Train: `epochs` passes over `data` in batches, the learning rate set before each step.
 
@@ -81,6 +82,7 @@ def fit(
         checkpoints: where to save the training; a request to stop then waits for the end of a step.
         saved: what to go on from; needs `checkpoints`.
         profile: looks at some steps.
+        clock: seconds.
 
     Raises:
         FastarError: too few images for one batch, too few steps to be profiled, or a disk that is full.
@@ -91,7 +93,7 @@ def fit(
     advice = f"lower {rate} (it is {base:g})"
     if resolve_precision(settings.precision, data.device) != torch.float32:
         advice += " or use train.precision=fp32"
-    training = _Training(step, data, settings, name, checkpoints, epochs or settings.epochs, advice)
+    training = _Training(step, data, settings, name, checkpoints, epochs or settings.epochs, advice, clock)
     steps = training.steps
     if profile is not None:
         profile.check(training.epochs, steps)
@@ -109,14 +111,14 @@ def fit(
         for epoch in range(len(training.history), training.epochs):
             if profile is not None:
                 profile.epoch_begins(epoch, training.epochs)
-            start = time.perf_counter()
+            start = clock()
             if begin:
                 step.resume_epoch(epoch, steps, begin)
             else:
                 step.begin_epoch(epoch, steps)
             synchronize(device)
             if not begin:
-                training.so_far = SoFar(begin_seconds=time.perf_counter() - start, figures=figures())
+                training.so_far = SoFar(begin_seconds=clock() - start, figures=figures())
             rates = torch.tensor(
                 [learning_rate(settings, epoch * steps + i, steps, training.epochs, base) for i in range(steps)],
                 dtype=torch.float32,
@@ -167,6 +169,7 @@ class _Training:
         checkpoints: TrainingCheckpoints | None,
         epochs: int,
         advice: str,
+        clock: Callable[[], float],
     ):
         check_batch(settings, len(data))
         self.steps = data.batch_count(settings.batch_size, settings.drop_last)
@@ -182,6 +185,7 @@ class _Training:
         self._device = data.device
         self._checkpoints = checkpoints
         self._advice = advice
+        self._now = clock
         self._good: Good | None = None
 
     def go_on(self, saved: Saved) -> int:
@@ -201,18 +205,18 @@ class _Training:
     def clock_steps(self, begin: int) -> None:
         """Begin to time the steps from number `begin` on."""
         self.clock = EpochClock(self._device, self.steps - begin)
-        self._begun = time.perf_counter()
+        self._begun = self._now()
         self._saving = 0.0
 
     def save_within(self, steps: int) -> None:
         """Save after so many steps of the epoch, and stop if that is asked for."""
         synchronize(self._device)  # what is queued is the steps' time
-        start = time.perf_counter()
+        start = self._now()
         self._check(steps)
         written = self._save(steps, self._until(start))
         if written:
             self._keep(steps)
-        self._saving += time.perf_counter() - start
+        self._saving += self._now() - start
         self._stop_if_asked(f"epoch {len(self.history) + 1}, step {steps + 1} of {self._name}" if written else "")
 
     def save_after(self) -> None:
@@ -240,7 +244,7 @@ class _Training:
         spoiled = [name for name, good in zip(moved, finite.tolist(), strict=True) if not good]
         if spoiled:  # the loss is of before the update: nothing else would tell of the last step's
             raise self._not_finite(_in_words(spoiled[0]), self.steps - 1)
-        so_far = self._until(time.perf_counter())
+        so_far = self._until(self._now())
         done = Epoch(
             len(self.history),
             self._mean(losses),

@@ -16,7 +16,7 @@ from fastar.config import TrainSettings
 from fastar.errors import FastarError
 from fastar.flat import FlatLayout, FlatParameters, WorkingWeights
 from fastar.kernels import NextPoint
-from fastar.runtime.cuda_graph import CallGraph
+from fastar.runtime.cuda_graph import CallGraph, Record
 from fastar.runtime.seeds import derive_seed
 from fastar.runtime.timing import span
 from fastar.training.amp import LossScale, resolve_precision, shortening
@@ -35,11 +35,13 @@ class Step:
         model: gives the architecture and the initial theta; it is trained in place.
         settings: the recipe.
         working_copy: whether the network holds other weights than theta.
+        record: captures `train.graph`'s graph; None: as a CUDA graph.
     """
 
-    def __init__(self, model: nn.Module, settings: TrainSettings, *, working_copy: bool):
+    def __init__(self, model: nn.Module, settings: TrainSettings, *, working_copy: bool, record: Record | None = None):
         self.model = model
         self.settings = settings
+        self._record = record
         self.device = next(model.parameters()).device
         self.dtype = resolve_precision(settings.precision, self.device)
         self.loss_scale = LossScale(self.device, enabled=self.dtype == torch.float16)
@@ -108,7 +110,7 @@ class Step:
             return None
         working = () if self._working is None else self._working.values
         moved = [self.theta, *working, *self.optimizer.state(), *self.loss_scale.state(), *self.model.buffers()]
-        return CallGraph(body, moved, self.device)
+        return CallGraph(body, moved, self.device, record=self._record)
 
     def _replayed(self, graph: CallGraph | None, images: Tensor, labels: Tensor) -> CallGraph | None:
         """The graph, if this batch can be replayed. Images of another side, as progressive resizing has them, are
@@ -148,8 +150,8 @@ class Step:
 class RegularStep(Step):
     """Ordinary training of one network."""
 
-    def __init__(self, model: nn.Module, settings: TrainSettings):
-        super().__init__(model, settings, working_copy=False)
+    def __init__(self, model: nn.Module, settings: TrainSettings, *, record: Record | None = None):
+        super().__init__(model, settings, working_copy=False, record=record)
         self._graph = self._graph_of(self._body)
 
     def __call__(self, images: Tensor, labels: Tensor, lr: Tensor) -> Tensor:

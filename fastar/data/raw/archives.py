@@ -153,14 +153,16 @@ def _validation_classes(root: Path) -> list[str]:
         raise FastarError(f"{root / DEVKIT}: its labels or meta.mat are damaged ({error}); get it again") from error
 
 
-def _synsets(content: bytes, where: Path) -> list[tuple[int, str, int]]:
+def _synsets(
+    content: bytes, where: Path, script: str = READ_SYNSETS, seconds: float = SECONDS
+) -> list[tuple[int, str, int]]:
     """(number, name, number of children) of each row of meta.mat."""
-    command = [sys.executable, "-c", READ_SYNSETS, "\n".join(sys.path)]
+    command = [sys.executable, "-c", script, "\n".join(sys.path)]
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     try:
-        done = subprocess.run(command, input=content, capture_output=True, timeout=SECONDS, env=environment)
+        done = subprocess.run(command, input=content, capture_output=True, timeout=seconds, env=environment)
     except subprocess.TimeoutExpired as error:
-        raise FastarError(f"{where}: reading its meta.mat takes more than {SECONDS:g} s; get it again") from error
+        raise FastarError(f"{where}: reading its meta.mat takes more than {seconds:g} s; get it again") from error
     if done.returncode != 0:
         said = done.stderr.decode(errors="replace").strip().splitlines()
         why = f"signal {-done.returncode}" if done.returncode < 0 else printable(said[-1])[:200] if said else "no word"

@@ -38,7 +38,7 @@ class UnitActivations:
     A group's activations are the inputs of every linear map and convolution that reads its units; where there are
     none, the outputs of those that make them; where there are none of these, what norms, scales and shifts with a
     parameter for each unit give out; what the first batch of the first network shows decides. At each such site at
-    most 4096 samples are taken each time a forward passes it, spread over images and positions, the same of every
+    most `samples` are taken each time a forward passes it, spread over images and positions, the same of every
     network. Networks run in float32, whatever they and the batches are in. Batch-norm normalises with the batch, so no
     statistics are needed.
 
@@ -50,16 +50,24 @@ class UnitActivations:
         model: of the architecture, with any weights; copied, not touched.
         batches: inputs [batch, ...] as the model takes them; from elsewhere each is brought when it is used.
         device: where networks run; `meta` for the shapes alone.
+        samples: the most that are taken at a site.
 
     Raises:
         FastarError: no batches.
     """
 
-    def __init__(self, model: nn.Module, symmetry: Symmetry, batches: Sequence[Batch], device: torch.device):
+    def __init__(
+        self,
+        model: nn.Module,
+        symmetry: Symmetry,
+        batches: Sequence[Batch],
+        device: torch.device,
+        samples: int = SAMPLES,
+    ):
         if not batches:
             raise FastarError("matching by activations needs at least one batch of images; give some")
         self.symmetry, self.device = symmetry, device
-        self._batches = list(batches)
+        self._batches, self._samples = list(batches), samples
         self.order: list[int] = list(range(len(symmetry.families)))
         self._along: dict[Key, tuple[Along, ...] | None] = {}
         self._model: nn.Module | None = model  # until its sites are known
@@ -130,7 +138,7 @@ class UnitActivations:
         """Values [samples, positions] that run along axes of parameters, at the sites where groups are observed."""
         observed: dict[Key, list[Tensor]] = {}
         kinds: dict[Key, Kind] = {}
-        share = max(1, SAMPLES // len(self._batches))
+        share = max(1, self._samples // len(self._batches))
 
         def keep(name: str, axis: int, kind: Kind, values: Tensor) -> None:
             key = name, axis
