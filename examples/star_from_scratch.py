@@ -2,7 +2,7 @@
 
     python examples/star_from_scratch.py        # ten seconds on one CPU core
 
-fastar does the same for any network, at the speed of ordinary training. tests/test_examples.py holds that its star
+fastar does the same for any network, at the speed of ordinary training. tests/test_docs_examples.py holds that its star
 step, its matching and its barrier compute what stands here.
 """
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from cli_cases import contents, fastar, refused, tiny
 from safetensors.torch import load_file, save_file
-from test_checkpoints import Malicious, files_at_most
+from test_runs_model_files import Malicious, files_at_most
 
 from fastar.runs import RunFolder, RunLog
 from fastar.runs.model_files import load_checkpoint, save_checkpoint

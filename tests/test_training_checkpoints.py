@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_checkpoints import files_at_most
+from test_runs_model_files import files_at_most
 from torch import Tensor
 from training_cases import CPU, PlainConvNet, dataset, network, store
 

@@ -22,7 +22,7 @@ from run_cases import (
     poison,
     small,
 )
-from test_checkpoints import files_at_most
+from test_runs_model_files import files_at_most
 
 from fastar.data.ffcv.read import GuardedIterator
 from fastar.errors import FastarError

@@ -192,9 +192,9 @@ def test_every_test_of_a_gpu_is_in_the_suite(suite: dict[str, Any]) -> None:
 
 def test_files_with_marks_of_any_form_are_found(suite: dict[str, Any]) -> None:
     named = suite["gpu_tests"](1)
-    assert "tests/test_graphs.py" in named  # decorated tests
+    assert "tests/test_runtime_cuda_graph.py" in named  # decorated tests
     assert "tests/test_kernels_operations.py" in named  # a parameter's mark
-    assert "tests/test_gpu_tools.py" not in named  # it only speaks of them: "@pytest.mark.gpu"
+    assert "tests/test_tools_gpu_smoke.py" not in named  # it only speaks of them: "@pytest.mark.gpu"
     assert "-n" not in named
 
 
