@@ -94,21 +94,15 @@ class FlatLayout:
         """
         state = dict(state.items())  # once: it may lie in a file
         for entry in self.entries:
-            if entry.name not in state:
-                raise FastarError(f"parameter {entry.name} is missing; pass a state dict of the same architecture")
-            shape = tuple(state[entry.name].shape)
-            if shape != entry.shape:
+            given = state.get(entry.name)
+            if given is None or given.shape != entry.shape:
+                has = "is missing" if given is None else f"has shape {tuple(given.shape)}"
                 raise FastarError(
-                    f"parameter {entry.name} has shape {shape}, needed {entry.shape}; "
+                    f"parameter {entry.name} {has}, needed {entry.shape}; "
                     "pass a state dict of the same architecture and width"
                 )
-        for alias, name in self.aliases:
-            if alias in state and state[alias] is not state[name] and not torch.equal(state[alias], state[name]):
-                raise FastarError(f"parameters {alias} and {name} are tied in the module but differ; pass equal values")
         if out is None:
             out = torch.zeros(self.numel, device=state[self.entries[0].name].device, dtype=torch.float32)
-        elif out.shape != (self.numel,):
-            raise FastarError(f"out has shape {tuple(out.shape)}, needed ({self.numel},); pass a buffer of this layout")
         with torch.no_grad():
             for name, view in self.views(out).items():
                 view.copy_(state[name])

@@ -9,7 +9,8 @@ from fastar.kernels import NextPoint, backend, interpolate
 
 
 class _BoundModule:
-    """A module whose parameters are views of two section buffers, with gradient buffers of the same form."""
+    """A module whose parameters become views of two section buffers, with their values, and gradient buffers of the
+    same form."""
 
     def __init__(
         self,
@@ -28,7 +29,7 @@ class _BoundModule:
         with torch.no_grad():
             for entry, parameter in zip(layout.entries, self._parameters, strict=True):
                 parameter.grad = None
-                parameter.data = views[entry.name]
+                parameter.data = views[entry.name].copy_(parameter)
 
     def _collect(self) -> None:
         """Copy every parameter's gradient into the gradient buffers and drop it; one that has none counts as zero.
@@ -69,11 +70,9 @@ class FlatParameters(_BoundModule):
 
     def __init__(self, module: nn.Module) -> None:
         layout = FlatLayout.from_module(module)
-        device = _device_of(module)
-        self.buffer = torch.zeros(layout.numel, dtype=torch.float32, device=device)
-        layout.flatten(_parameters_of(module), self.buffer)
-        self.gradient = torch.zeros_like(self.buffer)
-        super().__init__(module, layout, _split(self.buffer, layout), _split(self.gradient, layout))
+        (self.buffer,), sections = _zeros(layout, torch.float32, _device_of(module))
+        (self.gradient,), gradients = _zeros(layout, torch.float32, self.buffer.device)
+        super().__init__(module, layout, sections, gradients)
 
     def collect_gradient(self) -> torch.Tensor:
         """After backward: the gradient [P], always the same buffer, valid until the next collection."""
@@ -95,23 +94,8 @@ class WorkingWeights(_BoundModule):
             raise ValueError(f"the layout is not of this {type(module).__name__}")
         device = _device_of(module)
         self._one_buffer = dtype == torch.float32
-        self.values: tuple[torch.Tensor, ...]
-        self._gradients: tuple[torch.Tensor, ...]
-        if self._one_buffer:
-            whole = torch.zeros(layout.numel, device=device, dtype=torch.float32)
-            gradient = torch.zeros_like(whole)
-            self.values, self._gradients = (whole,), (gradient,)
-            sections, gradients = _split(whole, layout), _split(gradient, layout)
-        else:
-            matrices = torch.zeros(layout.matrices, dtype=dtype, device=device)
-            vectors = torch.zeros(layout.numel - layout.matrices, device=device, dtype=torch.float32)
-            sections, gradients = (matrices, vectors), (torch.zeros_like(matrices), torch.zeros_like(vectors))
-            self.values = tuple(part for part in sections if part.numel())
-            self._gradients = tuple(part for part in gradients if part.numel())
-        values = _parameters_of(module)
-        with torch.no_grad():
-            for name, view in layout.section_views(*sections).items():
-                view.copy_(values[name])
+        self.values, sections = _zeros(layout, dtype, device)
+        self._gradients, gradients = _zeros(layout, dtype, device)
         super().__init__(module, layout, sections, gradients)
 
     def sections(self, buffer: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -159,12 +143,17 @@ def check_kernels(device: torch.device) -> None:
         raise FastarError(str(error)) from error
 
 
-def _split(buffer: torch.Tensor, layout: FlatLayout) -> tuple[torch.Tensor, torch.Tensor]:
-    return buffer[: layout.matrices], buffer[layout.matrices :]
-
-
-def _parameters_of(module: nn.Module) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach() for name, parameter in module.named_parameters()}
+def _zeros(
+    layout: FlatLayout, dtype: torch.dtype, device: torch.device
+) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, torch.Tensor]]:
+    """Buffers of zeros, and the sections of matrices in `dtype` and of vectors in fp32: one for both in fp32, else one
+    for each that holds something."""
+    if dtype == torch.float32:
+        whole = torch.zeros(layout.numel, device=device, dtype=torch.float32)
+        return (whole,), (whole[: layout.matrices], whole[layout.matrices :])
+    matrices = torch.zeros(layout.matrices, device=device, dtype=dtype)
+    vectors = torch.zeros(layout.numel - layout.matrices, device=device, dtype=torch.float32)
+    return tuple(part for part in (matrices, vectors) if part.numel()), (matrices, vectors)
 
 
 def _device_of(module: nn.Module) -> torch.device:

@@ -66,18 +66,16 @@ def _why(model: nn.Module, arguments: tuple[Any, ...], keywords: dict[str, Any],
             f"cannot trace {type(model).__name__}: it does not run on the example inputs: {first_line(own)}"
             f"{_place(own)}; give what its forward takes"
         ) from own
-    said, text = first_line(error), f"{type(error).__name__} {error}"
-    what = f" with torch.export to find its permutation groups: {said}{_place(error)}; "
+    text, begun = f"{type(error).__name__} {error}", " with torch.export to find its permutation groups: "
     returned = _RETURNED.search(text)
     if returned is not None:
         return (
-            f" with torch.export to find its permutation groups: it returns a {returned[1].rpartition('.')[2]}, whose "
-            "tensors torch.export does not see; leave it out (of Hugging Face's caches: use_cache=False in the example "
-            "inputs)"
+            f"{begun}it returns a {returned[1].rpartition('.')[2]}, whose tensors torch.export does not see; leave it "
+            "out (of Hugging Face's caches: use_cache=False in the example inputs)"
         )
-    if any(one in text for one in _VALUES):
-        return f"{what}its forward must not branch on values: change it, or write its groups down as a PermutationSpec"
-    return f"{what}change that part, or write its groups down as a PermutationSpec"
+    on_values = any(one in text for one in _VALUES)
+    remedy = "its forward must not branch on values: change it" if on_values else "change that part"
+    return f"{begun}{first_line(error)}{_place(error)}; {remedy}, or write its groups down as a PermutationSpec"
 
 
 def _place(error: BaseException) -> str:
