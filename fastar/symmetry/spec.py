@@ -102,16 +102,14 @@ class PermutationSpec:
             if parent in self.blocks:
                 raise FastarError(f"PermutationSpec.blocks: {parent!r}, the parent of {child!r}, has a parent itself")
 
-    def _entries(self, tensor: str, axis: int) -> list[Span | int] | None:
-        """The spans of an axis, and numbers of positions that stay, in order; None: the whole axis stays."""
+    def _entries(self, tensor: str, axis: int, length: int) -> list[Span | int]:
+        """The spans of an axis of `length`, and numbers of positions that stay, in order."""
         entry = self.axes[tensor][axis]
         if entry is None:
-            return None
-        several = [entry] if isinstance(entry, str | Span) else list(entry)
+            return [length]
         out: list[Span | int] = []
-        for one in several:
-            if isinstance(one, str):
-                one = Span(one)
+        for one in [entry] if isinstance(entry, str | Span) else entry:
+            one = Span(one) if isinstance(one, str) else one
             if isinstance(one, Span):
                 valid = min(one.inner, one.outer) >= 1
             else:
@@ -128,7 +126,7 @@ class PermutationSpec:
         """Units of every group: as given, or the length of an axis that holds the group alone."""
         sizes = dict(self.sizes)
         source = {group: "sizes" for group in sizes}
-        used: dict[str, str] = {}
+        used: list[str] = []
         for tensor, axes in self.axes.items():
             if len(axes) != len(shapes[tensor]):
                 raise FastarError(
@@ -136,18 +134,19 @@ class PermutationSpec:
                     f"{list(shapes[tensor])}"
                 )
             for axis, length in enumerate(shapes[tensor]):
-                entries = self._entries(tensor, axis) or []
-                used |= {one.group: tensor for one in entries if isinstance(one, Span)}
-                if len(entries) != 1 or not isinstance(entries[0], Span):
+                entries = self._entries(tensor, axis, length)
+                spans = [one for one in entries if isinstance(one, Span)]
+                used += [span.group for span in spans]
+                if len(entries) != 1 or not spans:
                     continue
-                span = entries[0]
+                (span,) = spans
                 units, rest = divmod(length, span.inner * span.outer)
                 where = f"axis {axis} of {tensor!r}"
                 if rest or sizes.setdefault(span.group, units) != units:
-                    said = f"has {sizes[span.group]} units ({source[span.group]})" if span.group in source else "fits"
+                    wrong = "needs whole units" if rest else f"has {sizes[span.group]} units ({source[span.group]})"
                     raise FastarError(
                         f"PermutationSpec: {where} has {length} positions, {span.inner * span.outer} to a unit, but "
-                        f"group {span.group!r} {said if not rest else 'needs whole units'}: correct one of them"
+                        f"group {span.group!r} {wrong}: correct one of them"
                     )
                 source.setdefault(span.group, where)
         for group in [*used, *self.blocks, *self.blocks.values()]:
@@ -160,12 +159,12 @@ class PermutationSpec:
     def _members(self, tensor: str, shape: tuple[int, ...], sizes: Mapping[str, int]) -> Iterator[tuple[str, Member]]:
         """The groups on the axes of a tensor, each with its site there."""
         for axis, length in enumerate(shape):
-            entries, offset = self._entries(tensor, axis), 0
-            for one in entries or ():
+            offset = 0
+            for one in self._entries(tensor, axis, length):
                 if isinstance(one, Span):
                     yield one.group, Member(tensor, axis, one.inner, one.outer, offset)
                 offset += sizes[one.group] * one.inner * one.outer if isinstance(one, Span) else one
-            if entries is not None and offset != length:
+            if offset != length:
                 raise FastarError(
                     f"PermutationSpec: what is written for axis {axis} of {tensor!r} has {offset} positions; the axis "
                     f"has {length}"

@@ -155,19 +155,13 @@ class Symmetry:
         out: dict[str, Tensor] = {}
         for group in self.groups:
             generator = torch.Generator().manual_seed(derive_seed(seed, "permutation", group.name))
-            blocks = 1 if group.parent is None else self.group(group.parent).size
-            inside = torch.stack(
-                [
-                    torch.randperm(group.size // blocks, generator=generator, device="cpu")
-                    for _ in range((1 if count is None else count) * blocks)
-                ]
-            ).unflatten(0, (-1, blocks))
-            sigma = torch.zeros(len(inside), 1, dtype=torch.int64, device="cpu")
-            if group.parent is not None:
-                sigma = out[group.parent].reshape(len(inside), blocks)
-            index = (sigma[:, :, None] * inside.shape[-1] + inside).flatten(1)
-            out[group.name] = index[0] if count is None else index
-        return Permutations(out)
+            sigma = torch.zeros(1 if count is None else count, 1, dtype=torch.int64, device="cpu")
+            sigma = sigma if group.parent is None else out[group.parent]
+            size = group.size // sigma.shape[1]
+            drawn = [torch.randperm(size, generator=generator, device="cpu") for _ in range(sigma.numel())]
+            inside = torch.stack(drawn).unflatten(0, sigma.shape)
+            out[group.name] = (sigma[:, :, None] * size + inside).flatten(1)
+        return Permutations({name: index[0] if count is None else index for name, index in out.items()})
 
     def check(self, permutations: Permutations) -> None:
         """Raise FastarError unless `permutations` are of these groups, and move whole blocks as their parents say."""
