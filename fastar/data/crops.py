@@ -6,11 +6,12 @@ mirroring's are below), so that threads, batches and where an epoch is begun can
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Literal
 
 import numpy as np
 
-from fastar.data.sampling import draw
+from fastar.data.sampling import draw, draw_below
 
 Crop = Literal["random-resized", "resize256-crop224"]
 Boxes = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
@@ -42,9 +43,7 @@ def random_boxes(crop: Crop, key: int) -> Boxes:
     the shorter side resized to 256 and a square of 224 cut out at random, that is a square of 224/256 of the shorter
     side anywhere in the image.
     """
-    if crop == "random-resized":
-        return lambda index, height, width: _random_resized(key, index, height, width)
-    return lambda index, height, width: _random_square(key, index, height, width)
+    return partial(_random_resized if crop == "random-resized" else _random_square, key)
 
 
 def _side(kept: float, height: np.ndarray, width: np.ndarray) -> np.ndarray:
@@ -53,15 +52,9 @@ def _side(kept: float, height: np.ndarray, width: np.ndarray) -> np.ndarray:
 
 def _random_square(key: int, index: np.ndarray, height: np.ndarray, width: np.ndarray) -> np.ndarray:
     side = _side(KEPT, height, width)
-    return np.stack(
-        [
-            _draw_within(height - side, key, index, _STREAM),
-            _draw_within(width - side, key, index, _STREAM + 1),
-            side,
-            side,
-        ],
-        axis=1,
-    )
+    top = draw_below(height - side + 1, key, index, _STREAM)
+    left = draw_below(width - side + 1, key, index, _STREAM + 1)
+    return np.stack([top, left, side, side], axis=1)
 
 
 def _random_resized(key: int, index: np.ndarray, height: np.ndarray, width: np.ndarray) -> np.ndarray:
@@ -75,8 +68,8 @@ def _random_resized(key: int, index: np.ndarray, height: np.ndarray, width: np.n
         box_w = np.rint(np.sqrt(area * ratio)).astype(np.int64)
         box_h = np.rint(np.sqrt(area / ratio)).astype(np.int64)
         fits = (box_w > 0) & (box_w <= w) & (box_h > 0) & (box_h <= h)
-        top = _draw_within(np.maximum(h - box_h, 0), key, some, stream + 2)
-        first = _draw_within(np.maximum(w - box_w, 0), key, some, stream + 3)
+        top = draw_below(np.maximum(h - box_h, 0) + 1, key, some, stream + 2)
+        first = draw_below(np.maximum(w - box_w, 0) + 1, key, some, stream + 3)
         boxes[left[fits]] = np.stack([top, first, box_h, box_w], axis=1)[fits]
         left = left[~fits]
         if len(left) == 0:
@@ -90,8 +83,3 @@ def _random_resized(key: int, index: np.ndarray, height: np.ndarray, width: np.n
 
 def _uniform(low: float, high: float, key: int, index: np.ndarray, stream: int) -> np.ndarray:
     return low + (high - low) * (draw(key, index, stream) / 2**32)
-
-
-def _draw_within(largest: np.ndarray, key: int, index: np.ndarray, stream: int) -> np.ndarray:
-    """Uniform whole numbers in 0..largest, each of its own range."""
-    return (draw(key, index, stream) * (largest + 1)) >> 32

@@ -36,8 +36,8 @@ def draw(key: int, index: Integers, stream: int = 0) -> Integers:
     return _mix((first + ((key >> 32) + stream * _GOLDEN & _WORD)) & _WORD)
 
 
-def draw_below(bound: int, key: int, index: Integers, stream: int = 0) -> Integers:
-    """Uniform integers in 0..bound-1 (bound < 2^31), int64, same shape as `index`."""
+def draw_below(bound: int | Integers, key: int, index: Integers, stream: int = 0) -> Integers:
+    """Uniform integers in 0..bound-1 (bound < 2^31, one or one for each), int64, same shape as `index`."""
     return (draw(key, index, stream) * bound) >> 32
 
 

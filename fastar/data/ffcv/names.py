@@ -5,6 +5,7 @@ Importing FFCV, and every loader of it, sets torch's thread count for the whole 
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -22,42 +23,27 @@ def torch_threads_kept() -> Iterator[None]:
 
 
 @contextmanager
-def plain_dict() -> Iterator[None]:
-    """Inside, numba's typed dictionary is Python's own.
-
-    FFCV makes one when it is imported (`IMAGE_MODES`, the numbers of "jpg" and "raw"), and making one compiles for 4 s
-    in every process. Only plain Python looks anything up in it: the loops that FFCV compiles are given the numbers.
-    """
-    import numba.typed
-
-    typed = numba.typed.Dict
-    numba.typed.Dict = dict
+def _replaced(place: Any, name: str, value: Any) -> Iterator[None]:
+    """Inside, `place` has another value of that name."""
+    before = getattr(place, name)
+    setattr(place, name, value)
     try:
         yield
     finally:
-        numba.typed.Dict = typed
-
-
-@contextmanager
-def no_thread_pool() -> Iterator[None]:
-    """Inside, numba's `set_num_threads` does nothing, and FFCV keeps that one.
-
-    FFCV calls it when it is imported and for every loader, which starts numba's thread pool, though nothing runs in it:
-    loaders have one worker here. With that pool a process of one CPU that forks (as a user's own loader does) may wait
-    for ever at its end.
-    """
-    import numba
-
-    start = numba.set_num_threads
-    numba.set_num_threads = lambda n: None
-    try:
-        yield
-    finally:
-        numba.set_num_threads = start
+        setattr(place, name, before)
 
 
 try:
-    with torch_threads_kept(), plain_dict(), no_thread_pool():
+    import numba.typed
+
+    # FFCV makes a typed dictionary when it is imported (`IMAGE_MODES`, the numbers of "jpg" and "raw"), which compiles
+    # for 4 s in every process. Only plain Python looks anything up in it: compiled loops are given the numbers.
+    plain_dict = _replaced(numba.typed, "Dict", dict)
+    # FFCV keeps numba's `set_num_threads` and calls it when it is imported and for every loader. That starts numba's
+    # thread pool, though nothing runs in it: loaders have one worker here. With that pool a process of one CPU that
+    # forks (as a user's own loader does) may wait for ever at its end.
+    no_thread_pool = _replaced(numba, "set_num_threads", lambda n: None)
+    with torch_threads_kept(), plain_dict, no_thread_pool:
         import ffcv.loader.epoch_iterator
         from ffcv.fields import IntField as IntField
         from ffcv.fields import NDArrayField as NDArrayField

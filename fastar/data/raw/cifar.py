@@ -25,43 +25,28 @@ _LARGEST = 1 << 30  # bytes of an archive, unpacked; the official ones have 180 
 class _Layout:
     """Names of one official distribution; `label_key` in the pickles, `label_bytes` before each binary image."""
 
-    python_archive: str
-    binary_archive: str
-    python_files: dict[str, tuple[str, ...]]
-    binary_files: dict[str, tuple[str, ...]]
+    archive: str
+    train: tuple[str, ...]
+    test: tuple[str, ...]
     label_key: bytes
     label_bytes: int
 
 
-_BATCHES = tuple(f"data_batch_{number}" for number in range(1, 6))
 LAYOUTS = {
-    "cifar10": _Layout(
-        python_archive="cifar-10-python.tar.gz",
-        binary_archive="cifar-10-binary.tar.gz",
-        python_files={"train": _BATCHES, "test": ("test_batch",)},
-        binary_files={"train": tuple(f"{name}.bin" for name in _BATCHES), "test": ("test_batch.bin",)},
-        label_key=b"labels",
-        label_bytes=1,
-    ),
-    "cifar100": _Layout(
-        python_archive="cifar-100-python.tar.gz",
-        binary_archive="cifar-100-binary.tar.gz",
-        python_files={"train": ("train",), "test": ("test",)},
-        binary_files={"train": ("train.bin",), "test": ("test.bin",)},
-        label_key=b"fine_labels",
-        label_bytes=2,  # coarse, then fine: the last one counts
-    ),
+    "cifar10": _Layout("cifar-10", tuple(f"data_batch_{n}" for n in range(1, 6)), ("test_batch",), b"labels", 1),
+    "cifar100": _Layout("cifar-100", ("train",), ("test",), b"fine_labels", 2),  # coarse, then fine: the last counts
 }
 
 
 def find_cifar(root: Path, spec: DatasetSpec) -> RawDataset | None:
     """The official files in `root` (extracted, or an archive; `root` may be the archive itself), or None."""
     layout = LAYOUTS[spec.reader]
-    for kind, archive, names, parse in (
-        ("CIFAR python pickles", layout.python_archive, layout.python_files, _parse_pickle),
-        ("CIFAR binary files", layout.binary_archive, layout.binary_files, _parse_binary),
+    for kind, form, suffix, parse in (
+        ("CIFAR python pickles", "python", "", _parse_pickle),
+        ("CIFAR binary files", "binary", ".bin", _parse_binary),
     ):
-        wanted = [name for files in names.values() for name in files]
+        train, test = ([name + suffix for name in names] for names in (layout.train, layout.test))
+        archive, wanted = f"{layout.archive}-{form}.tar.gz", [*train, *test]
         path = root if root.name == archive and root.is_file() else root / archive
         if any((root / name).is_file() for name in wanted):
             contents, where, read = _read_folder(root, wanted), root, [root / name for name in wanted]
@@ -69,8 +54,8 @@ def find_cifar(root: Path, spec: DatasetSpec) -> RawDataset | None:
             contents, where, read = _read_archive(path, wanted), path, [path]
         else:
             continue
-        splits = {split: _split(spec, layout, where, files, contents, parse) for split, files in names.items()}
-        return RawDataset(splits["train"], splits["test"], kind, where, files=tuple(read))
+        splits = [_split(spec, layout, where, files, contents, parse) for files in (train, test)]
+        return RawDataset(splits[0], splits[1], kind, where, files=tuple(read))
     return None
 
 
@@ -78,7 +63,7 @@ def _split(
     spec: DatasetSpec,
     layout: _Layout,
     where: Path,
-    files: tuple[str, ...],
+    files: list[str],
     contents: dict[str, bytes],
     parse: Callable[[bytes, str, _Layout], tuple[np.ndarray, np.ndarray]],
 ) -> ArraySplit:

@@ -1,8 +1,6 @@
 """Images in class folders: CLASS/*.jpg below train/ and val/ (or test/), or in one folder that is to be split."""
 
-import hashlib
 from collections.abc import Mapping
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -40,16 +38,11 @@ class FixedSizeSplit(ImageSplit):
             )
         return pixels.reshape(self.shape), int(self.labels[index])
 
-    @cached_property
-    def digest(self) -> str:
-        digest = hashlib.sha256(repr(self.classes).encode())
-        for index, (name, label) in enumerate(zip(self.names, self.labels, strict=True)):
-            path = Path(self.where(index))
-            with readable(path):
-                content = path.read_bytes()
-            digest.update(f"{name}\0{label}\0{len(content)}\0".encode("utf-8", "surrogateescape"))
-            digest.update(content)
-        return digest.hexdigest()
+    def _size_and_content(self, index: int) -> tuple[int, bytes]:
+        path = Path(self.where(index))
+        with readable(path):
+            content = path.read_bytes()
+        return len(content), content
 
 
 def find_folders(root: Path, spec: DatasetSpec) -> RawDataset | None:
@@ -58,7 +51,7 @@ def find_folders(root: Path, spec: DatasetSpec) -> RawDataset | None:
     with readable(root):
         if not train.is_dir() or not class_names(train):
             return None
-        test = next((root / name for name in reversed(TEST_FOLDERS) if (root / name).is_dir()), None)
+        test = _first_folder(root, "test", "val")
     if test is None:
         raise FastarError(f"{root}: has train/ but neither test/ nor val/; put the test images there")
     passed, splits = PassedOver(), []
@@ -78,8 +71,8 @@ def _labels_of_folders(root: Path, spec: DatasetSpec) -> Mapping[str, int]:
         if names == set(labels):
             return labels
     parts = [
-        f"{word} {', '.join(some[:3])}{' ...' if len(some) > 3 else ''}"
-        for word, some in (("missing", sorted(set(by_name) - names)), ("unknown", sorted(names - set(by_name))))
+        f"{word} {', '.join(sorted(some)[:3])}{' ...' if len(some) > 3 else ''}"
+        for word, some in (("missing", set(by_name) - names), ("unknown", names - set(by_name)))
         if some
     ]
     raise FastarError(
@@ -154,6 +147,9 @@ def find_images(
     """
     passed = PassedOver()
     with readable(root):
+        if not root.is_dir():
+            expected = "the class folders" if val_share is not None else "train/ and val/, or ImageNet's archives"
+            raise FastarError(f"{root}: no such folder; give the one that holds {expected}")
         if val_share is not None:
             train, test = _split_folder(root, val_share, passed)
         else:
@@ -167,9 +163,11 @@ def find_images(
     return RawDataset(train, test, "images", root, files=tuple(official))
 
 
+def _first_folder(root: Path, *names: str) -> Path | None:
+    return next((root / name for name in names if (root / name).is_dir()), None)
+
+
 def _both_splits(root: Path, passed: PassedOver, progress: Progress) -> tuple[ImageSplit, ImageSplit]:
-    if not root.is_dir():
-        raise FastarError(f"{root}: no such folder; give the one that holds train/ and val/, or ImageNet's archives")
     if (root / "train").is_dir():
         classes = class_names(root / "train")
         train = folder_split(root / "train", classes, in_class_folders(root / "train", classes, passed))
@@ -180,7 +178,7 @@ def _both_splits(root: Path, passed: PassedOver, progress: Progress) -> tuple[Im
             f"{root}: has no train/ folder; expected train/<class>/*.JPEG and val/<class>/*.JPEG, or {TRAIN_ARCHIVE}"
             f"{_HINT if class_names(root) else ''}"
         )
-    test = next((root / name for name in TEST_FOLDERS if (root / name).is_dir()), None)
+    test = _first_folder(root, *TEST_FOLDERS)
     if test is not None:
         annotated = (test / ANNOTATIONS).exists() and class_names(test) == ("images",)
         listed = (in_one_folder if annotated else in_class_folders)(test, train.classes, passed)
@@ -193,20 +191,14 @@ def _both_splits(root: Path, passed: PassedOver, progress: Progress) -> tuple[Im
 
 def _split_folder(root: Path, share: float, passed: PassedOver) -> tuple[ImageSplit, ImageSplit]:
     """Both splits of one folder of class folders."""
-    if not root.is_dir():
-        raise FastarError(f"{root}: no such folder; give the one that holds the class folders")
-    there = next((root / name for name in TEST_FOLDERS if (root / "train").is_dir() and (root / name).is_dir()), None)
-    if there is not None:
+    folder = _first_folder(root, "train") or root
+    if folder != root and (there := _first_folder(root, *TEST_FOLDERS)) is not None:
         raise FastarError(f"{there}: holds test images already; leave out --val-share (dataset.val_share)")
-    folder = root / "train" if (root / "train").is_dir() else root
     classes = class_names(folder)
-    train: Listed = []
-    test: Listed = []
-    for name, paths in in_class_folders(folder, classes, passed):
-        kept = split_class(paths, share, folder)
-        left_out = set(kept)
-        test.append((name, kept))
-        train.append((name, [path for path in paths if path not in left_out]))
+    listed = in_class_folders(folder, classes, passed)
+    test = [(name, split_class(paths, share, folder)) for name, paths in listed]
+    kept = {path for _, paths in test for path in paths}
+    train = [(name, [path for path in paths if path not in kept]) for name, paths in listed]
     return folder_split(folder, classes, train), folder_split(folder, classes, test)
 
 
@@ -221,21 +213,17 @@ def split_class(paths: list[Path], share: float, root: Path) -> list[Path]:
             f"{paths[0].parent}: holds one image, and needs one for training and one for testing; add some"
         )
     count = min(max(round(share * len(paths)), 1), len(paths) - 1)
-    seeds = {path: derive_seed(0, "val_share", _escaped(path.relative_to(root))) for path in paths}
-    chosen = set(sorted(paths, key=lambda path: seeds[path])[:count])
-    return [path for path in paths if path in chosen]
-
-
-def _escaped(path: Path) -> str:
-    """A path as text, bytes that are not UTF-8 as escapes."""
-    return path.as_posix().encode("utf-8", "backslashreplace").decode()
+    escaped = [path.relative_to(root).as_posix().encode("utf-8", "backslashreplace").decode() for path in paths]
+    seeds = [derive_seed(0, "val_share", name) for name in escaped]
+    chosen = sorted(sorted(range(len(paths)), key=seeds.__getitem__)[:count])
+    return [paths[number] for number in chosen]
 
 
 def count_images(root: Path, *, val_share: float | None = None) -> tuple[int, int, int] | None:
     """(training images, test images, classes) of a data root, decoding none; None where any are in archives, which
     take minutes to list. FastarError as `find_images`."""
     with readable(root):
-        folders = (root / "train").is_dir() and any((root / name).is_dir() for name in TEST_FOLDERS)
+        folders = (root / "train").is_dir() and _first_folder(root, *TEST_FOLDERS) is not None
         packed = (root / TRAIN_ARCHIVE).is_file() or (root / VAL_ARCHIVE).is_file()
     if val_share is None and packed and not folders:  # where there are both, folders come first
         return None

@@ -68,10 +68,7 @@ def note_other_files(md5: Mapping[str, str], files: Iterable[Path], progress: Pr
     Reads them whole, so it is for when their data are written, which is once. They are used all the same: images that
     were encoded again, or archives that were packed again, may be meant.
     """
-    others = []
-    for path in files:
-        if path.name in md5 and _md5(path, progress) != md5[path.name]:
-            others.append(path)
+    others = [path for path in files if path.name in md5 and _md5(path, progress) != md5[path.name]]
     if others:
         names = ", ".join(path.name for path in others)
         progress.line(

@@ -216,15 +216,19 @@ class ImageSplit:
         """
         digest = hashlib.sha256(repr(self.classes).encode())
         for index, (name, label) in enumerate(zip(self.names, self.labels.tolist(), strict=True)):
-            size = self._file_size(index) if self.places is None else int(self.places[index, 1])
+            size, content = self._size_and_content(index)
             digest.update(f"{name}\0{label}\0{size}\0".encode("utf-8", "surrogateescape"))
+            digest.update(content)
         return digest.hexdigest()
 
-    def _file_size(self, index: int) -> int:
+    def _size_and_content(self, index: int) -> tuple[int, bytes]:
+        """The bytes of image `index`, and of their content what the digest covers: nothing."""
+        if self.places is not None:
+            return int(self.places[index, 1]), b""
         try:
-            return os.stat(self.where(index)).st_size
+            return os.stat(self.where(index)).st_size, b""
         except OSError:
-            return -1
+            return -1, b""
 
 
 @dataclass(frozen=True)
