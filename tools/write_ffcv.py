@@ -5,10 +5,7 @@ from __future__ import annotations
 import argparse
 import signal
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from fastar.config import DATASETS, dataset_spec, variable_size_names
@@ -16,43 +13,11 @@ from fastar.data import PRESETS, Encoding
 from fastar.errors import FastarError, printable
 from fastar.runtime.failure import failure
 from fastar.runtime.progress import Progress, TerminalProgress, size_text
+from fastar.runtime.signals import Stopped, signals_stop
 from fastar.runtime.standard_streams import say, streams
 
 if TYPE_CHECKING:
     from fastar.data import DatasetFiles
-
-ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-LEFT_NOTHING = "nothing unfinished was left behind"
-
-
-class Ended(KeyboardInterrupt):
-    """Ctrl-C, SIGTERM or SIGHUP; `code` is the process's exit code."""
-
-    def __init__(self, number: int):
-        super().__init__("interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}")
-        self.code = 128 + number
-
-
-@contextmanager
-def signals_end() -> Iterator[None]:
-    """Inside, the first of the signals raises `Ended`; further ones do not disturb removing what is unfinished.
-
-    Those that are ignored (`nohup`) stay so.
-    """
-
-    def end(number: int, frame: FrameType | None) -> None:
-        for other in before:
-            signal.signal(other, signal.SIG_IGN)
-        raise Ended(number)
-
-    heard = [number for number in ENDING if signal.getsignal(number) is not signal.SIG_IGN]
-    before = {number: signal.signal(number, end) for number in heard}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
 
 EXAMPLES = """examples:
   python tools/write_ffcv.py --dataset digits --out betons
@@ -132,11 +97,8 @@ def parser() -> argparse.ArgumentParser:
 
 def encoding(options: argparse.Namespace) -> Encoding | None:
     """The encoding that was asked for, over the preset that was named; None: nothing was."""
-    changes = {
-        key: getattr(options, key)
-        for key in ("max_resolution", "compress_probability", "jpeg_quality")
-        if getattr(options, key) is not None
-    }
+    keys = ("max_resolution", "compress_probability", "jpeg_quality")
+    changes = {key: getattr(options, key) for key in keys if getattr(options, key) is not None}
     if options.preset is None and not changes:
         return None
     if "max_resolution" in changes:
@@ -144,24 +106,12 @@ def encoding(options: argparse.Namespace) -> Encoding | None:
     return Encoding(**{**vars(PRESETS[options.preset or "rn50"]), **changes})
 
 
-OF_VARIABLE_SIZES = (
-    "preset",
-    "max_resolution",
-    "compress_probability",
-    "jpeg_quality",
-    "on_error",
-    "order",
-    "val_share",
-    "exif",
-)
-
-
 def convert(options: argparse.Namespace, progress: Progress) -> DatasetFiles:
     from fastar.data import prepare  # only here, where signals are heard: it takes seconds
 
     variable = dataset_spec(options.dataset).variable_size
-    for key in () if variable else ("name", *OF_VARIABLE_SIZES):
-        if getattr(options, key) is not None:
+    for key, value in vars(options).items():
+        if not variable and value is not None and key not in ("dataset", "source", "out", "workers", "limit"):
             names = " and ".join(variable_size_names())
             raise FastarError(f"--{key.replace('_', '-')} belongs to {names}; leave it out")
     if variable and (options.name is not None) != (options.dataset == "imagefolder"):
@@ -190,13 +140,13 @@ def main(arguments: list[str] | None = None) -> int:
     with streams():
         options = parser().parse_args(arguments)
         try:
-            with signals_end():
+            with signals_stop((signal.SIGINT, signal.SIGTERM, signal.SIGHUP), once=True):
                 files = convert(options, TerminalProgress())
             show(files)
             sys.stdout.flush()
-        except Ended as ended:
-            say(f"{ended}; {LEFT_NOTHING}")
-            return ended.code
+        except Stopped as stopped:
+            say(f"{stopped.reason}; nothing unfinished was left behind")
+            return 128 + stopped.number
         except Exception as error:  # noqa: BLE001  # the last to see it
             line, code = failure(error)
             say(f"error: {line}")

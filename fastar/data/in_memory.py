@@ -3,14 +3,13 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 
 from fastar.config import Augmentation
 from fastar.data.augment import Draws, Normalisation, augmented, draw_augmentation
 from fastar.data.dataset import Batch, Dataset
 from fastar.data.sampling import epoch_order
-from fastar.data.splits import VALIDATION, chosen_images, stored_in
+from fastar.data.splits import chosen_images, stored_in
 from fastar.errors import FastarError
 from fastar.runtime.progress import SILENT, Progress
 from fastar.runtime.timing import span
@@ -130,13 +129,11 @@ def load(
     stored = stored_in(split)
     path, layout = files.path(stored), files.layout(stored)
     assert isinstance(layout, FixedLayout)  # others stream
-    index = np.arange(layout.count)
-    if limit is not None or split == VALIDATION or (validation and split == "train"):
-        # Chosen before any is read: what is left out takes no memory.
-        labels_of_all = check_beton(path, layout).labels
-        index = chosen_images(
-            labels_of_all, split, validation=validation, limit=limit, classes=files.classes, name=files.name
-        )
+    # Chosen before any is read: what is left out takes no memory.
+    labels_of_all = check_beton(path, layout).labels
+    index = chosen_images(
+        labels_of_all, split, validation=validation, limit=limit, classes=files.classes, name=files.name
+    )
     images, labels, content = read_chosen(path, layout, index, progress, f"reading {files.name} {split}")
     if content != files.metadata["content"][stored]:
         raise damaged(path, "its pixels are not those that were written (damaged or replaced)")

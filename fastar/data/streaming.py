@@ -84,7 +84,6 @@ class StreamingDataset(Dataset):
         self.device = torch.device(device)
         self.classes, self.digest = len(files.classes), files.digest
         self._mean, self._std = files.mean, files.std
-        self._normalisations: dict[int, Normalisation] = {}
         stored = stored_in(split)
         layout = files.layout(stored)
         assert isinstance(layout, VariableLayout)  # others are held in memory
@@ -121,7 +120,7 @@ class StreamingDataset(Dataset):
             return
         boxes = self._centre if key is None else random_boxes(self._crop, key)
         plan = Plan(size, boxes, pinned=self.device.type == "cuda")
-        normalise, start = self._normalisation(size), 0
+        normalise, start = Normalisation(self._mean, self._std, size, size, self.device), 0
         with closing(self._reader.epoch(order, batch_size, plan)) as batches:
             for pixels in batches:
                 index = order[start : start + len(pixels)]
@@ -141,8 +140,3 @@ class StreamingDataset(Dataset):
         if self.device.type == "cuda" and not tensor.is_pinned():
             tensor = tensor.pin_memory()  # a copy from pageable memory would wait for the stream
         return tensor.to(self.device, non_blocking=True)
-
-    def _normalisation(self, size: int) -> Normalisation:
-        if size not in self._normalisations:
-            self._normalisations[size] = Normalisation(self._mean, self._std, size, size, self.device)
-        return self._normalisations[size]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any
@@ -24,6 +24,7 @@ class Stopped(BaseException):
 
     def __init__(self, number: int):
         super().__init__(number)
+        self.number = number
         self.code = EXIT_INTERRUPTED if number == signal.SIGINT else EXIT_CONTINUE
         self.reason = "interrupted" if number == signal.SIGINT else f"stopped by {signal.Signals(number).name}"
         self.saved = ""
@@ -37,11 +38,13 @@ _request: Stopped | None = None
 
 
 @contextmanager
-def signals_stop() -> Iterator[None]:
-    """Let SIGTERM, SIGUSR1 and Ctrl-C raise `Stopped` inside: at once, or as `deferred` says.
+def signals_stop(
+    signals: Sequence[signal.Signals] = (signal.SIGINT, *SCHEDULERS), *, once: bool = False
+) -> Iterator[None]:
+    """Let SIGTERM, SIGUSR1 and Ctrl-C (or other `signals`) raise `Stopped` inside: at once, or as `deferred` says.
 
-    A second Ctrl-C raises at once wherever it comes; a third is the system's own. Signals that are ignored stay so
-    (`nohup`), and outside the main thread nothing changes.
+    A second Ctrl-C raises at once wherever it comes (with `once` it is ignored); a third is the system's own. Signals
+    that are ignored stay so (`nohup`), and outside the main thread nothing changes.
     """
     global _request
     before: dict[int, Any] = {}
@@ -54,7 +57,7 @@ def signals_stop() -> Iterator[None]:
             os.kill(os.getpid(), number)
             return
         again = _request is not None
-        if again and number != signal.SIGINT:
+        if again and (once or number != signal.SIGINT):
             return  # it is being done
         if _request is None:
             _request = Stopped(number)
@@ -65,7 +68,7 @@ def signals_stop() -> Iterator[None]:
             raise _request
 
     try:
-        for number in (signal.SIGINT, *SCHEDULERS):
+        for number in signals:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 before[number] = signal.signal(number, handle)
     except ValueError:  # not the main thread

@@ -120,7 +120,9 @@ def encoded_images(
     with ExitStack() as stack:
         processes = [stack.enter_context(_process()) for _ in range(workers)]
         for number, process in enumerate(processes):
-            _give(process, encoding, [(raw.picture(index), index) for index in indices[number::workers]])
+            jobs = [(raw.picture(index), index) for index in indices[number::workers]]
+            with suppress(BrokenPipeError), process.stdin as stream:  # type: ignore[union-attr]  # `_received` tells
+                pickle.dump((encoding, jobs), stream)  # type: ignore[arg-type]
         for number, index in enumerate(indices):
             if processes:
                 answer = _received(processes[number % workers])
@@ -161,27 +163,15 @@ def _process() -> Iterator[subprocess.Popen[bytes]]:
                 stream.close()  # type: ignore[union-attr]
 
 
-def _give(process: subprocess.Popen[bytes], encoding: Encoding, jobs: list[tuple[Picture, int]]) -> None:
-    assert process.stdin is not None
-    try:
-        with process.stdin as stream:
-            pickle.dump((encoding, jobs), stream)
-    except BrokenPipeError:
-        raise _ended(process) from None
-
-
 def _received(process: subprocess.Popen[bytes]) -> Any:
     assert process.stdout is not None
     try:
         return pickle.load(process.stdout)
     except (EOFError, pickle.UnpicklingError):
-        raise _ended(process) from None
-
-
-def _ended(process: subprocess.Popen[bytes]) -> FastarError:
-    code = process.wait()
-    how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
-    return FastarError(f"a writer process ended before its work was done ({how}; out of memory?); run again")
+        code = process.wait()
+        how = f"killed by signal {-code}" if code < 0 else f"exit code {code}"
+        what = f"a writer process ended before its work was done ({how}; out of memory?); run again"
+        raise FastarError(what) from None
 
 
 def serve() -> None:

@@ -11,32 +11,28 @@ from fastar.config import DatasetSpec
 from fastar.data.raw.raw_split import ArraySplit, RawDataset
 from fastar.errors import FastarError
 
-_STEMS = ("train", "t10k")
 _LARGEST = 1 << 30  # bytes; MNIST's images have 47 million
 
 
 def find_idx(root: Path, spec: DatasetSpec) -> RawDataset | None:
     """The four IDX files in `root`, or None where there is none of them."""
-    names = {
-        (stem, part): f"{stem}-{part}-idx{d}-ubyte" for stem in _STEMS for part, d in (("images", 3), ("labels", 1))
-    }
-    paths = {key: path for key, name in names.items() if (path := _find(root, name)) is not None}
-    if not paths:
+    names = [f"{stem}-{part}-ubyte" for stem in ("train", "t10k") for part in ("images-idx3", "labels-idx1")]
+    found = {name: path for name in names if (path := _find(root, name)) is not None}
+    if not found:
         return None
-    missing = next((name for key, name in names.items() if key not in paths), None)
-    if missing is not None:
-        raise FastarError(f"{root}: {missing}[.gz] is missing; put all four IDX files there")
-    splits = []
-    for stem in _STEMS:
-        images = paths[stem, "images"]
+    for name in names:
+        if name not in found:
+            raise FastarError(f"{root}: {name}[.gz] is missing; put all four IDX files there")
+    paths, splits = tuple(found.values()), []
+    for images, labels in (paths[:2], paths[2:]):
         pixels = read_idx(images, 3)
         if pixels.shape[1:] != (spec.height, spec.width):
             size = f"{pixels.shape[1]}x{pixels.shape[2]}"
             raise FastarError(
                 f"{images}: images are {size}, {spec.name} has {spec.height}x{spec.width}; check --dataset"
             )
-        splits.append(ArraySplit(pixels[..., None], read_idx(paths[stem, "labels"], 1), spec.classes, str(images)))
-    return RawDataset(splits[0], splits[1], "IDX files", root, files=tuple(paths.values()))
+        splits.append(ArraySplit(pixels[..., None], read_idx(labels, 1), spec.classes, str(images)))
+    return RawDataset(splits[0], splits[1], "IDX files", root, files=paths)
 
 
 def _find(root: Path, name: str) -> Path | None:
