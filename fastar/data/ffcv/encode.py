@@ -122,7 +122,7 @@ def encoded_images(
         for number, process in enumerate(processes):
             jobs = [(raw.picture(index), index) for index in indices[number::workers]]
             with suppress(BrokenPipeError), process.stdin as stream:  # type: ignore[union-attr]  # `_received` tells
-                pickle.dump((encoding, jobs), stream)  # type: ignore[arg-type]
+                pickle.dump((encoding, jobs), stream)
         for number, index in enumerate(indices):
             if processes:
                 answer = _received(processes[number % workers])
