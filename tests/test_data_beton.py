@@ -16,12 +16,12 @@ import pytest
 import torch
 from data_samples import TroubledSplit, cifar_python_files, raw_dataset, write_files, write_folders, write_idx
 from ffcv.fields.rgb_image import RGBImageField, SimpleRGBImageDecoder
+from ffcv.types import ALLOC_TABLE_TYPE, FieldDescType, HeaderType, get_metadata_type
 
 from fastar.data import DATASETS, Encoding, load, open_files, prepare
+from fastar.data.encode import encoded_images
 from fastar.data.ffcv import read as reading_module
-from fastar.data.ffcv.encode import encoded_images
 from fastar.data.ffcv.format import FixedLayout, check_beton
-from fastar.data.ffcv.names import ALLOC_TABLE_TYPE, FieldDescType, HeaderType, get_metadata_type
 from fastar.data.ffcv.read import read_batches
 from fastar.data.ffcv.verify import measured, verify_beton
 from fastar.data.ffcv.write import write_beton
@@ -69,9 +69,9 @@ def test_round_trip(tmp_path, name, compiled):
 
 
 def test_importing_ffcv_compiles_no_dictionary_and_changes_none():
-    """4 s in every process; `ffcv_names.plain_dict` has the reason why FFCV needs none."""
+    """4 s in every process; `fastar.data.ffcv` has the reason why FFCV needs none."""
     look = """
-import fastar.data.ffcv.names, numba.typed
+import fastar.data.ffcv, numba.typed
 from ffcv.fields.rgb_image import IMAGE_MODES
 print(type(IMAGE_MODES).__module__, dict(IMAGE_MODES), numba.typed.Dict.__module__)
 """
@@ -250,7 +250,7 @@ def test_processes_encode_what_this_one_does_in_the_same_order():
 
 
 def test_a_process_that_encodes_imports_neither_torch_nor_ffcv():
-    look = "import sys, fastar.data.ffcv.encode; print({'torch', 'ffcv', 'numba', 'pydantic'} & {*sys.modules})"
+    look = "import sys, fastar.data.encode; print({'torch', 'ffcv', 'numba', 'pydantic'} & {*sys.modules})"
     done = subprocess.run([sys.executable, "-c", look], capture_output=True, text=True, check=True)
     assert done.stdout == "set()\n"
 

@@ -70,7 +70,7 @@ def test_help_has_examples(tool, capsys):
 
 SLOW = """
 import os, runpy, sys, time
-import fastar.data.ffcv.encode as encode
+import fastar.data.encode as encode
 true = encode._received
 def slow(process):
     os.write(2, b"writing a sample")

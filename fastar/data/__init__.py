@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from fastar.config import DATASETS, Augmentation, DatasetSpec, dataset_spec, register
     from fastar.data.convert import prepare
     from fastar.data.dataset import Batch, Dataset
-    from fastar.data.ffcv.encode import PRESETS, Encoding
+    from fastar.data.encode import PRESETS, Encoding
     from fastar.data.ffcv.folder import DatasetFiles, is_finished, open_files, verify_folder
     from fastar.data.in_memory import DeviceDataset, load
     from fastar.data.raw.class_folders import count_images
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _PLACES = {
     "fastar.config": ("DATASETS", "Augmentation", "DatasetSpec", "dataset_spec", "register"),
     "fastar.data.dataset": ("Batch", "Dataset"),
-    "fastar.data.ffcv.encode": ("PRESETS", "Encoding"),
+    "fastar.data.encode": ("PRESETS", "Encoding"),
     "fastar.data.ffcv.folder": ("DatasetFiles", "is_finished", "open_files", "verify_folder"),
     "fastar.data.in_memory": ("DeviceDataset", "load"),
     "fastar.data.convert": ("prepare",),

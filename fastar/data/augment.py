@@ -48,21 +48,12 @@ def draw_augmentation(augmentation: Augmentation, key: int, index: torch.Tensor)
 
 def augmented(images: torch.Tensor, chosen: torch.Tensor, draws: Draws, normalisation: Normalisation) -> torch.Tensor:
     """fp32 [b, H, W, C]: `images[chosen]` (uint8 [n, H, W, C]) zero-padded, cropped back, mirrored, normalised."""
-    down, right, mirrored = draws
     if images.device.type != "cpu":
-        return normalisation(crop_and_mirror(images, chosen, down, right, mirrored))
+        return normalisation(crop_and_mirror(images, chosen, *draws))
     out = torch.empty(len(chosen), *images.shape[1:], dtype=torch.float32, device="cpu")
-    _compiled()(
-        images.numpy().reshape(len(images), -1),
-        chosen.numpy(),
-        down.numpy(),
-        right.numpy(),
-        mirrored.numpy(),
-        normalisation.mean.numpy(),
-        normalisation.scale.numpy(),
-        out.numpy().reshape(len(chosen), -1),
-        *images.shape[1:],
-    )
+    tensors = (chosen, *draws, normalisation.mean, normalisation.scale, out.view(len(chosen), -1))
+    arrays = [tensor.numpy() for tensor in tensors]
+    _compiled()(images.numpy().reshape(len(images), -1), *arrays, *images.shape[1:])
     return out
 
 

@@ -11,7 +11,7 @@ import numpy as np
 
 from fastar._version import __version__
 from fastar.config import DatasetSpec, dataset_spec
-from fastar.data.ffcv.encode import Encoding
+from fastar.data.encode import Encoding
 from fastar.data.ffcv.folder import (
     PARTIAL,
     VARIABLE,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from fastar.config import Augmentation
-from fastar.data.augment import Draws, Normalisation, augmented, draw_augmentation
+from fastar.data.augment import Normalisation, augmented, draw_augmentation
 from fastar.data.dataset import Batch, Dataset
 from fastar.data.sampling import epoch_order
 from fastar.data.splits import chosen_images, stored_in
@@ -83,27 +83,17 @@ class DeviceDataset(Dataset):
     def _blocks(self, order: torch.Tensor, batch_size: int, key: int | None) -> Iterator[Batch]:
         sample_bytes = 4 * self.images[0].numel()
         block = max(1, self._block_bytes // (sample_bytes * batch_size)) * batch_size
-        draws = None
-        if key is not None:
+        for chosen in order.split(block) if len(order) else ():
             with span("augment"):
-                draws = draw_augmentation(self.augmentation, key, self.index[order])
-        for start in range(0, len(order), block):
-            with span("augment"):
-                images, labels = self._block(order, slice(start, start + block), draws)
+                if key is not None:
+                    draws = draw_augmentation(self.augmentation, key, self.index[chosen])
+                    pixels = augmented(self.images, chosen, draws, self._normalise)
+                elif self._normalised is not None:
+                    pixels = self._normalised.index_select(0, chosen)
+                else:
+                    pixels = self._normalise(self.images.index_select(0, chosen))
+                images, labels = pixels.permute(0, 3, 1, 2), self.labels.index_select(0, chosen)
             yield from zip(images.split(batch_size), labels.split(batch_size), strict=True)
-
-    def _block(self, order: torch.Tensor, of_order: slice, draws: Draws | None) -> Batch:
-        """The samples `order[of_order]`: images fp32 [b, C, H, W], labels [b]."""
-        chosen = order[of_order]
-        if draws is not None:
-            down, right, mirrored = draws
-            moves = down[of_order], right[of_order], mirrored[of_order]
-            pixels = augmented(self.images, chosen, moves, self._normalise)
-        elif self._normalised is not None:
-            pixels = self._normalised.index_select(0, chosen)
-        else:
-            pixels = self._normalise(self.images.index_select(0, chosen))
-        return pixels.permute(0, 3, 1, 2), self.labels.index_select(0, chosen)
 
 
 def load(

@@ -87,12 +87,8 @@ class StreamingDataset(Dataset):
         stored = stored_in(split)
         layout = files.layout(stored)
         assert isinstance(layout, VariableLayout)  # others are held in memory
-        self._reader = ImageReader(
-            files.path(stored),
-            layout,
-            files.checksums(stored, progress),
-            threads=threads or len(os.sched_getaffinity(0)),
-        )
+        threads = threads or len(os.sched_getaffinity(0))
+        self._reader = ImageReader(files.path(stored), layout, files.checksums(stored, progress), threads=threads)
         self._index = chosen_images(
             self._reader.labels, split, validation=validation, limit=limit, classes=files.classes, name=files.name
         )
@@ -125,15 +121,13 @@ class StreamingDataset(Dataset):
             for pixels in batches:
                 index = order[start : start + len(pixels)]
                 start += len(pixels)
-                labels, mirrored = self._reader.labels[index], None
-                if key is not None:
-                    mirrored = torch.from_numpy(draw(key, index, _MIRROR) >> 31 == 1)
                 with span("augment"):
-                    if mirrored is not None:
-                        mirrored = self._moved(mirrored)
+                    mirrored = None
+                    if key is not None:
+                        mirrored = self._moved(torch.from_numpy(draw(key, index, _MIRROR) >> 31 == 1))
                     images = mirrored_and_normalised(self._moved(pixels), mirrored, normalise)
-                    moved = self._moved(torch.from_numpy(labels))
-                yield images.permute(0, 3, 1, 2), moved
+                    labels = self._moved(torch.from_numpy(self._reader.labels[index]))
+                yield images.permute(0, 3, 1, 2), labels
 
     def _moved(self, tensor: torch.Tensor) -> torch.Tensor:
         """On the device; the host does not wait for a GPU (pinned memory is reused only after the copy)."""

@@ -19,11 +19,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from ffcv.fields.rgb_image import SimpleRGBImageDecoder
+from ffcv.libffcv import imdecode, resize_crop
 
 from fastar.data.crops import Boxes
-from fastar.data.ffcv.encode import JPEG_MODE
+from fastar.data.encode import JPEG_MODE
 from fastar.data.ffcv.format import damaged
-from fastar.data.ffcv.names import SimpleRGBImageDecoder, imdecode, resize_crop
 
 
 @dataclass(frozen=True)

@@ -5,14 +5,13 @@ import json
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 
 from fastar.config import Augmentation
-from fastar.data.ffcv.encode import Encoding
+from fastar.data.encode import Encoding
 from fastar.data.ffcv.format import FixedLayout, Layout, VariableLayout, check_beton, damaged, fingerprint
 from fastar.data.ffcv.verify import Checksums, checksums_path, kept_checksums, take_checksums
 from fastar.data.ffcv.write import disk_full
@@ -35,40 +34,36 @@ _DIGESTED_FIXED = ("channels", "height", "width")
 _DIGESTED_VARIABLE = ("encoding", "shuffled", "skipped")
 
 
-@dataclass(frozen=True)
 class DatasetFiles:
-    """A finished dataset on disk: `folder`/{train,test}.beton and what their metadata file says of them."""
+    """A finished dataset on disk: `folder`/{train,test}.beton and what their metadata file says of them.
 
-    folder: Path
-    metadata: dict[str, Any]
-    _checksums: dict[str, Checksums] = field(default_factory=dict, init=False, repr=False, compare=False)
+    Attributes:
+        name: of the dataset.
+        digest: SHA-256 of what a network can see: images, labels, classes and normalisation of both splits.
+        variable_size: images are of any size: they stream.
+        classes: their names, in the order of labels.
+        mean: per channel, of pixels in 0..1, as is `std`.
+        std: see `mean`.
+        encoding: storage of images of any size; None: they are of one size.
+        shuffled: images of any size lie in the files in a fixed shuffled order, else by class.
+        skipped: the images of each split that could not be used: path and reason.
+        val_share: the share of each class taken for testing from one folder; None: the raw data had both splits.
+        exif: "apply": the images were turned as their EXIF orientation says.
+    """
 
-    @property
-    def name(self) -> str:
-        return self.metadata["dataset"]
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of what a network can see: images, labels, classes and normalisation of both splits."""
-        return self.metadata["digest"]
-
-    @property
-    def variable_size(self) -> bool:
-        """Images are of any size: they stream."""
-        return self.metadata.get("kind") == VARIABLE
-
-    @property
-    def classes(self) -> tuple[str, ...]:
-        return tuple(self.metadata["classes"])
-
-    @property
-    def mean(self) -> tuple[float, ...]:
-        """Per channel, of pixels in 0..1, as is `std`."""
-        return tuple(self.metadata["mean"])
-
-    @property
-    def std(self) -> tuple[float, ...]:
-        return tuple(self.metadata["std"])
+    def __init__(self, folder: Path, metadata: dict[str, Any]):
+        self.folder, self.metadata = folder, metadata
+        self.name: str = metadata["dataset"]
+        self.digest: str = metadata["digest"]
+        self.variable_size = metadata.get("kind") == VARIABLE
+        self.classes = tuple(metadata["classes"])
+        self.mean, self.std = tuple(metadata["mean"]), tuple(metadata["std"])
+        self.encoding = Encoding(**metadata["encoding"]) if self.variable_size else None
+        self.shuffled: bool | None = metadata.get("shuffled")
+        self.skipped: dict[str, list[dict[str, str]]] = metadata.get("skipped", {})
+        self.val_share: float | None = metadata["settings"].get("val_share")
+        self.exif: Exif = metadata["settings"].get("exif", "ignore")
+        self._checksums: dict[str, Checksums] = {}
 
     @property
     def input_shape(self) -> tuple[int, int, int]:
@@ -79,31 +74,6 @@ class DatasetFiles:
     def augmentation(self) -> Augmentation:
         """Augmentation in training, of images of one size."""
         return Augmentation(**self.metadata["augmentation"])
-
-    @property
-    def encoding(self) -> Encoding | None:
-        """Storage of images of any size; None: they are of one size."""
-        return Encoding(**self.metadata["encoding"]) if self.variable_size else None
-
-    @property
-    def shuffled(self) -> bool | None:
-        """Images of any size lie in the files in a fixed shuffled order, else by class."""
-        return self.metadata.get("shuffled")
-
-    @property
-    def skipped(self) -> dict[str, list[dict[str, str]]]:
-        """The images of each split that could not be used: path and reason."""
-        return self.metadata.get("skipped", {})
-
-    @property
-    def val_share(self) -> float | None:
-        """The share of each class that was taken for testing from one folder; None: the raw data had both splits."""
-        return self.metadata["settings"].get("val_share")
-
-    @property
-    def exif(self) -> Exif:
-        """apply: the images were turned as their EXIF orientation says."""
-        return self.metadata["settings"].get("exif", "ignore")
 
     def count(self, split: str) -> int:
         return self.metadata["counts"][split]
@@ -120,11 +90,6 @@ class DatasetFiles:
             return VariableLayout(count, classes, encoding)
         channels, height, width = self.input_shape
         return FixedLayout(count, classes, (height, width, channels))
-
-    def digest_of_content(self) -> str:
-        """The digest that the metadata must have."""
-        keys = (*_DIGESTED, *(_DIGESTED_VARIABLE if self.variable_size else _DIGESTED_FIXED))
-        return content_digest({key: self.metadata[key] for key in keys})
 
     def checksums(self, split: str, progress: Progress = SILENT) -> Checksums:
         """Checksums of images of any size, kept beside the split's file. Where there are none that count (an earlier
@@ -167,15 +132,15 @@ def open_metadata(folder: Path) -> DatasetFiles:
     path = folder / METADATA
     try:
         metadata = read_object(path)
-        files = DatasetFiles(folder, metadata)
         if metadata.get("kind") not in (None, VARIABLE):
             raise FastarError(f"{path}: holds {metadata['kind']}; use another directory")
         if metadata["format"] not in (1, FORMAT):
             raise damaged(path, f"format {metadata['format']}, this fastar reads {FORMAT}")
         # Format 1 is without a digest of all; it then says nothing of what the dataset's own digest does not cover.
         whole = (metadata["format"] == 1 and "sha256" not in metadata) or metadata["sha256"] == _sha256(metadata)
-        if not whole or metadata["digest"] != files.digest_of_content():
+        if not whole or metadata["digest"] != _content_digest(metadata):
             raise damaged(path, "edited by hand or damaged")
+        files = DatasetFiles(folder, metadata)
         for split in SPLITS:
             files.layout(split), metadata["files"][split]["bytes"]
     except OSError as error:
@@ -197,6 +162,12 @@ def check_unchanged(files: DatasetFiles, split: str) -> None:
     raise damaged(path, f"not the file that {METADATA} describes (replaced or damaged)")
 
 
+def _content_digest(metadata: dict[str, Any]) -> str:
+    """The dataset's own digest, which the metadata must have."""
+    more = _DIGESTED_VARIABLE if metadata.get("kind") == VARIABLE else _DIGESTED_FIXED
+    return content_digest({key: metadata[key] for key in (*_DIGESTED, *more)})
+
+
 def _sha256(metadata: dict[str, Any]) -> str:
     """The digest of all metadata but itself."""
     return content_digest({key: value for key, value in metadata.items() if key != "sha256"})
@@ -212,9 +183,9 @@ def publish(folder: Path, content: dict[str, Any], checksums: Mapping[str, Check
     """
     metadata: dict[str, Any] = {"format": FORMAT, **content}
     metadata["files"] = {split: fingerprint(folder / f"{split}.beton{PARTIAL}") for split in SPLITS}
-    files = DatasetFiles(folder, metadata)
-    metadata["digest"] = files.digest_of_content()
+    metadata["digest"] = _content_digest(metadata)
     metadata["sha256"] = _sha256(metadata)
+    files = DatasetFiles(folder, metadata)
     try:
         write_atomically(folder / METADATA, (json.dumps(metadata, indent=1) + "\n").encode())
         for split, sums in checksums.items() if files.variable_size else ():

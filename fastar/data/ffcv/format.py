@@ -12,20 +12,18 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-
-from fastar.data.ffcv.encode import JPEG_MODE, PAGE, RAW_MODE, Encoded, EncodedImages, Encoding, encoded_images
-from fastar.data.ffcv.names import (
+from ffcv.fields import IntField, NDArrayField, RGBImageField
+from ffcv.fields.base import Field
+from ffcv.types import (
     ALLOC_TABLE_TYPE,
     CURRENT_VERSION,
     TYPE_ID_HANDLER,
-    Field,
     FieldDescType,
     HeaderType,
-    IntField,
-    NDArrayField,
-    RGBImageField,
     get_metadata_type,
 )
+
+from fastar.data.encode import JPEG_MODE, PAGE, RAW_MODE, Encoded, EncodedImages, Encoding, encoded_images
 from fastar.data.raw.raw_split import ImageSplit, RawSplit, UnusableImage, readable
 from fastar.errors import FastarError
 
@@ -188,60 +186,53 @@ def check_beton(path: Path, layout: Layout) -> Beton:
     Raises:
         FastarError: it names the file and its first fault.
     """
-    try:
-        with readable(path):
-            if not path.is_file():  # opening a pipe would wait
-                raise _Fault("is no file" if path.exists() else "missing")
-            if path.stat().st_size == 0:
-                raise _Fault("empty file")  # it cannot be mapped
-            data = np.memmap(path, np.uint8, mode="r")
-        return _checked_tables(path, data, _checked_front(data, layout), layout)
-    except _Fault as fault:
-        raise damaged(path, str(fault)) from None
+    with readable(path):
+        if not path.is_file():  # opening a pipe would wait
+            raise damaged(path, "is no file" if path.exists() else "missing")
+        if path.stat().st_size == 0:
+            raise damaged(path, "empty file")  # it cannot be mapped
+        data = np.memmap(path, np.uint8, mode="r")
+    return _checked_tables(path, data, _checked_front(path, data, layout), layout)
 
 
-class _Fault(Exception):
-    """A fault of a file, in words."""
-
-
-def _part(data: np.ndarray, dtype: np.dtype, start: int, count: int, what: str) -> np.ndarray:
+def _part(path: Path, data: np.ndarray, dtype: np.dtype, start: int, count: int, what: str) -> np.ndarray:
     stop = start + count * dtype.itemsize
     if stop > len(data):
-        raise _Fault(f"truncated in its {what} ({len(data):,} bytes)")
+        raise damaged(path, f"truncated in its {what} ({len(data):,} bytes)")
     return data[start:stop].view(dtype)
 
 
-def _checked_front(data: np.ndarray, layout: Layout) -> np.void:
+def _checked_front(path: Path, data: np.ndarray, layout: Layout) -> np.void:
     """The header, once it and the fields behind it are as fastar writes them."""
-    header = _part(data, HeaderType, 0, 1, "header")[0]
+    header = _part(path, data, HeaderType, 0, 1, "header")[0]
     fields = layout.fields()
     if header["version"] != CURRENT_VERSION or header["num_fields"] != len(fields):
-        raise _Fault("not a .beton file of fastar (foreign header)")
+        raise damaged(path, "not a .beton file of fastar (foreign header)")
     page_size, count = int(header["page_size"]), int(header["num_samples"])
     if page_size < 1 << 21 or page_size & (page_size - 1):
-        raise _Fault(f"damaged header (page size {page_size})")
+        raise damaged(path, f"damaged header (page size {page_size})")
     if count != layout.count:
-        raise _Fault(f"holds {count} samples where {layout.count} are due")
-    written = _part(data, FieldDescType, HeaderType.itemsize, len(fields), "fields")
+        raise damaged(path, f"holds {count} samples where {layout.count} are due")
+    written = _part(path, data, FieldDescType, HeaderType.itemsize, len(fields), "fields")
     for name, want, got in zip(fields, field_descriptors(fields), written, strict=True):
         if any(not np.array_equal(want[key], got[key]) for key in ("type_id", "name", "arguments")):
-            raise _Fault(f"its field {name!r} is not what fastar writes for {layout}")
+            raise damaged(path, f"its field {name!r} is not what fastar writes for {layout}")
     return header
 
 
 def _checked_tables(path: Path, data: np.ndarray, header: np.void, layout: Layout) -> Beton:
     """The file, once its tables of samples and of their places agree."""
     start, count = HeaderType.itemsize + len(layout.fields()) * FieldDescType.itemsize, layout.count
-    metadata = _part(data, sample_type(layout), start, count, "sample table")
+    metadata = _part(path, data, sample_type(layout), start, count, "sample table")
     end = start + metadata.nbytes
     table_start = int(header["alloc_table_ptr"])
     if table_start < end or len(data) - table_start != count * ALLOC_TABLE_TYPE.itemsize:
-        raise _Fault("truncated, or its allocation table is damaged")
-    table = _part(data, ALLOC_TABLE_TYPE, table_start, count, "allocation table")
+        raise damaged(path, "truncated, or its allocation table is damaged")
+    table = _part(path, data, ALLOC_TABLE_TYPE, table_start, count, "allocation table")
 
     labels = np.array(metadata["f1"], dtype=np.int64)
     if labels.min() < 0 or labels.max() >= layout.classes:
-        raise _Fault(f"labels are not all in 0..{layout.classes - 1}")
+        raise damaged(path, f"labels are not all in 0..{layout.classes - 1}")
     images = metadata["f0"]
     pointers = images if images.dtype.names is None else images["data_ptr"]
     by_sample = table[np.argsort(table["sample_id"], kind="stable")]
@@ -249,7 +240,7 @@ def _checked_tables(path: Path, data: np.ndarray, header: np.void, layout: Layou
     # The images first: what is said of them is plainer.
     found = layout.fault(images, sizes)
     if found is not None:
-        raise _Fault(found)
+        raise damaged(path, found)
     in_file = np.argsort(pointers, kind="stable")
     starts, stops = pointers[in_file], pointers[in_file] + sizes[in_file]
     if not (
@@ -257,7 +248,7 @@ def _checked_tables(path: Path, data: np.ndarray, header: np.void, layout: Layou
         and np.array_equal(by_sample["ptr"], pointers)
         and (stops[:-1] <= starts[1:]).all()
     ):
-        raise _Fault("its allocation table does not match its samples")
+        raise damaged(path, "its allocation table does not match its samples")
     if starts[0] < end or int(stops[-1]) > table_start:
-        raise _Fault("its images lie outside the file's pages")
+        raise damaged(path, "its images lie outside the file's pages")
     return Beton(path, layout, labels, images, pointers, sizes, (data[:end], data[table_start:]))

@@ -11,10 +11,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from ffcv.loader import Loader, OrderOption
+from ffcv.loader.epoch_iterator import EpochIterator
+from ffcv.pipeline.compiler import Compiler
 
+from fastar.data.ffcv import torch_threads_kept
 from fastar.data.ffcv.decode import CropDecoder, Plan
 from fastar.data.ffcv.format import FixedLayout, VariableLayout, check_beton, damaged
-from fastar.data.ffcv.names import Compiler, EpochIterator, Loader, OrderOption, torch_threads_kept
 from fastar.data.ffcv.verify import Checksums, content_of_one_size
 from fastar.errors import FastarError
 from fastar.runtime.progress import Progress
@@ -102,13 +105,11 @@ class GuardedLoader(Loader):
         finally:
             Compiler.set_enabled(before)
 
-    def epoch(self, order: np.ndarray, batch_size: int | None = None, plan: Plan | None = None) -> GuardedIterator:
-        """An epoch of the samples `order` (int64), in that order; `batch_size` None is the loader's own."""
+    def epoch(self, order: np.ndarray, batch_size: int, plan: Plan | None = None) -> GuardedIterator:
+        """An epoch of the samples `order` (int64), in that order."""
         Compiler.set_num_threads(self.num_workers)
-        loader = self
-        if batch_size is not None:
-            loader = copy.copy(self)  # shares all that took time to make
-            loader.batch_size = batch_size
+        loader = copy.copy(self)  # shares all that took time to make
+        loader.batch_size = batch_size
         return GuardedIterator(loader, order.astype(np.uint64), plan)
 
 
@@ -133,8 +134,9 @@ def read_batches(
     """
     check_beton(path, layout)
     with torch_threads_kept(), _loader_errors(path):
-        loader = GuardedLoader(path, min(batch_size, layout.count), compiled=layout.count >= compile_from)
-        batches = loader.epoch(np.arange(layout.count))
+        batch_size = min(batch_size, layout.count)
+        loader = GuardedLoader(path, batch_size, compiled=layout.count >= compile_from)
+        batches = loader.epoch(np.arange(layout.count), batch_size)
         try:
             with closing(batches):
                 for images, labels in batches:

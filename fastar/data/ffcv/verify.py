@@ -13,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from fastar.data.ffcv.encode import Encoded
+from fastar.data.encode import Encoded
 from fastar.data.ffcv.format import Beton, FixedLayout, Layout, check_beton
 from fastar.data.raw.raw_split import RawSplit, readable
 from fastar.errors import FastarError

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
+from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, HeaderType
 
-from fastar.data.ffcv.encode import Encoded
+from fastar.data.encode import Encoded
 from fastar.data.ffcv.format import Layout, field_descriptors, sample_type
-from fastar.data.ffcv.names import ALLOC_TABLE_TYPE, CURRENT_VERSION, HeaderType
 from fastar.data.raw.raw_split import RawSplit
 from fastar.errors import FastarError
 from fastar.runtime.progress import SILENT, Progress

@@ -150,7 +150,7 @@ def _process() -> Iterator[subprocess.Popen[bytes]]:
 
     It has a session of its own, so that Ctrl-C and a scheduler's signals reach this process alone.
     """
-    serving = "import sys; sys.path[:] = sys.argv[1].split('\\n'); from fastar.data.ffcv.encode import serve; serve()"
+    serving = "import sys; sys.path[:] = sys.argv[1].split('\\n'); from fastar.data.encode import serve; serve()"
     command = [sys.executable, "-c", serving, "\n".join(sys.path)]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True)
     try:
