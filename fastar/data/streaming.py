@@ -3,6 +3,7 @@
 import os
 from collections.abc import Generator
 from contextlib import closing
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -83,7 +84,8 @@ class StreamingDataset(Dataset):
         self._centre = centre(kept)
         self.device = torch.device(device)
         self.classes, self.digest = len(files.classes), files.digest
-        self._mean, self._std = files.mean, files.std
+        place = self.device
+        self._normalisation = cache(lambda side: Normalisation(files.mean, files.std, side, side, place))
         stored = stored_in(split)
         layout = files.layout(stored)
         assert isinstance(layout, VariableLayout)  # others are held in memory
@@ -116,7 +118,7 @@ class StreamingDataset(Dataset):
             return
         boxes = self._centre if key is None else random_boxes(self._crop, key)
         plan = Plan(size, boxes, pinned=self.device.type == "cuda")
-        normalise, start = Normalisation(self._mean, self._std, size, size, self.device), 0
+        normalise, start = self._normalisation(size), 0
         with closing(self._reader.epoch(order, batch_size, plan)) as batches:
             for pixels in batches:
                 index = order[start : start + len(pixels)]
