@@ -11,7 +11,7 @@ import threading
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import cv2
 import numpy as np
@@ -83,17 +83,14 @@ class Encoding:
             raise UnusableImage(where, f"{height}x{width} pixels leave nothing at max-resolution={limit}", "remove it")
         if shrink < 1:
             image = cv2.resize(image, (int(shrink * width), int(shrink * height)), interpolation=cv2.INTER_AREA)
-        mode = JPEG_MODE if self._compressed(index) else RAW_MODE
+        word = int(draw(derive_seed(0, "compressed"), np.array([index]))[0])
+        mode = JPEG_MODE if word < self.compress_probability * 2**32 else RAW_MODE
         if mode == JPEG_MODE:
             quality = [int(cv2.IMWRITE_JPEG_QUALITY), self.jpeg_quality]
             content = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), quality)[1].tobytes()
         else:
             content = image.tobytes()
         return Encoded(mode, image.shape[0], image.shape[1], content)
-
-    def _compressed(self, index: int) -> bool:
-        word = int(draw(derive_seed(0, "compressed"), np.array([index]))[0])
-        return word < self.compress_probability * 2**32
 
 
 # What FFCV publishes: the training sets of its ImageNet repository for ResNet-50 and ResNet-18, and the JPEG file of
@@ -179,21 +176,16 @@ def serve() -> None:
     answers, results = os.fdopen(os.dup(1), "wb"), queue.Queue[Any](_AHEAD)
     os.dup2(2, 1)  # what a library prints is no answer
     cv2.setNumThreads(1)
-    threading.Thread(target=_send, args=(results, answers), daemon=True).start()
     encoding, jobs = pickle.load(sys.stdin.buffer)
-    for picture, index in jobs:
-        results.put(_encoded(encoding, picture, index))
-    results.put(None)
-    threading.Event().wait()  # ended by the thread
 
+    def encode() -> None:
+        for picture, index in jobs:
+            results.put(_encoded(encoding, picture, index))
+        results.put(None)
 
-def _send(results: queue.Queue[Any], answers: IO[bytes]) -> None:
-    """Write what there is until all is written, or nobody is left to read it; then end the process."""
-    try:
+    threading.Thread(target=encode, daemon=True).start()
+    with suppress(BrokenPipeError):  # nobody is left to read them
         while (result := results.get()) is not None:
             pickle.dump(result, answers, protocol=pickle.HIGHEST_PROTOCOL)
             answers.flush()
-    except BrokenPipeError:
-        pass
-    finally:
-        os._exit(0)
+    os._exit(0)  # the thread may be encoding

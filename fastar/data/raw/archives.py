@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from fastar.data.raw.listing import SUFFIXES, PassedOver, reason_to_pass
-from fastar.data.raw.raw_split import ImageSplit, is_image
+from fastar.data.raw.raw_split import ImageSplit, is_image, readable
 from fastar.data.raw.tars import TarArchive, read_members
 from fastar.errors import FastarError, first_line, printable
 from fastar.runtime.json_files import read_file
@@ -116,12 +116,10 @@ def val_archive(root: Path, classes: tuple[str, ...], passed: PassedOver, progre
 @contextmanager
 def _opened(path: Path) -> Iterator[TarArchive]:
     try:
-        with TarArchive.open(path, mode="r:", encoding="utf-8") as archive:
+        with readable(path), TarArchive.open(path, mode="r:", encoding="utf-8") as archive:
             yield archive
     except tarfile.TarError as error:
         raise FastarError(f"{path}: not a whole, uncompressed tar archive ({error}); get it again") from error
-    except OSError as error:
-        raise FastarError(f"{path}: cannot be read ({error.strerror}); check the file") from error
 
 
 def _images(archive: TarArchive, where: str, passed: PassedOver) -> Iterator[tuple[str, int, int]]:

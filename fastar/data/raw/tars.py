@@ -1,7 +1,8 @@
 """Reading tar archives that may be damaged, or made to do harm: in bounded memory, and never for ever."""
 
 import tarfile
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 # Headers that may stand before a member: Python reads them whole, one inside the other.
@@ -55,6 +56,18 @@ class _Member(tarfile.TarInfo):
     _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = _refuse_sparse
 
 
+@contextmanager
+def _only_tar_errors() -> Iterator[None]:
+    """Inside, all but what the disk says is a `tarfile.TarError`: ValueError, IndexError, OverflowError, the errors
+    that each decompressor has of its own, and more."""
+    try:
+        yield
+    except (tarfile.TarError, OSError):
+        raise
+    except Exception as error:
+        raise tarfile.ReadError(f"{type(error).__name__}: {error}") from error
+
+
 class TarArchive(tarfile.TarFile):
     """A tar archive: whatever is wrong with a header is a `tarfile.TarError`, what the disk says an OSError."""
 
@@ -62,13 +75,8 @@ class TarArchive(tarfile.TarFile):
     headers = 0
 
     def next(self) -> tarfile.TarInfo | None:
-        try:
+        with _only_tar_errors():
             return super().next()
-        except (tarfile.TarError, OSError):
-            raise
-        # ValueError, IndexError, OverflowError, what decompressors raise, and more.
-        except Exception as error:
-            raise tarfile.ReadError(f"{type(error).__name__}: {error}") from error
 
     def check_end(self) -> None:
         """Raise ReadError where more than padding lies behind the end: a header of zeros is taken for it."""
@@ -90,23 +98,17 @@ def read_members(
         OSError: it cannot be read, or a checksum differs.
     """
     contents = {}
-    try:
-        with TarArchive.open(path, encoding="utf-8") as archive:
-            for number, member in enumerate(archive):
-                if number == _MEMBERS or member.offset_data + member.size > most:
-                    raise tarfile.ReadError(f"it holds more than {_MEMBERS} members or {most:,} bytes")
-                name = name_of(member.name)
-                stream = archive.extractfile(member) if member.isfile() and name in wanted else None
-                if stream is not None:
-                    contents[name] = stream.read()
-            packed = archive.fileobj
-            assert packed is not None
-            while len(packed.read(_PIECE)) > 0:
-                if packed.tell() > most:
-                    raise tarfile.ReadError(f"it holds more than {most:,} bytes")
-    except (tarfile.TarError, OSError):
-        raise
-    # Each decompressor has errors of its own; and see `TarArchive.next`.
-    except Exception as error:
-        raise tarfile.ReadError(f"{type(error).__name__}: {error}") from error
+    with _only_tar_errors(), TarArchive.open(path, encoding="utf-8") as archive:
+        for number, member in enumerate(archive):
+            if number == _MEMBERS or member.offset_data + member.size > most:
+                raise tarfile.ReadError(f"it holds more than {_MEMBERS} members or {most:,} bytes")
+            name = name_of(member.name)
+            stream = archive.extractfile(member) if member.isfile() and name in wanted else None
+            if stream is not None:
+                contents[name] = stream.read()
+        packed = archive.fileobj
+        assert packed is not None
+        while len(packed.read(_PIECE)) > 0:
+            if packed.tell() > most:
+                raise tarfile.ReadError(f"it holds more than {most:,} bytes")
     return contents
