@@ -562,6 +562,16 @@ def test_interpolate_refuses(change: dict[str, Any], message: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+def refuses(update: Callable[..., None], given: dict[str, Any], message: str) -> None:
+    """One line says why, and theta is as it was."""
+    theta, one = torch.ones(8), torch.tensor(1.0)
+    usual = {"gradient": torch.ones(8), "lr": one, "scale": one, "inverse_loss_scale": one}
+    with pytest.raises(ValueError, match=message) as caught:
+        update(theta, **{**usual, **given})
+    assert "\n" not in str(caught.value)
+    assert (theta == 1).all()
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -579,20 +589,7 @@ def test_interpolate_refuses(change: dict[str, Any], message: str) -> None:
     ],
 )
 def test_sgd_update_refuses_and_changes_nothing(change: dict[str, Any], message: str) -> None:
-    one = torch.tensor(1.0)
-    theta = torch.ones(8)
-    arguments: dict[str, Any] = {
-        "gradient": torch.ones(8),
-        "momentum_buffer": torch.zeros(8),
-        "lr": one,
-        "scale": one,
-        "inverse_loss_scale": one,
-        **SETTINGS[0],
-    }
-    with pytest.raises(ValueError, match=message) as caught:
-        sgd_update(theta, **{**arguments, **change})
-    assert "\n" not in str(caught.value)
-    assert (theta == 1).all()
+    refuses(sgd_update, {"momentum_buffer": torch.zeros(8), **SETTINGS[0], **change}, message)
 
 
 @pytest.mark.parametrize(
@@ -609,22 +606,8 @@ def test_sgd_update_refuses_and_changes_nothing(change: dict[str, Any], message:
     ],
 )
 def test_adam_update_refuses_and_changes_nothing(change: dict[str, Any], message: str) -> None:
-    one = torch.tensor(1.0)
-    theta = torch.ones(8)
-    arguments: dict[str, Any] = {
-        "gradient": torch.ones(8),
-        "first_moment": torch.zeros(8),
-        "second_moment": torch.zeros(8),
-        "steps_done": one,
-        "lr": one,
-        "scale": one,
-        "inverse_loss_scale": one,
-        **ADAM_SETTINGS[0],
-    }
-    with pytest.raises(ValueError, match=message) as caught:
-        adam_update(theta, **{**arguments, **change})
-    assert "\n" not in str(caught.value)
-    assert (theta == 1).all()
+    given = {"first_moment": torch.zeros(8), "second_moment": torch.zeros(8), "steps_done": torch.tensor(1.0)}
+    refuses(adam_update, {**given, **ADAM_SETTINGS[0], **change}, message)
 
 
 @pytest.mark.parametrize(

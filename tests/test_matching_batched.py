@@ -101,6 +101,12 @@ class Operations(TorchDispatchMode):
         return out
 
 
+def around_visits(monkeypatch: pytest.MonkeyPatch, around: Callable[[Descent, int, Callable[[], None]], None]) -> None:
+    """Do `around(descent, family, visit)` in the place of each visit to a family."""
+    visit = Descent._visit
+    monkeypatch.setattr(Descent, "_visit", lambda self, f: around(self, f, lambda: visit(self, f)))
+
+
 def operations_of_visits(
     monkeypatch: pytest.MonkeyPatch, symmetry: Symmetry, theta: State, sources: State
 ) -> list[tuple[int, int, int, int]]:
@@ -115,17 +121,16 @@ def operations_of_visits(
 
     monkeypatch.setattr(descent_module, "download", counted)
     monkeypatch.setattr(blocks_module, "download", counted)
-    visit = Descent._visit
 
-    def record(self: Descent, f: int) -> None:
+    def record(descent: Descent, f: int, visit: Callable[[], None]) -> None:
         before = copies
         with Operations() as seen:
-            visit(self, f)
+            visit()
         if seen.count:
-            others = copies - before - len(self.problem.families[f])
-            found.append((seen.count, seen.waits, others, len(self.problem.touched[f])))
+            others = copies - before - len(descent.problem.families[f])
+            found.append((seen.count, seen.waits, others, len(descent.problem.touched[f])))
 
-    monkeypatch.setattr(Descent, "_visit", record)
+    around_visits(monkeypatch, record)
     count = len(next(iter(sources.values())))
     match_weights(symmetry, theta, sources, chunk=count, threads=1, start=symmetry.identity())
     monkeypatch.undo()
@@ -257,13 +262,12 @@ def test_what_is_uploaded_comes_back() -> None:
 def test_products_are_exact_whatever_training_allows(monkeypatch: pytest.MonkeyPatch) -> None:
     symmetry, theta, sources = problem("mlp", 2)
     seen: list[str] = []
-    visit = Descent._visit
 
-    def record(self: Descent, f: int) -> None:
+    def record(descent: Descent, f: int, visit: Callable[[], None]) -> None:
         seen.append(torch.get_float32_matmul_precision())
-        visit(self, f)
+        visit()
 
-    monkeypatch.setattr(Descent, "_visit", record)
+    around_visits(monkeypatch, record)
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("high")
