@@ -21,9 +21,9 @@ from ffcv.types import ALLOC_TABLE_TYPE, FieldDescType, HeaderType, get_metadata
 from fastar.data import DATASETS, Encoding, load, open_files, prepare
 from fastar.data.encode import encoded_images
 from fastar.data.ffcv import read as reading_module
+from fastar.data.ffcv.checksums import measured, verify_beton
 from fastar.data.ffcv.format import FixedLayout, check_beton
 from fastar.data.ffcv.read import read_batches
-from fastar.data.ffcv.verify import measured, verify_beton
 from fastar.data.ffcv.write import write_beton
 from fastar.data.raw.raw_split import ArraySplit, RawDataset
 from fastar.errors import FastarError

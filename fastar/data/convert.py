@@ -12,6 +12,7 @@ import numpy as np
 from fastar._version import __version__
 from fastar.config import DatasetSpec, dataset_spec
 from fastar.data.encode import Encoding
+from fastar.data.ffcv.checksums import Checksums, measured, verify_beton
 from fastar.data.ffcv.folder import (
     PARTIAL,
     VARIABLE,
@@ -24,7 +25,6 @@ from fastar.data.ffcv.folder import (
     refuse_foreign,
 )
 from fastar.data.ffcv.format import FixedLayout, Layout, VariableLayout, check_beton
-from fastar.data.ffcv.verify import Checksums, measured, verify_beton
 from fastar.data.ffcv.write import predicted_bytes, write_beton
 from fastar.data.raw.class_folders import find_images
 from fastar.data.raw.find import find_raw, note_other_files

@@ -12,8 +12,8 @@ import numpy as np
 
 from fastar.config import Augmentation
 from fastar.data.encode import Encoding
+from fastar.data.ffcv.checksums import Checksums, checksums_path, kept_checksums, take_checksums
 from fastar.data.ffcv.format import FixedLayout, Layout, VariableLayout, check_beton, damaged, fingerprint
-from fastar.data.ffcv.verify import Checksums, checksums_path, kept_checksums, take_checksums
 from fastar.data.ffcv.write import disk_full
 from fastar.data.raw.raw_split import readable
 from fastar.errors import FastarError, refusal

@@ -16,9 +16,9 @@ from ffcv.loader.epoch_iterator import EpochIterator
 from ffcv.pipeline.compiler import Compiler
 
 from fastar.data.ffcv import torch_threads_kept
+from fastar.data.ffcv.checksums import Checksums, content_of_one_size
 from fastar.data.ffcv.decode import CropDecoder, Plan
 from fastar.data.ffcv.format import FixedLayout, VariableLayout, check_beton, damaged
-from fastar.data.ffcv.verify import Checksums, content_of_one_size
 from fastar.errors import FastarError
 from fastar.runtime.progress import Progress
 
