@@ -108,7 +108,6 @@ SAME_PART = {
     "layers.py": "of networks, and of their rules",
     "match.py": "matching, and its commands",
     "star.py": "the star's training, and its part of a run",
-    "verify.py": "of a symmetry, and of .beton files",
 }
 # Lines of statements that are read at once.
 LONG = 60
