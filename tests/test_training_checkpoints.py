@@ -54,7 +54,7 @@ def checkpoints(folder: Path, settings: CheckpointSettings = ALWAYS, **more: Any
 def save(kept: TrainingCheckpoints, epoch: int, steps: int = 0, **more: Any) -> bool:
     values = {"loss": 1.0, "losses": torch.ones(steps), **more}
     history = [{"epoch": done} for done in range(epoch)]
-    return kept.save(Thing(1, 2), CPU, epoch=epoch, steps=steps, history=history, so_far={}, **values)
+    return kept.save({"step": Thing(1, 2)}, CPU, epoch=epoch, steps=steps, history=history, so_far={}, **values)
 
 
 def names(folder: Path) -> list[str]:
@@ -124,7 +124,7 @@ def test_one_that_contradicts_itself_is_passed_over(tmp_path: Path, history: lis
     said: list[str] = []
     kept = checkpoints(tmp_path, say=said.append)
     save(kept, 1)
-    kept.save(Thing(1, 2), CPU, epoch=2, steps=4, history=history, so_far={}, losses=torch.ones(losses))
+    kept.save({"step": Thing(1, 2)}, CPU, epoch=2, steps=4, history=history, so_far={}, losses=torch.ones(losses))
     found = kept.newest()
     assert found is not None
     assert (found.epoch, found.step) == (1, 0)
@@ -179,7 +179,7 @@ def test_a_state_that_is_not_finite_is_not_saved(tmp_path: Path) -> None:
     kept = checkpoints(tmp_path)
     assert save(kept, 1)
     bad = Thing(1, float("nan"))
-    assert not kept.save(bad, CPU, epoch=2, steps=0, history=[], so_far={}, losses=torch.ones(0))
+    assert not kept.save({"step": bad}, CPU, epoch=2, steps=0, history=[], so_far={}, losses=torch.ones(0))
     assert names(tmp_path) == [name(1)]
 
 
@@ -310,18 +310,18 @@ def test_torch_s_generators_go_on(tmp_path: Path) -> None:
     torch.manual_seed(6)
     saved = kept.newest()
     assert saved is not None
-    kept.restore(saved, Thing(0), CPU)
+    kept.restore(saved, {"step": Thing(0)}, CPU)
     assert torch.equal(torch.rand(3), wanted)
 
 
 def test_another_network_s_checkpoint_is_refused(tmp_path: Path) -> None:
     kept = checkpoints(tmp_path)
     step = regular()
-    kept.save(step, CPU, epoch=1, steps=0, history=[{}], so_far={}, losses=torch.ones(0))
+    kept.save(step.parts(), CPU, epoch=1, steps=0, history=[{}], so_far={}, losses=torch.ones(0))
     saved = kept.newest()
     assert saved is not None
     with pytest.raises(FastarError, match="does not fit"):
-        kept.restore(saved, regular("adam"), CPU)
+        kept.restore(saved, regular("adam").parts(), CPU)
 
 
 def test_saving_changes_nothing(tmp_path: Path) -> None:
@@ -336,7 +336,7 @@ def test_what_was_saved_does_not_move_with_the_training(tmp_path: Path) -> None:
     step = regular()
     before = copy.deepcopy(step.save())
     kept = checkpoints(tmp_path)
-    kept.save(step, CPU, epoch=0, steps=1, history=[], so_far={}, losses=torch.ones(1))
+    kept.save(step.parts(), CPU, epoch=0, steps=1, history=[], so_far={}, losses=torch.ones(1))
     fit(step, dataset(), SETTINGS, name="x", seed=0, epochs=1)
     saved = kept.newest()
     assert saved is not None
@@ -377,7 +377,13 @@ def test_one_of_a_longer_training_is_refused(tmp_path: Path, epoch: int, step: i
     kept = checkpoints(tmp_path)
     history = [vars(one) for one in fit(regular(), dataset(), SETTINGS, name="x", seed=0)]
     kept.save(
-        regular(), CPU, epoch=epoch, steps=step, history=(history + history)[:epoch], so_far={}, losses=torch.ones(step)
+        regular().parts(),
+        CPU,
+        epoch=epoch,
+        steps=step,
+        history=(history + history)[:epoch],
+        so_far={},
+        losses=torch.ones(step),
     )
     with pytest.raises(FastarError, match=rf"{name(epoch, step)}: of a training of other length"):
         fit(regular(), dataset(), SETTINGS, name="x", seed=0, checkpoints=kept, saved=kept.newest())

@@ -38,9 +38,9 @@ class Recorded:
         self.rates: list[float] = []
         self.calls: list[tuple[int, int]] = []
 
-    def begin_epoch(self, epoch: int, steps: int) -> None:
+    def begin_epoch(self, epoch: int, steps: int) -> dict[str, float]:
         self.calls.append((epoch, steps))
-        self.step.begin_epoch(epoch, steps)
+        return dict(self.step.begin_epoch(epoch, steps))
 
     def __call__(self, images: Tensor, labels: Tensor, lr: Tensor) -> Tensor:
         loss: Tensor = self.step(images, labels, lr)

@@ -60,9 +60,9 @@ class Poisoned:
     def __getattr__(self, name: str) -> Any:
         return getattr(self.step, name)
 
-    def begin_epoch(self, epoch: int, steps: int) -> None:
+    def begin_epoch(self, epoch: int, steps: int) -> dict[str, float]:
         self.theta_before.append(self.step.theta.clone())
-        self.step.begin_epoch(epoch, steps)
+        return dict(self.step.begin_epoch(epoch, steps))
 
     def __call__(self, images: torch.Tensor, labels: torch.Tensor, lr: torch.Tensor) -> torch.Tensor:
         self.calls += 1

@@ -14,7 +14,7 @@ from fastar.config import changes
 from fastar.errors import FastarError
 from fastar.evaluation import Measured, evaluate_rows
 from fastar.evaluation.batch_norm import own_statistics
-from fastar.experiments.resumable import Subject, difference, trained
+from fastar.experiments.resumable import Subject, Trained, difference, trained
 from fastar.experiments.reuse import given_paths
 from fastar.experiments.session import Session, measuring
 from fastar.runs import commit, read_metadata, versions
@@ -22,7 +22,6 @@ from fastar.runs.model_files import Checkpoint, load_checkpoint, load_into, save
 from fastar.runtime.progress import Progress
 from fastar.runtime.seeds import derive_seed
 from fastar.training import RegularStep, resolve_precision
-from fastar.training.retries import Prepared, Trained
 
 # Keys of `train` that say how, not what.
 HOW = {"compile", "graph", "on_nonfinite"}
@@ -79,15 +78,13 @@ def train_regular(session: Session, kind: str, index: int) -> None:
     seed = derive_seed(settings.seed, kind, index)
     wanted = recipe(session, kind, index)
 
-    def make(attempt: int) -> Prepared:
-        return Prepared(RegularStep(session.network.build(seed=seed), settings.train))
+    def make(attempt: int) -> RegularStep:
+        return RegularStep(session.network.build(seed=seed), settings.train)
 
     subject = Subject(kind, index, wanted)
     with trained(session, subject, make, seed=derive_seed(seed, "data")) as done:
-        step = done.prepared.step
-        assert isinstance(step, RegularStep)
-        state = step.state()
-        step.release()  # the optimizer, a graph: the memory is measuring's now
+        state = done.step.state()
+        done.step.release()  # the optimizer, a graph: the memory is measuring's now
         model = session.network.build(seed=seed)
         load_into(model, Checkpoint(state))
         own = own_statistics(model)
@@ -100,7 +97,11 @@ def train_regular(session: Session, kind: str, index: int) -> None:
 
 
 def save_model(
-    session: Session, subject: Subject, state: Mapping[str, Tensor], measured: Mapping[str, Measured], done: Trained
+    session: Session,
+    subject: Subject,
+    state: Mapping[str, Tensor],
+    measured: Mapping[str, Measured],
+    done: Trained[Any],
 ) -> None:
     """Write a trained model into the run folder, with what it is and `measured` on the splits."""
     save_checkpoint(

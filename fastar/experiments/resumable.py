@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -15,9 +15,14 @@ from fastar.experiments.session import Session
 from fastar.runs import delete, remove_if_empty
 from fastar.runs.live_metrics import finite
 from fastar.runs.model_files import save_checkpoint
-from fastar.training import Epoch, NonFiniteLoss, StepsProfile, resolve_precision
+from fastar.runtime.seeds import derive_seed
+from fastar.training import Epoch, Good, NonFiniteLoss, Step, StepsProfile, fit, resolve_precision
 from fastar.training.resume import Saved, TrainingCheckpoints
-from fastar.training.retries import Prepared, Trained, fit_with_retries
+
+AnyStep = TypeVar("AnyStep", bound=Step)
+
+# How often a training whose losses are not finite goes back, where train.on_nonfinite=retry.
+RETRIES = 3
 
 
 @dataclass(frozen=True)
@@ -38,20 +43,39 @@ class Subject:
     def name(self) -> str:
         return "star" if self.kind == "star" else f"{self.kind} {self.index}"
 
+    def entry(self, epoch: Mapping[str, Any]) -> dict[str, Any]:
+        """An epoch as the log holds it."""
+        return {"kind": self.kind, "model": self.name, **epoch}
+
+
+@dataclass(frozen=True)
+class Trained(Generic[AnyStep]):
+    """A training that is over, and how often it went back."""
+
+    step: AnyStep
+    history: list[Epoch]
+    retries: int
+
+
+def attempt_seed(seed: int, attempt: int) -> int:
+    """The seed of random draws in attempt number `attempt`; the first one's is `seed` itself."""
+    return derive_seed(seed, "attempt", attempt) if attempt else seed
+
 
 @contextmanager
 def trained(
     session: Session,
     subject: Subject,
-    make: Callable[[int], Prepared],
+    make: Callable[[int], AnyStep],
     *,
     seed: int,
     epochs: int | None = None,
     lr: float | None = None,
     profile: StepsProfile | None = None,
-) -> Iterator[Trained]:
-    """Train a model, from its last checkpoint if it has one; its checkpoints go when the block ends well. As long as it
-    is since callbacks of the training and the block around it share the checkpoints.
+) -> Iterator[Trained[AnyStep]]:
+    """Train a model, from its last checkpoint if it has one; its checkpoints go when the block ends well.
+
+    Where a loss is not finite and `train.on_nonfinite` says retry, it goes back up to three times.
 
     Args:
         make: model, optimizer and all, anew for an attempt (its number gives the seeds of draws).
@@ -67,51 +91,34 @@ def trained(
     checkpoints = TrainingCheckpoints(
         run.in_training(subject.kind, subject.index), subject.recipe, settings.checkpoint, say=progress.line
     )
-    newest = checkpoints.newest()
-    if newest is not None and not _same_recipe(session, subject, newest):
-        checkpoints.remove()
-        newest = None
-    if newest is not None:
-        progress.line(f"training {name}: going on from {newest.place}")
 
-    def entry(epoch: Mapping[str, Any]) -> dict[str, Any]:
-        return {"kind": subject.kind, "model": name, **epoch}
-
-    def begin(saved: Saved | None) -> None:
-        run.log.repair(name, [entry(epoch) for epoch in saved.history] if saved is not None else [])
-
-    def on_epoch(epoch: Epoch) -> None:
-        run.log.append(**entry(vars(epoch)))
-        if session.metrics is not None:
-            session.metrics.add(subject.kind, subject.index, epoch.epoch + 1, live_figures(epoch))
-
-    def went_back(error: NonFiniteLoss, saved: Saved | None) -> None:
-        where = saved.place if saved is not None else "the beginning"
-        progress.line(f"{error}; going back to {where} with other draws")
-        run.log.append(kind="retry", model=name, attempt=checkpoints.attempt, reason=str(error), back_to=where)
-        if session.metrics is not None:
-            session.metrics.forget(subject.kind, subject.index, saved.epoch if saved is not None else 0)
+    def attempt(saved: Saved | None) -> Trained[AnyStep]:
+        """A function of its own: what a failed attempt held is gone when the next one begins."""
+        number = checkpoints.attempt
+        own = attempt_seed(seed, number)
+        # Torch's own generators (dropout) begin alike whatever ran before this model, and are saved with it.
+        with torch.random.fork_rng([session.device] if session.device.type == "cuda" else []):
+            torch.manual_seed(derive_seed(own, "network"))
+            step = make(number)
+            history = fit(
+                step,
+                session.data.train,
+                settings.train,
+                name=name,
+                seed=own,
+                epochs=epochs,
+                lr=lr,
+                rate="star.lr" if subject.kind == "star" else "train.lr",
+                on_epoch=lambda epoch: _record(session, subject, epoch),
+                checkpoints=checkpoints,
+                saved=saved,
+                profile=profile,
+                progress=progress,
+            )
+        return Trained(step, history, number)
 
     try:
-        done = fit_with_retries(
-            make,
-            session.data.train,
-            settings.train,
-            checkpoints,
-            name=name,
-            seed=seed,
-            saved=newest,
-            begin=begin,
-            went_back=went_back,
-            epochs=epochs,
-            lr=lr,
-            rate="star.lr" if subject.kind == "star" else "train.lr",
-            on_epoch=on_epoch,
-            profile=profile,
-            progress=progress,
-        )
-    except NonFiniteLoss as error:
-        raise _what_is_left(session, subject, error, checkpoints.attempt) from error
+        done = _with_retries(session, subject, checkpoints, attempt)
     except torch.OutOfMemoryError as error:
         elsewhere = ", or keep the sources elsewhere (sources.store=host)" if subject.kind == "star" else ""
         raise FastarError(
@@ -124,6 +131,46 @@ def trained(
     if last_good.exists():
         delete(last_good)
         remove_if_empty(last_good.parent)
+
+
+def _with_retries(
+    session: Session,
+    subject: Subject,
+    checkpoints: TrainingCheckpoints,
+    attempt: Callable[[Saved | None], Trained[AnyStep]],
+) -> Trained[AnyStep]:
+    """The attempt that succeeds: from the newest checkpoint, then from those that `checkpoints` goes back to."""
+    log, progress, name = session.run.log, session.progress, subject.name
+    saved = checkpoints.newest()
+    if saved is not None and not _same_recipe(session, subject, saved):
+        checkpoints.remove()
+        saved = None
+    if saved is not None:
+        progress.line(f"training {name}: going on from {saved.place}")
+    checkpoints.recall(saved)
+    furthest: Good | None = None
+    while True:
+        log.repair(name, [subject.entry(epoch) for epoch in saved.history] if saved is not None else [])
+        try:
+            return attempt(saved)
+        except NonFiniteLoss as error:
+            good = [one for one in (furthest, error.left) if one is not None]
+            furthest = max(good, key=lambda one: (one.epochs, one.steps), default=None)
+            if session.settings.train.on_nonfinite == "stop" or checkpoints.attempt >= RETRIES:
+                raise _what_is_left(session, subject, str(error), furthest, checkpoints.attempt) from error
+            saved = checkpoints.go_back()
+            where = saved.place if saved is not None else "the beginning"
+            progress.line(f"{error}; going back to {where} with other draws")
+            log.append(kind="retry", model=name, attempt=checkpoints.attempt, reason=str(error), back_to=where)
+            if session.metrics is not None:
+                session.metrics.forget(subject.kind, subject.index, saved.epoch if saved is not None else 0)
+
+
+def _record(session: Session, subject: Subject, epoch: Epoch) -> None:
+    """Write an epoch into the log, and show it."""
+    session.run.log.append(**subject.entry(vars(epoch)))
+    if session.metrics is not None:
+        session.metrics.add(subject.kind, subject.index, epoch.epoch + 1, live_figures(epoch))
 
 
 def _same_recipe(session: Session, subject: Subject, saved: Saved) -> bool:
@@ -153,9 +200,9 @@ def difference(changed: Mapping[str, tuple[Any, Any]]) -> str:
     return f"{key} was {was!r}, now {now!r}"
 
 
-def _what_is_left(session: Session, subject: Subject, error: NonFiniteLoss, retries: int) -> FastarError:
+def _what_is_left(session: Session, subject: Subject, said: str, left: Good | None, retries: int) -> FastarError:
     """The error for users; the model as it was last known to be good is saved, never as a finished model."""
-    message, left = f"{error}{_elsewhere(session, subject)}", error.left
+    message = f"{said}{_elsewhere(session, subject)}"
     again = f", after going back {retries} times" if retries else ""
     if left is None:
         return FastarError(f"{message} (no epoch of it was whole, so nothing of it is saved{again})")

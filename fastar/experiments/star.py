@@ -13,7 +13,7 @@ from fastar.errors import FastarError, refusal
 from fastar.evaluation import evaluate_rows, re_estimate
 from fastar.evaluation.batch_norm import set_statistics
 from fastar.experiments.regular import check_recipe, recipe, save_model
-from fastar.experiments.resumable import Subject, trained
+from fastar.experiments.resumable import Subject, attempt_seed, trained
 from fastar.experiments.reuse import check_permutations
 from fastar.experiments.session import Session, measuring
 from fastar.experiments.statistics_batches import examples, statistics_batches
@@ -32,7 +32,6 @@ from fastar.runtime.full_precision import full_precision
 from fastar.runtime.seeds import derive_seed
 from fastar.symmetry import Permutations
 from fastar.training import Matcher, Recording, SourcesStore, StarStep, StepsProfile
-from fastar.training.retries import Prepared, attempt_seed
 
 
 def star_recipe(session: Session, sources: Sequence[Checkpoint]) -> dict[str, Any]:
@@ -110,7 +109,7 @@ def _train(
 
     by_activations = matched and settings.matching.by_activations and bool(session.network.symmetry.groups)
 
-    def make(attempt: int) -> Prepared:
+    def make(attempt: int) -> StarStep:
         store, kept = _store(session, sources, by_activations)
         matcher = None
         if matched:
@@ -124,7 +123,7 @@ def _train(
                 kept=kept,
                 progress=session.progress,
             )
-        step = StarStep(
+        return StarStep(
             session.network.build(seed=seed),
             settings.train,
             settings.star,
@@ -133,7 +132,6 @@ def _train(
             match=matcher,
             match_every=settings.star_matched_every,
         )
-        return Prepared(step) if matcher is None else Prepared(step, {"matching": matcher}, matcher.figures)
 
     subject = Subject("star", 0, wanted)
     with trained(
@@ -152,14 +150,8 @@ def _train(
             else:
                 write_atomically(run.profile("parts.txt"), (found.table(profile.steps) + "\n").encode())
                 write_atomically(run.profile("operations.txt"), (found.operations + "\n").encode())
-        step, matcher = done.prepared.step, done.prepared.parts.get("matching")
-        assert isinstance(step, StarStep)
-        trained_state = step.state()
-        permutations = {}
-        if isinstance(matcher, Matcher):
-            permutations = dict(matcher.permutations)
-            matcher.release()
-        step.release()  # Z, the optimizer and all: the memory is measuring's now
+        trained_state, permutations = done.step.state(), done.step.permutations()
+        done.step.release()  # Z, the optimizer and all: the memory is measuring's now
         # The running statistics so far are of interpolated networks: the star gets its own.
         model = session.network.build(seed=seed)
         load_into(model, Checkpoint(trained_state))

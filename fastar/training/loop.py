@@ -56,7 +56,6 @@ def fit(
     lr: float | None = None,
     rate: str = "train.lr",
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
-    figures: Callable[[], dict[str, float]] = dict,
     checkpoints: TrainingCheckpoints | None = None,
     saved: Saved | None = None,
     profile: StepsProfile | None = None,
@@ -78,7 +77,6 @@ def fit(
         lr: None for `settings.lr`.
         rate: the setting that says the learning rate of this training, for errors.
         on_epoch: told each epoch's figures.
-        figures: asked what an epoch began with.
         checkpoints: where to save the training; a request to stop then waits for the end of a step.
         saved: what to go on from; needs `checkpoints`.
         profile: looks at some steps.
@@ -114,11 +112,11 @@ def fit(
             start = clock()
             if begin:
                 step.resume_epoch(epoch, steps, begin)
+                synchronize(device)
             else:
-                step.begin_epoch(epoch, steps)
-            synchronize(device)
-            if not begin:
-                training.so_far = SoFar(begin_seconds=clock() - start, figures=figures())
+                found = step.begin_epoch(epoch, steps)
+                synchronize(device)
+                training.so_far = SoFar(begin_seconds=clock() - start, figures=found)
             rates = torch.tensor(
                 [learning_rate(settings, epoch * steps + i, steps, training.epochs, base) for i in range(steps)],
                 dtype=torch.float32,
@@ -195,7 +193,7 @@ class _Training:
             raise FastarError(
                 f"{saved.path}: of a training of other length (damaged?); delete it to go on from another"
             )
-        self._checkpoints.restore(saved, self._step, self._device)
+        self._checkpoints.restore(saved, self._step.parts(), self._device)
         self.history = [Epoch(**entry) for entry in saved.history]
         self.so_far = SoFar(**saved.so_far)
         self.losses[: saved.step] = saved.tensors["losses"].to(self._device)
@@ -227,7 +225,7 @@ class _Training:
     def _save(self, steps: int, so_far: SoFar, **loss: float) -> bool:
         assert self._checkpoints is not None
         return self._checkpoints.save(
-            self._step,
+            self._step.parts(),
             self._device,
             epoch=len(self.history),
             steps=steps,

@@ -70,9 +70,9 @@ class Saved:
 class TrainingCheckpoints:
     """The checkpoints of one model in training: files `epoch-..-step-...safetensors` in a folder of its own.
 
-    The last two are kept, and that with the lowest loss over an epoch. `parts` is what belongs to the training beside
-    the step, by name; `attempt` is of the training that is saved, and `back_to` the checkpoint that it last went back
-    to (None: to the beginning, or never); `remember` keeps both, since no checkpoint may follow.
+    The last two are kept, and that with the lowest loss over an epoch. `attempt` is of the training that is saved, and
+    `back_to` the checkpoint that it last went back to (None: to the beginning, or never); `remember` keeps both, since
+    no checkpoint may follow.
 
     Args:
         folder: made with the first checkpoint.
@@ -94,7 +94,6 @@ class TrainingCheckpoints:
         self.folder = folder
         self.attempt = 0
         self.back_to: str | None = None
-        self.parts: Mapping[str, Resumable] = {}
         self._recipe = dict(recipe)
         self._settings = settings
         self._say = say
@@ -140,7 +139,6 @@ class TrainingCheckpoints:
         Raises:
             FastarError: what is to be known of it cannot be written, or a checkpoint cannot be read now.
         """
-        self.parts = {}  # which hold the sources: the next attempt needs the memory
         self.attempt += 1
         self.remember()  # before all else: a training that is killed now must not go on with the same draws
         saved = self.newest()
@@ -188,7 +186,7 @@ class TrainingCheckpoints:
 
     def save(
         self,
-        step: Resumable,
+        parts: Mapping[str, Resumable],
         device: torch.device,
         *,
         epoch: int,
@@ -203,6 +201,8 @@ class TrainingCheckpoints:
         A state that is not finite is not: the next loss will tell.
 
         Args:
+            parts: what belongs to the training, by name.
+            device: whose random generators belong to it.
             losses: [steps], of these steps.
             loss: mean over the epoch that has just become whole.
 
@@ -212,7 +212,7 @@ class TrainingCheckpoints:
         tensors = {"losses": losses, "random/cpu": torch.get_rng_state()}
         if device.type == "cuda":
             tensors["random/cuda"] = torch.cuda.get_rng_state(device)
-        for part, of in {**self.parts, "step": step}.items():
+        for part, of in parts.items():
             tensors |= {f"{part}/{name}": value for name, value in of.save().items()}
         tensors = {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
         self._last = self._clock()
@@ -239,9 +239,9 @@ class TrainingCheckpoints:
         self._last = self._clock()
         return True
 
-    def restore(self, saved: Saved, step: Resumable, device: torch.device) -> None:
-        """Bring the step, the other parts and torch's random generators back to what was saved."""
-        for part, of in {**self.parts, "step": step}.items():
+    def restore(self, saved: Saved, parts: Mapping[str, Resumable], device: torch.device) -> None:
+        """Bring the parts and torch's random generators back to what was saved."""
+        for part, of in parts.items():
             of.load(saved.of(part))
         generators = saved.of("random")
         torch.set_rng_state(generators["cpu"])

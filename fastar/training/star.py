@@ -26,6 +26,7 @@ from fastar.runtime.progress import SILENT, Progress
 from fastar.runtime.seeds import derive_seed
 from fastar.runtime.timing import span
 from fastar.symmetry import Permutations, Symmetry
+from fastar.training.resume import Resumable
 from fastar.training.sources import SourcesStore
 from fastar.training.steps import Step
 
@@ -107,10 +108,13 @@ class Matcher:
         self._seed, self._threads, self._progress = seed, threads, progress
         self._examples, self._kept = examples, kept
         self._matched = False
-        self._found: dict[str, float] = {}
 
-    def __call__(self, theta: Tensor, sources: SourcesStore, epoch: int) -> None:
-        """Permute the rows of `sources` to match theta [P], in place."""
+    def __call__(self, theta: Tensor, sources: SourcesStore, epoch: int) -> dict[str, float]:
+        """Permute the rows of `sources` to match theta [P], in place.
+
+        Returns:
+            The mean objective (of all parameters, and without 1-D ones), and the share of hidden units that moved.
+        """
         moves, objective, weights = match_store(
             self._symmetry,
             theta,
@@ -126,21 +130,11 @@ class Matcher:
         )
         self.permutations = self.permutations.then(moves)
         self._matched = True
-        self._found = {
+        return {
             "matching_objective": float(objective.mean()),
             "matching_objective_weights": float(weights.mean()),
             "matching_changed": share_changed(moves),
         }
-
-    def release(self) -> None:
-        """Give back the sources' activations; nothing can be matched any more."""
-        self._kept = None
-
-    def figures(self) -> dict[str, float]:
-        """Metrics of the epoch that has begun, if it began with a matching: the mean objective (of all parameters, and
-        without 1-D ones), and the share of the sources' hidden units that moved."""
-        found, self._found = self._found, {}
-        return found
 
     def save(self) -> dict[str, Tensor]:
         """The permutations; the rows follow from them and the sources' files."""
@@ -218,7 +212,7 @@ class StarStep(Step):
         star: how t is drawn.
         sources: Z, permuted in place by `match`.
         seed: of the draws of (source, t).
-        match: step 1, given theta, the store and the epoch's number. None: sources are never matched.
+        match: step 1, given theta, the store and the epoch's number; its metrics. None: sources are never matched.
         match_every: epochs from one matching to the next; 0: never.
         fuse: whether updates write the next point. The numbers are the same; small networks on a CPU gain 5 %.
         record: as of a `Step`.
@@ -237,7 +231,7 @@ class StarStep(Step):
         sources: SourcesStore,
         *,
         seed: int,
-        match: Callable[[Tensor, SourcesStore, int], None] | None = None,
+        match: Callable[[Tensor, SourcesStore, int], dict[str, float]] | None = None,
         match_every: int = 1,
         fuse: bool = True,
         record: Record | None = None,
@@ -257,12 +251,13 @@ class StarStep(Step):
         self._next_row = torch.zeros((), dtype=torch.int64, device=self.device)
         self._graph = self._graph_of(self._captured)
 
-    def begin_epoch(self, epoch: int, steps: int) -> None:
-        every = self._match_every
+    def begin_epoch(self, epoch: int, steps: int) -> dict[str, float]:
+        every, found = self._match_every, {}
         if self._match is not None and every and epoch % every == 0:  # (k - 1) mod m == 0: the first epoch too
             with span("matching"):
-                self._match(self.theta, self.sources, epoch)
+                found = self._match(self.theta, self.sources, epoch)
         self.resume_epoch(epoch, steps, 0)
+        return found
 
     def resume_epoch(self, epoch: int, steps: int, begin: int) -> None:
         indices, ts = draw(self.star, len(self.sources), steps, derive_seed(self._seed, "draws", epoch))
@@ -294,6 +289,13 @@ class StarStep(Step):
             feed.done(step + 1)
         draws.step, draws.point_written = step + 1, follows
         return loss
+
+    def parts(self) -> dict[str, Resumable]:
+        return {**super().parts(), **({"matching": self._match} if isinstance(self._match, Matcher) else {})}
+
+    def permutations(self) -> Permutations:
+        """The sources' permutations since their files; empty where they are never matched."""
+        return self._match.permutations if isinstance(self._match, Matcher) else Permutations({})
 
     def release(self) -> None:
         self.sources.release()

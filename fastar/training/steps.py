@@ -21,7 +21,7 @@ from fastar.runtime.seeds import derive_seed
 from fastar.runtime.timing import span
 from fastar.training.amp import LossScale, resolve_precision, shortening
 from fastar.training.optimizers import flat_optimizer
-from fastar.training.resume import copy_into
+from fastar.training.resume import Resumable, copy_into
 
 # Below this a forward pass is over before a second thread has been woken; and threads that wait for each other on a
 # busy machine cost a hundred times what they save.
@@ -94,8 +94,13 @@ class Step:
         """Do one step at learning rate `lr` (0-d, on the device); the loss, 0-d, without synchronising."""
         raise NotImplementedError
 
-    def begin_epoch(self, epoch: int, steps: int) -> None:
-        """Prepare epoch number `epoch` (from 0) of `steps` steps, such as matching the sources."""
+    def parts(self) -> dict[str, Resumable]:
+        """All whose state belongs to the training, by name: the step, and what it uses."""
+        return {"step": self}
+
+    def begin_epoch(self, epoch: int, steps: int) -> dict[str, float]:
+        """Prepare epoch number `epoch` (from 0) of `steps` steps, such as matching the sources; metrics of that."""
+        return {}
 
     def resume_epoch(self, epoch: int, steps: int, begin: int) -> None:
         """Prepare the steps from number `begin` on of an epoch that had begun, and been matched, before `load`."""
