@@ -30,25 +30,21 @@ def backend(device: torch.device | str) -> Backend:
 def _choose(device_type: str, setting: str, interpreted: bool) -> Backend:
     if setting not in ("auto", "reference", "triton"):
         raise ValueError(f"{SETTING}={setting}: no such kernel path; use auto, reference or triton")
-    if setting == "reference":
-        return _logged("reference", device_type, f"forced by {SETTING}")
-    if setting == "triton":
-        if device_type != "cuda" and not interpreted:
-            raise ValueError(
-                f"{SETTING}=triton on {device_type}: Triton compiles for CUDA only; "
-                f"set TRITON_INTERPRET=1 to interpret the kernels, or {SETTING}=reference"
-            )
-        problem = _triton_problem(device_type)
-        if problem:
-            raise ValueError(f"{SETTING}=triton: {problem}; install a working Triton or set {SETTING}=reference")
-        return _logged("triton", device_type, f"forced by {SETTING}")
-    if device_type != "cuda":
-        return _logged("reference", device_type, "the Triton kernels are for CUDA")
+    forced = f"forced by {SETTING}" if setting != "auto" else None
+    if setting == "reference" or (device_type != "cuda" and not forced):
+        return _logged("reference", device_type, forced or "the Triton kernels are for CUDA")
+    if device_type != "cuda" and not interpreted:
+        raise ValueError(
+            f"{SETTING}=triton on {device_type}: Triton compiles for CUDA only; "
+            f"set TRITON_INTERPRET=1 to interpret the kernels, or {SETTING}=reference"
+        )
     problem = _triton_problem(device_type)
-    if problem:
-        logger.warning("kernels on cuda: reference, which is slower, because %s", problem)
-        return "reference"
-    return _logged("triton", device_type, "a trial launch succeeded")
+    if not problem:
+        return _logged("triton", device_type, forced or "a trial launch succeeded")
+    if forced:
+        raise ValueError(f"{SETTING}=triton: {problem}; install a working Triton or set {SETTING}=reference")
+    logger.warning("kernels on cuda: reference, which is slower, because %s", problem)
+    return "reference"
 
 
 def _logged(choice: Backend, device_type: str, reason: str) -> Backend:

@@ -1,4 +1,4 @@
-"""The permutations that reported barriers were measured with, kept beside the results: `matchings.safetensors`."""
+"""Permutations that reported barriers were measured with, or a star was trained with, as they are on disk."""
 
 from __future__ import annotations
 
@@ -11,6 +11,21 @@ from fastar.runs.model_files import Checkpoint, load_checkpoint, save_checkpoint
 from fastar.symmetry import Permutations
 
 KIND = "matchings"
+
+
+def star_permutations(path: Path) -> Permutations:
+    """The permutations of the sources that a star was trained with; empty where they were never matched.
+
+    Raises:
+        FastarError: missing or damaged, or a file that holds something else.
+    """
+    indices = dict(load_checkpoint(path, own=True).state)
+    if indices.pop("matched", None) is None:
+        raise FastarError(f"{path}: holds no permutations; delete it and run the same command again")
+    try:
+        return Permutations.from_dict(indices) if indices else Permutations({})
+    except FastarError as error:
+        raise FastarError(f"{path}: an index is no permutation of its units ({error}); restore it") from error
 
 
 class Matchings:

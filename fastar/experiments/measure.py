@@ -225,7 +225,10 @@ def measure(
         "heldout": len(heldouts),
         "t": measured[0].t,
         **{split: summary(measured, split) for split in measured[0].loss},
-        "accuracy": {split: _accuracies(measured, split) for split in measured[0].accuracy},
+        "accuracy": {
+            split: dict(zip(("regular", "star"), _at_ends(measured, "accuracy", split), strict=True))
+            for split in measured[0].accuracy
+        },
         "paths": [path_result(path) for path in measured],
         "seconds": {**epoch_seconds(log), "evaluation": seconds},
         "speed": speed(log),
@@ -265,22 +268,19 @@ def statistics_error(session: Session, segments: Sequence[Segment]) -> dict[str,
 
 def summary(measured: Sequence[PathLosses], split: str) -> dict[str, Any]:
     """Losses of the ends and barriers of each kind on one split."""
-    star_paths = [path for path in measured if path.kind in ("star_heldout", "star_source")]
-    regular = spread([path.loss[split][-1] for path in star_paths])
+    regular, star = _at_ends(measured, "loss", split)
     return {
-        "regular_loss": {key: regular[key] for key in ("mean", "std", "n")},
-        "star_loss": star_paths[0].loss[split][0],
+        "regular_loss": regular,
+        "star_loss": star,
         **{kind: spread([path.barrier(split) for path in measured if path.kind == kind]) for kind in KINDS},
     }
 
 
-def _accuracies(measured: Sequence[PathLosses], split: str) -> dict[str, Any]:
-    star_paths = [path for path in measured if path.kind in ("star_heldout", "star_source")]
-    regular = spread([path.accuracy[split][-1] for path in star_paths])
-    return {
-        "regular": {key: regular[key] for key in ("mean", "std", "n")},
-        "star": star_paths[0].accuracy[split][0],
-    }
+def _at_ends(measured: Sequence[PathLosses], metric: str, split: str) -> tuple[dict[str, Any], float]:
+    """A metric of the regular models that paths from the star lead to, and of the star."""
+    star_paths = [getattr(path, metric)[split] for path in measured if path.kind in ("star_heldout", "star_source")]
+    regular = spread([along[-1] for along in star_paths])
+    return {key: regular[key] for key in ("mean", "std", "n")}, star_paths[0][0]
 
 
 def path_result(path: PathLosses) -> dict[str, Any]:
@@ -299,18 +299,12 @@ def epoch_seconds(log: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
 
     Means, since not every epoch need match. Of the star's last attempt, where earlier ones were interrupted.
     """
-
-    def median(values: list[float]) -> float | None:
-        return statistics.median(values) if values else None
-
-    def mean(values: list[float]) -> float | None:
-        return statistics.fmean(values) if values else None
-
+    regular = [entry["seconds"] for entry in _epochs(log, "regular", {"seconds"})]
     star = _epochs(log, "star", {"seconds", "begin_seconds"})
     return {
-        "regular_epoch": median([e["seconds"] for e in _epochs(log, "regular", {"seconds"})]),
-        "star_epoch": mean([e["seconds"] + e["begin_seconds"] for e in star]),
-        "matching_per_epoch": mean([e["begin_seconds"] for e in star]),
+        "regular_epoch": statistics.median(regular) if regular else None,
+        "star_epoch": spread([e["seconds"] + e["begin_seconds"] for e in star])["mean"],
+        "matching_per_epoch": spread([e["begin_seconds"] for e in star])["mean"],
     }
 
 

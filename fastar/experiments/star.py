@@ -12,6 +12,7 @@ from fastar.config.renamed import with_old_names
 from fastar.errors import FastarError, refusal
 from fastar.evaluation import evaluate_rows, re_estimate
 from fastar.evaluation.batch_norm import set_statistics
+from fastar.experiments.matchings import star_permutations
 from fastar.experiments.regular import check_recipe, recipe, save_model
 from fastar.experiments.resumable import Subject, attempt_seed, trained
 from fastar.experiments.reuse import check_permutations
@@ -57,20 +58,17 @@ def star_model(
         FastarError: a star that is there was made otherwise.
     """
     run = session.run
-    permutations_file = run.permutations
     wanted = star_recipe(session, sources)
     if run.star.is_file():
         check_recipe(run.star, read_metadata(run.star, own=True).get("recipe", {}), wanted)
     if not run.finished("star", 0):
         if run.star.is_file():
-            session.progress.line(f"{permutations_file}: missing, and the star is of no use without; training it again")
+            session.progress.line(f"{run.permutations}: missing, and the star is of no use without; training it again")
         _train(session, sources, wanted, profile)
     star = load_checkpoint(run.star, own=True)
-    stored = dict(load_checkpoint(permutations_file, own=True).state)
-    if stored.pop("matched", None) is None:
-        raise FastarError(f"{permutations_file}: holds no permutations; delete it and run the same command again")
+    permutations = star_permutations(run.permutations)
     check_permutations(run, star.metadata)
-    return star, Permutations.from_dict(stored) if stored else None
+    return star, permutations or None
 
 
 def _store(

@@ -44,7 +44,7 @@ class LossScale:
         self.scale = torch.tensor(initial if enabled else 1.0, device=device, dtype=torch.float32)
         self.inverse = 1 / self.scale
         self.found_nonfinite = torch.zeros((), device=device, dtype=torch.float32) if enabled else None
-        self._good_steps = torch.zeros((), device=device, dtype=torch.float32)
+        self._good_steps = torch.zeros((), device=device, dtype=torch.int32)
 
     def check(self, gradients: Sequence[Tensor]) -> None:
         """Note whether any of the flat `gradients` is not finite."""
@@ -57,11 +57,8 @@ class LossScale:
         """Choose the next step's scale."""
         if self.found_nonfinite is None:
             return
-        bad = self.found_nonfinite > 0
-        self._good_steps.copy_(torch.where(bad, 0.0, self._good_steps + 1))
-        grow = self._good_steps >= self.growth_interval
-        self.scale.mul_(torch.where(bad, 0.5, torch.where(grow, 2.0, 1.0)))
-        self._good_steps.copy_(torch.where(grow, 0.0, self._good_steps))
+        # What torch.amp.GradScaler calls.
+        torch._amp_update_scale_(self.scale, self._good_steps, self.found_nonfinite, 2.0, 0.5, self.growth_interval)
         self.inverse.copy_(1 / self.scale)
 
     def state(self) -> list[Tensor]:

@@ -83,7 +83,7 @@ def fit(
         clock: seconds.
 
     Raises:
-        FastarError: too few images for one batch, too few steps to be profiled, or a disk that is full.
+        FastarError: too few images for one batch, or a disk that is full.
         NonFiniteLoss: a loss, or what the last step of an epoch left, is not finite (model, epoch and step are named).
         Stopped: on request, after everything was saved.
     """
@@ -93,8 +93,6 @@ def fit(
         advice += " or use train.precision=fp32"
     training = _Training(step, data, settings, name, checkpoints, epochs or settings.epochs, advice, clock)
     steps = training.steps
-    if profile is not None:
-        profile.check(training.epochs, steps)
     device = data.device
     lr_now = torch.zeros((), device=device, dtype=torch.float32)
     with (

@@ -179,7 +179,11 @@ def match_many_files(
         threads=session.settings.workers,
         progress=progress,
     )
-    found = {**_groups(session, result.left), **_course(result), "to": to, "average": average and str(average)}
+    found = {
+        **_groups(session, result.left),
+        **{"rounds": result.rounds, "converged": result.converged, "history": list(result.history)},
+        **{"to": to, "average": average and str(average)},
+    }
     if result.permutations is None:
         return {**found, "pairs": _pairs(session, paths, states, result)}
     middle = result.mean if centre is None else first.state
@@ -195,10 +199,6 @@ def match_many_files(
     if average is not None:
         _save_average(average, session, paths, loaded, result.permutations)
     return {**found, "files": files}
-
-
-def _course(result: ManyResult) -> dict[str, Any]:
-    return {"rounds": result.rounds, "converged": result.converged, "history": list(result.history)}
 
 
 def _written_of_many(

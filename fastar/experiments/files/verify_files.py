@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastar.errors import FastarError
-from fastar.experiments.matchings import Matchings
+from fastar.experiments.matchings import Matchings, star_permutations
 from fastar.experiments.reuse import check_permutations
 from fastar.runs import (
     CHECKPOINT,
@@ -21,13 +21,13 @@ from fastar.runs import (
     is_checkpoint,
     is_held,
     read_holder,
+    read_metadata,
     stored_digest,
 )
 from fastar.runs.live_metrics import event_files, is_event_file_whole
 from fastar.runs.model_files import load_checkpoint, state_digest
 from fastar.runtime.json_files import read_file, read_object, unsealed
 from fastar.runtime.progress import SILENT, Progress
-from fastar.symmetry import Permutations
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -160,18 +160,10 @@ def _picture(run: RunFolder) -> str | None:
 
 def _permutations(run: RunFolder, metadata: Mapping[Path, Mapping[str, Any]]) -> str | None:
     """Every source's units must each have one place, and the star must be the one that they were found for."""
-    kept = load_checkpoint(run.permutations, own=True)
-    if kept.metadata.get("kind") != "matching" or "matched" not in kept.state:
-        raise FastarError(f"{run.permutations}: holds no permutations (damaged, or another's file); restore it")
-    try:
-        Permutations.from_dict({name: index for name, index in kept.state.items() if name != "matched"})
-    except FastarError as error:
-        raise FastarError(
-            f"{run.permutations}: an index is no permutation of its units ({error}); restore it"
-        ) from error
+    star_permutations(run.permutations)
     if run.star in metadata:  # else it is missing, or damaged, which has been said
         check_permutations(run, metadata[run.star])
-    if "star" not in kept.metadata:
+    if "star" not in read_metadata(run.permutations, own=True):
         return f"{run.permutations}: by an older fastar; it does not say which star it belongs to"
     return None
 
