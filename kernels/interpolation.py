@@ -1,8 +1,12 @@
 """Triton: the point (1 - t) theta + t source on a path, written in the dtype of the working weights."""
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
+
+from .arguments import NextPoint
 
 BLOCK = 1024
 
@@ -51,24 +55,26 @@ def _interpolate_kernel(
     tl.store(out_ptr + offsets, value.to(out_ptr.dtype.element_ty), mask=mask)
 
 
-def launch(
-    theta: torch.Tensor, source: torch.Tensor, t: torch.Tensor, out: torch.Tensor, index: torch.Tensor | None
-) -> None:
+def point_arguments(point: NextPoint) -> dict[str, Any]:
+    """The kernel arguments for a point; a stand-in where a kernel compiled without an index never looks."""
+    source, t, out, index = point
+    return {
+        "source_ptr": source,
+        "t_ptr": t,
+        "index_ptr": t if index is None else index,
+        "out_ptr": out,
+        "rows": 1 if index is None else source.shape[0],
+        "row_stride": 0 if index is None else source.stride(0),
+        "INDEXED": index is not None,
+        # Named, because Triton's default changes with its version.
+        "enable_fp_fusion": True,
+    }
+
+
+def launch(theta: torch.Tensor, point: NextPoint) -> None:
     """The kernel over arguments that `operations.interpolate` has checked."""
     numel = theta.numel()
-    rows, row_stride = (1, 0) if index is None else (source.shape[0], source.stride(0))
     with torch.cuda.device_of(theta):  # Triton launches on the current device
         _interpolate_kernel[(triton.cdiv(numel, BLOCK),)](
-            theta,
-            source,
-            t,
-            t if index is None else index,
-            out,
-            numel,
-            rows,
-            row_stride,
-            INDEXED=index is not None,
-            BLOCK=BLOCK,
-            # Named, because Triton's default changes with its version.
-            enable_fp_fusion=True,
+            theta_ptr=theta, numel=numel, BLOCK=BLOCK, **point_arguments(point)
         )

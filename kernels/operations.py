@@ -39,9 +39,10 @@ def interpolate(
     """
     where = "interpolate"
     check_vector(where, "theta", theta, like=theta)
-    NextPoint(source, t, out, index).check(where, theta)
+    point = NextPoint(source, t, out, index)
+    point.check(where, theta)
     if theta.numel():
-        _path(theta, "interpolation", reference.interpolate)(theta, source, t, out, index)
+        _path(theta, "interpolation", reference.interpolate)(theta, point)
     return out
 
 

@@ -23,16 +23,14 @@ def _in_blocks(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def interpolate(
-    theta: torch.Tensor, source: torch.Tensor, t: torch.Tensor, out: torch.Tensor, index: torch.Tensor | None
-) -> None:
+def interpolate(theta: torch.Tensor, next_point: NextPoint) -> None:
     """`operations.interpolate` over checked arguments."""
     if not _in_blocks(theta.device):
-        _interpolate_on_device(theta, NextPoint(source, t, out, index))
+        _interpolate_on_device(theta, next_point)
         return
-    point = _PointOnCpu.of(NextPoint(source, t, out, index))
+    point = _PointOnCpu.of(next_point)
     if point.direct:
-        torch.lerp(theta, point.row, point.weight, out=out)
+        torch.lerp(theta, point.row, point.weight, out=point.out)
         return
     scratch = torch.empty(min(BLOCK, theta.numel()), dtype=torch.float32, device="cpu")
     for block in _blocks(theta.numel(), BLOCK):

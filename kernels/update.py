@@ -6,8 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .arguments import Given
-from .interpolation import point_on_path, read_source
+from .arguments import Given, NextPoint
+from .interpolation import point_arguments, point_on_path, read_source
 
 
 @triton.jit
@@ -42,7 +42,6 @@ def write_block(
 def shared_arguments(theta: torch.Tensor, given: Given) -> dict[str, Any]:
     """The kernel arguments for `given`; stand-ins where a kernel compiled without them never looks."""
     found, point = given.found_nonfinite, given.next_point
-    source, t, out, index = (theta, theta, theta, None) if point is None else point
     return {
         "theta_ptr": theta,
         "gradient_ptr": given.gradient,
@@ -50,17 +49,9 @@ def shared_arguments(theta: torch.Tensor, given: Given) -> dict[str, Any]:
         "scale_ptr": given.scale,
         "inverse_loss_scale_ptr": given.inverse_loss_scale,
         "found_nonfinite_ptr": given.lr if found is None else found,
-        "source_ptr": source,
-        "t_ptr": t,
-        "index_ptr": t if index is None else index,
-        "out_ptr": out,
         "numel": theta.numel(),
         "weight_decay": given.weight_decay,
-        "rows": 1 if index is None else source.shape[0],
-        "row_stride": 0 if index is None else source.stride(0),
         "GUARDED": found is not None,
         "NEXT": point is not None,
-        "INDEXED": index is not None,
-        # Named, because Triton's default changes with its version.
-        "enable_fp_fusion": True,
+        **point_arguments(NextPoint(theta, theta, theta) if point is None else point),
     }

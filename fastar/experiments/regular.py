@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fastar._version import __version__
 from fastar.config import changes
@@ -87,13 +87,16 @@ def train_regular(session: Session, kind: str, index: int) -> None:
         done.step.release()  # the optimizer, a graph: the memory is measuring's now
         model = session.network.build(seed=seed)
         load_into(model, Checkpoint(state))
-        own = own_statistics(model)
-        with measuring(f"{subject.name}"):
-            rows, called = session.network.row(Checkpoint(state))[None], [subject.name]
-            measured = evaluate_rows(
-                model, session.network.layout, rows, session.data.splits(), statistics=[own], called=called
-            )
+        with measuring(subject.name):
+            measured = measured_alone(session, model, subject.name)
         save_model(session, subject, state, measured, done)
+
+
+def measured_alone(session: Session, model: nn.Module, name: str) -> Mapping[str, Measured]:
+    """A network's losses and accuracies on the splits, with its own batch-norm statistics."""
+    own, row = own_statistics(model), session.network.row(Checkpoint(model.state_dict()))
+    splits, statistics = session.data.splits(), [own] if own else None
+    return evaluate_rows(model, session.network.layout, row[None], splits, statistics=statistics, called=[name])
 
 
 def save_model(

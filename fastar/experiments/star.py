@@ -10,10 +10,10 @@ import torch
 
 from fastar.config.renamed import with_old_names
 from fastar.errors import FastarError, refusal
-from fastar.evaluation import evaluate_rows, re_estimate
+from fastar.evaluation import re_estimate
 from fastar.evaluation.batch_norm import set_statistics
 from fastar.experiments.matchings import star_permutations
-from fastar.experiments.regular import check_recipe, recipe, save_model
+from fastar.experiments.regular import check_recipe, measured_alone, recipe, save_model
 from fastar.experiments.resumable import Subject, attempt_seed, trained
 from fastar.experiments.reuse import check_permutations
 from fastar.experiments.session import Session, measuring
@@ -157,11 +157,7 @@ def _train(
             with full_precision():
                 statistics = re_estimate(model, statistics_batches(session))
             set_statistics(model, statistics)
-            row = session.network.row(Checkpoint(model.state_dict()))
-            own, called = [statistics] if statistics else None, ["the star"]
-            measured = evaluate_rows(
-                model, session.network.layout, row[None], session.data.splits(), statistics=own, called=called
-            )
+            measured = measured_alone(session, model, "the star")
         delete(run.star)  # one whose permutations are missing: it is not to be found with these
         # Written first: a star without its permutations would be measured against other ones than it was trained with.
         save_checkpoint(
