@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -16,7 +17,7 @@ from fastar.matching.activation.activation_cache import ActivationCache, SourceA
 from fastar.matching.activation.statistics import UnitActivations
 from fastar.matching.checks import check_finite
 from fastar.matching.methods import METHODS, match
-from fastar.matching.request import GiveExamples
+from fastar.matching.request import GiveExamples, MatchResult
 from fastar.runtime.progress import SILENT, Progress
 from fastar.runtime.seeds import derive_seed
 from fastar.symmetry.permutations import Permutations
@@ -24,7 +25,6 @@ from fastar.symmetry.symmetry import Symmetry
 
 To = Literal["star", "mean", "pairwise"]
 State = Mapping[str, Tensor]
-Matches = Iterator[tuple[list[int], Permutations, Tensor]]
 
 # Networks that are matched to one theta in one call: memory is bounded to a copy of so many.
 PART = 8
@@ -32,7 +32,7 @@ PART = 8
 
 @dataclass(frozen=True)
 class ManyResult:
-    """How a set of networks was matched.
+    """The permutations of a set of networks, and what came of them.
 
     Args:
         permutations: [N, size] per group, to be applied to the networks as they were given; of pairwise none, since
@@ -64,7 +64,7 @@ class ManyResult:
         return f"ManyResult({what}, mean objective {float(self.objective.mean()):.6g}{rounds}{left})"
 
     def pair(self, i: int, j: int) -> Permutations:
-        """What brings network j to network i, both as they were given."""
+        """The permutations that bring network j to network i, both as they were given."""
         if self.permutations is not None:
             return self.permutations.select(j).then(self.permutations.select(i).inverse())
         if i == j:
@@ -111,15 +111,26 @@ def match_many(
         symmetry.check_state(state, f"model {n}")
         for name in symmetry.counted(state, state):
             check_finite(state[name], name, f"model {n}")
-    networks = _Networks(symmetry, states, settings, examples, seed, threads, progress)
+    cache = None
+    if examples is not None and settings.by_activations and symmetry.groups:
+        given, device = examples(), next(iter(states[0].values())).device
+        cache = ActivationCache(
+            UnitActivations(given.model, symmetry, given.inputs, device),
+            states,
+            [f"model {n}" for n in range(len(states))],
+            allocate=lambda width, dtype: torch.empty(len(states), width, dtype=dtype, device="cpu"),
+            progress=progress,
+        )
+    one_call = partial(match, settings, symmetry, examples=examples, seed=seed, threads=threads)
+    networks = _Networks(symmetry, states, one_call, cache)
     if to == "pairwise":
         result = _pairwise(networks, progress)
     elif centre is not None:
         result = _star(networks, centre, progress)
     else:
-        result = _to_mean(networks, rounds, progress)
-    if networks.cache is not None and settings.method == "activation":
-        return replace(result, left=networks.cache.measure.unobserved)
+        result = _to_mean(networks, rounds, seed, progress)
+    if cache is not None and settings.method == "activation":
+        return replace(result, left=cache.measure.unobserved)
     return result
 
 
@@ -142,52 +153,47 @@ def average(symmetry: Symmetry, states: Sequence[State], permutations: Permutati
     }
 
 
+@dataclass(frozen=True)
 class _Networks:
-    """The networks, and how they are matched to whatever theta; their activations are cached in host memory where they
-    are matched by these."""
+    """The networks, and how they are matched to whatever theta.
 
-    def __init__(
+    Args:
+        one_call: `match` with all that is the same for every theta.
+        cache: their activations in host memory, where they are matched by these.
+    """
+
+    symmetry: Symmetry
+    states: Sequence[State]
+    one_call: Callable[..., MatchResult]
+    cache: ActivationCache | None
+
+    def match(
         self,
-        symmetry: Symmetry,
-        states: Sequence[State],
-        settings: MatchingSettings,
-        examples: GiveExamples | None,
-        seed: int,
-        threads: int | None,
-        progress: Progress,
-    ):
-        self.symmetry, self.states, self.seed = symmetry, states, seed
-        self._settings, self._examples, self._threads = settings, examples, threads
-        self.cache: ActivationCache | None = None
-        if examples is not None and settings.by_activations and symmetry.groups:
-            given, device = examples(), next(iter(states[0].values())).device
-            measure = UnitActivations(given.model, symmetry, given.inputs, device)
-            names = [f"model {n}" for n in range(len(states))]
-            self.cache = ActivationCache(measure, states, names, allocate=self._on_host, progress=progress)
-
-    def _on_host(self, width: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(len(self.states), width, dtype=dtype, device="cpu")
-
-    def match(self, theta: State, some: Sequence[int], start: Permutations | None = None) -> Matches:
-        """The networks `some`, matched to theta a few at a time: which, their permutations [n, size] and objectives."""
+        theta: State,
+        some: Sequence[int],
+        start: Permutations | None = None,
+        advance: Callable[[int], object] = lambda count: None,
+    ) -> tuple[list[Permutations], list[Tensor]]:
+        """Match the networks `some` to theta, a few at a time: each one's permutations, and objectives part by part."""
         names = [name for name in self.symmetry.moved if name in theta and name in self.states[0]]
         activations = None
         if self.cache is not None:
             activations = SourceActivations(self.cache, self.symmetry.identity(), some).with_theta(theta)
+        found: list[Permutations] = []
+        objectives: list[Tensor] = []
         for begin in range(0, len(some), PART):
-            part = list(some[begin : begin + PART])
-            result = match(
-                self._settings,
-                self.symmetry,
+            part = some[begin : begin + PART]
+            result = self.one_call(
                 {name: theta[name] for name in names},
                 {name: torch.stack([self.states[n][name] for n in part]) for name in names},
                 start=start,
-                examples=self._examples,
                 activations=None if activations is None else activations.part(begin, begin + PART),
-                seed=self.seed,
-                threads=self._threads,
             )
-            yield part, result.permutations.to("cpu"), result.objective
+            permutations = result.permutations.to("cpu")
+            found += [permutations.select(k) for k in range(len(part))]
+            objectives.append(result.objective)
+            advance(len(part))
+        return found, objectives
 
     def permuted(self, n: int, permutations: Permutations) -> dict[str, Tensor]:
         return self.symmetry.apply(permutations, self.states[n])
@@ -195,13 +201,8 @@ class _Networks:
 
 def _star(networks: _Networks, centre: State, progress: Progress) -> ManyResult:
     count = len(networks.states)
-    found: list[Permutations] = []
-    objectives: list[Tensor] = []
     with progress.task("matching to the star", count, "models") as advance:
-        for part, permutations, objective in networks.match(centre, range(count)):
-            found += [permutations.select(k) for k in range(len(part))]
-            objectives.append(objective)
-            advance(len(part))
+        found, objectives = networks.match(centre, range(count), advance=advance)
     together = Permutations.stack(found)
     mean = average(networks.symmetry, networks.states, together)
     return ManyResult(together, {}, torch.cat(objectives), mean, (), 0, True)
@@ -213,21 +214,18 @@ def _pairwise(networks: _Networks, progress: Progress) -> ManyResult:
     objectives: list[Tensor] = []
     with progress.task("matching pairs", count * (count - 1) // 2, "pairs") as advance:
         for i in range(count - 1):
-            for part, permutations, objective in networks.match(networks.states[i], range(i + 1, count)):
-                pairs |= {(i, j): permutations.select(k) for k, j in enumerate(part)}
-                objectives.append(objective)
-                advance(len(part))
+            found, parts = networks.match(networks.states[i], range(i + 1, count), advance=advance)
+            pairs |= {(i, j): one for j, one in enumerate(found, i + 1)}
+            objectives += parts
     return ManyResult(None, pairs, torch.cat(objectives), None, (), 0, True)
 
 
-def _to_mean(networks: _Networks, rounds: int, progress: Progress) -> ManyResult:
+def _to_mean(networks: _Networks, rounds: int, seed: int, progress: Progress) -> ManyResult:
     """Coordinate ascent: of sum_{i<j} <pi_i theta_i, pi_j theta_j>, n's part is <sum of the others, pi_n theta_n>."""
     symmetry, states = networks.symmetry, networks.states
     count = len(states)
     names = symmetry.counted(states[0], states[0])
-    found = {0: symmetry.identity()}
-    for part, permutations, _ in networks.match(states[0], range(1, count)):
-        found |= {n: permutations.select(k) for k, n in enumerate(part)}
+    found = [symmetry.identity(), *networks.match(states[0], range(1, count))[0]]
     # float64 sums of float32 numbers: what is added and taken away again leaves nothing behind.
     total = {name: torch.zeros_like(states[0][name], dtype=torch.float64) for name in names}
     squares = 0.0
@@ -245,22 +243,22 @@ def _to_mean(networks: _Networks, rounds: int, progress: Progress) -> ManyResult
     with progress.task("matching to the mean", rounds, "rounds") as advance:
         while changed and done < rounds:
             changed = False
-            order = np.random.default_rng(derive_seed(networks.seed, "match many", done)).permutation(count)
+            order = np.random.default_rng(derive_seed(seed, "match many", done)).permutation(count)
             for n in (int(n) for n in order):
                 now = networks.permuted(n, found[n])
                 rest = {name: total[name] - now[name] for name in names}
                 theta = {name: (value / (count - 1)).to(states[0][name].dtype) for name, value in rest.items()}
-                ((_, matched, _),) = networks.match(theta, [n], found[n])
-                then = networks.permuted(n, matched.select(0))
+                (matched,), _ = networks.match(theta, [n], found[n])
+                then = networks.permuted(n, matched)
                 gain = sum(float((rest[name] * (then[name].double() - now[name])).sum()) for name in names)
                 if gain > 0:
-                    found[n], changed = matched.select(0), True
+                    found[n], changed = matched, True
                     total = {name: value + then[name] for name, value in rest.items()}
             done += 1
             history.append(between())
             advance(note=f"{history[-1]:.4g}")
     back = found[0].inverse()
-    together = Permutations.stack([found[n].then(back) for n in range(count)])
+    together = Permutations.stack([one.then(back) for one in found])
     mean = average(symmetry, states, together)
     objective = [
         sum(float((mean[name].double() * one[name]).sum()) for name in names)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -57,7 +58,7 @@ def match_sinkhorn(request: Request) -> Permutations:
         for n in range(request.count):
             source = {name: _recordable(request.sources[name][n].detach().float()) for name in names}
             soft = SoftPermutations(symmetry, settings, request.device, derive_seed(seed, "sinkhorn"))
-            optimizer = torch.optim.Adam(soft.logits(), lr=settings.lr)
+            optimizer = torch.optim.Adam(soft.logits.values(), lr=settings.lr)
             draw = torch.Generator().manual_seed(derive_seed(seed, "sinkhorn", "t"))
             for step in range(settings.steps):
                 optimizer.zero_grad(set_to_none=True)
@@ -104,7 +105,8 @@ class SoftPermutations:
 
     def __init__(self, symmetry: Symmetry, settings: SinkhornSettings, device: torch.device, seed: int):
         self._symmetry, self._settings = symmetry, settings
-        self._logits: dict[str, Tensor] = {}
+        self.logits: dict[str, Tensor] = {}
+        """A tensor per group, which is optimised."""
         for group in symmetry.groups:
             shape: tuple[int, ...] = (group.size, group.size)
             if group.parent is not None:
@@ -112,17 +114,13 @@ class SoftPermutations:
                 shape = (blocks, blocks, group.size // blocks, group.size // blocks)
             generator = torch.Generator().manual_seed(derive_seed(seed, group.name))
             noise = settings.noise * torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
-            self._logits[group.name] = noise.to(device).requires_grad_()
-
-    def logits(self) -> list[Tensor]:
-        """What is optimised: a tensor per group."""
-        return list(self._logits.values())
+            self.logits[group.name] = noise.to(device).requires_grad_()
 
     def matrices(self) -> dict[str, Tensor]:
         """Group -> doubly stochastic [size, size]: row i says which of the source's units become unit i."""
         out: dict[str, Tensor] = {}
         for group in self._symmetry.groups:
-            own = sinkhorn(self._logits[group.name] / self._settings.temperature, self._settings.iterations)
+            own = sinkhorn(self.logits[group.name] / self._settings.temperature, self._settings.iterations)
             if group.parent is None:
                 out[group.name] = own
             else:
@@ -133,13 +131,10 @@ class SoftPermutations:
     def apply(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A network's parameters, multiplied by the matrices along every axis that a group permutes."""
         out, matrices = dict(state), self.matrices()
-        members: dict[tuple[str, int], list[tuple[Member, Tensor]]] = {}
         for group in self._symmetry.groups:
             for member in group.members:
                 if member.tensor in out:
-                    members.setdefault((member.tensor, member.axis), []).append((member, matrices[group.name]))
-        for (name, axis), stretches in members.items():
-            out[name] = _multiplied(out[name], axis, stretches)
+                    out[member.tensor] = _multiplied(out[member.tensor], member, matrices[group.name])
         return out
 
     def hard(self, solver: Solver = "auto") -> Permutations:
@@ -150,7 +145,7 @@ class SoftPermutations:
         for family in self._symmetry.families:
             groups = [self._symmetry.groups[g] for g in family]
             for group in groups:
-                if not torch.isfinite(torch.from_numpy(matrices[group.name])).all():
+                if not np.isfinite(matrices[group.name]).all():
                     raise FastarError(
                         f"matching by sinkhorn ended in numbers that are not finite in group {group.name!r}: lower "
                         "matching.sinkhorn.lr or raise matching.sinkhorn.temperature"
@@ -172,14 +167,10 @@ def sinkhorn(logits: Tensor, iterations: int) -> Tensor:
     return logits.exp()
 
 
-def _multiplied(tensor: Tensor, axis: int, stretches: Sequence[tuple[Member, Tensor]]) -> Tensor:
-    """`tensor` with each member's stretch of `axis` multiplied by its matrix."""
-    x = tensor.movedim(axis, 0)
-    parts, at = [], 0
-    for member, matrix in sorted(stretches, key=lambda one: one[0].offset):
-        size = len(matrix)
-        length = size * member.inner * member.outer
-        stretch = x[member.offset : member.offset + length].reshape(member.outer, size, -1)
-        parts += [x[at : member.offset], (matrix @ stretch).reshape(length, *x.shape[1:])]
-        at = member.offset + length
-    return torch.cat([*parts, x[at:]]).movedim(0, axis)
+def _multiplied(tensor: Tensor, member: Member, matrix: Tensor) -> Tensor:
+    """`tensor` with the member's stretch of its axis multiplied by `matrix`."""
+    x = tensor.movedim(member.axis, 0)
+    end = member.offset + len(matrix) * member.inner * member.outer
+    stretch = x[member.offset : end].reshape(member.outer, len(matrix), -1)
+    moved = (matrix @ stretch).reshape(-1, *x.shape[1:])
+    return torch.cat([x[: member.offset], moved, x[end:]]).movedim(0, member.axis)

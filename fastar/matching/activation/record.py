@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -16,7 +17,8 @@ Kind = Literal["made", "read", "other"]
 Sight = tuple[Tensor, int, Kind, Tensor]
 """A parameter, one of its axes, and values [..., length of that axis]: the last axis has a number for each position."""
 
-Observe = Callable[[tuple[Any, ...], Mapping[str, Any], Any], Iterator[Sight]]
+Observe = Callable[..., Iterator[Sight]]
+"""Takes what a function gave out, and its arguments."""
 
 
 class Observer(TorchFunctionMode):
@@ -42,71 +44,54 @@ class Observer(TorchFunctionMode):
         output = func(*args, **given)
         observe = _OBSERVED.get(getattr(func, "__name__", ""))
         if observe is not None:
-            for parameter, axis, kind, values in observe(args, given, output):
+            for parameter, axis, kind, values in observe(output, *args, **given):
                 name = self._names.get(id(parameter))
                 if name is not None and values.shape[-1] == parameter.shape[axis]:
                     self._keep(name, axis, kind, values)
         return output
 
 
-def _argument(args: tuple[Any, ...], kwargs: Mapping[str, Any], position: int, name: str) -> Any:
-    return args[position] if len(args) > position else kwargs.get(name)
-
-
-def _linear(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Iterator[Sight]:
-    x, weight = _argument(args, kwargs, 0, "input"), _argument(args, kwargs, 1, "weight")
+def _linear(output: Any, input: Any, weight: Any, *_: Any, **__: Any) -> Iterator[Sight]:
     yield weight, 0, "made", output
-    yield weight, 1, "read", x
+    yield weight, 1, "read", input
 
 
-def _product(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Iterator[Sight]:
-    x, weight = _argument(args, kwargs, 0, "input"), _argument(args, kwargs, 1, "other")
-    yield from _matrix(x, weight, output)
+def _product(output: Any, input: Any, other: Any = None, **_: Any) -> Iterator[Sight]:
+    if isinstance(other, Tensor) and isinstance(input, Tensor) and other.ndim == 2 and input.ndim >= 2:
+        yield other, 1, "made", output
+        yield other, 0, "read", input
 
 
-def _product_and_sum(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Iterator[Sight]:
-    x, weight = _argument(args, kwargs, 1, "mat1"), _argument(args, kwargs, 2, "mat2")
-    yield from _matrix(x, weight, output)
+def _product_and_sum(output: Any, input: Any, mat1: Any, mat2: Any, **_: Any) -> Iterator[Sight]:
+    yield from _product(output, mat1, mat2)
 
 
-def _matrix(x: Any, weight: Any, output: Any) -> Iterator[Sight]:
-    if isinstance(weight, Tensor) and isinstance(x, Tensor) and weight.ndim == 2 and x.ndim >= 2:
-        yield weight, 1, "made", output
-        yield weight, 0, "read", x
+def _convolution(output: Any, input: Any, weight: Any, *_: Any, **__: Any) -> Iterator[Sight]:
+    yield weight, 0, "made", output.movedim(1 - weight.ndim, -1)
+    yield weight, 1, "read", input.movedim(1 - weight.ndim, -1)
 
 
-def _convolution(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Iterator[Sight]:
-    x, weight = _argument(args, kwargs, 0, "input"), _argument(args, kwargs, 1, "weight")
-    channels = 1 - weight.ndim
-    yield weight, 0, "made", output.movedim(channels, -1)
-    if x.shape[channels] == weight.shape[1]:
-        yield weight, 1, "read", x.movedim(channels, -1)
+def _transposed(output: Any, input: Any, weight: Any, *_: Any, **__: Any) -> Iterator[Sight]:
+    yield weight, 0, "read", input.movedim(1 - weight.ndim, -1)
+    yield weight, 1, "made", output.movedim(1 - weight.ndim, -1)
 
 
-def _transposed(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Iterator[Sight]:
-    x, weight = _argument(args, kwargs, 0, "input"), _argument(args, kwargs, 1, "weight")
-    channels = 1 - weight.ndim
-    yield weight, 0, "read", x.movedim(channels, -1)
-    if output.shape[channels] == weight.shape[1]:
-        yield weight, 1, "made", output.movedim(channels, -1)
-
-
-def _embedding(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Iterator[Sight]:
+def _embedding(output: Any, *args: Any, **kwargs: Any) -> Iterator[Sight]:
     weight = next(v for v in (*args, *kwargs.values()) if isinstance(v, Tensor) and v.is_floating_point())
     yield weight, 1, "made", output
 
 
-def _along_channels(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Iterator[Sight]:
+def _along_channels(output: Any, *args: Any, **kwargs: Any) -> Iterator[Sight]:
     for value in (*args[1:], *kwargs.values()):
         if isinstance(value, Tensor) and value.ndim == 1:
             yield value, 0, "other", output.movedim(1, -1)
 
 
-def _along_last(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Iterator[Sight]:
-    yield from _broadcast(args[1:], kwargs, output)
+def _along_last(output: Any, *args: Any, **kwargs: Any) -> Iterator[Sight]:
+    yield from _broadcast(output, *args[1:], **kwargs)
 
 
-def _broadcast(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Iterator[Sight]:
+def _broadcast(output: Any, *args: Any, **kwargs: Any) -> Iterator[Sight]:
     """Axes of operands of pointwise functions, aligned at the last one."""
     for value in (*args, *kwargs.values()):
         if isinstance(value, Tensor):
@@ -115,21 +100,22 @@ def _broadcast(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) ->
                     yield value, axis, "other", output.movedim(axis - value.ndim, -1)
 
 
-def _attention(args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any) -> Iterator[Sight]:
+def _attention(output: Any, *args: Any, **kwargs: Any) -> Iterator[Sight]:
     """torch's own function for whole attention layers; what its projections give out is computed here once more."""
-    inputs = [_argument(args, kwargs, n, name) for n, name in enumerate(("query", "key", "value"))]
-    weight, bias = _argument(args, kwargs, 5, "in_proj_weight"), _argument(args, kwargs, 6, "in_proj_bias")
+    given = inspect.signature(F.multi_head_attention_forward).bind(*args, **kwargs).arguments
+    inputs = [given[name] for name in ("query", "key", "value")]
+    weight, bias = given["in_proj_weight"], given["in_proj_bias"]
     biases = (None, None, None) if bias is None else bias.chunk(3)
-    if kwargs.get("use_separate_proj_weight"):
-        weights = [kwargs[f"{name}_proj_weight"] for name in ("q", "k", "v")]
-        for x, one, b in zip(inputs, weights, biases, strict=True):
+    if given.get("use_separate_proj_weight"):
+        for name, x, b in zip("qkv", inputs, biases, strict=True):
+            one = given[f"{name}_proj_weight"]
             yield one, 0, "made", F.linear(x, one, b)
             yield one, 1, "read", x
     elif weight is not None and inputs[0].shape == inputs[1].shape == inputs[2].shape:
         made = [F.linear(x, one, b) for x, one, b in zip(inputs, weight.chunk(3), biases, strict=True)]
         yield weight, 0, "made", torch.cat(made, -1)
         yield weight, 1, "read", inputs[0]
-    yield _argument(args, kwargs, 11, "out_proj_weight"), 0, "made", output[0]
+    yield given["out_proj_weight"], 0, "made", output[0]
 
 
 _OBSERVED: dict[str, Observe] = {

@@ -14,7 +14,7 @@ operations for all of them as for one; decisions are the host's, from one or two
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from fastar.matching.assignment import Solver
 from fastar.matching.blocks import Answers, Solved, solve_rows
-from fastar.matching.weight.permuted_sources import Change, PermutedSources, gains
+from fastar.matching.weight.permuted_sources import PermutedSources, Step, gains, those_that_move
 from fastar.matching.weight.problem import Problem
 from fastar.matching.weight.unit_products import add_products
 from fastar.symmetry.batched_index import Rows, along, chosen, download
@@ -112,7 +112,7 @@ class Descent:
         self.unsolved[list(self.problem.families[f])] = True
 
     def mark(self) -> Mark:
-        """Where the descent stands, to `go_back` to."""
+        """The place where the descent stands, to `go_back` to."""
         return Mark(
             [index.copy() for index in self.permutations],
             [None if score is None else score.clone() for score in self.scores],
@@ -175,99 +175,45 @@ class Descent:
             self._take(f, todo[steps], _answers(solved, steps))
 
     def improves(self, f: int, numbers: Numbers, answers: Answers) -> list[bool]:
-        """Whether permuting family f of the sources `numbers` by `answers` raises <theta, permuted source> by more than
-        rounding, computed from the parameters."""
-        parts: list[tuple[Numbers, Tensor]] = []  # positions in `numbers`; [2, m]
-        if self.problem.quadratic[f]:
-            parts.append((np.arange(len(numbers)), gains(self._differences(f, numbers, answers))))
-        else:
-            for g, moving, answer in self._moving(f, answers):
-                step = self.sources.step(g, numbers[moving], answer)
-                pairs = ((c.theta, c.difference) for c in step.changes(lambda name: True))
-                parts.append((moving, gains((a, b) for a, b in pairs if a is not None and b is not None)))
-        totals, begin = np.zeros((2, len(numbers))), 0
-        found = download(torch.cat([part for _, part in parts], 1))
-        for positions, part in parts:
-            totals[:, positions] += found[:, begin : begin + part.shape[1]]
-            begin += part.shape[1]
-        return [gain > _ROUNDING * math.sqrt(squares) for gain, squares in totals.T.tolist()]
+        """Tell for each of the sources `numbers` whether permuting family f by `answers` raises the objective by more
+        than rounding, computed from the parameters."""
+        changes = Step(self.sources, f, numbers, answers).changes(lambda name: True)
+        return [gain > _ROUNDING * math.sqrt(squares) for gain, squares in download(gains(changes)).T.tolist()]
 
     def _take(self, f: int, numbers: Numbers, answers: Answers) -> None:
-        """Permute family f of the sources `numbers` by `answers`."""
-        if self.problem.quadratic[f]:
-            self._take_quadratic(f, numbers, answers)
+        """Permute family f of the sources `numbers` by `answers`, and bring all S_g up to date."""
+        numbers, answers = those_that_move(numbers, answers)
+        if not len(numbers):
             return
-        for g, moving, answer in self._moving(f, answers):
-            step = self.sources.step(g, numbers[moving], answer)
-            for change in step.changes(lambda name, g=g: self._is_known(g, name)):  # type: ignore[misc]
-                self._correct_scores(g, change)
-                self.sources.write(change)
-                del change  # before the next is made
-            score = self.scores[g]
-            assert score is not None
-            columns = along(step.rows.of(score), 1, step.answer)
-            if step.rows.everything:
-                self.scores[g] = columns
-            else:
-                step.rows.put(score, columns)
-        self.note(f, numbers, answers)
-
-    def _moving(self, f: int, answers: Answers) -> Iterator[tuple[int, Numbers, NDArray[np.int64]]]:
-        """Each group of family f that some sources move: the group, positions of these sources, their answers.
-
-        No two of them overlap: groups of a family that is not quadratic share an axis of a parameter, or none.
-        """
-        for g, answer in zip(self.problem.families[f], answers, strict=True):
-            moving = np.flatnonzero((answer != np.arange(answer.shape[1])).any(1))
-            if len(moving):
-                yield g, moving, answer[moving]
-
-    def _is_known(self, g: int, name: str) -> bool:
-        """Whether permuting group g corrects an S_h that is known, of a group on another axis of this parameter."""
-        own = {site.axis for site in self.problem.sites[name] if site.group == g}
-        return any(p.axis not in own and self.scores[p.group] is not None for p in self.problem.sites[name])
-
-    def _correct_scores(self, g: int, change: Change) -> None:
-        """Bring the S_h of the other groups on this parameter up to date, and have them solved again."""
-        for site in self.problem.sites[change.name]:
-            if site.group == g or site.axis == change.axis:
-                continue
-            self.unsolved[site.group, change.rows.numbers] = True
-            score = self.scores[site.group]
-            if score is not None:
-                assert change.theta is not None
-                assert change.difference is not None
-                size = self.problem.groups[site.group].size
-                add_products(score, change.theta, change.difference, site.member, site.axis, size, change.rows)
-
-    def _differences(self, f: int, numbers: Numbers, answers: Answers) -> Iterator[tuple[Tensor, Tensor]]:
-        """theta [1, ...] and what permuting family f adds [m, ...], of whole parameters."""
-        rows, parameters = self.sources.permuted(f, numbers, answers)
-        for name, row in parameters:
-            yield self.problem.theta[name][None], row - rows.of(self.sources.data[name])
-
-    def _take_quadratic(self, f: int, numbers: Numbers, answers: Answers) -> None:
-        """The same for a family that lies on two axes of one tensor: whole tensors, and its S_g anew."""
-        family = self.problem.families[f]
-        rows, parameters = self.sources.permuted(f, numbers, answers)
-        for name, row in parameters:
-            theta, difference = self.problem.theta[name][None], row - rows.of(self.sources.data[name])
-            self.sources.put(name, rows, row)
-            for site in self.problem.sites[name]:
+        corrected = {name: self.problem.corrected(f, name) for name in self.problem.touched[f]}
+        step = Step(self.sources, f, numbers, answers)
+        for change in step.changes(lambda name: any(self.scores[site.group] is not None for site in corrected[name])):
+            for site in corrected[change.name]:
                 self.unsolved[site.group, numbers] = True
                 score = self.scores[site.group]
-                if score is not None and site.group not in family:
+                if score is not None:
+                    assert change.theta is not None
+                    assert change.difference is not None
                     size = self.problem.groups[site.group].size
-                    add_products(score, theta, difference, site.member, site.axis, size, rows)
-        for g in family:
-            self.scores[g] = None
-            self.unsolved[g, numbers] = True
+                    add_products(score, change.theta, change.difference, site.member, site.axis, size, change.rows)
+            self.sources.write(change)
+            del change  # before the next is made
+        for g, answer in zip(self.problem.families[f], step.answers, strict=True):
+            score = self.scores[g]
+            if self.problem.quadratic[f]:
+                self.scores[g], self.unsolved[g, numbers] = None, True
+            elif score is not None:
+                columns = along(step.rows.of(score), 1, answer)
+                if step.rows.everything:
+                    self.scores[g] = columns
+                else:
+                    step.rows.put(score, columns)
         self.note(f, numbers, answers)
 
 
 @dataclass(frozen=True)
 class Mark:
-    """Where a descent stood: permutations, S_g and what was still to be solved."""
+    """The place where a descent stood: permutations, S_g and what was still to be solved."""
 
     permutations: list[NDArray[np.int64]]
     scores: list[Tensor | None]

@@ -25,12 +25,11 @@ LARGEST_HELD = 2
 
 @dataclass(frozen=True)
 class Change:
-    """What a step makes of one parameter of some sources.
+    """One parameter of some sources, as a step makes it.
 
     Args:
-        axis: that moves, in memory order.
         rows: the sources.
-        mine: [m, ...], their parameter so far: a view of it, or a copy where they do not follow each other.
+        axis: that moves, in memory order; where several do, the last of them.
         positions: [m, length] on the axis that may change; None: all.
         new: [m, ...], what is at `positions` afterwards.
         theta: [1, ...] or [m, ...], theta there; None unless asked for, like `difference`.
@@ -38,9 +37,8 @@ class Change:
     """
 
     name: str
-    axis: int
     rows: Rows
-    mine: Tensor
+    axis: int
     positions: Tensor | None
     new: Tensor
     theta: Tensor | None
@@ -77,148 +75,117 @@ class PermutedSources:
         weights = [values for name, values in self._products.items() if self.data[name].ndim > 2]
         return _sums(list(self._products.values()), self.count), _sums(weights, self.count)
 
-    def step(self, g: int, numbers: NDArray[np.int64], answer: NDArray[np.int64]) -> GroupStep:
-        """Of permuting group g of the sources `numbers` by `answer` [m, size]. Nothing is changed yet."""
-        return GroupStep(self, g, numbers, answer)
-
-    def write(self, change: Change) -> None:
-        """Let a change happen."""
-        name, rows = change.name, change.rows
-        if change.positions is None:
-            self.put(name, rows, change.new)
-            return
-        self._changed(name, rows)
-        self._own(name)
-        if rows.index is None:
-            put_along(rows.of(self.data[name]), change.axis, change.positions, change.new)
-        else:
-            put_along(change.mine, change.axis, change.positions, change.new)
-            rows.put(self.data[name], change.mine)
-
-    def put(self, name: str, rows: Rows, values: Tensor) -> None:
-        """Have `values` [m, ...] be the parameter of `rows`; of all rows it is kept, so it must not be another's."""
-        self._changed(name, rows)
-        if rows.everything:
-            self.data[name] = values
-            self.owned.add(name)
-        else:
-            self._own(name)
-            rows.put(self.data[name], values)
-
-    def permuted(
-        self, f: int, numbers: NDArray[np.int64], answers: Answers
-    ) -> tuple[Rows, Iterator[tuple[str, Tensor]]]:
-        """The sources `numbers`, and one after the other the parameters that family f touches, as new tensors [m, ...]
-        with its units permuted by `answers`, [m, size] of each group."""
-        problem, family = self.problem, self.problem.families[f]
-        units = dict(zip(family, answers, strict=True))
-        made: dict[tuple[object, ...], int] = {}
-        arrays: list[NDArray[np.int64]] = []
-        of_names: dict[str, list[tuple[int, int]]] = {}  # name -> (axis, which array)
-        for name in problem.touched[f]:
-            sites = problem.of_family(f, name)
-            for axis in sorted({site.axis for site in sites}):
-                own, length = [p for p in sites if p.axis == axis], self.data[name].shape[axis + 1]
-                key = (length, *(_kind(site) for site in own))
-                if key not in made:
-                    made[key] = len(arrays)
-                    at = np.tile(np.arange(length), (len(numbers), 1))
-                    for site in own:
-                        positions = site.member.positions(units[site.group], problem.groups[site.group].size)
-                        at[:, site.member.offset : site.member.offset + positions.shape[1]] = positions
-                    arrays.append(at)
-                of_names.setdefault(name, []).append((axis, made[key]))
-        rows, *index = chosen(numbers, self.count, *arrays, device=self.device)
-
-        def each() -> Iterator[tuple[str, Tensor]]:
-            for name, axes in of_names.items():
-                row = rows.of(self.data[name])
-                for axis, which in axes:
-                    row = along(row, axis, index[which])
-                yield name, row
-
-        return rows, each()
-
     def permute(self, f: int, numbers: NDArray[np.int64], answers: Answers) -> None:
         """Permute family f of the sources `numbers` by `answers`, [m, size] of each group."""
-        moving = np.any([(index != np.arange(index.shape[1])).any(1) for index in answers], axis=0)
-        if moving.any():
-            rows, parameters = self.permuted(f, numbers[moving], tuple(index[moving] for index in answers))
-            for name, row in parameters:
-                self.put(name, rows, row)
+        numbers, answers = those_that_move(numbers, answers)
+        if len(numbers):
+            for change in Step(self, f, numbers, answers).changes(lambda name: False):
+                self.write(change)
+                del change  # before the next is made
 
-    def _own(self, name: str) -> None:
+    def write(self, change: Change) -> None:
+        """Let a change happen. `new` is kept where it is all of a parameter of all sources."""
+        name, rows = change.name, change.rows
+        self._products[name][rows.numbers] = np.nan
+        if rows.everything and change.positions is None:
+            self.data[name] = change.new
+            self.owned.add(name)
+            return
         if name not in self.owned:
             self.data[name] = self.data[name].clone()
             self.owned.add(name)
+        values = change.new
+        if change.positions is not None:
+            values = rows.of(self.data[name])
+            put_along(values, change.axis, change.positions, change.new)
+            if rows.index is None:
+                return
+        rows.put(self.data[name], values)
 
-    def _changed(self, name: str, rows: Rows) -> None:
-        self._products[name][rows.numbers] = np.nan
 
-
-class GroupStep:
-    """One group of some sources permuted, a parameter after the other: indices are made on the host, and uploaded once.
+class Step:
+    """A family of some sources permuted, a parameter after the other: indices are made on the host, and uploaded once.
 
     Only units that move are gathered, as many of each source as of the one with the most (others add some that stay).
+    A parameter that the family permutes along several axes is gathered whole. Nothing changes before `write`.
+
+    Args:
+        answers: [m, size] of each group, of the m sources `numbers`.
     """
 
-    def __init__(self, sources: PermutedSources, g: int, numbers: NDArray[np.int64], answer: NDArray[np.int64]):
-        self.sources, self.group = sources, g
-        problem, size = sources.problem, sources.problem.groups[g].size
-        moved = answer != np.arange(size)
-        most = int(moved.sum(1).max())
-        units = np.tile(np.arange(size), (len(numbers), 1))
-        if most <= _MOST * size:
-            units = np.argsort(~moved, axis=1, kind="stable")[:, :most]
-        origins = np.take_along_axis(answer, units, 1)
-        arrays: list[NDArray[np.int64]] = [answer]
+    def __init__(self, sources: PermutedSources, f: int, numbers: NDArray[np.int64], answers: Answers):
+        self.sources = sources
+        problem = sources.problem
+        units = {g: _moving_units(answer) for g, answer in zip(problem.families[f], answers, strict=True)}
+        arrays = list(answers)
         made: dict[tuple[object, ...], tuple[int | None, int]] = {}
-        self._indices: dict[str, tuple[int, int | None, int]] = {}  # name -> axis, positions, where from
-        for name in problem.tensors[g]:
-            sites = [site for site in problem.sites[name] if site.group == g]
-            axis = sites[0].axis
-            length = sources.data[name].shape[axis + 1]
-            key = (length, *(_kind(site) for site in sites))
-            if key not in made:
-                to, origin = (
-                    np.concatenate([site.member.positions(some, size) for site in sites], axis=1)
-                    for some in (units, origins)
-                )
-                whole = to.shape[1] == length and bool((to[0] == np.arange(length)).all())
-                made[key] = (None if whole else len(arrays), len(arrays) + (not whole))
-                arrays += [origin] if whole else [to, origin]
-            self._indices[name] = (axis, *made[key])
+        self._axes: dict[str, list[tuple[int, int | None, int]]] = {}  # name -> axis, positions, where from
+        for name in problem.touched[f]:
+            axes = problem.axes(f, name)
+            for axis, sites in axes.items():
+                length = sources.data[name].shape[axis + 1]
+                key = (length, len(axes), *(_kind(site) for site in sites))
+                if key not in made:
+                    to, origin = (
+                        np.concatenate(
+                            [s.member.positions(units[s.group][k], problem.groups[s.group].size) for s in sites], axis=1
+                        )
+                        for k in range(2)
+                    )
+                    if len(axes) > 1:
+                        every = np.tile(np.arange(length), (len(numbers), 1))
+                        np.put_along_axis(every, to, origin, 1)
+                        to, origin = np.arange(length)[None], every
+                    whole = to.shape[1] == length and bool((to[0] == np.arange(length)).all())
+                    made[key] = (None if whole else len(arrays), len(arrays) + (not whole))
+                    arrays += [origin] if whole else [to, origin]
+                self._axes.setdefault(name, []).append((axis, *made[key]))
         self.rows, *self._arrays = chosen(numbers, sources.count, *arrays, device=sources.device)
-        self.answer: Tensor = self._arrays[0]
+        self.answers: list[Tensor] = self._arrays[: len(answers)]
 
     def changes(self, differs: Callable[[str], bool]) -> Iterator[Change]:
-        """What becomes of each parameter; with its difference where `differs(name)`. Write each before the next."""
-        for name in self._indices:
+        """The changes of all parameters; with differences where `differs(name)`. Write each before the next."""
+        for name in self._axes:
             yield self._change(name, differs(name))
 
     def _change(self, name: str, differs: bool) -> Change:
-        axis, to, origin = self._indices[name]
         mine = self.rows.of(self.sources.data[name])
-        new = along(mine, axis, self._arrays[origin])
-        positions = None if to is None else self._arrays[to]
+        new, positions, axis = mine, None, 0
+        for axis, to, origin in self._axes[name]:
+            new = along(new, axis, self._arrays[origin])
+            positions = None if to is None else self._arrays[to]
         if not differs:
-            return Change(name, axis, self.rows, mine, positions, new, None, None)
+            return Change(name, self.rows, axis, positions, new, None, None)
         theta = self.sources.problem.theta[name][None]
-        if positions is None:
-            return Change(name, axis, self.rows, mine, None, new, theta, new - mine)
-        part = along(theta.expand(len(self.rows), *theta.shape[1:]), axis, positions)
-        return Change(name, axis, self.rows, mine, positions, new, part, new - along(mine, axis, positions))
+        if positions is not None:
+            theta = along(theta.expand(len(self.rows), *theta.shape[1:]), axis, positions)
+            mine = along(mine, axis, positions)
+        return Change(name, self.rows, axis, positions, new, theta, new - mine)
 
 
-def gains(pairs: Iterator[tuple[Tensor, Tensor]]) -> Tensor:
-    """[2, m] float64: the sum over `pairs` of <theta, difference>, and of the squares of its terms.
+def those_that_move(numbers: NDArray[np.int64], answers: Answers) -> tuple[NDArray[np.int64], Answers]:
+    """Those of the sources `numbers` that `answers` [m, size] move any unit of, and their answers."""
+    moving = np.any([(index != np.arange(index.shape[1])).any(1) for index in answers], axis=0)
+    return numbers[moving], tuple(index[moving] for index in answers)
 
-    Args:
-        pairs: theta [1, ...] or [m, ...], and the difference [m, ...].
-    """
+
+def _moving_units(answer: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Units [m, most] that may change, as many of each source, and what they become: all where most do."""
+    moved = answer != np.arange(answer.shape[1])
+    most = int(moved.sum(1).max())
+    if most > _MOST * answer.shape[1]:
+        return np.tile(np.arange(answer.shape[1]), (len(answer), 1)), answer
+    units = np.argsort(~moved, axis=1, kind="stable")[:, :most]
+    return units, np.take_along_axis(answer, units, 1)
+
+
+def gains(changes: Iterator[Change]) -> Tensor:
+    """[2, m] float64: the sum over changes of <theta, difference>, and of the squares of its terms."""
     totals: Tensor | None = None
-    for theta, difference in pairs:
-        terms = difference.double().mul_(theta).flatten(1)
+    for change in changes:
+        assert change.theta is not None
+        assert change.difference is not None
+        terms = change.difference.double().mul_(change.theta).flatten(1)
         both = (
             [terms.sum()[None], terms.square_().sum()[None]]
             if len(terms) == 1

@@ -1,4 +1,4 @@
-"""What all descents against one theta share: its parameters in memory order, and which group touches which of them."""
+"""The part that all descents against one theta share: its parameters in memory order, and which group touches which."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Site:
 
 
 class Problem:
-    """What all chunks share. Read-only.
+    """The networks' parameters and the sites of their groups; all chunks share it. Read-only.
 
     `tensors` of a group and `touched` of a family are the names of the parameters that it permutes.
     """
@@ -44,13 +44,22 @@ class Problem:
         # On a tensor that a family permutes along two axes at once the objective is quadratic, and S_g only its slope.
         self.quadratic = [any(self.twice(f, name) for name in touched) for f, touched in enumerate(self.touched)]
 
-    def of_family(self, f: int, name: str) -> list[Site]:
-        """Where the groups of family f lie on a parameter."""
-        return [site for site in self.sites[name] if site.group in self.families[f]]
+    def axes(self, f: int, name: str) -> dict[int, list[Site]]:
+        """The axes of a parameter that family f permutes, each with the sites of its groups."""
+        found: dict[int, list[Site]] = {}
+        for site in self.sites[name]:
+            if site.group in self.families[f]:
+                found.setdefault(site.axis, []).append(site)
+        return found
 
     def twice(self, f: int, name: str) -> bool:
-        """Whether family f lies on two axes of this parameter."""
-        return len({site.axis for site in self.of_family(f, name)}) > 1
+        """Tell whether family f lies on two axes of this parameter."""
+        return len(self.axes(f, name)) > 1
+
+    def corrected(self, f: int, name: str) -> list[Site]:
+        """The sites of other families on this parameter whose S_g change when family f is permuted."""
+        axes = self.axes(f, name)
+        return [s for s in self.sites[name] if s.group not in self.families[f] and axes.keys() != {s.axis}]
 
     def source(self, name: str, sources: Mapping[str, Tensor], begin: int, end: int) -> Tensor:
         """sources[name][begin:end] in memory order, [n, ...]; a view where nothing has to be converted."""
