@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from fastar.config import MatchingSettings, SinkhornSettings
 from fastar.flat.forward import Batch
 from fastar.matching import Examples, MatchResult, Request, SourceActivations, match
-from fastar.matching.activation.match_activations import correlate_units, not_worse
+from fastar.matching.activation.match_activations import correlate_units
 from fastar.matching.checks import check_networks
+from fastar.matching.methods import not_worse
 from fastar.matching.weight.descent import Descent
 from fastar.runtime.progress import SILENT, Progress
 from fastar.symmetry import Permutations, Symmetry

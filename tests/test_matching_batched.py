@@ -329,7 +329,7 @@ def test_matching_again_on_a_gpu_takes_as_many_operations_for_many_sources(gpu: 
         sources = {name: theta[name] + 0.01 * torch.randn(count, *theta[name].shape) for name in symmetry.parameters}
         problem = Problem(symmetry, gpu(theta), gpu(sources))
         with Operations() as seen, torch.no_grad():
-            data = {name: problem.source(name, gpu(sources), 0, count) for name in problem.names}
+            data = problem.part(gpu(sources), 0, count)
             start = [np.tile(np.arange(group.size), (count, 1)) for group in symmetry.groups]
             descent = Descent(problem, data, start, "auto", None)
             descent.run(lambda sweep: range(len(symmetry.families)), 10)

@@ -186,7 +186,7 @@ def test_scores_kept_up_to_date_equal_fresh_ones_and_going_back_restores(name: s
     theta, states = random_state(model, 100), [random_state(model, seed) for seed in range(2)]
     sources = stacked(symmetry, states)
     problem = Problem(symmetry, theta, sources)
-    data = {n: problem.source(n, sources, 0, 2) for n in problem.names}
+    data = problem.part(sources, 0, 2)
     descent = Descent(problem, data, [np.tile(np.arange(g.size), (2, 1)) for g in symmetry.groups], "auto", None)
     descent.run(lambda sweep: range(len(symmetry.families)), 100)
 

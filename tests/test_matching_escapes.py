@@ -95,7 +95,7 @@ def test_going_back_restores_the_very_numbers(name: str, count: int, symmetries:
     theta, states = problem_of(name, count)
     sources = stacked(symmetry, states)
     problem = Problem(symmetry, theta, sources)
-    data = {n: problem.source(n, sources, 0, count) for n in problem.names}
+    data = problem.part(sources, 0, count)
     start = [np.tile(np.arange(group.size), (count, 1)) for group in symmetry.groups]
     descent = Descent(problem, data, start, "auto", None)
     descent.run(lambda sweep: range(len(symmetry.families)), 100)

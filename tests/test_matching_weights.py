@@ -86,7 +86,7 @@ def test_scores_kept_up_to_date_equal_fresh_ones(name: str, symmetries: dict[str
     theta, states = problem_of(name)
     sources = stacked(symmetry, states)
     problem = Problem(symmetry, theta, sources)
-    data = {n: problem.source(n, sources, 0, len(states)) for n in problem.names}
+    data = problem.part(sources, 0, len(states))
     start = [np.tile(np.arange(g.size), (len(states), 1)) for g in symmetry.groups]
     descent = Descent(problem, data, start, "auto", None)
     descent.run(lambda sweep: range(len(symmetry.families)), 100)

@@ -72,8 +72,6 @@ def solve_assignment(score: Tensor | NDArray[Any], *, solver: Solver = "auto") -
         raise ScoresNotFinite(
             f"score[{row}, {column}] of an assignment is {table[row, column]}: scores must be finite numbers"
         )
-    if n == 1:
-        return np.zeros(1, dtype=np.int64)
     cost = _centred_cost(table)
     for favourites, of_columns in ((cost.argmin(axis=1), False), (cost.argmin(axis=0), True)):
         # Everybody gets what suits them best: no assignment can do better. Common once networks are aligned.

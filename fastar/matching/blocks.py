@@ -146,15 +146,7 @@ def solve_rows(
 
 def _tables(scores: Sequence[Tensor], rows: Rows) -> list[list[Floats]]:
     """On the host: each source's S_g of each group."""
-    sizes = [score.shape[1] for score in scores]
-    if len(scores) == 1 or scores[0].device.type == "cpu":
-        of_groups = [download(rows.of(score)) for score in scores]
-    else:
-        flat = download(torch.cat([rows.of(score).flatten(1) for score in scores], 1))
-        ends = np.cumsum([size**2 for size in sizes])
-        of_groups = [
-            part.reshape(len(rows), size, size) for part, size in zip(np.split(flat, ends[:-1], 1), sizes, strict=True)
-        ]
+    of_groups = [download(rows.of(score)) for score in scores]
     return [[table[k] for table in of_groups] for k in range(len(rows))]
 
 
@@ -171,7 +163,7 @@ def _solved(answers: Answers, now: Sequence[Floats], then: Sequence[Floats]) -> 
 
 
 def _aligned(scores: Sequence[Tensor], blank: Sequence[bool], rows: Rows) -> list[Solved | None]:
-    """Of each source: the best of each row if they permute the family, else None. One copy to the host."""
+    """Each source's best of each row if they permute the family, else None. One copy to the host."""
     parts = []
     for score in scores:
         some = rows.of(score)
@@ -191,7 +183,7 @@ def _aligned(scores: Sequence[Tensor], blank: Sequence[bool], rows: Rows) -> lis
 
 
 def _reached(top: Sequence[Floats], answers: Answers, best: Sequence[Floats]) -> list[Floats]:
-    """What `answers` score: the best of each row, or 0 where a blank group follows its children."""
+    """The scores of `answers`: the best of each row, or 0 where a blank group follows its children."""
     return [
         values if np.array_equal(answer, index) else np.zeros_like(values)
         for values, answer, index in zip(top, answers, best, strict=True)

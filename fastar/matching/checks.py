@@ -1,4 +1,4 @@
-"""Whether theta and sources can be matched at all: of one architecture, on one device, finite."""
+"""Checks that theta and sources can be matched at all: of one architecture, on one device, finite."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def check_networks(
     count, device = _count_and_device(symmetry, theta, sources)
     names = symmetry.counted(theta, sources)
     tensors = [tensor for name in names for tensor in (theta[name][None], sources[name])]
-    if device.type == "cpu" or not _sums_are_finite(tensors):
+    if not _sums_are_finite(tensors):
         for name in names:
             check_finite(theta[name], name, "theta")
             for n in range(count):
@@ -44,7 +44,7 @@ def check_finite(tensor: Tensor, name: str, where: str) -> None:
 
 
 def _sums_are_finite(tensors: Sequence[Tensor]) -> bool:
-    """Whether all sums over all axes but the first are finite; waits for the device once."""
+    """Tell whether all sums over all axes but the first are finite; waits for the device once."""
     sums = [tensor.detach().sum(tuple(range(1, tensor.ndim))) if tensor.ndim > 1 else tensor for tensor in tensors]
     return bool(torch.isfinite(torch.cat(sums)).all())
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from fastar.config import MatchingSettings
 from fastar.errors import FastarError
 from fastar.matching.activation.activation_cache import SourceActivations
-from fastar.matching.activation.match_activations import comparing_bytes, correlate_units, not_worse
+from fastar.matching.activation.match_activations import comparing_bytes, correlate_units
 from fastar.matching.checks import check_networks
 from fastar.matching.request import Extent, GiveExamples, MatchResult, Request
 from fastar.matching.sinkhorn import match_sinkhorn
@@ -163,16 +163,21 @@ def _measured(request: Request, found: Permutations) -> MatchResult:
 def _objectives(request: Request, permutations: Permutations) -> tuple[Tensor, Tensor]:
     """<theta, pi(theta_n)> [N] float64 over all parameters, and over those of at least two axes; in chunks, of which a
     copy is made."""
-    symmetry, sources, count = request.symmetry, request.sources, request.count
-    problem = Problem(symmetry, request.theta, sources)
+    symmetry, count = request.symmetry, request.count
+    problem = Problem(symmetry, request.theta, request.sources)
     size = request.settings.chunk or chunk_size(symmetry, request.device, count)
     found = []
     for begin in range(0, count, size):
         end = min(begin + size, count)
-        part = PermutedSources(problem, {name: problem.source(name, sources, begin, end) for name in problem.names})
         units = [permutations[g.name].cpu().expand(count, g.size)[begin:end].numpy() for g in symmetry.groups]
-        for f, family in enumerate(problem.families):
-            part.permute(f, np.arange(end - begin), tuple(units[g] for g in family))
+        part = PermutedSources(problem, problem.part(request.sources, begin, end), units)
         found.append(np.stack(part.objectives()))
     total, weights = torch.from_numpy(np.concatenate(found, 1))
     return total, weights
+
+
+def not_worse(request: Request, found: Permutations) -> Permutations:
+    """`found` [N, size], but a source for which it lowers <theta, pi(theta_n)> stays as it is."""
+    stay = request.symmetry.identity(request.count)
+    worse = (_objectives(request, found)[0] < _objectives(request, stay)[0])[:, None]
+    return Permutations({name: torch.where(worse, stay[name], index) for name, index in found.items()})

@@ -14,6 +14,7 @@ from fastar.matching.activation.statistics import Tables, UnitActivations, resam
 from fastar.matching.checks import check_finite
 from fastar.runtime.progress import SILENT, Progress
 from fastar.symmetry import Permutations, Symmetry
+from fastar.symmetry.batched_index import along
 
 # Cached numbers are of mean 0 and variance 1, of which half precision holds three digits.
 CACHED = torch.float16
@@ -67,12 +68,9 @@ class ActivationCache:
 
     def tables(self, numbers: Sequence[int]) -> Tables:
         """Tables [n, samples, size] of the sources `numbers`, float32 on the device, as `UnitActivations` gives."""
-        first, count = numbers[0], len(numbers)
-        follow = list(numbers) == list(range(first, first + count))
-        rows = self.rows[first : first + count] if follow else self.rows[list(numbers)]
         return {
             group: own.to(self.measure.device).float().div_(own.shape[1] ** 0.5)
-            for group, own in self._tables(rows).items()
+            for group, own in self._tables(self.rows[list(numbers)]).items()
         }
 
     def _tables(self, rows: Tensor) -> Tables:
@@ -126,7 +124,10 @@ class SourceActivations:
         now = {name: one if one.ndim == 1 else one[index] for name, one in self.permutations.items()}
         indices = {name: one.cpu().numpy() for name, one in now.items()}
         return {
-            group: resampled(_moved(table, now[group]), self.cache.measure.rows(group, indices))
+            group: resampled(
+                along(table, 1, now[group].to(table.device).expand(len(table), -1)),
+                self.cache.measure.rows(group, indices),
+            )
             for group, table in tables.items()
         }
 
@@ -137,8 +138,3 @@ def cache_bytes(model: nn.Module, symmetry: Symmetry, batches: Sequence[Batch]) 
     state = {name: torch.empty(shape, device=meta, dtype=torch.float32) for name, shape in symmetry.parameters.items()}
     tables = UnitActivations(model, symmetry, batches, meta)(state, "the model")
     return CACHED.itemsize * sum(table.numel() for table in tables.values())
-
-
-def _moved(table: Tensor, index: Tensor) -> Tensor:
-    """[n, samples, size] with its units in the order of index [n, size], or [size] for all."""
-    return table.gather(2, index.to(table.device).expand(len(table), -1)[:, None].expand_as(table))

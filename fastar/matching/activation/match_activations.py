@@ -8,7 +8,6 @@ from contextlib import nullcontext
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from fastar.matching.activation import ties
 from fastar.matching.activation.activation_cache import CACHED
@@ -103,23 +102,6 @@ def _pair(
         for n, solved in enumerate(solve_rows(scores, blank, rows, request.settings.solver, pool)):
             for group, answer in zip(groups, solved.answers, strict=True):
                 indices[group.name][n] = answer
-
-
-def not_worse(request: Request, found: Permutations) -> Permutations:
-    """`found` [N, size], but a source for which it lowers <theta, pi(theta_n)> stays as it is."""
-    symmetry, theta = request.symmetry, request.theta
-    names = symmetry.counted(theta, request.sources)
-
-    def objective(state: dict[str, Tensor]) -> float:
-        return sum(float((theta[name].double() * state[name].double()).sum()) for name in names)
-
-    out = []
-    for n in range(request.count):
-        state = {name: request.sources[name][n] for name in names}
-        one = found.select(n)
-        worse = objective(symmetry.apply(one, state)) < objective(state)
-        out.append(symmetry.identity() if worse else one)
-    return Permutations.stack(out)
 
 
 def bytes_of_one(symmetry: Symmetry, kept: int) -> int:

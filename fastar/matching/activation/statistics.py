@@ -16,6 +16,7 @@ from fastar.flat.forward import Batch, forward, in_float32, on_device, without_s
 from fastar.matching.activation.record import Kind, Observer
 from fastar.matching.activation.sample_axes import Along, Key, moving_axes, rows_moved, samples_of
 from fastar.runtime.seeds import derive_seed
+from fastar.symmetry.batched_index import along
 from fastar.symmetry.symmetry import Group, Member, Symmetry
 
 # Positions of an image or sequence that are taken: activations of neighbours are nearly the same.
@@ -75,7 +76,6 @@ class UnitActivations:
         for parameter in self._twin.parameters():  # never read: each network brings its own
             parameter.data = parameter.data.new_empty(0)
         self._wanted = {(member.tensor, member.axis) for group in symmetry.groups for member in group.members}
-        self._drawn: dict[tuple[Key, int, int], Tensor] = {}
         self._first: tuple[str, dict[Key, torch.Size]] | None = None
         self._members: dict[str, list[Member]] = {}
 
@@ -195,12 +195,8 @@ class UnitActivations:
     def _draw(self, key: Key, batch: int, count: int, most: int) -> Tensor:
         """Rows of a site that are taken, the same for every network; drawn, since even steps would always meet the same
         columns of an image."""
-        known = self._drawn.get((key, batch, count))
-        if known is None:
-            generator = torch.Generator().manual_seed(derive_seed(0, "activations", *key, batch))
-            known = torch.randint(count, (most,), generator=generator, device="cpu").to(self.device)
-            self._drawn[key, batch, count] = known
-        return known
+        generator = torch.Generator().manual_seed(derive_seed(0, "activations", *key, batch))
+        return torch.randint(count, (most,), generator=generator, device="cpu").to(self.device)
 
     def _check(self, rows: Mapping[Key, Tensor], where: str) -> None:
         assert self._first is not None
@@ -232,8 +228,7 @@ def resampled(tables: Tensor, rows: NDArray[np.int64] | None) -> Tensor:
     """[n, samples, size] with its samples in the order of rows [n, samples], or [samples] for all; None: as it is."""
     if rows is None:
         return tables
-    index = torch.from_numpy(rows).to(tables.device).expand(len(tables), -1)
-    return tables.gather(1, index[:, :, None].expand_as(tables))
+    return along(tables, 0, torch.from_numpy(rows).to(tables.device).expand(len(tables), -1))
 
 
 def _together(values: Tensor, along: Sequence[Along]) -> Tensor:

@@ -75,8 +75,7 @@ def by_weights(
     ]
     if not tied:
         return list(found)
-    data = {name: problem.source(name, sources, n, n + 1) for name in problem.names}
-    descent = Descent(problem, data, [index[None] for index in found], solver, None)
+    descent = Descent(problem, problem.part(sources, n, n + 1), [index[None] for index in found], solver, None)
     changed = True
     while changed:  # each step raises the objective
         changed = False
@@ -90,7 +89,7 @@ def _alike(units: NDArray[np.int64]) -> bool:
 
 
 def _step(descent: Descent, f: int, own: Classes, theirs: Classes) -> bool:
-    """Pair what is tied in family f anew; whether that raises the objective."""
+    """Pair what is tied in family f anew; tell whether that raises the objective."""
     groups = [descent.problem.groups[g] for g in descent.problem.families[f]]
     tables = []
     for group, g in zip(groups, descent.problem.families[f], strict=True):

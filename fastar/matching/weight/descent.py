@@ -56,15 +56,13 @@ class Descent:
     ):
         """`sources`: name -> [n, ...] in memory order, not written to. `start`: an [n, size] index per group."""
         self.problem, self.solver, self.pool = problem, solver, pool
-        self.sources = PermutedSources(problem, sources)
+        self.sources = PermutedSources(problem, sources, start)
         self.count = self.sources.count
         self.permutations = [np.array(index) for index in start]
         self.scores: list[Tensor | None] = [None] * len(problem.groups)
         self.unsolved = np.ones((len(problem.groups), self.count), dtype=bool)
         self.solves = 0
         self.sweeps = np.zeros(self.count, dtype=np.int64)
-        for f, family in enumerate(problem.families):
-            self.sources.permute(f, self.everyone, tuple(self.permutations[g] for g in family))
 
     @property
     def everyone(self) -> Numbers:
@@ -168,11 +166,13 @@ class Descent:
             if one.moves and not accepted[k] and (quadratic or one.gain > -_TRUSTED * one.scale)
         ]
         if doubted:
-            for k, improves in zip(doubted, self.improves(f, todo[doubted], _answers(solved, doubted)), strict=True):
+            for k, improves in zip(
+                doubted, self.improves(f, todo[doubted], stacked([solved[k] for k in doubted])), strict=True
+            ):
                 accepted[k] = improves
         steps = [k for k, one in enumerate(accepted) if one]
         if steps:
-            self._take(f, todo[steps], _answers(solved, steps))
+            self._take(f, todo[steps], stacked([solved[k] for k in steps]))
 
     def improves(self, f: int, numbers: Numbers, answers: Answers) -> list[bool]:
         """Tell for each of the sources `numbers` whether permuting family f by `answers` raises the objective by more
@@ -218,11 +218,6 @@ class Mark:
     permutations: list[NDArray[np.int64]]
     scores: list[Tensor | None]
     unsolved: NDArray[np.bool_]
-
-
-def _answers(solved: Sequence[Solved], some: Sequence[int]) -> Answers:
-    """Those of some sources, [m, size] of each group."""
-    return stacked([solved[k] for k in some])
 
 
 def stacked(solved: Sequence[Solved]) -> Answers:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ def match_weights(request: Request, starts: Sequence[Permutations | None]) -> Ma
 
     def run_chunk(begin: int, end: int, pool: ThreadPoolExecutor | None) -> Ends:
         with torch.no_grad():
-            data = {name: problem.source(name, request.sources, begin, end) for name in problem.names}
+            data = problem.part(request.sources, begin, end)
             own = [None if one is None else [index[begin:end] for index in one] for one in indices]
             try:
                 return best_ends(problem, data, own, settings, request.seed, pool)
@@ -58,13 +58,12 @@ def match_weights(request: Request, starts: Sequence[Permutations | None]) -> Ma
                     "train with a lower rate, or leave the source out"
                 ) from error
 
-    found: dict[int, Ends] = {}
+    best: list[Ends] = []
     # Gains are far smaller than the inner products they are read off.
     with full_precision(), request.progress.task("matching", total=count, unit="sources") as advance:
-        for (begin, end), ends in _run(run_chunk, bounds, request.device, request.threads):
-            found[begin] = ends
-            advance(end - begin)
-    best = [found[begin] for begin, _ in bounds]
+        for ends in _run(run_chunk, bounds, request.device, request.threads):
+            best.append(ends)
+            advance(len(ends.objective))
 
     def joined(name: str) -> Tensor:
         return torch.from_numpy(np.concatenate([getattr(one, name) for one in best]))
@@ -89,34 +88,26 @@ def _run(
     bounds: Sequence[tuple[int, int]],
     device: torch.device,
     workers: int,
-) -> Iterator[tuple[tuple[int, int], Ends]]:
-    """Chunks as they are finished, with what `run_chunk` returned for each.
+) -> Iterator[Ends]:
+    """The ends of each chunk, in order.
 
     CPU: as many chunks at a time as there are threads, each on one thread. GPU: two at a time, so that the assignments
     of one are solved (on `workers` threads) while the products of the other are computed.
     """
     if device.type == "cpu" and (len(bounds) == 1 or workers == 1):
-        for begin, end in bounds:
-            yield (begin, end), run_chunk(begin, end, None)
+        yield from (run_chunk(begin, end, None) for begin, end in bounds)
         return
     lanes = min(len(bounds), workers if device.type == "cpu" else 2)
     before = torch.get_num_threads()
     solving = ThreadPoolExecutor(workers) if device.type != "cpu" else None
-    # Inside a lane torch must not use further threads. The setting is the thread's own but MKL's is global: restore it.
-    with ThreadPoolExecutor(lanes, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-        futures: dict[Future[Ends], tuple[int, int]] = {}
-        try:
-            for begin, end in bounds:
-                futures[pool.submit(run_chunk, begin, end, solving)] = (begin, end)
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        finally:
-            for future in futures:
-                future.cancel()
-            pool.shutdown(wait=True)
-            if solving is not None:
-                solving.shutdown()
-            torch.set_num_threads(before)
+    try:
+        # Inside a lane torch must not use further threads. The setting is the thread's own but MKL's is global.
+        with ThreadPoolExecutor(lanes, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            yield from pool.map(lambda bound: run_chunk(bound[0], bound[1], solving), bounds)
+    finally:
+        if solving is not None:
+            solving.shutdown()
+        torch.set_num_threads(before)
 
 
 def _indices(symmetry: Symmetry, start: Permutations, count: int) -> list[NDArray[np.int64]]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastar.matching.blocks import Answers
-from fastar.matching.weight.problem import Problem, Site
+from fastar.matching.weight.problem import Problem
 from fastar.matching.weight.unit_products import dot, dots
 from fastar.symmetry.batched_index import Rows, along, chosen, download, put_along
 
@@ -52,28 +52,26 @@ class PermutedSources:
     parameter is copied when it is first moved.
     """
 
-    def __init__(self, problem: Problem, sources: Mapping[str, Tensor]):
+    def __init__(self, problem: Problem, sources: Mapping[str, Tensor], permutations: Sequence[NDArray[np.int64]]):
+        """`permutations`: an [n, size] index per group, to begin with."""
         self.problem = problem
         self.data = dict(sources)
         self.owned: set[str] = set()
         self.count = next(iter(sources.values())).shape[0] if sources else 0
         self.device = next(iter(problem.theta.values())).device
-        self._products = {name: np.full(self.count, np.nan) for name in sources}  # with theta; nan: not known
+        for f, family in enumerate(problem.families):
+            self.permute(f, np.arange(self.count), tuple(permutations[g] for g in family))
 
     def objectives(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """[n] <theta, permuted source> over all parameters, and over those of at least two axes."""
-        unknown = [name for name, values in self._products.items() if np.isnan(values).any()]
-        theta = self.problem.theta
+        theta, data = self.problem.theta, self.data
+        products = []
         if self.device.type == "cpu":
-            for name in unknown:
-                values = self._products[name]
-                for n in np.flatnonzero(np.isnan(values)):
-                    values[n] = dot(theta[name], self.data[name][n])
-        elif unknown:
-            found = download(torch.stack([dots(theta[name], self.data[name]) for name in unknown]))
-            self._products |= dict(zip(unknown, found, strict=True))
-        weights = [values for name, values in self._products.items() if self.data[name].ndim > 2]
-        return _sums(list(self._products.values()), self.count), _sums(weights, self.count)
+            products = [np.array([dot(theta[name], row) for row in rows]) for name, rows in data.items()]
+        elif data:
+            products = list(download(torch.stack([dots(theta[name], rows) for name, rows in data.items()])))
+        weights = [values for values, rows in zip(products, data.values(), strict=True) if rows.ndim > 2]
+        return _sums(products, self.count), _sums(weights, self.count)
 
     def permute(self, f: int, numbers: NDArray[np.int64], answers: Answers) -> None:
         """Permute family f of the sources `numbers` by `answers`, [m, size] of each group."""
@@ -86,7 +84,6 @@ class PermutedSources:
     def write(self, change: Change) -> None:
         """Let a change happen. `new` is kept where it is all of a parameter of all sources."""
         name, rows = change.name, change.rows
-        self._products[name][rows.numbers] = np.nan
         if rows.everything and change.positions is None:
             self.data[name] = change.new
             self.owned.add(name)
@@ -118,28 +115,25 @@ class Step:
         problem = sources.problem
         units = {g: _moving_units(answer) for g, answer in zip(problem.families[f], answers, strict=True)}
         arrays = list(answers)
-        made: dict[tuple[object, ...], tuple[int | None, int]] = {}
         self._axes: dict[str, list[tuple[int, int | None, int]]] = {}  # name -> axis, positions, where from
         for name in problem.touched[f]:
             axes = problem.axes(f, name)
             for axis, sites in axes.items():
                 length = sources.data[name].shape[axis + 1]
-                key = (length, len(axes), *(_kind(site) for site in sites))
-                if key not in made:
-                    to, origin = (
-                        np.concatenate(
-                            [s.member.positions(units[s.group][k], problem.groups[s.group].size) for s in sites], axis=1
-                        )
-                        for k in range(2)
+                to, origin = (
+                    np.concatenate(
+                        [s.member.positions(units[s.group][k], problem.groups[s.group].size) for s in sites], axis=1
                     )
-                    if len(axes) > 1:
-                        every = np.tile(np.arange(length), (len(numbers), 1))
-                        np.put_along_axis(every, to, origin, 1)
-                        to, origin = np.arange(length)[None], every
-                    whole = to.shape[1] == length and bool((to[0] == np.arange(length)).all())
-                    made[key] = (None if whole else len(arrays), len(arrays) + (not whole))
-                    arrays += [origin] if whole else [to, origin]
-                self._axes.setdefault(name, []).append((axis, *made[key]))
+                    for k in range(2)
+                )
+                if len(axes) > 1:
+                    every = np.tile(np.arange(length), (len(numbers), 1))
+                    np.put_along_axis(every, to, origin, 1)
+                    to, origin = np.arange(length)[None], every
+                whole = to.shape[1] == length and bool((to[0] == np.arange(length)).all())
+                arrays += [origin] if whole else [to, origin]
+                at = (axis, None if whole else len(arrays) - 2, len(arrays) - 1)
+                self._axes.setdefault(name, []).append(at)
         self.rows, *self._arrays = chosen(numbers, sources.count, *arrays, device=sources.device)
         self.answers: list[Tensor] = self._arrays[: len(answers)]
 
@@ -195,10 +189,6 @@ def gains(changes: Iterator[Change]) -> Tensor:
         totals = found if totals is None else totals.add_(found)
     assert totals is not None
     return totals
-
-
-def _kind(site: Site) -> tuple[int, int, int, int]:
-    return site.group, site.member.inner, site.member.outer, site.member.offset
 
 
 def _sums(values: Sequence[NDArray[np.float64]], count: int) -> NDArray[np.float64]:

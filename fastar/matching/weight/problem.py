@@ -61,10 +61,11 @@ class Problem:
         axes = self.axes(f, name)
         return [s for s in self.sites[name] if s.group not in self.families[f] and axes.keys() != {s.axis}]
 
-    def source(self, name: str, sources: Mapping[str, Tensor], begin: int, end: int) -> Tensor:
-        """sources[name][begin:end] in memory order, [n, ...]; a view where nothing has to be converted."""
-        order = [0, *(axis + 1 for axis in self.orders[name])]
-        rows = sources[name][begin:end].detach().permute(order)
-        # Rows may lie far apart (one row of a store per source), but each must be contiguous for the products.
-        contiguous = rows[0].is_contiguous()
-        return (rows if contiguous else rows.contiguous()).float()
+    def part(self, sources: Mapping[str, Tensor], begin: int, end: int) -> dict[str, Tensor]:
+        """The sources `begin` to `end` - 1, [n, ...] in memory order; views where nothing has to be converted."""
+        found = {}
+        for name, order in self.orders.items():
+            rows = sources[name][begin:end].detach().permute(0, *(axis + 1 for axis in order))
+            # Rows may lie far apart (one row of a store per source), but each must be contiguous for the products.
+            found[name] = (rows if rows[0].is_contiguous() else rows.contiguous()).float()
+        return found

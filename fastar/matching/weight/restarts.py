@@ -62,15 +62,14 @@ class Ends:
     def or_better(self, other: Ends) -> Ends:
         """The better end of each source."""
         mine = self.objective >= other.objective
-        return Ends(
-            [np.where(mine[:, None], a, b) for a, b in zip(self.permutations, other.permutations, strict=True)],
-            self.first,
-            np.where(mine, self.objective, other.objective),
-            np.where(mine, self.objective_weights, other.objective_weights),
-            np.where(mine, self.sweeps, other.sweeps),
-            np.where(mine, self.converged, other.converged),
-            self.perturbations_kept,
-            self.solves + other.solves,
+        names = ("objective", "objective_weights", "sweeps", "converged")
+        return replace(
+            self,
+            permutations=[
+                np.where(mine[:, None], *two) for two in zip(self.permutations, other.permutations, strict=True)
+            ],
+            solves=self.solves + other.solves,
+            **{name: np.where(mine, getattr(self, name), getattr(other, name)) for name in names},
         )
 
 
