@@ -242,7 +242,8 @@ def test_a_finished_run_needs_neither_data_nor_memory_nor_tensors(
     assert "barrier, star to heldouts" in outcome.out
     assert contents(copied) == before
     (copied / "barrier.png").unlink()
-    assert "looked at" in refused("train-star", *options, "--out", copied)
+    outcome = fastar("train-star", *options, "--out", copied)
+    assert (outcome.code, outcome.err) == (2, "fastar: looked at\n")
 
 
 @pytest.mark.parametrize("gone", ["results.json", "permutations.safetensors", "heldout/seed-0000.safetensors"])
@@ -415,6 +416,20 @@ def test_report_draws_again_what_is_there(copied: Path) -> None:
     assert "barrier, star to sources" in outcome.out
     assert (copied / "barrier.png").read_bytes().startswith(b"\x89PNG")
     assert json.loads(fastar("report", copied, "--json").out) == results_of(copied)
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]], ids=["table", "json"])
+def test_report_shows_results_where_the_picture_cannot_be_written(copied: Path, options: list[str]) -> None:
+    (copied / "barrier.png").unlink()
+    (copied / "barrier.png").mkdir()
+    outcome = fastar("report", copied, *options)
+    assert outcome.code == 2
+    assert "barrier.png: cannot be written" in outcome.err
+    assert "picture:" not in outcome.out
+    if options:
+        assert json.loads(outcome.out) == results_of(copied)
+    else:
+        assert "barrier, star to sources" in outcome.out
 
 
 @pytest.mark.parametrize("content", [None, "", "{}", "[]", "3", '{"paths": []}'])

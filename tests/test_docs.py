@@ -46,6 +46,11 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(target), f"{name_of(page)}: {link}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_checkpoints_are_written_as_safetensors(page: Path) -> None:
+    assert not re.findall(r"--(?:out|average) \S+\.pt\b", page.read_text(encoding="utf-8"))
+
+
 def test_the_index_has_every_page() -> None:
     index = (ROOT / "docs" / "index.md").read_text(encoding="utf-8")
     for page in (ROOT / "docs").glob("*.md"):

@@ -14,17 +14,20 @@ if TYPE_CHECKING:
     from fastar.runs import RunFolder
 
 
-def show_results(given: Given, results: dict[str, Any], run: RunFolder) -> None:
-    """The results of a run, and where they and their picture are."""
-    from fastar.report.results import results_table, speed_lines, statistics_lines
+def show_results(given: Given, results: dict[str, Any], run: RunFolder, *, draw: bool) -> None:
+    """The results of a run, and where they and their picture are; it is drawn last, since it may not be writable."""
+    from fastar.report.results import barrier_picture, results_table, speed_lines, statistics_lines
 
     if given.json:
         print_json(results)
-        return
-    print_table(results_table(results))
-    print_lines([*speed_lines(results), *statistics_lines(results)])
-    print(f"results: {run.results}")
-    print(f"picture: {run.picture}")
+    else:
+        print_table(results_table(results))
+        print_lines([*speed_lines(results), *statistics_lines(results)])
+        print(f"results: {run.results}")
+    if draw:
+        barrier_picture(results, run.picture)
+    if not given.json:
+        print(f"picture: {run.picture}")
 
 
 @takes("json")
@@ -38,7 +41,7 @@ def report(
 
         fastar report runs/digits-mlp-seed0
     """
-    from fastar.report.results import barrier_picture, check_results
+    from fastar.report.results import check_results
     from fastar.runs import RunFolder
 
     run_folders.append(folder)
@@ -48,8 +51,7 @@ def report(
     check_results(results, run.results)
     for line in said:
         given.progress().line(line)
-    barrier_picture(results, run.picture)
-    show_results(given, results, run)
+    show_results(given, results, run, draw=True)
 
 
 @takes("json")

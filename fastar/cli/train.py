@@ -22,15 +22,13 @@ def train_star(given: Given, overrides: Overrides = None) -> None:
     settings = given.settings(overrides)
 
     from fastar.experiments import train_star
-    from fastar.report.results import barrier_picture, check_results
+    from fastar.report.results import check_results
     from fastar.runs import RunFolder
 
     run = RunFolder(given.run_folder(settings))
     results = train_star(settings, run.path, given.progress(), profile=given["profile"])
     check_results(results, run.results)
-    if not run.is_drawn():
-        barrier_picture(results, run.picture)
-    show_results(given, results, run)
+    show_results(given, results, run, draw=not run.is_drawn())
     if given["profile"] is not None and not given.json:
         print(run.profile("parts.txt").read_text(), end="")
         print(f"profile: {run.profile('')}")

@@ -65,7 +65,7 @@ def plan_run(
         FastarError: a setting out of range, or a set whose size is not known.
     """
     if speed is not None and not 0 < speed < math.inf:
-        raise FastarError(f"--images-per-second={speed} must be above 0")
+        raise FastarError(f"--images-per-second={speed} must be above 0, and finite")
     counts, run = data_counts(settings), RunFolder(out)
     if counts is None:
         raise FastarError(_not_written(settings))
