@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,9 +18,6 @@ Floats = NDArray[np.float32]
 
 Answers = tuple[NDArray[np.int64], ...]
 """An index for each group of a family, the parent's first."""
-
-# Blocks of at most so many units are solved by trying all permutations of all pairs of blocks at once.
-_TRIED = 4
 
 
 def solve_family(tables: Sequence[NDArray[np.float32]], *, solver: Solver = "auto") -> Answers:
@@ -68,15 +64,6 @@ class _Pairs:
         self.worth = np.minimum(rows, columns)
         self.known = np.zeros((blocks, blocks), dtype=bool)
         self._inside = np.zeros((blocks, blocks, size), dtype=np.int64)
-        if size <= _TRIED:
-            self._try_all(size)
-
-    def _try_all(self, size: int) -> None:
-        permutations = np.array(list(itertools.permutations(range(size))), dtype=np.int64)
-        scores = self._tables[:, :, np.arange(size), permutations].sum(3, dtype=np.float64)  # [g, g', permutation]
-        best = scores.argmax(2)
-        self.worth, self._inside = scores.max(2), permutations[best]
-        self.known[:] = True
 
     def solve(self, pair: tuple[int, int]) -> float:
         if not self.known[pair]:
@@ -175,19 +162,13 @@ def _aligned(scores: Sequence[Tensor], blank: Sequence[bool], rows: Rows) -> lis
     found: list[Solved | None] = []
     for k in range(len(rows)):
         best, top, now = ([part[k] for part in flat[kind::3]] for kind in range(3))
-        answers = None
-        if all(np.isfinite(values).all() for values in (*top, *now)):
-            answers = _together([index.astype(np.int64) for index in best], blank)
-        found.append(None if answers is None else _solved(answers, now, _reached(top, answers, best)))
+        finite = all(np.isfinite(values).all() for values in (*top, *now))
+        answers = _together([index.astype(np.int64) for index in best], blank) if finite else None
+        if answers is not None:
+            # A blank group that follows its children scores 0, wherever that is.
+            then = [t if np.array_equal(a, b) else np.zeros_like(t) for t, a, b in zip(top, answers, best, strict=True)]
+        found.append(None if answers is None else _solved(answers, now, then))
     return found
-
-
-def _reached(top: Sequence[Floats], answers: Answers, best: Sequence[Floats]) -> list[Floats]:
-    """The scores of `answers`: the best of each row, or 0 where a blank group follows its children."""
-    return [
-        values if np.array_equal(answer, index) else np.zeros_like(values)
-        for values, answer, index in zip(top, answers, best, strict=True)
-    ]
 
 
 def _together(best: Sequence[NDArray[np.int64]], blank: Sequence[bool]) -> Answers | None:

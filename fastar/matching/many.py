@@ -139,11 +139,10 @@ def average(symmetry: Symmetry, states: Sequence[State], permutations: Permutati
     total: dict[str, Tensor] = {}
     for n, state in enumerate(states):
         for name, value in symmetry.apply(permutations.select(n), state).items():
-            if not (value.is_floating_point() or value.is_complex()):
-                total.setdefault(name, value)
-            elif name not in total:
-                total[name] = value.to(torch.complex128 if value.is_complex() else torch.float64)
-            else:
+            if not n:
+                whole = not (value.is_floating_point() or value.is_complex())
+                total[name] = value if whole else value.to(torch.promote_types(value.dtype, torch.float64))
+            elif total[name].is_floating_point() or total[name].is_complex():
                 total[name] += value
     return {
         name: (value / len(states)).to(states[0][name].dtype)

@@ -119,10 +119,6 @@ def _by_activations(request: Request) -> MatchResult:
     return replace(_measured(request, found), left=left)
 
 
-def _by_sinkhorn(request: Request) -> MatchResult:
-    return _measured(request, match_sinkhorn(request))
-
-
 def _unmatched(request: Request) -> MatchResult:
     return replace(_measured(request, request.symmetry.identity(request.count)), solves=0)
 
@@ -135,7 +131,7 @@ METHODS = {
     ),
     "activation": Method(_by_activations, lambda s: "matching.method=activation", comparing_bytes),
     "sinkhorn": Method(
-        _by_sinkhorn,
+        lambda request: _measured(request, match_sinkhorn(request)),
         lambda s: None if s.sinkhorn.objective == "l2" else f"matching.sinkhorn.objective={s.sinkhorn.objective}",
     ),
     "none": Method(_unmatched, lambda s: None),

@@ -109,10 +109,6 @@ class SourceActivations:
                 check_finite(theta[name], name, "theta")  # then that is why
             raise
 
-    def then(self, moves: Permutations) -> SourceActivations:
-        """The same once they have been permuted by `moves` too."""
-        return replace(self, permutations=self.permutations.then(moves))
-
     def part(self, begin: int, end: int | None = None) -> SourceActivations:
         """Those at positions `begin` to `end` - 1 among these."""
         return replace(self, numbers=self.numbers[begin:end])

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from fastar.matching.activation import ties
 from fastar.matching.activation.activation_cache import CACHED
-from fastar.matching.activation.statistics import Tables, UnitActivations, resampled, stacked
+from fastar.matching.activation.statistics import Tables, UnitActivations, resampled
 from fastar.matching.blocks import solve_rows
 from fastar.matching.request import Extent, Request
 from fastar.matching.weight.problem import Problem
@@ -48,8 +48,8 @@ def correlate_units(request: Request) -> tuple[Permutations, tuple[str, ...]]:
         own = measure({name: theta[name] for name in names}, "theta")
 
         def tables(begin: int, end: int) -> Tables:
-            states = (({name: sources[name][n] for name in names}, f"source {n}") for n in range(begin, end))
-            return stacked(measure(*state) for state in states)
+            each = [measure({name: sources[name][n] for name in names}, f"source {n}") for n in range(begin, end)]
+            return {group: torch.stack([one[group] for one in each]) for group in each[0]}
 
     count, threads, device = request.count, request.threads, measure.device
     problem = Problem(symmetry, theta, sources)

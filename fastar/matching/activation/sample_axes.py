@@ -33,18 +33,8 @@ Key = tuple[str, int]
 class Along:
     """An axis of observed values, `member.axis`, that moves with a group whose units lie on it as `member` says."""
 
-    group: str
-    size: int
+    group: Group
     member: Member
-
-    @property
-    def length(self) -> int:
-        """Positions on the axis."""
-        return self.member.outer * self.size * self.member.inner
-
-    def positions(self, index: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Sources of the axis' positions, [..., length], once its group is permuted by `index` [..., size]."""
-        return self.member.positions(index, self.size)
 
 
 def moving_axes(
@@ -137,11 +127,11 @@ class _Comparison:
                 if group.size < 2 or length % group.size:
                     continue
                 for inner in (n for n in range(1, times + 1) if times % n == 0):
-                    along = Along(group.name, group.size, Member("", axis, inner, times // inner))
-                    at = torch.from_numpy(along.positions(permutations[group.name].numpy()))
+                    member = Member("", axis, inner, times // inner)
+                    at = torch.from_numpy(member.positions(permutations[group.name].numpy(), group.size))
                     same = all(values.ndim > axis + 1 and values.shape[axis] == length for values in units)
                     if same and self._agree(key, [values.index_select(axis, at) for values in units]):
-                        return along
+                        return Along(group, member)
         return None
 
     def _units(self, key: Key, permutations: Permutations) -> list[Tensor]:
@@ -170,13 +160,13 @@ def _few(batch: Batch) -> Batch:
 
 def samples_of(along: Sequence[Along]) -> int:
     """Samples that move as one: all positions of the axes."""
-    return math.prod(one.length for one in along)
+    return math.prod(one.member.outer * one.group.size * one.member.inner for one in along)
 
 
 def rows_moved(along: Sequence[Along], indices: Mapping[str, NDArray[np.int64]]) -> NDArray[np.int64]:
     """Sources of these samples, [..., samples], once the axes' groups are permuted by `indices` [..., size]."""
     rows = np.zeros(1, np.int64)
     for one in along:
-        positions = one.positions(indices[one.group])
-        rows = (rows[..., None] * one.length + positions[..., None, :]).reshape(*positions.shape[:-1], -1)
+        positions = one.member.positions(indices[one.group.name], one.group.size)
+        rows = (rows[..., None] * positions.shape[-1] + positions[..., None, :]).reshape(*positions.shape[:-1], -1)
     return rows

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -190,7 +190,7 @@ class UnitActivations:
     def _usable(self, member: Member, shown: set[str]) -> bool:
         """Tell whether the samples at a site stay, or move with groups that are `shown` already."""
         along = self._along.get((member.tensor, member.axis), ())
-        return along is not None and all(one.group in shown for one in along)
+        return along is not None and all(one.group.name in shown for one in along)
 
     def _draw(self, key: Key, batch: int, count: int, most: int) -> Tensor:
         """Rows of a site that are taken, the same for every network; drawn, since even steps would always meet the same
@@ -216,12 +216,6 @@ class UnitActivations:
             if not bool(torch.isfinite(values).all()):
                 remedy = "lower its learning rate" if where == "theta" else "retrain or remove it"
                 raise FastarError(f"{where}: activations at {name!r} are not finite; {remedy}")
-
-
-def stacked(tables: Iterator[Tables]) -> Tables:
-    """Several networks' tables as [N, samples, size]."""
-    each = list(tables)
-    return {group: torch.stack([one[group] for one in each]) for group in each[0]}
 
 
 def resampled(tables: Tensor, rows: NDArray[np.int64] | None) -> Tensor:

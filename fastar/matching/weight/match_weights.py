@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from fastar.errors import FastarError
 from fastar.matching.assignment import ScoresNotFinite
@@ -65,22 +65,15 @@ def match_weights(request: Request, starts: Sequence[Permutations | None]) -> Ma
             best.append(ends)
             advance(len(ends.objective))
 
-    def joined(name: str) -> Tensor:
-        return torch.from_numpy(np.concatenate([getattr(one, name) for one in best]))
-
+    names = ("objective", "objective_weights", "objective_start", "sweeps", "converged", "perturbations_kept")
+    joined: dict[str, Any] = {
+        name: torch.from_numpy(np.concatenate([getattr(one, name) for one in best])) for name in names
+    }
     indices_of = zip(*(one.permutations for one in best), strict=True)
-    return MatchResult(
-        Permutations(
-            {g.name: torch.from_numpy(np.concatenate(i)) for g, i in zip(symmetry.groups, indices_of, strict=True)}
-        ),
-        objective=joined("objective"),
-        objective_weights=joined("objective_weights"),
-        objective_start=joined("first"),
-        sweeps=joined("sweeps"),
-        converged=joined("converged"),
-        perturbations_kept=joined("perturbations_kept"),
-        solves=sum(one.solves for one in best),
+    permutations = Permutations(
+        {g.name: torch.from_numpy(np.concatenate(i)) for g, i in zip(symmetry.groups, indices_of, strict=True)}
     )
+    return MatchResult(permutations, **joined, solves=sum(one.solves for one in best))
 
 
 def _run(

@@ -180,12 +180,7 @@ def gains(changes: Iterator[Change]) -> Tensor:
         assert change.theta is not None
         assert change.difference is not None
         terms = change.difference.double().mul_(change.theta).flatten(1)
-        both = (
-            [terms.sum()[None], terms.square_().sum()[None]]
-            if len(terms) == 1
-            else [terms.sum(1), terms.square_().sum(1)]
-        )
-        found = torch.stack(both)
+        found = torch.stack([terms.sum(1), terms.square_().sum(1)])
         totals = found if totals is None else totals.add_(found)
     assert totals is not None
     return totals

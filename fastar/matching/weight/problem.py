@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from fastar.matching.weight.unit_products import in_memory_order
 from fastar.symmetry.batched_index import memory_order
 from fastar.symmetry.symmetry import Member, Symmetry
 
@@ -32,7 +31,7 @@ class Problem:
         self.families = symmetry.families
         self.names = symmetry.counted(theta, sources)
         self.orders = {name: memory_order(sources[name][0]) for name in self.names}
-        self.theta = {name: in_memory_order(theta[name], self.orders[name]).float() for name in self.names}
+        self.theta = {n: theta[n].detach().permute(order).contiguous().float() for n, order in self.orders.items()}
         self.sites: dict[str, list[Site]] = {name: [] for name in self.names}
         for g, group in enumerate(self.groups):
             for member in group.members:

@@ -31,14 +31,14 @@ class Ends:
 
     Args:
         permutations: [n, size] per group.
-        first: [n], the objective that the first descent began with.
+        objective_start: [n], the objective that the first descent began with.
         objective, objective_weights: [n], of all parameters, and of those of at least two axes.
         sweeps, converged, perturbations_kept: [n], as of `MatchResult`.
         solves: assignments solved for them.
     """
 
     permutations: list[NDArray[np.int64]]
-    first: NDArray[np.float64]
+    objective_start: NDArray[np.float64]
     objective: NDArray[np.float64]
     objective_weights: NDArray[np.float64]
     sweeps: NDArray[np.int64]
@@ -95,7 +95,7 @@ def best_ends(
     for restart, start in itertools.product(range(settings.restarts), starts):
         descent = None  # what it holds goes before the next takes as much
         descent = Descent(problem, data, identity if start is None else start, settings.solver, pool)
-        first = descent.sources.objectives()[0] if best is None else best.first
+        first = descent.sources.objectives()[0] if best is None else best.objective_start
         if start is None:
             align_backward(descent)
         descent.run(_order(len(problem.families), seed, restart), settings.max_sweeps)
@@ -108,7 +108,7 @@ def best_ends(
             descent = Descent(problem, data, best.permutations, settings.solver, pool)
         before = descent.solves
         kept = perturb(descent, settings.perturbations, seed, settings.max_sweeps)
-        end, solves = Ends.of(descent, best.first), best.solves + descent.solves - before
+        end, solves = Ends.of(descent, best.objective_start), best.solves + descent.solves - before
         best = replace(end, sweeps=best.sweeps, perturbations_kept=kept, solves=solves)
     return best
 

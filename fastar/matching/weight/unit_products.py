@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -42,10 +41,6 @@ def add_products(
 
 def _per_unit(x: Tensor, before: int, size: int, after: int) -> Tensor:
     """[m, size, everything that a unit owns] of [m, ...]."""
-    if before == 1:
-        return x.reshape(len(x), size, after)
-    if after == 1:
-        return x.reshape(len(x), before, size).mT
     return x.reshape(len(x), before, size, after).transpose(1, 2).reshape(len(x), size, -1)
 
 
@@ -58,8 +53,3 @@ def dot(first: Tensor, second: Tensor) -> float:
 def dots(theta: Tensor, sources: Tensor) -> Tensor:
     """[N] float64, inner products of `theta` with each of sources [N, *theta.shape]; nothing waits for the device."""
     return (sources * theta).reshape(len(sources), -1).sum(1, dtype=torch.float64)  # theta may have no axis
-
-
-def in_memory_order(tensor: Tensor, order: Sequence[int]) -> Tensor:
-    """`tensor` with its axes in `order` and contiguous: a view where the memory allows it."""
-    return tensor.detach().permute(list(order)).contiguous()
