@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from fastar.experiments import train_star
 from fastar.flat import FlatLayout
 from fastar.matching import ActivationCache, Examples, UnitActivations, cache_bytes, match, match_many
 from fastar.symmetry import Symmetry, derive_symmetry
-from fastar.training import Matcher, SourcesStore, StarStep, match_store
+from fastar.training import SourcesStore, StarStep, match_store
 from fastar.training import sources as store_module
 
 CPU = torch.device("cpu")
@@ -371,8 +372,15 @@ def test_sources_of_other_types_are_looked_at_as_they_are_used(
 
     monkeypatch.setattr(store_module, "choose_placement", chosen)
     released: list[Any] = []
-    release = Matcher.release
-    monkeypatch.setattr(Matcher, "release", lambda self: (released.append(self._kept.rows.nbytes), release(self)))
+    release = StarStep.release
+
+    def giving_back(self: Any) -> None:
+        kept = weakref.ref(self._match._kept)
+        released.append(kept().rows.nbytes)
+        release(self)
+        assert kept() is None
+
+    monkeypatch.setattr(StarStep, "release", giving_back)
     results = train_star(settings(tmp_path, f"sources.folder={folder}", "star.epochs=1"), tmp_path / "other")
     assert results["paths"]
     numel = FlatLayout.from_module(nn.ParameterList(state.values())).numel

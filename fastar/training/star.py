@@ -299,6 +299,7 @@ class StarStep(Step):
 
     def release(self) -> None:
         self.sources.release()
+        self._match = None  # and the sources' activations with it
         super().release()
 
     def describe(self, step: int) -> str:
