@@ -30,7 +30,7 @@ class NextPoint(NamedTuple):
 
 
 class Given(NamedTuple):
-    """What all updates of theta [P] are given; fields as in `operations.sgd_update`."""
+    """The arguments that all updates of theta [P] share; fields as in `operations.sgd_update`."""
 
     gradient: torch.Tensor
     lr: torch.Tensor

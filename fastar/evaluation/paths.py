@@ -100,7 +100,7 @@ def evaluate_paths(
     """Evaluate every path at `points` equispaced t, ends included, sharing each batch among all models.
 
     A model that ends several paths is evaluated once. Where all models fit in memory this takes two passes over
-    the data (statistics, losses) however many paths there are.
+    the data (statistics, losses) however many paths there are. Long for its arguments: the statements are short.
 
     Args:
         model: gives the architecture and the device; left as it was.

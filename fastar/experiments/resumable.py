@@ -75,7 +75,8 @@ def trained(
 ) -> Iterator[Trained[AnyStep]]:
     """Train a model, from its last checkpoint if it has one; its checkpoints go when the block ends well.
 
-    Where a loss is not finite and `train.on_nonfinite` says retry, it goes back up to three times.
+    Where a loss is not finite and `train.on_nonfinite` says retry, it goes back up to three times. Long, since what a
+    training may end in stands in one place.
 
     Args:
         make: model, optimizer and all, anew for an attempt (its number gives the seeds of draws).

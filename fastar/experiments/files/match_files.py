@@ -149,6 +149,8 @@ def match_many_files(
 ) -> dict[str, Any]:
     """Match a set of checkpoints to `centre` (to="star"), through their mean, or pairwise; write them, average them.
 
+    Long for the three forms of its result.
+
     Args:
         out: folder for the permuted checkpoints; not of pairwise, where each pair has permutations of its own.
         average: file for the average of the permuted ones; not of pairwise.

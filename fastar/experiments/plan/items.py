@@ -157,8 +157,8 @@ def activation_bytes(
 
 
 class Counted(NamedTuple):
-    """What is counted once of a run, whatever is then changed to make it fit: batch-norm `statistics` are bytes of a
-    model, `training` and `forward` bytes of a batch by its images, `pixels` and `shown` values of an image there."""
+    """Counted once of a run, whatever is then changed to make it fit: batch-norm `statistics` are bytes of a model,
+    `training` and `forward` bytes of a batch by its images, `pixels` and `shown` values of an image there."""
 
     network: NetworkBytes
     symmetry: Symmetry

@@ -25,7 +25,7 @@ from fastar.runtime.progress import SILENT, Progress, size_text
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run will take. `limits`: bytes that each place has. `problems`: one line for each that does not fit."""
+    """The cost of a run. `limits`: bytes that each place has. `problems`: one line for each that does not fit."""
 
     title: str
     device: str
@@ -41,7 +41,7 @@ class Plan:
         return total(self.items, place, moment)
 
     def seconds(self) -> float | None:
-        """Of all work; None where a speed is not known."""
+        """Seconds of all work; None where a speed is not known."""
         if any(work.seconds is None for work in self.work):
             return None
         return sum(work.times * (work.seconds or 0.0) for work in self.work)
