@@ -325,7 +325,7 @@ def test_the_tool_that_writes_data_has_the_same_ends(tmp_path: Path, monkeypatch
             assert "error: the output cannot be written (No space left on device)" in err.getvalue()
         monkeypatch.undo()
 
-    monkeypatch.setattr(tool, "prepare", fails)
+    monkeypatch.setattr(tool, "convert", fails)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with contextlib.redirect_stderr(io.StringIO()) as said:
         assert tool.main(arguments) == 70

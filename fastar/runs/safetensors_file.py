@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
-
-from safetensors import SafetensorError, safe_open
 
 from fastar.errors import FastarError, refusal
 from fastar.runs.model_names import SAFETENSORS, require_file
@@ -19,27 +18,28 @@ from fastar.runtime.json_files import content_digest
 if TYPE_CHECKING:
     from torch import Tensor
 
-# Types of tensors, and torch's names of them.
+_HEADER_AT_MOST = 100_000_000  # bytes, as the format's own reader has it
+# Types of tensors: torch's name, bytes of a number.
 _TYPES = {
-    "F64": "float64",
-    "F32": "float32",
-    "F16": "float16",
-    "BF16": "bfloat16",
-    "F8_E4M3": "float8_e4m3fn",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E5M2": "float8_e5m2",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz",
-    "F8_E8M0": "float8_e8m0fnu",
-    "C64": "complex64",
-    "I64": "int64",
-    "I32": "int32",
-    "I16": "int16",
-    "I8": "int8",
-    "U64": "uint64",
-    "U32": "uint32",
-    "U16": "uint16",
-    "U8": "uint8",
-    "BOOL": "bool",
+    "F64": ("float64", 8),
+    "F32": ("float32", 4),
+    "F16": ("float16", 2),
+    "BF16": ("bfloat16", 2),
+    "F8_E4M3": ("float8_e4m3fn", 1),
+    "F8_E4M3FNUZ": ("float8_e4m3fnuz", 1),
+    "F8_E5M2": ("float8_e5m2", 1),
+    "F8_E5M2FNUZ": ("float8_e5m2fnuz", 1),
+    "F8_E8M0": ("float8_e8m0fnu", 1),
+    "C64": ("complex64", 8),
+    "I64": ("int64", 8),
+    "I32": ("int32", 4),
+    "I16": ("int16", 2),
+    "I8": ("int8", 1),
+    "U64": ("uint64", 8),
+    "U32": ("uint32", 4),
+    "U16": ("uint16", 2),
+    "U8": ("uint8", 1),
+    "BOOL": ("bool", 1),
 }
 # Keys of fastar's metadata: a digest of the tensors, and one of all metadata.
 TENSORS_DIGEST = "tensors_digest"
@@ -58,26 +58,21 @@ class _Site:
 class SafetensorsFile:
     """A .safetensors file: its metadata, and where each tensor lies.
 
-    Tensors are read, never mapped: a mapped file that is cut short ends the process.
-
-    Args:
-        tensors: they will be read, so the whole header is checked first, by the format's own reader (imports torch).
+    Tensors are read, never mapped: a mapped file that is cut short ends the process. The format's own reader maps, and
+    refuses paths that are not UTF-8.
 
     Raises:
         FastarError: missing, truncated or foreign file.
     """
 
-    def __init__(self, path: Path, *, tensors: bool = True):
+    def __init__(self, path: Path):
         require_file(path)
         self.path = path
         try:
-            if tensors:
-                with safe_open(path, "pt"):
-                    pass
             with path.open("rb") as file:
                 self._identity = _identity(file)
                 self.metadata, self._sites = _header(file)
-        except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError, SafetensorError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise FastarError(f"{path}: not a readable safetensors file ({error}); delete it or restore it") from error
 
     @property
@@ -137,7 +132,7 @@ def read_metadata(path: Path, *, own: bool = False) -> dict[str, Any]:
     Raises:
         FastarError: missing, truncated, damaged or foreign file.
     """
-    return SafetensorsFile(path, tensors=False).fastar_metadata(own=own)[0]
+    return SafetensorsFile(path).fastar_metadata(own=own)[0]
 
 
 def stored_digest(path: Path, *, own: bool = False) -> str:
@@ -146,7 +141,7 @@ def stored_digest(path: Path, *, own: bool = False) -> str:
     Raises:
         FastarError: missing, truncated or damaged file; with `own` one that fastar did not write.
     """
-    stored = SafetensorsFile(path, tensors=False).fastar_metadata(own=own)[1] if path.suffix == SAFETENSORS else None
+    stored = SafetensorsFile(path).fastar_metadata(own=own)[1] if path.suffix == SAFETENSORS else None
     if stored is not None:
         return stored
     require_file(path)
@@ -163,31 +158,52 @@ def _identity(file: BinaryIO) -> tuple[int, int]:
 
 
 def _header(file: BinaryIO) -> tuple[dict[str, str], dict[str, _Site]]:
-    """The header of a safetensors file: metadata, and sites of tensors.
+    """The header of a safetensors file: metadata, and sites of tensors that fill the rest of it without gaps.
 
     Raises:
-        ValueError, TypeError, LookupError, AttributeError: it is none, cut short, or has a type that is not known.
+        ValueError: it is none, or cut short.
     """
     size = os.fstat(file.fileno()).st_size
-    first = 8 + int.from_bytes(file.read(8), "little")
-    content = json.loads(file.read(min(first, size) - 8).decode(), object_pairs_hook=_once)
-    metadata = content.pop("__metadata__", None) or {}
-    sites = {}
-    for name, entry in content.items():
-        kind, (begin, end) = entry["dtype"], entry["data_offsets"]
-        if kind not in _TYPES:
-            raise ValueError(f"{name!r} is of a type that is not known, {kind!r}")
-        sites[name] = _Site(_TYPES[kind], tuple(entry["shape"]), first + begin, end - begin)
-    if size != max((site.begin + site.size for site in sites.values()), default=first):
-        raise ValueError(f"it has {size} bytes, and its header says otherwise")
+    length = int.from_bytes(file.read(8), "little")
+    if size < 8 or length > min(size - 8, _HEADER_AT_MOST):
+        raise ValueError("its header is cut short")
+    content = json.loads(file.read(length).decode(), object_pairs_hook=_once)
+    if not isinstance(content, dict):
+        raise ValueError("its header names no tensors")
+    metadata = content.pop("__metadata__", {})
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        raise ValueError("its metadata are damaged")
+    sites = {name: _site(name, entry, 8 + length) for name, entry in content.items()}
+    end = 8 + length
+    for site in sorted(sites.values(), key=lambda site: (site.begin, site.size)):
+        if site.begin != end:
+            raise ValueError("its tensors overlap or leave gaps")
+        end += site.size
+    if end != size:
+        raise ValueError(f"it has {size} bytes where its header says {end}")
     return metadata, sites
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
-    if len(found) != len(pairs):  # which the format's own reader passes over
+    if len(found) != len(pairs):
         raise ValueError("its header says something twice")
     return found
+
+
+def _site(name: str, entry: Any, first: int) -> _Site:
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise ValueError(f"its header is damaged at {name!r}")
+    kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
+    numbers = [*shape, *offsets] if isinstance(shape, list) and isinstance(offsets, list) else [None]
+    if not all(type(number) is int and number >= 0 for number in numbers) or len(offsets) != 2:
+        raise ValueError(f"its header is damaged at {name!r}")
+    if not isinstance(kind, str) or kind not in _TYPES:
+        raise ValueError(f"{name!r} is of a type that is not known, {kind!r}")
+    (dtype, itemsize), size = _TYPES[kind], offsets[1] - offsets[0]
+    if size != math.prod(shape) * itemsize:
+        raise ValueError(f"{name!r} has {size} bytes, which its shape and type do not make")
+    return _Site(dtype, tuple(shape), first + offsets[0], size)
 
 
 def _tensor(file: BinaryIO, site: _Site) -> Tensor:
