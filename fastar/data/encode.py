@@ -93,7 +93,7 @@ class Encoding:
         return Encoded(mode, image.shape[0], image.shape[1], content)
 
 
-# What FFCV publishes: the training sets of its ImageNet repository for ResNet-50 and ResNet-18, and the JPEG file of
+# As FFCV publishes them: the training sets of its ImageNet repository for ResNet-50 and ResNet-18, and the JPEG file of
 # its benchmarks, which is the smallest and the slowest to load.
 PRESETS = {
     "rn50": Encoding(500, 0.5, 90),

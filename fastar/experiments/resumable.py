@@ -21,7 +21,7 @@ from fastar.training.resume import Saved, TrainingCheckpoints
 
 AnyStep = TypeVar("AnyStep", bound=Step)
 
-# How often a training whose losses are not finite goes back, where train.on_nonfinite=retry.
+# Times that a training whose losses are not finite goes back, where train.on_nonfinite=retry.
 RETRIES = 3
 
 

@@ -115,7 +115,7 @@ def state_within(content: Any, where: str) -> Found:
         content = content[chosen]
     if not isinstance(content, Mapping):
         raise FastarError(f"{where}: expected a state dict, found {type(content).__name__}; save model.state_dict()")
-    # What modules keep of their own (`get_extra_state`) is no weight.
+    # State that modules keep of their own (`get_extra_state`) is no weight.
     extra = [name for name in content if isinstance(name, str) and name.rpartition(".")[2] == "_extra_state"]
     state = {name: value for name, value in content.items() if name not in extra}
     other = [name for name, value in state.items() if not (isinstance(name, str) and isinstance(value, Tensor))]

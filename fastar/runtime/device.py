@@ -6,7 +6,7 @@ import torch
 
 from fastar.errors import FastarError
 
-# What torch calls the GPU of tools/rehearse.py, and the version of its CUDA.
+# The name that torch has for the GPU of tools/rehearse.py, and the version of its CUDA.
 SIMULATED = "simulated"
 
 

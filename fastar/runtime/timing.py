@@ -99,7 +99,7 @@ class SpanClock:
         for name, outer, start, end in self._events:
             self._add(name, outer, start.elapsed_time(end) / 1e3)
         self._events.clear()
-        # What is left of a span that is all inner spans may round to less than nothing.
+        # The rest of a span that is all inner spans may round to less than nothing.
         return {name: max(took, 0.0) for name, took in self._seconds.items()}
 
     def _add(self, name: str, outer: str | None, seconds: float) -> None:

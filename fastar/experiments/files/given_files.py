@@ -95,7 +95,7 @@ def _session_of(first: Checkpoint, named: Named, progress: Progress) -> Session:
             options["dataset.resolution"] = shape.image[1]
     given = {key: value for key, value in options.items() if value is not None}
     settings = load_settings(dataset=dataset, arch=arch, values={**given, **named.changes})
-    # What the checkpoint says of its images will do where they are not needed, as in matching.
+    # The checkpoint says enough of its images where they are not needed, as in matching.
     session = new_session(settings, RunFolder(Path(".")), progress, shape=shape)
     if shape is None and settings.dataset.spec.variable_size:
         check_network(session)  # a conversion of the data may take hours: what is wrong is said before
