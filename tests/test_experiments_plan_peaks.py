@@ -77,7 +77,6 @@ def whole_run(context: Session, patch: pytest.MonkeyPatch) -> dict[str, int]:
     peaks, settings = Peaks(), context.settings
     for owner, name in (
         (regular, "evaluate_rows"),
-        (star, "evaluate_rows"),
         (star, "re_estimate"),
         (measure, "measure"),
     ):
