@@ -72,6 +72,7 @@ def test_a_run_is_that_of_a_cpu(
 
 
 def test_a_run_in_bf16_under_a_cap(gpu: torch.device, data: Path, tmp_path: Path) -> None:
+    torch.cuda.reset_peak_memory_stats(gpu)  # those of tests before, in the same process
     found = train_star(small(data, "train.precision=bf16", "device=cuda", "gpu_memory=2GB"), tmp_path)
     assert 0 < found["peak_bytes"] <= 2e9
     cap_gpu(gpu, torch.cuda.mem_get_info(gpu)[1])
