@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-# What the scripts in tools/ share is imported as they import it.
+# Modules that the scripts in tools/ share are imported as they import them.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tools"))
 
 # A shell without job control starts background commands with SIGINT ignored, and children inherit that: tests of Ctrl-C

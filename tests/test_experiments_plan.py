@@ -1,4 +1,4 @@
-"""What a run is said to take: counts against real steps, plans against their parts, and what does not fit."""
+"""The cost that a run is said to have: counts against real steps, plans against their parts, and what does not fit."""
 
 from __future__ import annotations
 

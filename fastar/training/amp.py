@@ -57,7 +57,7 @@ class LossScale:
         """Choose the next step's scale."""
         if self.found_nonfinite is None:
             return
-        # What torch.amp.GradScaler calls.
+        # The operation that torch.amp.GradScaler calls.
         torch._amp_update_scale_(self.scale, self._good_steps, self.found_nonfinite, 2.0, 0.5, self.growth_interval)
         self.inverse.copy_(1 / self.scale)
 

@@ -244,7 +244,7 @@ class StarStep(Step):
         self._seed = seed
         self._match, self._match_every = match, match_every
         self._fuse = fuse
-        # What is read of the step that runs, and of the next: always at the same address, for graphs and since a kernel
+        # Scalars of the step that runs, and of the next: always at the same address, for graphs and since a kernel
         # is compiled anew for pointers that are aligned otherwise.
         self._scale = torch.ones((), device=self.device, dtype=torch.float32)
         self._next_t = torch.zeros((), device=self.device, dtype=torch.float32)
