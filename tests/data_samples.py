@@ -13,8 +13,8 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from fastar.data import DATASETS, ArraySplit, RawDataset
-from fastar.data.raw.raw_split import ImageSplit
+from fastar.config import DATASETS
+from fastar.data.raw.raw_split import ArraySplit, ImageSplit, RawDataset
 from fastar.errors import FastarError
 
 

@@ -37,11 +37,14 @@ from data_samples import write_idx as write_idx_files
 from run_cases import Killed, at_call, kill, small
 from test_data_archives import devkit, jpeg, tar
 
-from fastar.config import load_settings
-from fastar.data import StreamingDataset, dataset_spec, load, open_files, prepare
+from fastar.config import dataset_spec, load_settings
+from fastar.data.convert import prepare
+from fastar.data.ffcv.folder import open_files
+from fastar.data.in_memory import load
 from fastar.data.raw.class_folders import find_images
 from fastar.data.raw.find import find_raw
 from fastar.data.raw.raw_split import RawSplit
+from fastar.data.streaming import StreamingDataset
 from fastar.errors import FastarError
 from fastar.experiments import train_star
 from fastar.runs.model_files import load_checkpoint

@@ -12,7 +12,8 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from fastar.data import Encoding, prepare
+from fastar.data.convert import prepare
+from fastar.data.encode import Encoding
 from fastar.data.raw.class_folders import find_images
 from fastar.errors import FastarError
 

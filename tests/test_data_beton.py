@@ -18,13 +18,16 @@ from data_samples import TroubledSplit, cifar_python_files, raw_dataset, write_f
 from ffcv.fields.rgb_image import RGBImageField, SimpleRGBImageDecoder
 from ffcv.types import ALLOC_TABLE_TYPE, FieldDescType, HeaderType, get_metadata_type
 
-from fastar.data import DATASETS, Encoding, load, open_files, prepare
-from fastar.data.encode import encoded_images
+from fastar.config import DATASETS
+from fastar.data.convert import prepare
+from fastar.data.encode import Encoding, encoded_images
 from fastar.data.ffcv import read as reading_module
 from fastar.data.ffcv.checksums import measured, verify_beton
+from fastar.data.ffcv.folder import open_files
 from fastar.data.ffcv.format import FixedLayout, check_beton
 from fastar.data.ffcv.read import read_batches
 from fastar.data.ffcv.write import write_beton
+from fastar.data.in_memory import load
 from fastar.data.raw.raw_split import ArraySplit, RawDataset
 from fastar.errors import FastarError
 

@@ -16,8 +16,10 @@ import torch
 from PIL import Image
 
 from fastar.config.datasets import IMAGENET_MEAN, IMAGENET_STD
-from fastar.data import PRESETS, DatasetFiles, Encoding, StreamingDataset, open_files, prepare
+from fastar.data.convert import prepare
 from fastar.data.crops import random_boxes
+from fastar.data.encode import PRESETS, Encoding
+from fastar.data.ffcv.folder import DatasetFiles, open_files
 from fastar.data.ffcv.format import VariableLayout
 from fastar.data.ffcv.write import write_beton
 from fastar.data.raw.class_folders import (
@@ -31,6 +33,7 @@ from fastar.data.raw.class_folders import (
 from fastar.data.raw.listing import PassedOver
 from fastar.data.raw.raw_split import ImageSplit
 from fastar.data.sampling import draw, file_order, paged_order
+from fastar.data.streaming import StreamingDataset
 from fastar.errors import FastarError
 from fastar.runtime.progress import SilentProgress
 from fastar.runtime.seeds import derive_seed

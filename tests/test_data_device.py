@@ -8,8 +8,10 @@ import pytest
 import torch
 from data_samples import arrays, raw_dataset
 
-from fastar.data import Augmentation, DeviceDataset, load, prepare
+from fastar.config import Augmentation
 from fastar.data.augment import augmented, crop_and_mirror, draw_augmentation
+from fastar.data.convert import prepare
+from fastar.data.in_memory import DeviceDataset, load
 from fastar.data.sampling import draw, draw_below
 from fastar.errors import FastarError
 from fastar.runtime.seeds import derive_seed

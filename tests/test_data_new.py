@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 
 from fastar.cli.main import main
-from fastar.config import load_settings
-from fastar.data import DATASETS, DatasetSpec, dataset_spec, register
+from fastar.config import DATASETS, DatasetSpec, dataset_spec, load_settings, register
 from fastar.errors import FastarError
 
 PACKAGE = """
 import numpy as np
 
-from fastar.data import ArraySplit, DatasetSpec, RawDataset, register
+from fastar.config import DatasetSpec, register
+from fastar.data.raw.raw_split import ArraySplit, RawDataset
 
 register(
     DatasetSpec(

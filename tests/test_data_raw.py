@@ -20,7 +20,9 @@ from data_samples import (
 )
 from PIL import Image
 
-from fastar.data import DATASETS, dataset_spec, load, prepare
+from fastar.config import DATASETS, dataset_spec
+from fastar.data.convert import prepare
+from fastar.data.in_memory import load
 from fastar.data.raw.cifar import CifarUnpickler
 from fastar.data.raw.find import find_raw
 from fastar.data.raw.raw_split import ArraySplit

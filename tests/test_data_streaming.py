@@ -14,10 +14,14 @@ import torch
 from PIL import Image
 
 from fastar.config.datasets import IMAGENET_MEAN, IMAGENET_STD
-from fastar.data import PRESETS, DatasetFiles, Encoding, StreamingDataset, open_files, prepare, streaming
+from fastar.data import streaming
+from fastar.data.convert import prepare
 from fastar.data.crops import centre
+from fastar.data.encode import PRESETS, Encoding
+from fastar.data.ffcv.folder import DatasetFiles, open_files
 from fastar.data.ffcv.format import JPEG_MODE, RAW_MODE, check_beton
 from fastar.data.sampling import file_order
+from fastar.data.streaming import StreamingDataset
 from fastar.errors import FastarError
 
 SAMPLE = Path(__file__).parents[2] / "shared/data/imagenet-sample.tar"

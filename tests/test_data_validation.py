@@ -10,11 +10,16 @@ import torch
 from data_samples import raw_dataset
 from PIL import Image
 
+from fastar.config import Augmentation
 from fastar.config.datasets import IMAGENET_MEAN, IMAGENET_STD
-from fastar.data import Augmentation, DatasetFiles, Encoding, StreamingDataset, load, prepare
+from fastar.data.convert import prepare
+from fastar.data.encode import Encoding
+from fastar.data.ffcv.folder import DatasetFiles
+from fastar.data.in_memory import load
 from fastar.data.raw.raw_split import RawDataset
 from fastar.data.sampling import balanced_subset
 from fastar.data.splits import chosen_images, held_out
+from fastar.data.streaming import StreamingDataset
 from fastar.errors import FastarError
 
 LETTERS = tuple("abcdefghij")

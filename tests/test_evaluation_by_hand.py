@@ -11,7 +11,7 @@ from cli_cases import fastar
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from fastar.data import dataset_spec
+from fastar.config import dataset_spec
 from fastar.data.raw.digits import read_digits
 from fastar.data.splits import chosen_images
 from fastar.models import build_model

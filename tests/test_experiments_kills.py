@@ -19,7 +19,7 @@ from attempts import SECONDS, Attempts
 from cli_cases import contents, fastar
 from run_cases import SMALL, assert_log_is_whole, assert_same_models
 
-from fastar.data import verify_folder
+from fastar.data.ffcv.folder import verify_folder
 
 KILLS, TWENTY = 30, 20
 FASTAR = [sys.executable, "-m", "fastar"]

@@ -20,8 +20,8 @@ from matching_calls import match_weights
 from PIL import Image
 from session_cases import with_data
 
-from fastar.config import TrainSettings, load_settings
-from fastar.data import DATASETS, Augmentation, DeviceDataset
+from fastar.config import DATASETS, Augmentation, TrainSettings, load_settings
+from fastar.data.in_memory import DeviceDataset
 from fastar.experiments import measure, regular, star
 from fastar.experiments.plan import plan_run
 from fastar.experiments.plan.items import MATCHING

@@ -13,8 +13,8 @@ import torch
 from cli_cases import fastar, refused, tiny
 from PIL import Image
 
-from fastar import data
 from fastar.config import Settings, load_settings
+from fastar.data.raw import class_folders
 from fastar.experiments.plan import preflight, sizes
 from fastar.experiments.plan.sizes import DataCounts
 from fastar.experiments.reuse import finished_results
@@ -74,7 +74,7 @@ def test_what_was_taken_for_granted_is_checked_again_by_the_files(
 
     monkeypatch.setattr(preflight, "check_run", looking)
     if not listed:
-        monkeypatch.setattr(data, "count_images", lambda root, val_share: None)
+        monkeypatch.setattr(class_folders, "count_images", lambda root, val_share: None)
     done = fastar("train-sources", *images(tmp_path, "imagenet"))
     assert done.code == 0, done.err
     assert seen == [(False, 3 if listed else 1000), (True, 3)]
@@ -136,7 +136,7 @@ def settings_of(tmp_path: Path, name: str) -> Settings:
 def test_an_archive_that_is_not_read_does_not_matter(root: Path, tmp_path: Path) -> None:
     (root / "ILSVRC2012_img_train.tar").touch()
     (root / "val").rename(root / "test")
-    assert data.count_images(root) == (12, 6, 3)
+    assert class_folders.count_images(root) == (12, 6, 3)
     outcome = fastar("train-star", *images(tmp_path))
     assert outcome.code == 0, outcome
 
@@ -144,7 +144,7 @@ def test_an_archive_that_is_not_read_does_not_matter(root: Path, tmp_path: Path)
 def test_images_that_only_an_archive_counts_are_written_first(
     root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data, "count_images", lambda root, val_share: None)
+    monkeypatch.setattr(class_folders, "count_images", lambda root, val_share: None)
     outcome = fastar("train-star", *images(tmp_path))
     assert outcome.code == 0, outcome
 

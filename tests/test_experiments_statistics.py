@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 from session_cases import with_data
 
-from fastar.config import load_settings
-from fastar.data import Augmentation, DeviceDataset
+from fastar.config import Augmentation, load_settings
+from fastar.data.in_memory import DeviceDataset
 from fastar.experiments.session import Session, new_session
 from fastar.experiments.statistics_batches import statistics_batches
 from fastar.runs import RunFolder

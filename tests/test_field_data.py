@@ -19,18 +19,14 @@ from data_samples import cifar_binary_files, raw_dataset, write_archive, write_i
 from PIL import Image
 
 from fastar.config.datasets import DATASETS
-from fastar.data import (
-    DatasetFiles,
-    StreamingDataset,
-    open_files,
-    prepare,
-    verify_folder,
-)
+from fastar.data.convert import prepare
+from fastar.data.ffcv.folder import DatasetFiles, open_files, verify_folder
 from fastar.data.ffcv.format import check_beton
 from fastar.data.raw.archives import train_archive
 from fastar.data.raw.cifar import find_cifar
 from fastar.data.raw.idx import read_idx
 from fastar.data.raw.listing import PassedOver
+from fastar.data.streaming import StreamingDataset
 from fastar.errors import FastarError
 from fastar.runtime.progress import SILENT, Progress, SilentProgress
 
@@ -38,7 +34,7 @@ SECONDS = 120  # a run that hangs is ended then; one that does not takes a few
 
 # Its processes see one CPU from the first line on, as in a job of one core.
 ON_ONE_CPU = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); "
-WRITE = "import sys, pathlib; from fastar.data import prepare; "
+WRITE = "import sys, pathlib; from fastar.data.convert import prepare; "
 WRITE += "prepare('cifar100', data_root=pathlib.Path(sys.argv[1]), directory=pathlib.Path(sys.argv[2]))"
 
 

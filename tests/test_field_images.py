@@ -32,14 +32,17 @@ from data_samples import (
 from PIL import Image
 from test_data_archives import add, devkit, jpeg, tar
 
-from fastar.config import DatasetSettings
-from fastar.data import DATASETS, DatasetFiles, Encoding, StreamingDataset, open_files, prepare, verify_folder
+from fastar.config import DATASETS, DatasetSettings
+from fastar.data.convert import prepare
+from fastar.data.encode import Encoding
+from fastar.data.ffcv.folder import DatasetFiles, open_files, verify_folder
 from fastar.data.raw import archives, idx
 from fastar.data.raw import cifar as cifar_module
 from fastar.data.raw.class_folders import count_images, find_images
 from fastar.data.raw.find import find_raw
 from fastar.data.raw.listing import PassedOver, images_below
 from fastar.data.raw.raw_split import UnusableImage, decode_image
+from fastar.data.streaming import StreamingDataset
 from fastar.errors import FastarError
 from fastar.runtime.progress import SilentProgress
 

@@ -16,7 +16,9 @@ from training_cases import batches
 
 import fastar
 from fastar.config import StarSettings, TrainSettings
-from fastar.data import Encoding, StreamingDataset, prepare
+from fastar.data.convert import prepare
+from fastar.data.encode import Encoding
+from fastar.data.streaming import StreamingDataset
 from fastar.errors import FastarError
 from fastar.experiments import train_star
 from fastar.flat import FlatLayout

@@ -13,7 +13,8 @@ import pytest
 from data_samples import raw_dataset, write_idx
 from PIL import Image
 
-from fastar.data import Encoding, open_files
+from fastar.data.encode import Encoding
+from fastar.data.ffcv.folder import open_files
 from fastar.errors import FastarError
 
 TOOL = Path(__file__).resolve().parents[1] / "tools" / "write_ffcv.py"

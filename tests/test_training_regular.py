@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from training_cases import CPU, PlainConvNet, PlainMlp, batches, dataset, network, store
 
 from fastar.config import StarSettings, TrainSettings
-from fastar.data import DeviceDataset
+from fastar.data.in_memory import DeviceDataset
 from fastar.errors import FastarError
 from fastar.flat import FlatLayout
 from fastar.models import build_model

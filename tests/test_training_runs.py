@@ -12,7 +12,7 @@ from run_cases import copied_parts, poison
 from training_cases import dataset
 
 from fastar.config import Settings, TrainSettings, load_settings
-from fastar.data import DeviceDataset
+from fastar.data.in_memory import DeviceDataset
 from fastar.errors import FastarError
 from fastar.experiments import train_star
 from fastar.models import build_model

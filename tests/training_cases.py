@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from fastar.config import TrainSettings
-from fastar.data import Augmentation, DeviceDataset
+from fastar.config import Augmentation, TrainSettings
+from fastar.data.in_memory import DeviceDataset
 from fastar.flat import FlatLayout
 from fastar.training import SourcesStore
 

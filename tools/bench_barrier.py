@@ -28,7 +28,9 @@ from bench.fake_images import link_images, make_images
 from fastar.kernels import interpolate
 from torch import Tensor, nn
 
-from fastar.data import Encoding, StreamingDataset, prepare
+from fastar.data.convert import prepare
+from fastar.data.encode import Encoding
+from fastar.data.streaming import StreamingDataset
 from fastar.errors import FastarError
 from fastar.evaluation import Endpoint, PathLosses, Segment, evaluate_paths, evaluate_rows
 from fastar.flat import FlatLayout

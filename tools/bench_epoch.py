@@ -22,7 +22,7 @@ import torch
 from bench import Case, Problem, Timing, add_problem_arguments, line, problem_of, quantiles, ratio, where
 from bench.problem import Method
 
-from fastar.data import Dataset
+from fastar.data.dataset import Dataset
 from fastar.errors import FastarError
 from fastar.training import Epoch, Step, fit
 

@@ -47,7 +47,8 @@ from bench import (
 from bench.fake_images import link_images
 
 from fastar.config import Settings, StarSettings, load_settings, parse_bytes
-from fastar.data import StreamingDataset, prepare
+from fastar.data.convert import prepare
+from fastar.data.streaming import StreamingDataset
 from fastar.errors import FastarError
 from fastar.experiments.plan import plan_run
 from fastar.flat import FlatLayout

@@ -33,9 +33,13 @@ from bench.fake_images import link_images, make_images
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from fastar.config import DATASETS
 from fastar.config.datasets import IMAGENET_MEAN, IMAGENET_STD
-from fastar.data import DATASETS, PRESETS, StreamingDataset, load, prepare
+from fastar.data.convert import prepare
+from fastar.data.encode import PRESETS
+from fastar.data.in_memory import load
 from fastar.data.raw.listing import SUFFIXES
+from fastar.data.streaming import StreamingDataset
 from fastar.errors import FastarError
 
 Epoch = Callable[[int], Iterable[tuple[torch.Tensor, torch.Tensor]]]

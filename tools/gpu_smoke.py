@@ -29,7 +29,9 @@ from torch import Tensor
 
 import fastar
 from fastar.config import MatchingSettings, TrainSettings, parse_bytes
-from fastar.data import Encoding, StreamingDataset, prepare
+from fastar.data.convert import prepare
+from fastar.data.encode import Encoding
+from fastar.data.streaming import StreamingDataset
 from fastar.errors import FastarError
 from fastar.evaluation import evaluate_rows
 from fastar.flat import FlatLayout

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fastar.config import DATASETS, dataset_spec, variable_size_names
-from fastar.data import PRESETS, Encoding
+from fastar.data.encode import PRESETS, Encoding
 from fastar.errors import FastarError, printable
 from fastar.runtime.failure import failure
 from fastar.runtime.progress import Progress, TerminalProgress, size_text
@@ -17,7 +17,7 @@ from fastar.runtime.signals import Stopped, signals_stop
 from fastar.runtime.standard_streams import say, streams
 
 if TYPE_CHECKING:
-    from fastar.data import DatasetFiles
+    from fastar.data.ffcv.folder import DatasetFiles
 
 EXAMPLES = """examples:
   python tools/write_ffcv.py --dataset digits --out betons
@@ -107,7 +107,7 @@ def encoding(options: argparse.Namespace) -> Encoding | None:
 
 
 def convert(options: argparse.Namespace, progress: Progress) -> DatasetFiles:
-    from fastar.data import prepare  # only here, where signals are heard: it takes seconds
+    from fastar.data.convert import prepare  # only here, where signals are heard: it takes seconds
 
     variable = dataset_spec(options.dataset).variable_size
     for key, value in vars(options).items():

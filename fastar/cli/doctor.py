@@ -118,7 +118,9 @@ def _lapjv() -> str:
 
 
 def _ffcv() -> str:
-    from fastar.data import DATASETS, load, prepare
+    from fastar.config import DATASETS
+    from fastar.data.convert import prepare
+    from fastar.data.in_memory import load
 
     version = metadata.version("ffcv")
     with tempfile.TemporaryDirectory() as folder:

@@ -5,19 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from fastar import data
 from fastar.config import Settings
+from fastar.data.dataset import Dataset
+from fastar.data.in_memory import load
+from fastar.data.splits import held_out
 from fastar.evaluation.batch_norm import batch_norm_layers, layer_of_single_values
 from fastar.flat import FlatLayout
 from fastar.models import build_model
 from fastar.runs.model_files import Checkpoint
 from fastar.runtime.progress import Progress
 from fastar.symmetry import Symmetry, symmetry_by_settings
+
+if TYPE_CHECKING:
+    from fastar.data.ffcv.folder import DatasetFiles
 
 DATA_KEYS = {"called": "own_name", "crop": "crop", "limit": "limit", "order": "order", "validation": "validation"}
 """Settings of the dataset, each by its name in a model's metadata."""
@@ -43,16 +48,19 @@ class RunData:
         self._device, self._progress, self._shape = device, progress, shape
 
     @cached_property
-    def files(self) -> data.DatasetFiles:
+    def files(self) -> DatasetFiles:
         chosen = self._chosen
         root, directory = chosen.root.expanduser() if chosen.root else None, chosen.directory.expanduser()
-        return data.prepare(
+        from fastar.data.convert import prepare  # only here: FFCV takes seconds
+        from fastar.data.encode import PRESETS
+
+        return prepare(
             chosen.name,
             data_root=root,
             directory=directory,
             own_name=chosen.own_name,
             workers=self._settings.workers,
-            encoding=data.PRESETS[chosen.encoding] if chosen.encoding is not None else None,
+            encoding=PRESETS[chosen.encoding] if chosen.encoding is not None else None,
             val_share=chosen.val_share,
             exif=chosen.exif,
             progress=self._progress,
@@ -75,21 +83,23 @@ class RunData:
         return Shape(self.image, len(known.classes))
 
     @cached_property
-    def train(self) -> data.Dataset:
+    def train(self) -> Dataset:
         return self._load("train", self._chosen.limit)
 
     @cached_property
-    def test(self) -> data.Dataset:
+    def test(self) -> Dataset:
         return self._load("test", None)
 
-    def _load(self, split: str, limit: int | None) -> data.Dataset:
+    def _load(self, split: str, limit: int | None) -> Dataset:
         files, chosen = self.files, self._chosen
         more: dict[str, Any] = {"limit": limit, "validation": chosen.validation, "progress": self._progress}
         if not files.variable_size:
-            return data.load(files, split, self._device, **more)
+            return load(files, split, self._device, **more)
         order = chosen.order if split == "train" else "random"
         more |= {"size": chosen.side, "crop": chosen.crop, "order": order, "threads": chosen.threads}
-        return data.StreamingDataset(files, split, self._device, **more)
+        from fastar.data.streaming import StreamingDataset
+
+        return StreamingDataset(files, split, self._device, **more)
 
     def splits(self) -> dict[str, Callable[[], Iterator[tuple[Tensor, Tensor]]]]:
         """Train, validation (where images are kept for it) and test as evaluation reads them: in order, whole, not
@@ -103,20 +113,20 @@ class RunData:
         return dataset.sequential(leaving_no_single(len(dataset), size))
 
     @cached_property
-    def measured_train(self) -> data.Dataset:
+    def measured_train(self) -> Dataset:
         """The training images that train losses are measured on."""
         limit = self._settings.evaluation.limit
         return self.train if limit is None or limit >= len(self.train) else self._load("train", limit)
 
     @cached_property
-    def measured_validation(self) -> data.Dataset:
+    def measured_validation(self) -> Dataset:
         """The training images kept out of training that validation losses are measured on."""
         limit, files = self._settings.evaluation.limit, self.files
-        kept = data.held_out(files.count("train"), self._chosen.validation, files.name)
+        kept = held_out(files.count("train"), self._chosen.validation, files.name)
         return self._load("validation", None if limit is None or limit >= kept else limit)
 
     @cached_property
-    def measured_test(self) -> data.Dataset:
+    def measured_test(self) -> Dataset:
         """The test images that test losses are measured on."""
         limit = self._settings.evaluation.test_limit
         return self.test if limit is None or limit >= len(self.test) else self._load("test", limit)

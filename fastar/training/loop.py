@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastar.config import TrainSettings
-from fastar.data import Dataset
+from fastar.data.dataset import Dataset
 from fastar.errors import FastarError
 from fastar.runtime.device import synchronize
 from fastar.runtime.memory import peak_bytes

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from bench.lines import CannotRun
 from fastar import matching
-from fastar.config import MatchingSettings, StarSettings, TrainSettings
-from fastar.data import Augmentation, DeviceDataset
+from fastar.config import Augmentation, MatchingSettings, StarSettings, TrainSettings
+from fastar.data.in_memory import DeviceDataset
 from fastar.errors import FastarError
 from fastar.experiments.statistics_batches import LOOKED_AT
 from fastar.flat import FlatLayout

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from fastar import data
 from fastar.config import Settings, dataset_spec, load_settings
+from fastar.data.dataset import Dataset
 from fastar.errors import FastarError
 from fastar.experiments.plan.preflight import check_network
 from fastar.experiments.regular import check_fits, tell
@@ -119,7 +119,7 @@ class NoData(RunData):
     """The data of a network that came without."""
 
     @cached_property
-    def train(self) -> data.Dataset:
+    def train(self) -> Dataset:
         raise FastarError("with --model there are no data to look at: match by weights, or use fastar.match in Python")
 
 

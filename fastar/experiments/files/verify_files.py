@@ -54,7 +54,7 @@ def recheck(path: Path, progress: Progress = SILENT) -> Rechecked:
     if any(file.is_file() for file in (run.config, run.star, run.results, run.log.path)):
         return _run(run, progress)
     if (path / "metadata.json").is_file() or any(path.glob("*.beton")):
-        from fastar.data import verify_folder
+        from fastar.data.ffcv.folder import verify_folder
 
         return Rechecked("data set", verify_folder(path, progress))
     if path.exists() and _is_model(path):

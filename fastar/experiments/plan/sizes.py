@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 import torch
 
-from fastar import data
 from fastar.config import Settings, parse_bytes
 from fastar.data.in_memory import NORMALISED_BYTES
+from fastar.data.splits import check_limit, held_out
 from fastar.experiments.session import Session
 from fastar.runtime.memory import free_bytes, gpu_bytes
 from fastar.training import resolution
@@ -38,17 +38,20 @@ def data_counts(settings: Settings) -> DataCounts | None:
     Raises:
         FastarError: a limit that is more than there are images, or fewer than classes.
     """
+    from fastar.data.ffcv.folder import is_finished, open_files  # only here: FFCV takes seconds
+    from fastar.data.raw.class_folders import count_images
+
     chosen = settings.dataset
     spec, folder, disk = chosen.spec, chosen.directory.expanduser() / chosen.label, None
-    written = data.is_finished(folder)
+    written = is_finished(folder)
     if written:
-        files = data.open_files(folder)
+        files = open_files(folder)
         train, test, classes = files.count("train"), files.count("test"), len(files.classes)
         disk = sum(files.path(split).stat().st_size for split in ("train", "test"))
     else:
         listed = None
         if spec.variable_size and chosen.root is not None:
-            listed = data.count_images(chosen.root.expanduser(), val_share=chosen.val_share)
+            listed = count_images(chosen.root.expanduser(), val_share=chosen.val_share)
         published = (spec.train, spec.test, spec.class_count)
         known = listed if listed is not None else tuple(number for number in published if number is not None)
         if len(known) < len(published):
@@ -56,16 +59,16 @@ def data_counts(settings: Settings) -> DataCounts | None:
         train, test, classes = known
         if not spec.variable_size:
             disk = (train + test) * spec.channels * spec.height * spec.width
-    validation = data.held_out(train, chosen.validation, chosen.label)
+    validation = held_out(train, chosen.validation, chosen.label)
     train -= validation
-    data.check_limit(
+    check_limit(
         chosen.limit, count=train, classes=classes, split="train", name=chosen.label, validation=chosen.validation
     )
     return DataCounts(min(train, chosen.limit or train), validation, test, classes, disk, written)
 
 
 def held_bytes(settings: Settings, counts: DataCounts) -> int:
-    """Bytes of a data set that is held on the device, as `data.load` makes it; 0: it streams."""
+    """Bytes of a data set that is held on the device, as `in_memory.load` makes it; 0: it streams."""
     spec, evaluation = settings.dataset.spec, settings.evaluation
     if spec.variable_size:
         return 0
