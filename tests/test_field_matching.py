@@ -280,7 +280,7 @@ def test_dead_heads_and_dead_units_of_heads_are_told_apart() -> None:
         model.norm.bias[[9, 10]] = -100
         model.norm.weight.uniform_(0.5, 2, generator=torch.Generator().manual_seed(0))
     twin, symmetry, back = shuffled(model, inputs)
-    assert len(symmetry.families) == 1
+    assert len(symmetry.trees) == 1
     assert wrong(by_activations(model, twin, inputs), back) == dict.fromkeys(back, 0)
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from matching_block_models import BLOCK_MODELS
 from matching_calls import match_weights
-from matching_family_models import FAMILIES
 from matching_models import CASES, Mlp, derived, random_state
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -18,7 +18,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastar.errors import FastarError
 from fastar.matching import MatchResult
 from fastar.matching import blocks as blocks_module
-from fastar.matching.blocks import solve_family, solve_rows
+from fastar.matching.blocks import solve_rows, solve_tree
 from fastar.matching.checks import check_networks
 from fastar.matching.weight import descent as descent_module
 from fastar.matching.weight.descent import Descent
@@ -32,15 +32,15 @@ State = dict[str, Tensor]
 
 
 def every_case() -> dict[str, tuple[nn.Module, Symmetry]]:
-    """Plain groups, families, and a symmetry that leaves half of its groups in place."""
+    """Plain groups, trees, and a symmetry that leaves half of its groups in place."""
     symmetries = derived()
     cases = {name: (model, symmetries[name]) for name, (model, _) in CASES.items()}
-    cases |= {name: (model, symmetry) for name, (model, symmetry, _) in FAMILIES.items()}
+    cases |= {name: (model, symmetry) for name, (model, symmetry, _) in BLOCK_MODELS.items()}
     cases["partial"] = (CASES["resnet"][0], replace(symmetries["resnet"], groups=symmetries["resnet"].groups[::2]))
     return cases
 
 
-NAMES = [*CASES, *FAMILIES, "partial"]
+NAMES = [*CASES, *BLOCK_MODELS, "partial"]
 
 
 def problem(name: str, count: int) -> tuple[Symmetry, State, State]:
@@ -102,15 +102,15 @@ class Operations(TorchDispatchMode):
 
 
 def around_visits(monkeypatch: pytest.MonkeyPatch, around: Callable[[Descent, int, Callable[[], None]], None]) -> None:
-    """Do `around(descent, family, visit)` in the place of each visit to a family."""
+    """Do `around(descent, tree, visit)` in the place of each visit to a tree."""
     visit = Descent._visit
-    monkeypatch.setattr(Descent, "_visit", lambda self, f: around(self, f, lambda: visit(self, f)))
+    monkeypatch.setattr(Descent, "_visit", lambda self, t: around(self, t, lambda: visit(self, t)))
 
 
 def operations_of_visits(
     monkeypatch: pytest.MonkeyPatch, symmetry: Symmetry, theta: State, sources: State
 ) -> list[tuple[int, int, int, int]]:
-    """Of each visit to a family: operations, waits, copies to the host but one for each group, parameters touched."""
+    """Of each visit to a tree: operations, waits, copies to the host but one for each group, parameters touched."""
     found: list[tuple[int, int, int, int]] = []
     copies = 0
 
@@ -122,13 +122,13 @@ def operations_of_visits(
     monkeypatch.setattr(descent_module, "download", counted)
     monkeypatch.setattr(blocks_module, "download", counted)
 
-    def record(descent: Descent, f: int, visit: Callable[[], None]) -> None:
+    def record(descent: Descent, t: int, visit: Callable[[], None]) -> None:
         before = copies
         with Operations() as seen:
             visit()
         if seen.count:
-            others = copies - before - len(descent.problem.families[f])
-            found.append((seen.count, seen.waits, others, len(descent.problem.touched[f])))
+            others = copies - before - len(descent.problem.trees[t])
+            found.append((seen.count, seen.waits, others, len(descent.problem.touched[t])))
 
     around_visits(monkeypatch, record)
     count = len(next(iter(sources.values())))
@@ -147,7 +147,7 @@ def test_a_visit_takes_as_many_operations_for_many_sources_as_for_few(
     for count in (3, 24):
         symmetry, theta, sources = problem(name, count)
         visits = operations_of_visits(monkeypatch, symmetry, theta, sources)
-        assert len(visits) >= len(symmetry.families)
+        assert len(visits) >= len(symmetry.trees)
         for operations, waits, copies, touched in visits:
             assert waits == 0
             assert copies <= 2  # the best of each row; scores that they do not settle, by group; gains in doubt
@@ -171,20 +171,20 @@ def near_permutation(count: int, size: int, seed: int) -> tuple[Tensor, list[lis
 def test_sources_whose_rows_agree_are_solved_without_their_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     aligned, best = near_permutation(3, 7, 0)
     score = torch.cat([aligned[:2], tables(2, 7, 9), aligned[2:]])
-    solved_by_family: list[int] = []
+    solved_by_tree: list[int] = []
 
     def count(tables: Any, **settings: Any) -> Any:
-        solved_by_family.append(1)
-        return solve_family(tables, **settings)
+        solved_by_tree.append(1)
+        return solve_tree(tables, **settings)
 
-    monkeypatch.setattr(blocks_module, "solve_family", count)
+    monkeypatch.setattr(blocks_module, "solve_tree", count)
     for numbers in ([0, 1, 2, 3, 4], [0, 2, 4], [3]):
-        solved_by_family.clear()
+        solved_by_tree.clear()
         (rows,) = chosen(np.array(numbers), 5, device=CPU)
         found = solve_rows([score], [False], rows, "auto", None)
-        assert len(solved_by_family) == sum(n in (2, 3) for n in numbers)
+        assert len(solved_by_tree) == sum(n in (2, 3) for n in numbers)
         for n, one in zip(numbers, found, strict=True):
-            (expected,) = solve_family([score[n].numpy()])
+            (expected,) = solve_tree([score[n].numpy()])
             assert one.answers[0].tolist() == expected.tolist()
             if n not in (2, 3):
                 assert expected.tolist() == best[{0: 0, 1: 1, 4: 2}[n]]
@@ -197,7 +197,7 @@ def test_sources_whose_rows_agree_are_solved_without_their_scores(monkeypatch: p
 
 
 @pytest.mark.parametrize("blank", [False, True])
-def test_families_whose_rows_agree(blank: bool) -> None:
+def test_trees_whose_rows_agree(blank: bool) -> None:
     """Blocks of three units: bests that move whole blocks settle it, bests that tear one apart do not."""
     generator = torch.Generator().manual_seed(1)
     parents, children = torch.zeros(4, 4, 4), tables(4, 12, 3)
@@ -211,7 +211,7 @@ def test_families_whose_rows_agree(blank: bool) -> None:
     children[3, 0] = children[3, 0].roll(1) + torch.arange(12) * 3.0  # a block torn apart
     found = solve_rows([parents, children], [blank, False], Rows.every(4), "auto", None)
     for n, one in enumerate(found):
-        expected = solve_family([parents[n].numpy(), children[n].numpy()])
+        expected = solve_tree([parents[n].numpy(), children[n].numpy()])
         assert [index.tolist() for index in one.answers] == [index.tolist() for index in expected]
         values = [
             float((table[np.arange(len(i)), i].double() - table.diagonal().double()).sum())
@@ -263,7 +263,7 @@ def test_products_are_exact_whatever_training_allows(monkeypatch: pytest.MonkeyP
     symmetry, theta, sources = problem("mlp", 2)
     seen: list[str] = []
 
-    def record(descent: Descent, f: int, visit: Callable[[], None]) -> None:
+    def record(descent: Descent, t: int, visit: Callable[[], None]) -> None:
         seen.append(torch.get_float32_matmul_precision())
         visit()
 
@@ -332,7 +332,7 @@ def test_matching_again_on_a_gpu_takes_as_many_operations_for_many_sources(gpu: 
             data = problem.part(gpu(sources), 0, count)
             start = [np.tile(np.arange(group.size), (count, 1)) for group in symmetry.groups]
             descent = Descent(problem, data, start, "auto", None)
-            descent.run(lambda sweep: range(len(symmetry.families)), 10)
+            descent.run(lambda sweep: range(len(symmetry.trees)), 10)
             descent.sources.objectives()
         assert not any(descent.unsolved.any(0))
         counts.append(seen.count)

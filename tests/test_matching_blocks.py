@@ -8,14 +8,14 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
+from matching_block_models import BLOCK_MODELS
 from matching_calls import every_step_raises_the_objective, match_one, match_weights, objective, stacked
-from matching_family_models import FAMILIES
 from matching_models import random_state
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from fastar.errors import FastarError
-from fastar.matching.blocks import solve_family
+from fastar.matching.blocks import solve_tree
 from fastar.matching.weight.descent import Descent
 from fastar.matching.weight.problem import Problem
 from fastar.symmetry import Group, Member, Permutations, Symmetry, verify_symmetry
@@ -27,7 +27,7 @@ def consistent(parent: list[int], inside: list[list[int]]) -> list[int]:
     return [g * len(tau) + d for g, tau in zip(parent, inside, strict=True) for d in tau]
 
 
-def all_of_family(blocks: int, inside: int, children: int) -> Iterator[tuple[list[int], ...]]:
+def all_of_tree(blocks: int, inside: int, children: int) -> Iterator[tuple[list[int], ...]]:
     """Every consistent set of indices of a parent and its children."""
     taus = [list(p) for p in itertools.permutations(range(inside))]
     within = list(itertools.product(taus, repeat=blocks))
@@ -40,9 +40,9 @@ def all_of_family(blocks: int, inside: int, children: int) -> Iterator[tuple[lis
 
 
 @pytest.mark.quick
-@pytest.mark.parametrize("name", list(FAMILIES))
+@pytest.mark.parametrize("name", list(BLOCK_MODELS))
 def test_random_permutations_of_blocks_keep_the_function(name: str) -> None:
-    model, symmetry, example = FAMILIES[name]
+    model, symmetry, example = BLOCK_MODELS[name]
     verify_symmetry(model, symmetry, (example,))
     assert symmetry.random(0, count=3) == symmetry.random(0, count=3)
     assert not symmetry.random(1).is_identity()
@@ -53,17 +53,17 @@ def test_random_permutations_of_blocks_keep_the_function(name: str) -> None:
     assert both.then(both.inverse()).is_identity()
 
 
-@pytest.mark.parametrize("name", list(FAMILIES))
+@pytest.mark.parametrize("name", list(BLOCK_MODELS))
 def test_children_without_their_parent_change_the_function(name: str) -> None:
     """The blocks are needed: units permuted across them are another function."""
-    model, symmetry, example = FAMILIES[name]
+    model, symmetry, example = BLOCK_MODELS[name]
     free = Symmetry(tuple(Group(g.name, g.size, g.members) for g in symmetry.groups), symmetry.parameters)
     with pytest.raises(FastarError, match="changes its outputs"):
         verify_symmetry(model, free, (example,))
 
 
 def test_inconsistent_permutations_are_refused() -> None:
-    symmetry = FAMILIES["attention"][1]
+    symmetry = BLOCK_MODELS["attention"][1]
     good = symmetry.random(0)
     other = symmetry.random(1)
     assert not torch.equal(good["heads"], other["heads"])
@@ -72,8 +72,8 @@ def test_inconsistent_permutations_are_refused() -> None:
     with pytest.raises(FastarError, match="does not move its blocks"):
         match_weights(
             symmetry,
-            random_state(FAMILIES["attention"][0], 0),
-            stacked(symmetry, [random_state(FAMILIES["attention"][0], 1)]),
+            random_state(BLOCK_MODELS["attention"][0], 0),
+            stacked(symmetry, [random_state(BLOCK_MODELS["attention"][0], 1)]),
             start=Permutations({**good, "query": torch.arange(12).roll(1)}),
         )
 
@@ -93,7 +93,7 @@ def test_blocks_that_cannot_be_are_refused(groups: tuple[Group, ...], message: s
 
 
 def test_differences_of_a_state_are_listed() -> None:
-    model, symmetry, _ = FAMILIES["attention"]
+    model, symmetry, _ = BLOCK_MODELS["attention"]
     state = random_state(model, 0)
     state["stem.weigth"] = state.pop("stem.weight")
     with pytest.raises(FastarError, match=r"'stem\.weigth' where the model has 'stem\.weight'"):
@@ -105,22 +105,22 @@ def test_differences_of_a_state_are_listed() -> None:
         symmetry.check_state(state, "theta")
 
 
-# The assignment of a family
+# The assignment of a tree
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_a_family_is_assigned_as_well_as_trying_everything(seed: int) -> None:
+def test_a_tree_is_assigned_as_well_as_trying_everything(seed: int) -> None:
     random = np.random.default_rng(seed)
     blocks, inside = (3, 2) if seed % 2 else (2, 3)
     tables = [random.standard_normal((n, n)).astype(np.float32) for n in (blocks, blocks * inside, blocks * inside)]
-    answers = solve_family(tables)
+    answers = solve_tree(tables)
     reached = sum(float(t[np.arange(len(t)), a].sum()) for t, a in zip(tables, answers, strict=True))
     assert list(map(list, answers[1:])) == [
         consistent(list(answers[0]), (index.reshape(blocks, inside) % inside).tolist()) for index in answers[1:]
     ]
     best = max(
         sum(float(t[np.arange(len(t)), a].sum()) for t, a in zip(tables, every, strict=True))
-        for every in all_of_family(blocks, inside, 2)
+        for every in all_of_tree(blocks, inside, 2)
     )
     assert reached == pytest.approx(best, rel=1e-5)  # float32 sums of a dozen terms
 
@@ -140,7 +140,7 @@ def test_bounds_cost_no_optimum(blocks: int, inside: int, noise: float) -> None:
             pair = table[g * inside : (g + 1) * inside, h * inside : (h + 1) * inside]
             total[g, h] += pair[linear_sum_assignment(pair, maximize=True)].sum()
     best = total[linear_sum_assignment(total, maximize=True)].sum()
-    answers = solve_family([table.astype(np.float32) for table in tables])
+    answers = solve_tree([table.astype(np.float32) for table in tables])
     reached = sum(t[np.arange(len(t)), a].sum() for t, a in zip(tables, answers, strict=True))
     assert reached == pytest.approx(best, rel=1e-5)
 
@@ -152,7 +152,7 @@ def test_bounds_cost_no_optimum(blocks: int, inside: int, noise: float) -> None:
 @pytest.mark.parametrize("name", ["attention", "group_norm"])
 @pytest.mark.parametrize("way", [{}, {"perturbations": 2}, {"restarts": 3}])
 def test_a_shuffled_copy_is_recovered_exactly(name: str, way: dict[str, int]) -> None:
-    model, symmetry, _ = FAMILIES[name]
+    model, symmetry, _ = BLOCK_MODELS[name]
     theta = random_state(model, 100)
     for seed in range(3):
         shuffle = symmetry.random(seed)
@@ -163,9 +163,9 @@ def test_a_shuffled_copy_is_recovered_exactly(name: str, way: dict[str, int]) ->
 
 
 @pytest.mark.parametrize("name", ["group_norm_residual", "gated"])
-def test_a_shuffled_copy_under_a_quadratic_family_is_recovered(name: str) -> None:
+def test_a_shuffled_copy_under_a_quadratic_tree_is_recovered(name: str) -> None:
     """The descent follows a slope only, so restarts may be needed; 5 restarts and perturbations suffice for these."""
-    model, symmetry, _ = FAMILIES[name]
+    model, symmetry, _ = BLOCK_MODELS[name]
     theta = random_state(model, 100)
     for seed in range(3):
         shuffle = symmetry.random(seed)
@@ -173,22 +173,22 @@ def test_a_shuffled_copy_under_a_quadratic_family_is_recovered(name: str) -> Non
         assert found == shuffle.inverse()
 
 
-@pytest.mark.parametrize("name", list(FAMILIES))
+@pytest.mark.parametrize("name", list(BLOCK_MODELS))
 def test_every_step_raises_the_objective(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, symmetry, _ = FAMILIES[name]
+    model, symmetry, _ = BLOCK_MODELS[name]
     theta, states = random_state(model, 100), [random_state(model, seed) for seed in range(3)]
     every_step_raises_the_objective(monkeypatch, symmetry, theta, states)
 
 
-@pytest.mark.parametrize("name", list(FAMILIES))
+@pytest.mark.parametrize("name", list(BLOCK_MODELS))
 def test_scores_kept_up_to_date_equal_fresh_ones_and_going_back_restores(name: str) -> None:
-    model, symmetry, _ = FAMILIES[name]
+    model, symmetry, _ = BLOCK_MODELS[name]
     theta, states = random_state(model, 100), [random_state(model, seed) for seed in range(2)]
     sources = stacked(symmetry, states)
     problem = Problem(symmetry, theta, sources)
     data = problem.part(sources, 0, 2)
     descent = Descent(problem, data, [np.tile(np.arange(g.size), (2, 1)) for g in symmetry.groups], "auto", None)
-    descent.run(lambda sweep: range(len(symmetry.families)), 100)
+    descent.run(lambda sweep: range(len(symmetry.trees)), 100)
 
     def check_scores() -> None:
         for g in range(len(symmetry.groups)):
@@ -199,10 +199,10 @@ def test_scores_kept_up_to_date_equal_fresh_ones_and_going_back_restores(name: s
     check_scores()
     before, mark = {n: t.clone() for n, t in descent.sources.data.items()}, descent.mark()
     random = symmetry.random(5, count=2)
-    for f, family in enumerate(symmetry.families):
-        for g in family:
+    for t, tree in enumerate(symmetry.trees):
+        for g in tree:
             descent.score(g)
-        descent.force(f, tuple(random[symmetry.groups[g].name].numpy() for g in family))
+        descent.force(t, tuple(random[symmetry.groups[g].name].numpy() for g in tree))
     check_scores()
     symmetry.check(
         Permutations({g.name: torch.from_numpy(p) for g, p in zip(symmetry.groups, descent.permutations, strict=True)})
@@ -227,14 +227,14 @@ class Tiny(nn.Module):
         self.first, self.second, self.last = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2)
 
 
-def test_tiny_networks_end_where_no_single_family_can_improve() -> None:
+def test_tiny_networks_end_where_no_single_tree_can_improve() -> None:
     model = Tiny()
     groups: list[Group] = []
     for name, reader in (("first", "second"), ("second", "last")):
         members = (Member(f"{name}.weight", 0), Member(f"{name}.bias", 0), Member(f"{reader}.weight", 1))
         groups += [Group(f"{name}.blocks", 2, ()), Group(name, 4, members, f"{name}.blocks")]
     symmetry = Symmetry(tuple(groups), {n: tuple(p.shape) for n, p in model.named_parameters()})
-    every = [{"blocks": torch.tensor(sigma), "units": torch.tensor(units)} for sigma, units in all_of_family(2, 2, 1)]
+    every = [{"blocks": torch.tensor(sigma), "units": torch.tensor(units)} for sigma, units in all_of_tree(2, 2, 1)]
     assert len(every) == 8
     best_found = 0
     for seed in range(4):
@@ -260,9 +260,9 @@ def test_tiny_networks_end_where_no_single_family_can_improve() -> None:
     assert best_found >= 3
 
 
-@pytest.mark.parametrize("name", list(FAMILIES))
+@pytest.mark.parametrize("name", list(BLOCK_MODELS))
 def test_batches_and_threads_change_nothing(name: str) -> None:
-    model, symmetry, _ = FAMILIES[name]
+    model, symmetry, _ = BLOCK_MODELS[name]
     theta, states = random_state(model, 100), [random_state(model, seed) for seed in range(4)]
     sources = stacked(symmetry, states)
     result = match_weights(symmetry, theta, sources, perturbations=1)

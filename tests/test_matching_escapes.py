@@ -98,14 +98,14 @@ def test_going_back_restores_the_very_numbers(name: str, count: int, symmetries:
     data = problem.part(sources, 0, count)
     start = [np.tile(np.arange(group.size), (count, 1)) for group in symmetry.groups]
     descent = Descent(problem, data, start, "auto", None)
-    descent.run(lambda sweep: range(len(symmetry.families)), 100)
+    descent.run(lambda sweep: range(len(symmetry.trees)), 100)
     before = {n: t.clone() for n, t in descent.sources.data.items()}
     mark, (values, _) = descent.mark(), descent.sources.objectives()
     random = symmetry.random(5, count=count)
-    for f, family in enumerate(symmetry.families):
-        for g in family:
+    for t, tree in enumerate(symmetry.trees):
+        for g in tree:
             descent.score(g)
-        descent.force(f, tuple(random[symmetry.groups[g].name].numpy() for g in family))
+        descent.force(t, tuple(random[symmetry.groups[g].name].numpy() for g in tree))
     assert (descent.sources.objectives()[0] < values).all()
     descent.go_back(mark, np.arange(count))
     assert descent.sources.objectives()[0].tolist() == values.tolist()

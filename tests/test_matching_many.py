@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 import torch
+from matching_block_models import BLOCK_MODELS
 from matching_calls import match_weights
-from matching_family_models import FAMILIES
 from matching_models import CASES, derived, random_state
 from torch import Tensor, nn
 
@@ -20,7 +20,7 @@ State = dict[str, Tensor]
 
 
 def case(name: str) -> tuple[nn.Module, Symmetry]:
-    return (FAMILIES[name][0], FAMILIES[name][1]) if name in FAMILIES else (CASES[name][0], derived()[name])
+    return (BLOCK_MODELS[name][0], BLOCK_MODELS[name][1]) if name in BLOCK_MODELS else (CASES[name][0], derived()[name])
 
 
 def noisy(name: str, count: int, noise: float) -> list[State]:

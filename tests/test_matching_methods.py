@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from cli_cases import fastar, refused, tiny
+from matching_block_models import BLOCK_MODELS
 from matching_calls import match_activations, match_sinkhorn, match_weights, objective, stacked
-from matching_family_models import FAMILIES
 from matching_models import CASES, Mlp, ResNet, derived, random_state
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -28,14 +28,14 @@ State = dict[str, Tensor]
 
 def case(name: str) -> tuple[nn.Module, Symmetry, Tensor]:
     """A network, its symmetry, and 64 inputs."""
-    if name in FAMILIES:
-        model, symmetry, example = FAMILIES[name]
+    if name in BLOCK_MODELS:
+        model, symmetry, example = BLOCK_MODELS[name]
     else:
         (model, (example,)), symmetry = CASES[name], derived()[name]
     return model, symmetry, torch.randn(64, *example.shape[1:], generator=torch.Generator().manual_seed(0))
 
 
-EVERY = [*CASES, *FAMILIES]
+EVERY = [*CASES, *BLOCK_MODELS]
 
 
 # Sinkhorn

@@ -89,7 +89,7 @@ def test_scores_kept_up_to_date_equal_fresh_ones(name: str, symmetries: dict[str
     data = problem.part(sources, 0, len(states))
     start = [np.tile(np.arange(g.size), (len(states), 1)) for g in symmetry.groups]
     descent = Descent(problem, data, start, "auto", None)
-    descent.run(lambda sweep: range(len(symmetry.families)), 100)
+    descent.run(lambda sweep: range(len(symmetry.trees)), 100)
     for g in range(len(symmetry.groups)):
         kept, fresh = descent.scores[g], descent._full_score(g)
         assert kept is not None
@@ -195,7 +195,7 @@ def test_a_warm_start_from_the_result_takes_no_step(name: str, symmetries: dict[
     warm = match_weights(symmetry, theta, sources, start=cold.permutations)
     assert same(cold, warm)
     assert warm.sweeps.tolist() == [1] * len(states)
-    assert warm.solves == len(symmetry.families) * len(states)
+    assert warm.solves == len(symmetry.trees) * len(states)
     torch.testing.assert_close(warm.objective_start, cold.objective, rtol=1e-6, atol=1e-5)
 
 

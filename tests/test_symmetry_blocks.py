@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from matching_family_models import FAMILIES
+from matching_block_models import BLOCK_MODELS
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -180,9 +180,9 @@ def places(symmetry: Symmetry) -> set[tuple[object, ...]]:
     return {(of(g), of(parents[g.parent]) if g.parent else None) for g in symmetry.groups}
 
 
-@pytest.mark.parametrize("name", list(FAMILIES))
+@pytest.mark.parametrize("name", list(BLOCK_MODELS))
 def test_what_is_found_is_what_was_written_by_hand(name: str) -> None:
-    model, by_hand, example = FAMILIES[name]
+    model, by_hand, example = BLOCK_MODELS[name]
     assert places(derive_symmetry(model, (example,))) == places(by_hand)
 
 

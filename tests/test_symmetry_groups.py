@@ -82,10 +82,10 @@ def test_permuted_network_computes_the_same(name: str, symmetries: dict[str, Sym
         assert permuted[key].stride() == stride
         assert permuted[key].data_ptr() != state[key].data_ptr()
 
-    family_of = {symmetry.groups[i].name: family for family in symmetry.families for i in family}
+    tree_of = {symmetry.groups[i].name: tree for tree in symmetry.trees for i in tree}
     for group in symmetry.groups:
-        family = [symmetry.groups[i].name for i in family_of[group.name]]
-        moved = {one: permutations[one] for one in family} if family[1:] else {group.name: rolled(group.size)}
+        tree = [symmetry.groups[i].name for i in tree_of[group.name]]
+        moved = {one: permutations[one] for one in tree} if tree[1:] else {group.name: rolled(group.size)}
         only = Permutations({**symmetry.identity(), **moved})
         for member in {m.tensor: m for m in group.members}.values():
             if member.tensor in symmetry.tied or member.tensor in symmetry.tied.values():

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from matching_family_models import FAMILIES
+from matching_block_models import BLOCK_MODELS
 from matching_models import CASES, IMAGES, derived
 from torch import Tensor, nn
 
@@ -73,7 +73,7 @@ def test_tied_parameters_take_one_name_or_both() -> None:
 
 def test_blocks() -> None:
     """Attention of 3 heads with 4 units inside each, the heads scaled by a parameter of their own."""
-    model, by_hand, example = FAMILIES["attention"]
+    model, by_hand, example = BLOCK_MODELS["attention"]
     axes: dict[str, Any] = {"stem.weight": ("stem", None), "stem.bias": ("stem",), "scale": ("heads",)}
     for name, group in (("query", "query"), ("key", "query"), ("value", "value")):
         axes |= {f"{name}.weight": (group, "stem"), f"{name}.bias": (group,)}

@@ -1,4 +1,4 @@
-"""Exact assignments of a family: a parent's units, each a block of its children's units; for many sources at once."""
+"""Exact assignments of a tree of groups: a parent's units, each a block of its children's units; for many sources."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from fastar.symmetry.batched_index import Rows, chosen, download
 Floats = NDArray[np.float32]
 
 Answers = tuple[NDArray[np.int64], ...]
-"""An index for each group of a family, the parent's first."""
+"""An index for each group of a tree, the parent's first."""
 
 
-def solve_family(tables: Sequence[NDArray[np.float32]], *, solver: Solver = "auto") -> Answers:
-    """The permutations of a family that have the highest total score, exactly (to float32 rounding).
+def solve_tree(tables: Sequence[NDArray[np.float32]], *, solver: Solver = "auto") -> Answers:
+    """The permutations of a tree that have the highest total score, exactly (to float32 rounding).
 
     Pairing block g with block g' is worth the parent's score of the pair, and for each child the best assignment
     between the units of the two blocks. Solving all a * a of these is most of the work, and needless: each has a bound
@@ -32,7 +32,7 @@ def solve_family(tables: Sequence[NDArray[np.float32]], *, solver: Solver = "aut
         tables: the parent's scores [a, a], then each child's [a * b, a * b]; of a group alone, its own.
 
     >>> inside = np.kron(np.array([[0, 1], [1, 0]]), np.array([[1.0, 5.0], [2.0, 3.0]]))
-    >>> [index.tolist() for index in solve_family([np.zeros((2, 2)), inside])]
+    >>> [index.tolist() for index in solve_tree([np.zeros((2, 2)), inside])]
     [[1, 0], [3, 2, 1, 0]]
     """
     parent, *rest = tables
@@ -80,7 +80,7 @@ class _Pairs:
 
 @dataclass(frozen=True)
 class Solved:
-    """The best assignments of a family for one source.
+    """The best assignments of a tree for one source.
 
     Args:
         answers: an index for each group.
@@ -101,13 +101,13 @@ def solve_rows(
     solver: Solver,
     pool: ThreadPoolExecutor | None,
 ) -> list[Solved]:
-    """The best assignments of a family for each of `rows`.
+    """The best assignments of a tree for each of `rows`.
 
     Where the best of each row of the scores are a permutation already they are the optimum, and only they leave the
     device: the rule once sources are aligned. All other scores are copied to the host together.
 
     Args:
-        scores: S_g [N, size, size] of each group of the family.
+        scores: S_g [N, size, size] of each group of the tree.
         blank: whether a group's S_g is 0 throughout, since it has no parameters.
         pool: threads that solve side by side.
     """
@@ -120,7 +120,7 @@ def solve_rows(
         tables = _tables(scores, some)
 
         def solve(tables: Sequence[Floats]) -> Solved:
-            answers = solve_family(tables, solver=solver)
+            answers = solve_tree(tables, solver=solver)
             now = [np.diagonal(table) for table in tables]
             then = [table[np.arange(len(answer)), answer] for table, answer in zip(tables, answers, strict=True)]
             return _solved(answers, now, then)
@@ -150,7 +150,7 @@ def _solved(answers: Answers, now: Sequence[Floats], then: Sequence[Floats]) -> 
 
 
 def _aligned(scores: Sequence[Tensor], blank: Sequence[bool], rows: Rows) -> list[Solved | None]:
-    """Each source's best of each row if they permute the family, else None. One copy to the host."""
+    """Each source's best of each row if they permute the tree, else None. One copy to the host."""
     parts = []
     for score in scores:
         some = rows.of(score)
@@ -172,7 +172,7 @@ def _aligned(scores: Sequence[Tensor], blank: Sequence[bool], rows: Rows) -> lis
 
 
 def _together(best: Sequence[NDArray[np.int64]], blank: Sequence[bool]) -> Answers | None:
-    """`best` [size] of each group of a family if they permute it: bijections, and blocks move as the parent's units."""
+    """`best` [size] of each group of a tree if they permute it: bijections, and blocks move as the parent's units."""
     parent, *children = best
     if not children:
         return (parent,) if _bijection(parent) else None

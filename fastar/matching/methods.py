@@ -140,7 +140,7 @@ METHODS = {
 
 
 def _measured(request: Request, found: Permutations) -> MatchResult:
-    """The result of a method that solves each family once and looks at no objective."""
+    """The result of a method that solves each tree once and looks at no objective."""
     count, start = request.count, request.start
     objective, weights = _objectives(request, found)
     before, _ = _objectives(request, request.symmetry.identity() if start is None else start)
@@ -152,7 +152,7 @@ def _measured(request: Request, found: Permutations) -> MatchResult:
         sweeps=torch.zeros(count, dtype=torch.int64, device="cpu"),
         converged=torch.ones(count, dtype=torch.bool, device="cpu"),
         perturbations_kept=torch.zeros(count, dtype=torch.int64, device="cpu"),
-        solves=count * len(request.symmetry.families),
+        solves=count * len(request.symmetry.trees),
     )
 
 

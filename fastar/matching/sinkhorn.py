@@ -14,7 +14,7 @@ from fastar.config import SinkhornSettings
 from fastar.errors import FastarError
 from fastar.flat.forward import forward, without_statistics
 from fastar.matching.assignment import Solver
-from fastar.matching.blocks import solve_family
+from fastar.matching.blocks import solve_tree
 from fastar.matching.request import Request
 from fastar.runtime.seeds import derive_seed
 from fastar.symmetry import Member, Permutations, Symmetry
@@ -138,19 +138,19 @@ class SoftPermutations:
         return out
 
     def hard(self, solver: Solver = "auto") -> Permutations:
-        """The permutations nearest to the matrices, each family's by one exact assignment."""
+        """The permutations nearest to the matrices, each tree's by one exact assignment."""
         with torch.no_grad():
             matrices = {name: matrix.cpu().numpy() for name, matrix in self.matrices().items()}
         found: dict[str, Tensor] = {}
-        for family in self._symmetry.families:
-            groups = [self._symmetry.groups[g] for g in family]
+        for tree in self._symmetry.trees:
+            groups = [self._symmetry.groups[g] for g in tree]
             for group in groups:
                 if not np.isfinite(matrices[group.name]).all():
                     raise FastarError(
                         f"matching by sinkhorn ended in numbers that are not finite in group {group.name!r}: lower "
                         "matching.sinkhorn.lr or raise matching.sinkhorn.temperature"
                     )
-            answers = solve_family([matrices[group.name] for group in groups], solver=solver)
+            answers = solve_tree([matrices[group.name] for group in groups], solver=solver)
             found |= {group.name: torch.from_numpy(index) for group, index in zip(groups, answers, strict=True)}
         return Permutations(found)
 

@@ -123,8 +123,8 @@ class Symmetry:
         return {first: tuple(names) for first, names in found.items()}
 
     @cached_property
-    def families(self) -> tuple[tuple[int, ...], ...]:
-        """Positions in `groups` of those that are permuted together: a parent and its children, or a group alone."""
+    def trees(self) -> tuple[tuple[int, ...], ...]:
+        """Trees of groups, as positions in `groups`: a parent and its children, or a group alone."""
         found: dict[str, list[int]] = {}
         for position, group in enumerate(self.groups):
             found.setdefault(group.parent or group.name, []).append(position)

@@ -152,18 +152,18 @@ class _Proof:
         """Raise FastarError, naming the groups that change the outputs."""
         identity = self.symmetry.identity()
 
-        def wrong(families: tuple[tuple[int, ...], ...]) -> list[str]:
-            """Names of the families that change the outputs, found by halving: a forward pass may take long."""
-            names = [self.symmetry.groups[position].name for family in families for position in family]
+        def wrong(trees: tuple[tuple[int, ...], ...]) -> list[str]:
+            """Names of the groups that change the outputs, found by halving: a forward pass may take long."""
+            names = [self.symmetry.groups[position].name for tree in trees for position in tree]
             moved = Permutations({**identity, **{one: self.permutations[one] for one in names}})
-            if not families or not self.differs(self.symmetry.apply(moved, self.state)):
+            if not trees or not self.differs(self.symmetry.apply(moved, self.state)):
                 return []
-            if len(families) == 1:
+            if len(trees) == 1:
                 return [" with ".join(names)]
-            half = len(families) // 2
-            return wrong(families[:half]) + wrong(families[half:])
+            half = len(trees) // 2
+            return wrong(trees[:half]) + wrong(trees[half:])
 
-        named = wrong(self.symmetry.families)
+        named = wrong(self.symmetry.trees)
         raise FastarError(
             f"permuting the groups found in {self.network.name} changes its outputs (groups "
             f"{', '.join(named) or 'together'}): it is not matched; an axis is left out or wrong, or its forward "

@@ -29,7 +29,7 @@ def correlate_units(request: Request) -> tuple[Permutations, tuple[str, ...]]:
     that could not be observed, whose units stay (inside their blocks, if these move).
 
     Activations are those of `UnitActivations`. Each source costs a forward pass of the batches, unless its activations
-    are cached. A family's assignment is exact: blocks pair by their parent's own activations and the best pairing of
+    are cached. A tree's assignment is exact: blocks pair by their parent's own activations and the best pairing of
     the units inside. The weights only tell apart units that compute the same, such as those that never fire:
     <theta, pi(theta_n)> may fall.
 
@@ -86,12 +86,12 @@ def _pair(
     indices: dict[str, NDArray[np.int64]],
     pool: ThreadPoolExecutor | None,
 ) -> None:
-    """Write the assignments of all families of n sources, of tables [n, samples, size], into `indices` [n, size]."""
+    """Write the assignments of all trees of n sources, of tables [n, samples, size], into `indices` [n, size]."""
     symmetry, device = request.symmetry, measure.device
     count = len(next(iter(indices.values())))
     (rows,) = chosen(np.arange(count), count, device=device)
-    for family in (symmetry.families[f] for f in measure.order):
-        groups = [symmetry.groups[g] for g in family]
+    for tree in (symmetry.trees[t] for t in measure.order):
+        groups = [symmetry.groups[g] for g in tree]
         scores = [
             own[group.name].mT @ resampled(theirs[group.name], measure.rows(group.name, indices))
             if group.name in own

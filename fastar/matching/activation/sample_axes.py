@@ -72,8 +72,8 @@ def moving_axes(
         return {}
     comparison = _Comparison(symmetry, state, list(state), trial.outputs)
     found: dict[Key, tuple[Along, ...] | None] = dict.fromkeys(comparison.differing(everything, suspects), ())
-    for family in symmetry.families if found else ():
-        groups = [symmetry.groups[g] for g in family]
+    for tree in symmetry.trees if found else ():
+        groups = [symmetry.groups[g] for g in tree]
         alone = Permutations({**symmetry.identity(), **{group.name: everything[group.name] for group in groups}})
         for key in comparison.differing(alone, set(found)):
             before, along = found[key], comparison.explained(key, alone, groups)

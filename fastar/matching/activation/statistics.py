@@ -69,7 +69,7 @@ class UnitActivations:
             raise FastarError("matching by activations needs at least one batch of images; give some")
         self.symmetry, self.device = symmetry, device
         self._batches, self._samples = list(batches), samples
-        self.order: list[int] = list(range(len(symmetry.families)))
+        self.order: list[int] = list(range(len(symmetry.trees)))
         self._along: dict[Key, tuple[Along, ...] | None] = {}
         self._model: nn.Module | None = model  # until its sites are known
         self._twin = without_statistics(model, device)
@@ -171,18 +171,18 @@ class UnitActivations:
     def _choose(self, kinds: Mapping[Key, Kind], observed: dict[Key, list[Tensor]]) -> None:
         """Choose the sites of each group by what the first batch of the first network has shown; the rest goes."""
         left, shown = list(self.order), set[str]()
-        groups_of = [[self.symmetry.groups[g] for g in family] for family in self.symmetry.families]
+        groups_of = [[self.symmetry.groups[g] for g in tree] for tree in self.symmetry.trees]
         self.order = []
         while left:
             # The first whose samples are along groups that have been matched by then.
-            ready = (f for f in left if all(self._usable(m, shown) for g in groups_of[f] for m in _chosen(g, kinds)))
-            family = next(ready, left[0])
-            for group in groups_of[family]:
+            ready = (t for t in left if all(self._usable(m, shown) for g in groups_of[t] for m in _chosen(g, kinds)))
+            t = next(ready, left[0])
+            for group in groups_of[t]:
                 usable = tuple(member for member in group.members if self._usable(member, shown))
                 self._members[group.name] = _chosen(replace(group, members=usable), kinds)
-            shown |= {group.name for group in groups_of[family] if self._members[group.name]}
-            self.order.append(family)
-            left.remove(family)
+            shown |= {group.name for group in groups_of[t] if self._members[group.name]}
+            self.order.append(t)
+            left.remove(t)
         self._wanted = {(m.tensor, m.axis) for members in self._members.values() for m in members}
         for key in observed.keys() - self._wanted:
             del observed[key]

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastar.matching.assignment import Solver
-from fastar.matching.blocks import solve_family
+from fastar.matching.blocks import solve_tree
 from fastar.matching.weight.descent import Descent
 from fastar.matching.weight.problem import Problem
 from fastar.runtime.seeds import derive_seed
@@ -69,9 +69,9 @@ def by_weights(
         own, theirs: [size], units of theta and of the source of equal activations; of groups that were observed.
     """
     tied = [
-        f
-        for f, family in enumerate(problem.families)
-        if any(_alike(one[name]) for g in family if (name := problem.groups[g].name) in own for one in (own, theirs))
+        t
+        for t, tree in enumerate(problem.trees)
+        if any(_alike(one[name]) for g in tree if (name := problem.groups[g].name) in own for one in (own, theirs))
     ]
     if not tied:
         return list(found)
@@ -79,8 +79,8 @@ def by_weights(
     changed = True
     while changed:  # each step raises the objective
         changed = False
-        for f in reversed(tied):
-            changed |= _step(descent, f, own, theirs)
+        for t in reversed(tied):
+            changed |= _step(descent, t, own, theirs)
     return [index[0] for index in descent.permutations]
 
 
@@ -88,11 +88,11 @@ def _alike(units: NDArray[np.int64]) -> bool:
     return bool((units != np.arange(len(units))).any())
 
 
-def _step(descent: Descent, f: int, own: Classes, theirs: Classes) -> bool:
-    """Pair what is tied in family f anew; tell whether that raises the objective."""
-    groups = [descent.problem.groups[g] for g in descent.problem.families[f]]
+def _step(descent: Descent, t: int, own: Classes, theirs: Classes) -> bool:
+    """Pair what is tied in tree t anew; tell whether that raises the objective."""
+    groups = [descent.problem.groups[g] for g in descent.problem.trees[t]]
     tables = []
-    for group, g in zip(groups, descent.problem.families[f], strict=True):
+    for group, g in zip(groups, descent.problem.trees[t], strict=True):
         if group.name in own:
             # Whatever two sites do the same, or two units that are there now: such pairs are as good as each other in
             # every assignment of the highest score.
@@ -104,11 +104,11 @@ def _step(descent: Descent, f: int, own: Classes, theirs: Classes) -> bool:
         # Pairs that are not allowed cost more than all others together can gain.
         table = descent.score(g)[0].double().cpu().numpy()
         tables.append(np.where(allowed, table, -(np.abs(table).sum() + 1)))
-    answers = solve_family(tables, solver="scipy")
+    answers = solve_tree(tables, solver="scipy")
     if all((answer == np.arange(len(answer))).all() for answer in answers):
         return False
     step = tuple(answer[None] for answer in answers)
-    if not descent.improves(f, descent.everyone, step)[0]:
+    if not descent.improves(t, descent.everyone, step)[0]:
         return False
-    descent.force(f, step)
+    descent.force(t, step)
     return True

@@ -2,12 +2,11 @@
 
 The objective of source n is <theta, pi(theta_n)> over all parameters. With every group but g held, it is linear in g's
 permutation: sum_i S_g[i, perm[i]], where S_g[i, j] is the inner product of what unit i of theta and unit j of the
-permuted source own. Groups that are permuted together (a parent and its children) are one step; a group without a
-parent is a family by itself.
+permuted source own. A tree of groups (a parent and its children, or a group alone) is one step.
 
 What makes it fast: the sources are kept permuted; S_g stays in memory and, when a neighbouring group moves k of its n
 units, is corrected by a product over those k units only; a group whose S_g did not change since it was solved is not
-solved again. All sources of a chunk that a visit to a family moves are moved together, so that a GPU is given as many
+solved again. All sources of a chunk that a visit to a tree moves are moved together, so that a GPU is given as many
 operations for all of them as for one; decisions are the host's, from one or two small copies a visit.
 """
 
@@ -43,7 +42,7 @@ Numbers = NDArray[np.int64]
 class Descent:
     """One chunk of sources: parameters as permuted so far, S_g of each group, and what is still to be solved.
 
-    `answers` of several sources are an [m, size] index for each group of a family.
+    `answers` of several sources are an [m, size] index for each group of a tree.
     """
 
     def __init__(
@@ -70,14 +69,14 @@ class Descent:
         return np.arange(self.count)
 
     def run(self, order_of_sweep: OrderOfSweep, max_sweeps: int) -> None:
-        """Sweep over the families until none's best assignment improves any source, at most `max_sweeps` times."""
+        """Sweep over the trees until none's best assignment improves any source, at most `max_sweeps` times."""
         for sweep in range(max_sweeps):
             pending = self.unsolved.any(0)
             if not pending.any():
                 return
             self.sweeps += pending
-            for f in order_of_sweep(sweep):
-                self._visit(f)
+            for t in order_of_sweep(sweep):
+                self._visit(t)
 
     def add(self, score: Tensor, name: str, g: int) -> None:
         """Add what one parameter contributes to S_g of every source."""
@@ -87,11 +86,11 @@ class Descent:
                 theta, own = self.problem.theta[name][None], self.sources.data[name]
                 add_products(score, theta, own, site.member, site.axis, size, everyone)
 
-    def solve(self, f: int, scores: Sequence[Tensor], numbers: Numbers) -> list[Solved]:
-        """The best assignments of family f, given the S_g of its groups, for each of the sources `numbers`."""
+    def solve(self, t: int, scores: Sequence[Tensor], numbers: Numbers) -> list[Solved]:
+        """The best assignments of tree t, given the S_g of its groups, for each of the sources `numbers`."""
         self.solves += len(numbers)
         (rows,) = chosen(numbers, self.count, device=self.sources.device)
-        blank = [not self.problem.tensors[g] for g in self.problem.families[f]]
+        blank = [not self.problem.tensors[g] for g in self.problem.trees[t]]
         return solve_rows(scores, blank, rows, self.solver, self.pool)
 
     def score(self, g: int) -> Tensor:
@@ -101,13 +100,13 @@ class Descent:
             known = self.scores[g] = self._full_score(g)
         return known
 
-    def force(self, f: int, answers: Answers) -> None:
-        """Permute family f of every source by `answers` whatever that does to the objective; it is to be solved again.
+    def force(self, t: int, answers: Answers) -> None:
+        """Permute tree t of every source by `answers` whatever that does to the objective; it is to be solved again.
 
         Its S_g must be up to date (`score`).
         """
-        self._take(f, self.everyone, answers)
-        self.unsolved[list(self.problem.families[f])] = True
+        self._take(t, self.everyone, answers)
+        self.unsolved[list(self.problem.trees[t])] = True
 
     def mark(self) -> Mark:
         """The place where the descent stands, to `go_back` to."""
@@ -121,12 +120,12 @@ class Descent:
         """The sources `numbers` as they were at `mark`: the very same numbers, since permuting back only moves them."""
         if not len(numbers):
             return
-        for f, family in enumerate(self.problem.families):
+        for t, tree in enumerate(self.problem.trees):
             back = tuple(
                 np.take_along_axis(np.argsort(self.permutations[g][numbers], 1), mark.permutations[g][numbers], 1)
-                for g in family
+                for g in tree
             )
-            self.sources.permute(f, numbers, back)
+            self.sources.permute(t, numbers, back)
         (rows,) = chosen(numbers, self.count, device=self.sources.device)
         for g, index in enumerate(mark.permutations):
             self.permutations[g][numbers] = index[numbers]
@@ -137,9 +136,9 @@ class Descent:
                 rows.put(now, rows.of(before))
         self.unsolved[:, numbers] = mark.unsolved[:, numbers]
 
-    def note(self, f: int, numbers: Numbers, answers: Answers) -> None:
-        """Note that family f of the sources `numbers` has been permuted by `answers`."""
-        for g, answer in zip(self.problem.families[f], answers, strict=True):
+    def note(self, t: int, numbers: Numbers, answers: Answers) -> None:
+        """Note that tree t of the sources `numbers` has been permuted by `answers`."""
+        for g, answer in zip(self.problem.trees[t], answers, strict=True):
             self.permutations[g][numbers] = np.take_along_axis(self.permutations[g][numbers], answer, 1)
 
     def _full_score(self, g: int) -> Tensor:
@@ -149,16 +148,16 @@ class Descent:
             self.add(score, name, g)
         return score
 
-    def _visit(self, f: int) -> None:
-        """Solve family f for the sources whose S_g changed, and take the steps that improve."""
-        family = list(self.problem.families[f])
-        todo = np.flatnonzero(self.unsolved[family].any(0))
+    def _visit(self, t: int) -> None:
+        """Solve tree t for the sources whose S_g changed, and take the steps that improve."""
+        tree = list(self.problem.trees[t])
+        todo = np.flatnonzero(self.unsolved[tree].any(0))
         if not len(todo):
             return
-        solved = self.solve(f, [self.score(g) for g in family], todo)
-        for g in family:
+        solved = self.solve(t, [self.score(g) for g in tree], todo)
+        for g in tree:
             self.unsolved[g, todo] = False
-        quadratic = self.problem.quadratic[f]  # S_g is its slope only, which says nothing sure
+        quadratic = self.problem.quadratic[t]  # S_g is its slope only, which says nothing sure
         accepted = [one.moves and not quadratic and one.gain >= _TRUSTED * one.scale for one in solved]
         doubted = [
             k
@@ -167,26 +166,26 @@ class Descent:
         ]
         if doubted:
             for k, improves in zip(
-                doubted, self.improves(f, todo[doubted], stacked([solved[k] for k in doubted])), strict=True
+                doubted, self.improves(t, todo[doubted], stacked([solved[k] for k in doubted])), strict=True
             ):
                 accepted[k] = improves
         steps = [k for k, one in enumerate(accepted) if one]
         if steps:
-            self._take(f, todo[steps], stacked([solved[k] for k in steps]))
+            self._take(t, todo[steps], stacked([solved[k] for k in steps]))
 
-    def improves(self, f: int, numbers: Numbers, answers: Answers) -> list[bool]:
-        """Tell for each of the sources `numbers` whether permuting family f by `answers` raises the objective by more
+    def improves(self, t: int, numbers: Numbers, answers: Answers) -> list[bool]:
+        """Tell for each of the sources `numbers` whether permuting tree t by `answers` raises the objective by more
         than rounding, computed from the parameters."""
-        changes = Step(self.sources, f, numbers, answers).changes(lambda name: True)
+        changes = Step(self.sources, t, numbers, answers).changes(lambda name: True)
         return [gain > _ROUNDING * math.sqrt(squares) for gain, squares in download(gains(changes)).T.tolist()]
 
-    def _take(self, f: int, numbers: Numbers, answers: Answers) -> None:
-        """Permute family f of the sources `numbers` by `answers`, and bring all S_g up to date."""
+    def _take(self, t: int, numbers: Numbers, answers: Answers) -> None:
+        """Permute tree t of the sources `numbers` by `answers`, and bring all S_g up to date."""
         numbers, answers = those_that_move(numbers, answers)
         if not len(numbers):
             return
-        corrected = {name: self.problem.corrected(f, name) for name in self.problem.touched[f]}
-        step = Step(self.sources, f, numbers, answers)
+        corrected = {name: self.problem.corrected(t, name) for name in self.problem.touched[t]}
+        step = Step(self.sources, t, numbers, answers)
         for change in step.changes(lambda name: any(self.scores[site.group] is not None for site in corrected[name])):
             for site in corrected[change.name]:
                 self.unsolved[site.group, numbers] = True
@@ -198,9 +197,9 @@ class Descent:
                     add_products(score, change.theta, change.difference, site.member, site.axis, size, change.rows)
             self.sources.write(change)
             del change  # before the next is made
-        for g, answer in zip(self.problem.families[f], step.answers, strict=True):
+        for g, answer in zip(self.problem.trees[t], step.answers, strict=True):
             score = self.scores[g]
-            if self.problem.quadratic[f]:
+            if self.problem.quadratic[t]:
                 self.scores[g], self.unsolved[g, numbers] = None, True
             elif score is not None:
                 columns = along(step.rows.of(score), 1, answer)
@@ -208,7 +207,7 @@ class Descent:
                     self.scores[g] = columns
                 else:
                     step.rows.put(score, columns)
-        self.note(f, numbers, answers)
+        self.note(t, numbers, answers)
 
 
 @dataclass(frozen=True)

@@ -59,8 +59,8 @@ class PermutedSources:
         self.owned: set[str] = set()
         self.count = next(iter(sources.values())).shape[0] if sources else 0
         self.device = next(iter(problem.theta.values())).device
-        for f, family in enumerate(problem.families):
-            self.permute(f, np.arange(self.count), tuple(permutations[g] for g in family))
+        for t, tree in enumerate(problem.trees):
+            self.permute(t, np.arange(self.count), tuple(permutations[g] for g in tree))
 
     def objectives(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """[n] <theta, permuted source> over all parameters, and over those of at least two axes."""
@@ -73,11 +73,11 @@ class PermutedSources:
         weights = [values for values, rows in zip(products, data.values(), strict=True) if rows.ndim > 2]
         return _sums(products, self.count), _sums(weights, self.count)
 
-    def permute(self, f: int, numbers: NDArray[np.int64], answers: Answers) -> None:
-        """Permute family f of the sources `numbers` by `answers`, [m, size] of each group."""
+    def permute(self, t: int, numbers: NDArray[np.int64], answers: Answers) -> None:
+        """Permute tree t of the sources `numbers` by `answers`, [m, size] of each group."""
         numbers, answers = those_that_move(numbers, answers)
         if len(numbers):
-            for change in Step(self, f, numbers, answers).changes(lambda name: False):
+            for change in Step(self, t, numbers, answers).changes(lambda name: False):
                 self.write(change)
                 del change  # before the next is made
 
@@ -101,23 +101,23 @@ class PermutedSources:
 
 
 class Step:
-    """A family of some sources permuted, a parameter after the other: indices are made on the host, and uploaded once.
+    """A tree of some sources permuted, a parameter after the other: indices are made on the host, and uploaded once.
 
     Only units that move are gathered, as many of each source as of the one with the most (others add some that stay).
-    A parameter that the family permutes along several axes is gathered whole. Nothing changes before `write`.
+    A parameter that the tree permutes along several axes is gathered whole. Nothing changes before `write`.
 
     Args:
         answers: [m, size] of each group, of the m sources `numbers`.
     """
 
-    def __init__(self, sources: PermutedSources, f: int, numbers: NDArray[np.int64], answers: Answers):
+    def __init__(self, sources: PermutedSources, t: int, numbers: NDArray[np.int64], answers: Answers):
         self.sources = sources
         problem = sources.problem
-        units = {g: _moving_units(answer) for g, answer in zip(problem.families[f], answers, strict=True)}
+        units = {g: _moving_units(answer) for g, answer in zip(problem.trees[t], answers, strict=True)}
         arrays = list(answers)
         self._axes: dict[str, list[tuple[int, int | None, int]]] = {}  # name -> axis, positions, where from
-        for name in problem.touched[f]:
-            axes = problem.axes(f, name)
+        for name in problem.touched[t]:
+            axes = problem.axes(t, name)
             for axis, sites in axes.items():
                 length = sources.data[name].shape[axis + 1]
                 to, origin = (

@@ -98,7 +98,7 @@ def best_ends(
         first = descent.sources.objectives()[0] if best is None else best.objective_start
         if start is None:
             align_backward(descent)
-        descent.run(_order(len(problem.families), seed, restart), settings.max_sweeps)
+        descent.run(_order(len(problem.trees), seed, restart), settings.max_sweeps)
         ends = Ends.of(descent, first)
         best = ends if best is None else best.or_better(ends)
     assert best is not None
@@ -113,21 +113,21 @@ def best_ends(
     return best
 
 
-def _order(families: int, seed: int, restart: int) -> OrderOfSweep:
-    """Orders of families: the first descent goes from the output to the input and back again; the others in a random
+def _order(trees: int, seed: int, restart: int) -> OrderOfSweep:
+    """Orders of trees: the first descent goes from the output to the input and back again; the others in a random
     order, anew for each sweep."""
     if restart == 0:
-        return lambda sweep: range(families) if sweep % 2 else range(families - 1, -1, -1)
+        return lambda sweep: range(trees) if sweep % 2 else range(trees - 1, -1, -1)
 
     def shuffled(sweep: int) -> list[int]:
         random = np.random.default_rng(derive_seed(seed, "matching order", restart, sweep))
-        return [int(f) for f in random.permutation(families)]
+        return [int(t) for t in random.permutation(trees)]
 
     return shuffled
 
 
 def align_backward(descent: Descent) -> None:
-    """Match family after family from the output to the input, as a place to start from.
+    """Match tree after tree from the output to the input, as a place to start from.
 
     Each S_g counts only parameters whose other groups are matched already, since the others would add noise. Every
     product of a parameter is computed once; afterwards all S_g are complete. A source for which this ends below the
@@ -136,25 +136,25 @@ def align_backward(descent: Descent) -> None:
     problem, count, device = descent.problem, descent.count, descent.sources.device
     before, mark = descent.sources.objectives()[0], descent.mark()
     done: set[int] = set()
-    for f, family in reversed(list(enumerate(problem.families))):
+    for t, tree in reversed(list(enumerate(problem.trees))):
         scores = []
-        for g in family:
+        for g in tree:
             size = problem.groups[g].size
             score = torch.zeros(count, size, size, device=device, dtype=torch.float32)
             for name in problem.tensors[g]:
-                if {p.group for p in problem.sites[name]} - done <= set(family) and not problem.twice(f, name):
+                if {p.group for p in problem.sites[name]} - done <= set(tree) and not problem.twice(t, name):
                     descent.add(score, name, g)
             scores.append(score)
-        done |= set(family)
-        answers = stacked(descent.solve(f, scores, descent.everyone))
-        descent.sources.permute(f, descent.everyone, answers)
-        descent.note(f, descent.everyone, answers)
-        for g, score, index in zip(family, scores, upload(answers, device), strict=True):
+        done |= set(tree)
+        answers = stacked(descent.solve(t, scores, descent.everyone))
+        descent.sources.permute(t, descent.everyone, answers)
+        descent.note(t, descent.everyone, answers)
+        for g, score, index in zip(tree, scores, upload(answers, device), strict=True):
             descent.scores[g] = along(score, 1, index)
-        for name in problem.touched[f]:
+        for name in problem.touched[t]:
             others = {p.group for p in problem.sites[name]}
             if others <= done:
-                late = others if problem.twice(f, name) else others - set(family)
+                late = others if problem.twice(t, name) else others - set(tree)
                 for h in sorted(late):
                     known = descent.scores[h]
                     assert known is not None
@@ -166,7 +166,7 @@ def align_backward(descent: Descent) -> None:
 def perturb(descent: Descent, times: int, seed: int, max_sweeps: int) -> NDArray[np.int64]:
     """Perturb every source of a descent that has ended, `times` times (iterated local search).
 
-    A perturbation solves all families once, in a random order, with noise on S_g, takes these assignments whatever they
+    A perturbation solves all trees once, in a random order, with noise on S_g, takes these assignments whatever they
     do to the objective, and descends to the next local optimum. A source keeps the better of it and where it stood, so
     that no objective is lowered. What is drawn depends on the seed and the number of the perturbation alone, so that a
     source's result does not depend on the others'.
@@ -174,20 +174,20 @@ def perturb(descent: Descent, times: int, seed: int, max_sweeps: int) -> NDArray
     Returns:
         [n], perturbations of each source that were kept.
     """
-    groups, families = descent.problem.groups, descent.problem.families
+    groups, trees = descent.problem.groups, descent.problem.trees
     kept = np.zeros(descent.count, dtype=np.int64)
     for number in range(times):
         random = np.random.default_rng(derive_seed(seed, "matching kick", number))
         mark, (before, _) = descent.mark(), descent.sources.objectives()
-        for f in random.permutation(len(families)):
+        for t in random.permutation(len(trees)):
             noisy = []
-            for g in families[f]:
+            for g in trees[t]:
                 size, score = groups[g].size, descent.score(g)
                 (noise,) = upload([random.standard_normal((size, size), dtype=np.float32)], score.device)
                 spread = score.flatten(1).std(dim=1, correction=0) * LEVELS[number % len(LEVELS)]
                 noisy.append(score + noise * spread[:, None, None])
-            descent.force(int(f), stacked(descent.solve(int(f), noisy, descent.everyone)))
-        order = [int(f) for f in random.permutation(len(families))]
+            descent.force(int(t), stacked(descent.solve(int(t), noisy, descent.everyone)))
+        order = [int(t) for t in random.permutation(len(trees))]
 
         def there_and_back(sweep: int, order: list[int] = order) -> list[int]:
             return order[::-1] if sweep % 2 else order

@@ -33,7 +33,7 @@ class Attention(nn.Module):
 
 
 class GroupNormed(nn.Module):
-    """A convolution with group-norm, and a residual one: its weight carries the same family on both axes."""
+    """A convolution with group-norm, and a residual one: its weight carries the same tree on both axes."""
 
     def __init__(self, groups: int = 3, inside: int = 3, *, residual: bool = False):
         super().__init__()
@@ -97,13 +97,13 @@ def group_norm(residual: bool = False) -> tuple[nn.Module, Symmetry, Tensor]:
 
 
 def gated() -> tuple[nn.Module, Symmetry, Tensor]:
-    """A quadratic family: the gate's weight carries the parent on one axis and the child on the other."""
+    """A quadratic tree: the gate's weight carries the parent on one axis and the child on the other."""
     model = Gated()
     child = (*_both("stem"), *_both("gate", 1), *_both("readout", 1))
     return model, _symmetry(model, Group("gate", 4, _both("gate")), Group("stem", 8, child, "gate")), torch.zeros(2, 5)
 
 
-FAMILIES = {
+BLOCK_MODELS = {
     "attention": attention(),
     "group_norm": group_norm(),
     "group_norm_residual": group_norm(residual=True),
