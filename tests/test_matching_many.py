@@ -164,14 +164,14 @@ def test_bad_input_is_named() -> None:
     states = [random_state(model, seed) for seed in range(3)]
     for message, arguments in {
         "to='middle' is none of": {"to": "middle"},
-        "to=star needs centre": {"to": "star"},
+        "to=star needs a centre: --centre FILE": {"to": "star"},
         "to=mean takes no centre": {"centre": states[0]},
         "rounds=0": {"rounds": 0},
         "to=mean follows the weights": {"settings": MatchingSettings(method="activation")},
     }.items():
         with pytest.raises(FastarError, match=message):
             match_many(symmetry, states, **arguments)  # type: ignore[arg-type]
-    with pytest.raises(FastarError, match="needs more than 1 models"):
+    with pytest.raises(FastarError, match="needs at least 2 models"):
         match_many(symmetry, states[:1])
     with pytest.raises(FastarError, match=r"model 1 lacks parameter 'layers\.0\.weight'"):
         match_many(symmetry, [states[0], {}, states[1]])

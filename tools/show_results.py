@@ -52,8 +52,10 @@ def main() -> None:
     for path in parser.parse_args().files:
         try:
             print("\n".join(table(json.loads(path.read_text(encoding="utf-8")))))
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            sys.exit(f"show_results: {path}: not a file of tools/gpu_suite.py ({error!r})")
+        except OSError as error:
+            sys.exit(f"show_results: {path}: cannot be read ({error.strerror})")
+        except (ValueError, KeyError, TypeError):
+            sys.exit(f"show_results: {path}: not a file of tools/gpu_suite.py; give one that it has written")
 
 
 if __name__ == "__main__":

@@ -270,10 +270,13 @@ def _to_mean(networks: _Networks, rounds: int, seed: int, progress: Progress) ->
 def _check(states: Sequence[State], to: str, centre: State | None, settings: MatchingSettings, rounds: int) -> None:
     if to not in ("star", "mean", "pairwise"):
         raise FastarError(f"matching many: to={to!r} is none of star, mean, pairwise")
-    if (to == "star") != (centre is not None):
-        raise FastarError(f"matching many: to={to} {'needs' if to == 'star' else 'takes no'} centre")
-    if len(states) < (1 if to == "star" else 2):
-        raise FastarError(f"matching many: to={to} needs more than {len(states)} models")
+    if to == "star" and centre is None:
+        raise FastarError("matching many: to=star needs a centre: --centre FILE, or centre= in Python")
+    if to != "star" and centre is not None:
+        raise FastarError(f"matching many: to={to} takes no centre: leave it out, or match to=star")
+    least = 1 if to == "star" else 2
+    if len(states) < least:
+        raise FastarError(f"matching many: to={to} needs at least {least} model{'s' if least > 1 else ''}")
     wanted = METHODS[settings.method].needs_data(settings)
     if to == "mean" and wanted and settings.method != "weight":
         raise FastarError(

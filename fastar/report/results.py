@@ -14,7 +14,7 @@ from rich.text import Text
 
 from fastar.errors import FastarError
 from fastar.runs import write_atomically
-from fastar.runtime.progress import size_text
+from fastar.runtime.progress import count_text, size_text
 from fastar.runtime.standard_streams import plus_minus
 
 # Okabe-Ito colours, which the colour-blind can tell apart; markers and dashes tell the curves apart in grey print.
@@ -67,7 +67,7 @@ def shown(value: Mapping[str, Any] | float | None, digits: int = 3) -> str:
 
 def results_table(results: Mapping[str, Any]) -> Table:
     """Losses, accuracies and barriers of a run on each split."""
-    title = f"{results['dataset']}, {results['arch']}: star model of {results['sources']} sources"
+    title = f"{results['dataset']}, {results['arch']}: star model of {count_text(results['sources'], 'source')}"
     table = Table(title=title, title_justify="left")
     table.add_column("", overflow="fold")
     table.add_column("n", justify="right")
@@ -224,7 +224,7 @@ def barrier_picture(results: Mapping[str, Any], path: Path) -> None:
         *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9
     )
     title = f"{results['dataset']}, {results['arch']}"
-    figure.suptitle(f"{title}: {results['sources']} sources" if star else title, fontsize=11)
+    figure.suptitle(f"{title}: {count_text(results['sources'], 'source')}" if star else title, fontsize=11)
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=160)
     write_atomically(path, buffer.getvalue())

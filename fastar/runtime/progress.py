@@ -60,6 +60,15 @@ def size_text(size: float) -> str:
     return f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.1f} MB"
 
 
+def count_text(count: int, noun: str) -> str:
+    """A number of things.
+
+    >>> count_text(1, "source"), count_text(2, "source")
+    ('1 source', '2 sources')
+    """
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 class _RateColumn(ProgressColumn):
     def render(self, task: RichTask) -> Text:
         speed = task.finished_speed or task.speed

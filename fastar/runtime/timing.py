@@ -4,29 +4,30 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 
 Clock = Callable[[], float]
-_NOTHING = nullcontext()
 _clocks: tuple[SpanClock, ...] = ()
 
 
-def span(name: str) -> AbstractContextManager[object]:
-    """Work inside belongs to `name`, and to no span around it: every `SpanClock` that is running counts its time.
+class span:
+    """Work inside belongs to `name`, and to no span around it: every `SpanClock` that is running counts its time."""
 
-    Where none is it costs nothing.
-    """
-    return _by(_clocks, name) if _clocks else _NOTHING
+    __slots__ = ("_clocks", "_name")
 
+    def __init__(self, name: str):
+        self._name, self._clocks = name, _clocks
 
-@contextmanager
-def _by(clocks: tuple[SpanClock, ...], name: str) -> Iterator[None]:
-    with ExitStack() as stack:
-        for clock in clocks:
-            stack.enter_context(clock.measure(name))
-        yield
+    def __enter__(self) -> None:
+        for clock in self._clocks:
+            clock.begin(self._name)
+
+    def __exit__(self, *error: object) -> None:
+        for clock in self._clocks:
+            clock.end()
 
 
 @contextmanager
@@ -41,7 +42,7 @@ def no_spans() -> Iterator[None]:
 
 
 class SpanClock:
-    """While it is entered, adds up the time of every span; a torch profiler shows their names.
+    """While it is entered, adds up the time of every span.
 
     A span within another counts for itself, and not for the outer one. On a GPU a span lasts from when the stream
     reaches its beginning to when it reaches its end, by events: the work of autograd's own thread counts, and so does
@@ -53,12 +54,13 @@ class SpanClock:
         clock: seconds, on a host.
     """
 
-    def __init__(self, device: torch.device, *, names: bool = True, clock: Clock = time.perf_counter):
+    def __init__(self, device: torch.device, *, names: bool = False, clock: Clock = time.perf_counter):
+        self._cuda = device.type == "cuda"
         self._device = device
         self._clock = clock
         self._names = names
-        self._open: list[str] = []
-        self._events: list[tuple[str, str | None, torch.cuda.Event, torch.cuda.Event]] = []
+        self._open: list[tuple[str, Any, Any]] = []
+        self._spans: list[tuple[str, str | None, Any, Any]] = []
         self._seconds: dict[str, float] = {}
 
     def __enter__(self) -> SpanClock:
@@ -71,84 +73,41 @@ class SpanClock:
         global _clocks
         _clocks = tuple(clock for clock in _clocks if clock is not self)
 
-    @contextmanager
-    def measure(self, name: str) -> Iterator[None]:
-        """Work inside belongs to `name`, whether or not this clock is entered."""
-        outer = self._open[-1] if self._open else None
+    def begin(self, name: str) -> None:
+        """Begin a span."""
         self._seconds.setdefault(name, 0.0)  # in the order of their beginnings
-        self._open.append(name)
-        try:
-            with torch.profiler.record_function(name) if self._names else _NOTHING:
-                if self._device.type == "cuda":
-                    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-                    start.record()
-                    yield
-                    end.record()
-                    self._events.append((name, outer, start, end))
-                else:
-                    begin = self._clock()
-                    yield
-                    self._add(name, outer, self._clock() - begin)
-        finally:
-            self._open.pop()
+        named = torch.profiler.record_function(name) if self._names else None
+        if named is not None:
+            named.__enter__()
+        self._open.append((name, named, self._now()))
+
+    def end(self) -> None:
+        """End the span that began last."""
+        end = self._now()
+        name, named, begin = self._open.pop()
+        self._spans.append((name, self._open[-1][0] if self._open else None, begin, end))
+        if named is not None:
+            named.__exit__(None, None, None)
 
     def seconds(self) -> dict[str, float]:
         """Seconds of each span so far; waits for the GPU."""
-        if self._events:
+        if self._cuda and self._spans:
             torch.cuda.synchronize(self._device)
-        for name, outer, start, end in self._events:
-            self._add(name, outer, start.elapsed_time(end) / 1e3)
-        self._events.clear()
+        for name, outer, begin, end in self._spans:
+            took = begin.elapsed_time(end) / 1e3 if self._cuda else end - begin
+            self._seconds[name] += took
+            if outer is not None:
+                self._seconds[outer] -= took
+        self._spans.clear()
         # The rest of a span that is all inner spans may round to less than nothing.
         return {name: max(took, 0.0) for name, took in self._seconds.items()}
 
-    def _add(self, name: str, outer: str | None, seconds: float) -> None:
-        self._seconds[name] += seconds
-        if outer is not None:
-            self._seconds[outer] -= seconds
-
-
-class EpochClock:
-    """The spans of an epoch's steps at next to no cost: all that happens between steps, and the inside of a few steps.
-
-    On a GPU the wait is the time in which the stream had nothing to do before a step, not the host's.
-
-    Args:
-        device: where the steps run.
-        steps: steps of the epoch, of which about `samples` are looked into.
-    """
-
-    def __init__(self, device: torch.device, steps: int, samples: int = 8, clock: Clock = time.perf_counter):
-        self._between = SpanClock(device, names=False, clock=clock)
-        self._inside = SpanClock(device, names=False, clock=clock)
-        every = max(1, steps // samples)
-        # The first step of an epoch starts things up; it is taken only where there is no other.
-        self._sampled = range(min(every // 2 + 1, steps - 1), steps, every)
-
-    @contextmanager
-    def load(self) -> Iterator[None]:
-        """Measure getting one batch: `load` is the wait alone, without the spans inside (`augment`)."""
-        with self._between, span("load"):
-            yield
-
-    @contextmanager
-    def step(self, number: int) -> Iterator[None]:
-        """Measure step number `number`. Where another clock is running already, only that one counts."""
-        if _clocks or number not in self._sampled:
-            yield
-            return
-        with self._inside, span("other"):
-            yield
-
-    def seconds(self, whole: float) -> dict[str, float]:
-        """Each span's share of `whole`, the seconds of all steps with their waits: `load` and the spans within it as
-        measured, the others as in the sampled steps; `other` is the rest. Waits for the GPU."""
-        between, inside = {"load": 0.0, **self._between.seconds()}, self._inside.seconds()
-        sampled = sum(inside.values())
-        inside.pop("other", None)
-        scale = max(whole - sum(between.values()), 0.0) / sampled if sampled > 0 else 0.0
-        spans = {**between, **{name: took * scale for name, took in inside.items()}}
-        return {**spans, "other": max(whole - sum(spans.values()), 0.0)}
+    def _now(self) -> Any:
+        if not self._cuda:
+            return self._clock()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 def shares(spans: Mapping[str, float]) -> dict[str, float]:

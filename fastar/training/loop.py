@@ -17,7 +17,7 @@ from fastar.runtime.device import synchronize
 from fastar.runtime.memory import peak_bytes
 from fastar.runtime.progress import SILENT, Progress
 from fastar.runtime.signals import deferred, requested
-from fastar.runtime.timing import EpochClock
+from fastar.runtime.timing import SpanClock, span
 from fastar.training.amp import resolve_precision
 from fastar.training.epochs import Epoch, Good, NonFiniteLoss, SoFar, check_batch
 from fastar.training.profiling import StepsProfile
@@ -29,12 +29,12 @@ from fastar.training.steps import Step, StepDraws
 WORTH_A_LINE = 30.0
 
 
-def timed_batches(batches: Iterable[tuple[Tensor, Tensor]], clock: EpochClock) -> Iterator[tuple[Tensor, Tensor]]:
+def timed_batches(batches: Iterable[tuple[Tensor, Tensor]], clock: SpanClock) -> Iterator[tuple[Tensor, Tensor]]:
     """The same batches; the wait for each is counted. Whatever reads them ahead is ended with this."""
     iterator = iter(batches)
     try:
         while True:
-            with clock.load():
+            with clock, span("load"):
                 batch = next(iterator, None)
             if batch is None:
                 return
@@ -129,9 +129,9 @@ def fit(
                 begin=begin,
                 size=resolution(settings, epoch),
             )
-            training.clock_steps(begin)
+            training.clock_steps()
             for i, (images, labels) in enumerate(timed_batches(batches, training.clock), start=begin):
-                with training.clock.step(i - begin):
+                with training.clock:
                     lr_now.copy_(rates[i])
                     draws.begin(epoch, i)
                     training.losses[i] = step(images, labels, lr_now)
@@ -198,9 +198,9 @@ class _Training:
         self._keep(saved.step)
         return saved.step
 
-    def clock_steps(self, begin: int) -> None:
-        """Begin to time the steps from number `begin` on."""
-        self.clock = EpochClock(self._device, self.steps - begin)
+    def clock_steps(self) -> None:
+        """Begin to time steps."""
+        self.clock = SpanClock(self._device)
         self._begun = self._now()
         self._saving = 0.0
 
@@ -263,7 +263,8 @@ class _Training:
 
     def _until(self, now: float) -> SoFar:
         seconds = now - self._begun - self._saving
-        return self.so_far.then(seconds, self.clock.seconds(seconds))
+        spans = self.clock.seconds()
+        return self.so_far.then(seconds, {**spans, "other": max(seconds - sum(spans.values()), 0.0)})
 
     def _keep(self, steps: int) -> None:
         """Note the model, known to be finite after so many steps of the epoch."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -93,7 +93,7 @@ class Recording:
         try:
             with (
                 torch.profiler.profile(activities=activities, profile_memory=self._trace is not None) as found,
-                SpanClock(self._device),
+                SpanClock(self._device, names=True),
             ):
                 yield
                 synchronize(self._device)
@@ -137,8 +137,7 @@ class StepsProfile:
         self.steps = steps
         self.result: Profile | None = None
         self._recording = recording
-        self._open = ExitStack()
-        self._begin_anew()
+        self._looks: Generator[None, None, None] | None = None
 
     def check(self, epochs: int, steps_per_epoch: int) -> None:
         """Raise FastarError unless a training of so many steps is long enough."""
@@ -151,35 +150,29 @@ class StepsProfile:
 
     def epoch_begins(self, epoch: int, epochs: int) -> None:
         """Before the matching of epoch number `epoch`."""
-        if self._left is None and epoch >= min(1, epochs - 1):
-            self._next()
+        if self._looks is None and self.result is None and epoch >= min(1, epochs - 1):
+            self._looks = self._look()
+            next(self._looks)
 
     def step_done(self) -> None:
         """After every step."""
-        if self._left:
-            self._left -= 1
-            if self._left == 0:
-                self._open.close()
-                self._next()
+        if self._looks is not None:
+            next(self._looks, None)
 
     def close(self) -> None:
         """After training, however it ended: the next one, as after losses that were not finite, is looked at anew
         unless all was seen."""
-        self._open.close()
-        if self.result is None:
-            self._begin_anew()
+        if self._looks is not None:
+            self._looks.close()
+            self._looks = None
 
-    def _begin_anew(self) -> None:
-        self._looks = iter((self._recording.clocked, self._recording.profiled))
-        self._left: int | None = None
-
-    def _next(self) -> None:
-        look = next(self._looks, None)
-        if look is None:
-            self.result, self._left = self._recording.result(), 0
-        else:
-            self._open.enter_context(look())
-            self._left = self.steps
+    def _look(self) -> Generator[None, None, None]:
+        """Both looks, gone on with after every step."""
+        for look in (self._recording.clocked, self._recording.profiled):
+            with look():
+                for _ in range(self.steps):
+                    yield
+        self.result = self._recording.result()
 
 
 def union(spans: Iterable[tuple[float, float]]) -> float:

@@ -20,7 +20,7 @@ from fastar.experiments.plan.sizes import DataCounts, data_counts, limits_of
 from fastar.experiments.session import Session, new_session, threads
 from fastar.experiments.task import Shape
 from fastar.runs import RunFolder
-from fastar.runtime.progress import SILENT, Progress, size_text
+from fastar.runtime.progress import SILENT, Progress, count_text, size_text
 
 
 @dataclass(frozen=True)
@@ -84,8 +84,8 @@ def plan_run(
         return shortages(items_of(changed, counts, limits, counted), limits)
 
     return Plan(
-        title=f"{settings.dataset.label}, {settings.model.arch}: {settings.sources.number} sources, "
-        f"{settings.sources.heldout} heldouts",
+        title=f"{settings.dataset.label}, {settings.model.arch}: "
+        f"{count_text(settings.sources.number, 'source')}, {count_text(settings.sources.heldout, 'heldout')}",
         device=f"a GPU of {size_text(limits['gpu'])}" if "gpu" in limits else "this machine's CPU",
         items=items_of(settings, counts, limits, counted),
         limits=limits,
