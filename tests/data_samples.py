@@ -7,6 +7,7 @@ import pickle
 import signal
 import tarfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,8 +15,10 @@ import numpy as np
 from PIL import Image
 
 from fastar.config import DATASETS
+from fastar.data.dataset import Batch, Dataset
 from fastar.data.raw.raw_split import ArraySplit, ImageSplit, RawDataset
 from fastar.errors import FastarError
+from fastar.runtime.seeds import derive_seed
 
 
 def arrays(count: int, shape: tuple[int, int, int], classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -23,6 +26,11 @@ def arrays(count: int, shape: tuple[int, int, int], classes: int, seed: int = 0)
     generator = np.random.default_rng(seed)
     labels = generator.permutation(np.arange(count) % classes)
     return generator.integers(0, 256, (count, *shape), dtype=np.uint8), labels
+
+
+def augmented_in_order(data: Dataset, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
+    """The augmented batches of an epoch, in the order of the file."""
+    return data._made(None, batch_size, derive_seed(seed, "augmentation", epoch), None)
 
 
 def raw_dataset(name: str, train: int = 60, test: int = 30) -> RawDataset:

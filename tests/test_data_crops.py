@@ -7,7 +7,7 @@ import math
 import numpy as np
 import pytest
 
-from fastar.data.crops import KEPT, Crop, centre, random_boxes
+from fastar.data.crops import Crop, centre, random_boxes
 from fastar.data.sampling import draw
 
 KEY = 0x1234_5678_9ABC_DEF
@@ -103,7 +103,7 @@ def test_squares_are_of_the_shorter_side() -> None:
     assert h[:3].tolist() == [262, 262, 56]  # 7/8, rounded down
     assert {0, 300 - 262} <= set(top[::3]) <= set(range(39))  # every place, ends included
     assert (left[::3].min(), left[::3].max()) == (0, 500 - 262)
-    assert centre(KEPT)(np.arange(3), height[:3], width[:3]).tolist() == [
+    assert centre(np.arange(3), height[:3], width[:3]).tolist() == [
         [19, 119, 262, 262],
         [119, 19, 262, 262],
         [4, 4, 56, 56],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tarfile
 import threading
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +90,16 @@ def square(path: Path) -> Image.Image:
     return rgb.crop((left, top, left + side, top + side))
 
 
-def test_every_sample_once_in_order_with_raw_pixels_exact(root: Path) -> None:
+def cut(monkeypatch: pytest.MonkeyPatch, kept: float) -> None:
+    """Cut images that are not augmented to the centred `kept` of the shorter side."""
+    monkeypatch.setattr(streaming, "centre", partial(centre, kept=kept))
+
+
+def test_every_sample_once_in_order_with_raw_pixels_exact(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut(monkeypatch, 1.0)
     for path in in_order(root):  # one shorter side for all, so that nothing is resized
         square(path).crop((0, 0, 30, 30)).resize((30, 30 + int(path.stem))).save(path, quality=95)
-    data = StreamingDataset(prepared(root, RAW), "train", "cpu", size=30, kept=1.0, threads=1)
+    data = StreamingDataset(prepared(root, RAW), "train", "cpu", size=30, threads=1)
     images, labels = everything(data)
     assert labels.tolist() == [int(path.parent.name[1:]) for path in stored(root)]
     assert labels.tolist() != sorted(labels.tolist())  # shuffled
@@ -103,8 +110,9 @@ def test_every_sample_once_in_order_with_raw_pixels_exact(root: Path) -> None:
     np.testing.assert_allclose(pixels(images), want, atol=1e-3)
 
 
-def test_jpegs_are_shrunk_cropped_and_resized(root: Path) -> None:
-    data = StreamingDataset(prepared(root, JPEG), "train", "cpu", size=24, kept=0.75, threads=1)
+def test_jpegs_are_shrunk_cropped_and_resized(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut(monkeypatch, 0.75)
+    data = StreamingDataset(prepared(root, JPEG), "train", "cpu", size=24, threads=1)
     images, labels = everything(data)
     assert len(labels) == 16
     for got, path in zip(pixels(images), stored(root), strict=True):
@@ -116,8 +124,9 @@ def test_jpegs_are_shrunk_cropped_and_resized(root: Path) -> None:
         assert np.abs(got - want).mean() < 3, path
 
 
-def test_grey_and_cmyk_come_out_as_pillow_shows_them(root: Path) -> None:
-    images, _ = everything(StreamingDataset(prepared(root, RAW), "train", "cpu", size=24, kept=1.0, threads=1))
+def test_grey_and_cmyk_come_out_as_pillow_shows_them(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cut(monkeypatch, 1.0)
+    images, _ = everything(StreamingDataset(prepared(root, RAW), "train", "cpu", size=24, threads=1))
     grey, cmyk = (pixels(images)[stored(root).index(in_order(root)[number])] for number in (3, 4))
     np.testing.assert_allclose(grey, grey[..., :1].repeat(3, -1), atol=1e-3)  # three equal channels
     want = np.asarray(square(in_order(root)[4])).mean((0, 1))
@@ -138,7 +147,7 @@ def test_workers_and_batch_sizes_do_not_change_a_bit(root: Path) -> None:
 
 
 def test_epochs_are_permutations_with_keyed_mirroring(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(streaming, "random_boxes", lambda crop, key: centre())  # the cut is another test's
+    monkeypatch.setattr(streaming, "random_boxes", lambda crop, key: centre)  # the cut is another test's
     data = StreamingDataset(prepared(root, RAW), "train", "cpu", size=24, threads=1)
     plain, _ = everything(data)
     mirrored = plain.flip(3)
@@ -349,7 +358,7 @@ def test_all_that_goes_to_a_gpu_is_pinned(root: Path, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.data
-def test_real_imagenet_jpegs(tmp_path: Path) -> None:
+def test_real_imagenet_jpegs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """200 JPEGs, three of them grey, at the default preset: counts, labels, pixels against Pillow's, and once more."""
     if not SAMPLE.exists():
         pytest.skip(f"{SAMPLE} is not there")
@@ -365,7 +374,8 @@ def test_real_imagenet_jpegs(tmp_path: Path) -> None:
     files = prepared(tmp_path / "raw", None)
     assert (files.count("train"), files.count("test"), len(files.classes)) == (200, 10, 200)
     paths = stored(tmp_path / "raw")
-    images, labels = everything(StreamingDataset(files, "train", "cpu", size=64, kept=1.0, threads=2), 16)
+    cut(monkeypatch, 1.0)
+    images, labels = everything(StreamingDataset(files, "train", "cpu", size=64, threads=2), 16)
     assert labels.tolist() == [files.classes.index(path.parent.name) for path in paths]
     squares = [square(path) for path in paths]
     want = np.stack([np.asarray(image.resize((64, 64), Image.Resampling.BOX)) for image in squares])

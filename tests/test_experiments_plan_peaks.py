@@ -121,7 +121,6 @@ def held_images(
     return DeviceDataset(
         images.to(device),
         labels.to(device),
-        classes=10,
         mean=(0.5,) * channels,
         std=(0.25,) * channels,
         augmentation=augmentation,

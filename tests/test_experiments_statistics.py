@@ -16,7 +16,7 @@ def session_over(tmp_path: Path, labels: torch.Tensor, batch_size: int) -> Sessi
     settings = load_settings(dataset="digits", overrides=[f"train.batch_size={batch_size}", "device=cpu"])
     session = new_session(settings, RunFolder(tmp_path))
     images = labels.to(torch.uint8).view(-1, 1, 1, 1).expand(-1, 8, 8, 1).contiguous()
-    held = DeviceDataset(images, labels, classes=10, mean=(0.0,), std=(1 / 255,), augmentation=Augmentation(pad=2))
+    held = DeviceDataset(images, labels, mean=(0.0,), std=(1 / 255,), augmentation=Augmentation(pad=2))
     return with_data(session, train=held)
 
 

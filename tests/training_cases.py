@@ -81,7 +81,6 @@ def dataset(
     return DeviceDataset(
         images.to(device, torch.uint8),
         labels.to(device),
-        classes=4,
         mean=(0.4,) * channels,
         std=(0.2,) * channels,
         augmentation=Augmentation(pad=pad, flip=pad > 0),

@@ -98,7 +98,7 @@ def main() -> None:
             "imagefolder", own_name="bench", data_root=raw, directory=Path(folder), encoding=Encoding(500, 1.0, 90)
         )
         source = StreamingDataset(files, "train", device, size=arguments.size, threads=arguments.workers)
-        shape, classes = source.input_shape, source.classes
+        shape, classes = (3, arguments.size, arguments.size), len(files.classes)
 
         def network(seed: int) -> nn.Module:
             return build_model(arguments.arch, input_shape=shape, classes=classes, seed=seed, width=arguments.width).to(

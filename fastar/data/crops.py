@@ -25,14 +25,10 @@ ATTEMPTS = 10
 _STREAM = 8
 
 
-def centre(kept: float = KEPT) -> Boxes:
-    """The centred square whose side is `kept` of the shorter side."""
-
-    def boxes(index: np.ndarray, height: np.ndarray, width: np.ndarray) -> np.ndarray:
-        side = _side(kept, height, width)
-        return np.stack([(height - side) // 2, (width - side) // 2, side, side], axis=1)
-
-    return boxes
+def centre(index: np.ndarray, height: np.ndarray, width: np.ndarray, kept: float = KEPT) -> np.ndarray:
+    """The centred square whose side is `kept` of the shorter side: `Boxes`."""
+    side = _side(kept, height, width)
+    return np.stack([(height - side) // 2, (width - side) // 2, side, side], axis=1)
 
 
 def random_boxes(crop: Crop, key: int) -> Boxes:

@@ -1,4 +1,4 @@
-"""The data set that training and evaluation take, wherever its images live."""
+"""The one form in which training and evaluation take data, wherever the samples live."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from fastar.data.sampling import epoch_order
 from fastar.errors import FastarError
 from fastar.runtime.seeds import derive_seed
 
@@ -14,20 +15,15 @@ Batch = tuple[torch.Tensor, torch.Tensor]
 
 
 class Dataset(ABC):
-    """One split: `DeviceDataset` holds it on the device, `StreamingDataset` decodes it as it is read."""
+    """One split: `DeviceDataset` holds it on the device, `StreamingDataset` decodes it as it is read.
 
-    classes: int
+    Callers use the public methods alone. A further form of data is a subclass with the abstract ones.
+    """
+
     device: torch.device
-    digest: str
-    """SHA-256 of the files that it came from."""
 
     @abstractmethod
     def __len__(self) -> int: ...
-
-    @property
-    @abstractmethod
-    def input_shape(self) -> tuple[int, int, int]:
-        """(C, H, W) of its images, where no other size is asked for."""
 
     def batch_count(self, batch_size: int, drop_last: bool = True) -> int:
         """Batches per epoch."""
@@ -62,12 +58,12 @@ class Dataset(ABC):
         if size is not None:
             self._check_size(size)
         order = self._order(seed, epoch)[begin * batch_size : count * batch_size]
-        return self._made(order, batch_size, _key(augment, seed, epoch), size)
+        return self._made(order, batch_size, derive_seed(seed, "augmentation", epoch) if augment else None, size)
 
-    def sequential(self, batch_size: int, *, augment: bool = False, seed: int = 0, epoch: int = 0) -> Iterator[Batch]:
-        """Batches in file order, every sample exactly once; the last may be short. See `batches`."""
+    def sequential(self, batch_size: int) -> Iterator[Batch]:
+        """Batches in file order, not augmented, every sample exactly once; the last may be short. See `batches`."""
         self._check_batch_size(batch_size, drop_last=False)
-        return self._made(None, batch_size, _key(augment, seed, epoch), None)
+        return self._made(None, batch_size, None, None)
 
     def _check_batch_size(self, batch_size: int, drop_last: bool) -> None:
         if batch_size < 1:
@@ -79,14 +75,10 @@ class Dataset(ABC):
     def _check_size(self, size: int) -> None:
         """Raise FastarError where images of this side cannot be given."""
 
-    @abstractmethod
     def _order(self, seed: int, epoch: int) -> Any:
         """Positions of all samples as an epoch takes them."""
+        return epoch_order(len(self), seed, epoch, self.device)
 
     @abstractmethod
     def _made(self, order: Any | None, batch_size: int, key: int | None, size: int | None) -> Iterator[Batch]:
         """Batches of the samples `order` (None: all, in the order of the file), augmented by `key` if there is one."""
-
-
-def _key(augment: bool, seed: int, epoch: int) -> int | None:
-    return derive_seed(seed, "augmentation", epoch) if augment else None

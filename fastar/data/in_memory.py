@@ -8,7 +8,6 @@ import torch
 from fastar.config import Augmentation
 from fastar.data.augment import Normalisation, augmented, draw_augmentation
 from fastar.data.dataset import Batch, Dataset
-from fastar.data.sampling import epoch_order
 from fastar.data.splits import chosen_images, stored_in
 from fastar.errors import FastarError
 from fastar.runtime.progress import SILENT, Progress
@@ -35,12 +34,10 @@ class DeviceDataset(Dataset):
         images: torch.Tensor,
         labels: torch.Tensor,
         *,
-        classes: int,
         mean: tuple[float, ...],
         std: tuple[float, ...],
         augmentation: Augmentation,
         index: torch.Tensor | None = None,
-        digest: str = "",
         normalised_bytes: int = NORMALISED_BYTES,
         block_bytes: int | None = None,
     ):
@@ -48,8 +45,7 @@ class DeviceDataset(Dataset):
             raise ValueError(f"need uint8 [n, H, W, C] and int64 labels, not {images.dtype} {tuple(images.shape)}")
         if len(images) != len(labels) or len(mean) != images.shape[3] or len(std) != images.shape[3]:
             raise ValueError(f"{len(images)} images, {len(labels)} labels, {len(mean)} means do not fit together")
-        self.images, self.labels, self.classes = images, labels, classes
-        self.device, self.augmentation, self.digest = images.device, augmentation, digest
+        self.images, self.labels, self.device, self.augmentation = images, labels, images.device, augmentation
         self.index = torch.arange(len(labels), device=labels.device) if index is None else index
         self._normalise = Normalisation(mean, std, images.shape[1], images.shape[2], images.device)
         self._normalised = self._normalise(images) if images.numel() * 4 <= normalised_bytes else None
@@ -58,19 +54,10 @@ class DeviceDataset(Dataset):
     def __len__(self) -> int:
         return len(self.labels)
 
-    @property
-    def input_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)"""
-        _, height, width, channels = self.images.shape
-        return channels, height, width
-
     def _check_size(self, size: int) -> None:
-        _, height, width = self.input_shape
+        height, width = self.images.shape[1:3]
         if (size, size) != (height, width):
             raise FastarError(f"images of {size}x{size} asked for, the data set's are {height}x{width} and stay so")
-
-    def _order(self, seed: int, epoch: int) -> torch.Tensor:
-        return epoch_order(len(self), seed, epoch, self.device)
 
     def _made(self, order: torch.Tensor | None, batch_size: int, key: int | None, size: int | None) -> Iterator[Batch]:
         if not self.augmentation:
@@ -103,14 +90,13 @@ def load(
     *,
     limit: int | None = None,
     validation: float = 0.0,
-    augmentation: Augmentation | None = None,
     progress: Progress = SILENT,
 ) -> DeviceDataset:
     """Read a split ("train", "validation" or "test") once through FFCV into memory of `device`.
 
     `limit` keeps at most so many samples, classes balanced, in file order; `validation` is the share of the training
-    images that are the split "validation" and not in "train" (`fastar.data.splits`); `augmentation` replaces the
-    dataset's own. The pixels are compared with the digest taken when they were written.
+    images that are the split "validation" and not in "train" (`fastar.data.splits`). The pixels are compared with the
+    digest taken when they were written.
     """
     # Only here: FFCV takes seconds, and tensors of a user's own need none of it.
     from fastar.data.ffcv.format import FixedLayout, check_beton, damaged
@@ -131,12 +117,10 @@ def load(
         return DeviceDataset(
             torch.from_numpy(images).to(device),
             torch.from_numpy(labels).to(device),
-            classes=layout.classes,
             mean=files.mean,
             std=files.std,
-            augmentation=files.augmentation if augmentation is None else augmentation,
+            augmentation=files.augmentation,
             index=torch.from_numpy(index).to(device),
-            digest=files.digest,
         )
     except torch.OutOfMemoryError as error:
         needed = images.nbytes / 1e6

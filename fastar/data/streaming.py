@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from fastar.data.augment import Normalisation, mirrored_and_normalised
-from fastar.data.crops import KEPT, Crop, centre, random_boxes
+from fastar.data.crops import Crop, centre, random_boxes
 from fastar.data.dataset import Batch, Dataset
 from fastar.data.ffcv.decode import Plan
 from fastar.data.ffcv.folder import DatasetFiles
@@ -41,8 +41,7 @@ class StreamingDataset(Dataset):
         device: where batches go.
         size: of the images, where no other is asked for.
         crop: what is cut out of an augmented image (`fastar.data.crops.random_boxes`), which is also mirrored with
-            probability 1/2; of others the centred square of `kept` of the shorter side.
-        kept: see `crop`.
+            probability 1/2; of others the centred square of 224/256 of the shorter side.
         order: random, or pages for files larger than memory: shuffled in windows of 64 pages of the file, so that each
             page is read once an epoch, front to back. The files hold the images in a shuffled order, so every window
             mixes all classes; a file that keeps them by class is refused.
@@ -62,7 +61,6 @@ class StreamingDataset(Dataset):
         *,
         size: int = 224,
         crop: Crop = "random-resized",
-        kept: float = KEPT,
         order: Order = "random",
         threads: int | None = None,
         limit: int | None = None,
@@ -71,8 +69,6 @@ class StreamingDataset(Dataset):
         window: int = WINDOW,
     ):
         self._check_size(size)
-        if not 0 < kept <= 1:
-            raise FastarError(f"kept={kept} must be within 0..1")
         if threads is not None and threads < 1:
             raise FastarError(f"threads={threads} must be at least 1")
         if order == "pages" and not files.shuffled:
@@ -81,9 +77,7 @@ class StreamingDataset(Dataset):
                 "use dataset.order=random, or write it again shuffled"
             )
         self._size, self._crop, self._paged, self._window = size, crop, order == "pages", window
-        self._centre = centre(kept)
         self.device = torch.device(device)
-        self.classes, self.digest = len(files.classes), files.digest
         place = self.device
         self._normalisation = cache(lambda side: Normalisation(files.mean, files.std, side, side, place))
         stored = stored_in(split)
@@ -98,11 +92,6 @@ class StreamingDataset(Dataset):
     def __len__(self) -> int:
         return len(self._index)
 
-    @property
-    def input_shape(self) -> tuple[int, int, int]:
-        """(C, H, W)"""
-        return 3, self._size, self._size
-
     def _check_size(self, size: int) -> None:
         if size < 1:
             raise FastarError(f"size={size} must be at least 1")
@@ -116,7 +105,7 @@ class StreamingDataset(Dataset):
         order, size = self._index[slice(None) if order is None else order], size or self._size
         if len(order) == 0:
             return
-        boxes = self._centre if key is None else random_boxes(self._crop, key)
+        boxes = centre if key is None else random_boxes(self._crop, key)
         plan = Plan(size, boxes, pinned=self.device.type == "cuda")
         normalise, start = self._normalisation(size), 0
         with closing(self._reader.epoch(order, batch_size, plan)) as batches:

@@ -115,7 +115,6 @@ class Problem:
         return DeviceDataset(
             images.to(torch.uint8).to(self.device),
             labels.to(self.device),
-            classes=self.classes,
             mean=(0.5,) * 3,
             std=(0.25,) * 3,
             augmentation=Augmentation(pad=4, flip=True),
