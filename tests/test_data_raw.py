@@ -22,6 +22,8 @@ from PIL import Image
 
 from fastar.config import DATASETS, dataset_spec
 from fastar.data.convert import prepare
+from fastar.data.ffcv.format import FixedLayout
+from fastar.data.ffcv.write import write_beton
 from fastar.data.in_memory import load
 from fastar.data.raw.cifar import CifarUnpickler
 from fastar.data.raw.find import find_raw
@@ -242,18 +244,18 @@ def test_bad_class_folders(tmp_path):
     spec = DATASETS["cifar10"]
     write_folders(tmp_path, raw_dataset("cifar10"))
     first = sorted((tmp_path / "train" / "airplane").iterdir())[0]
-    content = first.read_bytes()
+    content, layout = first.read_bytes(), FixedLayout(60, 10, (32, 32, 3))
 
     def message() -> str:
         with pytest.raises(FastarError) as caught:
-            find_raw(spec, tmp_path).train[0]
+            write_beton(tmp_path / "x.beton", find_raw(spec, tmp_path).train, np.arange(1), layout)
         return str(caught.value)
 
     for damaged in (content[: len(content) // 2], b"", b"not an image", content[:60] + bytes(40) + content[100:]):
         first.write_bytes(damaged)
         assert f"{first}: cannot be read as an image" in message()
     Image.fromarray(np.zeros((32, 31, 3), np.uint8)).save(first)
-    assert f"{first}: image is 32x31, must be 32x32" in message()
+    assert f"{first}: image is uint8 [32, 31, 3], must be uint8 [32, 32, 3]" in message()
     Image.fromarray(np.zeros((32, 32), np.uint16)).save(first)
     assert f"{first}: I;16 pixels are not 8-bit" in message()
     for path in (tmp_path / "train" / "airplane").iterdir():

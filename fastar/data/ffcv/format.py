@@ -55,8 +55,8 @@ class FixedLayout:
             if image.shape == self.shape and image.dtype == np.uint8:
                 yield Encoded(RAW_MODE, image.shape[0], image.shape[1], image.tobytes())
             else:
-                reason = f"image is {image.dtype} {list(image.shape)}, not uint8 {list(self.shape)}"
-                yield UnusableImage(raw.where(index), reason, "convert it")
+                reason = f"image is {image.dtype} {list(image.shape)}, must be uint8 {list(self.shape)}"
+                yield UnusableImage(raw.where(index), reason, "resize it or check --dataset")
 
     def __str__(self) -> str:
         return f"{'x'.join(map(str, self.shape))} images"

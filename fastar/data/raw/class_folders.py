@@ -21,30 +21,6 @@ ANNOTATIONS = "val_annotations.txt"
 _HINT = ", or of your own set (imagefolder) keep a share of each class for testing: --val-share 0.1"
 
 
-class FixedSizeSplit(ImageSplit):
-    """Images that must all have a data set's size, decoded to its channels. The digest is of their files' content."""
-
-    def __init__(self, spec: DatasetSpec, origin: Path, names: list[str], labels: np.ndarray):
-        super().__init__(origin, spec.classes, names, labels)
-        self.shape = (spec.height, spec.width, spec.channels)
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        height, width, channels = self.shape
-        pixels = self.picture(index).decode("RGB" if channels == 3 else "L")
-        if pixels.shape[:2] != (height, width):
-            raise FastarError(
-                f"{self.where(index)}: image is {pixels.shape[0]}x{pixels.shape[1]}, must be {height}x{width}; "
-                "resize it or check --dataset"
-            )
-        return pixels.reshape(self.shape), int(self.labels[index])
-
-    def _size_and_content(self, index: int) -> tuple[int, bytes]:
-        path = Path(self.where(index))
-        with readable(path):
-            content = path.read_bytes()
-        return len(content), content
-
-
 def find_folders(root: Path, spec: DatasetSpec) -> RawDataset | None:
     """The class folders in `root`/train and `root`/test (or val) of a set of one size, or None where there are none."""
     train = root / "train"
@@ -54,12 +30,11 @@ def find_folders(root: Path, spec: DatasetSpec) -> RawDataset | None:
         test = _first_folder(root, "test", "val")
     if test is None:
         raise FastarError(f"{root}: has train/ but neither test/ nor val/; put the test images there")
-    passed, splits = PassedOver(), []
+    passed, splits, mode = PassedOver(), [], "RGB" if spec.channels == 3 else "L"
     for folder in (train, test):
         label_of = _labels_of_folders(folder, spec)
-        splits.append(
-            FixedSizeSplit(spec, folder, *_arrays(folder, label_of, in_class_folders(folder, label_of, passed)))
-        )
+        found = _arrays(folder, label_of, in_class_folders(folder, label_of, passed))
+        splits.append(ImageSplit(folder, spec.classes, *found, mode=mode, content=True))
     return RawDataset(splits[0], splits[1], "class folders", root, f"{root}: {passed}" if passed.count else None)
 
 

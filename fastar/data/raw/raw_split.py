@@ -1,4 +1,4 @@
-"""Raw data as every reader hands it over: an indexable of (image, label)."""
+"""Raw data as every reader hands it over: indexables of (image, label)."""
 
 import hashlib
 import io
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import IO, BinaryIO, NamedTuple, Protocol
+from typing import IO, BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -55,7 +55,7 @@ def is_image(stream: IO[bytes]) -> bool:
 
 
 def decode_image(file: Path | BinaryIO, where: str, *, mode: str = "RGB", upright: bool = False) -> np.ndarray:
-    """An image file as uint8 [H, W, 3], or [H, W] with mode L; others are converted, and PNG may be called JPEG.
+    """An image file as uint8 [H, W, 3], or [H, W, 1] with mode L; others are converted, and PNG may be called JPEG.
 
     With `upright` it is turned as its EXIF orientation says; without, the orientation is ignored.
 
@@ -68,7 +68,7 @@ def decode_image(file: Path | BinaryIO, where: str, *, mode: str = "RGB", uprigh
                 raise UnusableImage(where, f"{image.mode} pixels are not 8-bit", "convert the image")
             if upright:
                 ImageOps.exif_transpose(image, in_place=True)
-            return np.array(image if image.mode == mode else image.convert(mode))
+            return np.atleast_3d(np.array(image if image.mode == mode else image.convert(mode)))
     except UnusableImage:
         raise
     # Pillow's decoders raise more than OSError on damaged files: SyntaxError (PNG), ValueError, struct.error.
@@ -85,31 +85,8 @@ def _cause(error: Exception) -> str:
     return " ".join(str(error).split())
 
 
-class RawSplit(Protocol):
-    """One split of a raw dataset."""
-
-    classes: tuple[str, ...]
-    labels: np.ndarray
-    """int64 [n], each in 0..len(classes)-1; known without decoding an image."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        """(image uint8 [H, W, C], label); FastarError names the file, or the index, of what cannot be decoded."""
-        ...
-
-    def where(self, index: int) -> str:
-        """The origin of sample `index`, for messages."""
-        ...
-
-    @property
-    def digest(self) -> str:
-        """SHA-256 of the split's raw content."""
-        ...
-
-
 class ArraySplit:
-    """A split held in memory: images uint8 [n, H, W, C], labels [n]."""
+    """A split held in memory: images uint8 [n, H, W, C], labels int64 [n] in 0..len(classes)-1."""
 
     def __init__(self, images: np.ndarray, labels: np.ndarray, classes: tuple[str, ...], origin: str):
         if images.dtype != np.uint8 or images.ndim != 4:
@@ -136,10 +113,12 @@ class ArraySplit:
         return self.images[index], int(self.labels[index])
 
     def where(self, index: int) -> str:
+        """The origin of sample `index`, for messages."""
         return f"{self.origin}, sample {index}"
 
     @cached_property
     def digest(self) -> str:
+        """SHA-256 of images, labels and classes."""
         digest = hashlib.sha256(repr((self.images.shape, self.classes)).encode())
         digest.update(self.images.data)
         digest.update(self.labels.astype("<i8").data)
@@ -169,13 +148,15 @@ class Picture(NamedTuple):
 
 
 class ImageSplit:
-    """Images of any size in files, or inside an uncompressed archive, decoded to RGB when they are asked for.
+    """Images in files, or inside an uncompressed archive, decoded when they are asked for.
 
     Args:
         origin: the folder or archive.
         names: of the images below it.
-        labels: int64 [n], their classes.
+        labels: int64 [n], their classes, known without decoding an image.
         places: int64 [n, 2], offset and size of each image inside the archive; None: `origin` is a folder.
+        mode: Pillow's name of the pixels that images are decoded to, RGB or L.
+        content: the digest covers the content of the files too.
     """
 
     upright = False
@@ -188,14 +169,19 @@ class ImageSplit:
         names: list[str],
         labels: np.ndarray,
         places: np.ndarray | None = None,
+        *,
+        mode: str = "RGB",
+        content: bool = False,
     ):
         self.origin, self.classes, self.names, self.labels, self.places = origin, classes, names, labels, places
+        self.mode, self.content = mode, content
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __getitem__(self, index: int) -> tuple[np.ndarray, int]:
-        return self.picture(index).decode(), int(self.labels[index])
+        """(image uint8 [H, W, C], label); FastarError names the file that cannot be decoded."""
+        return self.picture(index).decode(self.mode), int(self.labels[index])
 
     def picture(self, index: int) -> Picture:
         """The image, not decoded yet."""
@@ -222,13 +208,21 @@ class ImageSplit:
         return digest.hexdigest()
 
     def _size_and_content(self, index: int) -> tuple[int, bytes]:
-        """The bytes of image `index`, and of their content what the digest covers: nothing."""
+        """The bytes of image `index`, and of their content what the digest covers."""
         if self.places is not None:
             return int(self.places[index, 1]), b""
+        path = Path(self.where(index))
+        if self.content:
+            with readable(path):
+                content = path.read_bytes()
+            return len(content), content
         try:
-            return os.stat(self.where(index)).st_size, b""
+            return os.stat(path).st_size, b""
         except OSError:
             return -1, b""
+
+
+RawSplit = ArraySplit | ImageSplit
 
 
 @dataclass(frozen=True)
