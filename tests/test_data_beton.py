@@ -25,7 +25,7 @@ from fastar.data.ffcv import read as reading_module
 from fastar.data.ffcv.checksums import measured, verify_beton
 from fastar.data.ffcv.folder import open_files
 from fastar.data.ffcv.format import FixedLayout, check_beton
-from fastar.data.ffcv.read import read_batches
+from fastar.data.ffcv.read import read_images
 from fastar.data.ffcv.write import write_beton
 from fastar.data.in_memory import load
 from fastar.data.raw.raw_split import ArraySplit, RawDataset
@@ -59,15 +59,11 @@ def debris(folder) -> list[str]:
 def test_round_trip(tmp_path, name, compiled):
     raw, layout = write(tmp_path / "x.beton", name, 777, workers=3)  # more than one page for 32x32 RGB
     threads = torch.get_num_threads()
-    images, labels = [], []
-    for some_images, some_labels in read_batches(
-        tmp_path / "x.beton", layout, 100, compile_from=0 if compiled else 1000
-    ):
-        images.append(some_images.copy())
-        labels.append(some_labels.copy())
-    assert [len(some) for some in labels] == [100] * 7 + [77]
+    beton = check_beton(tmp_path / "x.beton", layout)
+    images = [some.copy() for some in read_images(beton, 100, compile_from=0 if compiled else 1000)]
+    assert [len(some) for some in images] == [100] * 7 + [77]
     assert np.array_equal(np.concatenate(images), raw.images)
-    assert np.array_equal(np.concatenate(labels), raw.labels)
+    assert np.array_equal(beton.labels, raw.labels)
     assert torch.get_num_threads() == threads
 
 
@@ -87,7 +83,7 @@ def test_torch_keeps_its_threads_through_a_read(tmp_path):
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        for _ in read_batches(tmp_path / "x.beton", layout):
+        for _ in read_images(check_beton(tmp_path / "x.beton", layout)):
             pass
         assert torch.get_num_threads() == 3
     finally:
@@ -98,7 +94,7 @@ def test_leaving_early_leaves_no_thread(tmp_path):
     _, layout = write(tmp_path / "x.beton")
     before = threading.active_count()
     for stop_after in (1, 29, 30):
-        batches = read_batches(tmp_path / "x.beton", layout, batch_size=10)
+        batches = read_images(check_beton(tmp_path / "x.beton", layout), batch_size=10)
         for _ in range(stop_after):
             next(batches)
         batches.close()
@@ -118,8 +114,8 @@ def test_failing_loader_thread_raises_its_own_error(tmp_path, monkeypatch):
 
     monkeypatch.setattr(SimpleRGBImageDecoder, "generate_code", failing)
     before = threading.active_count()
-    batches = read_batches(tmp_path / "x.beton", layout, batch_size=50)
-    assert [len(next(batches)[0]) for _ in range(2)] == [50, 50]
+    batches = read_images(check_beton(tmp_path / "x.beton", layout), batch_size=50)
+    assert [len(next(batches)) for _ in range(2)] == [50, 50]
     with pytest.raises(FastarError, match=r"x\.beton: .*the cable was pulled"):
         next(batches)
     assert threading.active_count() == before
@@ -158,7 +154,7 @@ def test_damaged_files_are_refused_before_ffcv_sees_them(tmp_path, monkeypatch, 
     break_it(path)
     monkeypatch.setattr(reading_module, "GuardedLoader", None)  # calling it would be a TypeError
     with pytest.raises(FastarError, match=message) as caught:
-        next(read_batches(path, layout))
+        next(read_images(check_beton(path, layout)))
     assert str(path) in str(caught.value)
 
 

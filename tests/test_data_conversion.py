@@ -124,15 +124,15 @@ def test_page_order_reads_windows_of_pages(root: Path) -> None:
     assert len({tuple(order) for order in orders}) == 3
     files = prepared(root)
     data = StreamingDataset(files, "train", "cpu", size=8, order="pages", threads=1, window=1)
-    data._reader.pages = np.arange(COUNT) // 6
-    order = paged_order(data._reader.pages, 1, 3, 1)
+    data._pages = np.arange(COUNT) // 6
+    order = paged_order(data._pages, 1, 3, 1)
     _, labels = shown(data)
-    assert labels.tolist() == data._reader.labels[order].tolist()
+    assert labels.tolist() == data._labels[order].tolist()
     assert [len(set(order[start : start + 6] // 6)) for start in range(0, COUNT, 6)] == [1] * 4
     by_class = prepared(root, "sorted", shuffled=False)
     assert not by_class.shuffled
     plain = StreamingDataset(by_class, "train", "cpu", size=8)
-    assert plain._reader.labels.tolist() == [0] * 8 + [1] * 8 + [2] * 8
+    assert plain._labels.tolist() == [0] * 8 + [1] * 8 + [2] * 8
     with pytest.raises(FastarError, match=r"holds its images by class.*dataset\.order=random"):
         StreamingDataset(by_class, "train", "cpu", size=8, order="pages")
 

@@ -99,24 +99,22 @@ def load(
     digest taken when they were written.
     """
     # Only here: FFCV takes seconds, and tensors of a user's own need none of it.
-    from fastar.data.ffcv.format import FixedLayout, check_beton, damaged
+    from fastar.data.ffcv.format import damaged
     from fastar.data.ffcv.read import read_chosen
 
     stored = stored_in(split)
-    path, layout = files.path(stored), files.layout(stored)
-    assert isinstance(layout, FixedLayout)  # others stream
+    beton = files.beton(stored)
     # Chosen before any is read: what is left out takes no memory.
-    labels_of_all = check_beton(path, layout).labels
     index = chosen_images(
-        labels_of_all, split, validation=validation, limit=limit, classes=files.classes, name=files.name
+        beton.labels, split, validation=validation, limit=limit, classes=files.classes, name=files.name
     )
-    images, labels, content = read_chosen(path, layout, index, progress, f"reading {files.name} {split}")
+    images, content = read_chosen(beton, index, progress, f"reading {files.name} {split}")
     if content != files.metadata["content"][stored]:
-        raise damaged(path, "its pixels are not those that were written (damaged or replaced)")
+        raise damaged(beton.path, "its pixels are not those that were written (damaged or replaced)")
     try:
         return DeviceDataset(
             torch.from_numpy(images).to(device),
-            torch.from_numpy(labels).to(device),
+            torch.from_numpy(beton.labels[index]).to(device),
             mean=files.mean,
             std=files.std,
             augmentation=files.augmentation,

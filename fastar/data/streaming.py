@@ -14,7 +14,6 @@ from fastar.data.crops import Crop, centre, random_boxes
 from fastar.data.dataset import Batch, Dataset
 from fastar.data.ffcv.decode import Plan
 from fastar.data.ffcv.folder import DatasetFiles
-from fastar.data.ffcv.format import VariableLayout
 from fastar.data.ffcv.read import ImageReader
 from fastar.data.sampling import draw, epoch_order, paged_order
 from fastar.data.splits import chosen_images, stored_in
@@ -81,12 +80,11 @@ class StreamingDataset(Dataset):
         place = self.device
         self._normalisation = cache(lambda side: Normalisation(files.mean, files.std, side, side, place))
         stored = stored_in(split)
-        layout = files.layout(stored)
-        assert isinstance(layout, VariableLayout)  # others are held in memory
-        threads = threads or len(os.sched_getaffinity(0))
-        self._reader = ImageReader(files.path(stored), layout, files.checksums(stored, progress), threads=threads)
+        beton, checksums = files.beton(stored), files.checksums(stored, progress)
+        self._reader = ImageReader(beton, checksums, threads=threads or len(os.sched_getaffinity(0)))
+        self._labels, self._pages = beton.labels, beton.pages
         self._index = chosen_images(
-            self._reader.labels, split, validation=validation, limit=limit, classes=files.classes, name=files.name
+            beton.labels, split, validation=validation, limit=limit, classes=files.classes, name=files.name
         )
 
     def __len__(self) -> int:
@@ -98,7 +96,7 @@ class StreamingDataset(Dataset):
 
     def _order(self, seed: int, epoch: int) -> np.ndarray:
         if self._paged:
-            return paged_order(self._reader.pages[self._index], self._window, seed, epoch)
+            return paged_order(self._pages[self._index], self._window, seed, epoch)
         return epoch_order(len(self), seed, epoch, torch.device("cpu")).numpy()
 
     def _made(self, order: np.ndarray | None, batch_size: int, key: int | None, size: int | None) -> Batches:
@@ -117,7 +115,7 @@ class StreamingDataset(Dataset):
                     if key is not None:
                         mirrored = self._moved(torch.from_numpy(draw(key, index, _MIRROR) >> 31 == 1))
                     images = mirrored_and_normalised(self._moved(pixels), mirrored, normalise)
-                    labels = self._moved(torch.from_numpy(self._reader.labels[index]))
+                    labels = self._moved(torch.from_numpy(self._labels[index]))
                 yield images.permute(0, 3, 1, 2), labels
 
     def _moved(self, tensor: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ import numpy as np
 from fastar.config import Augmentation
 from fastar.data.encode import Encoding
 from fastar.data.ffcv.checksums import Checksums, checksums_path, kept_checksums, take_checksums
-from fastar.data.ffcv.format import FixedLayout, Layout, VariableLayout, check_beton, damaged, fingerprint
+from fastar.data.ffcv.format import Beton, FixedLayout, Layout, VariableLayout, check_beton, damaged, fingerprint
 from fastar.data.ffcv.write import disk_full
 from fastar.data.raw.raw_split import readable
 from fastar.errors import FastarError, refusal
@@ -91,6 +91,10 @@ class DatasetFiles:
         channels, height, width = self.input_shape
         return FixedLayout(count, classes, (height, width, channels))
 
+    def beton(self, split: str) -> Beton:
+        """The split's file, its tables checked."""
+        return check_beton(self.path(split), self.layout(split))
+
     def checksums(self, split: str, progress: Progress = SILENT) -> Checksums:
         """Checksums of images of any size, kept beside the split's file. Where there are none that count (an earlier
         version wrote the file, or they are damaged), all of it is read once, compared with the digest of its content,
@@ -103,7 +107,7 @@ class DatasetFiles:
     def _new_checksums(self, split: str, progress: Progress) -> Checksums:
         path = self.path(split)
         progress.line(f"{path}: no checksums of its images are kept; it is read once to make them")
-        new = take_checksums(check_beton(path, self.layout(split)), progress, f"checking {self.name} {split}")
+        new = take_checksums(self.beton(split), progress, f"checking {self.name} {split}")
         if new.content != self.metadata["content"][split]:
             raise damaged(path, "its images are not those that were written (damaged or replaced)")
         try:
@@ -158,7 +162,7 @@ def check_unchanged(files: DatasetFiles, split: str) -> None:
     with readable(path):
         if path.is_file() and fingerprint(path) == files.metadata["files"][split]:
             return
-    check_beton(path, files.layout(split))  # first: it can say what is wrong
+    files.beton(split)  # first: it can say what is wrong
     raise damaged(path, f"not the file that {METADATA} describes (replaced or damaged)")
 
 
@@ -263,7 +267,7 @@ def _damages(files: DatasetFiles, split: str, progress: Progress) -> list[str]:
     path, content = files.path(split), files.metadata["content"][split]
     found = []
     try:
-        now = take_checksums(check_beton(path, files.layout(split)), progress, f"checking {files.name} {split}")
+        now = take_checksums(files.beton(split), progress, f"checking {files.name} {split}")
         kept = kept_checksums(path, content) if files.variable_size else None
         if kept is None and checksums_path(path).exists():
             found.append(f"{checksums_path(path)}: damaged; delete it, and the next run makes it again")

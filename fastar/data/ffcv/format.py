@@ -131,6 +131,11 @@ class Beton:
     sizes: np.ndarray
     tables: tuple[np.ndarray, np.ndarray]
 
+    @property
+    def pages(self) -> np.ndarray:
+        """The page of the file that each image lies in, int64 [n]."""
+        return (self.pointers // np.uint64(self.layout.PAGE)).astype(np.int64)
+
     def tables_digest(self) -> str:
         """SHA-256, hexadecimal, of all of the file but its images."""
         digest = hashlib.sha256(self.tables[0].data)
