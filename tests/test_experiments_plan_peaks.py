@@ -84,9 +84,9 @@ def whole_run(context: Session, patch: pytest.MonkeyPatch) -> dict[str, int]:
     with context.run.open(settings, context.progress):
         peaks.mark("training")
         sources = regular.regular_models(context, "source", settings.sources.number)
-        heldouts = regular.regular_models(context, "heldout", settings.sources.heldout)
-        centre, permutations = star.star_model(context, sources)
-        measure.measure(context, centre, sources, heldouts, permutations)
+        centre, released, permutations = star.star_model(context, sources)
+        heldouts = [one.released() for one in regular.regular_models(context, "heldout", settings.sources.heldout)]
+        measure.measure(context, centre, released, heldouts, permutations)
         peaks.mark("after")
     return peaks.found
 

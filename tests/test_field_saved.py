@@ -261,6 +261,15 @@ def test_a_folder_s_sources_may_be_called_so(tmp_path: Path) -> None:
         given_paths(tmp_path, 6)
 
 
+def test_a_run_folder_is_not_taken_for_its_sources(tmp_path: Path) -> None:
+    """It holds models too: the star, and permutations."""
+    (tmp_path / "sources").mkdir()
+    for name in ("config.yaml", "matchings.safetensors", "star.safetensors"):
+        (tmp_path / name).write_bytes(b"")
+    with pytest.raises(FastarError, match=f"{tmp_path}: is a run folder; give its sources, {tmp_path}/sources"):
+        given_paths(tmp_path, 2)
+
+
 def test_names_alone_differ(tmp_path: Path) -> None:
     names = dict(zip(weights(), ["fc1.w", "fc1.b", "fc2.w", "fc2.b"], strict=True))
     torch.save({names[name]: value for name, value in weights().items()}, tmp_path / "a.pt")

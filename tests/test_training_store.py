@@ -5,18 +5,22 @@ from __future__ import annotations
 import gc
 import os
 import weakref
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from run_cases import Killed, at_call, kill, small
 from torch import Tensor
 from training_cases import CPU, PlainConvNet, batches, network
 
 from fastar.config import MatchingSettings, StarSettings, TrainSettings
 from fastar.errors import FastarError
+from fastar.experiments import train_star
+from fastar.experiments.star_domain import train_sources
 from fastar.flat import FlatLayout
-from fastar.runs.model_files import Checkpoint, load_checkpoint, save_checkpoint, state_digest
+from fastar.runs import model_files
 from fastar.runs.safetensors_file import SafetensorsFile
 from fastar.symmetry import derive_symmetry
 from fastar.training import SourcesStore, StarStep, match_store
@@ -196,21 +200,45 @@ def test_the_store_asks_for_its_true_size() -> None:
         make_store("device", 8, **free)
 
 
-def test_a_source_is_read_once_to_be_checked_and_once_into_its_row(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("given", [False, True])
+def test_a_source_is_read_once_and_hashed_once(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: bool
 ) -> None:
-    state, path = network(PlainConvNet, 1).state_dict(), tmp_path / "a.safetensors"
-    save_checkpoint(path, state, {"kind": "source"})
-    reads: list[int] = []
-    read = SafetensorsFile.read
+    """What is read to be checked is what goes into the row, of a run's own sources and of those that are given."""
+    other = tmp_path / "other"
+    train_sources(small(data), other)
+    run, changes = other, []
+    if given:
+        run, changes = tmp_path / "run", [f"sources.folder={other / 'sources'}", "sources.heldout=1"]
+    reads: list[str] = []
+    hashed: list[int] = []
+    read, digest = SafetensorsFile.read, model_files.tensors_digest
     monkeypatch.setattr(
-        SafetensorsFile, "read", lambda self, names: (reads.append(len(list(names))), read(self, names))[1]
+        SafetensorsFile, "read", lambda self, names: (reads.append(self.path.name), read(self, names))[1]
     )
-    found = load_checkpoint(path, own=True).released()
-    assert state_digest(found) == state_digest(Checkpoint(state))
-    sources = SourcesStore(LAYOUT, [found.state], ["a"], CPU)
-    assert reads == [len(state)] * 2
-    assert torch.equal(sources.rows[0], LAYOUT.flatten(state))
+    monkeypatch.setattr(model_files, "tensors_digest", lambda state: (hashed.append(len(state)), digest(state))[1])
+    at_call(monkeypatch, StarStep, 1, kill)
+    with pytest.raises(Killed):
+        train_star(small(data, *changes), run)
+    assert reads == ["seed-0000.safetensors", "seed-0001.safetensors"]
+    assert len(hashed) == 2
+
+
+def test_one_source_is_held_at_a_time() -> None:
+    held: list[weakref.ref[Tensor]] = []
+
+    def states() -> Iterator[dict[str, Tensor]]:
+        for n in range(4):
+            assert not any(reference() is not None for reference in held)
+            state = {name: value.clone() for name, value in network(PlainConvNet, n).state_dict().items()}
+            held.extend(map(weakref.ref, state.values()))
+            yield state
+            del state
+
+    names = [str(n) for n in range(4)]
+    sources = SourcesStore(LAYOUT, states(), names, CPU)
+    for n, row in enumerate(sources.rows):
+        assert torch.equal(row, LAYOUT.flatten(network(PlainConvNet, n).state_dict()))
 
 
 @pytest.mark.gpu

@@ -11,7 +11,7 @@ from fastar.cli.show import show_results
 
 @takes(*RUN, "profile", "json", "quiet")
 def train_star(given: Given, overrides: Overrides = None) -> None:
-    """Do it all: data, sources, heldouts, star model, barriers, report.
+    """Do it all: data, sources, star model, heldouts, barriers, report.
 
     Examples:
 

@@ -41,8 +41,10 @@ KINDS = ("regular_regular", "star_heldout", "star_source", "regular_regular_unma
 
 def permuted(session: Session, checkpoint: Checkpoint, permutation: Permutations | None) -> Mapping[str, Tensor]:
     """A checkpoint's state, its units permuted if `permutation` is given."""
-    state = checkpoint.state
-    return state if permutation is None else session.network.symmetry.apply(permutation, state)
+    if permutation is None:
+        return checkpoint.state
+    state = dict(checkpoint.state.items())  # by one read, where it lies in a file
+    return session.network.symmetry.apply(permutation, state)
 
 
 def endpoint(session: Session, name: str, checkpoint: Checkpoint, permutation: Permutations | None = None) -> Endpoint:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from fastar.errors import FastarError
 from fastar.evaluation import Measured, evaluate_rows
 from fastar.evaluation.batch_norm import own_statistics
 from fastar.experiments.resumable import Subject, Trained, difference, trained
-from fastar.experiments.reuse import given_paths
+from fastar.experiments.reuse import source_paths
 from fastar.experiments.session import Session, measuring
 from fastar.runs import commit, read_metadata, versions
 from fastar.runs.model_files import Checkpoint, load_checkpoint, load_into, save_checkpoint
@@ -51,25 +52,29 @@ def check_recipe(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]
         raise FastarError(f"{path}: is another model ({difference(changed)}); move it away or choose --out")
 
 
-def regular_models(session: Session, kind: str, count: int) -> list[Checkpoint]:
-    """Sources (`kind` "source") or heldouts number 0 .. count - 1, trained where they are not there yet.
+def check_regular(session: Session, kind: str, count: int) -> None:
+    """Raise FastarError where a source or heldout that is there was made otherwise."""
+    for index in range(count):
+        path = session.run.model(kind, index)
+        if path.is_file():
+            check_recipe(path, read_metadata(path, own=True).get("recipe", {}), recipe(session, kind, index))
+
+
+def regular_models(session: Session, kind: str, count: int) -> Iterator[Checkpoint]:
+    """Sources (`kind` "source") or heldouts number 0 .. count - 1, trained where they are not there yet. They are read
+    one at a time, each when it is asked for.
 
     Raises:
         FastarError: one that is there was made otherwise, or cannot be read.
     """
-    found = []
+    check_regular(session, kind, count)  # all checks before any training
     paths = [session.run.model(kind, index) for index in range(count)]
-    for index, path in enumerate(paths):  # all checks before any training
-        if path.is_file():
-            check_recipe(path, read_metadata(path, own=True).get("recipe", {}), recipe(session, kind, index))
-    missing = [path for path in paths if not path.is_file()]
+    missing = [index for index, path in enumerate(paths) if not path.is_file()]
     with session.progress.task(f"{kind} models", total=len(missing), unit="models") as advance:
-        for index, path in enumerate(paths):
-            if not path.is_file():
-                train_regular(session, kind, index)
-                advance(1)
-            found.append(load_checkpoint(path, own=True).released())
-    return found
+        for index in missing:
+            train_regular(session, kind, index)
+            advance(1)
+    return map(partial(load_checkpoint, own=True), paths)
 
 
 def train_regular(session: Session, kind: str, index: int) -> None:
@@ -131,21 +136,22 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def given_sources(session: Session, folder: Path, count: int) -> list[Checkpoint]:
-    """The checkpoints that `given_paths` finds, checked against the run.
+def given_sources(session: Session) -> Iterator[Checkpoint]:
+    """The checkpoints of `sources.folder`, checked against the run; read one at a time, each when it is asked for.
 
     Raises:
         FastarError: too few of them, or one of another architecture, other data, or not finite.
     """
     model = session.network.build(seed=0)
-    found = []
-    for path in given_paths(folder, count):
+
+    def given(path: Path) -> Checkpoint:
         checkpoint = load_checkpoint(path)
         check_fits(session, checkpoint)
         checkpoint = load_into(model, checkpoint)
         tell(checkpoint, session.progress)
-        found.append(checkpoint.released())  # files that are no .safetensors stay in the host's memory
-    return found
+        return checkpoint
+
+    return map(given, source_paths(session.settings, session.run))
 
 
 def tell(checkpoint: Checkpoint, progress: Progress) -> None:

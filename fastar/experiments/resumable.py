@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from fastar.config import changes
+from fastar.config import Settings, changes
 from fastar.errors import FastarError
 from fastar.experiments.session import Session
 from fastar.runs import delete, remove_if_empty
@@ -60,6 +60,19 @@ class Trained(Generic[AnyStep]):
 def attempt_seed(seed: int, attempt: int) -> int:
     """The seed of random draws in attempt number `attempt`; the first one's is `seed` itself."""
     return derive_seed(seed, "attempt", attempt) if attempt else seed
+
+
+@contextmanager
+def training(settings: Settings, name: str) -> Iterator[None]:
+    """Inside, memory of a GPU that runs out while model `name` is trained is an error for users."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        elsewhere = ", or keep the sources elsewhere (sources.store=host)" if name == "star" else ""
+        raise FastarError(
+            f"training {name}: out of GPU memory at train.batch_size={settings.train.batch_size}; lower it or use "
+            f"train.precision=bf16{elsewhere}"
+        ) from error
 
 
 @contextmanager
@@ -118,14 +131,8 @@ def trained(
             )
         return Trained(step, history, number)
 
-    try:
+    with training(settings, name):
         done = _with_retries(session, subject, checkpoints, attempt)
-    except torch.OutOfMemoryError as error:
-        elsewhere = ", or keep the sources elsewhere (sources.store=host)" if subject.kind == "star" else ""
-        raise FastarError(
-            f"training {name}: out of GPU memory at train.batch_size={settings.train.batch_size}; lower it or use "
-            f"train.precision=bf16{elsewhere}"
-        ) from error
     yield done
     checkpoints.remove()
     last_good = run.last_good(subject.kind, subject.index)

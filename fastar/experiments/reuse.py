@@ -65,12 +65,14 @@ def check_permutations(run: RunFolder, star: Mapping[str, Any]) -> None:
 
 def measured_digest(settings: Settings, run: RunFolder, data: str) -> str:
     """A digest of all that results depend on: the models, the data (by their digest), and how they are measured."""
-    number, folder = settings.sources.number, settings.sources.folder
-    given = [] if folder is None else given_paths(folder.expanduser(), number)
-    sources = given or [run.model("source", i) for i in range(number)]
+    sources, own = source_paths(settings, run), settings.sources.folder is None
     heldouts = [run.model("heldout", i) for i in range(settings.sources.heldout)]
     content: dict[str, Any] = {
-        "models": [stored_digest(path, own=path not in given) for path in (run.star, *sources, *heldouts)],
+        "models": [
+            stored_digest(run.star, own=True),
+            *(stored_digest(path, own=own) for path in sources),
+            *(stored_digest(path, own=True) for path in heldouts),
+        ],
         "data": data,
         "permutations": stored_digest(run.permutations, own=True),
         "evaluation": settings.evaluation.model_dump(mode="json", exclude={"graph"}),
@@ -83,14 +85,23 @@ def measured_digest(settings: Settings, run: RunFolder, data: str) -> str:
     return content_digest(content)
 
 
+def source_paths(settings: Settings, run: RunFolder) -> list[Path]:
+    """The files of a run's sources: its own, or those that `sources.folder` gives (see `given_paths`)."""
+    number, folder = settings.sources.number, settings.sources.folder
+    return given_paths(folder, number) if folder is not None else [run.model("source", i) for i in range(number)]
+
+
 def given_paths(folder: Path, count: int) -> list[Path]:
     """The first `count` checkpoints of `folder`, in the order of their names.
 
     Raises:
-        FastarError: no such folder, or too few of them.
+        FastarError: no such folder, a run's folder instead of its sources', or too few of them.
     """
+    folder = folder.expanduser()
     if not folder.is_dir():
         raise FastarError(f"sources.folder={folder}: no such folder")
+    if RunFolder(folder).config.is_file() and (folder / "sources").is_dir():
+        raise FastarError(f"sources.folder={folder}: is a run folder; give its sources, {folder / 'sources'}")
     paths = sorted(path for path in folder.iterdir() if is_checkpoint(path) and path.is_file())
     if len(paths) < count:
         raise FastarError(

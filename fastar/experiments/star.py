@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from fastar.config.renamed import with_old_names
 from fastar.errors import FastarError, refusal
@@ -14,8 +15,8 @@ from fastar.evaluation import re_estimate
 from fastar.evaluation.batch_norm import set_statistics
 from fastar.experiments.matchings import star_permutations
 from fastar.experiments.regular import check_recipe, measured_alone, recipe, save_model
-from fastar.experiments.resumable import Subject, attempt_seed, trained
-from fastar.experiments.reuse import check_permutations
+from fastar.experiments.resumable import Subject, attempt_seed, trained, training
+from fastar.experiments.reuse import check_permutations, source_paths
 from fastar.experiments.session import Session, measuring
 from fastar.experiments.statistics_batches import examples, statistics_batches
 from fastar.flat.forward import on_device
@@ -34,6 +35,9 @@ from fastar.runtime.seeds import derive_seed
 from fastar.symmetry import Permutations
 from fastar.training import Matcher, Recording, SourcesStore, StarStep, StepsProfile
 
+Filled = tuple[SourcesStore, ActivationCache | None]
+"""Sources in their rows, and their activations where they are matched by them."""
+
 
 def star_recipe(session: Session, sources: Sequence[Checkpoint]) -> dict[str, Any]:
     """Everything that determines a star model."""
@@ -47,43 +51,58 @@ def star_recipe(session: Session, sources: Sequence[Checkpoint]) -> dict[str, An
 
 
 def star_model(
-    session: Session, sources: Sequence[Checkpoint], *, profile: StepsProfile | None = None
-) -> tuple[Checkpoint, Permutations | None]:
-    """The star model of `sources`, and the sources' permutations that it was trained with (None: never matched).
+    session: Session, sources: Iterable[Checkpoint], *, profile: StepsProfile | None = None
+) -> tuple[Checkpoint, list[Checkpoint], Permutations | None]:
+    """The star model of `sources`, these with their tensors left in the files, and their permutations that it was
+    trained with (None: never matched).
 
     Args:
+        sources: `sources.number` of them; each is asked for once, and let go before the next.
         profile: looks at some steps of its training.
 
     Raises:
         FastarError: a star that is there was made otherwise.
     """
-    run = session.run
-    wanted = star_recipe(session, sources)
+    run, found, stores = session.run, list[Checkpoint](), list[Filled]()
+
+    def states() -> Iterator[Mapping[str, Tensor]]:
+        for source in sources:
+            found.append(source.released())  # files that are no .safetensors stay in the host's memory
+            yield source.state
+            del source
+
+    if run.finished("star", 0):
+        for _ in states():
+            pass
+    else:  # what is read to be checked is what goes into the rows
+        with training(session.settings, "star"):
+            stores.append(_store(session, states()))
+    wanted = star_recipe(session, found)
     if run.star.is_file():
         check_recipe(run.star, read_metadata(run.star, own=True).get("recipe", {}), wanted)
-    if not run.finished("star", 0):
+    if stores:
         if run.star.is_file():
             session.progress.line(f"{run.permutations}: missing, and the star is of no use without; training it again")
-        _train(session, sources, wanted, profile)
+        _train(session, found, wanted, stores, profile)
     star = load_checkpoint(run.star, own=True)
     permutations = star_permutations(run.permutations)
     check_permutations(run, star.metadata)
-    return star, permutations or None
+    return star, found, permutations or None
 
 
-def _store(
-    session: Session, sources: Sequence[Checkpoint], by_activations: bool
-) -> tuple[SourcesStore, ActivationCache | None]:
+def _store(session: Session, states: Iterable[Mapping[str, Tensor]]) -> Filled:
     """The sources as they are in the files, and, where they are matched by it, what their units do."""
-    given = examples(session) if by_activations else None
+    settings = session.settings
+    by_activations = settings.star_matched_every > 0 and settings.matching.by_activations
+    given = examples(session) if by_activations and session.network.symmetry.groups else None
     # Kept for all epochs, so not on the device.
     inputs = [on_device(batch, torch.device("cpu")) for batch in given.inputs] if given else []
     store = SourcesStore(
         session.network.layout,
-        [source.state for source in sources],
-        [str(source.path and source.path.name) for source in sources],
+        states,
+        [path.name for path in source_paths(settings, session.run)],
         session.device,
-        store=session.settings.sources.store,
+        store=settings.sources.store,
         folder=session.run.path,
         beside=cache_bytes(given.model, session.network.symmetry, inputs) if given else 0,
     )
@@ -97,18 +116,24 @@ def _store(
 
 
 def _train(
-    session: Session, sources: Sequence[Checkpoint], wanted: dict[str, Any], profile: StepsProfile | None
+    session: Session,
+    sources: Sequence[Checkpoint],
+    wanted: dict[str, Any],
+    stores: list[Filled],
+    profile: StepsProfile | None,
 ) -> None:
     """Train the star, measure it, and save it with its permutations. One long sequence: each part frees memory that the
-    next one needs."""
+    next one needs.
+
+    Args:
+        stores: the sources in their rows, for the first attempt; for a later one the files are read again.
+    """
     settings, run = session.settings, session.run
     seed = derive_seed(settings.seed, "star", 0)
     matched = settings.star_matched_every > 0
 
-    by_activations = matched and settings.matching.by_activations and bool(session.network.symmetry.groups)
-
     def make(attempt: int) -> StarStep:
-        store, kept = _store(session, sources, by_activations)
+        store, kept = stores.pop() if stores else _store(session, (source.state for source in sources))
         matcher = None
         if matched:
             matcher = Matcher(

@@ -1,4 +1,4 @@
-"""The main job: sources and heldouts, a star model, and how well it is connected (paper, section 3)."""
+"""The main job: sources, a star model, heldouts, and how well it is connected (paper, section 3)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fastar.config import Settings
 from fastar.errors import FastarError
 from fastar.experiments.measure import measure, speed
 from fastar.experiments.plan import check_network, prepare_data, use_device
-from fastar.experiments.regular import device_name, given_sources, regular_models
+from fastar.experiments.regular import check_regular, device_name, given_sources, regular_models
 from fastar.experiments.reuse import measured_digest
 from fastar.experiments.session import Session, measuring, new_session, opened, threads
 from fastar.experiments.star import star_model, steps_profile
@@ -48,7 +48,8 @@ def train_sources(settings: Settings, out: Path, progress: Progress = SILENT) ->
     prepare_data(session)
     with opened(session) as session, threads(session):
         for kind, number in numbers.items():
-            regular_models(session, kind, number)
+            for _ in regular_models(session, kind, number):  # read, and so checked
+                pass
     found = speed(run.log.read())["regular"]
     if found is not None:
         progress.line(f"training: {found['images_per_second']:,.0f} images/s, {found['limited']}")
@@ -57,7 +58,7 @@ def train_sources(settings: Settings, out: Path, progress: Progress = SILENT) ->
 
 
 def do_run(settings: Settings, out: Path, progress: Progress = SILENT, *, profile: int | None = None) -> dict[str, Any]:
-    """Do all of a run: data, sources, heldouts, star, barriers. Models that are there and match are reused.
+    """Do all of a run: data, sources, star, heldouts, barriers. Models that are there and match are reused.
 
     Args:
         profile: look at so many steps of the star's training, and write what was found into `profile/`.
@@ -72,13 +73,13 @@ def do_run(settings: Settings, out: Path, progress: Progress = SILENT, *, profil
     prepare_data(session)
     with opened(session) as session, threads(session):
         looking = None if profile is None else steps_profile(session, profile)
-        folder, number = settings.sources.folder, settings.sources.number
-        if folder is not None:
-            sources = given_sources(session, folder.expanduser(), number)
+        check_regular(session, "heldout", settings.sources.heldout)
+        if settings.sources.folder is not None:
+            read = given_sources(session)
         else:
-            sources = regular_models(session, "source", number)
-        heldouts = regular_models(session, "heldout", settings.sources.heldout)
-        star, permutations = star_model(session, sources, profile=looking)
+            read = regular_models(session, "source", settings.sources.number)
+        star, sources, permutations = star_model(session, read, profile=looking)
+        heldouts = [one.released() for one in regular_models(session, "heldout", settings.sources.heldout)]
         with measuring("barriers"):
             found, matchings = measure(session, star, sources, heldouts, permutations)
         run = session.run

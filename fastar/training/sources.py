@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -35,8 +35,8 @@ class SourcesStore:
 
     Args:
         layout: where parameters lie in a row.
-        states: one state dict per source, of finite values; each is read once.
-        names: of the sources, for errors.
+        states: one state dict per source, of finite values; each is asked for when its row is filled, and then let go.
+        names: of the sources, for errors; as many as there are.
         device: where the rows are used.
         store: `sources.store`: auto, device, host or file (see `choose_placement`).
         folder: where the file of a `file` store is made; None: the system's temporary folder.
@@ -53,7 +53,7 @@ class SourcesStore:
     def __init__(
         self,
         layout: FlatLayout,
-        states: Sequence[Mapping[str, Tensor]],
+        states: Iterable[Mapping[str, Tensor]],
         names: Sequence[str],
         device: torch.device,
         *,
@@ -64,23 +64,26 @@ class SourcesStore:
         in_place: bool | None = None,
         part_rows: int = PART_ROWS,
     ):
-        if not states:
+        if not names:
             raise FastarError("a star model needs at least one source")
         self.layout = layout
         self.names = list(names)
         self.device = device
         self._folder, self._free, self._part_rows = folder, free, part_rows
-        needed = (4 * layout.numel + beside) * len(states)
-        self.store = choose_placement(store, needed, device, sources=len(states), free=free)
-        self.rows = self._make(len(states), layout.numel, torch.float32)
+        needed = (4 * layout.numel + beside) * len(names)
+        self.store = choose_placement(store, needed, device, sources=len(names), free=free)
+        self.rows = self._make(len(names), layout.numel, torch.float32)
         self._in_place = self.rows.device.type == device.type if in_place is None else in_place
         self._slots: Slots | None = None
         self._feed: RowFeed | None = None
-        for row, state, name in zip(self.rows, states, self.names, strict=True):
+        given = iter(states)
+        for row, name in zip(self.rows, self.names, strict=True):
+            state = next(given)
             try:
                 layout.flatten(state, out=row)
             except FastarError as error:
                 raise FastarError(f"source {name}: {error}") from error
+            del state  # before the next one is read
 
     def __len__(self) -> int:
         return len(self.rows)
