@@ -74,7 +74,7 @@ def test_run_folder_holds_what_it_says(run: Path) -> None:
 def test_log_has_a_line_per_epoch_per_model(run: Path) -> None:
     entries = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
     assert [(e["model"], e["epoch"]) for e in entries] == [
-        (model, epoch) for model in ("source 0", "source 1", "heldout 0", "star") for epoch in (0, 1)
+        (model, epoch) for model in ("source 0", "source 1", "star", "heldout 0") for epoch in (0, 1)
     ]
     assert all(e["images"] == 300 for e in entries)
 

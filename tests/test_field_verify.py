@@ -118,6 +118,7 @@ DAMAGES: dict[str, Callable[[RunFolder], None]] = {
     "star.safetensors: says nothing": lambda run: save_checkpoint(run.star, {"w": torch.ones(1)}, {"kind": "x"}),
     "config.yaml: is not as it was written": lambda run: edited(run.config, "workers: 1", "workers: 2"),
     "log.jsonl: 1 of ": lambda run: edited(run.log.path, '"epoch": 0', '"epoch": 1'),
+    "log.jsonl: cut short: it has 0 of 2 epochs of heldout 0, and results.json": lambda run: halved(run.log.path),
     "results.json: holds no results": lambda run: edited(run.results, '"seed": 0', '"seed": 1'),
     "retry.json: damaged": lambda run: (run.in_training("star", 0) / RETRY).write_text("{"),
 }
@@ -129,6 +130,10 @@ def changed(path: Path) -> None:
     state = dict(checkpoint.state)
     name = next(name for name, value in state.items() if value.ndim)
     save_checkpoint(path, {**state, name: state[name] * 2}, checkpoint.metadata)
+
+
+def halved(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
 def edited(path: Path, old: str, new: str) -> None:

@@ -86,7 +86,7 @@ def train_regular(session: Session, kind: str, index: int) -> None:
     def make(attempt: int) -> RegularStep:
         return RegularStep(session.network.build(seed=seed), settings.train)
 
-    subject = Subject(kind, index, wanted)
+    subject = Subject(wanted)
     with trained(session, subject, make, seed=derive_seed(seed, "data")) as done:
         state = done.step.state()
         done.step.release()  # the optimizer, a graph: the memory is measuring's now

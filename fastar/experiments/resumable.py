@@ -27,17 +27,18 @@ RETRIES = 3
 
 @dataclass(frozen=True)
 class Subject:
-    """The model to be trained.
+    """The model to be trained, by its recipe: all that determines it, its `kind` and `index` among it."""
 
-    Args:
-        kind: source, heldout or star.
-        index: its number.
-        recipe: all that determines it.
-    """
-
-    kind: str
-    index: int
     recipe: Mapping[str, Any]
+
+    @property
+    def kind(self) -> str:
+        """The model's kind: source, heldout or star."""
+        return str(self.recipe["kind"])
+
+    @property
+    def index(self) -> int:
+        return int(self.recipe["index"])
 
     @property
     def name(self) -> str:

@@ -156,7 +156,7 @@ def _train(
             match_every=settings.star_matched_every,
         )
 
-    subject = Subject("star", 0, wanted)
+    subject = Subject(wanted)
     with trained(
         session,
         subject,

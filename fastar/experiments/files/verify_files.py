@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,6 +12,7 @@ from typing import Any
 
 from fastar.errors import FastarError
 from fastar.experiments.matchings import Matchings, star_permutations
+from fastar.experiments.resumable import Subject
 from fastar.experiments.reuse import check_permutations
 from fastar.runs import (
     CHECKPOINT,
@@ -97,9 +99,10 @@ def _run(run: RunFolder, progress: Progress) -> Rechecked:
             raise FastarError(f"{path}: is {said} by what it says, and has another one's name; restore both")
         metadata[path], digests[path] = checkpoint.metadata, state_digest(checkpoint)
 
-    checks: list[Callable[[], str | None]] = [partial(_config, run), partial(_log, run), partial(_picture, run)]
+    checks: list[Callable[[], str | None]] = [partial(_config, run), partial(_picture, run)]
     checks += [partial(model, *named) for named in run.models()]
     checks += [partial(model, run.star, "star", 0)] if run.star.exists() else []
+    checks += [partial(_log, run, metadata)]
     checks += [partial(_permutations, run, metadata)] if run.permutations.is_file() else []
     checks += [partial(_matchings, run)] if run.matchings.is_file() else []
     checks += [partial(_training, path) for folder, _, _ in run.trainings() for path in sorted(folder.iterdir())]
@@ -132,7 +135,8 @@ def _config(run: RunFolder) -> str | None:
     return None
 
 
-def _log(run: RunFolder) -> str | None:
+def _log(run: RunFolder, metadata: Mapping[Path, Mapping[str, Any]]) -> None:
+    """Check that all lines are whole, and where there are results, that all epochs of the models are there."""
     lines = run.log.lines()
     if lines and lines[-1] is None and run.log.is_cut():
         lines.pop()  # by a kill: nothing whole is lost
@@ -140,7 +144,14 @@ def _log(run: RunFolder) -> str | None:
     if damaged:
         count = f"{len(damaged)} of {len(lines)} lines are damaged, the first is number {damaged[0]}"
         raise FastarError(f"{run.log.path}: {count}; its figures are left out")
-    return None
+    logged = Counter(model for model, _ in {(entry.get("model"), entry.get("epoch")) for entry in lines if entry})
+    for known in metadata.values() if run.results.exists() else ():
+        name, epochs = Subject(known["recipe"]).name, known.get("epochs", 0)
+        if logged[name] < epochs:
+            raise FastarError(
+                f"{run.log.path}: cut short: it has {logged[name]} of {epochs} epochs of {name}, and "
+                f"{run.results.name} is of all; restore it"
+            )
 
 
 def _picture(run: RunFolder) -> str | None:
