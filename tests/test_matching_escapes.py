@@ -53,12 +53,11 @@ def test_perturbations_never_lower_the_objective_and_are_what_they_say(
     for n, state in enumerate(states):
         reached = objective(symmetry, theta, symmetry.apply(perturbed.permutations.select(n), state))
         assert perturbed.objective[n] == pytest.approx(reached, rel=1e-6, abs=1e-5)
-        if not perturbed.perturbations_kept[n]:
+        if perturbed.objective[n] == plain.objective[n]:
             assert perturbed.permutations.select(n) == plain.permutations.select(n)
     assert bool(perturbed.converged.all())
     if name == "resnet":  # of many local optima better ones are found
         assert int((perturbed.objective > plain.objective + 1).sum()) >= 2
-        assert torch.equal(perturbed.perturbations_kept > 0, perturbed.objective > plain.objective)
 
 
 def test_more_perturbations_go_on_from_fewer_and_a_source_does_not_see_the_others(

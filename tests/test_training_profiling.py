@@ -27,7 +27,7 @@ from fastar.flat import FlatLayout
 from fastar.runtime import timing
 from fastar.runtime.progress import SilentProgress
 from fastar.runtime.timing import SpanClock, span
-from fastar.training import Epoch, Recording, RegularStep, StarStep, StepsProfile, fit, profiling
+from fastar.training import Epoch, Profile, RegularStep, StarStep, StepsProfile, fit, profiling
 from fastar.training.loop import timed_batches
 
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
@@ -178,7 +178,7 @@ def test_steps_in_the_middle_of_a_training_are_looked_at(tmp_path: Path) -> None
     settings = TrainSettings(batch_size=16, precision="fp32")
     images = dataset(channels=3, size=2, pad=0)
     steps = images.batch_count(16)
-    looking = StepsProfile(steps, Recording(CPU, trace=tmp_path / "trace.json"))
+    looking = StepsProfile(steps, Profile(CPU, trace=tmp_path / "trace.json"))
     history = fit(RegularStep(model, settings), images, settings, name="x", seed=0, epochs=3, profile=looking)
     found = looking.result
     assert found is not None
@@ -196,7 +196,7 @@ def test_a_training_too_short_to_be_looked_at(wanted: int) -> None:
     with pytest.raises(
         FastarError, match=rf"--profile {wanted}: this training \(3 epochs of 6 steps\) has room for 1 to 6"
     ):
-        StepsProfile(wanted, Recording(CPU)).check(epochs=3, steps_per_epoch=6)
+        StepsProfile(wanted, Profile(CPU)).check(epochs=3, steps_per_epoch=6)
 
 
 def test_a_profile_has_parts_operations_and_a_trace(tmp_path: Path) -> None:
@@ -323,7 +323,7 @@ def test_profiles_print_their_parts(
     printed = run_tool("profile_training.py", [what, *TINY, *arguments], monkeypatch, capsys)
     table = printed[printed.index("\npart ") :].splitlines()[2:]
     assert [line.split()[0] for line in table] == [*parts, "other", "all", "idle", "peak"]
-    assert "aten::addmm" in printed
+    assert "aten::" in printed
 
 
 def test_a_plain_star_step_does_what_fastars_does(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -356,7 +356,7 @@ def test_a_training_that_fails_within_a_look_is_looked_at_anew() -> None:
     """As when it goes back because of losses that are not finite: what was half seen is no figure."""
     seen: list[str] = []
 
-    class Looks(Recording):
+    class Looks(Profile):
         @contextmanager
         def clocked(self) -> Iterator[None]:
             seen.append("clock")

@@ -33,7 +33,7 @@ from fastar.runs.model_files import (
 from fastar.runtime.full_precision import full_precision
 from fastar.runtime.seeds import derive_seed
 from fastar.symmetry import Permutations
-from fastar.training import Matcher, Recording, SourcesStore, StarStep, StepsProfile
+from fastar.training import Matcher, Profile, SourcesStore, StarStep, StepsProfile
 
 Filled = tuple[SourcesStore, ActivationCache | None]
 """Sources in their rows, and their activations where they are matched by them."""
@@ -205,7 +205,7 @@ def steps_profile(session: Session, steps: int) -> StepsProfile:
     if run.in_training("star", 0).exists():  # too few steps may be left
         raise FastarError(f"--profile: {run.star} is in training already; finish it without, or choose another --out")
     memory = run.profile("memory.pickle") if session.device.type == "cuda" else None
-    found = StepsProfile(steps, Recording(session.device, trace=run.profile("trace.json"), memory=memory))
+    found = StepsProfile(steps, Profile(session.device, trace=run.profile("trace.json"), memory=memory))
     found.check(star.epochs or train.epochs, session.data.train.batch_count(train.batch_size, train.drop_last))
     with refusal(f"{run.profile('')}: cannot be made", "choose another --out"):
         run.profile("").mkdir(exist_ok=True)

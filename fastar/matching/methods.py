@@ -151,7 +151,6 @@ def _measured(request: Request, found: Permutations) -> MatchResult:
         objective_start=before,
         sweeps=torch.zeros(count, dtype=torch.int64, device="cpu"),
         converged=torch.ones(count, dtype=torch.bool, device="cpu"),
-        perturbations_kept=torch.zeros(count, dtype=torch.int64, device="cpu"),
         solves=count * len(request.symmetry.trees),
     )
 

@@ -93,7 +93,6 @@ class MatchResult:
         objective_start: [N] float64, `objective` at the start (the identity, or the first permutations given).
         sweeps: [N] passes over the groups until nothing improved, of the best descent.
         converged: [N] whether no group's step improved any more (else `max_sweeps` ended the descent).
-        perturbations_kept: [N] perturbations that led to a better end.
         solves: assignments solved, all sources and descents together.
         seconds: wall time of the whole call.
         left: groups whose units a method could not observe, and left where they are.
@@ -105,7 +104,6 @@ class MatchResult:
     objective_start: Tensor
     sweeps: Tensor
     converged: Tensor
-    perturbations_kept: Tensor
     solves: int
     seconds: float = 0.0
     left: tuple[str, ...] = ()

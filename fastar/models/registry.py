@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from typing import Literal, get_args, get_origin
 
@@ -43,9 +44,7 @@ def require_arch(arch: str) -> None:
 
 def model_options(arch: str) -> dict[str, object]:
     """The settings that `arch` takes and their defaults, beyond the input shape and the number of classes."""
-    require_arch(arch)
-    parameters = inspect.signature(MODELS[arch]).parameters
-    return {name: p.default for name, p in parameters.items() if name not in ("input_shape", "classes")}
+    return {name: parameter.default for name, parameter in _parameters(arch).items()}
 
 
 def build_model(
@@ -82,9 +81,17 @@ def build_model(
 
 def option_choices(arch: str) -> dict[str, tuple[str, ...]]:
     """The values that those options of `arch` take which are words, such as `activation`."""
-    require_arch(arch)
-    parameters = inspect.signature(MODELS[arch], eval_str=True).parameters
+    parameters = _parameters(arch)
     return {name: get_args(p.annotation) for name, p in parameters.items() if get_origin(p.annotation) is Literal}
+
+
+def _parameters(arch: str) -> dict[str, inspect.Parameter]:
+    """The parameters that are settings: those that the entry in `MODELS` leaves open."""
+    require_arch(arch)
+    make = MODELS[arch]
+    given = ("input_shape", "classes", *(make.keywords if isinstance(make, partial) else ()))
+    parameters = inspect.signature(make, eval_str=True).parameters
+    return {name: parameter for name, parameter in parameters.items() if name not in given}
 
 
 def _check_value(arch: str, name: str, value: object, default: object) -> None:

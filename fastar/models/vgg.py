@@ -27,7 +27,6 @@ class Vgg(nn.Module):
     Args:
         depth: layers with weights, a key of `DEPTHS`.
         normalised: whether a normalisation follows each convolution.
-        parts: activation and normalisation.
         input_shape: (channels, height, width) of one image; only the channels determine parameters.
         classes: number of logits.
         width: factor of all channels and hidden units.
@@ -38,17 +37,18 @@ class Vgg(nn.Module):
         self,
         depth: int,
         normalised: bool,
-        parts: Parts,
         input_shape: tuple[int, int, int],
         classes: int,
-        width: float,
-        dropout: float,
+        width: float = 1.0,
+        dropout: float = 0.5,
+        activation: Activation = "relu",
+        norm: Norm = "batch",
     ):
         super().__init__()
         arch = f"vgg{depth}{'_bn' if normalised else ''}"
         check_side(input_shape, SMALLEST, arch, "halves images five times")
         *channels, hidden = scaled([*CHANNELS, HIDDEN], width, arch)
-        share = dropout_share(dropout, arch)
+        share, parts = dropout_share(dropout, arch), Parts(activation, norm)
         layers: list[nn.Module] = []
         channels_in = input_shape[0]
         for count, wide in zip(DEPTHS[depth], channels, strict=True):
@@ -76,31 +76,7 @@ class Vgg(nn.Module):
         return logits
 
 
-def plain(
-    depth: int,
-    input_shape: tuple[int, int, int],
-    classes: int,
-    width: float = 1.0,
-    dropout: float = 0.5,
-    activation: Activation = "relu",
-) -> Vgg:
-    """VGG of so many layers with weights, without normalisation."""
-    return Vgg(depth, False, Parts(activation), input_shape, classes, width, dropout)
-
-
-def normalised(
-    depth: int,
-    input_shape: tuple[int, int, int],
-    classes: int,
-    width: float = 1.0,
-    dropout: float = 0.5,
-    activation: Activation = "relu",
-    norm: Norm = "batch",
-) -> Vgg:
-    """VGG of so many layers with weights, and batch-norm (or what `norm` says) after each convolution."""
-    return Vgg(depth, True, Parts(activation, norm), input_shape, classes, width, dropout)
-
-
-MODELS = {f"vgg{depth}": partial(plain, depth) for depth in DEPTHS} | {
-    f"vgg{depth}_bn": partial(normalised, depth) for depth in DEPTHS
+MODELS = {f"vgg{depth}": partial(Vgg, depth, False, norm="batch") for depth in DEPTHS} | {
+    f"vgg{depth}_bn": partial(Vgg, depth, True) for depth in DEPTHS
 }
+"""Without normalisation `norm` is no setting: what is given here by its name is not asked for."""

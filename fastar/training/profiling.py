@@ -5,7 +5,6 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -17,33 +16,14 @@ from fastar.runtime.memory import peak_bytes
 from fastar.runtime.timing import SpanClock
 
 
-@dataclass(frozen=True)
 class Profile:
-    """Measurements of one call.
-
-    `parts`: seconds of each part, in the order of first use; `other`, the rest of `seconds`; `idle`, the seconds in
-    which the GPU ran nothing (on a CPU: in which the calling thread did not run), which lie within the parts.
-    `operations`: rows of torch's profiler, by their own time. `peak_bytes`: GPU memory, or the process's largest.
-    """
-
-    seconds: float
-    parts: dict[str, float]
-    other: float
-    idle: float
-    operations: str
-    peak_bytes: int
-
-    def table(self, steps: int) -> str:
-        """The parts as lines of text; times per step."""
-        rows = [*self.parts.items(), ("other", self.other), ("all", self.seconds), ("idle within", self.idle)]
-        lines = [f"{'part':<14} {'ms per step':>12} {'share':>7}"]
-        lines += [f"{name:<14} {took / steps * 1e3:12.3f} {took / self.seconds:7.1%}" for name, took in rows]
-        return "\n".join([*lines, f"peak memory {self.peak_bytes / 1e6:,.0f} MB"])
-
-
-class Recording:
     """Two looks at the same kind of work: one by the clock, which the profiler does not slow down, and one under
-    torch's profiler. Parts' times are of the first; operations, idle GPU time and the trace are of the second.
+    torch's profiler.
+
+    `seconds`, and `parts`, the seconds of each part in the order of first use, are of the first look; so is
+    `peak_bytes`, of GPU memory or the process's largest. `operations`, rows of torch's profiler by their own time, and
+    the trace are of the second. `idle`: the seconds in which the GPU ran nothing, as in the second look (on a CPU: in
+    which the calling thread did not run, in the first), which lie within the parts.
 
     Args:
         device: where the work runs.
@@ -59,10 +39,22 @@ class Recording:
         self._cuda = device.type == "cuda"
         if memory is not None and not self._cuda:
             raise FastarError("a memory snapshot is of a GPU's memory; on a CPU, memory in use is in the trace")
-        self._seconds = self._idle = 0.0
-        self._parts: dict[str, float] = {}
-        self._peak = 0
-        self._operations = ""
+        self.seconds = self.idle = 0.0
+        self.parts: dict[str, float] = {}
+        self.peak_bytes = 0
+        self.operations = ""
+
+    @property
+    def other(self) -> float:
+        """The rest of `seconds`."""
+        return self.seconds - sum(self.parts.values())
+
+    def table(self, steps: int) -> str:
+        """The parts as lines of text; times per step."""
+        rows = [*self.parts.items(), ("other", self.other), ("all", self.seconds), ("idle within", self.idle)]
+        lines = [f"{'part':<14} {'ms per step':>12} {'share':>7}"]
+        lines += [f"{name:<14} {took / steps * 1e3:12.3f} {took / self.seconds:7.1%}" for name, took in rows]
+        return "\n".join([*lines, f"peak memory {self.peak_bytes / 1e6:,.0f} MB"])
 
     @contextmanager
     def clocked(self) -> Iterator[None]:
@@ -74,9 +66,9 @@ class Recording:
             start, running = time.perf_counter(), time.thread_time()
             yield
             synchronize(self._device)
-            self._seconds, ran = time.perf_counter() - start, time.thread_time() - running
-        self._parts, self._idle = clock.seconds(), self._seconds - ran
-        self._peak = peak_bytes(self._device)
+            self.seconds, ran = time.perf_counter() - start, time.thread_time() - running
+        self.parts, self.idle = clock.seconds(), self.seconds - ran
+        self.peak_bytes = peak_bytes(self._device)
 
     @contextmanager
     def profiled(self) -> Iterator[None]:
@@ -117,14 +109,9 @@ class Recording:
                 if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation
             ]
             first, last = min((a for a, _ in spans), default=0), max((b for _, b in spans), default=0)
-            self._idle = self._seconds * (1 - union(spans) / (last - first)) if spans else self._seconds
+            self.idle = self.seconds * (1 - union(spans) / (last - first)) if spans else self.seconds
         key = "self_device_time_total" if kernels else "self_cpu_time_total"
-        self._operations = found.key_averages().table(sort_by=key, row_limit=15, max_name_column_width=50)
-
-    def result(self) -> Profile:
-        """The profile, once both looks are over."""
-        other = self._seconds - sum(self._parts.values())
-        return Profile(self._seconds, self._parts, other, self._idle, self._operations, self._peak)
+        self.operations = found.key_averages().table(sort_by=key, row_limit=15, max_name_column_width=50)
 
 
 class StepsProfile:
@@ -133,10 +120,10 @@ class StepsProfile:
     It begins with the second epoch, its matching included, or with the first where there is no second.
     """
 
-    def __init__(self, steps: int, recording: Recording):
+    def __init__(self, steps: int, profile: Profile):
         self.steps = steps
         self.result: Profile | None = None
-        self._recording = recording
+        self._profile = profile
         self._looks: Generator[None, None, None] | None = None
 
     def check(self, epochs: int, steps_per_epoch: int) -> None:
@@ -168,11 +155,11 @@ class StepsProfile:
 
     def _look(self) -> Generator[None, None, None]:
         """Both looks, gone on with after every step."""
-        for look in (self._recording.clocked, self._recording.profiled):
+        for look in (self._profile.clocked, self._profile.profiled):
             with look():
                 for _ in range(self.steps):
                     yield
-        self.result = self._recording.result()
+        self.result = self._profile
 
 
 def union(spans: Iterable[tuple[float, float]]) -> float:

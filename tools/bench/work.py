@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from fastar.runtime.device import synchronize
-from fastar.training.profiling import Profile, Recording, union
+from fastar.training.profiling import Profile, union
 
 
 def profiler_sees_gpu() -> bool:
@@ -40,14 +40,14 @@ def gpu_work(run: Callable[[], object], device: torch.device) -> dict[str, float
 def profile(
     run: Callable[[], object], device: torch.device, *, trace: Path | None = None, memory: Path | None = None
 ) -> Profile:
-    """Call `run` (the work, such as ten training steps), which has been warmed up, twice: see `Recording`.
+    """Call `run` (the work, such as ten training steps), which has been warmed up, twice: see `Profile`.
 
     Raises:
         FastarError: a file cannot be written, or a memory snapshot is asked of a CPU.
     """
-    recording = Recording(device, trace=trace, memory=memory)
-    with recording.clocked():
+    found = Profile(device, trace=trace, memory=memory)
+    with found.clocked():
         run()
-    with recording.profiled():
+    with found.profiled():
         run()
-    return recording.result()
+    return found

@@ -16,7 +16,7 @@ from fastar.matching.assignment import ScoresNotFinite
 from fastar.matching.request import Extent, MatchResult, Request
 from fastar.matching.weight.permuted_sources import LARGEST_HELD
 from fastar.matching.weight.problem import Problem
-from fastar.matching.weight.restarts import Ends, best_ends
+from fastar.matching.weight.restarts import best_ends
 from fastar.runtime.full_precision import full_precision
 from fastar.runtime.memory import free_bytes
 from fastar.symmetry import Permutations, Symmetry
@@ -45,7 +45,7 @@ def match_weights(request: Request, starts: Sequence[Permutations | None]) -> Ma
     size = settings.chunk or chunk_size(symmetry, request.device, count, settings.perturbations)
     bounds = [(begin, min(begin + size, count)) for begin in range(0, count, size)]
 
-    def run_chunk(begin: int, end: int, pool: ThreadPoolExecutor | None) -> Ends:
+    def run_chunk(begin: int, end: int, pool: ThreadPoolExecutor | None) -> MatchResult:
         with torch.no_grad():
             data = problem.part(request.sources, begin, end)
             own = [None if one is None else [index[begin:end] for index in one] for one in indices]
@@ -58,30 +58,25 @@ def match_weights(request: Request, starts: Sequence[Permutations | None]) -> Ma
                     "train with a lower rate, or leave the source out"
                 ) from error
 
-    best: list[Ends] = []
+    best: list[MatchResult] = []
     # Gains are far smaller than the inner products they are read off.
     with full_precision(), request.progress.task("matching", total=count, unit="sources") as advance:
         for ends in _run(run_chunk, bounds, request.device, request.threads):
             best.append(ends)
             advance(len(ends.objective))
 
-    names = ("objective", "objective_weights", "objective_start", "sweeps", "converged", "perturbations_kept")
-    joined: dict[str, Any] = {
-        name: torch.from_numpy(np.concatenate([getattr(one, name) for one in best])) for name in names
-    }
-    indices_of = zip(*(one.permutations for one in best), strict=True)
-    permutations = Permutations(
-        {g.name: torch.from_numpy(np.concatenate(i)) for g, i in zip(symmetry.groups, indices_of, strict=True)}
-    )
-    return MatchResult(permutations, **joined, solves=sum(one.solves for one in best))
+    names = ("objective", "objective_weights", "objective_start", "sweeps", "converged")
+    joined: dict[str, Any] = {name: torch.cat([getattr(one, name) for one in best]) for name in names}
+    permutations = {g.name: torch.cat([one.permutations[g.name] for one in best]) for g in symmetry.groups}
+    return MatchResult(Permutations(permutations), **joined, solves=sum(one.solves for one in best))
 
 
 def _run(
-    run_chunk: Callable[[int, int, ThreadPoolExecutor | None], Ends],
+    run_chunk: Callable[[int, int, ThreadPoolExecutor | None], MatchResult],
     bounds: Sequence[tuple[int, int]],
     device: torch.device,
     workers: int,
-) -> Iterator[Ends]:
+) -> Iterator[MatchResult]:
     """The ends of each chunk, in order.
 
     CPU: as many chunks at a time as there are threads, each on one thread. GPU: two at a time, so that the assignments

@@ -5,7 +5,8 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,9 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fastar.config import MatchingSettings
+from fastar.matching.request import MatchResult
 from fastar.matching.weight.descent import Descent, OrderOfSweep, stacked
 from fastar.matching.weight.problem import Problem
 from fastar.runtime.seeds import derive_seed
+from fastar.symmetry import Permutations
 from fastar.symmetry.batched_index import along, upload
 
 # Noise on S_g, in standard deviations of its entries, one after the other: units whose partners are nearly as good as
@@ -25,52 +28,30 @@ from fastar.symmetry.batched_index import along, upload
 LEVELS = (0.3, 0.25, 0.2, 0.15, 0.1)
 
 
-@dataclass(frozen=True)
-class Ends:
-    """Ends of the descents of n sources.
+def reached(descent: Descent, first: Tensor) -> MatchResult:
+    """The ends that a descent has reached; `first` [n] is the objective that the first one began with."""
+    objective, weights = (torch.from_numpy(values) for values in descent.sources.objectives())
+    indices = zip(descent.problem.groups, descent.permutations, strict=True)
+    return MatchResult(
+        permutations=Permutations({group.name: torch.from_numpy(index.copy()) for group, index in indices}),
+        objective=objective,
+        objective_weights=weights,
+        objective_start=first,
+        sweeps=torch.from_numpy(descent.sweeps.copy()),
+        converged=torch.from_numpy(np.logical_not(descent.unsolved.any(0))),
+        solves=descent.solves,
+    )
 
-    Args:
-        permutations: [n, size] per group.
-        objective_start: [n], the objective that the first descent began with.
-        objective, objective_weights: [n], of all parameters, and of those of at least two axes.
-        sweeps, converged, perturbations_kept: [n], as of `MatchResult`.
-        solves: assignments solved for them.
-    """
 
-    permutations: list[NDArray[np.int64]]
-    objective_start: NDArray[np.float64]
-    objective: NDArray[np.float64]
-    objective_weights: NDArray[np.float64]
-    sweeps: NDArray[np.int64]
-    converged: NDArray[np.bool_]
-    perturbations_kept: NDArray[np.int64]
-    solves: int
-
-    @staticmethod
-    def of(descent: Descent, first: NDArray[np.float64]) -> Ends:
-        """The ends that a descent has reached."""
-        return Ends(
-            [index.copy() for index in descent.permutations],
-            first,
-            *descent.sources.objectives(),
-            descent.sweeps.copy(),
-            np.logical_not(descent.unsolved.any(0)),
-            np.zeros(descent.count, dtype=np.int64),
-            descent.solves,
-        )
-
-    def or_better(self, other: Ends) -> Ends:
-        """The better end of each source."""
-        mine = self.objective >= other.objective
-        names = ("objective", "objective_weights", "sweeps", "converged")
-        return replace(
-            self,
-            permutations=[
-                np.where(mine[:, None], *two) for two in zip(self.permutations, other.permutations, strict=True)
-            ],
-            solves=self.solves + other.solves,
-            **{name: np.where(mine, getattr(self, name), getattr(other, name)) for name in names},
-        )
+def better(one: MatchResult, other: MatchResult) -> MatchResult:
+    """The better end of each source."""
+    mine = one.objective >= other.objective
+    names = ("objective", "objective_weights", "sweeps", "converged")
+    permutations = {
+        name: torch.where(mine[:, None], index, other.permutations[name]) for name, index in one.permutations.items()
+    }
+    picked: dict[str, Any] = {name: torch.where(mine, getattr(one, name), getattr(other, name)) for name in names}
+    return replace(one, permutations=Permutations(permutations), solves=one.solves + other.solves, **picked)
 
 
 def best_ends(
@@ -80,7 +61,7 @@ def best_ends(
     settings: MatchingSettings,
     seed: int,
     pool: ThreadPoolExecutor | None,
-) -> Ends:
+) -> MatchResult:
     """The best end of each source of a chunk: of every restart from every start, then of perturbations of the best.
 
     Args:
@@ -90,26 +71,27 @@ def best_ends(
     """
     count = len(next(iter(data.values())))
     identity = [np.tile(np.arange(group.size), (count, 1)) for group in problem.groups]
-    best: Ends | None = None
+    best: MatchResult | None = None
     descent: Descent | None = None
     for restart, start in itertools.product(range(settings.restarts), starts):
         descent = None  # what it holds goes before the next takes as much
         descent = Descent(problem, data, identity if start is None else start, settings.solver, pool)
-        first = descent.sources.objectives()[0] if best is None else best.objective_start
+        first = torch.from_numpy(descent.sources.objectives()[0]) if best is None else best.objective_start
         if start is None:
             align_backward(descent)
         descent.run(_order(len(problem.trees), seed, restart), settings.max_sweeps)
-        ends = Ends.of(descent, first)
-        best = ends if best is None else best.or_better(ends)
+        ends = reached(descent, first)
+        best = ends if best is None else better(best, ends)
     assert best is not None
     if settings.perturbations:
         if descent is None or settings.restarts * len(starts) > 1:  # else it stands where it has ended
             descent = None
-            descent = Descent(problem, data, best.permutations, settings.solver, pool)
+            indices = [best.permutations[group.name].numpy() for group in problem.groups]
+            descent = Descent(problem, data, indices, settings.solver, pool)
         before = descent.solves
-        kept = perturb(descent, settings.perturbations, seed, settings.max_sweeps)
-        end, solves = Ends.of(descent, best.objective_start), best.solves + descent.solves - before
-        best = replace(end, sweeps=best.sweeps, perturbations_kept=kept, solves=solves)
+        perturb(descent, settings.perturbations, seed, settings.max_sweeps)
+        end, solves = reached(descent, best.objective_start), best.solves + descent.solves - before
+        best = replace(end, sweeps=best.sweeps, solves=solves)
     return best
 
 
@@ -163,19 +145,15 @@ def align_backward(descent: Descent) -> None:
     descent.go_back(mark, np.flatnonzero(after < before))
 
 
-def perturb(descent: Descent, times: int, seed: int, max_sweeps: int) -> NDArray[np.int64]:
+def perturb(descent: Descent, times: int, seed: int, max_sweeps: int) -> None:
     """Perturb every source of a descent that has ended, `times` times (iterated local search).
 
     A perturbation solves all trees once, in a random order, with noise on S_g, takes these assignments whatever they
     do to the objective, and descends to the next local optimum. A source keeps the better of it and where it stood, so
     that no objective is lowered. What is drawn depends on the seed and the number of the perturbation alone, so that a
     source's result does not depend on the others'.
-
-    Returns:
-        [n], perturbations of each source that were kept.
     """
     groups, trees = descent.problem.groups, descent.problem.trees
-    kept = np.zeros(descent.count, dtype=np.int64)
     for number in range(times):
         random = np.random.default_rng(derive_seed(seed, "matching kick", number))
         mark, (before, _) = descent.mark(), descent.sources.objectives()
@@ -195,7 +173,5 @@ def perturb(descent: Descent, times: int, seed: int, max_sweeps: int) -> NDArray
         descent.run(there_and_back, max_sweeps)
         # Back at the same end the objective is the same, whatever the rounding of sums says.
         elsewhere = [(now != index).any(1) for now, index in zip(descent.permutations, mark.permutations, strict=True)]
-        better = np.any(elsewhere, axis=0) & (descent.sources.objectives()[0] > before)
-        kept += better
-        descent.go_back(mark, np.flatnonzero(~better))
-    return kept
+        improved = np.any(elsewhere, axis=0) & (descent.sources.objectives()[0] > before)
+        descent.go_back(mark, np.flatnonzero(~improved))
