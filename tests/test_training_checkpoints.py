@@ -18,6 +18,7 @@ from training_cases import CPU, PlainConvNet, dataset, network, store
 from fastar.config import CheckpointSettings, StarSettings, TrainSettings
 from fastar.errors import FastarError
 from fastar.flat import FlatLayout
+from fastar.runs import remove_checkpoints
 from fastar.training import RegularStep, SourcesStore, StarStep, fit, loop
 from fastar.training import resume as module
 from fastar.training.resume import Saved, TrainingCheckpoints
@@ -76,7 +77,7 @@ def test_the_last_two_and_the_best_are_kept(tmp_path: Path) -> None:
     assert names(tmp_path) == [name(2), name(5, 3), name(6)]
     save(kept, 7, loss=0.2)
     assert names(tmp_path) == [name(6), name(7)]
-    kept.remove()
+    remove_checkpoints(kept.folder)
     assert not (tmp_path / "star-0000").exists()
 
 
@@ -150,7 +151,7 @@ def test_what_is_written_down_of_retries_is_recalled(tmp_path: Path) -> None:
     other = TrainingCheckpoints(tmp_path / "star-0000", {"kind": "another"}, ALWAYS)
     other.recall(None)
     assert other.attempt == 0
-    kept.remove()
+    remove_checkpoints(kept.folder)
     assert not (tmp_path / "star-0000").exists()
 
 

@@ -50,15 +50,15 @@ class Killed(BaseException):
     ("model", "epoch", "there"),
     [
         ("source 1", 1, ["sources/seed-0000.safetensors"]),
+        ("star", 0, ["sources/seed-0000.safetensors", "sources/seed-0001.safetensors"]),
+        ("star", 2, ["sources/seed-0000.safetensors", "sources/seed-0001.safetensors"]),
         (
-            "star",
-            0,
-            ["heldout/seed-0000.safetensors", "sources/seed-0000.safetensors", "sources/seed-0001.safetensors"],
-        ),
-        (
-            "star",
-            2,
-            ["heldout/seed-0000.safetensors", "sources/seed-0000.safetensors", "sources/seed-0001.safetensors"],
+            "heldout 0",
+            1,
+            [
+                *("permutations.safetensors", "sources/seed-0000.safetensors", "sources/seed-0001.safetensors"),
+                "star.safetensors",
+            ],
         ),
     ],
 )

@@ -12,7 +12,7 @@ import torch
 from fastar.config import Settings, changes
 from fastar.errors import FastarError
 from fastar.experiments.session import Session
-from fastar.runs import delete, remove_if_empty
+from fastar.runs import delete, remove_checkpoints, remove_if_empty
 from fastar.runs.live_metrics import finite
 from fastar.runs.model_files import save_checkpoint
 from fastar.runtime.seeds import derive_seed
@@ -135,7 +135,7 @@ def trained(
     with training(settings, name):
         done = _with_retries(session, subject, checkpoints, attempt)
     yield done
-    checkpoints.remove()
+    remove_checkpoints(checkpoints.folder)
     last_good = run.last_good(subject.kind, subject.index)
     if last_good.exists():
         delete(last_good)
@@ -152,7 +152,7 @@ def _with_retries(
     log, progress, name = session.run.log, session.progress, subject.name
     saved = checkpoints.newest()
     if saved is not None and not _same_recipe(session, subject, saved):
-        checkpoints.remove()
+        remove_checkpoints(checkpoints.folder)
         saved = None
     if saved is not None:
         progress.line(f"training {name}: going on from {saved.place}")

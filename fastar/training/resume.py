@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastar.config import CheckpointSettings
 from fastar.errors import FastarError, refusal
-from fastar.runs import CHECKPOINT, RETRY, delete, read_metadata, remove_checkpoints, write_atomically
+from fastar.runs import CHECKPOINT, RETRY, delete, read_metadata, write_atomically
 from fastar.runs.model_files import load_checkpoint, save_checkpoint
 from fastar.runtime.json_files import read_object, sealed, unsealed
 
@@ -99,7 +99,6 @@ class TrainingCheckpoints:
         self._say = say
         self._clock = clock
         self._last = clock()
-        self._losses: dict[Path, float] | None = None
 
     def paths(self) -> list[Path]:
         """The checkpoints that are there, the oldest first."""
@@ -125,7 +124,7 @@ class TrainingCheckpoints:
                 return saved
             except (FastarError, TypeError) as error:
                 self._say(f"{error}; going on from the one before")
-                self.drop(path)
+                delete(path)
         else:
             return None
         what = "saved by another version of fastar; go on with that one"
@@ -143,7 +142,7 @@ class TrainingCheckpoints:
         self.remember()  # before all else: a training that is killed now must not go on with the same draws
         saved = self.newest()
         if saved is not None and saved.path.name == self.back_to:
-            self.drop(saved.path)
+            delete(saved.path)
             saved = self.newest()
         self.back_to = saved.path.name if saved is not None else None
         self.remember()
@@ -230,12 +229,11 @@ class TrainingCheckpoints:
             "loss": None if math.isinf(loss) else loss,
         }
         save_checkpoint(path, tensors, metadata)
-        known = self._known_losses()
-        known[path] = loss
-        best = min(known, key=lambda one: known[one])
-        for old in self.paths()[:-KEPT]:
-            if old != best or math.isinf(known[best]):
-                self.drop(old)
+        of_all = {one: _loss_of(one) for one in self.paths()}
+        best = min(of_all, key=lambda one: of_all[one])
+        for old in list(of_all)[:-KEPT]:
+            if old != best or math.isinf(of_all[best]):
+                delete(old)
         self._last = self._clock()
         return True
 
@@ -249,25 +247,14 @@ class TrainingCheckpoints:
             torch.cuda.set_rng_state(generators["cuda"], device)
         self._last = self._clock()
 
-    def drop(self, path: Path) -> None:
-        """Delete one checkpoint."""
-        delete(path)
-        self._known_losses().pop(path, None)
 
-    def remove(self) -> None:
-        """Delete all: the model is finished."""
-        remove_checkpoints(self.folder)
-
-    def _known_losses(self) -> dict[Path, float]:
-        if self._losses is None:
-            self._losses = {}
-            for path in self.paths():
-                try:
-                    loss = read_metadata(path, own=True).get("loss")
-                except FastarError:  # damaged: never the best
-                    loss = None
-                self._losses[path] = math.inf if loss is None else float(loss)
-        return self._losses
+def _loss_of(path: Path) -> float:
+    """The loss that a checkpoint was saved with; infinite where it is within an epoch or damaged: never the best."""
+    try:
+        loss = read_metadata(path, own=True).get("loss")
+    except FastarError:
+        return math.inf
+    return math.inf if loss is None else float(loss)
 
 
 _SAVED = {"recipe", "attempt", "epoch", "step", "history", "so_far"}
