@@ -1,7 +1,7 @@
 """Fused operations over flat parameter buffers: Triton on CUDA, plain torch (`reference.py`) elsewhere.
 
 `operations` holds the public functions, which check their arguments and pick the path; `interpolation`,
-`star_update`, `adam` and `nonfinite` hold the Triton kernels and are imported only when that path is taken.
+`star_update` and `adam` hold the Triton kernels and are imported only when that path is taken.
 `FASTAR_KERNELS=auto|reference|triton` forces one.
 """
 

@@ -222,8 +222,6 @@ def test_a_profile_has_parts_operations_and_a_trace(tmp_path: Path) -> None:
 def test_profiles_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(FastarError, match=r"missing.*cannot be written \(No such file"):
         benchmarks.profile(lambda: None, CPU, trace=tmp_path / "missing" / "trace.json")
-    with pytest.raises(FastarError, match="of a GPU's memory"):
-        benchmarks.profile(lambda: None, CPU, memory=tmp_path / "memory.pickle")
 
 
 def test_examples() -> None:

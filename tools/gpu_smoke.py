@@ -50,7 +50,7 @@ Facts = dict[str, Any]
 def imports(problem: Problem) -> Facts:
     """Every module of fastar, the kernels' too."""
     names = [found.name for found in pkgutil.walk_packages(fastar.__path__, "fastar.")]
-    names += [f"fastar.kernels.{name}" for name in ("interpolation", "star_update", "adam", "nonfinite")]
+    names += [f"fastar.kernels.{name}" for name in ("interpolation", "star_update", "adam")]
     for name in set(names) - {"fastar.__main__"}:
         importlib.import_module(name)
     return {"modules": len(set(names))}
@@ -206,15 +206,13 @@ def memory_cap(problem: Problem) -> Facts:
 
 
 def profiles(problem: Problem) -> Facts:
-    """Steps under torch's profiler, with a trace (and on a GPU a memory snapshot)."""
+    """Steps under torch's profiler, with a trace."""
     if problem.device.type == "cuda" and not profiler_sees_gpu():
         raise CannotRun("torch's profiler sees no GPU here")
     run = problem.endless(problem.star_step())
     run()
     with tempfile.TemporaryDirectory() as folder:
-        trace, memory = Path(folder) / "trace.json", Path(folder) / "memory.pickle"
-        cuda = problem.device.type == "cuda"
-        found = profile(run, problem.device, trace=trace, memory=memory if cuda else None)
+        found = profile(run, problem.device, trace=Path(folder) / "trace.json")
         sizes = {path.name: path.stat().st_size for path in Path(folder).iterdir()}
     if not sizes.get("trace.json"):
         raise FastarError("no trace was written")

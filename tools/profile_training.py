@@ -35,7 +35,7 @@ def step_profile(problem: Problem, arguments: argparse.Namespace) -> Profile:
             step(images, labels, lr)
 
     run()
-    return profile(run, problem.device, trace=arguments.trace, memory=arguments.memory)
+    return profile(run, problem.device, trace=arguments.trace)
 
 
 def epoch_profile(problem: Problem, arguments: argparse.Namespace) -> Profile:
@@ -53,7 +53,7 @@ def epoch_profile(problem: Problem, arguments: argparse.Namespace) -> Profile:
             evaluate_rows(evaluated, step.layout, step.theta[None], {"train": batches}, statistics_batches=batches)
 
     run()
-    return profile(run, problem.device, trace=arguments.trace, memory=arguments.memory)
+    return profile(run, problem.device, trace=arguments.trace)
 
 
 def main() -> None:
@@ -66,7 +66,6 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="with torch.compile")
     parser.add_argument("--graph", action="store_true", help="with CUDA graphs (the spans inside have no times then)")
     parser.add_argument("--trace", type=Path, help="file for a Chrome trace (large: keep --images small)")
-    parser.add_argument("--memory", type=Path, help="file for a GPU memory snapshot")
     arguments = parser.parse_args()
     if arguments.steps < 1:
         parser.error("--steps must be at least 1")

@@ -204,8 +204,7 @@ def steps_profile(session: Session, steps: int) -> StepsProfile:
         raise FastarError(f"--profile: {run.star} is trained already; choose another --out to train one")
     if run.in_training("star", 0).exists():  # too few steps may be left
         raise FastarError(f"--profile: {run.star} is in training already; finish it without, or choose another --out")
-    memory = run.profile("memory.pickle") if session.device.type == "cuda" else None
-    found = StepsProfile(steps, Profile(session.device, trace=run.profile("trace.json"), memory=memory))
+    found = StepsProfile(steps, Profile(session.device, trace=run.profile("trace.json")))
     found.check(star.epochs or train.epochs, session.data.train.batch_count(train.batch_size, train.drop_last))
     with refusal(f"{run.profile('')}: cannot be made", "choose another --out"):
         run.profile("").mkdir(exist_ok=True)

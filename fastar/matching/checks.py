@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -26,11 +26,9 @@ def check_networks(
     symmetry.check_state(theta, "theta")
     symmetry.check_state(sources, "sources", leading=1)
     count, device = _count_and_device(symmetry, theta, sources)
-    names = symmetry.counted(theta, sources)
-    tensors = [tensor for name in names for tensor in (theta[name][None], sources[name])]
-    if not _sums_are_finite(tensors):
-        for name in names:
-            check_finite(theta[name], name, "theta")
+    for name in symmetry.counted(theta, sources):
+        check_finite(theta[name], name, "theta")
+        if not bool(torch.isfinite(sources[name].sum())):
             for n in range(count):
                 check_finite(sources[name][n], name, f"source {n}")
     return count, device
@@ -41,12 +39,6 @@ def check_finite(tensor: Tensor, name: str, where: str) -> None:
     # A sum is not finite if one of its terms is not; only then is each looked at.
     if not bool(torch.isfinite(tensor.sum())) and not bool(torch.isfinite(tensor).all()):
         raise FastarError(f"{where} has NaN or infinite values in {name!r}: retrain or remove it")
-
-
-def _sums_are_finite(tensors: Sequence[Tensor]) -> bool:
-    """Tell whether all sums over all axes but the first are finite; waits for the device once."""
-    sums = [tensor.detach().sum(tuple(range(1, tensor.ndim))) if tensor.ndim > 1 else tensor for tensor in tensors]
-    return bool(torch.isfinite(torch.cat(sums)).all())
 
 
 def _count_and_device(

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch.profiler import ProfilerActivity
 
-from fastar.errors import FastarError
+from fastar.errors import FastarError, refusal
 from fastar.runtime.device import synchronize
 from fastar.runtime.memory import peak_bytes
 from fastar.runtime.timing import SpanClock
@@ -28,17 +28,11 @@ class Profile:
     Args:
         device: where the work runs.
         trace: file for a Chrome trace (chrome://tracing, ui.perfetto.dev), with memory in use over time.
-        memory: file for a snapshot of the GPU's memory over time (pytorch.org/memory_viz).
-
-    Raises:
-        FastarError: a memory snapshot is asked of a CPU.
     """
 
-    def __init__(self, device: torch.device, *, trace: Path | None = None, memory: Path | None = None) -> None:
-        self._device, self._trace, self._memory = device, trace, memory
+    def __init__(self, device: torch.device, *, trace: Path | None = None) -> None:
+        self._device, self._trace = device, trace
         self._cuda = device.type == "cuda"
-        if memory is not None and not self._cuda:
-            raise FastarError("a memory snapshot is of a GPU's memory; on a CPU, memory in use is in the trace")
         self.seconds = self.idle = 0.0
         self.parts: dict[str, float] = {}
         self.peak_bytes = 0
@@ -72,35 +66,24 @@ class Profile:
 
     @contextmanager
     def profiled(self) -> Iterator[None]:
-        """Around the second look; writes the files.
+        """Around the second look; writes the trace.
 
         Raises:
-            FastarError: a file cannot be written.
+            FastarError: it cannot be written.
         """
-        if self._memory is not None:
-            torch.cuda.memory._record_memory_history()
         # Where CUPTI is missing the profiler cannot see kernels; it then says what the host did.
         kernels = self._cuda and ProfilerActivity.CUDA in torch.profiler.supported_activities()
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if kernels else [])]
-        try:
-            with (
-                torch.profiler.profile(activities=activities, profile_memory=self._trace is not None) as found,
-                SpanClock(self._device, names=True),
-            ):
-                yield
-                synchronize(self._device)
-            if self._memory is not None:
-                torch.cuda.memory._dump_snapshot(str(self._memory))
-            if self._trace is not None:
+        with (
+            torch.profiler.profile(activities=activities, profile_memory=self._trace is not None) as found,
+            SpanClock(self._device, names=True),
+        ):
+            yield
+            synchronize(self._device)
+        if self._trace is not None:
+            with refusal(f"{self._trace}: cannot be written", "choose another file"):
                 self._trace.touch()  # the profiler itself says nothing when it cannot write
                 found.export_chrome_trace(str(self._trace))
-        except OSError as error:
-            raise FastarError(
-                f"{error.filename or self._trace}: cannot be written ({error.strerror}); choose another file"
-            ) from error
-        finally:
-            if self._memory is not None:
-                torch.cuda.memory._record_memory_history(enabled=None)
         if kernels:
             # A part's annotation reaches from its first kernel to its last: not time in which the GPU was busy.
             spans = [

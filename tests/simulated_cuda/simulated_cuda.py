@@ -11,7 +11,6 @@ import ctypes
 import os
 import sys
 import time
-from pathlib import Path
 from typing import Any
 
 _device = ctypes.CDLL(os.environ["FASTAR_SIMULATED_CUDA"], ctypes.RTLD_GLOBAL)
@@ -287,8 +286,6 @@ def _install() -> None:
     cuda.max_memory_reserved = lambda device=None: int(_device.sim_peak())
     cuda.reset_peak_memory_stats = lambda device=None: _device.sim_reset_peak()
     cuda.set_per_process_memory_fraction = _cap
-    cuda.memory._record_memory_history = _always(None)
-    cuda.memory._dump_snapshot = lambda path: Path(path).write_bytes(NAME.encode())
     cuda.manual_seed = lambda seed: _device.sim_seed(int(seed) % 2**63)
     cuda.manual_seed_all = lambda seed: _device.sim_seed(int(seed) % 2**63)
     cuda.default_generators = (torch.Generator(device="cuda"),)

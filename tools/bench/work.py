@@ -37,15 +37,13 @@ def gpu_work(run: Callable[[], object], device: torch.device) -> dict[str, float
     }
 
 
-def profile(
-    run: Callable[[], object], device: torch.device, *, trace: Path | None = None, memory: Path | None = None
-) -> Profile:
+def profile(run: Callable[[], object], device: torch.device, *, trace: Path | None = None) -> Profile:
     """Call `run` (the work, such as ten training steps), which has been warmed up, twice: see `Profile`.
 
     Raises:
-        FastarError: a file cannot be written, or a memory snapshot is asked of a CPU.
+        FastarError: the trace cannot be written.
     """
-    found = Profile(device, trace=trace, memory=memory)
+    found = Profile(device, trace=trace)
     with found.clocked():
         run()
     with found.profiled():

@@ -62,10 +62,6 @@ def _product(output: Any, input: Any, other: Any = None, **_: Any) -> Iterator[S
         yield other, 0, "read", input
 
 
-def _product_and_sum(output: Any, input: Any, mat1: Any, mat2: Any, **_: Any) -> Iterator[Sight]:
-    yield from _product(output, mat1, mat2)
-
-
 def _convolution(output: Any, input: Any, weight: Any, *_: Any, **__: Any) -> Iterator[Sight]:
     yield weight, 0, "made", output.movedim(1 - weight.ndim, -1)
     yield weight, 1, "read", input.movedim(1 - weight.ndim, -1)
@@ -121,7 +117,7 @@ def _attention(output: Any, *args: Any, **kwargs: Any) -> Iterator[Sight]:
 _OBSERVED: dict[str, Observe] = {
     "linear": _linear,
     **dict.fromkeys(("matmul", "mm", "__matmul__"), _product),
-    "addmm": _product_and_sum,
+    "addmm": lambda output, input, mat1, mat2, **_: _product(output, mat1, mat2),
     **dict.fromkeys(("conv1d", "conv2d", "conv3d"), _convolution),
     **dict.fromkeys(("conv_transpose1d", "conv_transpose2d", "conv_transpose3d"), _transposed),
     "embedding": _embedding,
