@@ -130,19 +130,19 @@ def change(path, offset, content):
 DAMAGES = {
     "empty": (lambda path: path.write_bytes(b""), "empty file"),
     "short": (lambda path: path.write_bytes(path.read_bytes()[:10]), "truncated in its header"),
-    "only fields": (lambda path: path.write_bytes(path.read_bytes()[:500]), "truncated in its fields"),
+    "only fields": (lambda path: path.write_bytes(path.read_bytes()[:500]), "its header or its fields are not"),
     "half": (lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]), "truncated"),
     "last byte": (lambda path: path.write_bytes(path.read_bytes()[:-1]), "truncated"),
     "grown": (lambda path: path.write_bytes(path.read_bytes() + bytes(24)), "allocation table"),
-    "foreign": (lambda path: path.write_bytes(b"PK\x03\x04" + bytes(100_000)), "foreign header"),
-    "unfinished": (lambda path: change(path, 0, bytes(HeaderType.itemsize)), "foreign header"),
-    "page size": (lambda path: change(path, HeaderType.fields["page_size"][1], b"\x01"), "page size"),
+    "foreign": (lambda path: path.write_bytes(b"PK\x03\x04" + bytes(100_000)), "its header or its fields are not"),
+    "unfinished": (lambda path: change(path, 0, bytes(HeaderType.itemsize)), "its header or its fields are not"),
+    "page size": (lambda path: change(path, HeaderType.fields["page_size"][1], b"\x01"), "its header"),
     "count": (lambda path: change(path, HeaderType.fields["num_samples"][1], b"\x07"), "holds 263 samples"),
     "table elsewhere": (
         lambda path: change(path, HeaderType.fields["alloc_table_ptr"][1], b"\xff"),
         "allocation table",
     ),
-    "field name": (lambda path: change(path, HeaderType.itemsize + 1, b"X"), "field 'image'"),
+    "field name": (lambda path: change(path, HeaderType.itemsize + 1, b"X"), "its fields"),
 }
 
 
@@ -181,7 +181,7 @@ def test_every_table_entry_is_checked(tmp_path, field):
 
 def test_layout_of_another_dataset_is_refused(tmp_path):
     write(tmp_path / "x.beton", "mnist", 300)
-    with pytest.raises(FastarError, match="field 'image' is not what fastar writes for 32x32x3"):
+    with pytest.raises(FastarError, match="fields are not what fastar writes for 32x32x3"):
         check_beton(tmp_path / "x.beton", layout_of("cifar10", 300))
 
 

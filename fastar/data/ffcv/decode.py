@@ -7,11 +7,10 @@ buffer, the JPEG decoder's return code is checked, the boxes come from outside, 
 run Python around FFCV's C functions, which release the GIL.
 """
 
-import itertools
 import os
 import threading
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -73,7 +72,8 @@ class CropDecoder(SimpleRGBImageDecoder):
             into, numbers = images.numpy(), iter(range(len(index)))
 
             def some() -> None:
-                for position in _shared(numbers):
+                # One that has a large image takes fewer. (`next` holds the GIL.)
+                while (position := next(numbers, None)) is not None:
                     self._one(int(index[position]), rows[position], boxes[position].tolist(), into[position])
 
             if self._pool is None:
@@ -113,8 +113,3 @@ class CropDecoder(SimpleRGBImageDecoder):
             buffer = np.empty(size + size // 4, np.uint8)
             setattr(self._buffers, name, buffer)
         return buffer[:size]
-
-
-def _shared(numbers: Iterator[int]) -> Iterator[int]:
-    """The numbers that no other thread took: one that has a large image takes fewer. (`next` holds the GIL.)"""
-    return itertools.takewhile(lambda number: number >= 0, iter(lambda: next(numbers, -1), None))

@@ -154,15 +154,18 @@ class Beton:
                 yield content
 
 
-def field_descriptors(fields: dict[str, Field]) -> np.ndarray:
-    """The file's second part: type, name and arguments of each field."""
+def front(layout: Layout, count: int, table_start: int) -> bytes:
+    """The file's first two parts: the header, and the type, name and arguments of each field."""
+    fields = layout.fields()
+    header, descriptors = np.zeros(1, HeaderType), np.zeros(len(fields), FieldDescType)
+    header["version"], header["num_fields"], header["page_size"] = CURRENT_VERSION, len(fields), layout.PAGE
+    header["num_samples"], header["alloc_table_ptr"] = count, table_start
     codes = {handler: code for code, handler in TYPE_ID_HANDLER.items()}
-    table = np.zeros(len(fields), dtype=FieldDescType)
-    for row, (name, field) in zip(table, fields.items(), strict=True):
+    for row, (name, field) in zip(descriptors, fields.items(), strict=True):
         row["type_id"] = codes[type(field)]
         row["name"][: len(name)] = np.frombuffer(name.encode("ascii"), np.uint8)
         row["arguments"][:] = field.to_binary()[0]
-    return table
+    return header.tobytes() + descriptors.tobytes()
 
 
 def sample_type(layout: Layout) -> np.dtype:
@@ -197,7 +200,7 @@ def check_beton(path: Path, layout: Layout) -> Beton:
         if path.stat().st_size == 0:
             raise damaged(path, "empty file")  # it cannot be mapped
         data = np.memmap(path, np.uint8, mode="r")
-    return _checked_tables(path, data, _checked_front(path, data, layout), layout)
+    return _checked_tables(path, data, layout)
 
 
 def _part(path: Path, data: np.ndarray, dtype: np.dtype, start: int, count: int, what: str) -> np.ndarray:
@@ -207,30 +210,17 @@ def _part(path: Path, data: np.ndarray, dtype: np.dtype, start: int, count: int,
     return data[start:stop].view(dtype)
 
 
-def _checked_front(path: Path, data: np.ndarray, layout: Layout) -> np.void:
-    """The header, once it and the fields behind it are as fastar writes them."""
+def _checked_tables(path: Path, data: np.ndarray, layout: Layout) -> Beton:
+    """The file, once its front is as fastar writes it, and its tables of samples and of their places agree."""
     header = _part(path, data, HeaderType, 0, 1, "header")[0]
-    fields = layout.fields()
-    if header["version"] != CURRENT_VERSION or header["num_fields"] != len(fields):
-        raise damaged(path, "not a .beton file of fastar (foreign header)")
-    page_size, count = int(header["page_size"]), int(header["num_samples"])
-    if page_size < 1 << 21 or page_size & (page_size - 1):
-        raise damaged(path, f"damaged header (page size {page_size})")
+    count, table_start = int(header["num_samples"]), int(header["alloc_table_ptr"])
+    wanted = front(layout, count, table_start)
+    if data[: len(wanted)].tobytes() != wanted:
+        raise damaged(path, f"its header or its fields are not what fastar writes for {layout}")
     if count != layout.count:
         raise damaged(path, f"holds {count} samples where {layout.count} are due")
-    written = _part(path, data, FieldDescType, HeaderType.itemsize, len(fields), "fields")
-    for name, want, got in zip(fields, field_descriptors(fields), written, strict=True):
-        if any(not np.array_equal(want[key], got[key]) for key in ("type_id", "name", "arguments")):
-            raise damaged(path, f"its field {name!r} is not what fastar writes for {layout}")
-    return header
-
-
-def _checked_tables(path: Path, data: np.ndarray, header: np.void, layout: Layout) -> Beton:
-    """The file, once its tables of samples and of their places agree."""
-    start, count = HeaderType.itemsize + len(layout.fields()) * FieldDescType.itemsize, layout.count
-    metadata = _part(path, data, sample_type(layout), start, count, "sample table")
-    end = start + metadata.nbytes
-    table_start = int(header["alloc_table_ptr"])
+    metadata = _part(path, data, sample_type(layout), len(wanted), count, "sample table")
+    end = len(wanted) + metadata.nbytes
     if table_start < end or len(data) - table_start != count * ALLOC_TABLE_TYPE.itemsize:
         raise damaged(path, "truncated, or its allocation table is damaged")
     table = _part(path, data, ALLOC_TABLE_TYPE, table_start, count, "allocation table")

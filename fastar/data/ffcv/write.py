@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import IO
 
 import numpy as np
-from ffcv.types import ALLOC_TABLE_TYPE, CURRENT_VERSION, HeaderType
+from ffcv.types import ALLOC_TABLE_TYPE, HeaderType
 
 from fastar.data.encode import Encoded
-from fastar.data.ffcv.format import Layout, field_descriptors, sample_type
+from fastar.data.ffcv.format import Layout, front, sample_type
 from fastar.data.raw.raw_split import RawSplit
 from fastar.errors import FastarError
 from fastar.runtime.progress import SILENT, Progress
@@ -77,8 +77,9 @@ def write_beton(
     """
     row = sample_type(layout)
     samples, places = np.zeros(len(indices), row), np.zeros(len(indices), ALLOC_TABLE_TYPE)
-    begin = HeaderType.itemsize + field_descriptors(layout.fields()).nbytes
-    end = -(-(begin + samples.nbytes) // layout.PAGE) * layout.PAGE  # of the last page that was begun, none so far
+    end = (
+        -(-(len(front(layout, 0, 0)) + samples.nbytes) // layout.PAGE) * layout.PAGE
+    )  # of the last page that was begun, none so far
     place, kept, skipped = end, 0, {}
     told = begun = time.monotonic()
     try:
@@ -121,17 +122,14 @@ def _write_tables(stream: IO[bytes], layout: Layout, samples: np.ndarray, places
 
     The header is written last: until then the file's version is 0, and nothing opens it.
     """
-    fields = layout.fields()
-    stream.seek(HeaderType.itemsize)
-    stream.write(field_descriptors(fields).tobytes() + samples.tobytes())
+    begin, size = front(layout, len(samples), end), HeaderType.itemsize
+    stream.seek(size)
+    stream.write(begin[size:] + samples.tobytes())
     stream.seek(end)
     stream.write(places.tobytes())
     _flush(stream)
-    header = np.zeros(1, dtype=HeaderType)
-    header["version"], header["num_fields"], header["page_size"] = CURRENT_VERSION, len(fields), layout.PAGE
-    header["num_samples"], header["alloc_table_ptr"] = len(samples), end
     stream.seek(0)
-    stream.write(header.tobytes())
+    stream.write(begin[:size])
     _flush(stream)
 
 

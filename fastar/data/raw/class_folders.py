@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -33,8 +34,8 @@ def find_folders(root: Path, spec: DatasetSpec) -> RawDataset | None:
     passed, splits, mode = PassedOver(), [], "RGB" if spec.channels == 3 else "L"
     for folder in (train, test):
         label_of = _labels_of_folders(folder, spec)
-        found = _arrays(folder, label_of, in_class_folders(folder, label_of, passed))
-        splits.append(ImageSplit(folder, spec.classes, *found, mode=mode, content=True))
+        listed = in_class_folders(folder, label_of, passed)
+        splits.append(folder_split(folder, spec.classes, listed, label_of, mode=mode, content=True))
     return RawDataset(splits[0], splits[1], "class folders", root, f"{root}: {passed}" if passed.count else None)
 
 
@@ -55,19 +56,16 @@ def _labels_of_folders(root: Path, spec: DatasetSpec) -> Mapping[str, int]:
     )
 
 
-def _arrays(root: Path, label_of: Mapping[str, int], listed: Listed) -> tuple[list[str], np.ndarray]:
-    """Names below `root`, and labels."""
+def folder_split(
+    root: Path, classes: tuple[str, ...], listed: Listed, label_of: Mapping[str, int] | None = None, **form: Any
+) -> ImageSplit:
+    """The images in files below `root`, as they are `listed`; `label_of` the folders' names (None: the classes')."""
+    label_of = label_of or {name: label for label, name in enumerate(classes)}
     names = [path.relative_to(root).as_posix() for _, paths in listed for path in paths]
     labels = [label_of[name] for name, paths in listed for _ in paths]
-    return names, np.array(labels, dtype=np.int64)
-
-
-def folder_split(root: Path, classes: tuple[str, ...], listed: Listed) -> ImageSplit:
-    """The images in files below `root`, of any size, as they are `listed`."""
-    names, labels = _arrays(root, {name: label for label, name in enumerate(classes)}, listed)
     if not names:
         raise FastarError(f"{root}: holds no images in class folders")
-    return ImageSplit(root, classes, names, labels)
+    return ImageSplit(root, classes, names, np.array(labels, dtype=np.int64), **form)
 
 
 def in_class_folders(root: Path, classes: tuple[str, ...] | Mapping[str, int], passed: PassedOver) -> Listed:
