@@ -20,8 +20,6 @@ from fastar.data.convert import prepare
 from fastar.data.crops import random_boxes
 from fastar.data.encode import PRESETS, Encoding
 from fastar.data.ffcv.folder import DatasetFiles, open_files
-from fastar.data.ffcv.format import VariableLayout
-from fastar.data.ffcv.write import write_beton
 from fastar.data.raw.class_folders import (
     class_names,
     count_images,
@@ -200,14 +198,6 @@ class Listening(SilentProgress):
 
     def line(self, text: str) -> None:
         self.lines.append(text)
-
-
-def test_long_work_says_where_it_stands(root: Path) -> None:
-    raw, told = in_folders(root / "train"), Listening()
-    layout = VariableLayout(COUNT, 3, RAW)
-    write_beton(root / "x.beton", raw, np.arange(COUNT), layout, progress=told, description="writing", tell_seconds=0)
-    assert len(told.lines) == COUNT
-    assert re.fullmatch(r"writing: 24 of 24 images, [\d.,]+ images/s, 0 minutes left", told.lines[-1])
 
 
 def test_predictions_come_near(root: Path) -> None:

@@ -55,11 +55,20 @@ def test_plain_says_nothing_of_nothing_or_of_failures() -> None:
 
 def test_plain_tells_of_tasks_within_others_only_if_they_were_long() -> None:
     for seconds, told in ((9.0, ["all"]), (11.0, ["part", "all"])):
-        progress, stream = plain(clock=iter([0.0, 0.0, seconds, seconds]).__next__)
+        progress, stream = plain(clock=iter([0.0, 0.0, *[seconds] * 4]).__next__)
         with progress.task("all", total=1) as outer, progress.task("part", total=1) as inner:
             inner()
             outer()
         assert [line.split(":")[0] for line in stream.getvalue().splitlines()] == told
+
+
+def test_plain_says_where_long_work_stands() -> None:
+    progress, stream = plain(clock=iter([0.0, 299.0, 300.0, 301.0, 400.0]).__next__)
+    with progress.task("writing", total=4000, unit="images") as advance:
+        for _ in range(3):
+            advance(1000)
+    assert stream.getvalue().splitlines()[0] == "writing: 2,000 of 4,000 images, 6.7 images/s, 5 minutes left"
+    assert len(stream.getvalue().splitlines()) == 2
 
 
 def test_lines_are_not_wrapped_or_interpreted() -> None:

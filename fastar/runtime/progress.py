@@ -77,11 +77,13 @@ class _RateColumn(ProgressColumn):
 
 # Tasks within others are told of in a log only if they took this long: a run has thousands of short ones.
 _WORTH_A_LINE = 10.0
+_TELL_SECONDS = 300.0  # after so many, a log is told where a task stands
 
 
 class TerminalProgress:
-    """Bars with rate and time remaining on a terminal; elsewhere one plain line when a task ends, unless it was a short
-    one within another. Writes to stderr; where that fails it says nothing from then on, and the work goes on."""
+    """Bars with rate and time remaining on a terminal; elsewhere a plain line every five minutes and when a task ends,
+    unless it was a short one within another. Writes to stderr; where that fails it says nothing from then on, and the
+    work goes on."""
 
     def __init__(self, console: Console | None = None, clock: Callable[[], float] = time.perf_counter):
         self._clock = clock
@@ -105,11 +107,16 @@ class TerminalProgress:
                     bars.remove_task(identity)
             return
 
-        start, done, last_note = self._clock(), 0, ""
+        start = told = self._clock()
+        done, last_note = 0, ""
 
         def advance_plain(count: int = 1, note: str = "") -> None:
-            nonlocal done, last_note
-            done, last_note = done + count, note or last_note
+            nonlocal done, last_note, told
+            done, last_note, now = done + count, note or last_note, self._clock()
+            if done and now - told >= _TELL_SECONDS:
+                told, rate = now, done / (now - start)
+                left = f"{(total - done) / rate / 60:,.0f} minutes left"
+                self.line(f"{description}: {done:,} of {total:,} {unit}, {rate:,.1f} {unit}/s, {left}")
 
         self._depth += 1
         try:

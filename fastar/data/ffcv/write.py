@@ -7,7 +7,6 @@ import errno
 import math
 import os
 import shutil
-import time
 from contextlib import closing
 from pathlib import Path
 from typing import IO
@@ -21,7 +20,6 @@ from fastar.data.raw.raw_split import RawSplit
 from fastar.errors import FastarError
 from fastar.runtime.progress import SILENT, Progress
 
-TELL_SECONDS = 300.0
 _ESTIMATE = 64
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 
@@ -65,7 +63,6 @@ def write_beton(
     skip: bool = False,
     progress: Progress = SILENT,
     description: str = "writing",
-    tell_seconds: float = TELL_SECONDS,
 ) -> dict[int, str]:
     """Write samples `indices` of `raw`, in that order, to `path` (created, or overwritten) and flush it to disk.
 
@@ -81,7 +78,6 @@ def write_beton(
         -(-(len(front(layout, 0, 0)) + samples.nbytes) // layout.PAGE) * layout.PAGE
     )  # of the last page that was begun, none so far
     place, kept, skipped = end, 0, {}
-    told = begun = time.monotonic()
     try:
         with (
             path.open("wb") as stream,
@@ -106,9 +102,6 @@ def write_beton(
                 else:
                     raise image
                 advance()
-                if time.monotonic() - told >= tell_seconds:
-                    told = time.monotonic()
-                    progress.line(f"{description}: {_standing(position + 1, len(indices), told - begun)}")
             if kept == 0:
                 raise FastarError(f"{path}: none of the {len(indices)} images can be used ({skipped[0]})")
             _write_tables(stream, layout, samples[:kept], places[:kept], end)
@@ -131,12 +124,6 @@ def _write_tables(stream: IO[bytes], layout: Layout, samples: np.ndarray, places
     stream.seek(0)
     stream.write(begin[:size])
     _flush(stream)
-
-
-def _standing(done: int, total: int, seconds: float) -> str:
-    """For whoever reads a log of work that takes hours."""
-    rate = done / max(seconds, 1e-9)
-    return f"{done:,} of {total:,} images, {rate:,.1f} images/s, {(total - done) / rate / 60:,.0f} minutes left"
 
 
 def _flush(stream: IO[bytes]) -> None:
