@@ -118,9 +118,13 @@ def row(name: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("names", nargs="*", choices=[[], *NETWORKS], help="networks (default: all that are installed)")
+    listed = ", ".join(NETWORKS)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"networks (default: all installed): {listed}")
     parser.add_argument("--write", action="store_true", help=f"put the table into {DOCS.name}")
     options = parser.parse_args()
+    for name in options.names:
+        if name not in NETWORKS:
+            parser.error(f"no network {name!r}: give some of {listed}")
     warnings.simplefilter("ignore")
     names = options.names or list(NETWORKS)
     lines = [
