@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils import prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
+from torch.utils._pytree import tree_leaves
 
 from fastar.errors import FastarError, first_line
 
@@ -300,15 +301,7 @@ def _plain(module: nn.Module) -> dict[str, Any]:
 
 def attribute_tensors(model: nn.Module) -> Iterator[Tensor]:
     """The tensors that modules keep as plain attributes, in containers of containers too."""
-    return (tensor for module in model.modules() for tensor in _tensors_in(_plain(module)))
-
-
-def _tensors_in(value: Any) -> Iterator[Tensor]:
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, Mapping | tuple | list):
-        for one in value.values() if isinstance(value, Mapping) else value:
-            yield from _tensors_in(one)
+    return (one for module in model.modules() for one in tree_leaves(_plain(module)) if isinstance(one, Tensor))
 
 
 def is_vector(tensor: Tensor) -> bool:

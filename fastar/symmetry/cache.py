@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 from torch.utils._pytree import tree_map
@@ -36,7 +37,7 @@ from fastar.errors import FastarError
 from fastar.flat.forward import Batch
 from fastar.runs import write_atomically
 from fastar.runtime.json_files import content_digest, read_object, sealed, unsealed
-from fastar.symmetry.symmetry import Group, Member, Symmetry, without_groups
+from fastar.symmetry.symmetry import Symmetry, without_groups
 
 _log = logging.getLogger(__name__)
 _FASTAR = Path(__file__).parent.parent
@@ -92,7 +93,7 @@ def find(record: Path | None) -> Symmetry | None:
         content, whole = unsealed(read_object(record))
         if not whole:
             raise ValueError("it has no digest")
-        return _symmetry(content["symmetry"])
+        return TypeAdapter(Symmetry).validate_python(content["symmetry"])
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, TypeError, FastarError) as why:
@@ -108,13 +109,3 @@ def keep(record: Path | None, symmetry: Symmetry) -> None:
         write_atomically(record, json.dumps(sealed({"symmetry": asdict(symmetry)})).encode())
     except FastarError as why:
         _log.warning("%s", why)
-
-
-def _symmetry(content: dict[str, Any]) -> Symmetry:
-    return Symmetry(
-        groups=tuple(Group(**{**g, "members": tuple(Member(**m) for m in g["members"])}) for g in content["groups"]),
-        parameters={name: tuple(shape) for name, shape in content["parameters"].items()},
-        buffers={name: tuple(shape) for name, shape in content["buffers"].items()},
-        tied=content["tied"],
-        frozen=tuple(content["frozen"]),
-    )

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from fastar.errors import FastarError
-from fastar.flat.state_check import check_state, tensors_of
+from fastar.flat.state_check import check_state, tensors_of, ties_of
 from fastar.runtime.seeds import derive_seed
 from fastar.symmetry.batched_index import Rows, along, chosen, memory_order
 from fastar.symmetry.permutations import Permutations
@@ -274,13 +274,6 @@ def _permute(sources: Tensor, rows: Rows, positions: Tensor, member: Member, one
 
 def without_groups(model: nn.Module) -> Symmetry:
     """The symmetry of `model`'s architecture that permutes nothing: nothing is traced."""
-    parameters = dict(model.named_parameters(remove_duplicate=False))
-    buffers = {name: tensor for name, tensor in tensors_of(model).items() if name not in parameters}
-    first: dict[int, str] = {}
-    owners = {name: first.setdefault(id(tensor), name) for name, tensor in (parameters | buffers).items()}
-    return Symmetry(
-        groups=(),
-        parameters={name: tuple(tensor.shape) for name, tensor in parameters.items()},
-        buffers={name: tuple(tensor.shape) for name, tensor in buffers.items()},
-        tied={name: owner for name, owner in owners.items() if name != owner},
-    )
+    parameters = {name: tuple(p.shape) for name, p in model.named_parameters(remove_duplicate=False)}
+    buffers = {name: tuple(tensor.shape) for name, tensor in tensors_of(model).items() if name not in parameters}
+    return Symmetry((), parameters, buffers, ties_of(model, ()))

@@ -12,6 +12,7 @@ from fastar.symmetry.rules.call import Call, Refused
 from fastar.symmetry.rules.shapes import repeated
 
 Letter = str | int
+Operand = tuple[Dims, Sequence[int]]
 
 
 def pointwise(call: Call) -> Dims:
@@ -19,7 +20,7 @@ def pointwise(call: Call) -> Dims:
     return broadcast(call, [call.operand(node) for node in call.tensors()], call.shape())
 
 
-def broadcast(call: Call, operands: Sequence[tuple[Dims, Sequence[int]]], shape: Sequence[int]) -> Dims:
+def broadcast(call: Call, operands: Sequence[Operand], shape: Sequence[int]) -> Dims:
     """Labels of a pointwise function of tensors given by their labels and shapes."""
     out: list[Dim | None] = [None] * len(shape)
     for labels, lengths in operands:
@@ -31,25 +32,29 @@ def broadcast(call: Call, operands: Sequence[tuple[Dims, Sequence[int]]], shape:
     return Dims(tuple((fixed(n),) if dim is None else dim for dim, n in zip(out, shape, strict=True)))
 
 
-def contract(call: Call, operands: Sequence[tuple[Dims, Sequence[Letter]]], out: Sequence[Letter]) -> Dims:
-    """Labels of a sum of products: dimensions of one letter are multiplied, letters not in `out` summed over."""
-    letters = list(out)
-    for _, names in operands:
+def contract(call: Call, operands: Sequence[tuple[Operand, Sequence[Letter]]], out: Sequence[Letter]) -> Dims:
+    """Labels of a sum of products: dimensions of one letter are multiplied, letters not in `out` summed over.
+
+    A dimension of length 1 is broadcast against longer ones of its letter.
+    """
+    letters, sizes = list(out), dict[Letter, int]()
+    for (_, shape), names in operands:
         if len(set(names)) != len(names):
             raise Refused("a product that reads the diagonal of a tensor")
         letters += [name for name in names if name not in letters]
+        sizes |= {name: max(n, sizes.get(name, 0)) for name, n in zip(names, shape, strict=True)}
     dims: list[Dim | None] = [None] * len(letters)
-    for labels, names in operands:
-        mine = dict(zip(names, labels.dims, strict=True))
+    for (labels, shape), names in operands:
+        mine = {name: dim for name, dim, n in zip(names, labels.dims, shape, strict=True) if n == sizes[name]}
         dims = combine(call.solver, dims, [mine.get(name) for name in letters])
     product = Dims(tuple((fixed(1),) if dim is None else dim for dim in dims))
     return views.reduce(call.solver, product, range(len(out), len(letters)))
 
 
 def linear(call: Call) -> Dims:
-    x, weight = call.dims("input"), call.dims("weight")
-    batch = list(range(len(x.dims) - 1))
-    units: list[Letter] = ["o"] if len(weight.dims) == 2 else []
+    x, weight = call.operand("input"), call.operand("weight")
+    batch = list(range(len(x[1]) - 1))
+    units: list[Letter] = ["o"] if len(weight[1]) == 2 else []
     out = contract(call, [(x, [*batch, "i"]), (weight, [*units, "i"])], [*batch, *units])
     if call["bias"] is None:
         return out
@@ -63,39 +68,24 @@ def matmul(call: Call) -> Dims:
     return broadcast(call, [(out, call.shape()), *map(call.operand, added)], call.shape())
 
 
-def _matmul(call: Call, left: tuple[Dims, Sequence[int]], right: tuple[Dims, Sequence[int]]) -> Dims:
-    (a, a_shape), (b, b_shape) = left, right
-    if min(len(a.dims), len(b.dims)) < 2:
+def _matmul(call: Call, left: Operand, right: Operand) -> Dims:
+    lengths = [len(shape) for _, shape in (left, right)]
+    if min(lengths) < 2:
         raise Refused("matrix product with a vector")
-    batch = max(len(a.dims), len(b.dims)) - 2
-    a_names: list[Letter] = [*range(batch - len(a.dims) + 2, batch), "m", "k"]
-    b_names: list[Letter] = [*range(batch - len(b.dims) + 2, batch), "k", "n"]
-    operands: list[tuple[Dims, Sequence[Letter]]] = []
-    sizes: dict[Letter, int] = {}
-    for names, shape in ((a_names, a_shape), (b_names, b_shape)):
-        sizes.update({name: n for name, n in zip(names, shape, strict=True) if n > sizes.get(name, 0)})
-    for labels, names, shape in ((a, a_names, a_shape), (b, b_names, b_shape)):
-        keep = [d for d, name in enumerate(names) if not (isinstance(name, int) and shape[d] < sizes[name])]
-        operands.append((Dims(tuple(labels.dims[d] for d in keep)), [names[d] for d in keep]))
-    return contract(call, operands, [*range(batch), "m", "n"])
+    batch = max(lengths) - 2
+    a, b = ([*range(batch + 2 - n, batch)] for n in lengths)
+    return contract(call, [(left, [*a, "m", "k"]), (right, [*b, "k", "n"])], [*range(batch), "m", "n"])
 
 
 def einsum(call: Call) -> Dims:
-    equation = call["equation"].replace(" ", "")
-    left, arrow, out = equation.partition("->")
-    if "." in equation:
+    left, arrow, out = call["equation"].replace(" ", "").partition("->")
+    if "." in left + out:
         raise Refused("einsum with an ellipsis")
     names = left.split(",")
     if not arrow:
         flat = "".join(names)
         out = "".join(sorted(letter for letter in set(flat) if flat.count(letter) == 1))
-    nodes = call.tensors()
-    sizes: dict[str, int] = {}
-    for node, letters in zip(nodes, names, strict=True):
-        for letter, n in zip(letters, call.shape(node), strict=True):
-            if sizes.setdefault(letter, n) != n:
-                raise Refused("einsum that broadcasts an axis of length 1")
-    return contract(call, [(call.dims(node), letters) for node, letters in zip(nodes, names, strict=True)], out)
+    return contract(call, list(zip(map(call.operand, call.tensors()), names, strict=True)), out)
 
 
 def _ordered(call: Call, x: Dims) -> Dims:

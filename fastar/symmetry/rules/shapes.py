@@ -34,16 +34,6 @@ def transpose(call: Call) -> Dims:
     return Dims(tuple(x))
 
 
-def movedim(call: Call) -> Dims:
-    """Dimensions `source` come to stand at `destination`, the others keep their order."""
-    x = call.dims().dims
-    pairs = [[v] if isinstance(v, int) else v for v in (call["source"], call["destination"])]
-    source, destination = ([d % len(x) for d in dims] for dims in pairs)
-    rest = iter(d for d in range(len(x)) if d not in source)
-    order = [source[destination.index(d)] if d in destination else next(rest) for d in range(len(x))]
-    return Dims(tuple(x[d] for d in order))
-
-
 def squeeze(call: Call) -> Dims:
     x, shape = call.dims().dims, call.shape(call.first)
     drop = [d for d in dims_of(call.arguments.get("dim"), len(x)) if shape[d] == 1]
@@ -122,7 +112,7 @@ def slice_axis(call: Call) -> Dims | Labels:
 
 
 def split_axis(call: Call) -> list[Dims]:
-    """chunk, split and split_with_sizes: the pieces' lengths are read off the results."""
+    """split and split_with_sizes: the pieces' lengths are read off the results."""
     x = call.dims()
     dim = call.arguments.get("dim", 0) % len(x.dims)
     out, start = [], 0

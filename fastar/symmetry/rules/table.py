@@ -1,6 +1,7 @@
 """The table of rules: how permuted units travel through each operation of a graph.
 
-An operation without a rule is refused, so nothing is ever matched by a guess. To add a rule:
+An operation without a rule is refused, so nothing is ever matched by a guess. torch.export writes some operations as
+others, which then need no rule (`movedim`, `reshape` and `chunk` as `permute`, `view` and `split`). To add a rule:
 
 1. Read the operation's name in the refusal: `aten.cosh.default` is `cosh`. Overloads and in-place forms (`cosh_`) have
    the same rule.
@@ -23,6 +24,7 @@ A function of the order along its last axis, for instance:
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -39,7 +41,7 @@ Rule = Callable[[Call], Result]
 _TABLE: list[tuple[str, Rule]] = [
     (
         "relu relu6 leaky_relu elu selu celu gelu silu mish tanh sigmoid log_sigmoid hardtanh hardsigmoid "
-        "hardswish softplus softsign softshrink hardshrink threshold exp expm1 log log1p sqrt rsqrt square abs neg "
+        "hardswish softplus softshrink hardshrink threshold exp expm1 log log1p sqrt rsqrt square abs neg "
         "sign reciprocal sin cos erf erfc sgn add sub rsub mul div pow maximum minimum clamp clamp_min clamp_max where "
         "masked_fill addcmul addcdiv lerp eq ne gt ge lt le logical_not logical_and logical_or logical_xor bitwise_and "
         "bitwise_or bitwise_not __and__ __or__ floor ceil round trunc exp2 log2 log10 tan atan sinh cosh isnan "
@@ -48,7 +50,7 @@ _TABLE: list[tuple[str, Rule]] = [
         products.pointwise,
     ),
     (
-        "clone contiguous alias detach detach_ to _to_copy type_as lift_fresh_copy view_as positive",
+        "clone alias detach _to_copy type_as lift_fresh_copy",
         layers.same,
     ),
     (
@@ -65,12 +67,11 @@ _TABLE: list[tuple[str, Rule]] = [
     ),
     ("max_pool3d avg_pool3d adaptive_avg_pool3d", layers.pool(3)),
     ("mean sum amax amin var std logsumexp linalg_vector_norm norm prod all any", layers.reduction),
-    ("view _unsafe_view reshape flatten unflatten", shapes.reshape),
-    ("transpose t swapaxes swapdims", shapes.transpose),
-    ("movedim moveaxis", shapes.movedim),
-    ("split split_with_sizes chunk", shapes.split_axis),
+    ("view _unsafe_view", shapes.reshape),
+    ("transpose t", shapes.transpose),
+    ("split split_with_sizes", shapes.split_axis),
     ("mm bmm matmul addmm baddbmm", products.matmul),
-    ("softmax log_softmax _softmax _log_softmax softmin", products.softmax),
+    ("softmax log_softmax _softmax _log_softmax", products.softmax),
     ("flip roll cumsum cumprod logcumsumexp", shapes.along),
     ("layer_norm rms_norm", layers.layer_norm),
     ("dropout alpha_dropout feature_dropout feature_alpha_dropout", layers.dropout),
@@ -114,7 +115,7 @@ def _rule_of(node: fx.Node) -> Rule | None:
 
 def apply_rule(node: fx.Node, labels: dict[fx.Node, Any], solver: AxisSolver) -> Dims | list[Any] | None:
     """Labels of `node`'s result. Raises Refused, with the reason, where the symmetry is not proven."""
-    if node.target.__class__.__name__ == "builtin_function_or_method" and node.name.startswith("getitem"):
+    if node.target is operator.getitem:
         source, at = node.args
         found: Dims | list[Any] | None = labels[source]  # type: ignore[index]
         if isinstance(found, list):
