@@ -9,38 +9,20 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastar.models.layers import Activation, Norm, Parts, initialise_convolutions, scaled, stages_of
-from fastar.models.resnet import BasicBlock, Block, Bottleneck
+from fastar.models.resnet import SHAPES
 
-
-class PublishedBasicBlock(BasicBlock):
-    """The block under torchvision's names."""
-
-    residual = "downsample"
-
-
-class PublishedBottleneck(Bottleneck):
-    """The block under torchvision's names; the 3x3 convolution has the stride (version 1.5)."""
-
-    residual = "downsample"
-
-
-# Depth to block and blocks of each stage. Parameters at width 1 and 1000 classes: 11,689,512; 21,797,672; 25,557,032.
-CHANNELS = (64, 128, 256, 512)
-SHAPES: dict[int, tuple[type[Block], tuple[int, ...]]] = {
-    18: (PublishedBasicBlock, (2, 2, 2, 2)),
-    34: (PublishedBasicBlock, (3, 4, 6, 3)),
-    50: (PublishedBottleneck, (3, 4, 6, 3)),
-}
+# Parameters at width 1 and 1000 classes: 11,689,512; 21,797,672; 25,557,032.
+DEPTHS = (18, 34, 50)
 
 
 class ImageNetResNet(nn.Module):
     """ResNet-`depth`: 7x7 stem of stride 2, max-pooling, four stages at strides 1, 2, 2, 2, global average pooling, a
-    linear `fc`.
+    linear `fc`. The 3x3 convolution of a bottleneck has the stride (version 1.5).
 
     Takes images of any side from 32 on. Parameter names and shapes are torchvision's at `width` 1.
 
     Args:
-        depth: a key of `SHAPES`.
+        depth: one of `DEPTHS`.
         input_shape: (channels, height, width) of one image; only the channels determine parameters.
         classes: number of logits.
         width: factor of all channels.
@@ -56,12 +38,12 @@ class ImageNetResNet(nn.Module):
         norm: Norm = "batch",
     ):
         super().__init__()
-        block, blocks = SHAPES[depth]
-        channels, parts = scaled(CHANNELS, width, f"imagenet-resnet{depth}"), Parts(activation, norm)
+        block, blocks, base = SHAPES[depth]
+        channels, parts = scaled(base, width, f"imagenet-resnet{depth}"), Parts(activation, norm)
         self.conv1 = nn.Conv2d(input_shape[0], channels[0], 7, stride=2, padding=3, bias=False)
         self.bn1 = parts.norm(channels[0])
         self.layer1, self.layer2, self.layer3, self.layer4 = stages_of(
-            partial(block, parts=parts), blocks, channels, channels[0], block.expansion
+            partial(block, parts=parts, residual="downsample"), blocks, channels, channels[0], block.expansion
         )
         self.fc = nn.Linear(channels[-1] * block.expansion, classes)
         self.activate = parts.activation()
@@ -76,4 +58,4 @@ class ImageNetResNet(nn.Module):
         return logits
 
 
-MODELS = {f"imagenet-resnet{depth}": partial(ImageNetResNet, depth) for depth in SHAPES}
+MODELS = {f"imagenet-resnet{depth}": partial(ImageNetResNet, depth) for depth in DEPTHS}

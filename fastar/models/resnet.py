@@ -31,17 +31,18 @@ class Projection(nn.Sequential):
 
 
 class Block(nn.Module):
-    """A residual block: its input, projected where the shape changes, is added before the last activation."""
+    """A residual block: its input, projected where the shape changes, is added before the last activation.
+
+    `residual` is the name of the projection in state dicts.
+    """
 
     expansion: int
-    residual = "shortcut"
-    """Name of the projection in state dicts."""
 
-    def add_residual(self, channels_in: int, channels: int, stride: int, parts: Parts) -> None:
+    def add_residual(self, channels_in: int, channels: int, stride: int, parts: Parts, residual: str) -> None:
         """Make the projection of the input, or nothing, and the activation."""
-        same = stride == 1 and channels_in == channels
+        self.residual, same = residual, stride == 1 and channels_in == channels
         projection = nn.Sequential() if same else Projection(channels_in, channels, stride, parts.norm(channels))
-        self.add_module(self.residual, projection)
+        self.add_module(residual, projection)
         self.activate = parts.activation()
 
     def ended(self, out: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -55,13 +56,13 @@ class BasicBlock(Block):
 
     expansion = 1
 
-    def __init__(self, channels_in: int, channels: int, stride: int, parts: Parts):
+    def __init__(self, channels_in: int, channels: int, stride: int, parts: Parts, residual: str = "shortcut"):
         super().__init__()
         self.conv1 = nn.Conv2d(channels_in, channels, 3, stride=stride, padding=1, bias=False)
         self.bn1 = parts.norm(channels)
         self.conv2 = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
         self.bn2 = parts.norm(channels)
-        self.add_residual(channels_in, channels, stride, parts)
+        self.add_residual(channels_in, channels, stride, parts, residual)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = self.activate(self.bn1(self.conv1(x)))
@@ -73,7 +74,7 @@ class Bottleneck(Block):
 
     expansion = 4
 
-    def __init__(self, channels_in: int, channels: int, stride: int, parts: Parts):
+    def __init__(self, channels_in: int, channels: int, stride: int, parts: Parts, residual: str = "shortcut"):
         super().__init__()
         wide = channels * self.expansion
         self.conv1 = nn.Conv2d(channels_in, channels, 1, bias=False)
@@ -82,7 +83,7 @@ class Bottleneck(Block):
         self.bn2 = parts.norm(channels)
         self.conv3 = nn.Conv2d(channels, wide, 1, bias=False)
         self.bn3 = parts.norm(wide)
-        self.add_residual(channels_in, wide, stride, parts)
+        self.add_residual(channels_in, wide, stride, parts, residual)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         out = self.activate(self.bn1(self.conv1(x)))
