@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 
 import pytest
+import torch
 import typer
 from cli_cases import fastar
 
@@ -137,7 +138,7 @@ def test_doctor_tries_every_part(capfd: pytest.CaptureFixture[str]) -> None:
     assert [set(entry) for entry in found] == [{"name", "ok", "text", "needed"}] * 10
 
 
-def test_doctor_says_what_is_broken_and_what_is_only_slower(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_doctor_says_what_is_broken_and_what_is_only_slower() -> None:
     def broken() -> str:
         raise ImportError("libfoo.so:\n  cannot open")
 
@@ -149,9 +150,6 @@ def test_doctor_says_what_is_broken_and_what_is_only_slower(monkeypatch: pytest.
         "note b: libfoo.so: cannot open",
         "ok   c: 1.0",
     ]
-    for needed in (False, True):
-        monkeypatch.setattr(doctor, "PARTS", [("a", broken, needed)])
-        assert fastar("doctor").code == needed
 
 
 @pytest.mark.parametrize(
@@ -174,9 +172,7 @@ def test_doctor_knows_cpus_that_compute_in_bf16(cpuinfo: str | None, found: list
 
 
 def test_doctor_notices_a_kernel_that_computes_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
-    import fastar.kernels
-
-    monkeypatch.setattr(fastar.kernels, "interpolate", lambda theta, source, t, out: out.fill_(0))
-    outcome = globals()["fastar"]("doctor")
+    monkeypatch.setattr(torch, "lerp", lambda *given, out: out.fill_(0))
+    outcome = fastar("doctor")
     assert outcome.code == 1
     assert "FAIL kernels" in outcome.out

@@ -21,7 +21,6 @@ from ffcv.types import ALLOC_TABLE_TYPE, FieldDescType, HeaderType, get_metadata
 from fastar.config import DATASETS
 from fastar.data.convert import prepare
 from fastar.data.encode import Encoding, encoded_images
-from fastar.data.ffcv import read as reading_module
 from fastar.data.ffcv.checksums import measured, verify_beton
 from fastar.data.ffcv.folder import open_files
 from fastar.data.ffcv.format import FixedLayout, check_beton
@@ -147,12 +146,11 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_files_are_refused_before_ffcv_sees_them(tmp_path, monkeypatch, damage):
+def test_damaged_files_are_refused(tmp_path, damage):
     path = tmp_path / "x.beton"
     _, layout = write(path)
     break_it, message = DAMAGES[damage]
     break_it(path)
-    monkeypatch.setattr(reading_module, "GuardedLoader", None)  # calling it would be a TypeError
     with pytest.raises(FastarError, match=message) as caught:
         next(read_images(check_beton(path, layout)))
     assert str(path) in str(caught.value)

@@ -1,6 +1,7 @@
 """The developer's recipe for a new data set: one entry that carries its facts, and a reader where its form is new."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,7 @@ def read(place, spec):
 
 
 @pytest.fixture
-def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A package outside fastar, which registers a data set, and the raw data of it."""
     import numpy as np
 
@@ -58,9 +59,8 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     np.savez(tmp_path / "raw" / "stripes" / "stripes.npz", **arrays)
     (tmp_path / "stripes_package.py").write_text(PACKAGE)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setitem(DATASETS, "stripes", DATASETS["digits"])  # so that it is gone after the test
-    del DATASETS["stripes"]
-    return tmp_path
+    yield tmp_path
+    DATASETS.pop("stripes", None)
 
 
 def run(command: list[str]) -> None:

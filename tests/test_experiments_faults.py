@@ -5,12 +5,14 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from cli_cases import contents, fastar, refused
+from ffcv.fields.ndarray import NDArrayDecoder
 from run_cases import (
     Heard,
     Killed,
@@ -24,9 +26,8 @@ from run_cases import (
 )
 from test_runs_model_files import files_at_most
 
-from fastar.data.ffcv.read import GuardedIterator
 from fastar.errors import FastarError
-from fastar.experiments import star, train_star
+from fastar.experiments import train_star
 from fastar.runs import model_files as files
 from fastar.runs.model_files import load_checkpoint, save_checkpoint
 from fastar.training import RegularStep, StarStep
@@ -40,19 +41,28 @@ def half_done(data: Path, folder: Path, *overrides: str) -> None:
             train_star(small(data, *overrides), folder)
 
 
+def before_fsync(patch: pytest.MonkeyPatch, act: Callable[[str], None]) -> None:
+    """`act(path)` before a file, under its temporary name, reaches the disk."""
+    fsync = os.fsync
+
+    def acting(handle: int) -> None:
+        act(os.readlink(f"/proc/self/fd/{handle}"))
+        fsync(handle)
+
+    patch.setattr(os, "fsync", acting)
+
+
 def test_a_disk_that_fills_during_a_checkpoint(
     options: list[str], data: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = tmp_path / "run"
-    fsync = os.fsync
 
-    def full(handle: int) -> None:
-        if "in-training/star" in os.readlink(f"/proc/self/fd/{handle}") and len(list(run.glob("in-training/*/e*"))) > 1:
+    def full(path: str) -> None:
+        if "in-training/star" in path and len(list(run.glob("in-training/*/e*"))) > 1:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        fsync(handle)
 
     with monkeypatch.context() as patch:
-        patch.setattr(os, "fsync", full)
+        before_fsync(patch, full)
         message = refused("train-star", *options, "--out", run)
     assert f"{run}/in-training/star-0000/epoch-" in message
     assert message.endswith("cannot be written (No space left on device); free space or choose another folder")
@@ -171,11 +181,11 @@ def test_a_loader_s_thread_that_dies(
     run = tmp_path / "run"
     half_done(data, run)
 
-    def die(self: GuardedIterator, *arguments: Any) -> None:
+    def die(decoder: NDArrayDecoder) -> None:
         raise MemoryError("no memory in the thread")
 
     with monkeypatch.context() as patch:
-        patch.setattr(GuardedIterator, "run_pipeline", die)
+        patch.setattr(NDArrayDecoder, "generate_code", die)
         message = refused("train-star", *options, "--out", run)
     assert "FFCV's loader failed (MemoryError: no memory in the thread)" in message
     train_star(small(data), run)
@@ -280,7 +290,7 @@ def test_a_star_that_is_trained_again_is_never_mixed_with_the_one_before(
     found = load_checkpoint(run / "star.safetensors")
     save_checkpoint(run / "star.safetensors", {k: v * 1.001 for k, v in found.state.items()}, found.metadata)
     with monkeypatch.context() as patch:
-        patch.setattr(star, "save_model", lambda *arguments: kill())
+        before_fsync(patch, lambda path: kill() if f"{run}/.star" in path else None)
         with pytest.raises(Killed):
             train_star(small(data), run)
     assert (run / "permutations.safetensors").exists()

@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.modules.module import register_module_forward_hook
 
 from fastar.models import build_model
-from fastar.symmetry import Group, Member, Symmetry, cache, derive, derive_symmetry
+from fastar.symmetry import Group, Member, Symmetry, cache, derive_symmetry
 
 MODEL: dict[str, Any] = {"arch": "mlp", "input_shape": (1, 4, 4), "classes": 3, "seed": 0}
 IMAGES = (torch.zeros(2, 1, 4, 4),)
@@ -29,15 +29,15 @@ def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def derived(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """One entry for each proof."""
+    """One entry for each network that is traced."""
     done: list[str] = []
-    verify = derive.verify_symmetry
+    export = torch.export.export
 
-    def proving(*arguments: Any, **options: Any) -> None:
-        done.append("proven")
-        verify(*arguments, **options)
+    def tracing(*arguments: Any, **options: Any) -> Any:
+        done.append("traced")
+        return export(*arguments, **options)
 
-    monkeypatch.setattr(derive, "verify_symmetry", proving)
+    monkeypatch.setattr(torch.export, "export", tracing)
     return done
 
 
@@ -49,14 +49,13 @@ def find(name: object = ("mlp", {}), images: Any = IMAGES, *, allow_partial: boo
     return derive_symmetry(build_model(**{**MODEL, **changed}), images, name=name, allow_partial=allow_partial)
 
 
-def test_the_second_time_derives_nothing(derived: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_second_time_derives_nothing(derived: list[str], tmp_path: Path) -> None:
     first = find()
     assert len(first.groups) == 2
-    monkeypatch.setattr(derive, "trace", None)
     assert find() == first
     model = build_model(**{**MODEL, "seed": 5}).train()  # other weights are the same architecture
     assert derive_symmetry(model, (torch.ones(2, 1, 4, 4),), name=("mlp", {})) == first
-    assert derived == ["proven"]
+    assert derived == ["traced"]
     (file,) = records(tmp_path)
     assert {"format", "symmetry", "digest"} == set(json.loads(file.read_text()))
 
@@ -75,8 +74,8 @@ def test_another_architecture_is_derived_anew(derived: list[str], monkeypatch: p
 def test_another_process_finds_the_record() -> None:
     first = find()
     code = (
-        "import torch\nfrom fastar.symmetry import derive, derive_symmetry\nfrom fastar.models import build_model\n"
-        "model = build_model('mlp', input_shape=(1, 4, 4), classes=3, seed=5)\nderive.trace = None\n"
+        "import torch\nfrom fastar.symmetry import derive_symmetry\nfrom fastar.models import build_model\n"
+        "model = build_model('mlp', input_shape=(1, 4, 4), classes=3, seed=5)\ntorch.export.export = None\n"
         "print(len(derive_symmetry(model, (torch.zeros(2, 1, 4, 4),), name=('mlp', {})).groups))"
     )
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
@@ -130,7 +129,7 @@ def test_a_damaged_record_is_not_believed(
     }
     file.write_bytes(damaged[damage])
     assert find() == first
-    assert derived == ["proven"] * 2
+    assert derived == ["traced"] * 2
     assert "derived again" in caplog.text
     assert file.read_text() == whole, "it was not written again"
 

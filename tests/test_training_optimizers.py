@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import pytest
 import torch
-from fastar.kernels import adam_update, reference, sgd_update
+from fastar.kernels import adam_update, sgd_update
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from training_cases import CPU, PlainConvNet, batches, clipped, network, store
 
 from fastar.config import StarSettings, TrainSettings, load_settings
@@ -136,16 +137,26 @@ def test_without_decay_of_1d_parameters_the_next_point_is_written_in_its_pieces(
     assert torch.equal(found[0][1], found[1][1])
 
 
-def test_the_default_path_updates_each_part_in_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[float] = []
-    monkeypatch.setattr(
-        "fastar.training.optimizers.sgd.sgd_update", lambda *args, weight_decay, **kwargs: calls.append(weight_decay)
-    )
-    for changes in ({}, {"decay_1d": False}, {"decay_1d": False, "weight_decay": 0.0}):
+class Updates(TorchDispatchMode):
+    """Notes the weight decay of each fused update by SGD."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.decays: list[float] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.overloadpacket.__name__.startswith("_fused_sgd"):
+            self.decays.append(kwargs["weight_decay"])
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_default_path_updates_each_part_in_one_call() -> None:
+    for changes, decays in (({}, [0.02]), ({"decay_1d": False}, [0.02, 0.0]), ({"weight_decay": 0.0}, [0.0])):
         step = RegularStep(network(PlainConvNet, 0), SETTINGS.model_copy(update=changes))
-        for images, labels in batches(1, 0, SHAPE):
+        ((images, labels),) = batches(1, 0, SHAPE)
+        with Updates() as seen:
             step(images, labels, torch.tensor(0.01))
-    assert calls == [0.02, 0.02, 0.0, 0.0]
+        assert seen.decays == decays
 
 
 def test_label_smoothing_is_torchs() -> None:
@@ -217,16 +228,13 @@ def test_clipping_is_after_the_loss_scale_is_removed() -> None:
     assert torch.equal(scaled.theta, before)  # a step that overflowed is skipped, clipped or not
 
 
-@pytest.mark.parametrize("found", [None, torch.zeros(())])
+@pytest.mark.parametrize("found", [None, torch.zeros((), device="meta")])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
-def test_what_an_update_by_plain_torch_takes_for_a_moment(
-    optimizer: str, found: torch.Tensor | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_an_update_by_plain_torch_takes_for_a_moment(optimizer: str, found: torch.Tensor | None) -> None:
     """On a GPU without Triton the gradient once more; on a CPU it is done in blocks."""
-    monkeypatch.setattr(reference, "_in_blocks", lambda device: False)
     count = 10_000
-    theta, gradient, first, second = (torch.ones(count) for _ in range(4))
-    scalars = {"lr": torch.tensor(0.1), "scale": torch.tensor(0.5), "inverse_loss_scale": torch.tensor(1.0)}
+    theta, gradient, first, second = (torch.ones(count, device="meta") for _ in range(4))
+    scalars = {name: torch.ones((), device="meta") for name in ("lr", "scale", "inverse_loss_scale")}
     with LiveBytes() as live:
         if optimizer == "sgd":
             sgd_update(
@@ -234,7 +242,7 @@ def test_what_an_update_by_plain_torch_takes_for_a_moment(
             )
         else:
             adam_update(
-                theta, gradient, first, second, steps_done=torch.zeros(()), **scalars, weight_decay=0.1,
+                theta, gradient, first, second, steps_done=torch.zeros((), device="meta"), **scalars, weight_decay=0.1,
                 betas=(0.9, 0.99), eps=1e-8, decoupled=optimizer == "adamw", found_nonfinite=found,
             )  # fmt: skip
     assert live.peak // (4 * count) == 1
