@@ -101,7 +101,7 @@ def test_memory_that_runs_out_is_one_line(run: Path, monkeypatch: pytest.MonkeyP
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 4")
 
-    monkeypatch.setattr("fastar.experiments.measure.evaluate_paths", full)
+    monkeypatch.setattr(F, "cross_entropy", full)
     (run / "run" / "results.json").unlink()
     said = "measuring barriers: out of memory (CUDA out of memory); lower evaluation.batch_size"
     assert refused("train-star", *small(run)).startswith(said)

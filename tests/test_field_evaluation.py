@@ -190,17 +190,22 @@ def test_batches_of_one_sample_alone_are_refused() -> None:
     assert list(fastar.match(a, b, data=data, **matching)) == ["inner.0"]
 
 
-def test_only_a_batch_of_one_sample_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_a_batch_of_one_sample_is_looked_for() -> None:
     """Matching by activations ran the network once more where no batch was to be joined."""
 
-    def asked(*_: Any) -> None:
-        raise AssertionError("the network is run for nothing")
+    def runs(*sizes: int) -> int:
+        seen: list[int] = []
 
-    monkeypatch.setattr("fastar.api.layer_of_single_values", asked)
-    matching = {"example_inputs": batches()[0][0], "method": "activation"}
-    assert list(fastar.match(Net(0), Net(1), data=batches((16, 2)), **matching)) == ["inner.0"]
-    with pytest.raises(AssertionError, match="for nothing"):
-        fastar.match(Net(0), Net(1), data=batches((16, 1)), **matching)
+        def noting(net: Net, x: Tensor) -> Tensor:
+            seen.append(len(x))
+            return x
+
+        given = {"data": batches(sizes), "example_inputs": batches()[0][0], "method": "activation"}
+        assert list(fastar.match(Net(0, noting), Net(1, noting), **given)) == ["inner.0"]
+        return len(seen)
+
+    assert runs(16, 2) == runs(17) + 2  # one more batch of each network
+    assert runs(16, 1) == runs(17) + 1
 
 
 def test_images_of_which_one_is_enough_are_not_joined() -> None:
@@ -289,7 +294,7 @@ class Few:
         return [(torch.randn(6, 1, 8, 8, generator=torch.Generator().manual_seed(0)), torch.arange(6))]
 
 
-def test_checkpoints_at_the_ends_of_paths_are_run_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checkpoints_at_the_ends_of_paths_are_run_too(tmp_path: Path) -> None:
     """As `fastar barrier` does, permuted ones beside what they were."""
     session = of_digits(tmp_path, "resnet8")
     session = with_data(session, test=Few())
@@ -302,12 +307,13 @@ def test_checkpoints_at_the_ends_of_paths_are_run_too(tmp_path: Path, monkeypatc
     assert not moved.is_identity()
     for permutation in (None, moved):
         check_endpoint(session, "b.pt", checkpoint, permutation)
-    whole = Symmetry.apply
 
-    def forgetful(*given: Any) -> dict[str, Tensor]:
-        state = whole(*given)
-        return {name: checkpoint.state[name] if name.endswith("running_mean") else v for name, v in state.items()}
+    class Forgetful(Symmetry):
+        def apply(self, *given: Any) -> dict[str, Tensor]:
+            state = super().apply(*given)
+            return {name: checkpoint.state[name] if name.endswith("running_mean") else v for name, v in state.items()}
 
-    monkeypatch.setattr(Symmetry, "apply", forgetful)
+    known = session.network.symmetry
+    session.network.symmetry = Forgetful(known.groups, known.parameters, known.buffers)
     with pytest.raises(FastarError, match=r"the end of the path is not b\.pt: on one batch"):
         check_endpoint(session, "b.pt", checkpoint, moved)

@@ -219,22 +219,14 @@ def test_words_name_the_nearest() -> None:
         build("wrn16", norm="Groups")
 
 
-def test_words_that_are_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    def named(input_shape: tuple[int, int, int], classes: int, name: str = "layer") -> nn.Module:
-        return nn.Sequential(OrderedDict({name: nn.Linear(input_shape[0], classes)}))
-
-    monkeypatch.setitem(MODELS, "named", named)
-    assert hasattr(build("named", name="other"), "other")
-    with pytest.raises(FastarError, match=r"^model\.name=3 of named must be a word$"):
-        build("named", name=3)
-
-
-def test_options_that_are_true_or_false(monkeypatch: pytest.MonkeyPatch) -> None:
-    def plain(input_shape: tuple[int, int, int], classes: int, bias: bool = True) -> nn.Module:
-        return nn.Linear(input_shape[0], classes, bias=bias)
+def test_options_that_are_free_words_or_true_or_false(monkeypatch: pytest.MonkeyPatch) -> None:
+    def plain(input_shape: tuple[int, int, int], classes: int, name: str = "layer", bias: bool = True) -> nn.Module:
+        return nn.Sequential(OrderedDict({name: nn.Linear(input_shape[0], classes, bias=bias)}))
 
     monkeypatch.setitem(MODELS, "plain", plain)
-    assert [name for name, _ in build("plain", bias=False).named_parameters()] == ["weight"]
+    assert [name for name, _ in build("plain", name="other", bias=False).named_parameters()] == ["other.weight"]
+    with pytest.raises(FastarError, match=r"^model\.name=3 of plain must be a word$"):
+        build("plain", name=3)
     for wrong in (0, 1.0, "false", None):
         with pytest.raises(FastarError, match=r"^model\.bias=.* of plain must be true or false$"):
             build("plain", bias=wrong)

@@ -25,31 +25,30 @@ from fastar.runtime import memory
 CPU = torch.device("cpu")
 
 
-@pytest.fixture
-def machine(tmp_path: File, monkeypatch: pytest.MonkeyPatch) -> File:
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=8000 * 1024))
-    monkeypatch.setattr(memory, "CGROUP", tmp_path)
-    return tmp_path
+def available(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=size))
 
 
-def limit(machine: File, most: str, used: int, droppable: int = 0) -> None:
-    (machine / "memory.max").write_text(f"{most}\n")
-    (machine / "memory.current").write_text(f"{used}\n")
-    (machine / "memory.stat").write_text(f"anon 1\ninactive_file {droppable}\n")
+def test_free_host_memory_is_what_is_available_within_the_container(
+    tmp_path: File, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def limit(most: str, used: int, droppable: int = 0) -> None:
+        (tmp_path / "memory.max").write_text(f"{most}\n")
+        (tmp_path / "memory.current").write_text(f"{used}\n")
+        (tmp_path / "memory.stat").write_text(f"anon 1\ninactive_file {droppable}\n")
 
-
-def test_free_host_memory_is_what_is_available_within_the_container(machine: File) -> None:
-    assert memory.free_bytes(CPU) == 8000 * 1024
-    limit(machine, "max", 5)
-    assert memory.free_bytes(CPU) == 8000 * 1024
-    limit(machine, "5000000", 1_000_000)
-    assert memory.free_bytes(CPU) == 4_000_000
-    limit(machine, "900000000", 0)
-    assert memory.free_bytes(CPU) == 8000 * 1024
-    limit(machine, "5", 10)
-    assert memory.free_bytes(CPU) == 0
-    limit(machine, "5000000", 3_000_000, droppable=500_000)
-    assert memory.free_bytes(CPU) == 2_500_000
+    available(monkeypatch, 8000 * 1024)
+    assert memory.free_bytes(CPU, cgroup=tmp_path) == 8000 * 1024
+    limit("max", 5)
+    assert memory.free_bytes(CPU, cgroup=tmp_path) == 8000 * 1024
+    limit("5000000", 1_000_000)
+    assert memory.free_bytes(CPU, cgroup=tmp_path) == 4_000_000
+    limit("900000000", 0)
+    assert memory.free_bytes(CPU, cgroup=tmp_path) == 8000 * 1024
+    limit("5", 10)
+    assert memory.free_bytes(CPU, cgroup=tmp_path) == 0
+    limit("5000000", 3_000_000, droppable=500_000)
+    assert memory.free_bytes(CPU, cgroup=tmp_path) == 2_500_000
 
 
 def test_free_memory_of_this_machine() -> None:
@@ -58,8 +57,8 @@ def test_free_memory_of_this_machine() -> None:
     assert 50e6 < memory.peak_bytes(CPU) <= total  # torch alone takes more than that
 
 
-def test_resident_models(machine: File) -> None:
-    limit(machine, "8000", 0)
+def test_resident_models(monkeypatch: pytest.MonkeyPatch) -> None:
+    available(monkeypatch, 8000)
     assert memory.resident_models(400, CPU, 50) == 10  # half of 8,000 bytes
     assert memory.resident_models(400, CPU, 7) == 7
     assert memory.resident_models(400, CPU, 50, extra=6000) == 10  # on a host always half
@@ -76,11 +75,11 @@ def test_a_gpu_holds_as_many_models_as_what_else_is_needed_leaves() -> None:
 
 
 @pytest.mark.parametrize(("fit", "passes"), [(100, 2), (31, 2), (30, 4), (8, 8)])
-def test_passes_over_the_data(machine: File, fit: int, passes: int) -> None:
+def test_passes_over_the_data(monkeypatch: pytest.MonkeyPatch, fit: int, passes: int) -> None:
     """Three paths with an end in common have 4 + 3 x 9 models: 2 passes, where one at a time took 66 with all ends."""
     model = resnet(0)
     layout = FlatLayout.from_module(model)
-    limit(machine, str(2 * fit * (4 * layout.numel + statistics_bytes(model))), 0)
+    available(monkeypatch, 2 * fit * (4 * layout.numel + statistics_bytes(model)))
     read: list[str] = []
 
     def counted(name: str) -> Batches:

@@ -6,10 +6,12 @@ import importlib
 import json
 import runpy
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from unittest.mock import MagicMock
 
 import bench as benchmarks
 import pytest
@@ -21,6 +23,7 @@ from fastar.config import TrainSettings
 from fastar.flat import FlatLayout
 from fastar.models import build_model
 from fastar.symmetry import derive_symmetry
+from fastar.training import StarStep
 
 CPU = torch.device("cpu")
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
@@ -90,7 +93,7 @@ def test_what_cannot_be_built_fails_as_its_own_case() -> None:
 
 def test_seconds_are_of_one_call(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
-    monkeypatch.setattr(benchmarks.timing.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
 
     def ten() -> None:
         now[0] += 10
@@ -128,18 +131,14 @@ def test_a_line_says_how_long_the_first_run_took() -> None:
     assert "first_s" not in json.loads(line("step", Timing(timing.case, timing.seconds), CPU))
 
 
-def test_steps_go_on_over_many_epochs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_go_on_over_many_epochs() -> None:
     """A star step draws for as many steps as its epoch has; more of them begin another."""
-    monkeypatch.setattr(benchmarks.problem, "EPOCH", 3)
     problem = benchmarks.Problem("mlp", CPU, TrainSettings(batch_size=4, precision="fp32"), 2, size=4, width=4)
-    step = problem.star_step()
+    step = MagicMock(spec=StarStep)
     run = problem.endless(step)
-    begun: list[int] = []
-    begin = step.begin_epoch
-    monkeypatch.setattr(step, "begin_epoch", lambda epoch, steps: (begun.append(epoch), begin(epoch, steps)))
-    for _ in range(7):
+    for _ in range(2 * benchmarks.problem.EPOCH + 1):
         run()
-    assert begun == [0, 1, 2]
+    assert [call.args for call in step.begin_epoch.call_args_list] == [(n, benchmarks.problem.EPOCH) for n in range(3)]
 
 
 def test_modes_name_cases_that_exist(monkeypatch: pytest.MonkeyPatch) -> None:

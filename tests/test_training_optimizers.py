@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 import pytest
 import torch
-from fastar.kernels import adam_update, sgd_update
+from fastar.kernels import adam_update, reference, sgd_update
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from training_cases import CPU, PlainConvNet, batches, clipped, network, store
@@ -228,13 +228,16 @@ def test_clipping_is_after_the_loss_scale_is_removed() -> None:
     assert torch.equal(scaled.theta, before)  # a step that overflowed is skipped, clipped or not
 
 
-@pytest.mark.parametrize("found", [None, torch.zeros((), device="meta")])
+@pytest.mark.parametrize("found", [None, torch.zeros(())])
 @pytest.mark.parametrize("optimizer", ["sgd", "adam", "adamw"])
-def test_what_an_update_by_plain_torch_takes_for_a_moment(optimizer: str, found: torch.Tensor | None) -> None:
+def test_what_an_update_by_plain_torch_takes_for_a_moment(
+    optimizer: str, found: torch.Tensor | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """On a GPU without Triton the gradient once more; on a CPU it is done in blocks."""
+    monkeypatch.setattr(reference, "_in_blocks", lambda device: False)
     count = 10_000
-    theta, gradient, first, second = (torch.ones(count, device="meta") for _ in range(4))
-    scalars = {name: torch.ones((), device="meta") for name in ("lr", "scale", "inverse_loss_scale")}
+    theta, gradient, first, second = (torch.ones(count) for _ in range(4))
+    scalars = {"lr": torch.tensor(0.1), "scale": torch.tensor(0.5), "inverse_loss_scale": torch.tensor(1.0)}
     with LiveBytes() as live:
         if optimizer == "sgd":
             sgd_update(
@@ -242,7 +245,7 @@ def test_what_an_update_by_plain_torch_takes_for_a_moment(optimizer: str, found:
             )
         else:
             adam_update(
-                theta, gradient, first, second, steps_done=torch.zeros((), device="meta"), **scalars, weight_decay=0.1,
+                theta, gradient, first, second, steps_done=torch.zeros(()), **scalars, weight_decay=0.1,
                 betas=(0.9, 0.99), eps=1e-8, decoupled=optimizer == "adamw", found_nonfinite=found,
             )  # fmt: skip
     assert live.peak // (4 * count) == 1

@@ -7,11 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from run_cases import Killed, at_call, kill
 from safetensors.torch import load_file
 
 from fastar.config import Settings, load_settings
 from fastar.experiments import train_star
-from fastar.runs import RunLog
+from fastar.training import RegularStep, StarStep
+
+SOURCES = ["sources/seed-0000.safetensors", "sources/seed-0001.safetensors"]
 
 
 @pytest.fixture(scope="module")
@@ -41,25 +44,14 @@ def tensors(folder: Path) -> dict[str, dict[str, torch.Tensor]]:
     return {str(path.relative_to(folder)): load_file(path) for path in sorted(folder.rglob("*.safetensors"))}
 
 
-class Killed(BaseException):
-    """As a signal: nothing catches it."""
-
-
 @pytest.mark.quick
 @pytest.mark.parametrize(
-    ("model", "epoch", "there"),
+    ("kind", "step", "there"),
     [
-        ("source 1", 1, ["sources/seed-0000.safetensors"]),
-        ("star", 0, ["sources/seed-0000.safetensors", "sources/seed-0001.safetensors"]),
-        ("star", 2, ["sources/seed-0000.safetensors", "sources/seed-0001.safetensors"]),
-        (
-            "heldout 0",
-            1,
-            [
-                *("permutations.safetensors", "sources/seed-0000.safetensors", "sources/seed-0001.safetensors"),
-                "star.safetensors",
-            ],
-        ),
+        (RegularStep, 11, SOURCES[:1]),  # of six for each model
+        (StarStep, 3, SOURCES),
+        (StarStep, 6, SOURCES),
+        (RegularStep, 17, ["permutations.safetensors", *SOURCES, "star.safetensors"]),
     ],
 )
 def test_an_interrupted_run_goes_on_to_the_same_bits(
@@ -67,20 +59,13 @@ def test_an_interrupted_run_goes_on_to_the_same_bits(
     whole: tuple[dict[str, Any], Path],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    model: str,
-    epoch: int,
+    kind: type,
+    step: int,
     there: list[str],
 ) -> None:
     wanted, folder = whole
-    append = RunLog.append
-
-    def killed(self: RunLog, **entry: Any) -> None:
-        append(self, **entry)
-        if (entry["model"], entry["epoch"]) == (model, epoch):
-            raise Killed
-
     with monkeypatch.context() as patch:
-        patch.setattr(RunLog, "append", killed)
+        at_call(patch, kind, step, kill)
         with pytest.raises(Killed):
             train_star(settings, tmp_path / "run")
     assert sorted(tensors(tmp_path / "run")) == there

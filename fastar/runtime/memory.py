@@ -19,7 +19,7 @@ LIMIT = 4 << 30
 FOR_LIBRARIES = 8
 
 
-def free_bytes(device: torch.device) -> int:
+def free_bytes(device: torch.device, *, cgroup: Path = CGROUP) -> int:
     """Bytes that can be had on `device` now: free memory of a GPU; of the host, what can be had without swapping.
 
     A container's limit counts. What torch holds in its cache on a GPU but does not use counts as free, the memory of
@@ -36,7 +36,7 @@ def free_bytes(device: torch.device) -> int:
         free = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - held
         cap = _caps.get(_index(device))
         return free if cap is None else max(0, min(free, cap - held))
-    free, container = int(psutil.virtual_memory().available), _left_in_container()
+    free, container = int(psutil.virtual_memory().available), _left_in_container(cgroup)
     return free if container is None else min(free, container)
 
 
@@ -88,14 +88,14 @@ def models_that_fit(each: int, free: int, wanted: int, extra: int | None = None,
     return max(1, min(wanted, space // each))
 
 
-def _left_in_container() -> int | None:
+def _left_in_container(cgroup: Path) -> int | None:
     """Bytes left of a container's memory limit; pages of files that can be dropped are not counted as used."""
     try:
-        limit = (CGROUP / "memory.max").read_text().strip()
+        limit = (cgroup / "memory.max").read_text().strip()
         if limit == "max":
             return None
-        used = int((CGROUP / "memory.current").read_text())
-        statistics = dict(line.split() for line in (CGROUP / "memory.stat").read_text().splitlines())
+        used = int((cgroup / "memory.current").read_text())
+        statistics = dict(line.split() for line in (cgroup / "memory.stat").read_text().splitlines())
         return max(int(limit) - used + int(statistics.get("inactive_file", 0)), 0)
     except (OSError, ValueError):  # no container limit of this kind
         return None
