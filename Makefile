@@ -1,5 +1,7 @@
 # `make star` in a fresh clone: installs what is missing into .venv and finds a star model of scikit-learn's digits.
-VENV := .venv
+# Another Python, or another torch than the pinned one, has an environment of its own: `make test PYTHON=python3.12`
+# uses .venv-3.12, `make test PYTHON=python3.12 TORCH=2.11.0` .venv-3.12-torch2.11.0.
+VENV := .venv$(if $(PYTHON),-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % sys.version_info[:2])'))$(if $(TORCH),-torch$(TORCH))
 BIN := $(VENV)/bin
 PINS := requirements.txt setup.py tools/install.sh tools/build_ffcv.sh
 
@@ -57,7 +59,7 @@ bench: $(VENV)/.bench
 
 # An environment of its own: the site's tools are no part of what the tests run with.
 $(VENV)-docs/.installed: requirements-docs.txt
-	python3 -m venv $(VENV)-docs
+	$(or $(PYTHON),python3) -m venv $(VENV)-docs
 	$(VENV)-docs/bin/python -m pip --disable-pip-version-check install -q -r requirements-docs.txt
 	@touch $@
 

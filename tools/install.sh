@@ -2,13 +2,14 @@
 # Install fastar into a virtual environment:  install.sh VENV      (called by `make install`)
 #
 # System packages come from apt where it is there (as root or through sudo); elsewhere one line says what is missing.
-# Settings: PYTHON (default python3), TORCH_INDEX (an index that carries CPU builds of torch).
+# Settings: PYTHON (default python3), TORCH (a version of torch, default the pinned one), TORCH_INDEX (an index that
+# carries CPU builds of torch).
 set -eu
 venv=$1
 python=${PYTHON:-python3}
 root=$(cd "$(dirname "$0")/.." && pwd)
 
-TORCH=2.13.0 TRITON=3.8.0 FFCV=1.0.2 LAPJV=1.3.29
+TORCH=${TORCH:-2.13.0} TRITON=3.8.0 FFCV=1.0.2 LAPJV=1.3.29
 
 fail() { echo "fastar: $*" >&2; exit 2; }
 

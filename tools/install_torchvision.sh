@@ -8,7 +8,8 @@ set -eu
 venv=$1
 python=$venv/bin/python
 
-TORCHVISION=0.28.0  # goes with the torch that tools/install.sh pins
+# 0.28.1 goes with torch 2.13.1, and so on.
+TORCHVISION=$("$python" -c 'from importlib.metadata import version as v; _, minor, patch = v("torch").partition("+")[0].split("."); print(f"0.{int(minor) + 15}.{patch}")')
 
 pip() { "$python" -m pip --disable-pip-version-check "$@"; }
 works() { "$python" -c 'import sys, torchvision; sys.exit(torchvision.__version__.partition("+")[0] != sys.argv[1])' "$TORCHVISION" >/dev/null 2>&1; }

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -114,11 +115,32 @@ def _lapjv() -> str:
     try:
         return metadata.version("lapjv")
     except metadata.PackageNotFoundError as error:
-        raise RuntimeError("not installed, SciPy's slower solver is used; pip install lapjv (needs g++)") from error
+        raise RuntimeError("not installed: SciPy's slower solver stands in; pip install lapjv (needs g++)") from error
+
+
+def _triton() -> str:
+    try:
+        return metadata.version("triton")
+    except metadata.PackageNotFoundError as error:
+        text = "not installed: plain torch stands in, slower on a GPU; pip install triton (for Linux alone)"
+        raise RuntimeError(text) from error
+
+
+def _data() -> str:
+    from fastar.config import DATASETS
+    from fastar.data.raw.digits import read_digits
+
+    raw = read_digits(DATASETS["digits"])
+    return f"{len(raw.train) + len(raw.test)} digits read; {len(DATASETS)} datasets known"
 
 
 def _ffcv() -> str:
-    from fastar.config import DATASETS
+    if find_spec("ffcv") is None:
+        raise RuntimeError(
+            "not installed: images of one size are read from their raw files, with the same results; images of any "
+            "size (ImageNet, folders) need it: `make install` in a checkout, or `pip install 'fastar[ffcv]'` where it "
+            "can be compiled (docs/install.md)"
+        )
     from fastar.data.convert import prepare
     from fastar.data.in_memory import load
 
@@ -126,7 +148,7 @@ def _ffcv() -> str:
     with tempfile.TemporaryDirectory() as folder:
         files = prepare("digits", data_root=None, directory=Path(folder), workers=1)
         images = sum(len(load(files, split, "cpu")) for split in ("train", "test"))
-        return f"{version}, wrote and read {images} images; {len(DATASETS)} datasets known"
+        return f"{version}, wrote and read {images} images"
 
 
 def _torchvision() -> str:
@@ -155,7 +177,9 @@ PARTS: tuple[Part, ...] = (
     ("kernels", _kernels, True),
     ("assignment", _assignment, True),
     ("lapjv", _lapjv, False),
-    ("ffcv", _ffcv, True),
+    ("triton", _triton, False),
+    ("data", _data, True),
+    ("ffcv", _ffcv, find_spec("ffcv") is not None),
     ("torchvision", _torchvision, False),
     ("memory", _memory, False),
 )

@@ -13,7 +13,6 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-import cv2
 import numpy as np
 
 from fastar.data.raw.raw_split import ImageSplit, Picture, UnusableImage
@@ -73,6 +72,8 @@ class Encoding:
         Raises:
             UnusableImage: too large for a page of the file, or nothing of it is left.
         """
+        import cv2  # only here: it comes with FFCV
+
         height, width, _ = image.shape
         limit = self.max_resolution
         shrink = min(1.0, limit / max(height, width)) if limit is not None else 1.0
@@ -175,6 +176,8 @@ def serve() -> None:
     """Serve as such a process: read jobs from standard input, write encoded images to standard output."""
     answers, results = os.fdopen(os.dup(1), "wb"), queue.Queue[Any](_AHEAD)
     os.dup2(2, 1)  # what a library prints is no answer
+    import cv2
+
     cv2.setNumThreads(1)
     encoding, jobs = pickle.load(sys.stdin.buffer)
 

@@ -1,6 +1,7 @@
-"""A split held whole on the device: read once through FFCV, shuffled, augmented and normalised there."""
+"""A split held whole on the device: read once, shuffled, augmented and normalised there."""
 
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,7 @@ from fastar.runtime.timing import span
 
 if TYPE_CHECKING:
     from fastar.data.ffcv.folder import DatasetFiles
+    from fastar.data.raw_arrays import RawArrays
 
 # A split is kept normalised (fp32) beside its bytes where that takes at most this much: digits, MNIST, test splits.
 NORMALISED_BYTES = 256 << 20
@@ -84,7 +86,7 @@ class DeviceDataset(Dataset):
 
 
 def load(
-    files: "DatasetFiles",
+    files: "DatasetFiles | RawArrays",
     split: str,
     device: torch.device | str,
     *,
@@ -92,29 +94,19 @@ def load(
     validation: float = 0.0,
     progress: Progress = SILENT,
 ) -> DeviceDataset:
-    """Read a split ("train", "validation" or "test") once through FFCV into memory of `device`.
+    """Read a split ("train", "validation" or "test") into memory of `device`, from .beton files or raw arrays.
 
     `limit` keeps at most so many samples, classes balanced, in file order; `validation` is the share of the training
-    images that are the split "validation" and not in "train" (`fastar.data.splits`). The pixels are compared with the
-    digest taken when they were written.
+    images that are the split "validation" and not in "train" (`fastar.data.splits`).
     """
-    # Only here: FFCV takes seconds, and tensors of a user's own need none of it.
-    from fastar.data.ffcv.format import damaged
-    from fastar.data.ffcv.read import read_chosen
-
-    stored = stored_in(split)
-    beton = files.beton(stored)
     # Chosen before any is read: what is left out takes no memory.
-    index = chosen_images(
-        beton.labels, split, validation=validation, limit=limit, classes=files.classes, name=files.name
-    )
-    images, content = read_chosen(beton, index, progress, f"reading {files.name} {split}")
-    if content != files.metadata["content"][stored]:
-        raise damaged(beton.path, "its pixels are not those that were written (damaged or replaced)")
+    about = {"validation": validation, "limit": limit, "classes": files.classes, "name": files.name}
+    choose = partial(chosen_images, split=split, **about)
+    images, labels, index = files.read(stored_in(split), choose, progress, f"reading {files.name} {split}")
     try:
         return DeviceDataset(
             torch.from_numpy(images).to(device),
-            torch.from_numpy(beton.labels[index]).to(device),
+            torch.from_numpy(labels).to(device),
             mean=files.mean,
             std=files.std,
             augmentation=files.augmentation,

@@ -1,6 +1,5 @@
 """A split that streams: decoded from its .beton file by FFCV as it is read, normalised on the device."""
 
-import os
 from collections.abc import Generator
 from contextlib import closing
 from functools import cache
@@ -18,6 +17,7 @@ from fastar.data.ffcv.read import ImageReader
 from fastar.data.sampling import draw, epoch_order, paged_order
 from fastar.data.splits import chosen_images, stored_in
 from fastar.errors import FastarError
+from fastar.runtime.device import cpus
 from fastar.runtime.progress import SILENT, Progress
 from fastar.runtime.timing import span
 
@@ -81,7 +81,7 @@ class StreamingDataset(Dataset):
         self._normalisation = cache(lambda side: Normalisation(files.mean, files.std, side, side, place))
         stored = stored_in(split)
         beton, checksums = files.beton(stored), files.checksums(stored, progress)
-        self._reader = ImageReader(beton, checksums, threads=threads or len(os.sched_getaffinity(0)))
+        self._reader = ImageReader(beton, checksums, threads=threads or cpus())
         self._labels, self._pages = beton.labels, beton.pages
         self._index = chosen_images(
             beton.labels, split, validation=validation, limit=limit, classes=files.classes, name=files.name

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from fastar.config import Settings
 from fastar.data.dataset import Dataset
 from fastar.data.in_memory import load
+from fastar.data.raw_arrays import RawArrays, read_raw, stands_in
 from fastar.data.splits import held_out
 from fastar.evaluation.batch_norm import batch_norm_layers, layer_of_single_values
 from fastar.flat import FlatLayout
@@ -37,7 +38,8 @@ class Shape:
 
 
 class RunData:
-    """The data set of a run: its files, written where they are missing, and its splits, loaded onto the device.
+    """The data set of a run: its files, written where they are missing (without FFCV its raw arrays), and its splits,
+    loaded onto the device.
 
     Args:
         shape: of a model at hand, so that images of any size need not be there to say it.
@@ -48,9 +50,11 @@ class RunData:
         self._device, self._progress, self._shape = device, progress, shape
 
     @cached_property
-    def files(self) -> DatasetFiles:
+    def files(self) -> DatasetFiles | RawArrays:
         chosen = self._chosen
         root, directory = chosen.root.expanduser() if chosen.root else None, chosen.directory.expanduser()
+        if stands_in(chosen.spec):
+            return read_raw(chosen.spec, root, self._progress)
         from fastar.data.convert import prepare  # only here: FFCV takes seconds
         from fastar.data.encode import PRESETS
 
@@ -93,7 +97,7 @@ class RunData:
     def _load(self, split: str, limit: int | None) -> Dataset:
         files, chosen = self.files, self._chosen
         more: dict[str, Any] = {"limit": limit, "validation": chosen.validation, "progress": self._progress}
-        if not files.variable_size:
+        if isinstance(files, RawArrays) or not files.variable_size:
             return load(files, split, self._device, **more)
         order = chosen.order if split == "train" else "random"
         more |= {"size": chosen.side, "crop": chosen.crop, "order": order, "threads": chosen.threads}

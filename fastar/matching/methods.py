@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -21,6 +20,7 @@ from fastar.matching.sinkhorn import match_sinkhorn
 from fastar.matching.weight.match_weights import chunk_size, match_weights, permuting_bytes
 from fastar.matching.weight.permuted_sources import PermutedSources
 from fastar.matching.weight.problem import Problem
+from fastar.runtime.device import cpus
 from fastar.runtime.progress import SILENT, Progress
 from fastar.symmetry import Permutations, Symmetry
 
@@ -93,7 +93,7 @@ def matching_threads(device: torch.device, threads: int | None) -> int:
     process may use, since nothing else is done meanwhile and memory does not grow with them."""
     if device.type == "cpu":
         return threads or torch.get_num_threads()
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cpus()
 
 
 def extra_bytes(extent: Extent) -> int:

@@ -23,6 +23,8 @@ from fastar.errors import FastarError, refusal
 from fastar.runtime.json_files import read_file
 
 NAME = "lock.json"
+# What is opened and locked: the folder itself; on Windows, which opens no folders, a file in it.
+HANDLE = ".lock" if os.name == "nt" else ""
 # A living holder touches its file this often; one on another host that has not for so long is taken for dead.
 TOUCH_SECONDS = 20.0
 DEAD_SECONDS = 120.0
@@ -76,13 +78,9 @@ def _start_of(pid: int) -> int | None:
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     except OSError:
-        try:
-            os.kill(pid, 0)
-        except ProcessLookupError:
-            return None
-        except PermissionError:
-            return 0
-        return 0
+        import psutil  # only here: it takes time
+
+        return 0 if psutil.pid_exists(pid) else None
     return None if fields[0] in ("Z", "X") else int(fields[19])
 
 
@@ -132,13 +130,13 @@ class _Lease:
     folder: Path
     """Absolute."""
     handle: int
-    """The open folder's file descriptor."""
+    """The file descriptor of the folder, or of the file in it, that is locked."""
     holder: Holder
 
     def lost(self) -> str | None:
         """Say what became of it, for users; None: it is still held."""
         try:
-            same = os.path.samestat(os.fstat(self.handle), self.folder.stat())
+            same = os.path.samestat(os.fstat(self.handle), (self.folder / HANDLE).stat())
         except OSError:
             same = False
         if not same:
@@ -193,7 +191,7 @@ def hold(
         FastarError: another process holds it (named), or the lock cannot be written.
         OSError: the folder cannot be opened.
     """
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(folder / HANDLE, os.O_RDWR | os.O_CREAT if HANDLE else os.O_RDONLY)
     try:
         _take(folder, handle, say, dead_seconds)
         lease = _Lease(Path(os.path.abspath(folder)), handle, Holder.here(folder))

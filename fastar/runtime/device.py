@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 
 from fastar.errors import FastarError
@@ -19,6 +21,11 @@ def synchronize(device: torch.device) -> None:
 def simulated() -> bool:
     """Tell whether the GPU here is host memory under another name: it shows no speed, and nothing compiles for it."""
     return torch.version.cuda == SIMULATED
+
+
+def cpus() -> int:
+    """CPUs that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def resolve_device(name: str) -> torch.device:

@@ -12,8 +12,8 @@ from typing import Any
 # EX_TEMPFAIL of sysexits.h: nothing is wrong, the same command goes on.
 EXIT_CONTINUE = 75
 EXIT_INTERRUPTED = 130
-# SIGTERM comes before a batch scheduler's kill; SIGUSR1 some minutes earlier, where it was asked for.
-SCHEDULERS = (signal.SIGTERM, signal.SIGUSR1)
+# SIGTERM comes before a batch scheduler's kill; SIGUSR1 (Windows has none) some minutes earlier, where asked for.
+SCHEDULERS = tuple(one for one in signal.Signals if one.name in ("SIGTERM", "SIGUSR1"))
 
 
 class Stopped(BaseException):

@@ -22,7 +22,10 @@ try:
         import ffcv.loader.epoch_iterator
         import ffcv.pipeline.compiler
 except ImportError as error:
-    raise FastarError(f"FFCV cannot be imported ({error}); run `make install` or see `fastar doctor`") from error
+    raise FastarError(
+        f"images of any size, and .beton files, need FFCV, which cannot be imported ({error}): run `make install` in a "
+        "checkout, or `pip install 'fastar[ffcv]'` where it can be compiled (docs/install.md)"
+    ) from error
 
 # So does every loader, and every epoch.
 ffcv.pipeline.compiler.Compiler.set_num_threads = lambda n: None

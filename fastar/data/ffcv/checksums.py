@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from fastar.data.content import content_of_one_size, pixel_statistics
 from fastar.data.encode import Encoded
 from fastar.data.ffcv.format import Beton, FixedLayout, Layout, check_beton
 from fastar.data.raw.raw_split import RawSplit, readable
@@ -22,11 +23,6 @@ from fastar.runtime.progress import SILENT, Progress
 
 _MAGIC = b"fastar checksums 1\n"
 _SAMPLES = 64  # images of a new file that are compared with the raw ones
-
-
-def content_of_one_size(images: "hashlib._Hash", labels: np.ndarray) -> str:
-    """SHA-256, hexadecimal, of a file's images of one size, whose own digest is `images`, and labels, in file order."""
-    return hashlib.sha256(images.digest() + hashlib.sha256(labels.astype("<i8").data).digest()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -121,21 +117,7 @@ def verify_beton(
 
 
 def measured(beton: Beton) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and population standard deviation, per channel, of pixels in 0..1 of a file of images of one size.
-
-    Raises:
-        FastarError: a channel is one flat colour.
-    """
+    """See `pixel_statistics`, of a file of images of one size."""
     assert isinstance(beton.layout, FixedLayout)
-    channels, levels = beton.layout.shape[2], np.arange(256)
-    counts = np.zeros((channels, 256), np.int64)
-    for content in beton.contents():
-        pixels = np.frombuffer(content, np.uint8).reshape(-1, channels)
-        counts += [np.bincount(pixels[:, channel], minlength=256) for channel in range(channels)]
-    # Sums of whole numbers: exact, so the statistics do not depend on the order of samples.
-    total, squares, number = counts @ levels, counts @ levels**2, counts[0].sum()
-    mean = total / number
-    std = np.sqrt(np.maximum(squares / number - mean**2, 0))
-    if (std == 0).any():
-        raise FastarError(f"{beton.path}: every image is one flat colour; check the raw data")
-    return tuple((mean / 255).tolist()), tuple((std / 255).tolist())
+    channels = beton.layout.shape[2]
+    return pixel_statistics((np.frombuffer(c, np.uint8) for c in beton.contents()), channels, str(beton.path))

@@ -1,19 +1,21 @@
 """A data set's folder: two .beton files and a metadata file that says what they must be; finished, or not there."""
 
-import fcntl
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+from filelock import lock_descriptor
 
 from fastar.config import Augmentation
+from fastar.data.content import dataset_digest
 from fastar.data.encode import Encoding
 from fastar.data.ffcv.checksums import Checksums, checksums_path, kept_checksums, take_checksums
 from fastar.data.ffcv.format import Beton, FixedLayout, Layout, VariableLayout, check_beton, damaged, fingerprint
+from fastar.data.ffcv.read import read_chosen
 from fastar.data.ffcv.write import disk_full
 from fastar.data.raw.raw_split import readable
 from fastar.errors import FastarError, refusal
@@ -29,9 +31,6 @@ FORMAT = 2
 
 
 VARIABLE = "images of any size"
-_DIGESTED = ("dataset", "classes", "counts", "mean", "std", "content")
-_DIGESTED_FIXED = ("channels", "height", "width")
-_DIGESTED_VARIABLE = ("encoding", "shuffled", "skipped")
 
 
 class DatasetFiles:
@@ -95,6 +94,23 @@ class DatasetFiles:
         """The split's file, its tables checked."""
         return check_beton(self.path(split), self.layout(split))
 
+    def read(
+        self, split: str, choose: Callable[[np.ndarray], np.ndarray], progress: Progress, description: str
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Images uint8 [n, H, W, C] of one size, their labels int64 [n] and positions (sorted) in the split's file.
+
+        The file is read once, and its pixels compared with the digest taken when they were written.
+
+        Args:
+            choose: gives the positions, of the labels of all.
+        """
+        beton = self.beton(split)
+        index = choose(beton.labels)
+        images, content = read_chosen(beton, index, progress, description)
+        if content != self.metadata["content"][split]:
+            raise damaged(beton.path, "its pixels are not those that were written (damaged or replaced)")
+        return images, beton.labels[index], index
+
     def checksums(self, split: str, progress: Progress = SILENT) -> Checksums:
         """Checksums of images of any size, kept beside the split's file. Where there are none that count (an earlier
         version wrote the file, or they are damaged), all of it is read once, compared with the digest of its content,
@@ -142,7 +158,7 @@ def open_metadata(folder: Path) -> DatasetFiles:
             raise damaged(path, f"format {metadata['format']}, this fastar reads {FORMAT}")
         # Format 1 is without a digest of all; it then says nothing of what the dataset's own digest does not cover.
         whole = (metadata["format"] == 1 and "sha256" not in metadata) or metadata["sha256"] == _sha256(metadata)
-        if not whole or metadata["digest"] != _content_digest(metadata):
+        if not whole or metadata["digest"] != dataset_digest(metadata):
             raise damaged(path, "edited by hand or damaged")
         files = DatasetFiles(folder, metadata)
         for split in SPLITS:
@@ -166,12 +182,6 @@ def check_unchanged(files: DatasetFiles, split: str) -> None:
     raise damaged(path, f"not the file that {METADATA} describes (replaced or damaged)")
 
 
-def _content_digest(metadata: dict[str, Any]) -> str:
-    """The dataset's own digest, which the metadata must have."""
-    more = _DIGESTED_VARIABLE if metadata.get("kind") == VARIABLE else _DIGESTED_FIXED
-    return content_digest({key: metadata[key] for key in (*_DIGESTED, *more)})
-
-
 def _sha256(metadata: dict[str, Any]) -> str:
     """The digest of all metadata but itself."""
     return content_digest({key: value for key, value in metadata.items() if key != "sha256"})
@@ -187,7 +197,7 @@ def publish(folder: Path, content: dict[str, Any], checksums: Mapping[str, Check
     """
     metadata: dict[str, Any] = {"format": FORMAT, **content}
     metadata["files"] = {split: fingerprint(folder / f"{split}.beton{PARTIAL}") for split in SPLITS}
-    metadata["digest"] = _content_digest(metadata)
+    metadata["digest"] = dataset_digest(metadata)
     metadata["sha256"] = _sha256(metadata)
     files = DatasetFiles(folder, metadata)
     try:
@@ -219,7 +229,7 @@ def locked_folder(folder: Path) -> Iterator[None]:
     try:
         # Some network file systems know no locks; there two writers at once are the user's own risk.
         with suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_EX)
+            lock_descriptor(handle)
         folder.mkdir(parents=True, exist_ok=True)  # one that failed while this one waited may have removed it
         _remove_partial(folder)
         try:

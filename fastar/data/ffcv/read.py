@@ -16,7 +16,8 @@ from ffcv.loader import Loader, OrderOption
 from ffcv.loader.epoch_iterator import EpochIterator
 from ffcv.pipeline.compiler import Compiler
 
-from fastar.data.ffcv.checksums import Checksums, content_of_one_size
+from fastar.data.content import content_of_one_size
+from fastar.data.ffcv.checksums import Checksums
 from fastar.data.ffcv.decode import CropDecoder, Plan
 from fastar.data.ffcv.format import Beton, FixedLayout, damaged
 from fastar.errors import FastarError

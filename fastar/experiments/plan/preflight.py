@@ -49,10 +49,10 @@ def prepare_data(session: Session) -> None:
         check_run(session, counts)
     else:
         session.progress.line("the images are not counted yet: whether the run fits is checked when they are written")
-    _ = session.data.files
+    files = session.data.files
     if counts is None or not counts.written:
-        written = data_counts(session.settings)
-        assert written is not None, "the files were just written"
+        written = data_counts(session.settings, files)
+        assert written is not None, "the files are there"
         check_run(session, written)
 
 

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
 from fastar.config import Settings, parse_bytes
 from fastar.data.in_memory import NORMALISED_BYTES
+from fastar.data.raw_arrays import RawArrays, stands_in
 from fastar.data.splits import check_limit, held_out
 from fastar.experiments.session import Session
 from fastar.runtime.memory import free_bytes, gpu_bytes
 from fastar.training import resolution
+
+if TYPE_CHECKING:
+    from fastar.data.ffcv.folder import DatasetFiles
 
 # Label and place (int64) of an image in a set that is held.
 HELD_EXTRA = 16
@@ -31,23 +36,31 @@ class DataCounts:
     written: bool
 
 
-def data_counts(settings: Settings) -> DataCounts | None:
+def data_counts(settings: Settings, files: DatasetFiles | RawArrays | None = None) -> DataCounts | None:
     """The counts by the files that are there, by the names of raw images, or by what is published; None: nobody knows
     before the files are written.
+
+    Args:
+        files: the data set, where it is open already.
 
     Raises:
         FastarError: a limit that is more than there are images, or fewer than classes.
     """
-    from fastar.data.ffcv.folder import is_finished, open_files  # only here: FFCV takes seconds
     from fastar.data.raw.class_folders import count_images
 
     chosen = settings.dataset
     spec, folder, disk = chosen.spec, chosen.directory.expanduser() / chosen.label, None
-    written = is_finished(folder)
-    if written:
-        files = open_files(folder)
+    if stands_in(spec):
+        disk = 0
+    elif files is None:
+        from fastar.data.ffcv.folder import is_finished, open_files  # only here: FFCV takes seconds
+
+        files = open_files(folder) if is_finished(folder) else None
+    written = files is not None
+    if files is not None:
         train, test, classes = files.count("train"), files.count("test"), len(files.classes)
-        disk = sum(files.path(split).stat().st_size for split in ("train", "test"))
+        if not isinstance(files, RawArrays):
+            disk = sum(files.path(split).stat().st_size for split in ("train", "test"))
     else:
         listed = None
         if spec.variable_size and chosen.root is not None:
@@ -57,7 +70,7 @@ def data_counts(settings: Settings) -> DataCounts | None:
         if len(known) < len(published):
             return None
         train, test, classes = known
-        if not spec.variable_size:
+        if disk is None and not spec.variable_size:
             disk = (train + test) * spec.channels * spec.height * spec.width
     validation = held_out(train, chosen.validation, chosen.label)
     train -= validation
