@@ -130,12 +130,13 @@ def test_doctor_tries_every_part(capfd: pytest.CaptureFixture[str]) -> None:
     assert outcome.code == 0, outcome
     lines = outcome.out.splitlines()
     assert [line.split()[1].rstrip(":") for line in lines] == [
-        *("python", "torch", "gpu", "bf16", "kernels", "assignment", "lapjv", "ffcv", "torchvision", "memory")
+        *("python", "torch", "gpu", "bf16", "kernels", "assignment", "lapjv", "triton", "data", "ffcv"),
+        *("torchvision", "memory"),
     ]
     assert all(re.match(r"(ok  |note) \w+: .{5,}", line) for line in lines)
     assert "wrote and read 1797 images" in outcome.out
     found = json.loads(fastar("doctor", "--json").out)
-    assert [set(entry) for entry in found] == [{"name", "ok", "text", "needed"}] * 10
+    assert [set(entry) for entry in found] == [{"name", "ok", "text", "needed"}] * 12
 
 
 def test_doctor_says_what_is_broken_and_what_is_only_slower() -> None:

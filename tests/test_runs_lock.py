@@ -211,3 +211,13 @@ def test_another_host_s_folder_may_have_another_number_here(tmp_path: Path) -> N
     left_by(tmp_path, host="elsewhere", pid=7, device=1, inode=1)
     assert is_held(tmp_path)
     assert read_holder(tmp_path) == Holder("elsewhere", 7, 0, 0.0, 1, 1)
+
+
+def test_a_file_is_locked_where_folders_cannot_be_opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows."""
+    monkeypatch.setattr(lock, "HANDLE", ".lock")
+    with hold(tmp_path):
+        assert "in use by another fastar" in refusal(tmp_path)
+        lock.check_held(tmp_path / "file")
+    with hold(tmp_path):
+        pass

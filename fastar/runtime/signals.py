@@ -13,7 +13,7 @@ from typing import Any
 EXIT_CONTINUE = 75
 EXIT_INTERRUPTED = 130
 # SIGTERM comes before a batch scheduler's kill; SIGUSR1 (Windows has none) some minutes earlier, where asked for.
-SCHEDULERS = tuple(one for one in signal.Signals if one.name in ("SIGTERM", "SIGUSR1"))
+SCHEDULERS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
 
 class Stopped(BaseException):
