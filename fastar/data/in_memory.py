@@ -100,8 +100,9 @@ def load(
     images that are the split "validation" and not in "train" (`fastar.data.splits`).
     """
     # Chosen before any is read: what is left out takes no memory.
-    about = {"validation": validation, "limit": limit, "classes": files.classes, "name": files.name}
-    choose = partial(chosen_images, split=split, **about)
+    choose = partial(
+        chosen_images, split=split, validation=validation, limit=limit, classes=files.classes, name=files.name
+    )
     images, labels, index = files.read(stored_in(split), choose, progress, f"reading {files.name} {split}")
     try:
         return DeviceDataset(
