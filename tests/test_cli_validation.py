@@ -16,7 +16,7 @@ from cli_cases import contents, fastar, refused, tiny
 from PIL import Image
 
 from fastar.config import load_settings
-from fastar.experiments.plan.seconds import work_of
+from fastar.experiments.plan.planning import work_of
 from fastar.experiments.plan.sizes import data_counts, held_bytes
 from fastar.experiments.session import Session, new_session
 from fastar.experiments.statistics_batches import statistics_batches
@@ -165,7 +165,7 @@ def test_a_plan_counts_what_is_kept(run: Path, data: Path) -> None:
         one = session_of(data, "train.epochs=1", *more)
         counts = data_counts(one.settings)
         assert counts is not None
-        return [part.seconds for part in work_of(one, counts, 1000, 0)]
+        return [part["seconds"] for part in work_of(one, counts, 1000, 0)]
 
     counts = data_counts(settings(data, "dataset.validation=0.2"))
     assert counts is not None

@@ -6,7 +6,7 @@ import doctest
 import functools
 import json
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,16 @@ from torch import nn
 from torch.nn import functional as F
 
 from fastar import config
-from fastar.config import MatchingSettings, load_settings
+from fastar.config import load_settings
 from fastar.errors import FastarError
 from fastar.experiments import task
-from fastar.experiments.plan import Plan, items, plan_run, seconds
-from fastar.experiments.plan.items import activation_bytes
-from fastar.experiments.session import new_session
-from fastar.experiments.task import Shape
-from fastar.matching import Extent, extra_bytes
+from fastar.experiments.plan import plan_run, planning
+from fastar.experiments.plan.planning import batch_bytes
+from fastar.experiments.session import Session
+from fastar.matching.weight.match_weights import bytes_of_one
 from fastar.models import build_model
-from fastar.runs import RunFolder
 from fastar.runtime.live_bytes import LiveBytes
-from fastar.symmetry import Group, Member, Symmetry, derive_symmetry
+from fastar.symmetry import Symmetry, derive_symmetry
 
 SHAPE = (3, 32, 32)
 WIDTH = 0.125
@@ -54,31 +52,32 @@ def test_bytes_are_counted_while_they_live() -> None:
 
 
 def test_a_forward_pass_by_hand() -> None:
-    """Without gradients a layer's input and output live at once: 4 bytes of 100 and of 50 numbers an image."""
+    """Without gradients a layer's input and output live at once: 4 bytes of 100 and of 50 numbers an image, beside the
+    image of 12 numbers and its label."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 100), nn.Linear(100, 50), nn.Linear(50, 2))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    found = activation_bytes(model, (3, 2, 2), 32, training=False)
-    assert [found(images) for images in (0, 10, 32)] == [0, 10 * 4 * 150, 32 * 4 * 150]
+    for images in (1, 10, 32):
+        found = batch_bytes(model, (3, 2, 2), torch.float32, images, training=False)
+        assert found == images * (4 * 150 + 4 * 12 + 8)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("arch", "width"), [("resnet8", 0.5), ("mlp", 256)])
 def test_counted_bytes_are_those_of_real_steps(dtype: torch.dtype, arch: str, width: float) -> None:
-    """On the line between two counts without data, against real images: where activations are most of it, and where
-    the new gradients are."""
+    """Without data, against real images: where activations are most of it, and where the new gradients are."""
     model = build_model(arch, input_shape=SHAPE, classes=10, seed=0, width=width).train()
-    counted = activation_bytes(model, SHAPE, 48, dtype, training=True)
+    counted = {batch: batch_bytes(model, SHAPE, dtype, batch) for batch in (24, 48)}
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype) if parameter.ndim > 1 else parameter.data
     for batch in (24, 48):
-        images, labels = torch.randn(batch, *SHAPE).to(memory_format=torch.channels_last), torch.zeros(batch).long()
         model.zero_grad(set_to_none=True)
         with LiveBytes() as live:
+            images, labels = torch.empty(batch, *SHAPE, memory_format=torch.channels_last), torch.arange(batch) % 10
             with torch.autocast("cpu", dtype, enabled=dtype != torch.float32, cache_enabled=False):
                 logits = model(images)
             F.cross_entropy(logits.float(), labels).backward()
-        assert counted(batch) == pytest.approx(live.peak, rel=0.005)  # the loss's own tensors are of a few bytes
+        assert counted[batch] == pytest.approx(live.peak, rel=0.005)  # the loss's own tensors are of a few bytes
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     assert live.peak > (weights if arch == "mlp" else 48 * 4 * 16 * 32 * 32 * dtype.itemsize // 4)
 
@@ -92,49 +91,55 @@ def symmetry(width: float) -> Symmetry:
 
 @pytest.fixture(autouse=True, scope="module")
 def counted_once() -> Iterator[None]:
-    """Bytes of one network are counted once, and its symmetry is derived once, for all plans."""
-    count, derive = items.activation_bytes, task.symmetry_by_settings
-    known: dict[Any, Callable[[int], int]] = {}
+    """Bytes of one network are counted once, and its symmetry is derived once, for all plans; few time a matching."""
+    derive, timed = task.symmetry_by_settings, planning.matching_seconds
+    known: dict[Any, int] = {}
 
-    def counted(model: nn.Module, *more: Any, training: bool) -> Callable[[int], int]:
-        key = (sum(p.numel() for p in model.parameters()), training, *more)
-        return known.setdefault(key, known.get(key) or count(model, *more, training=training))
+    def counted(model: nn.Module, *more: Any, **training: bool) -> int:
+        key = (sum(p.numel() for p in model.parameters()), *more, *training.items())
+        if key not in known:
+            known[key] = batch_bytes(model, *more, **training)
+        return known[key]
 
     def derived(settings: Any, model: nn.Module, *more: Any, **options: Any) -> Symmetry:
         own = len(getattr(model, "stages", ())) == 4  # ResNet-18 and no other of these tests
         return symmetry(WIDTH) if own else derive(settings, model, *more, **options)
 
+    def seconds(session: Session) -> float:
+        return timed(session) if session.settings.train.batch_size < 32 else 0.5
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(items, "activation_bytes", counted)
+        patch.setattr(planning, "batch_bytes", counted)
+        patch.setattr(planning, "matching_seconds", seconds)
         patch.setattr(task, "symmetry_by_settings", derived)
         yield
 
 
-def plan_of(tmp_path: Path, *overrides: str, timed: bool = False, speed: float | None = None) -> Plan:
+def plan_of(tmp_path: Path, *overrides: str, speed: float | None = 1000) -> dict[str, Any]:
     """Of a ResNet-18 an eighth as wide, on CIFAR-10, which is not there."""
     own = ["device=cpu", f"dataset.directory={tmp_path}", f"model.width={WIDTH}"]
     settings = load_settings(dataset="cifar10", arch="resnet18", overrides=[*own, *overrides])
-    return plan_run(settings, tmp_path / "run", speed, timed=timed)
+    return plan_run(settings, tmp_path / "run", speed)
 
 
-def bytes_of(plan: Plan, what: str) -> int:
+def bytes_of(plan: dict[str, Any], what: str) -> int:
     """Of the item whose name begins so."""
-    return next(item.bytes for item in plan.items if item.what.startswith(what))
+    return int(next(item["bytes"] for item in plan["items"] if item["what"].startswith(what)))
 
 
 def test_gpu_memory_does_not_grow_with_the_sources(tmp_path: Path) -> None:
     few, many = (plan_of(tmp_path, "gpu_memory=2GB", "sources.store=host", f"sources.number={n}") for n in (30, 500))
-    assert few.during("gpu", "training") == many.during("gpu", "training")
-    assert many.during("gpu", "evaluation") <= many.limits["gpu"]  # more models at a time, but as fit
+    assert few["needed"]["gpu"]["training"] == many["needed"]["gpu"]["training"]
+    assert many["needed"]["gpu"]["evaluation"] <= many["limits"]["gpu"]  # more models at a time, but as fit
     assert bytes_of(many, "sources, pinned") > 10 * bytes_of(few, "sources, pinned")
     held = [plan_of(tmp_path, "gpu_memory=2GB", "sources.store=device", f"sources.number={n}") for n in (30, 60)]
-    grown = held[1].during("gpu", "training") - held[0].during("gpu", "training")
+    grown = held[1]["needed"]["gpu"]["training"] - held[0]["needed"]["gpu"]["training"]
     assert grown == pytest.approx(30 * ROW, rel=0.02)  # rows are padded
 
 
 def test_on_a_cpu_sources_on_the_host_are_all_in_memory(tmp_path: Path) -> None:
     few, many = (plan_of(tmp_path, "sources.store=host", f"sources.number={number}") for number in (3, 13))
-    grown = many.during("host", "training") - few.during("host", "training")
+    grown = many["needed"]["host"]["training"] - few["needed"]["host"]["training"]
     assert grown == pytest.approx(10 * ROW, rel=0.02)
 
 
@@ -148,30 +153,27 @@ def test_the_same_sizes_are_held_whatever_is_limited(tmp_path: Path) -> None:
 
 def test_work_is_all_epochs_and_all_models(tmp_path: Path) -> None:
     more = ("train.epochs=10", "sources.number=4", "sources.heldout=2", "gpu_memory=1GB", "star.match_every_epochs=2")
-    plan = plan_of(tmp_path, *more, "star.epochs=5", "evaluation.points=3", timed=True, speed=1000)
-    regular, star, matching, evaluated = plan.work
-    assert (regular.times, regular.seconds) == (60, 50.0)
-    assert (star.times, star.seconds) == (5, 50.0)
-    assert matching.times == 3 * 4
-    assert matching.seconds is not None
+    plan = plan_of(tmp_path, *more, "star.epochs=5", "evaluation.points=3")
+    work = [(part["times"], part["seconds"]) for part in plan["work"]]
     # Paths: 4 + 2 from the star, 10 pairs twice; one inner point each; ends: the star, 6 matched, the pairs' own; and
     # 7 models when they are trained.
-    assert evaluated.times == 26 + 1 + 6 + 16 + 7
-    assert evaluated.seconds == 110.0  # 50,000 for statistics, 50,000 and 10,000 for losses
-    assert plan.seconds() == 60 * 50 + 5 * 50 + 3 * 4 * matching.seconds + evaluated.times * 110
-    few = plan_of(tmp_path, *more, "evaluation.limit=1000", "evaluation.bn_batches=10", timed=True, speed=500)
-    assert few.work[0].seconds == 100.0
-    assert few.work[3].seconds == pytest.approx((1000 + 10_000 + 10 * 128) / 500)
-    assert plan_of(tmp_path, *more).seconds() is None
+    measured = 26 + 1 + 6 + 16 + 7
+    # 50,000 images for statistics, 50,000 and 10,000 for losses.
+    assert work == [(60, 50.0), (5, 50.0), (3 * 4, 0.5), (measured, 110.0)]
+    assert plan["seconds"] == 60 * 50 + 5 * 50 + 3 * 4 * 0.5 + measured * 110
+    few = plan_of(tmp_path, *more, "evaluation.limit=1000", "evaluation.bn_batches=10", speed=500)
+    assert few["work"][0]["seconds"] == 100.0
+    assert few["work"][3]["seconds"] == pytest.approx((1000 + 10_000 + 10 * 128) / 500)
+    assert plan_of(tmp_path, *more, speed=None)["seconds"] is None
 
 
 def test_images_that_grow_are_counted_as_large_as_they_get(tmp_path: Path) -> None:
     """Epochs at 32, 48 (rounded to 64) and 64 of images that are measured at 96."""
 
-    def planned(*overrides: str) -> Plan:
+    def planned(*overrides: str) -> dict[str, Any]:
         own = ["device=cpu", f"dataset.directory={tmp_path}", "gpu_memory=2GB", "model.width=0.125", *overrides]
         settings = load_settings(dataset="imagenet", arch="imagenet-resnet18", overrides=[*own, "train.batch_size=16"])
-        return plan_run(settings, tmp_path / "run", timed=False)
+        return plan_run(settings, tmp_path / "run")
 
     grow = ("train.epochs=3", "train.resolutions=[[0, 32], [2, 64]]", "train.schedule=cosine", "train.milestones=[]")
     growing, at_64, at_96 = (
@@ -179,9 +181,9 @@ def test_images_that_grow_are_counted_as_large_as_they_get(tmp_path: Path) -> No
         planned("dataset.resolution=64", "train.epochs=3", *grow[2:]),
         planned("dataset.resolution=96", "train.epochs=3", *grow[2:]),
     )
-    assert growing.during("gpu", "training") == at_64.during("gpu", "training")
-    assert growing.during("gpu", "evaluation") == at_96.during("gpu", "evaluation")
-    assert any("about 328 GB for training as rn50, by FFCV" in note for note in at_64.notes)
+    assert growing["needed"]["gpu"]["training"] == at_64["needed"]["gpu"]["training"]
+    assert growing["needed"]["gpu"]["evaluation"] == at_96["needed"]["gpu"]["evaluation"]
+    assert any("about 328 GB for training as rn50, by FFCV" in note for note in at_64["notes"])
 
 
 GPU = "gpu_memory=750MB"
@@ -201,22 +203,22 @@ def test_what_does_not_fit_names_what_does(
     tmp_path: Path, overrides: tuple[str, ...], problem: str, remedy: set[str]
 ) -> None:
     """One setting, or two where each alone would not do; and with them it fits."""
-    lines = [line for line in plan_of(tmp_path, *overrides).problems if line.startswith(problem)]
+    lines = [line for line in plan_of(tmp_path, *overrides)["problems"] if line.startswith(problem)]
     assert len(lines) == 1
     found = re.fullmatch(r"gpu: \w+ needs [\d.]+ [GM]B, [\d.]+ [GM]B are there; (.*) makes it fit", lines[0])
     assert found is not None, lines
     named = found[1].split()
     assert {one.partition("=")[0] for one in named} == remedy
-    assert plan_of(tmp_path, *overrides, *named).problems == []
+    assert plan_of(tmp_path, *overrides, *named)["problems"] == []
     if len(named) == 2:
-        assert all(plan_of(tmp_path, *overrides, one).problems for one in named)
+        assert all(plan_of(tmp_path, *overrides, one)["problems"] for one in named)
 
 
 def test_what_nothing_makes_fit_says_so(tmp_path: Path) -> None:
-    lines = plan_of(tmp_path, "gpu_memory=10MB").problems
+    lines = plan_of(tmp_path, "gpu_memory=10MB")["problems"]
     assert all(re.fullmatch(r"gpu: \w+ needs .*; use a smaller network \(model.width\).*", one) for one in lines)
     assert {line.split()[1] for line in lines} == {"training", "evaluation"}
-    full = plan_of(tmp_path, GPU, "train.batch_size=2048", "sources.number=10000000", "sources.store=file").problems
+    full = plan_of(tmp_path, GPU, "train.batch_size=2048", "sources.number=10000000", "sources.store=file")["problems"]
     assert re.match(r"disk: .*free some, choose --out on", full[-1])
     assert any(re.fullmatch(r"gpu: training .*; train.batch_size=\d+ makes it fit", line) for line in full), full
 
@@ -232,8 +234,8 @@ def test_a_graph_keeps_its_memory_while_sources_are_matched(tmp_path: Path) -> N
 def test_a_gpu_holds_as_many_models_as_fit_beside_the_activations(tmp_path: Path) -> None:
     def rows(memory: str) -> int:
         plan = plan_of(tmp_path, f"gpu_memory={memory}", "evaluation.batch_size=2000", "sources.number=300")
-        assert plan.problems == []
-        return int(next(i.what for i in plan.items if "models at a time" in i.what).split()[0])
+        assert plan["problems"] == []
+        return int(next(i["what"] for i in plan["items"] if "models at a time" in i["what"]).split()[0])
 
     assert 1 <= rows("900MB") < rows("1200MB") < rows("2GB")
 
@@ -260,7 +262,8 @@ def test_plan_on_the_command_line(tmp_path: Path) -> None:
     assert plan["problems"]
     assert max(plan["needed"]["gpu"].values()) > 1000
     assert "is not a size" in refused("plan", "--dataset", "digits", "--gpu-memory", "40XB")
-    assert "must be above 0" in refused("plan", "--dataset", "digits", place, "--images-per-second", 0)
+    for speed in (0, "nan", 1e-300, 1e300):
+        assert "must be from 0.001 to" in refused("plan", "--dataset", "digits", place, "--images-per-second", speed)
     unwritten = refused("plan", "--dataset", "imagefolder", "--name", "mine", place)
     assert re.search(
         r"not written yet; `python tools/\S+ --dataset imagefolder --name mine --source FOLDER --out .+`", unwritten
@@ -275,27 +278,10 @@ def test_plan_on_the_command_line(tmp_path: Path) -> None:
 def test_sources_activations_are_planned_and_a_matching_timed(tmp_path: Path, method: str) -> None:
     own = ["device=cpu", f"dataset.directory={tmp_path}", f"model.width={WIDTH}", "train.batch_size=16"]
     settings = load_settings(dataset="cifar10", arch="resnet18", overrides=[*own, f"matching.method={method}"])
-    plan = plan_run(settings, tmp_path / "run", timed=False)
-    kept = [item.bytes for item in plan.items if item.what == "sources' activations"]
-    assert kept[0] > 0 if method == "activation" else not any(kept)
-    assert seconds.matching_seconds(new_session(settings, RunFolder(tmp_path / "run"), shape=Shape(SHAPE, 10))) > 0
-
-
-def test_memory_of_matching() -> None:
-    members = (Member("a", 0), Member("b", 1))
-    groups = Symmetry((Group("hidden", 10, members),), {"a": (10, 3), "b": (4, 10), "c": (4, 10)}, tied={"c": "b"})
-    one = 4 * (30 + 40) + 2 * 4 * 40 + 8 * 10**2  # as permuted so far; what a step holds; two tables in float32
-
-    def needed(count: int, free: int, *, gpu: bool, threads: int, perturbations: int = 0) -> int:
-        return extra_bytes(Extent(MatchingSettings(perturbations=perturbations), groups, count, free, gpu, threads))
-
-    assert needed(50, 10**9, gpu=True, threads=2) == 50 * one
-    assert needed(1, 10**9, gpu=True, threads=2) == one
-    assert needed(50, 4 * 3 * one, gpu=True, threads=2) == 2 * 3 * one  # two chunks of three: half
-    assert needed(50, 0, gpu=True, threads=2) == 2 * one
-    assert needed(50, 0, gpu=False, threads=3) == 3 * one
-    perturbed = one + 3 * 4 * 10**2  # a third table to go back to; the noise, and what it makes of the first
-    assert needed(50, 10**9, gpu=True, threads=2, perturbations=1) == 50 * perturbed
+    plan = plan_run(settings, tmp_path / "run", 1000)
+    kept = bytes_of(plan, "sources' activations")
+    assert kept > 0 if method == "activation" else kept == 0
+    assert plan["work"][2]["seconds"] > 0
 
 
 @pytest.mark.parametrize(
@@ -311,8 +297,7 @@ def test_memory_of_matching_is_what_is_taken(count: int, ways: dict[str, int]) -
     sources = {name: torch.stack([row[name] for row in rows]) for name in groups.parameters}
     with LiveBytes() as live:
         match_weights(groups, theta, sources, chunk=count, threads=1, **ways)
-    # As one chunk: what a GPU's lane takes with so many.
-    planned = count * extra_bytes(Extent(MatchingSettings.model_validate(ways), groups, 1, 0, False, 1))
+    planned = count * bytes_of_one(groups, ways.get("perturbations", 0))
     # Which parts a step moves differs from source to source; what is planned is enough.
     assert 0.8 * planned < live.peak <= planned
 

@@ -120,16 +120,16 @@ def memory(problem: Problem, count: int, cap: str) -> str:
         ],
     )
     with tempfile.TemporaryDirectory() as folder:
-        plan = plan_run(settings, Path(folder) / "run", timed=False)
-    planned = plan.during("gpu", "training")
+        plan = plan_run(settings, Path(folder) / "run", speed=1.0)
+    planned = plan["needed"]["gpu"]["training"]
     found: dict[str, Any] = {"bench": "imagenet", "case": "memory", **problem.facts(), "sources": count, "cap": cap}
     if device.type == "cuda":
         peaks = _peaks(replace(problem, classes=1000), count, cap, settings)
         found |= {"peak_bytes": max(peaks["training"], peaks["matching"]), "peaks": peaks}
         free, whole = torch.cuda.mem_get_info(device)
         found |= {"reserved_bytes": peaks.pop("reserved"), "device_bytes": whole - free}
-        found["of_plan"] = found["peak_bytes"] / planned
-    items = {f"{item.phase}: {item.what}": item.bytes for item in plan.items if item.place == "gpu"}
+        found["of_plan"] = peaks["training"] / planned
+    items = {f"{item['phase']}: {item['what']}": item["bytes"] for item in plan["items"] if item["place"] == "gpu"}
     return json.dumps({**found, "planned_bytes": planned, "planned_items": items, **where(device)})
 
 

@@ -53,7 +53,7 @@ def plan(given: Given, overrides: Overrides = None) -> None:
     from fastar.report.results import plan_lines, plan_table
 
     folder = given.run_folder(settings)
-    plan = plan_run(settings, folder, given["images_per_second"], given.progress()).as_dict()
+    plan = plan_run(settings, folder, given["images_per_second"], given.progress())
     if given.json:
         print_json(plan)
     else:

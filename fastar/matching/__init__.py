@@ -4,5 +4,5 @@ from fastar.matching.activation.activation_cache import ActivationCache, SourceA
 from fastar.matching.activation.statistics import UnitActivations
 from fastar.matching.assignment import solve_assignment, solver_name
 from fastar.matching.many import ManyResult, To, average, match_many
-from fastar.matching.methods import EXAMPLE_BATCHES, METHODS, Method, extra_bytes, match, matching_threads
-from fastar.matching.request import Examples, Extent, GiveExamples, MatchResult, Request
+from fastar.matching.methods import EXAMPLE_BATCHES, METHODS, Method, match, matching_threads
+from fastar.matching.request import Examples, GiveExamples, MatchResult, Request

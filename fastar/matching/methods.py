@@ -13,11 +13,11 @@ from torch import Tensor
 from fastar.config import MatchingSettings
 from fastar.errors import FastarError
 from fastar.matching.activation.activation_cache import SourceActivations
-from fastar.matching.activation.match_activations import comparing_bytes, correlate_units
+from fastar.matching.activation.match_activations import correlate_units
 from fastar.matching.checks import check_networks
-from fastar.matching.request import Extent, GiveExamples, MatchResult, Request
+from fastar.matching.request import GiveExamples, MatchResult, Request
 from fastar.matching.sinkhorn import match_sinkhorn
-from fastar.matching.weight.match_weights import chunk_size, match_weights, permuting_bytes
+from fastar.matching.weight.match_weights import chunk_size, match_weights
 from fastar.matching.weight.permuted_sources import PermutedSources
 from fastar.matching.weight.problem import Problem
 from fastar.runtime.device import cpus
@@ -35,12 +35,10 @@ class Method:
     Args:
         match: finds the permutations.
         needs_data: the setting that asks for data, as users write it; None where these settings ask for none.
-        extra_bytes: bytes beside theta, the sources, and what it takes to permute them and measure the objective.
     """
 
     match: Callable[[Request], MatchResult]
     needs_data: Callable[[MatchingSettings], str | None]
-    extra_bytes: Callable[[Extent], int] = lambda extent: 0
 
 
 def match(
@@ -96,11 +94,6 @@ def matching_threads(device: torch.device, threads: int | None) -> int:
     return cpus()
 
 
-def extra_bytes(extent: Extent) -> int:
-    """Bytes that matching takes beside theta and the sources themselves."""
-    return max(permuting_bytes(extent), METHODS[extent.settings.method].extra_bytes(extent))
-
-
 def _by_weights(request: Request) -> MatchResult:
     """Coordinate descent from where `matching.start` says; the best end is kept."""
     begin, start = request.settings.start, request.start
@@ -127,9 +120,8 @@ METHODS = {
     "weight": Method(
         _by_weights,
         lambda s: "matching.start=activations" if s.start == "activations" else None,
-        comparing_bytes,
     ),
-    "activation": Method(_by_activations, lambda s: "matching.method=activation", comparing_bytes),
+    "activation": Method(_by_activations, lambda s: "matching.method=activation"),
     "sinkhorn": Method(
         lambda request: _measured(request, match_sinkhorn(request)),
         lambda s: None if s.sinkhorn.objective == "l2" else f"matching.sinkhorn.objective={s.sinkhorn.objective}",

@@ -60,29 +60,6 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Extent:
-    """Sizes that the memory of a matching follows from.
-
-    Args:
-        count: sources that are matched in one call.
-        free: bytes that are free.
-        gpu: whether the sources are on a GPU.
-        threads: CPU threads.
-        cached: bytes that the activations of a source take (`cache_bytes`); 0 where none are compared.
-        forward: bytes that a forward pass over a batch of `Examples` takes, the batch included.
-    """
-
-    settings: MatchingSettings
-    symmetry: Symmetry
-    count: int
-    free: int
-    gpu: bool
-    threads: int
-    cached: int = 0
-    forward: int = 0
-
-
-@dataclass(frozen=True)
 class MatchResult:
     """Permutations that bring each source towards theta, and how they were found.
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
 
 class LiveBytes(TorchDispatchMode):
@@ -43,10 +44,4 @@ class LiveBytes(TorchDispatchMode):
 
 
 def _storages(value: Any) -> Iterator[torch.UntypedStorage]:
-    if isinstance(value, Tensor):
-        yield value.untyped_storage()
-    elif isinstance(value, tuple | list):
-        for one in value:
-            yield from _storages(one)
-    elif isinstance(value, dict):
-        yield from _storages(list(value.values()))
+    return (leaf.untyped_storage() for leaf in tree_iter(value) if isinstance(leaf, Tensor))

@@ -2,169 +2,285 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import shlex
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import nn
+from torch.nn import functional as F
+
 from fastar.config import Settings, as_override
 from fastar.errors import FastarError
-from fastar.experiments.plan.items import MOMENTS, Counted, Item, count, items_of, place_of_sources, shortages, total
+from fastar.evaluation.batch_norm import statistics_bytes
+from fastar.evaluation.paths import ENDS
+from fastar.experiments.plan import sizes
 from fastar.experiments.plan.preflight import check_batches
-from fastar.experiments.plan.seconds import Work, images_per_second, matching_seconds, work_of
-from fastar.experiments.plan.sizes import DataCounts, data_counts, limits_of
+from fastar.experiments.plan.sizes import DataCounts, Item
 from fastar.experiments.session import Session, new_session, threads
+from fastar.experiments.statistics_batches import LOOKED_AT
 from fastar.experiments.task import Shape
+from fastar.flat import FlatLayout
+from fastar.matching import EXAMPLE_BATCHES, Examples, cache_bytes, match
+from fastar.matching.activation import match_activations
+from fastar.matching.weight import match_weights
 from fastar.runs import RunFolder
+from fastar.runtime.live_bytes import LiveBytes
+from fastar.runtime.memory import models_that_fit, within_memory
 from fastar.runtime.progress import SILENT, Progress, count_text, size_text
+from fastar.training import RegularStep, resolve_precision
+from fastar.training.amp import DTYPES
+
+MATCHING = "matching of a source"
+# Images per second that may be stated.
+SLOWEST, FASTEST = 0.001, 1e9
+# Steps that are timed, and values in the images of one on a CPU: a larger batch's speed is the same.
+STEPS, CPU_VALUES = 3, 1 << 20
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The cost of a run. `limits`: bytes that each place has. `problems`: one line for each that does not fit."""
-
-    title: str
-    device: str
-    items: list[Item]
-    limits: dict[str, int]
-    work: list[Work]
-    rates: str
-    notes: list[str]
-    problems: list[str]
-
-    def during(self, place: str, moment: str) -> int:
-        """Bytes taken in `place` at a moment: training or evaluation."""
-        return total(self.items, place, moment)
-
-    def seconds(self) -> float | None:
-        """Seconds of all work; None where a speed is not known."""
-        if any(work.seconds is None for work in self.work):
-            return None
-        return sum(work.times * (work.seconds or 0.0) for work in self.work)
-
-    def as_dict(self) -> dict[str, Any]:
-        """All of it, JSON-able: what the report shows."""
-        needed = {place: {moment: self.during(place, moment) for moment in MOMENTS} for place in self.limits}
-        return {**asdict(self), "needed": needed, "seconds": self.seconds()}
-
-
-def plan_run(
-    settings: Settings, out: Path, speed: float | None = None, progress: Progress = SILENT, *, timed: bool = True
-) -> Plan:
+def plan_run(settings: Settings, out: Path, speed: float | None = None, progress: Progress = SILENT) -> dict[str, Any]:
     """Plan the run of `settings` in the folder `out`; nothing is written, and the data need not be there.
 
     Args:
         speed: images per second, stated; None: measured here, where the run would be here.
-        timed: measure seconds; false: bytes alone.
+
+    Returns:
+        What the report shows: the `items` that take memory or disk, bytes that are `needed` of the `limits` of each
+        place, the `work` that takes time, its `seconds` (None: no speed is known), and `problems`, a line for each
+        place that is too small.
 
     Raises:
         FastarError: a setting out of range, or a set whose size is not known.
     """
-    if speed is not None and not 0 < speed < math.inf:
-        raise FastarError(f"--images-per-second={speed} must be above 0, and finite")
-    counts, run = data_counts(settings), RunFolder(out)
+    if speed is not None and not SLOWEST <= speed <= FASTEST:
+        raise FastarError(f"--images-per-second={speed} must be from {SLOWEST} to {FASTEST:.0f}")
+    counts, run, chosen = sizes.data_counts(settings), RunFolder(out), settings.dataset
     if counts is None:
-        raise FastarError(_not_written(settings))
+        options = f"--dataset {chosen.name} --name {shlex.quote(chosen.label)} --source FOLDER"
+        tool = f"python tools/write_ffcv.py {options} --out {shlex.quote(str(chosen.directory))}"
+        raise FastarError(f"{chosen.directory.expanduser() / chosen.label}: not written yet; `{tool}` writes it")
     shape = Shape(new_session(settings, run).data.image, counts.classes)
     session = new_session(settings, run, progress, shape=shape)
     check_batches(session, counts.train)
-    limits, matching, said = limits_of(session, here=False), None, "nothing was timed"
-    here = settings.gpu_memory is None or session.device.type == "cuda"
-    with threads(session) if here else nullcontext():
-        progress.line("planning: counting bytes")
-        counted = count(session, gpu="gpu" in limits)
-        if timed:
-            speed, matching, said = _speeds(session, counted, speed, here=here)
-
-    def ask(changed: Settings) -> list[str]:
-        return shortages(items_of(changed, counts, limits, counted), limits)
-
-    return Plan(
-        title=f"{settings.dataset.label}, {settings.model.arch}: "
-        f"{count_text(settings.sources.number, 'source')}, {count_text(settings.sources.heldout, 'heldout')}",
-        device=f"a GPU of {size_text(limits['gpu'])}" if "gpu" in limits else "this machine's CPU",
-        items=items_of(settings, counts, limits, counted),
-        limits=limits,
-        work=work_of(session, counts, speed, matching),
-        rates=said,
-        notes=_notes(settings, counts, place_of_sources(settings, counted.network, limits)),
-        problems=_problems(settings, ask),
-    )
-
-
-def _speeds(
-    session: Session, counted: Counted, speed: float | None, *, here: bool
-) -> tuple[float | None, float | None, str]:
-    """Images per second, seconds of matching a source (None: not known), and what they are from.
-
-    `here`: the run is on the device that is here.
-    """
-    matching, said = None, "give --images-per-second: the GPU's speed cannot be measured here"
-    if speed is not None:
-        said = f"{speed:,.0f} images/s stated, for evaluation too"
-    elif here:
-        session.progress.line("planning: timing some steps")
-        speed = images_per_second(session, counted.training)
-        said = f"{speed:,.0f} images/s of training measured here, for evaluation too; loading is not counted"
-    if session.settings.star_matched_every and session.settings.matching.method in ("weight", "activation"):
-        session.progress.line("planning: timing a matching")
-        matching = matching_seconds(session)
-        said += f"; matching measured on {session.device}"
-    return speed, matching, said
-
-
-def _not_written(settings: Settings) -> str:
-    chosen = settings.dataset
-    options = f"--dataset {chosen.name} --name {shlex.quote(chosen.label)} --source FOLDER"
-    tool = f"python tools/write_ffcv.py {options} --out {shlex.quote(str(chosen.directory))}"
-    return f"{chosen.directory.expanduser() / chosen.label}: not written yet; `{tool}` writes it"
-
-
-def _notes(settings: Settings, counts: DataCounts, stored: str) -> list[str]:
+    progress.line("planning: counting bytes")
+    limits = sizes.limits_of(session, here=False)
+    items_of = _items_by_settings(session, counts, limits)
+    items, problems = items_of(settings), _problems(settings, items_of, limits)
+    speed, matching, rates = _speeds(session, speed, fits=not problems)
+    work = work_of(session, counts, speed, matching)
+    seconds = [part["seconds"] for part in work]
     notes = [
-        f"sources are kept with sources.store={stored}",
-        "~: estimated, from activations of two batches of tensors without memory; all other sizes are exact; memory of "
-        "CUDA itself and its libraries comes on top",
+        "~: estimated, from batches of tensors without memory; all other sizes are exact; memory of CUDA and "
+        "its libraries comes on top, and a GPU matches more sources at a time, in up to half of what is left"
     ]
-    if counts.disk is None:
-        preset = settings.dataset.encoding or "rn50"
-        size = settings.dataset.spec.gigabytes.get(preset)
+    if chosen.spec.variable_size and not counts.written:
+        preset = chosen.encoding or "rn50"
+        size = chosen.spec.gigabytes.get(preset)
         about = "" if size is None else f"about {size} GB for training as {preset}, by FFCV's published sizes; "
         notes.append(f"disk: the .beton files are not written yet: {about}tools/write_ffcv.py predicts their size")
-    return notes
+    return {
+        "title": f"{chosen.label}, {settings.model.arch}: "
+        f"{count_text(settings.sources.number, 'source')}, {count_text(settings.sources.heldout, 'heldout')}",
+        "device": f"a GPU of {size_text(limits['gpu'])}" if "gpu" in limits else "this machine's CPU",
+        "items": [asdict(item) for item in items],
+        "limits": limits,
+        "needed": {place: {when: sizes.total(items, place, when) for when in sizes.MOMENTS} for place in limits},
+        "work": work,
+        "seconds": None if None in seconds else sum(part["times"] * part["seconds"] for part in work),
+        "rates": rates,
+        "notes": notes,
+        "problems": problems,
+    }
 
 
-def _problems(settings: Settings, ask: Callable[[Settings], list[str]]) -> list[str]:
+def _items_by_settings(
+    session: Session, counts: DataCounts, limits: dict[str, int]
+) -> Callable[[Settings], list[Item]]:
+    """Count the run's network once; what is returned says all that the run takes, with other settings too."""
+    chosen, image, symmetry = session.settings, session.data.image, session.network.symmetry
+    batch, precision, on_gpu = chosen.train.batch_size, chosen.train.precision, "gpu" in limits
+    if on_gpu and session.device.type == "cpu":  # any GPU that is worth planning for has bf16
+        dtype = DTYPES.get(precision, torch.bfloat16)
+    else:
+        dtype = resolve_precision(precision, session.device)
+    model, kept = session.network.build(seed=0, device="cpu"), 0
+    if chosen.matching.by_activations and symmetry.groups:
+        images = torch.empty(min(batch, LOOKED_AT), *image, device="meta", dtype=torch.float32)
+        kept = cache_bytes(model, symmetry, [images] * EXAMPLE_BATCHES)
+    side = max(sizes.training_sides(session))
+    largest = (image[0], side, side) if chosen.dataset.spec.variable_size else image
+    step_bytes = functools.cache(functools.partial(batch_bytes, model, largest, dtype))
+    forward_bytes = functools.cache(functools.partial(batch_bytes, model, image, dtype, training=False))
+    matching = 0
+    if chosen.star_matched_every:
+        compared = match_activations.bytes_of_one(symmetry, kept) if kept else 0
+        matching = max(match_weights.bytes_of_one(symmetry, chosen.matching.perturbations), compared)
+    row, statistics = 4 * FlatLayout.from_module(model).numel, statistics_bytes(model)
+
+    def items_of(settings: Settings) -> list[Item]:
+        device, batch = "gpu" if on_gpu else "host", settings.train.batch_size
+        items = sizes.exact_items(settings, counts, limits, model, dtype, kept)
+        step = step_bytes(batch)
+        what, most = (f"a step on {batch} images", step) if step >= matching else (MATCHING, matching)
+        if settings.train.graph:  # its memory stays while there is matching
+            what, most = f"a graph on {batch} images, and {MATCHING}", step + matching
+        items.append(Item(device, what, most, "training", exact=False))
+        # Losses are measured in one batch size, batch-norm statistics in the other.
+        running = max(map(forward_bytes, (settings.evaluation.batch_size, *([batch] if statistics else []))))
+        items.append(Item(device, "images and activations", running, "evaluation", exact=False))
+        items.append(Item(device, "ends of paths, and one model", (ENDS + 1) * row, "evaluation"))
+        free, wanted = limits[device] - sizes.total(items, device, "evaluation"), sizes.evaluated_models(settings)
+        models = models_that_fit(row + statistics, max(0, free), wanted, 0, gpu=on_gpu)
+        held = models * (row + statistics)
+        return [*items, Item(device, f"{models} of {wanted} models at a time", held, "evaluation")]
+
+    return items_of
+
+
+def batch_bytes(
+    model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, images: int, *, training: bool = True
+) -> int:
+    """Peak bytes of a batch, its images included, counted on tensors without memory; those of `model` are not touched.
+
+    Args:
+        model: put into training or evaluation mode.
+        shape: (C, H, W) of an image.
+        dtype: of a step.
+        training: a step (forward, backward, and the new gradients), else an evaluation, in fp32.
+    """
+    from torch._subclasses.fake_tensor import FakeTensorMode  # takes seconds to import
+
+    model.train(training)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        tensors = {}
+        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+            low = training and tensor.ndim > 1  # as `flat.WorkingWeights` holds them
+            tensors[name] = torch.empty_like(tensor, dtype=dtype if low else None, device="cpu")
+            tensors[name].requires_grad_(tensor.requires_grad)
+        with LiveBytes() as live, torch.set_grad_enabled(training):
+            pixels = torch.empty(images, *shape, device="cpu", memory_format=torch.channels_last, dtype=torch.float32)
+            labels = torch.empty(images, dtype=torch.int64, device="cpu")
+            with torch.autocast("cpu", dtype, enabled=training and dtype != torch.float32, cache_enabled=False):
+                logits = torch.func.functional_call(model, tensors, (pixels,))
+            loss = F.cross_entropy(logits.float(), labels)
+            if training:
+                loss.backward()
+    return live.peak
+
+
+def _speeds(session: Session, speed: float | None, *, fits: bool) -> tuple[float | None, float | None, str]:
+    """Images per second, seconds of matching a source (None: not known), and what they are from."""
+    settings, matching = session.settings, None
+    if speed is not None:
+        rates = f"{speed:,.6g} images/s stated, for evaluation too"
+    elif settings.gpu_memory is not None and session.device.type == "cpu":
+        rates = "give --images-per-second: the GPU's speed cannot be measured here"
+    elif not fits:
+        rates = "give --images-per-second: a run that does not fit is not timed"
+    else:
+        session.progress.line("planning: timing some steps")
+        speed = images_per_second(session)
+        rates = f"{speed:,.0f} images/s of training measured here, for evaluation too; loading is not counted"
+    if settings.star_matched_every and settings.matching.method in ("weight", "activation"):
+        session.progress.line("planning: timing a matching")
+        matching = matching_seconds(session)
+        rates += f"; matching measured on {session.device}"
+    return speed, matching, rates
+
+
+def images_per_second(session: Session) -> float:
+    """The speed of regular steps on made images, on the run's device; loading is not timed."""
+    from torch.utils.benchmark import Timer  # takes a third of a second to import
+
+    device, train, image = session.device, session.settings.train, session.data.image
+    batch = train.batch_size if device.type == "cuda" else min(train.batch_size, max(2, CPU_VALUES // math.prod(image)))
+    images = torch.randn(batch, *image, device=device, dtype=torch.float32).to(memory_format=torch.channels_last)
+    labels = torch.zeros(batch, dtype=torch.int64, device=device)
+    lr = torch.zeros((), dtype=torch.float32, device=device)
+    with threads(session), within_memory("timing steps", "give --images-per-second"):
+        step = RegularStep(session.network.build(seed=0), train.model_copy(update={"graph": False, "compile": False}))
+        given = {"step": step, "images": images, "labels": labels, "lr": lr}
+        timer = Timer("step(images, labels, lr)", globals=given, num_threads=torch.get_num_threads())
+        speed = batch / float(timer.timeit(STEPS).mean)
+    # Epochs on smaller images take less, by as much.
+    sides = sizes.training_sides(session)
+    return speed * max(image[1:]) ** 2 * len(sides) / sum(side**2 for side in sides)
+
+
+def matching_seconds(session: Session) -> float:
+    """Seconds of matching a source that few sweeps match, as in all epochs but the first ones. Images are random."""
+    device, symmetry, settings = session.device, session.network.symmetry, session.settings
+    theta = {name: value.to(device) for name, value in session.network.build(seed=0, device="cpu").state_dict().items()}
+    moved = symmetry.apply(symmetry.random(0), theta)
+    sources = {name: moved[name][None] for name in symmetry.parameters}
+
+    def examples() -> Examples:
+        size = min(settings.train.batch_size, LOOKED_AT)
+        images = torch.randn(size, *session.data.image, device=device, dtype=torch.float32)
+        labels = torch.zeros(size, dtype=torch.int64, device=device)
+        return Examples(session.network.build(seed=0), [(images, labels)] * EXAMPLE_BATCHES)
+
+    def seconds() -> float:
+        return match(settings.matching, symmetry, theta, sources, examples=examples, threads=settings.workers).seconds
+
+    return min(seconds() for _ in range(2))  # the first one prepares the device
+
+
+def work_of(session: Session, counts: DataCounts, speed: float | None, matching: float | None) -> list[dict[str, Any]]:
+    """All parts of the run, in order: what, how many times, and seconds of each time (None: no speed is known).
+
+    Args:
+        speed: images per second, of training and of evaluation.
+        matching: seconds of matching a source.
+    """
+    settings, train, evaluation = session.settings, session.settings.train, session.settings.evaluation
+    regular = settings.sources.heldout + (settings.sources.number if settings.sources.folder is None else 0)
+    epochs, every = settings.star.epochs or train.epochs, settings.star_matched_every
+    limits = (evaluation.limit, evaluation.limit, evaluation.test_limit)
+    splits = (counts.train, counts.validation, counts.test)
+    measured = sum(min(n, limit or n) for n, limit in zip(splits, limits, strict=True))
+    if session.network.has_batch_norm:
+        batches = evaluation.bn_batches
+        measured += counts.train if batches is None else min(counts.train, batches * train.batch_size)
+    epoch, model = (None if speed is None else images / speed for images in (counts.train, measured))
+    parts = [("epoch of a regular model", regular * train.epochs, epoch), ("epoch of the star", epochs, epoch)]
+    if every:
+        parts.append((MATCHING, settings.sources.number * -(-epochs // every), matching))
+    parts.append(("model or point of a path measured", regular + 1 + sizes.evaluated_models(settings), model))
+    return [dict(zip(("what", "times", "seconds"), part, strict=True)) for part in parts]
+
+
+def _problems(settings: Settings, items_of: Callable[[Settings], list[Item]], limits: dict[str, int]) -> list[str]:
     """A line for each place that is too small, and when: how much is missing, and what would make it fit."""
+    memory = {place: limit for place, limit in limits.items() if place != "disk"}
 
-    def fits(changed: Settings) -> bool:
-        return all(line.startswith("disk") for line in ask(changed))
+    def lacking(changed: Settings) -> list[str]:
+        return sizes.shortages(items_of(changed), memory)
 
-    if fits(settings):
-        return ask(settings)
-    made = _remedy(settings, fits)
-    remedy = "use a smaller network (model.width), or more memory" if made is None else f"{made} makes it fit"
-    return [line if line.startswith("disk") else f"{line}; {remedy}" for line in ask(settings)]
+    found = lacking(settings)
+    remedy = _remedy(settings, lacking) if found else ""
+    disk = sizes.shortages(items_of(settings), {"disk": limits["disk"]})
+    return [*(f"{line}; {remedy}" for line in found), *disk]
 
 
-def _remedy(settings: Settings, fits: Callable[[Settings], bool]) -> str | None:
-    """The first settings that fit: sources elsewhere, then smaller batches of evaluation, and last of training, which
-    change the result. None: there are none."""
-    sizes = settings.train.batch_size, settings.evaluation.batch_size
-    halved = [[size >> times for times in range(max(1, size.bit_length() - 1))] for size in sizes]
+def _remedy(settings: Settings, lacking: Callable[[Settings], list[str]]) -> str:
+    """The first settings of which nothing is `lacking`: sources elsewhere, then smaller batches of evaluation, and last
+    of training, which change the result."""
+    batches = settings.train.batch_size, settings.evaluation.batch_size
+    halved = [[size >> times for times in range(max(1, size.bit_length() - 1))] for size in batches]
     for batch, measured, store in itertools.product(*halved, (settings.sources.store, "host", "file")):
-        tried = {"sources.store": store, "evaluation.batch_size": measured, "train.batch_size": batch}
-        changed = settings
-        for name, value in tried.items():
-            section, _, key = name.partition(".")
-            new = getattr(settings, section).model_copy(update={key: value})
-            changed = changed.model_copy(update={section: new})
-        if fits(changed):
-            own = (settings.sources.store, *reversed(sizes))
-            differ = [as_override(*pair) for pair, now in zip(tried.items(), own, strict=True) if pair[1] != now]
-            return " ".join(differ)
-    return None
+        changed, differ = settings, []
+        tried = ("sources", "store", store), ("evaluation", "batch_size", measured), ("train", "batch_size", batch)
+        for section, key, value in tried:
+            old = getattr(settings, section)
+            if getattr(old, key) != value:
+                changed = changed.model_copy(update={section: old.model_copy(update={key: value})})
+                differ.append(as_override(f"{section}.{key}", value))
+        if not lacking(changed):
+            return f"{' '.join(differ)} makes it fit"
+    return "use a smaller network (model.width), or more memory"

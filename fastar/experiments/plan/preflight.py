@@ -6,8 +6,7 @@ import itertools
 
 from fastar.config import parse_bytes
 from fastar.errors import FastarError
-from fastar.experiments.plan.items import exact_items, network_bytes, shortages
-from fastar.experiments.plan.sizes import DataCounts, data_counts, limits_of, training_sides
+from fastar.experiments.plan.sizes import DataCounts, data_counts, exact_items, limits_of, shortages, training_sides
 from fastar.experiments.session import Session, new_session
 from fastar.experiments.task import Network, Shape
 from fastar.flat import check_kernels
@@ -67,9 +66,8 @@ def check_run(session: Session, counts: DataCounts) -> None:
     if settings.gpu_memory is not None and session.device.type == "cpu":
         session.progress.line(f"gpu_memory={settings.gpu_memory}: this run is on the CPU, where it bounds nothing")
     model = _network(session, counts.classes).build(seed=0, device="cpu")
-    network = network_bytes(model, resolve_precision(settings.train.precision, session.device))
-    limits = limits_of(session, here=True)
-    for line in shortages(exact_items(settings, counts, network, limits), limits):
+    dtype, limits = resolve_precision(settings.train.precision, session.device), limits_of(session, here=True)
+    for line in shortages(exact_items(settings, counts, limits, model, dtype), limits):
         raise FastarError(f"this run does not fit: {line} (see `fastar plan`)")
 
 

@@ -1,4 +1,4 @@
-"""Numbers of a run that are known beforehand: images, models that are measured, and bytes that each place has."""
+"""Sizes of a run that follow from its settings: images, models, bytes of memory and disk, and what does not fit."""
 
 from __future__ import annotations
 
@@ -7,26 +7,35 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from fastar.config import Settings, parse_bytes
-from fastar.data.in_memory import NORMALISED_BYTES
+from fastar.data.in_memory import BLOCK_BYTES, NORMALISED_BYTES
 from fastar.data.raw_arrays import RawArrays, stands_in
 from fastar.data.splits import check_limit, held_out
 from fastar.experiments.session import Session
+from fastar.flat import FlatLayout
 from fastar.runtime.memory import free_bytes, gpu_bytes
+from fastar.runtime.progress import size_text
 from fastar.training import resolution
+from fastar.training.optimizers import OPTIMIZERS
+from fastar.training.prefetch import SLOTS
+from fastar.training.sources import automatic, pinned_bytes
 
 if TYPE_CHECKING:
     from fastar.data.ffcv.folder import DatasetFiles
 
+MOMENTS = ("training", "evaluation")
 # Label and place (int64) of an image in a set that is held.
 HELD_EXTRA = 16
+# Files of a training kept at a time: two, the best, one new.
+KEPT_FILES = 4
 
 
 @dataclass(frozen=True)
 class DataCounts:
     """Numbers of images that are trained on, kept out of training, and tested on; classes. `disk`: bytes of the files,
-    None: not known until they are `written`."""
+    where all images are of one size; `written`: they are there."""
 
     train: int
     validation: int
@@ -48,36 +57,28 @@ def data_counts(settings: Settings, files: DatasetFiles | RawArrays | None = Non
     """
     from fastar.data.raw.class_folders import count_images
 
-    chosen = settings.dataset
-    spec, folder, disk = chosen.spec, chosen.directory.expanduser() / chosen.label, None
-    if stands_in(spec):
-        disk = 0
-    elif files is None:
+    chosen, spec, listed = settings.dataset, settings.dataset.spec, None
+    folder = chosen.directory.expanduser() / chosen.label
+    if files is None and not stands_in(spec):
         from fastar.data.ffcv.folder import is_finished, open_files  # only here: FFCV takes seconds
 
         files = open_files(folder) if is_finished(folder) else None
-    written = files is not None
     if files is not None:
-        train, test, classes = files.count("train"), files.count("test"), len(files.classes)
-        if not isinstance(files, RawArrays):
-            disk = sum(files.path(split).stat().st_size for split in ("train", "test"))
-    else:
-        listed = None
-        if spec.variable_size and chosen.root is not None:
-            listed = count_images(chosen.root.expanduser(), val_share=chosen.val_share)
-        published = (spec.train, spec.test, spec.class_count)
-        known = listed if listed is not None else tuple(number for number in published if number is not None)
-        if len(known) < len(published):
-            return None
-        train, test, classes = known
-        if disk is None and not spec.variable_size:
-            disk = (train + test) * spec.channels * spec.height * spec.width
+        listed = files.count("train"), files.count("test"), len(files.classes)
+    elif spec.variable_size and chosen.root is not None:
+        listed = count_images(chosen.root.expanduser(), val_share=chosen.val_share)
+    train, test, classes = listed or (spec.train, spec.test, spec.class_count)
+    if train is None or test is None or classes is None:
+        return None
+    disk = None if spec.variable_size else (train + test) * spec.channels * spec.height * spec.width
+    if stands_in(spec):
+        disk = 0
     validation = held_out(train, chosen.validation, chosen.label)
     train -= validation
     check_limit(
         chosen.limit, count=train, classes=classes, split="train", name=chosen.label, validation=chosen.validation
     )
-    return DataCounts(min(train, chosen.limit or train), validation, test, classes, disk, written)
+    return DataCounts(min(train, chosen.limit or train), validation, test, classes, disk, files is not None)
 
 
 def held_bytes(settings: Settings, counts: DataCounts) -> int:
@@ -122,3 +123,75 @@ def limits_of(session: Session, *, here: bool) -> dict[str, int]:
         sizes.append(gpu_bytes(session.device))
     limits = {"host": free_bytes(torch.device("cpu")), "disk": shutil.disk_usage(there).free + own}
     return {"gpu": min(sizes), **limits} if sizes else limits
+
+
+@dataclass(frozen=True)
+class Item:
+    """Some bytes in a place ("gpu", "host" or "disk") at a moment (None: always); `exact`, or estimated."""
+
+    place: str
+    what: str
+    bytes: int
+    phase: str | None = None
+    exact: bool = True
+
+
+def exact_items(
+    settings: Settings, counts: DataCounts, limits: dict[str, int], model: nn.Module, dtype: torch.dtype, kept: int = 0
+) -> list[Item]:
+    """All that is known without running anything.
+
+    Args:
+        model: of the architecture; it is trained in `dtype`.
+        kept: bytes that are kept of each source to match by activations.
+    """
+    device, on_gpu, spec = ("gpu" if "gpu" in limits else "host"), "gpu" in limits, settings.dataset.spec
+    store, number, numel = settings.sources.store, settings.sources.number, FlatLayout.from_module(model).numel
+    row, buffers = 4 * numel, sum(buffer.nbytes for buffer in model.buffers())
+    if store == "auto":
+        store = automatic(number * (row + kept), limits[device], limits["host"] if on_gpu else None)
+    elif store == "host" and not on_gpu:
+        store = "device"
+    rows = number if store == "device" else SLOTS
+    moments = row * OPTIMIZERS[settings.train.optimizer].MOMENTS
+    star = 2 * row + 2 * dtype.itemsize * numel + moments + buffers
+    items = [
+        Item(device, "data set", held_bytes(settings, counts)),
+        Item(device, "star: weights, gradients, moments, last good state", star, "training"),
+        Item(device, f"sources: {rows} of {number} rows (sources.store={store})", rows * row, "training"),
+    ]
+    if not spec.variable_size:
+        images = 4 * spec.channels * spec.height * spec.width * counts.train
+        items.append(Item(device, "images made at a time", min(BLOCK_BYTES["cuda" if on_gpu else "cpu"], images)))
+    if store == "device":
+        items.append(Item(device, "sources' activations", number * kept, "training"))
+    elif store == "host":
+        items.append(
+            Item("host", "sources, pinned", pinned_bytes(number * row) + pinned_bytes(number * kept), "training")
+        )
+    else:
+        items.append(Item("disk", "sources in a file", number * (row + kept)))
+    models = settings.sources.heldout + 1 + (0 if settings.sources.folder is not None else number)
+    items.append(Item("disk", f"{models} models", models * (row + buffers)))
+    items.append(Item("disk", "checkpoints of a training", KEPT_FILES * (row + moments + buffers)))
+    if counts.disk is not None and not counts.written:
+        items.append(Item("disk", "data set (.beton files)", counts.disk))
+    return items
+
+
+def total(items: list[Item], place: str, moment: str | None = None) -> int:
+    """Bytes taken in `place` at a moment."""
+    return sum(item.bytes for item in items if item.place == place and item.phase in (None, moment))
+
+
+def shortages(items: list[Item], limits: dict[str, int]) -> list[str]:
+    """A line for all that does not fit; of the disk it says what to do."""
+    found = []
+    for place, limit in limits.items():
+        for moment in MOMENTS if place != "disk" else ("the run",):
+            needed = total(items, place, moment)
+            if needed > limit:
+                remedy = "; free some, choose --out on another disk, or use fewer sources" if place == "disk" else ""
+                sizes = f"needs {size_text(needed)}, {size_text(limit)} are there"
+                found.append(f"{place}: {moment} {sizes}{remedy}")
+    return found

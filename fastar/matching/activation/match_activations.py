@@ -13,7 +13,7 @@ from fastar.matching.activation import ties
 from fastar.matching.activation.activation_cache import CACHED
 from fastar.matching.activation.statistics import Tables, UnitActivations, resampled
 from fastar.matching.blocks import solve_rows
-from fastar.matching.request import Extent, Request
+from fastar.matching.request import Request
 from fastar.matching.weight.problem import Problem
 from fastar.runtime.full_precision import full_precision
 from fastar.runtime.memory import free_bytes
@@ -54,8 +54,8 @@ def correlate_units(request: Request) -> tuple[Permutations, tuple[str, ...]]:
     count, threads, device = request.count, request.threads, measure.device
     problem = Problem(symmetry, theta, sources)
     one = bytes_of_one(symmetry, CACHED.itemsize * sum(table.numel() for table in own.values()))
-    free = free_bytes(device) if device.type == "cuda" else None
-    size = request.settings.chunk or _chunk_size(one, count, free, threads)
+    most = max(1, min(PART, free_bytes(device) // 4 // one)) if device.type == "cuda" else threads
+    size = request.settings.chunk or min(count, most)
     indices = {group.name: np.zeros((count, group.size), dtype=np.int64) for group in symmetry.groups}
     solving = ThreadPoolExecutor(threads) if threads > 1 else nullcontext()
     shown = request.progress.task("matching", count, "sources")
@@ -108,21 +108,3 @@ def bytes_of_one(symmetry: Symmetry, kept: int) -> int:
     """Bytes that a source takes while it is compared, if `cache_bytes` says `kept`: its tables in half and twice in
     full precision, and correlations, as they are and as they are solved."""
     return 5 * kept + 12 * sum(group.size**2 for group in symmetry.groups)
-
-
-def comparing_bytes(extent: Extent) -> int:
-    """Bytes that comparing activations takes beside theta and the sources; 0 where none are compared."""
-    if not extent.cached:
-        return 0
-    one, table = bytes_of_one(extent.symmetry, extent.cached), 2 * extent.cached  # in full precision
-    size = _chunk_size(one, extent.count, extent.free if extent.gpu else None, extent.threads)
-    together = min(extent.count, extent.settings.chunk or size)
-    # theta's own; the last is measured, or all compared
-    return table + max(together * one, extent.forward + together * table)
-
-
-def _chunk_size(one: int, count: int, free: int | None, threads: int) -> int:
-    """Sources that are compared together where one takes `one` bytes, and a GPU (None: a CPU) has `free`."""
-    if free is None:
-        return min(count, threads)
-    return max(1, min(PART, count, free // 4 // one))

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from fastar.errors import FastarError
 from fastar.matching.assignment import ScoresNotFinite
-from fastar.matching.request import Extent, MatchResult, Request
+from fastar.matching.request import MatchResult, Request
 from fastar.matching.weight.permuted_sources import LARGEST_HELD
 from fastar.matching.weight.problem import Problem
 from fastar.matching.weight.restarts import best_ends
@@ -107,10 +107,11 @@ def _indices(symmetry: Symmetry, start: Permutations, count: int) -> list[NDArra
 
 
 def chunk_size(symmetry: Symmetry, device: torch.device, count: int, perturbations: int = 0) -> int:
-    """CPU: one source per chunk, chunks side by side on the threads. GPU: what fits half of the free memory."""
-    return (
-        _chunk_on_gpu(bytes_of_one(symmetry, perturbations), count, free_bytes(device)) if device.type == "cuda" else 1
-    )
+    """CPU: one source per chunk, chunks side by side on the threads. GPU: what fits half of the free memory, since two
+    chunks are in flight: the assignments of one are solved while the other's products are computed."""
+    if device.type != "cuda":
+        return 1
+    return max(1, min(-(-count // 2), free_bytes(device) // 4 // bytes_of_one(symmetry, perturbations)))
 
 
 def bytes_of_one(symmetry: Symmetry, perturbations: int = 0) -> int:
@@ -121,16 +122,3 @@ def bytes_of_one(symmetry: Symmetry, perturbations: int = 0) -> int:
     if perturbations:  # S_g to go back to; of the tree that is perturbed S_g with noise, and the noise of a group
         scores += sum(tables) + 2 * max((sum(tables[g] for g in tree) for tree in symmetry.trees), default=0)
     return sum(sizes) + LARGEST_HELD * max(sizes, default=0) + scores  # as permuted so far; what a step holds
-
-
-def _chunk_on_gpu(one: int, count: int, free: int) -> int:
-    # Two chunks are in flight: the assignments of one are solved while the other's products are computed. Each may have
-    # a quarter of what is free.
-    return max(1, min(-(-count // 2), free // 4 // one))
-
-
-def permuting_bytes(extent: Extent) -> int:
-    """Bytes that permuting sources, and measuring their objective, takes beside theta and the sources themselves."""
-    one, lanes = bytes_of_one(extent.symmetry, extent.settings.perturbations), 2 if extent.gpu else extent.threads
-    size = extent.settings.chunk or (_chunk_on_gpu(one, extent.count, extent.free) if extent.gpu else 1)
-    return min(extent.count, lanes * size) * one
