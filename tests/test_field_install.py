@@ -193,7 +193,7 @@ def test_what_needs_ffcv_says_how_to_get_it(python: Path, tmp_path: Path) -> Non
     options = ("--dataset", "imagenet", "--data-root", "images", "--out", "run")
     found = run(python.parent / "fastar", "train-star", *options, folder=tmp_path)
     assert found.returncode == 2
-    (line,) = found.stderr.splitlines()
+    line = found.stderr.splitlines()[-1]  # torch's builds for CUDA warn before that Triton is missing
     assert "need FFCV" in line
     assert "pip install 'fastar[ffcv]'" in line
     assert [path.name for path in tmp_path.iterdir()] == ["images"]
