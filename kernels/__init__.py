@@ -5,8 +5,7 @@
 `FASTAR_KERNELS=auto|reference|triton` forces one.
 """
 
-from .arguments import NextPoint
 from .dispatch import Backend, backend
 from .operations import adam_update, find_nonfinite, interpolate, sgd_update
 
-__all__ = ["Backend", "NextPoint", "adam_update", "backend", "find_nonfinite", "interpolate", "sgd_update"]
+__all__ = ["Backend", "adam_update", "backend", "find_nonfinite", "interpolate", "sgd_update"]

@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 
 from .arguments import Given
-from .update import shared_arguments, write_block
 
 BLOCK = 1024
 
@@ -32,10 +31,6 @@ def _adam_update_kernel(
     scale_ptr,
     inverse_loss_scale_ptr,
     found_nonfinite_ptr,
-    source_ptr,
-    t_ptr,
-    index_ptr,
-    out_ptr,
     numel,
     weight_decay,
     beta1,
@@ -45,12 +40,8 @@ def _adam_update_kernel(
     log_beta1,
     log_beta2,
     eps,
-    rows,
-    row_stride,
     DECOUPLED: tl.constexpr,
     GUARDED: tl.constexpr,
-    NEXT: tl.constexpr,
-    INDEXED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -75,10 +66,7 @@ def _adam_update_kernel(
     size = lr / _one_minus_power(log_beta1, steps)
     root = tl.sqrt(_one_minus_power(log_beta2, steps))
     updated = shrunk - size * (first / (tl.sqrt(second) / root + eps))
-    write_block(
-        theta_ptr, source_ptr, t_ptr, index_ptr, out_ptr, offsets, mask, kept, theta, updated, rows, row_stride,
-        NEXT, INDEXED,
-    )  # fmt: skip
+    tl.store(theta_ptr + offsets, updated, mask=kept)
 
 
 def launch(
@@ -108,7 +96,7 @@ def launch(
             eps=eps,
             DECOUPLED=decoupled,
             BLOCK=BLOCK,
-            **shared_arguments(theta, given),
+            **given.to_kernel(theta),
         )
 
 

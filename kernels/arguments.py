@@ -1,32 +1,10 @@
-"""Arguments that operations share: what an update is given, and the next point, which it can write on the way."""
+"""The arguments that all updates of theta share."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from .checks import FLOATS, check_scalar, check_store, check_vector
-
-
-class NextPoint(NamedTuple):
-    """out = (1 - t) theta + t source for the theta that an update leaves; fields as in `operations.interpolate`.
-
-    source: [P], or with `index` a store [N, P]. t: fp32 0-d. out: [P], the working weights, in their dtype.
-    """
-
-    source: torch.Tensor
-    t: torch.Tensor
-    out: torch.Tensor
-    index: torch.Tensor | None = None
-
-    def check(self, where: str, theta: torch.Tensor) -> None:
-        """Raise ValueError unless the fields fit theta [P]."""
-        check_vector(where, "out", self.out, like=theta, dtypes=FLOATS)
-        check_scalar(where, "t", self.t, like=theta)
-        if self.index is None:
-            check_vector(where, "source", self.source, like=theta, dtypes=FLOATS)
-        else:
-            check_store(where, "source", self.source, like=theta, dtypes=FLOATS)
-            check_scalar(where, "index", self.index, like=theta, dtype=torch.int64)
+from .checks import FLOATS, check_scalar, check_vector
 
 
 class Given(NamedTuple):
@@ -38,7 +16,6 @@ class Given(NamedTuple):
     inverse_loss_scale: torch.Tensor
     weight_decay: float
     found_nonfinite: torch.Tensor | None
-    next_point: NextPoint | None
 
     def check(self, where: str, theta: torch.Tensor) -> None:
         """Raise ValueError unless theta is a flat buffer and the fields fit it."""
@@ -48,5 +25,20 @@ class Given(NamedTuple):
             value = getattr(self, name)
             if value is not None or name != "found_nonfinite":
                 check_scalar(where, name, value, like=theta)
-        if self.next_point is not None:
-            self.next_point.check(f"{where}, next_point", theta)
+
+    def to_kernel(self, theta: torch.Tensor) -> dict[str, Any]:
+        """The arguments of a Triton kernel; a stand-in where one compiled without `found_nonfinite` never looks."""
+        found = self.found_nonfinite
+        return {
+            "theta_ptr": theta,
+            "gradient_ptr": self.gradient,
+            "lr_ptr": self.lr,
+            "scale_ptr": self.scale,
+            "inverse_loss_scale_ptr": self.inverse_loss_scale,
+            "found_nonfinite_ptr": self.lr if found is None else found,
+            "numel": theta.numel(),
+            "weight_decay": self.weight_decay,
+            "GUARDED": found is not None,
+            # Named, because Triton's default changes with its version.
+            "enable_fp_fusion": True,
+        }

@@ -24,30 +24,14 @@ def check_vector(
         raise ValueError(f"{where}: {name} is not contiguous; pass a slice of a flat buffer, or its .contiguous() copy")
 
 
-def check_store(
-    where: str, name: str, tensor: torch.Tensor, *, like: torch.Tensor, dtypes: tuple[torch.dtype, ...]
-) -> None:
-    """`tensor` is [N, P] with contiguous rows, on the device of `like` [P], and of one of `dtypes`."""
-    _check_device_and_dtype(where, name, tensor, like.device, dtypes)
-    if tensor.dim() != 2 or tensor.shape[1] != like.numel() or tensor.shape[0] == 0:
-        raise ValueError(
-            f"{where}: {name} has shape {tuple(tensor.shape)}, needed [N, P] = (N, {like.numel()}); "
-            f"pass the store of sources, or leave index out for one source"
-        )
-    if tensor.shape[1] > 1 and tensor.stride(1) != 1:
-        raise ValueError(f"{where}: the rows of {name} are not contiguous; store one source per row")
-
-
-def check_scalar(
-    where: str, name: str, tensor: torch.Tensor, *, like: torch.Tensor, dtype: torch.dtype = torch.float32
-) -> None:
-    """`tensor` is a 0-d tensor of `dtype` on the device of `like`."""
+def check_scalar(where: str, name: str, tensor: torch.Tensor, *, like: torch.Tensor) -> None:
+    """`tensor` is a 0-d fp32 tensor on the device of `like`."""
     if not isinstance(tensor, torch.Tensor) or tensor.dim() != 0:
         given = f"shape {tuple(tensor.shape)}" if isinstance(tensor, torch.Tensor) else type(tensor).__name__
         raise ValueError(
             f"{where}: {name} is {given}, needed a 0-d tensor; pass torch.tensor(value, device={like.device})"
         )
-    _check_device_and_dtype(where, name, tensor, like.device, (dtype,))
+    _check_device_and_dtype(where, name, tensor, like.device, (torch.float32,))
 
 
 def _check_device_and_dtype(

@@ -57,13 +57,12 @@ def _triton_problem(device_type: str) -> str | None:
     try:
         from triton.errors import TritonError
 
-        from .arguments import NextPoint
         from .interpolation import launch
     except ImportError as error:
         return f"Triton cannot be imported ({_one_line(error)})"
     value = torch.ones(1, device=device_type, dtype=torch.float32)
     try:
-        launch(value, NextPoint(value, value[0], torch.empty_like(value)))
+        launch(value, value, value[0], torch.empty_like(value))
     except (RuntimeError, OSError, AssertionError, subprocess.SubprocessError, TritonError) as error:
         return f"a trial Triton launch failed ({_one_line(error)})"
     return None

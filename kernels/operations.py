@@ -7,42 +7,31 @@ from typing import Any, cast
 import torch
 
 from . import reference
-from .arguments import Given, NextPoint
+from .arguments import Given
 from .checks import FLOATS, check_scalar, check_vector
 from .dispatch import backend
 
 
-def interpolate(
-    theta: torch.Tensor,
-    source: torch.Tensor,
-    t: torch.Tensor,
-    out: torch.Tensor,
-    *,
-    index: torch.Tensor | None = None,
-) -> torch.Tensor:
+def interpolate(theta: torch.Tensor, source: torch.Tensor, t: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
     """out = (1 - t) theta + t source, in fp32 with one rounding at the store (Algorithm 1, the point on the path).
 
-    theta: fp32 [P]. source: fp32, bf16 or fp16 [P]; with `index`, an int64 0-d tensor, the source is row `index` of a
-    store [N, P] (rows contiguous, any row stride), read without a host synchronisation. t: fp32 0-d, on the device.
-    out: fp32, bf16 or fp16 [P], may be theta itself; returned. In fp32, t = 0 gives theta and t = 1 the source
-    bit for bit, and a source equal to theta gives theta at every t. Computed as theta + t (source - theta) for t < 1/2
-    and from the other end for the rest.
+    theta: fp32 [P]. source: fp32, bf16 or fp16 [P]. t: fp32 0-d, on the device. out: fp32, bf16 or fp16 [P], may be
+    theta itself; returned. In fp32, t = 0 gives theta and t = 1 the source bit for bit, and a source equal to theta
+    gives theta at every t. Computed as theta + t (source - theta) for t < 1/2 and from the other end for the rest.
 
-    Raises ValueError for wrong devices, dtypes, shapes or strides, and on the CPU for an index outside [0, N); on a
-    GPU, where raising would need a synchronisation, such an index fills out with NaN.
+    Raises ValueError for wrong devices, dtypes, shapes or strides.
 
-    >>> theta, store = torch.tensor([1.0, 2.0]), torch.tensor([[9.0, 9.0], [3.0, -2.0]])
-    >>> interpolate(theta, store[1], torch.tensor(0.25), torch.empty(2))
+    >>> theta, source = torch.tensor([1.0, 2.0]), torch.tensor([3.0, -2.0])
+    >>> interpolate(theta, source, torch.tensor(0.25), torch.empty(2))
     tensor([1.5000, 1.0000])
-    >>> interpolate(theta, store, torch.tensor(1.0), torch.empty(2), index=torch.tensor(1))
-    tensor([ 3., -2.])
     """
     where = "interpolate"
     check_vector(where, "theta", theta, like=theta)
-    point = NextPoint(source, t, out, index)
-    point.check(where, theta)
+    check_vector(where, "source", source, like=theta, dtypes=FLOATS)
+    check_vector(where, "out", out, like=theta, dtypes=FLOATS)
+    check_scalar(where, "t", t, like=theta)
     if theta.numel():
-        _path(theta, "interpolation", reference.interpolate)(theta, point)
+        _path(theta, "interpolation", reference.interpolate)(theta, source, t, out)
     return out
 
 
@@ -58,7 +47,6 @@ def sgd_update(
     momentum: float,
     nesterov: bool,
     found_nonfinite: torch.Tensor | None = None,
-    next_point: NextPoint | None = None,
 ) -> None:
     """One pass of SGD over the star parameters, in place (Algorithm 1, the update; torch.optim.SGD with dampening 0).
 
@@ -70,8 +58,7 @@ def sgd_update(
     gradient: fp32, bf16 or fp16 [P], unchanged. lr, scale (1 - t; 1 in
     regular training), inverse_loss_scale: fp32 0-d tensors on the device. Weight decay is not scaled by 1 - t.
     found_nonfinite: fp32 0-d; where it is not zero neither theta nor the buffer changes, so that a step whose scaled
-    loss overflowed is skipped without a host synchronisation. next_point: also written, from the theta that is left;
-    bit for bit what `interpolate` would write afterwards.
+    loss overflowed is skipped without a host synchronisation.
 
     Raises ValueError for wrong devices, dtypes, shapes or strides, and for Nesterov without momentum.
 
@@ -82,7 +69,7 @@ def sgd_update(
     (tensor([0.5750]), tensor([3.5000]))
     """
     where = "sgd_update"
-    given = Given(gradient, lr, scale, inverse_loss_scale, float(weight_decay), found_nonfinite, next_point)
+    given = Given(gradient, lr, scale, inverse_loss_scale, float(weight_decay), found_nonfinite)
     given.check(where, theta)
     if momentum_buffer is not None:
         check_vector(where, "momentum_buffer", momentum_buffer, like=theta)
@@ -110,7 +97,6 @@ def adam_update(
     eps: float,
     decoupled: bool,
     found_nonfinite: torch.Tensor | None = None,
-    next_point: NextPoint | None = None,
 ) -> None:
     """One pass of Adam (L2 decay) or, `decoupled`, AdamW over the star parameters, in place (torch.optim.Adam, AdamW).
 
@@ -134,7 +120,7 @@ def adam_update(
     (tensor([0.8500]), tensor([2.]), tensor([4.]))
     """
     where = "adam_update"
-    given = Given(gradient, lr, scale, inverse_loss_scale, float(weight_decay), found_nonfinite, next_point)
+    given = Given(gradient, lr, scale, inverse_loss_scale, float(weight_decay), found_nonfinite)
     given.check(where, theta)
     check_vector(where, "first_moment", first_moment, like=theta)
     check_vector(where, "second_moment", second_moment, like=theta)

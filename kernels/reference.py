@@ -5,11 +5,11 @@ reading a 0-d tensor there is no synchronisation. Elsewhere they work on whole b
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from .arguments import Given, NextPoint
+from .arguments import Given
 
 # 1 Mi elements: a block's scratch (4 MiB) stays in the last-level cache. Measured over 2^14 to 2^20 on one core: flat
 # from 2^18 up, 2.3 times slower at 2^14. The largest has the fewest parallel regions, which cost on a busy machine.
@@ -23,18 +23,25 @@ def _in_blocks(device: torch.device) -> bool:
     return device.type == "cpu"
 
 
-def interpolate(theta: torch.Tensor, next_point: NextPoint) -> None:
+def interpolate(theta: torch.Tensor, source: torch.Tensor, t: torch.Tensor, out: torch.Tensor) -> None:
     """`operations.interpolate` over checked arguments."""
     if not _in_blocks(theta.device):
-        _interpolate_on_device(theta, next_point)
+        if out.dtype == torch.float32:
+            torch.lerp(theta, source.float(), t, out=out)
+        else:
+            out.copy_(torch.lerp(theta, source.float(), t))
         return
-    point = _PointOnCpu.of(next_point)
-    if point.direct:
-        torch.lerp(theta, point.row, point.weight, out=point.out)
+    weight = float(t)
+    if source.dtype == out.dtype == torch.float32:
+        torch.lerp(theta, source, weight, out=out)
         return
     scratch = torch.empty(min(BLOCK, theta.numel()), dtype=torch.float32, device="cpu")
     for block in _blocks(theta.numel(), BLOCK):
-        point.write(theta, block, scratch)
+        here, other = _cut(theta, block), _cut(source, block)
+        value = scratch[: here.numel()]
+        if other.dtype != torch.float32:
+            other = value.copy_(other)
+        _cut(out, block).copy_(torch.lerp(here, other, weight, out=value))
 
 
 def sgd_update(
@@ -95,60 +102,27 @@ def adam_update(
 
 
 def _update(update: Callable[..., None], theta: torch.Tensor, given: Given) -> None:
-    """`update(block, factor * gradient[block], lr=...)`, and the next point, while each block is in cache."""
+    """`update(block, factor * gradient[block], lr=...)`, while each block is in cache."""
     gradient, found, factors = given.gradient, given.found_nonfinite, given.scale * given.inverse_loss_scale
     if not _in_blocks(theta.device):
         skipped = None if found is None else (found != 0).float()
         update(None, gradient.to(torch.float32, copy=True).mul_(factors), lr=given.lr, found_inf=skipped)
-        if given.next_point is not None:
-            _interpolate_on_device(theta, given.next_point)
         return
     rate, factor = float(given.lr), float(factors)
-    point = None if given.next_point is None else _PointOnCpu.of(given.next_point)  # refuses before anything changes
-    counts = found is None or float(found) == 0
-    ready = gradient.dtype == torch.float32 and factor == 1  # as in regular training: no scratch
-    whole = ready and point is None  # one call is enough
-    size = theta.numel() if whole else min(BLOCK, theta.numel())
-    scratch = torch.empty(0 if whole else size, dtype=torch.float32, device="cpu")
-    for block in _blocks(theta.numel(), size):
+    if found is not None and float(found) != 0:
+        return
+    if gradient.dtype == torch.float32 and factor == 1:  # as in regular training: one call, no scratch
+        update(None, gradient, lr=rate)
+        return
+    scratch = torch.empty(min(BLOCK, theta.numel()), dtype=torch.float32, device="cpu")
+    for block in _blocks(theta.numel(), BLOCK):
         part = _cut(gradient, block)
-        if counts:
-            step = part if ready else scratch[: part.numel()]
-            if gradient.dtype != torch.float32:
-                # Multiplying in the gradient's dtype would round twice.
-                step.copy_(part).mul_(factor)
-            elif not ready:
-                torch.mul(part, factor, out=step)
-            update(block, step, lr=rate)
-        if point is not None:
-            point.write(theta, block, scratch)
-
-
-class _PointOnCpu(NamedTuple):
-    """A `NextPoint` whose scalars have been read."""
-
-    row: torch.Tensor
-    weight: float
-    out: torch.Tensor
-
-    @classmethod
-    def of(cls, point: NextPoint) -> "_PointOnCpu":
-        row = point.source if point.index is None else _row_on_cpu(point.source, int(point.index))
-        return cls(row, float(point.t), point.out)
-
-    @property
-    def direct(self) -> bool:
-        """True where `write` needs no scratch."""
-        return self.row.dtype == self.out.dtype == torch.float32
-
-    def write(self, theta: torch.Tensor, block: Block, scratch: torch.Tensor) -> None:
-        theta, row, out = _cut(theta, block), _cut(self.row, block), _cut(self.out, block)
-        if self.direct:
-            torch.lerp(theta, row, self.weight, out=out)
-            return
-        value = scratch[: theta.numel()]
-        other = row if row.dtype == torch.float32 else value.copy_(row)
-        out.copy_(torch.lerp(theta, other, self.weight, out=value))
+        step = scratch[: part.numel()]
+        if gradient.dtype == torch.float32:
+            torch.mul(part, factor, out=step)
+        else:
+            step.copy_(part).mul_(factor)  # multiplying in the gradient's dtype would round twice
+        update(block, step, lr=rate)
 
 
 def _blocks(numel: int, size: int) -> Sequence[Block]:
@@ -158,27 +132,3 @@ def _blocks(numel: int, size: int) -> Sequence[Block]:
 def _cut(buffer: torch.Tensor, block: Block) -> torch.Tensor:
     """A block of the buffer; a small network's only one is not worth the microseconds of slicing it."""
     return buffer if block is None else buffer[block]
-
-
-def _interpolate_on_device(theta: torch.Tensor, point: NextPoint) -> None:
-    """The whole buffer, scalars left on the device."""
-    row = point.source if point.index is None else _row_on_device(point.source, point.index)
-    if point.out.dtype == torch.float32:
-        torch.lerp(theta, row.float(), point.t, out=point.out)
-    else:
-        point.out.copy_(torch.lerp(theta, row.float(), point.t))
-
-
-def _row_on_cpu(store: torch.Tensor, index: int) -> torch.Tensor:
-    if not 0 <= index < store.shape[0]:
-        raise ValueError(
-            f"interpolate: index {index} is outside the store's {store.shape[0]} sources; draw from [0, N)"
-        )
-    return store[index]
-
-
-def _row_on_device(store: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Row `index`, or NaN where it is out of range: as the kernel, and without a synchronisation."""
-    inside = (index >= 0) & (index < store.shape[0])
-    row = store.index_select(0, index.clamp(0, store.shape[0] - 1).view(1))[0]
-    return torch.where(inside, row, torch.nan)

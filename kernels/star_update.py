@@ -5,7 +5,6 @@ import triton
 import triton.language as tl
 
 from .arguments import Given
-from .update import shared_arguments, write_block
 
 BLOCK = 1024
 
@@ -19,20 +18,12 @@ def _sgd_update_kernel(
     scale_ptr,
     inverse_loss_scale_ptr,
     found_nonfinite_ptr,
-    source_ptr,
-    t_ptr,
-    index_ptr,
-    out_ptr,
     numel,
     weight_decay,
     momentum,
-    rows,
-    row_stride,
     MOMENTUM: tl.constexpr,
     NESTEROV: tl.constexpr,
     GUARDED: tl.constexpr,
-    NEXT: tl.constexpr,
-    INDEXED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -50,10 +41,7 @@ def _sgd_update_kernel(
         tl.store(momentum_buffer_ptr + offsets, buffer, mask=kept)
         step = step + momentum * buffer if NESTEROV else buffer
     updated = theta - lr * step
-    write_block(
-        theta_ptr, source_ptr, t_ptr, index_ptr, out_ptr, offsets, mask, kept, theta, updated, rows, row_stride,
-        NEXT, INDEXED,
-    )  # fmt: skip
+    tl.store(theta_ptr + offsets, updated, mask=kept)
 
 
 def launch(
@@ -67,5 +55,5 @@ def launch(
             MOMENTUM=momentum_buffer is not None,
             NESTEROV=nesterov,
             BLOCK=BLOCK,
-            **shared_arguments(theta, given),
+            **given.to_kernel(theta),
         )

@@ -28,7 +28,7 @@ if "PYTEST_XDIST_WORKER" not in os.environ:
 if not torch.cuda.is_available():
     asked = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"
-    for name in ("interpolation", "update", "star_update", "adam"):
+    for name in ("interpolation", "star_update", "adam"):
         importlib.import_module(f"fastar.kernels.{name}")
     del os.environ["TRITON_INTERPRET"]
     if asked is not None:

@@ -133,42 +133,33 @@ from fastar.kernels.adam import _adam_update_kernel
 from fastar.kernels.interpolation import _interpolate_kernel
 from fastar.kernels.star_update import _sgd_update_kernel
 
-def ptx(kernel, types, constants, capability, wide=("numel", "row_stride")):
+def ptx(kernel, types, constants, capability, aligned=True):
     names = kernel.arg_names
     signature = {name: "constexpr" if name in constants else types.get(name, "*fp32") for name in names}
     # As at launch: buffers start, and their lengths are, multiples of 16.
-    aligned = [i for i, name in enumerate(names) if wide and (name in wide or signature[name] in ("*fp32", "*bf16"))]
-    source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in aligned})
+    wide = [i for i, name in enumerate(names) if aligned and signature[name] in ("i32", "*fp32", "*bf16")]
+    source = ASTSource(kernel, signature, constants, {(i,): [["tt.divisibility", 16]] for i in wide})
     return compile(source, target=GPUTarget("cuda", capability, 32)).asm["ptx"]
 
+floats = ("weight_decay", "momentum", "beta1", "beta2", "one_minus_beta1", "one_minus_beta2", "log_beta1",
+          "log_beta2", "eps")
+types = {"gradient_ptr": "*bf16", "out_ptr": "*bf16", "numel": "i32", **dict.fromkeys(floats, "fp32")}
 found = {}
 for capability in (80, 90):
-    for indexed in (False, True):
-        types = {"index_ptr": "*i64", "out_ptr": "*bf16", "numel": "i32", "rows": "i32", "row_stride": "i32"}
-        found[f"interpolate {indexed} {capability}"] = ptx(
-            _interpolate_kernel, types, {"INDEXED": indexed, "BLOCK": 1024}, capability)
-    floats = ("weight_decay", "momentum", "beta1", "beta2", "one_minus_beta1", "one_minus_beta2", "log_beta1",
-              "log_beta2", "eps")
-    types = {"gradient_ptr": "*bf16", "numel": "i32", "rows": "i32", "row_stride": "i32", "index_ptr": "*i64",
-             "out_ptr": "*bf16", **dict.fromkeys(floats, "fp32")}
-    plain = {"NEXT": False, "INDEXED": False, "BLOCK": 1024}
-    following = {"NEXT": True, "INDEXED": True, "BLOCK": 1024}
+    found[f"interpolate {capability}"] = ptx(_interpolate_kernel, types, {"BLOCK": 1024}, capability)
     for guarded in (False, True):
-        for also in (plain, following):
-            name = f"{guarded} {also['NEXT']} {capability}"
-            constants = {"MOMENTUM": True, "NESTEROV": True, "GUARDED": guarded, **also}
-            found[f"sgd_update {name}"] = ptx(_sgd_update_kernel, types, constants, capability)
-            constants = {"DECOUPLED": guarded, "GUARDED": guarded, **also}
-            found[f"adam_update {name}"] = ptx(_adam_update_kernel, types, constants, capability)
+        also = {"GUARDED": guarded, "BLOCK": 1024}
+        constants = {"MOMENTUM": True, "NESTEROV": True, **also}
+        found[f"sgd_update {guarded} {capability}"] = ptx(_sgd_update_kernel, types, constants, capability)
+        constants = {"DECOUPLED": guarded, **also}
+        found[f"adam_update {guarded} {capability}"] = ptx(_adam_update_kernel, types, constants, capability)
 # Triton turns an integer argument of 1 into a constant, and unaligned buffers get narrow accesses: both must compile.
-ones = {"numel": 1, "rows": 1, "row_stride": 1, "INDEXED": True, "BLOCK": 1024}
-ptx(_interpolate_kernel, {"index_ptr": "*i64", "source_ptr": "*bf16", "out_ptr": "*fp16"}, ones, 80, wide=())
 types = {**types, "gradient_ptr": "*fp16", "source_ptr": "*bf16", "out_ptr": "*fp16"}
-for next_point in (False, True):
-    single = {"numel": 1, "rows": 1, "row_stride": 1, "GUARDED": True, "BLOCK": 1024,
-              "NEXT": next_point, "INDEXED": next_point}
-    ptx(_sgd_update_kernel, types, {**single, "MOMENTUM": False, "NESTEROV": False}, 80, wide=())
-    ptx(_adam_update_kernel, types, {**single, "DECOUPLED": False}, 80, wide=())
+single = {"numel": 1, "BLOCK": 1024}
+ptx(_interpolate_kernel, types, single, 80, aligned=False)
+single = {**single, "GUARDED": True}
+ptx(_sgd_update_kernel, types, {**single, "MOMENTUM": False, "NESTEROV": False}, 80, aligned=False)
+ptx(_adam_update_kernel, types, {**single, "DECOUPLED": False}, 80, aligned=False)
 print(json.dumps(found))
 """
 
@@ -177,7 +168,7 @@ def test_the_kernels_compile_for_cuda_with_wide_accesses() -> None:
     """Compiled for sm_80 and sm_90: every access to a buffer moves 16 bytes (8 of bf16 beside fp32 at the least)."""
     pytest.importorskip("triton", reason="Triton is not to be had on this platform")
     compiled = json.loads(in_fresh_python(COMPILE))
-    assert len(compiled) == 2 * (2 + 8)
+    assert len(compiled) == 2 * (1 + 4)
     for name, ptx in compiled.items():
         accesses = [line for line in ptx.splitlines() if "ld.global" in line or "st.global" in line]
         buffers = [line for line in accesses if line.lstrip().startswith("@")]  # masked: the 0-d tensors are not

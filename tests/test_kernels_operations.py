@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from fastar.kernels import NextPoint, adam_update, find_nonfinite, interpolate, operations, reference, sgd_update
+from fastar.kernels import adam_update, find_nonfinite, interpolate, operations, reference, sgd_update
 
 from fastar.runtime.device import simulated
 
@@ -112,50 +112,6 @@ def test_interpolate_is_exact_at_both_ends_and_between_equals(
     assert torch.equal(interpolate(theta, source, scalar(1.0, device), out), source)
     for t in (0.1, 0.5, 0.7, 1 / 3):
         assert torch.equal(interpolate(theta, theta.clone(), scalar(t, device), out), theta)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_interpolate_reads_the_indexed_row_of_a_store(
-    device: torch.device, random: Callable[..., torch.Tensor], dtype: torch.dtype
-) -> None:
-    """Rows of odd length start at unaligned addresses; a section of the store has rows with gaps between them."""
-    size = 1361
-    store, theta = random(4, size + 30, dtype=dtype), random(size)
-    t = scalar(0.4, device)
-    for rows in (store[:, :size], store[:, 5 : size + 5], store[1:, 30:]):
-        for index in range(rows.shape[0]):
-            whole, out = guarded(size, torch.float32, device)
-            interpolate(theta, rows, t, out, index=torch.tensor(index, device=device))
-            assert torch.equal(out, interpolate(theta, rows[index], t, torch.empty_like(theta)))
-            assert_only_inside_written(whole, size)
-    one_row = store[:1, :size]
-    out = interpolate(
-        theta, one_row, scalar(1.0, device), torch.empty_like(theta), index=torch.tensor(0, device=device)
-    )
-    assert torch.equal(out, one_row[0].float())
-
-
-def test_interpolate_finds_rows_beyond_32_bit_offsets(device: torch.device) -> None:
-    """Row 2 begins 2^31 + 96 elements into the store, though index and stride fit 32 bits; most pages are untouched."""
-    size, stride = 40, 2**30 + 48
-    memory = torch.empty(2 * stride + size, dtype=torch.bfloat16, device=device)
-    store = memory.as_strided((3, size), (stride, 1))
-    store[0], store[1], store[2] = 1.0, 2.0, 3.0
-    theta = torch.zeros(size, device=device)
-    out = interpolate(theta, store, scalar(1.0, device), torch.empty_like(theta), index=torch.tensor(2, device=device))
-    assert (out == 3.0).all()
-
-
-@pytest.mark.parametrize("index", [-1, 3, 2**40])
-def test_interpolate_never_reads_outside_the_store(path: str, device: torch.device, index: int) -> None:
-    theta, store = torch.zeros(50, device=device), torch.ones(3, 50, device=device)
-    out, index_tensor = torch.zeros_like(theta), torch.tensor(index, device=device)
-    if path == "reference":
-        with pytest.raises(ValueError, match=r"outside the store's 3 sources"):
-            interpolate(theta, store, scalar(0.5, device), out, index=index_tensor)
-        assert (out == 0).all()
-    else:
-        assert interpolate(theta, store, scalar(0.5, device), out, index=index_tensor).isnan().all()
 
 
 def test_interpolate_may_write_over_theta(device: torch.device, random: Callable[..., torch.Tensor]) -> None:
@@ -407,72 +363,6 @@ def test_adam_update_skips_a_nonfinite_step(
         assert all(torch.equal(*pair) for pair in zip((theta, first, second), unguarded, strict=True))
 
 
-# --- what updates do besides ---
-
-
-def update_with(kind: str, theta: torch.Tensor, gradient: torch.Tensor, state: list[torch.Tensor], **more: Any) -> None:
-    """One step of either kind with the same scalars; the gradient is halved on its way."""
-    scalars = {
-        "lr": scalar(0.1, theta.device),
-        "scale": scalar(0.5, theta.device),
-        "inverse_loss_scale": scalar(1.0, theta.device),
-    }
-    if kind == "sgd":
-        sgd_update(theta, gradient, state[0], **scalars, **SETTINGS[0], **more)
-    else:
-        steps_done = scalar(3.0, theta.device)
-        adam_update(theta, gradient, *state, steps_done=steps_done, **scalars, **ADAM_SETTINGS[0], **more)
-
-
-@pytest.mark.quick
-@pytest.mark.parametrize("found", [None, 0.0, 1.0])
-@pytest.mark.parametrize("out_dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["sgd", "adam"])
-def test_an_update_writes_the_next_point(
-    device: torch.device,
-    random: Callable[..., torch.Tensor],
-    kind: str,
-    out_dtype: torch.dtype,
-    found: float | None,
-) -> None:
-    """Bit for bit what `interpolate` writes afterwards, and nothing else changes; after a skipped step too."""
-    for size in (1, 1361):
-        theta, gradient = random(size), random(size, dtype=out_dtype)
-        state, sources = [random(size), random(size).abs()], random(3, size + 30)
-        guard = {} if found is None else {"found_nonfinite": scalar(found, device)}
-        for t in (0.3, 0.75):
-            for source, index in ((sources[1, :size], None), (sources[:, 30:], 2)):
-                index_tensor = None if index is None else torch.tensor(index, device=device)
-                apart, apart_state = theta.clone(), [buffer.clone() for buffer in state]
-                update_with(kind, apart, gradient, apart_state, **guard)
-                wanted = torch.empty(size, dtype=out_dtype, device=device)
-                interpolate(apart, source, scalar(t, device), wanted, index=index_tensor)
-                together, together_state = theta.clone(), [buffer.clone() for buffer in state]
-                whole, out = guarded(size, out_dtype, device)
-                point = NextPoint(source, scalar(t, device), out, index_tensor)
-                update_with(kind, together, gradient, together_state, next_point=point, **guard)
-                assert torch.equal(out, wanted)
-                assert torch.equal(together, apart)
-                assert torch.equal(together, theta) == (found == 1.0)
-                assert all(torch.equal(*pair) for pair in zip(together_state, apart_state, strict=True))
-                assert_only_inside_written(whole, size)
-
-
-@pytest.mark.parametrize("kind", ["sgd", "adam"])
-def test_a_next_point_outside_the_store_is_refused_or_shown(path: str, device: torch.device, kind: str) -> None:
-    theta, sources = torch.ones(50, device=device), torch.ones(3, 50, device=device)
-    state, out = [torch.zeros_like(theta), torch.zeros_like(theta)], torch.zeros_like(theta)
-    point = NextPoint(sources, scalar(0.5, device), out, torch.tensor(3, device=device))
-    if path == "reference":
-        with pytest.raises(ValueError, match=r"outside the store's 3 sources"):
-            update_with(kind, theta, torch.ones_like(theta), state, next_point=point)
-        assert (theta == 1).all()
-    else:
-        update_with(kind, theta, torch.ones_like(theta), state, next_point=point)
-        assert out.isnan().all()
-        assert torch.isfinite(theta).all()
-
-
 # --- find_nonfinite ---
 
 
@@ -516,9 +406,8 @@ def test_empty_buffers_are_left_alone(device: torch.device) -> None:
     empty, one = torch.empty(0, device=device), scalar(1.0, device)
     assert interpolate(empty, empty, one, empty) is empty
     scalars = {"lr": one, "scale": one, "inverse_loss_scale": one}
-    point = NextPoint(empty, one, empty)
-    sgd_update(empty, empty, empty, **scalars, **SETTINGS[0], next_point=point)
-    adam_update(empty, empty, empty, empty, steps_done=one, **scalars, **ADAM_SETTINGS[0], next_point=point)
+    sgd_update(empty, empty, empty, **scalars, **SETTINGS[0])
+    adam_update(empty, empty, empty, empty, steps_done=one, **scalars, **ADAM_SETTINGS[0])
     found = scalar(0.0, device)
     find_nonfinite(empty, found)
     assert float(found) == 0
@@ -528,7 +417,7 @@ def test_the_examples_in_the_docstrings(path: str) -> None:
     if path == "gpu":
         pytest.skip("the examples make CPU tensors")
     result = doctest.testmod(operations)
-    assert result.attempted == 15
+    assert result.attempted == 14
     assert result.failed == 0
 
 
@@ -549,11 +438,6 @@ GOOD = {"theta": torch.zeros(8), "source": torch.zeros(8), "t": torch.tensor(0.5
         ({"t": torch.tensor(0.5, dtype=torch.float64)}, "t is float64; pass float32"),
         ({"out": torch.zeros(8, dtype=torch.float64)}, "out is float64"),
         ({"out": torch.zeros(9)}, "out has shape"),
-        ({"index": torch.tensor(0)}, r"source has shape \(8,\), needed \[N, P\] = \(N, 8\)"),
-        ({"source": torch.zeros(2, 9), "index": torch.tensor(0)}, r"needed \[N, P\]"),
-        ({"source": torch.zeros(0, 8), "index": torch.tensor(0)}, r"needed \[N, P\]"),
-        ({"source": torch.zeros(8, 2).T, "index": torch.tensor(0)}, "rows of source are not contiguous"),
-        ({"source": torch.zeros(2, 8), "index": torch.tensor(0, dtype=torch.int32)}, "index is int32; pass int64"),
     ],
 )
 def test_interpolate_refuses(change: dict[str, Any], message: str) -> None:
@@ -583,9 +467,6 @@ def refuses(update: Callable[..., None], given: dict[str, Any], message: str) ->
         ({"scale": torch.ones(2)}, "scale is shape"),
         ({"inverse_loss_scale": torch.ones((), dtype=torch.float16)}, "inverse_loss_scale is float16; pass float32"),
         ({"found_nonfinite": torch.tensor(True)}, "found_nonfinite is bool; pass float32"),
-        ({"next_point": NextPoint(torch.zeros(9), torch.tensor(0.5), torch.zeros(8))}, "next_point: source has shape"),
-        ({"next_point": NextPoint(torch.zeros(8), torch.tensor(0.5), torch.zeros(7))}, "next_point: out has shape"),
-        ({"next_point": NextPoint(torch.zeros(8), torch.zeros(1), torch.zeros(8))}, "next_point: t is shape"),
     ],
 )
 def test_sgd_update_refuses_and_changes_nothing(change: dict[str, Any], message: str) -> None:

@@ -80,7 +80,6 @@ def run(step: Any, epochs: int = 2, count: int = 7, short: int = 5, overflow: in
 KINDS = [
     (regular, {}),
     (star, {}),
-    (star, {"fuse": False}),
     (star, {"place": "file"}),
 ]
 

@@ -9,13 +9,12 @@ import torch
 from fastar.kernels import adam_update, reference, sgd_update
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
-from training_cases import CPU, PlainConvNet, batches, clipped, network, store
+from training_cases import CPU, PlainConvNet, batches, clipped, network
 
-from fastar.config import StarSettings, TrainSettings, load_settings
+from fastar.config import TrainSettings, load_settings
 from fastar.errors import FastarError
-from fastar.flat import FlatLayout
 from fastar.runtime.live_bytes import LiveBytes
-from fastar.training import RegularStep, StarStep
+from fastar.training import RegularStep
 from fastar.training.amp import LossScale, shortening
 from fastar.training.optimizers import OPTIMIZERS, Adam
 
@@ -117,24 +116,6 @@ def test_without_decay_of_1d_parameters_equals_torchs_parameter_groups(
     for name, value in plain.named_parameters():
         # Five updates, each with the rounding of another order of operations.
         torch.testing.assert_close(step.state()[name], value.detach(), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_without_decay_of_1d_parameters_the_next_point_is_written_in_its_pieces(
-    precision: Literal["fp32", "bf16"],
-) -> None:
-    """Fused and not: the same bits."""
-    settings = SETTINGS.model_copy(update={"decay_1d": False, "weight_decay": 0.5, "precision": precision})
-    found = []
-    for fuse in (True, False):
-        model = network(PlainConvNet, 0)
-        sources = store([network(PlainConvNet, n) for n in (1, 2)], FlatLayout.from_module(model))
-        step = StarStep(model, settings, StarSettings(), sources, seed=3, fuse=fuse)
-        step.begin_epoch(0, 6)
-        losses = [step(images, labels, torch.tensor(0.05)) for images, labels in batches(6, 0, SHAPE)]
-        found.append((torch.stack(losses), step.theta.clone()))
-    assert torch.equal(found[0][0], found[1][0])
-    assert torch.equal(found[0][1], found[1][1])
 
 
 class Updates(TorchDispatchMode):

@@ -262,7 +262,7 @@ def run_tool(
         (
             "bench_step.py",
             [*TINY, "--rounds", "2"],
-            ["regular", "star", "star, interpolation apart", "loading", "plain regular", "plain star"],
+            ["regular", "star", "loading", "plain regular", "plain star"],
         ),
         (
             "bench_step.py",

@@ -86,36 +86,48 @@ def test_what_matching_reaches_is_told_with_and_without_vectors(tmp_path: Path) 
 def test_the_device_holds_two_rows_of_a_file(count: int, tmp_path: Path) -> None:
     sources = make_store("file", count, tmp_path)
     feed = sources.feed([0] * 5)
-    assert feed.table.shape == (2, LAYOUT.numel)
-    assert sources.feed([0] * 3).table.data_ptr() == feed.table.data_ptr()  # a graph reads it there
+    assert [feed.take(step).data_ptr() for step in range(2)] == [feed.take(step).data_ptr() for step in range(2, 4)]
     resident = make_store("device", count)
-    assert resident.feed([0]).table is resident.rows
+    assert resident.feed([0]).take(0).data_ptr() == resident.rows.data_ptr()
 
 
 def test_fetched_rows_arrive_in_order_and_stay_until_they_are_done() -> None:
     rows = torch.arange(6.0)[:, None].expand(6, 16).contiguous()
     indices = [3, 3, 0, 5, 1, 1, 2, 4]
     feed = FetchedRows(Slots(rows, CPU), indices)
-    taken = []
+    taken: list[int] = []
+    before = rows[0]
     for step, index in enumerate(indices):
-        here = feed.table[feed.take(step)]
+        here = feed.take(step)
         if step:  # the row before is still needed: its slot must not have been filled anew
-            assert (feed.table[(step - 1) % 2] == indices[step - 1]).all()
+            assert (before == indices[step - 1]).all()
             feed.done(step - 1)
         assert (here == index).all()
         taken.append(int(here[0]))
+        before = here
     assert taken == indices
     feed.close()
+
+
+def test_the_next_steps_rows_are_fetched_while_a_step_runs(tmp_path: Path) -> None:
+    model, coming = network(PlainConvNet, 0), []
+    step = StarStep(model, SETTINGS, StarSettings(), make_store("file", folder=tmp_path), seed=2)
+    step.begin_epoch(0, 4)
+    feed: Any = step._draws.feed
+    model.register_forward_pre_hook(lambda *_: coming.append(sorted(feed._coming)))
+    for images, labels in batches(4, 0, SHAPE):
+        step(images, labels, torch.tensor(0.05))
+    assert coming == [[1, 2], [2, 3], [3], []]
 
 
 def test_rows_changed_by_matching_are_what_is_fetched(tmp_path: Path) -> None:
     sources = make_store("file", 3, tmp_path)
     first = sources.feed([1, 1])
-    old = first.table[first.take(0)].clone()
+    old = first.take(0).clone()
     for views in sources.parts():
         views["out.bias"][1] += 1.0
     feed = sources.feed([1])
-    difference = LAYOUT.views(feed.table[feed.take(0)] - old)
+    difference = LAYOUT.views(feed.take(0) - old)
     assert (difference["out.bias"] - 1).abs().max() < 1e-6
     assert not difference["conv.weight"].any()
 

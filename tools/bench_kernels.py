@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from bench import Case, Timing, built_when_run, failure, in_one_graph, line, time_in_turns
-from fastar.kernels import NextPoint, adam_update, backend, find_nonfinite, interpolate, sgd_update
+from fastar.kernels import adam_update, backend, find_nonfinite, interpolate, sgd_update
 
 SGD = {"weight_decay": 5e-4, "momentum": 0.9, "nesterov": True}
 ADAM = {"weight_decay": 5e-4, "betas": (0.9, 0.999), "eps": 1e-8, "decoupled": True}
@@ -31,9 +31,9 @@ COPIES = ("copy", "copy, by a kernel")
 BLOCKS, WARPS = (1024, 2048, 4096), (4, 8)
 # What --sweep varies: the module that holds a kernel and its block size, and the kernel.
 KERNELS = {
-    "interpolate bf16 indexed": ("interpolation", "_interpolate_kernel"),
-    "sgd_update bf16, next point": ("star_update", "_sgd_update_kernel"),
-    "adam_update bf16, next point": ("adam", "_adam_update_kernel"),
+    "interpolate bf16": ("interpolation", "_interpolate_kernel"),
+    "sgd_update bf16 gradient": ("star_update", "_sgd_update_kernel"),
+    "adam_update bf16 gradient": ("adam", "_adam_update_kernel"),
 }
 
 
@@ -44,26 +44,19 @@ class Buffers:
         generator = torch.Generator(device).manual_seed(0)
         theta, source, out, buffer = (torch.randn(numel, device=device, generator=generator) for _ in range(4))
         square = buffer.abs()
-        store = torch.stack([source, theta])
-        index = torch.tensor(1, device=device)
         half = torch.empty(numel, dtype=torch.bfloat16, device=device)
         gradient = out * 1e-3
         half_gradient = gradient.bfloat16()
         # So small a step that thousands of them leave the numbers as they are.
         t, lr, scale, one = (torch.tensor(value, device=device) for value in (0.3, 1e-9, 0.7, 1.0))
         found = torch.zeros((), device=device)
-        next_point = NextPoint(store, t, half, index)
 
-        def sgd(given: torch.Tensor, scaled_by: torch.Tensor, point: NextPoint | None = None) -> None:
-            sgd_update(theta, given, buffer, lr=lr, scale=scaled_by, inverse_loss_scale=one, **SGD, next_point=point)
+        def sgd(given: torch.Tensor, scaled_by: torch.Tensor) -> None:
+            sgd_update(theta, given, buffer, lr=lr, scale=scaled_by, inverse_loss_scale=one, **SGD)
 
-        def sgd_then_interpolate() -> None:
-            sgd(half_gradient, scale)
-            interpolate(theta, store, t, half, index=index)
-
-        def adam(point: NextPoint | None = None) -> None:
+        def adam() -> None:
             scalars = {"lr": lr, "scale": scale, "inverse_loss_scale": one, "steps_done": one}
-            adam_update(theta, half_gradient, buffer, square, **scalars, **ADAM, next_point=point)
+            adam_update(theta, half_gradient, buffer, square, **scalars, **ADAM)
 
         parameter = torch.nn.Parameter(theta.clone())
         parameter.grad = torch.zeros_like(theta)
@@ -79,16 +72,12 @@ class Buffers:
             "copy, by a kernel": (8, lambda: torch.neg(source, out=out)),
             "interpolate fp32": (12, lambda: interpolate(theta, source, t, out)),
             "interpolate bf16": (10, lambda: interpolate(theta, source, t, half)),
-            "interpolate bf16 indexed": (10, lambda: interpolate(theta, store, t, half, index=index)),
             "interpolate bf16, torch": (10, lambda: ((1 - t) * theta + t * source).to(torch.bfloat16)),
             "sgd_update fp32": (20, lambda: sgd(gradient, scale)),
             "sgd_update fp32, scale 1": (20, lambda: sgd(gradient, one)),
             "sgd_update bf16 gradient": (18, lambda: sgd(half_gradient, scale)),
-            "sgd_update bf16, next point": (24, lambda: sgd(half_gradient, scale, next_point)),
-            "sgd_update bf16, then interpolate": (28, sgd_then_interpolate),
             "sgd_update fp32, torch": (20, plain_update),
             "adam_update bf16 gradient": (26, adam),
-            "adam_update bf16, next point": (32, lambda: adam(next_point)),
             "find_nonfinite bf16": (2, lambda: find_nonfinite(half_gradient, found)),
         }
 

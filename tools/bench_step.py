@@ -55,7 +55,7 @@ from fastar.training import draw, resolve_precision
 BATCHES = 100  # of an epoch of `loading`
 # What is measured in each mode, in turns; a case that is in several is told of once.
 MODES = {
-    "eager": ("regular", "star", "star, interpolation apart", "loading", "plain regular", "plain star"),
+    "eager": ("regular", "star", "loading", "plain regular", "plain star"),
     "graph": ("regular", "regular, graph", "star, graph", "star, graph, host store", "plain regular", "plain star"),
     "compiled": ("regular", "plain regular", "plain regular, compiled", "regular, compiled"),
     "compiled-graph": (
@@ -167,7 +167,6 @@ def make_cases(problem: Problem) -> dict[str, Case]:
     makes: dict[str, Callable[[], Callable[[], object]]] = {
         **{f"regular{kind}": partial(regular, problem, changes) for kind, changes in kinds.items()},
         **{f"star{kind}": partial(star, problem, changes) for kind, changes in kinds.items()},
-        "star, interpolation apart": partial(star, problem, {"fuse": False}),
         "star, graph, host store": partial(star, on_host, {"graph": True}),
         "plain regular": partial(plain, False, False),
         "plain star": partial(plain, True, False),

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from bench import CannotRun, Problem, failure, profile, profiler_sees_gpu, where
 from bench.fake_images import make_images
-from fastar.kernels import NextPoint, adam_update, backend, find_nonfinite, interpolate, sgd_update
+from fastar.kernels import adam_update, backend, find_nonfinite, interpolate, sgd_update
 from torch import Tensor
 
 import fastar
@@ -66,11 +66,11 @@ def kernels(problem: Problem) -> Facts:
         square = buffer.square()
         t, lr, scale, one = (torch.tensor(value, device=device) for value in (0.3, 0.1, 0.7, 1.0))
         out, found = torch.empty(numel, dtype=torch.bfloat16, device=device), torch.zeros((), device=device)
-        point = NextPoint(torch.stack([source, theta]), t, out, torch.tensor(0, device=device))
-        scalars = {"lr": lr, "scale": scale, "inverse_loss_scale": one, "next_point": point, "weight_decay": 1e-3}
+        scalars = {"lr": lr, "scale": scale, "inverse_loss_scale": one, "weight_decay": 1e-3}
         sgd_update(theta, gradient.bfloat16(), buffer, momentum=0.9, nesterov=True, **scalars)
         more = {"steps_done": one, "betas": (0.9, 0.99), "eps": 1e-8, "decoupled": True}
         adam_update(theta, gradient, buffer, square, **scalars, **more)
+        interpolate(theta, source, t, out)
         straight = interpolate(theta, source, t, torch.empty_like(theta))
         find_nonfinite(theta / 0, found)
         return [tensor.float().cpu() for tensor in (theta, buffer, square, out, straight, found)]

@@ -5,7 +5,7 @@ from torch import nn
 
 from fastar.errors import FastarError
 from fastar.flat.layout import FlatLayout
-from fastar.kernels import NextPoint, backend, interpolate
+from fastar.kernels import backend, interpolate
 
 
 class _BoundModule:
@@ -114,13 +114,6 @@ class WorkingWeights(_BoundModule):
         """The working weights become (1 - t) theta + t source, both [P]; t [] fp32."""
         for working, master, other in zip(self.values, self.sections(theta), self.sections(source), strict=True):
             interpolate(master, other, t, working)
-
-    def next_points(
-        self, source: torch.Tensor, t: torch.Tensor, *, index: torch.Tensor | None = None
-    ) -> tuple[NextPoint, ...]:
-        """`interpolate` for an update to do: a point to write for each part of `collect_gradient()`."""
-        parts = zip(self.values, self.sections(source), strict=True)
-        return tuple(NextPoint(other, t, working, index) for working, other in parts)
 
     def collect_gradient(self) -> tuple[torch.Tensor, ...]:
         """After backward: the gradient, one part [P] in fp32, else (matrices in `dtype`, vectors in fp32).

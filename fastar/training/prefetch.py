@@ -16,17 +16,17 @@ class RowFeed:
     """Rows of a table on the device, one per step. Here all are there.
 
     Args:
-        table: [rows, P], always the same memory.
+        table: [rows, P].
         indices: the source of each step.
     """
 
     def __init__(self, table: Tensor, indices: Sequence[int]):
-        self.table = table
+        self._table = table
         self._indices = indices
 
-    def take(self, step: int) -> int:
-        """The row of `table` that holds the source of step number `step`; work queued from now on may read it."""
-        return self._indices[step]
+    def take(self, step: int) -> Tensor:
+        """The source [P] of step number `step`; work queued from now on may read it."""
+        return self._table[self._indices[step]]
 
     def done(self, step: int) -> None:
         """Note that all work which reads the source of step number `step` has been queued."""
@@ -92,12 +92,12 @@ class FetchedRows(RowFeed):
         for step in range(min(SLOTS, len(indices))):
             self._request(step, now)
 
-    def take(self, step: int) -> int:
+    def take(self, step: int) -> Tensor:
         coming = self._coming.pop(step, None)
         if coming is not None:
             coming.result()
         self._slots.wait(step % SLOTS)
-        return step % SLOTS
+        return self._table[step % SLOTS]
 
     def done(self, step: int) -> None:
         if step + SLOTS < len(self._indices):

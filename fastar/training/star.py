@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from fastar.config import MatchingSettings, StarSettings, TrainSettings
 from fastar.errors import FastarError
-from fastar.kernels import NextPoint
 from fastar.matching import ActivationCache, GiveExamples, SourceActivations, match
 from fastar.runtime.cuda_graph import Record
 from fastar.runtime.progress import SILENT, Progress
@@ -188,13 +187,8 @@ class EpochDraws:
         self.begin = begin
         self.indices, self.ts = indices[begin:], ts[begin:]
         self.t = torch.tensor(self.ts, dtype=torch.float32, device="cpu").to(sources.device)
-        self.scale = 1 - self.t
         self.feed = sources.feed(self.indices)
         self.step = 0
-        self.point_written = False  # by the update of the step before
-
-    def __len__(self) -> int:
-        return len(self.indices)
 
 
 class StarStep(Step):
@@ -202,9 +196,6 @@ class StarStep(Step):
 
     The network holds (1 - t) theta + t theta_n and runs in training mode, so batch-norm normalises with the batch; its
     running statistics belong to interpolated networks and mean nothing.
-
-    A step's update also writes the next step's point (`fuse`), so theta must not be changed from outside between the
-    steps of an epoch.
 
     Args:
         model: gives the architecture and the initial theta.
@@ -214,7 +205,6 @@ class StarStep(Step):
         seed: of the draws of (source, t).
         match: step 1, given theta, the store and the epoch's number; its metrics. None: sources are never matched.
         match_every: epochs from one matching to the next; 0: never.
-        fuse: whether updates write the next point. The numbers are the same; small networks on a CPU gain 5 %.
         record: as of a `Step`.
 
     Raises:
@@ -233,7 +223,6 @@ class StarStep(Step):
         seed: int,
         match: Callable[[Tensor, SourcesStore, int], dict[str, float]] | None = None,
         match_every: int = 1,
-        fuse: bool = True,
         record: Record | None = None,
     ):
         super().__init__(model, settings, working_copy=True, record=record)
@@ -243,13 +232,10 @@ class StarStep(Step):
         self.sources = sources
         self._seed = seed
         self._match, self._match_every = match, match_every
-        self._fuse = fuse
-        # Scalars of the step that runs, and of the next: always at the same address, for graphs and since a kernel
-        # is compiled anew for pointers that are aligned otherwise.
-        self._scale = torch.ones((), device=self.device, dtype=torch.float32)
-        self._next_t = torch.zeros((), device=self.device, dtype=torch.float32)
-        self._next_row = torch.zeros((), dtype=torch.int64, device=self.device)
-        self._graph = self._graph_of(self._captured)
+        # t of the step that runs: always at the same address, for graphs and since a kernel is compiled anew for
+        # pointers that are aligned otherwise.
+        self._t = torch.zeros((), device=self.device, dtype=torch.float32)
+        self._graph = self._graph_of(self._body)
 
     def begin_epoch(self, epoch: int, steps: int) -> dict[str, float]:
         every, found = self._match_every, {}
@@ -266,29 +252,15 @@ class StarStep(Step):
     def __call__(self, images: Tensor, labels: Tensor, lr: Tensor) -> Tensor:
         assert self._working is not None
         draws = self._draws
-        step, feed = draws.step, draws.feed
-        if not draws.point_written:
-            with span("interpolate"):
-                source = feed.table[feed.take(step)]
-                self._next_t.copy_(draws.t[step])
-                self._working.interpolate(self.theta, source, self._next_t)
-                feed.done(step)
-        follows = self._fuse and step + 1 < len(draws)
-        row = feed.take(step + 1) if follows else 0
-        self._scale.copy_(draws.scale[step])
-        if follows:
-            self._next_t.copy_(draws.t[step + 1])
+        with span("interpolate"):
+            self._t.copy_(draws.t[draws.step])
+            self._working.interpolate(self.theta, draws.feed.take(draws.step), self._t)
+            draws.feed.done(draws.step)
+        draws.step += 1
         graph = self._replayed(self._graph, images, labels)
         if graph is not None:
-            self._next_row.fill_(row)
-            loss = graph(images, labels, lr)
-        else:
-            points = self._working.next_points(feed.table[row], self._next_t) if follows else None
-            loss = self._body(images, labels, lr, self._scale, points)
-        if follows:
-            feed.done(step + 1)
-        draws.step, draws.point_written = step + 1, follows
-        return loss
+            return graph(images, labels, lr)
+        return self._body(images, labels, lr)
 
     def parts(self) -> dict[str, Resumable]:
         return {**super().parts(), **({"matching": self._match} if isinstance(self._match, Matcher) else {})}
@@ -306,19 +278,8 @@ class StarStep(Step):
         here = step - self._draws.begin
         return f" (source {self.sources.names[self._draws.indices[here]]}, t={self._draws.ts[here]:.4f})"
 
-    def _body(
-        self, images: Tensor, labels: Tensor, lr: Tensor, scale: Tensor, points: Sequence[NextPoint] | None
-    ) -> Tensor:
+    def _body(self, images: Tensor, labels: Tensor, lr: Tensor) -> Tensor:
+        """Steps 4 and 5, at the point that the network holds."""
         loss = self._backward(images, labels)
-        self._update(lr, scale, points)
+        self._update(lr, 1 - self._t)
         return loss
-
-    def _captured(self, images: Tensor, labels: Tensor, lr: Tensor) -> Tensor:
-        """The body as a graph: scalars and the row are read where `__call__` puts them.
-
-        The last step of an epoch has no next one; the point that is written then all the same is never used.
-        """
-        assert self._working is not None
-        table = self._draws.feed.table
-        points = self._working.next_points(table, self._next_t, index=self._next_row) if self._fuse else None
-        return self._body(images, labels, lr, self._scale, points)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import TracebackType
 from typing import Any
@@ -15,7 +15,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from fastar.config import TrainSettings
 from fastar.errors import FastarError
 from fastar.flat import FlatLayout, FlatParameters, WorkingWeights
-from fastar.kernels import NextPoint
 from fastar.runtime.cuda_graph import CallGraph, Record
 from fastar.runtime.seeds import derive_seed
 from fastar.runtime.timing import span
@@ -141,14 +140,14 @@ class Step:
             (loss * self.loss_scale.scale if self.loss_scale.enabled else loss).backward()
         return loss.detach()
 
-    def _update(self, lr: Tensor, scale: Tensor, next_points: Sequence[NextPoint] | None = None) -> None:
+    def _update(self, lr: Tensor, scale: Tensor) -> None:
         """theta <- a step of the optimizer along `scale` times the gradient; weight decay is not scaled."""
         with span("update"):
             gradients = (self._flat.collect_gradient(),) if self._working is None else self._working.collect_gradient()
             self.loss_scale.check(gradients)
             if self.settings.gradient_clip is not None:
                 scale = scale * shortening(gradients, scale * self.loss_scale.inverse, self.settings.gradient_clip)
-            self.optimizer.update(gradients, lr=lr, scale=scale, loss_scale=self.loss_scale, next_points=next_points)
+            self.optimizer.update(gradients, lr=lr, scale=scale, loss_scale=self.loss_scale)
             self.loss_scale.update()
 
 

@@ -164,7 +164,6 @@ class Problem:
     def star_step(
         self,
         *,
-        fuse: bool = True,
         matching: Method | None = None,
         states: Sequence[dict[str, Tensor]] | None = None,
         **changes: Any,
@@ -176,7 +175,7 @@ class Problem:
         model = self.network(0)
         model.load_state_dict(theta)
         store, match = self._matched_by(matching, model, others)
-        return StarStep(model, settings, StarSettings(), store, seed=0, match=match, fuse=fuse)
+        return StarStep(model, settings, StarSettings(), store, seed=0, match=match)
 
     def _matched_by(
         self, method: Method | None, model: nn.Module, states: list[dict[str, Tensor]]

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from fastar.config import TrainSettings
-from fastar.kernels import NextPoint
 from fastar.training.amp import LossScale
 
 Sections = Callable[[Tensor], tuple[Tensor, ...]]
@@ -29,13 +28,6 @@ class _Piece:
     def of(self, parts: Sequence[Tensor]) -> Tensor:
         whole = parts[self.part]
         return whole if self.bounds is None else whole[..., self.bounds[0] : self.bounds[1]]
-
-    def point(self, points: Sequence[NextPoint] | None) -> NextPoint | None:
-        """The part of the next step's point that the update of this piece writes."""
-        if points is None or self.bounds is None:
-            return None if points is None else points[self.part]
-        whole, (begin, end) = points[self.part], self.bounds
-        return whole._replace(source=whole.source[..., begin:end], out=whole.out[begin:end])
 
 
 def _pieces(settings: TrainSettings, parts: Sequence[Tensor], matrices: int) -> list[_Piece]:
@@ -76,16 +68,8 @@ class FlatOptimizer(ABC):
             for piece in _pieces(settings, parts, matrices)
         ]
 
-    def update(
-        self,
-        gradients: Sequence[Tensor],
-        *,
-        lr: Tensor,
-        scale: Tensor,
-        loss_scale: LossScale,
-        next_points: Sequence[NextPoint] | None = None,
-    ) -> None:
-        """One step along `scale` times the gradient; weight decay is not scaled. Then the next points, if given."""
+    def update(self, gradients: Sequence[Tensor], *, lr: Tensor, scale: Tensor, loss_scale: LossScale) -> None:
+        """One step along `scale` times the gradient; weight decay is not scaled."""
         for piece, theta, moments in self._pieces:
             self.kernel(
                 theta,
@@ -96,7 +80,6 @@ class FlatOptimizer(ABC):
                 inverse_loss_scale=loss_scale.inverse,
                 weight_decay=piece.weight_decay,
                 found_nonfinite=loss_scale.found_nonfinite,
-                next_point=piece.point(next_points),
             )
 
     @abstractmethod
