@@ -1,0 +1,132 @@
+"""The loss of a task: by name, or a user's function."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+from torch.nn import functional as F
+from torch.nn.modules.loss import _Loss
+
+from fastar.errors import FastarError, did_you_mean
+from fastar.losses import terms
+from fastar.losses.metrics import Metric, MetricChoice, Sums, find_metrics, mean_of, per_sample
+from fastar.losses.targets import target_of
+
+LossChoice = str | Callable[..., Any]
+"""A loss: its name (`LOSSES`), a function f(outputs, batch) -> [batch], or a loss module of torch."""
+
+
+@dataclass(frozen=True)
+class Loss:
+    """A loss, and the metrics beside it.
+
+    Args:
+        name: as it is recorded.
+        sums: (outputs, targets) -> the sum over a batch's terms, and their number.
+        metrics: measured beside it.
+        whole: the targets of it and of its metrics are whole batches, as a user's function takes them.
+        smoothed: (outputs, targets, label smoothing) -> the training loss, where smoothing has a meaning.
+    """
+
+    name: str
+    sums: Callable[[Any, Any], Sums]
+    metrics: tuple[Metric, ...] = ()
+    whole: bool = False
+    smoothed: Callable[[Any, Any, float], Tensor] | None = None
+
+    def mean(self, outputs: Any, targets: Any, smoothing: float = 0.0) -> Tensor:
+        """The mean over a batch's terms, 0-d, for gradients.
+
+        Args:
+            outputs: what the forward returned.
+            smoothing: label smoothing.
+        """
+        if self.smoothed is not None:
+            return self.smoothed(outputs, targets, smoothing)
+        total, count = self.sums(outputs, targets)
+        return total / count
+
+    def measures(self) -> dict[str, Metric]:
+        """The loss itself and the metrics, by name: what a model is measured by."""
+        return {
+            "loss": mean_of("loss", self.sums, whole=self.whole),
+            **{metric.name: metric for metric in self.metrics},
+        }
+
+
+def _smoothed_cross_entropy(outputs: Any, targets: Tensor, smoothing: float) -> Tensor:
+    return F.cross_entropy(terms.class_logits(outputs, targets), targets, label_smoothing=smoothing)
+
+
+LOSSES: dict[str, tuple[Callable[[Any, Any], Sums], tuple[str, ...]]] = {
+    "cross_entropy": (terms.cross_entropy, ("accuracy",)),
+    "mse": (terms.squared, ("rmse",)),
+    "bce": (terms.binary, ("label_accuracy",)),
+    "lm": (terms.token_losses, ("perplexity",)),
+}
+"""Name of a loss -> its sums, and the metrics beside it where none are chosen."""
+
+
+def find_loss(chosen: LossChoice = "cross_entropy", metrics: Sequence[MetricChoice] | None = None) -> Loss:
+    """The loss that is chosen, with its metrics.
+
+    Args:
+        chosen: a name, a function f(outputs, batch) -> [batch], or a loss module of torch with reduction="none".
+        metrics: beside it; None: those that belong to the loss's name.
+
+    Raises:
+        FastarError: a name that is not known.
+    """
+    if isinstance(chosen, str):
+        if chosen not in LOSSES:
+            hint = did_you_mean(chosen, LOSSES)
+            raise FastarError(
+                f"unknown loss {chosen!r}: {hint}choose from {', '.join(LOSSES)}, or give a function "
+                "f(outputs, batch) -> [batch] (module:function on the command line)"
+            )
+        sums, beside = LOSSES[chosen]
+        smoothed = _smoothed_cross_entropy if chosen == "cross_entropy" else None
+        return _with_metrics(Loss(chosen, sums, smoothed=smoothed), beside if metrics is None else metrics)
+    if not callable(chosen):
+        kind = type(chosen).__name__
+        raise FastarError(f"the loss is a {kind}: give a name or a function f(outputs, batch) -> [batch]")
+    name = getattr(chosen, "__name__", type(chosen).__name__)
+    if isinstance(chosen, _Loss):
+        return _with_metrics(Loss(name, _of_module(chosen, name)), metrics or ())
+    values = per_sample(f"loss {name}", chosen)
+
+    def sums_of_samples(outputs: Any, batch: Any) -> Sums:
+        found = values(outputs, batch)
+        return found.sum(), len(found)
+
+    return _with_metrics(Loss(name, sums_of_samples, whole=True), metrics or ())
+
+
+def _with_metrics(loss: Loss, chosen: Sequence[MetricChoice]) -> Loss:
+    """The same with metrics beside it. Where one of them takes whole batches, all are given these."""
+    metrics = find_metrics(chosen)
+    if not (loss.whole or any(metric.whole for metric in metrics)):
+        return replace(loss, metrics=tuple(metrics))
+    sums, smoothed = loss.sums, loss.smoothed
+    if not loss.whole:
+        loss = replace(
+            loss,
+            sums=lambda outputs, batch: sums(outputs, target_of(batch)),
+            smoothed=smoothed and (lambda outputs, batch, share: smoothed(outputs, target_of(batch), share)),
+        )
+    return replace(loss, metrics=tuple(metric.of_batch() for metric in metrics), whole=True)
+
+
+def _of_module(module: _Loss, name: str) -> Callable[[Any, Any], Sums]:
+    """The terms of a loss module of torch, which takes (prediction, target)."""
+    if module.reduction != "none":
+        raise FastarError(f'loss {name} returns one number for a batch: make it with reduction="none"')
+
+    def sums(outputs: Any, targets: Tensor) -> Sums:
+        found: Tensor = module(terms.prediction(outputs), targets)
+        return found.sum(), found.numel()
+
+    return sums

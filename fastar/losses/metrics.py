@@ -1,0 +1,185 @@
+"""Metrics beside a loss, of one model over a pass of batches: by name, by a function, or objects of torchmetrics."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fastar.errors import FastarError, did_you_mean
+from fastar.losses import terms
+from fastar.losses.outputs import prediction
+from fastar.losses.targets import sample_count, target_of
+
+Sums = tuple[Tensor, Tensor | int]
+"""The sum over a batch's terms, 0-d, and their number."""
+MetricChoice = str | Callable[..., Any]
+"""A metric: its name, a function f(outputs, batch) -> [batch], or an object of torchmetrics."""
+
+
+class Total(Protocol):
+    """A metric of one model while a pass lasts."""
+
+    def add(self, outputs: Any, targets: Any) -> None:
+        """Take a batch in."""
+
+    def value(self) -> float:
+        """The metric of all batches so far."""
+
+    def tensors(self) -> list[Tensor]:
+        """All that `add` changes, for a CUDA graph."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric, and how to begin a pass with it.
+
+    Args:
+        name: as it is reported.
+        begin: makes the total of a model on a device.
+        whole: its targets are the whole batch, as a user's function takes it.
+    """
+
+    name: str
+    begin: Callable[[torch.device], Total] = field(repr=False)
+    whole: bool = False
+
+    def of_batch(self) -> Metric:
+        """The same, given whole batches."""
+        return self if self.whole else Metric(self.name, lambda device: _OfBatch(self.begin(device)), whole=True)
+
+
+def mean_of(
+    name: str,
+    sums: Callable[[Any, Any], Sums],
+    finish: Callable[[float], float] = lambda mean: mean,
+    *,
+    whole: bool = False,
+) -> Metric:
+    """The mean over the terms of all batches.
+
+    Args:
+        sums: (outputs, targets) -> a batch's sum and number of terms.
+        finish: taken of the mean at the end.
+        whole: as of `Metric`.
+    """
+    return Metric(name, lambda device: _Mean(sums, finish, device), whole)
+
+
+class _Mean:
+    """The sum and the number of terms, in float64 on the device: nothing waits before the end."""
+
+    def __init__(self, sums: Callable[[Any, Any], Sums], finish: Callable[[float], float], device: torch.device):
+        self._sums, self._finish = sums, finish
+        self._total = torch.zeros(2, dtype=torch.float64, device=device)
+
+    def add(self, outputs: Any, targets: Any) -> None:
+        total, count = self._sums(outputs, targets)
+        self._total[0].add_(total)
+        self._total[1].add_(count)
+
+    def value(self) -> float:
+        total, count = self._total.tolist()
+        return self._finish(total / count) if count else math.nan
+
+    def tensors(self) -> list[Tensor]:
+        return [self._total]
+
+
+class _OfBatch:
+    """A total that is given whole batches, and takes their targets."""
+
+    def __init__(self, total: Total):
+        self._total = total
+        self.value, self.tensors = total.value, total.tensors
+
+    def add(self, outputs: Any, batch: Any) -> None:
+        self._total.add(outputs, target_of(batch))
+
+
+class _Kept:
+    """A copy of an object of torchmetrics, or of another with `update` and `compute`."""
+
+    def __init__(self, given: Any, name: str, device: torch.device):
+        self._metric, self._name = copy.deepcopy(given), name
+        if hasattr(self._metric, "reset"):
+            self._metric.reset()
+        if hasattr(self._metric, "to"):
+            self._metric = self._metric.to(device)
+
+    def add(self, outputs: Any, targets: Any) -> None:
+        self._metric.update(prediction(outputs), targets)
+
+    def value(self) -> float:
+        found = self._metric.compute()
+        if isinstance(found, Tensor) and found.numel() != 1:
+            raise FastarError(f"metric {self._name}: compute() returns {list(found.shape)}, not one number")
+        return float(found)
+
+    def tensors(self) -> list[Tensor]:
+        raise FastarError(f"evaluation.graph=true: metric {self._name} cannot be captured; set it to false")
+
+
+def per_sample(name: str, function: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Tensor]:
+    """A user's function of (outputs, batch) whose result is checked: one number for each sample."""
+
+    def checked(outputs: Any, batch: Any) -> Tensor:
+        found, count = function(outputs, batch), sample_count(batch)
+        if isinstance(found, Tensor) and found.shape == (count,):
+            return found.float()
+        shape = f"a tensor of shape {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+        hint = ""
+        if isinstance(found, Tensor) and not found.ndim:
+            hint = ': take no mean over the batch, such as by reduction="none"'
+        raise FastarError(f"{name} returns {shape}, and must return one number for each of {count} samples{hint}")
+
+    return checked
+
+
+NAMED: dict[str, Metric] = {
+    "accuracy": mean_of("accuracy", terms.right),
+    "top5": mean_of("top5", terms.right_of_five),
+    "label_accuracy": mean_of("label_accuracy", terms.right_labels),
+    "token_accuracy": mean_of("token_accuracy", terms.right_tokens),
+    "mae": mean_of("mae", terms.absolute),
+    "rmse": mean_of("rmse", terms.squared, math.sqrt),
+    "perplexity": mean_of("perplexity", terms.token_losses, lambda mean: math.exp(min(mean, 700.0))),
+}
+"""Metrics by their names."""
+
+
+def find_metrics(chosen: Sequence[MetricChoice]) -> list[Metric]:
+    """The metrics that are chosen, each of one name.
+
+    Raises:
+        FastarError: a name that is not known, or is given twice.
+    """
+    found = [_find(one) for one in chosen]
+    names = [metric.name for metric in found]
+    twice = next((name for name in names if names.count(name) > 1 or name == "loss"), None)
+    if twice is not None:
+        raise FastarError(f"two metrics are called {twice}: give one of them another name (__name__)")
+    return found
+
+
+def _find(chosen: MetricChoice) -> Metric:
+    if isinstance(chosen, str):
+        if chosen not in NAMED:
+            hint = did_you_mean(chosen, NAMED)
+            raise FastarError(f"unknown metric {chosen!r}: {hint}choose from {', '.join(NAMED)}")
+        return NAMED[chosen]
+    name = getattr(chosen, "__name__", type(chosen).__name__)
+    if hasattr(chosen, "update") and hasattr(chosen, "compute"):
+        return Metric(name, lambda device: _Kept(chosen, name, device))
+    values = per_sample(f"metric {name}", chosen)
+
+    def sums(outputs: Any, batch: Any) -> Sums:
+        found = values(outputs, batch)
+        return found.double().sum(), len(found)
+
+    return mean_of(name, sums, whole=True)
