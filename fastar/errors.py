@@ -13,6 +13,10 @@ class FastarError(ValueError):
     """Bad input or an unusable environment. The command line prints the message and exits with code 2."""
 
 
+class UserCodeError(FastarError):
+    """An error in code of the user's own: its cause's traceback is shown, and this line under it."""
+
+
 def did_you_mean(given: str, valid: Iterable[str]) -> str:
     """`did you mean NAME? ` with the nearest of the `valid` names; nothing where none is near.
 

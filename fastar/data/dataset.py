@@ -1,7 +1,7 @@
 """The one form in which training and evaluation take data, wherever the samples live."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -10,17 +10,17 @@ from fastar.data.sampling import epoch_order
 from fastar.errors import FastarError
 from fastar.runtime.seeds import derive_seed
 
-Batch = tuple[torch.Tensor, torch.Tensor]
-"""(images fp32 [b, C, H, W] channels-last and normalised, labels int64 [b]), on the data set's device."""
+Batch = Any
+"""What a data set gives at a time, on its device. Of image sets: (images fp32 [b, C, H, W] channels-last and
+normalised, labels int64 [b]). Of users' data: what they gave."""
 
 
 class Dataset(ABC):
-    """One split: `DeviceDataset` holds it on the device, `StreamingDataset` decodes it as it is read.
-
-    Callers use the public methods alone. A further form of data is a subclass with the abstract ones.
-    """
+    """One split, as training and evaluation read it. Callers use the public methods alone."""
 
     device: torch.device
+    exact = True
+    """A batch is a function of (seed, epoch, its place), so that a pass can begin at any of them."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -29,6 +29,7 @@ class Dataset(ABC):
         """Batches per epoch."""
         return len(self) // batch_size if drop_last else -(-len(self) // batch_size)
 
+    @abstractmethod
     def batches(
         self,
         batch_size: int,
@@ -49,6 +50,28 @@ class Dataset(ABC):
         Raises:
             FastarError: no whole batch, `begin` beyond the epoch, or a size that the set cannot give.
         """
+
+    @abstractmethod
+    def sequential(self, batch_size: int) -> Iterator[Batch]:
+        """Batches in file order, not augmented, every sample exactly once; the last may be short. See `batches`."""
+
+
+class OrderedDataset(Dataset):
+    """A split whose samples can be read in any order: `DeviceDataset` holds images on the device, `StreamingDataset`
+    decodes them as they are read, and `user_data` has tensors and map-style datasets. A further form is a subclass with
+    the abstract methods."""
+
+    def batches(
+        self,
+        batch_size: int,
+        *,
+        seed: int,
+        epoch: int,
+        augment: bool = True,
+        drop_last: bool = True,
+        begin: int = 0,
+        size: int | None = None,
+    ) -> Iterator[Batch]:
         self._check_batch_size(batch_size, drop_last)
         count = self.batch_count(batch_size, drop_last)
         if not 0 <= begin <= count:
@@ -61,7 +84,6 @@ class Dataset(ABC):
         return self._made(order, batch_size, derive_seed(seed, "augmentation", epoch) if augment else None, size)
 
     def sequential(self, batch_size: int) -> Iterator[Batch]:
-        """Batches in file order, not augmented, every sample exactly once; the last may be short. See `batches`."""
         self._check_batch_size(batch_size, drop_last=False)
         return self._made(None, batch_size, None, None)
 
@@ -82,3 +104,28 @@ class Dataset(ABC):
     @abstractmethod
     def _made(self, order: Any | None, batch_size: int, key: int | None, size: int | None) -> Iterator[Batch]:
         """Batches of the samples `order` (None: all, in the order of the file), augmented by `key` if there is one."""
+
+
+class Taken(Dataset):
+    """A data set whose batches are taken apart.
+
+    Args:
+        whole: gives the batches.
+        split: takes one apart into (inputs, targets).
+    """
+
+    def __init__(self, whole: Dataset, split: Callable[[Any], tuple[Any, Any]]):
+        self._whole, self._split = whole, split
+        self.device, self.exact = whole.device, whole.exact
+
+    def __len__(self) -> int:
+        return len(self._whole)
+
+    def batch_count(self, batch_size: int, drop_last: bool = True) -> int:
+        return self._whole.batch_count(batch_size, drop_last)
+
+    def batches(self, batch_size: int, **how: Any) -> Iterator[Batch]:
+        return map(self._split, self._whole.batches(batch_size, **how))
+
+    def sequential(self, batch_size: int) -> Iterator[Batch]:
+        return map(self._split, self._whole.sequential(batch_size))

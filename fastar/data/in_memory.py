@@ -8,7 +8,7 @@ import torch
 
 from fastar.config import Augmentation
 from fastar.data.augment import Normalisation, augmented, draw_augmentation
-from fastar.data.dataset import Batch, Dataset
+from fastar.data.dataset import Batch, OrderedDataset
 from fastar.data.splits import chosen_images, stored_in
 from fastar.errors import FastarError
 from fastar.runtime.progress import SILENT, Progress
@@ -24,7 +24,7 @@ NORMALISED_BYTES = 256 << 20
 BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
 
 
-class DeviceDataset(Dataset):
+class DeviceDataset(OrderedDataset):
     """Images uint8 [n, H, W, C] and labels int64 [n] on one device, and the batches made of them.
 
     `index` holds each sample's position in the file, which is what its augmentation depends on. Batches are views of

@@ -10,7 +10,7 @@ import torch
 
 from fastar.data.augment import Normalisation, mirrored_and_normalised
 from fastar.data.crops import Crop, centre, random_boxes
-from fastar.data.dataset import Batch, Dataset
+from fastar.data.dataset import Batch, OrderedDataset
 from fastar.data.ffcv.decode import Plan
 from fastar.data.ffcv.folder import DatasetFiles
 from fastar.data.ffcv.read import ImageReader
@@ -29,7 +29,7 @@ WINDOW = 64
 _MIRROR = 2  # the stream of draws, as for images of one size
 
 
-class StreamingDataset(Dataset):
+class StreamingDataset(OrderedDataset):
     """Batches of images of any size, cut out and resized to `size` squared while they are decoded. See `Dataset`.
 
     The pixels do not depend on the number of threads. Decoding runs in them, up to three batches ahead.

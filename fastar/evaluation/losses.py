@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from fastar.errors import FastarError
 from fastar.evaluation.batch_norm import (
@@ -24,19 +23,15 @@ from fastar.evaluation.batch_norm import (
 from fastar.flat import FlatLayout
 from fastar.flat.forward import call
 from fastar.flat.state_check import drops_caches, forget
+from fastar.losses import Loss, find_loss
 from fastar.runtime.cuda_graph import CallGraph, Record
 from fastar.runtime.full_precision import full_precision
 
-Batches = Callable[[], Iterable[tuple[Any, Tensor]]]
-"""A fresh pass over (images, or whatever the model takes; labels); every sample exactly once."""
+Batches = Callable[[], Iterable[tuple[Any, Any]]]
+"""A fresh pass over (inputs, targets); every sample exactly once."""
 
-
-@dataclass(frozen=True)
-class Measured:
-    """Mean loss and accuracy of each model, float64 [K]."""
-
-    loss: Tensor
-    accuracy: Tensor
+Measured = dict[str, Tensor]
+"""What each model is measured by: its mean loss ("loss") and its metrics by their names, float64 [K]."""
 
 
 @contextmanager
@@ -69,6 +64,7 @@ def evaluate_rows(
     statistics: Sequence[Statistics | None] | None = None,
     statistics_batches: Batches | None = None,
     method: str = "population",
+    loss: Loss | None = None,
     graph: bool = False,
     called: Sequence[str] | None = None,
     record: Record | None = None,
@@ -84,6 +80,7 @@ def evaluate_rows(
         statistics_batches: the data they are re-estimated from; needed where the model has batch-norm.
         method: "population" (exact over all data) or "reference" (moving average with momentum 0.1, as the
             paper's code).
+        loss: with its metrics; None: cross-entropy and accuracy.
         graph: replay the work of each batch of a pass as a CUDA graph (all K models in one); a GPU.
         called: names of the models, for errors.
         record: captures the graph; None: as a CUDA graph.
@@ -107,8 +104,8 @@ def evaluate_rows(
             for k, value in zip(todo, estimate(todo, statistics_batches), strict=True):
                 found[k] = value
         for split, batches in splits.items():
-            results[split] = passes.measure(found, batches)
-            wrong = (~torch.isfinite(results[split].loss)).nonzero().flatten().tolist()
+            results[split] = passes.measure(found, batches, find_loss() if loss is None else loss)
+            wrong = (~torch.isfinite(results[split]["loss"])).nonzero().flatten().tolist()
             if wrong:
                 name = f"model {wrong[0]}" if called is None else called[wrong[0]]
                 raise FastarError(
@@ -138,17 +135,21 @@ class _Passes:
         """The parameters of model `k`."""
         return {name: view[k] for name, view in self.views.items()}
 
-    def run(self, work: Callable[[Tensor, Tensor], Tensor], moved: Sequence[Tensor], batches: Batches) -> int:
-        """Do `work`, which changes the tensors `moved`, on every batch; the number of samples."""
-        samples = 0
+    def run(self, work: Callable[[Any, Any], Tensor], moved: Sequence[Tensor], batches: Batches) -> int:
+        """Do `work`, which changes the tensors `moved`, on every batch; the number of batches."""
+        done = 0
         # Batches of another shape than the first (the last one) go without the graph.
         graph = None
         if self.graph:
             graph = CallGraph(work, moved, moved[0].device, setting="evaluation.graph", record=self.record)
-        for images, labels in batches():
-            (graph if graph is not None and graph.fits(images, labels) else work)(images, labels)
-            samples += len(labels)
-        return samples
+        for inputs, targets in batches():
+            if graph is not None and not (isinstance(inputs, Tensor) and isinstance(targets, Tensor)):
+                raise FastarError(
+                    "evaluation.graph=true needs batches of two tensors (inputs, targets); set it to false"
+                )
+            (graph if graph is not None and graph.fits(inputs, targets) else work)(inputs, targets)
+            done += 1
+        return done
 
     def population(self, chosen: Sequence[int], batches: Batches) -> list[Statistics]:
         """The exact batch-norm statistics of the models `chosen` over all data."""
@@ -156,10 +157,10 @@ class _Passes:
         populations = [PopulationStatistics(batch) for _ in chosen]
         singles = [self.one(k) for k in chosen]
 
-        def show(images: Tensor, labels: Tensor) -> Tensor:
+        def show(inputs: Any, targets: Any) -> Tensor:
             for parameters, population in zip(singles, populations, strict=True):
                 self.bind(parameters)
-                call(self.model, images)
+                call(self.model, inputs)
                 population.add()
             return batch.buffer
 
@@ -173,12 +174,12 @@ class _Passes:
         found = [own_statistics(self.model) for _ in chosen]
         singles = [self.one(k) for k in chosen]
 
-        def show(images: Tensor, labels: Tensor) -> Tensor:
+        def show(inputs: Any, targets: Any) -> Tensor:
             for parameters, statistics in zip(singles, found, strict=True):
                 self.bind(parameters)
                 set_statistics(self.model, statistics)
-                call(self.model, images)  # writes into `statistics`
-            return labels
+                call(self.model, inputs)  # writes into `statistics`
+            return next(iter(found[0].values()))
 
         with evaluating(self.model):
             for layer in batch_norm_layers(self.model).values():
@@ -187,25 +188,31 @@ class _Passes:
             self.run(show, [tensor for statistics in found for tensor in statistics.values()], batches)
         return found
 
-    def measure(self, statistics: Sequence[Statistics | None], batches: Batches) -> Measured:
-        """Mean loss and accuracy of all models, with these batch-norm statistics (None: there is no batch-norm)."""
+    def measure(self, statistics: Sequence[Statistics | None], batches: Batches, loss: Loss) -> Measured:
+        """The mean loss and the metrics of all models, with these batch-norm statistics (None: there is no
+        batch-norm)."""
         count = len(statistics)
         singles = [self.one(k) for k in range(count)]
         device = next(iter(self.views.values())).device
-        losses = torch.zeros(count, dtype=torch.float64, device=device)
-        correct = torch.zeros(count, dtype=torch.int64, device=device)
+        totals = {name: [one.begin(device) for _ in range(count)] for name, one in loss.measures().items()}
+        of_models = list(zip(*totals.values(), strict=True))
+        moved = [tensor for total in totals["loss"] for tensor in total.tensors()]
+        if self.graph:
+            moved = [tensor for some in totals.values() for total in some for tensor in total.tensors()]
 
-        def add(images: Tensor, labels: Tensor) -> Tensor:
-            for k, (parameters, own) in enumerate(zip(singles, statistics, strict=True)):
+        def add(inputs: Any, targets: Any) -> Tensor:
+            for parameters, own, some in zip(singles, statistics, of_models, strict=True):
                 self.bind(parameters)
                 if own is not None:
                     set_statistics(self.model, own)
-                logits = call(self.model, images).float()
-                losses[k].add_(F.cross_entropy(logits, labels, reduction="sum"))
-                correct[k].add_((logits.argmax(1) == labels).sum())
-            return losses
+                outputs = call(self.model, inputs)
+                for total in some:
+                    total.add(outputs, targets)
+            return moved[0]
 
-        samples = self.run(add, [losses, correct], batches)
-        if not samples:
+        if not self.run(add, moved, batches):
             raise FastarError("no data to evaluate on: the split is empty")
-        return Measured(loss=(losses / samples).cpu(), accuracy=(correct.double() / samples).cpu())
+        return {
+            name: torch.tensor([one.value() for one in some], dtype=torch.float64, device="cpu")
+            for name, some in totals.items()
+        }

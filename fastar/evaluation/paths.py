@@ -14,6 +14,7 @@ from fastar.evaluation.batch_norm import Statistics, statistics_bytes
 from fastar.evaluation.losses import Batches, Measured, evaluate_rows
 from fastar.flat import FlatLayout, check_kernels
 from fastar.kernels import interpolate
+from fastar.losses import Loss, find_loss
 from fastar.runtime.live_bytes import LiveBytes
 from fastar.runtime.memory import resident_models
 from fastar.runtime.progress import SILENT, Progress
@@ -53,14 +54,22 @@ class Segment:
 
 @dataclass(frozen=True)
 class PathLosses:
-    """Loss and accuracy at each t along a path, for each split."""
+    """Losses and metrics at each t along a path.
+
+    Args:
+        values: "loss" or a metric's name -> split -> its values.
+    """
 
     kind: str
     first: str
     second: str
     t: list[float]
-    loss: dict[str, list[float]] = field(default_factory=dict)
-    accuracy: dict[str, list[float]] = field(default_factory=dict)
+    values: dict[str, dict[str, list[float]]]
+
+    @property
+    def loss(self) -> dict[str, list[float]]:
+        """The losses of each split."""
+        return self.values["loss"]
 
     def barrier(self, split: str) -> float:
         """Barrier of this path on `split` (eq. 10)."""
@@ -93,6 +102,7 @@ def evaluate_paths(
     points: int = 11,
     statistics_batches: Batches | None = None,
     method: str = "population",
+    loss: Loss | None = None,
     resident: int | None = None,
     graph: bool = False,
     progress: Progress = SILENT,
@@ -110,6 +120,7 @@ def evaluate_paths(
         points: number of t, at least 2.
         statistics_batches: data for batch-norm statistics; `method` as of `evaluate_rows`, where "reference" takes
             `Endpoint.statistics` at the ends.
+        loss: as of `evaluate_rows`.
         resident: models held at once; None: as many as free memory holds.
         graph: replay the work of each batch as a CUDA graph.
 
@@ -144,6 +155,7 @@ def evaluate_paths(
             statistics=[point.statistics(method) for point in some],
             statistics_batches=None if statistics_batches is None else chosen(statistics_batches),
             method=method,
+            loss=loss,
             graph=graph and most is None,
             called=[point.name for point in some],
         )
@@ -152,17 +164,20 @@ def evaluate_paths(
         measure(todo[:1], row_of(todo[0].first)[None], MEASURED_BATCHES)
 
     chunk = resident or _models_at_once(model, layout, len(todo), trial)
-    measured: dict[_Point, dict[str, tuple[float, float]]] = {}
+    measured: dict[_Point, dict[str, dict[str, float]]] = {}
     with progress.task("evaluating", total=len(todo), unit="models") as advance:
         for some, rows in _interpolated(todo, chunk, layout.numel, row_of, device):
             results = measure(some, rows).items()
             for k, point in enumerate(some):
-                measured[point] = {s: (float(m.loss[k]), float(m.accuracy[k])) for s, m in results}
+                measured[point] = {split: {name: float(one[k]) for name, one in m.items()} for split, m in results}
             advance(len(some))
     found = []
     for path, here in zip(paths, of_paths, strict=True):
-        loss, accuracy = ({split: [measured[point][split][k] for point in here] for split in splits} for k in (0, 1))
-        found.append(PathLosses(path.kind, path.first.name, path.second.name, ts, loss, accuracy))
+        values = {
+            name: {split: [measured[point][split][name] for point in here] for split in splits}
+            for name in (find_loss() if loss is None else loss).measures()
+        }
+        found.append(PathLosses(path.kind, path.first.name, path.second.name, ts, values))
     return found
 
 

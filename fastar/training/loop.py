@@ -13,6 +13,7 @@ from torch import Tensor
 from fastar.config import TrainSettings
 from fastar.data.dataset import Dataset
 from fastar.errors import FastarError
+from fastar.losses import sample_count
 from fastar.runtime.device import synchronize
 from fastar.runtime.memory import peak_bytes
 from fastar.runtime.progress import SILENT, Progress
@@ -69,7 +70,7 @@ def fit(
 
     Args:
         step: what to do with a batch.
-        data: training images.
+        data: what is trained on.
         settings: batch size, schedule and so on.
         name: of the model, for progress and errors.
         seed: of order, augmentation and dropout; torch's generators are left as they were.
@@ -130,19 +131,22 @@ def fit(
                 size=resolution(settings, epoch),
             )
             training.clock_steps()
-            for i, (images, labels) in enumerate(timed_batches(batches, training.clock), start=begin):
+            for i, (inputs, targets) in enumerate(timed_batches(batches, training.clock), start=begin):
                 with training.clock:
                     lr_now.copy_(rates[i])
                     draws.begin(epoch, i)
-                    training.losses[i] = step(images, labels, lr_now)
+                    training.losses[i] = step(inputs, targets, lr_now)
                     draws.end()
-                training.so_far.images += len(labels)
+                training.so_far.images += sample_count(inputs)
                 if profile is not None:
                     profile.step_done()
                 if checkpoints is not None and i + 1 < steps and (requested() or checkpoints.due_within()):
-                    training.save_within(i + 1)
+                    if data.exact:
+                        training.save_within(i + 1)
+                    else:  # a pass over these data cannot be begun here again
+                        training.stop_if_asked("")
             begin = 0
-            del images, labels  # not for as long as the next epoch's matching takes
+            del inputs, targets  # not for as long as the next epoch's matching takes
             done = training.end_epoch(float(rates[-1]))
             on_epoch(done)
             if checkpoints is not None and (requested() or checkpoints.due_after(epoch + 1)):
@@ -213,12 +217,12 @@ class _Training:
         if written:
             self._keep(steps)
         self._saving += self._now() - start
-        self._stop_if_asked(f"epoch {len(self.history) + 1}, step {steps + 1} of {self._name}" if written else "")
+        self.stop_if_asked(f"epoch {len(self.history) + 1}, step {steps + 1} of {self._name}" if written else "")
 
     def save_after(self) -> None:
         """Save after the last whole epoch, and stop if that is asked for."""
         written = self._save(0, SoFar(), loss=self.history[-1].loss)
-        self._stop_if_asked(f"epoch {len(self.history)} of {self._name}, which is whole" if written else "")
+        self.stop_if_asked(f"epoch {len(self.history)} of {self._name}, which is whole" if written else "")
 
     def _save(self, steps: int, so_far: SoFar, **loss: float) -> bool:
         assert self._checkpoints is not None
@@ -293,7 +297,8 @@ class _Training:
             None if good is None else replace(good, state={name: one.cpu() for name, one in good.state.items()}),
         )
 
-    def _stop_if_asked(self, saved: str) -> None:
+    def stop_if_asked(self, saved: str) -> None:
+        """Raise a request to stop, if there is one; `saved` says what was saved."""
         request = requested()
         if request is not None:
             request.saved = saved

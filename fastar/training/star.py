@@ -12,6 +12,7 @@ and each step moves theta by the loss at a random point of the path to a random 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from torch import Tensor, nn
 
 from fastar.config import MatchingSettings, StarSettings, TrainSettings
 from fastar.errors import FastarError
+from fastar.flat.forward import Batch
+from fastar.losses import Loss
 from fastar.matching import ActivationCache, GiveExamples, SourceActivations, match
 from fastar.runtime.cuda_graph import Record
 from fastar.runtime.progress import SILENT, Progress
@@ -205,7 +208,7 @@ class StarStep(Step):
         seed: of the draws of (source, t).
         match: step 1, given theta, the store and the epoch's number; its metrics. None: sources are never matched.
         match_every: epochs from one matching to the next; 0: never.
-        record: as of a `Step`.
+        loss, record: as of a `Step`.
 
     Raises:
         FastarError: sources of another architecture, or settings that this device cannot follow.
@@ -223,9 +226,10 @@ class StarStep(Step):
         seed: int,
         match: Callable[[Tensor, SourcesStore, int], dict[str, float]] | None = None,
         match_every: int = 1,
+        loss: Loss | None = None,
         record: Record | None = None,
     ):
-        super().__init__(model, settings, working_copy=True, record=record)
+        super().__init__(model, settings, working_copy=True, loss=loss, record=record)
         if sources.layout != self.layout:
             raise FastarError("the sources are of another architecture than the star model")
         self.star = star
@@ -249,7 +253,7 @@ class StarStep(Step):
         indices, ts = draw(self.star, len(self.sources), steps, derive_seed(self._seed, "draws", epoch))
         self._draws = EpochDraws(indices, ts, self.sources, begin)
 
-    def __call__(self, images: Tensor, labels: Tensor, lr: Tensor) -> Tensor:
+    def __call__(self, inputs: Batch, targets: Any, lr: Tensor) -> Tensor:
         assert self._working is not None
         draws = self._draws
         with span("interpolate"):
@@ -257,10 +261,10 @@ class StarStep(Step):
             self._working.interpolate(self.theta, draws.feed.take(draws.step), self._t)
             draws.feed.done(draws.step)
         draws.step += 1
-        graph = self._replayed(self._graph, images, labels)
+        graph = self._replayed(self._graph, inputs, targets)
         if graph is not None:
-            return graph(images, labels, lr)
-        return self._body(images, labels, lr)
+            return graph(inputs, targets, lr)
+        return self._body(inputs, targets, lr)
 
     def parts(self) -> dict[str, Resumable]:
         return {**super().parts(), **({"matching": self._match} if isinstance(self._match, Matcher) else {})}
@@ -278,8 +282,8 @@ class StarStep(Step):
         here = step - self._draws.begin
         return f" (source {self.sources.names[self._draws.indices[here]]}, t={self._draws.ts[here]:.4f})"
 
-    def _body(self, images: Tensor, labels: Tensor, lr: Tensor) -> Tensor:
+    def _body(self, inputs: Batch, targets: Any, lr: Tensor) -> Tensor:
         """Steps 4 and 5, at the point that the network holds."""
-        loss = self._backward(images, labels)
+        loss = self._backward(inputs, targets)
         self._update(lr, 1 - self._t)
         return loss

@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 from fastar.config import TrainSettings
 from fastar.errors import FastarError
 from fastar.flat import FlatLayout, FlatParameters, WorkingWeights
+from fastar.flat.forward import Batch, call
+from fastar.losses import Loss, find_loss
 from fastar.runtime.cuda_graph import CallGraph, Record
 from fastar.runtime.seeds import derive_seed
 from fastar.runtime.timing import span
@@ -34,18 +36,28 @@ class Step:
         model: gives the architecture and the initial theta; it is trained in place.
         settings: the recipe.
         working_copy: whether the network holds other weights than theta.
+        loss: of a batch; None: cross-entropy.
         record: captures `train.graph`'s graph; None: as a CUDA graph.
     """
 
-    def __init__(self, model: nn.Module, settings: TrainSettings, *, working_copy: bool, record: Record | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: TrainSettings,
+        *,
+        working_copy: bool,
+        loss: Loss | None = None,
+        record: Record | None = None,
+    ):
         self.model = model
         self.settings = settings
+        self.loss = find_loss() if loss is None else loss
         self._record = record
         self.device = next(model.parameters()).device
         self.dtype = resolve_precision(settings.precision, self.device)
         self.loss_scale = LossScale(self.device, enabled=self.dtype == torch.float16)
         self._one = torch.ones((), device=self.device, dtype=torch.float32)
-        self._image_shape: torch.Size | None = None
+        self._input_shape: torch.Size | None = None
         # Where weights are neither interpolated nor cast, the network lives in theta itself.
         self._working: WorkingWeights | None = None
         if working_copy or self.dtype != torch.float32:
@@ -58,7 +70,7 @@ class Step:
             self._flat = FlatParameters(model)
             self.layout, self.theta = self._flat.layout, self._flat.buffer
             self.optimizer = flat_optimizer(settings, self.theta, lambda buffer: (buffer,), self.layout.matrices)
-        self._network: Callable[[Tensor], Tensor] = CompiledNetwork(model) if settings.compile else model
+        self._network: Callable[..., Any] = CompiledNetwork(model) if settings.compile else model
         model.train()
 
     def state(self) -> dict[str, Tensor]:
@@ -89,7 +101,7 @@ class Step:
         """Become what was saved, in place: at the same addresses, for graphs."""
         copy_into(self.save(), state)
 
-    def __call__(self, images: Tensor, labels: Tensor, lr: Tensor) -> Tensor:
+    def __call__(self, inputs: Batch, targets: Any, lr: Tensor) -> Tensor:
         """Do one step at learning rate `lr` (0-d, on the device); the loss, 0-d, without synchronising."""
         raise NotImplementedError
 
@@ -116,15 +128,19 @@ class Step:
         moved = [self.theta, *working, *self.optimizer.state(), *self.loss_scale.state(), *self.model.buffers()]
         return CallGraph(body, moved, self.device, record=self._record)
 
-    def _replayed(self, graph: CallGraph | None, images: Tensor, labels: Tensor) -> CallGraph | None:
+    def _replayed(self, graph: CallGraph | None, inputs: Batch, targets: Any) -> CallGraph | None:
         """The graph, if this batch can be replayed. Images of another side, as progressive resizing has them, are
         captured anew; batches of another length (an epoch's last) run without."""
         if graph is None:
             return None
-        if images.shape[1:] != self._image_shape:
+        if not (isinstance(inputs, Tensor) and isinstance(targets, Tensor)):
+            raise FastarError(
+                "train.graph=true needs batches of one tensor of inputs and one of targets; set it to false"
+            )
+        if inputs.shape[1:] != self._input_shape:
             graph.forget()
-            self._image_shape = images.shape[1:]
-        return graph if graph.fits(images, labels) else None
+            self._input_shape = inputs.shape[1:]
+        return graph if graph.fits(inputs, targets) else None
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self.dtype == torch.float32:
@@ -132,10 +148,9 @@ class Step:
         # Weights change between steps under the same storage: a cached cast would be stale.
         return torch.autocast(self.device.type, self.dtype, cache_enabled=False)
 
-    def _backward(self, images: Tensor, labels: Tensor) -> Tensor:
+    def _backward(self, inputs: Batch, targets: Any) -> Tensor:
         with span("forward"), self._autocast():
-            logits = self._network(images).float()
-            loss = F.cross_entropy(logits, labels, label_smoothing=self.settings.label_smoothing)
+            loss = self.loss.mean(call(self._network, inputs), targets, self.settings.label_smoothing)
         with span("backward"):
             (loss * self.loss_scale.scale if self.loss_scale.enabled else loss).backward()
         return loss.detach()
@@ -154,27 +169,29 @@ class Step:
 class RegularStep(Step):
     """Ordinary training of one network."""
 
-    def __init__(self, model: nn.Module, settings: TrainSettings, *, record: Record | None = None):
-        super().__init__(model, settings, working_copy=False, record=record)
+    def __init__(
+        self, model: nn.Module, settings: TrainSettings, *, loss: Loss | None = None, record: Record | None = None
+    ):
+        super().__init__(model, settings, working_copy=False, loss=loss, record=record)
         self._graph = self._graph_of(self._body)
 
-    def __call__(self, images: Tensor, labels: Tensor, lr: Tensor) -> Tensor:
-        graph = self._replayed(self._graph, images, labels)
+    def __call__(self, inputs: Batch, targets: Any, lr: Tensor) -> Tensor:
+        graph = self._replayed(self._graph, inputs, targets)
         if graph is not None:
-            return graph(images, labels, lr)
-        return self._body(images, labels, lr)
+            return graph(inputs, targets, lr)
+        return self._body(inputs, targets, lr)
 
-    def _body(self, images: Tensor, labels: Tensor, lr: Tensor) -> Tensor:
+    def _body(self, inputs: Batch, targets: Any, lr: Tensor) -> Tensor:
         if self._working is not None:
             with span("interpolate"):
                 self._working.write(self.theta)
-        loss = self._backward(images, labels)
+        loss = self._backward(inputs, targets)
         self._update(lr, self._one)
         return loss
 
 
 class CompiledNetwork:
-    """`model` compiled for the first batch's shape; shorter batches (an epoch's last) go to it uncompiled.
+    """`model` compiled for the first batch's shapes; shorter batches (an epoch's last) go to it uncompiled.
 
     Images of another side, as progressive resizing has them, are compiled for anew.
 
@@ -185,24 +202,23 @@ class CompiledNetwork:
     def __init__(self, model: nn.Module):
         self._model = model
         self._compiled: Any = None
-        self._shape: torch.Size | None = None
+        self._shapes: list[torch.Size] | None = None
 
-    def __call__(self, images: Tensor) -> Tensor:
-        if self._shape is None or images.shape[1:] != self._shape[1:]:
-            self._shape = images.shape
-            return self._compile(images)
-        logits: Tensor = (self._compiled if images.shape == self._shape else self._model)(images)
-        return logits
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        shapes = [one.shape for one in tree_leaves((inputs, named)) if isinstance(one, Tensor)]
+        if self._shapes is None or [one[1:] for one in shapes] != [one[1:] for one in self._shapes]:
+            self._shapes = shapes
+            return self._compile(inputs, named)
+        return (self._compiled if shapes == self._shapes else self._model)(*inputs, **named)
 
-    def _compile(self, images: Tensor) -> Tensor:
+    def _compile(self, inputs: tuple[Any, ...], named: dict[str, Any]) -> Any:
         self._compiled = torch.compile(self._model, dynamic=False)
         try:
-            logits: Tensor = self._compiled(images)
+            return self._compiled(*inputs, **named)
         except (torch._dynamo.exc.TorchDynamoException, torch._inductor.exc.InductorError) as error:
             reason = " ".join(str(error).split())[:300]
             what = f"train.compile=true: torch.compile failed ({reason})"
             raise FastarError(f"{what}; install a C++ compiler or set train.compile=false") from error
-        return logits
 
 
 class StepDraws:
@@ -259,25 +275,25 @@ class StepDraws:
         return [generator.get_state() for generator in self._generators]
 
 
-def forward_flops(model: nn.Module, images: Tensor) -> int:
-    """Floating-point operations of one forward pass of `model` over the batch `images` (products only)."""
+def forward_flops(model: nn.Module, inputs: Batch) -> int:
+    """Floating-point operations of one forward pass of `model` over a batch of `inputs` (products only)."""
     training = model.training
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            model.eval()(images)
+            call(model.eval(), inputs)
     finally:
         model.train(training)
     return int(counter.get_total_flops())
 
 
 @contextmanager
-def suitable_threads(model: nn.Module, images: Tensor) -> Iterator[int]:
-    """Inside, torch uses one CPU thread if a forward pass of `model` over `images` is small; else as many as before.
+def suitable_threads(model: nn.Module, inputs: Batch) -> Iterator[int]:
+    """Inside, torch uses one CPU thread if a forward pass of `model` over `inputs` is small; else as many as before.
 
     Has no effect on a GPU's work.
     """
-    before = torch.get_num_threads()
-    chosen = 1 if images.device.type == "cpu" and forward_flops(model, images) < SMALL_FLOPS else before
+    before, device = torch.get_num_threads(), next(model.parameters()).device
+    chosen = 1 if device.type == "cpu" and forward_flops(model, inputs) < SMALL_FLOPS else before
     torch.set_num_threads(chosen)
     try:
         yield chosen

@@ -1,0 +1,358 @@
+"""Data of users: tensors, map-style datasets, and any other iterable of batches.
+
+Tensors and datasets are exact: a batch is a function of (seed, epoch, its place), and what a dataset draws for a sample
+of (seed, epoch, the sample's index). Other iterables are gone through as they come.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import Dataset as SampleSet
+from torch.utils.data.sampler import BatchSampler
+
+from fastar.data.dataset import Dataset
+from fastar.data.sampling import epoch_order
+from fastar.errors import FastarError
+from fastar.runtime.seeds import derive_seed
+from fastar.runtime.user_code import users_code
+
+# Samples that a map-style dataset is told by, beside its length.
+DIGESTED = 8
+_WANTED = "give tensors, a torch Dataset, a DataLoader, or a function that begins a pass over batches"
+
+
+class _Held(Dataset):
+    """A split of `count` samples, or of those of them that `index` names."""
+
+    def __init__(self, name: str, count: int, device: torch.device, index: Tensor | None):
+        if not count:
+            raise FastarError(f"{name}: holds no sample")
+        self.name, self.device = name, device
+        self._index = torch.arange(count, device="cpu") if index is None else index
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+    def _check_size(self, size: int) -> None:
+        raise FastarError(f"train.resolutions: the samples of {self.name} have the size they have; leave it out")
+
+    def _order(self, seed: int, epoch: int) -> Tensor:
+        return epoch_order(len(self), seed, epoch, self._index.device)
+
+
+class TensorData(_Held):
+    """Tensors, each of one length, on the device.
+
+    Args:
+        tensors: a tensor, or a tuple or mapping of tensors [n, ...].
+        index: of the samples that belong to it; None: all.
+
+    Raises:
+        FastarError: tensors of several lengths, or none.
+    """
+
+    def __init__(self, name: str, tensors: Any, device: torch.device, index: Tensor | None = None):
+        leaves = tree_leaves(tensors)
+        lengths = {len(one) if one.ndim else 0 for one in leaves}
+        if len(lengths) != 1:
+            found = ", ".join(str(list(one.shape)) for one in leaves)
+            raise FastarError(f"{name}: its tensors have the shapes {found}: give one entry for each sample in all")
+        super().__init__(name, lengths.pop(), device, None if index is None else index.to(device))
+        self._tensors = tree_map(lambda one: one.detach().to(device), tensors)
+        self._index = self._index.to(device)
+        self.digest = _tensors_digest(leaves)
+
+    def _made(self, order: Any | None, batch_size: int, key: int | None, size: int | None) -> Iterator[Any]:
+        chosen = self._index if order is None else self._index[order]
+        for some in chosen.split(batch_size):
+            yield tree_map(lambda one, some=some: one.index_select(0, some), self._tensors)
+
+
+class SampleData(_Held):
+    """A map-style dataset, read by a DataLoader of as many workers as are asked for.
+
+    Whatever the dataset draws for a sample (with torch, NumPy or `random`) follows from the training's seed, the epoch
+    and the sample's index; generators are left as they were.
+
+    Args:
+        samples: has a length and gives a sample by its index.
+        loader: the DataLoader that it was given in: its workers, `collate_fn` and pinning are used.
+        workers: processes that read, where there is no loader.
+
+    Raises:
+        FastarError: later, where its length changes or it raises.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        samples: SampleSet[Any],
+        device: torch.device,
+        index: Tensor | None = None,
+        *,
+        loader: DataLoader[Any] | None = None,
+        workers: int = 0,
+    ):
+        count = _length(samples, name)
+        super().__init__(name, count, device, index)
+        self._samples, self._whole, self._order_now = samples, count, _Order()
+        workers = workers if loader is None else loader.num_workers
+        self._loader: DataLoader[Any] = DataLoader(
+            _Seeded(samples, name),  # type: ignore[arg-type]
+            batch_sampler=self._order_now,
+            num_workers=workers,
+            collate_fn=None if loader is None else loader.collate_fn,
+            pin_memory=device.type == "cuda" if loader is None else loader.pin_memory,
+            worker_init_fn=None if loader is None else loader.worker_init_fn,
+            multiprocessing_context=None if loader is None else loader.multiprocessing_context,
+            prefetch_factor=None if loader is None else loader.prefetch_factor,
+            persistent_workers=workers > 0,
+            generator=torch.Generator(),  # the base seed of workers is not to be taken from torch's own
+        )
+        self.digest = self._digest()
+
+    def _digest(self) -> str:
+        """Of its type, its length and some of its samples: all of them may be too many to read."""
+        places = sorted({round(i * (self._whole - 1) / (DIGESTED - 1)) for i in range(DIGESTED)})
+        digest = hashlib.sha256(f"{type(self._samples).__qualname__} {self._whole}".encode())
+        for sample in _Seeded(self._samples, self.name).__getitems__([(place, 0) for place in places]):
+            digest.update(_tensors_digest(tree_leaves(sample)).encode())
+        return digest.hexdigest()
+
+    def _made(self, order: Any | None, batch_size: int, key: int | None, size: int | None) -> Iterator[Any]:
+        now = _length(self._samples, self.name)
+        if now != self._whole:
+            raise FastarError(f"{self.name}: had {self._whole} samples and has {now} now: its length must not change")
+        chosen = (self._index if order is None else self._index[order]).tolist()
+        seeds = [(place, derive_seed(key or 0, "sample", place)) for place in chosen]
+        return self._read([seeds[i : i + batch_size] for i in range(0, len(seeds), batch_size)])
+
+    def _read(self, batches: list[list[tuple[int, int]]]) -> Iterator[Any]:
+        self._order_now.batches = batches
+        for batch in self._loader:
+            yield _to(batch, self.device)
+
+
+class _Order:
+    """The batches of a pass, each a list of (index, seed): the batch sampler of a DataLoader that lives for all
+    epochs."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[tuple[int, int]]] = []
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        return iter(self.batches)
+
+    def __len__(self) -> int:
+        return len(self.batches)
+
+
+class _Seeded:
+    """A dataset that is asked by (index, seed), and whose draws for a sample follow from the seed."""
+
+    def __init__(self, samples: SampleSet[Any], name: str):
+        self._samples, self._name = samples, name
+
+    def __getitems__(self, wanted: Sequence[tuple[int, int]]) -> list[Any]:
+        found = []
+        with generators_kept():
+            for index, seed in wanted:
+                seed_all(seed)
+                with users_code(f"{self._name}[{index}] ({type(self._samples).__name__})"):
+                    found.append(self._samples[index])
+        return found
+
+
+class IterableData(Dataset):
+    """Any other iterable of batches: its own order and batch sizes. A pass cannot be begun in its middle.
+
+    Args:
+        again: begins a pass.
+        count: batches of a pass.
+        batch_size: samples of a batch, as the recipe says.
+    """
+
+    exact = False
+
+    def __init__(
+        self,
+        name: str,
+        again: Callable[[], Iterable[Any]],
+        count: int,
+        batch_size: int,
+        device: torch.device,
+    ):
+        if not count:
+            raise FastarError(f"{name}: holds no batch")
+        self.name, self.device = name, device
+        self._again, self._count, self._batch_size = again, count, batch_size
+        self.digest = ""
+
+    def __len__(self) -> int:
+        return self._count * self._batch_size
+
+    def batch_count(self, batch_size: int, drop_last: bool = True) -> int:
+        return self._count
+
+    def _check_size(self, size: int) -> None:
+        raise FastarError(f"train.resolutions: the batches of {self.name} come as they are; leave it out")
+
+    def batches(self, batch_size: int, *, seed: int, epoch: int, begin: int = 0, **_: Any) -> Iterator[Any]:
+        assert not begin, "a pass over an iterable begins at its beginning"
+        return self._pass(derive_seed(seed, "pass", epoch))
+
+    def sequential(self, batch_size: int, **_: Any) -> Iterator[Any]:
+        return self._pass(0)
+
+    def _order(self, seed: int, epoch: int) -> Any:
+        raise NotImplementedError
+
+    def _made(self, order: Any | None, batch_size: int, key: int | None, size: int | None) -> Iterator[Any]:
+        raise NotImplementedError
+
+    def _pass(self, seed: int) -> Iterator[Any]:
+        with generators_kept(), users_code(f"{self.name}: beginning a pass"):
+            seed_all(seed)
+            begun = iter(self._again())
+        done = 0
+        while True:
+            with users_code(f"{self.name}: batch {done}"):
+                batch = next(begun, None)
+            if batch is None:
+                break
+            done += 1
+            if done > self._count:
+                break
+            yield _to(batch, self.device)
+        if done != self._count:
+            more = "more" if done > self._count else f"{done}"
+            raise FastarError(f"{self.name}: had {self._count} batches and gave {more} now: a pass must not change")
+
+
+def user_data(
+    name: str,
+    given: Any,
+    device: torch.device,
+    batch_size: int,
+    *,
+    workers: int = 0,
+    say: Callable[[str], None] = lambda line: None,
+) -> Dataset:
+    """A split of what a user gives.
+
+    Args:
+        name: of it, for errors.
+        given: tensors (one, a tuple, a mapping); a map-style Dataset; a DataLoader (of one with an ordinary sampler,
+            the dataset is taken); or an iterable of batches that has a length, or a function that begins a pass.
+        batch_size: of the recipe.
+        workers: processes that read a map-style dataset.
+        say: is told what is done otherwise than the user may think.
+
+    Raises:
+        FastarError: none of these, or one that can be gone through once only.
+    """
+    if _is_tensors(given):
+        return TensorData(name, given, device)
+    if isinstance(given, DataLoader):
+        ordinary = type(given.batch_sampler) is BatchSampler
+        if ordinary and type(given.sampler) in (RandomSampler, SequentialSampler):
+            if given.batch_size != batch_size:
+                say(
+                    f"{name}: batches of {batch_size} samples (train.batch_size), not of the loader's {given.batch_size}"
+                )
+            return SampleData(name, given.dataset, device, loader=given)
+    elif isinstance(given, SampleSet) and not isinstance(given, IterableDataset):
+        return SampleData(name, given, device, workers=workers)
+    _check_batches(given, name)
+    say(f"{name}: its batches come as they are, so a training that was stopped goes on at the end of an epoch")
+    again = given if callable(given) else lambda: given
+    try:
+        count = len(given)
+    except TypeError:
+        count = sum(1 for _ in again())
+    return IterableData(name, again, count, batch_size, device)
+
+
+def _check_batches(given: object, name: str) -> None:
+    if isinstance(given, Iterator):
+        raise FastarError(
+            f"{name} can be gone through once only; give a list, a DataLoader, or a function that begins a new pass"
+        )
+    if any(isinstance(one, np.ndarray) for one in tree_leaves(given)):
+        raise FastarError(f"{name} holds arrays of NumPy: make tensors of them, torch.from_numpy(...)")
+    no_batches = isinstance(given, Mapping | str | bytes | torch.nn.Module | type) or given is None
+    if no_batches or not (callable(given) or isinstance(given, Iterable)):
+        raise FastarError(f"{name} is a {type(given).__name__}: {_WANTED}")
+
+
+def _is_tensors(given: Any) -> bool:
+    if isinstance(given, tuple | Mapping):
+        leaves = tree_leaves(given)
+        return bool(leaves) and all(isinstance(one, Tensor) for one in leaves)
+    return isinstance(given, Tensor)
+
+
+def some_of(data: Dataset, count: int | None, *, begin: int = 0, seed: str = "limit") -> Dataset:
+    """The same split with `count` of its samples, drawn once and for all, after the first `begin` drawn."""
+    if count is None:
+        return data
+    if not isinstance(data, _Held):
+        raise FastarError("a limit or a share for validation needs tensors or a map-style dataset")
+    if begin + count > len(data):
+        raise FastarError(f"{data.name}: {begin + count} samples are asked for and {len(data)} there; lower the limit")
+    order = torch.argsort(torch.rand(len(data), generator=torch.Generator().manual_seed(derive_seed(0, seed))))
+    chosen = order[begin : begin + count].sort().values
+    twin = object.__new__(type(data))
+    twin.__dict__.update(data.__dict__)
+    twin._index = data._index[chosen.to(data._index.device)]
+    return twin
+
+
+def _to(batch: Any, device: torch.device) -> Any:
+    return tree_map_only(Tensor, lambda one: one.to(device, non_blocking=True), batch)
+
+
+def _length(samples: Any, name: str) -> int:
+    with users_code(f"len({name}) ({type(samples).__name__})"):
+        return len(samples)
+
+
+def _tensors_digest(leaves: Iterable[Any]) -> str:
+    digest = hashlib.sha256()
+    for one in leaves:
+        if isinstance(one, Tensor):
+            values = one.detach().cpu().contiguous()
+            digest.update(f"{values.dtype} {list(values.shape)}".encode())
+            digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
+        else:
+            digest.update(repr(one).encode())
+    return digest.hexdigest()
+
+
+def seed_all(seed: int) -> None:
+    """Begin the generators of torch (the CPU's), NumPy and `random` from `seed`."""
+    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002  # what users' transforms draw from
+    random.seed(seed)
+
+
+@contextmanager
+def generators_kept() -> Iterator[None]:
+    """Afterwards these generators are where they were."""
+    before = torch.default_generator.get_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
+    try:
+        yield
+    finally:
+        torch.default_generator.set_state(before[0])
+        np.random.set_state(before[1])  # noqa: NPY002
+        random.setstate(before[2])

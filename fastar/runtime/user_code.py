@@ -1,0 +1,127 @@
+"""Code of users: functions named as `module:function`, how to run them, and digests of what they are written as."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from fastar.errors import FastarError, UserCodeError
+
+
+def is_reference(text: str) -> bool:
+    """Tell whether `text` names a function: `module:function` or `file.py:function`."""
+    return ":" in text
+
+
+def find_function(reference: str, option: str) -> Callable[..., Any]:
+    """The function that `reference` names.
+
+    Args:
+        reference: `module:function`, looked for in the current folder too, or `file.py:function`.
+        option: that it was given by, for errors.
+
+    Raises:
+        FastarError: nothing of this name, or no function.
+    """
+    name, colon, attribute = reference.rpartition(":")
+    if not colon or not name or not attribute:
+        raise FastarError(f"{option} {reference}: write module:function or file.py:function, such as mynets:build")
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # the current folder, as `python -m` has it
+    file = Path(name) if name.endswith(".py") or os.sep in name else None
+    if file is not None and not file.is_file():
+        raise FastarError(f"{option} {reference}: there is no file {file}; name one, or an installed module")
+    try:
+        module = importlib.import_module(name) if file is None else _module_in(file)
+    except (Exception, SystemExit) as error:
+        remedy = "run from the folder that holds it, or install it"
+        if "torchvision::" in str(error):
+            remedy = "torchvision is of another build than torch: `fastar doctor` says more"
+        elif file is not None:
+            remedy = "mend it; what is to run as a program alone belongs under `if __name__ == '__main__'`"
+        raise FastarError(
+            f"{option} {reference}: cannot import {name} ({type(error).__name__}: {' '.join(str(error).split())}); "
+            f"{remedy}"
+        ) from error
+    found: Any = getattr(module, attribute, None)
+    if found is None:
+        near = difflib.get_close_matches(attribute, dir(module), n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise FastarError(f"{option} {reference}: {name} has no {attribute}; {hint}it is {module.__file__}")
+    if not callable(found):
+        raise FastarError(f"{option} {reference}: {attribute} is {type(found).__name__}, not a function")
+    return found
+
+
+def _module_in(file: Path) -> ModuleType:
+    """The module that a file holds; it may import its neighbours."""
+    folder = str(file.resolve().parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
+    # A name of its own: the file's may be another module's.
+    spec = importlib.util.spec_from_file_location(f"fastar_model_{file.stem}", file)
+    if spec is None or spec.loader is None:
+        raise ImportError("no Python source; its name must end in .py")
+    module = sys.modules.get(spec.name)
+    if module is not None and getattr(module, "__file__", None) == str(file):
+        return module  # its classes are those of the models that were made before
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses and pickle look there
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[spec.name]
+        raise
+    return module
+
+
+@contextmanager
+def users_code(what: str) -> Iterator[None]:
+    """Inside, an error of a user's code is one line that says what was called; its traceback is shown above it."""
+    try:
+        yield
+    except FastarError:
+        raise
+    except (Exception, SystemExit) as error:
+        text = " ".join(str(error).split())
+        raise UserCodeError(f"{what} failed ({type(error).__name__}{f': {text}' if text else ''})") from error
+
+
+def name_of(function: Any) -> str:
+    """The name that a function, a class or another callable is recorded under: `module:name`."""
+    if isinstance(function, functools.partial):
+        return name_of(function.func)
+    called = getattr(function, "__qualname__", None) or type(function).__qualname__
+    return f"{getattr(function, '__module__', None) or type(function).__module__}:{called}"
+
+
+def source_digest(objects: Iterable[Any]) -> str:
+    """A SHA-256 of what functions and classes are written as; of libraries (torch, fastar), of their names alone."""
+    digest = hashlib.sha256()
+    for one in objects:
+        digest.update(_source(one).encode())
+    return digest.hexdigest()
+
+
+def _source(one: Any) -> str:
+    if isinstance(one, functools.partial):
+        return f"{_source(one.func)} {one.args!r} {sorted(one.keywords.items())!r}"
+    module = getattr(one, "__module__", None) or ""
+    if module.partition(".")[0] in ("torch", "fastar"):
+        return name_of(one)
+    try:
+        return inspect.getsource(one if inspect.isroutine(one) or inspect.isclass(one) else type(one))
+    except (OSError, TypeError):  # typed in by hand, or written in C
+        code = getattr(one, "__code__", None)
+        return name_of(one) if code is None else f"{code.co_code.hex()} {code.co_consts!r} {code.co_names!r}"
