@@ -230,9 +230,12 @@ def variable_size_names() -> tuple[str, ...]:
 
 
 def dataset_spec(name: str) -> DatasetSpec:
-    """The entry called `name`; FastarError lists the valid names and the nearest one."""
+    """The entry called `name`; FastarError lists the valid names and the nearest one. Of a user's own data
+    (`module:function`) nothing is known."""
     if name in DATASETS:
         return DATASETS[name]
+    if ":" in name:
+        return DatasetSpec(name=name, reader="", obtain="")
     near = get_close_matches(name.lower().replace("_", "-"), DATASETS, n=1, cutoff=0.5)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     raise FastarError(f"unknown dataset {name!r}{hint}; choose one of: {', '.join(DATASETS)}")

@@ -33,7 +33,8 @@ class DatasetSettings(Section):
     """The images, and their files."""
 
     name: str
-    """The data set: digits, cifar10, ... (`--dataset`)."""
+    """The data set: digits, cifar10, ... (`--dataset`), or the function that returns your own, `module:function`
+    (`--data`)."""
     root: Folder | None = None
     """Folder of the raw data. null: the usual places are searched."""
     directory: Folder = Path(os.environ.get("FASTAR_DATA", DATA_FOLDER))
@@ -111,7 +112,8 @@ class ModelSettings(Section):
 
     model_config = ConfigDict(extra="allow", frozen=True)
     arch: str
-    """The architecture: mlp, resnet18, ... (`--arch`)."""
+    """The architecture: mlp, resnet18, ... (`--arch`), or the function that builds your own network, `module:function`
+    (`--model`); the other keys of this section are its arguments."""
 
     @property
     def options(self) -> dict[str, Any]:
@@ -219,7 +221,10 @@ class SourcesSettings(Section):
     heldout: Count = 3
     """Held-out models that only barriers are measured to."""
     folder: Folder | None = None
-    """Folder of checkpoints that are the sources. null: they are trained."""
+    """Folder of checkpoints that are the sources, or a pattern of their files, such as 'ckpts/*.pt'. null: they are
+    trained."""
+    heldout_folder: Folder | None = None
+    """The same of the held-out models."""
     store: Literal["auto", "device", "host", "file"] = "auto"
     """Memory that holds them while the star is trained. auto: the device's if they fill at most half of what is free,
     else the host's (pinned) likewise, else a file in the run folder."""
@@ -290,8 +295,15 @@ class MatchingSettings(Section):
     """Times that the end is perturbed and descends again (iterated local search); the better end is kept."""
     max_sweeps: Positive = 100
     """The most sweeps of a descent; it ends before where nothing changes any more."""
+    allow_partial: bool = False
+    """Hold in place the units of operations whose symmetry cannot be proven, and go on. false: say which, and stop."""
     chunk: Positive | None = None
     """Sources that are matched together: fewer take less memory. null: on a CPU one a thread, on a GPU what fits."""
+
+    def recorded(self) -> dict[str, Any]:
+        """All that permutations depend on, as it is recorded; what older versions did not know only where it is set."""
+        unset = set() if self.allow_partial else {"allow_partial"}
+        return self.model_dump(mode="json", exclude={"chunk", *unset})
 
     @property
     def by_activations(self) -> bool:
@@ -360,6 +372,12 @@ class Settings(Section):
     evaluation: EvaluationSettings = EvaluationSettings()
     checkpoint: CheckpointSettings = CheckpointSettings()
     logging: LoggingSettings = LoggingSettings()
+    loss: str = "cross_entropy"
+    """The loss: cross_entropy, mse, bce (several labels), lm (next token), or a function f(outputs, batch) -> [batch]
+    named as `module:function` (`--loss`). It is trained on, measured along paths, and matched on by Sinkhorn."""
+    metrics: tuple[str, ...] | None = None
+    """Metrics beside it: accuracy, top5, label_accuracy, token_accuracy, mae, rmse, perplexity, or `module:function`.
+    null: accuracy of cross_entropy, rmse of mse, label_accuracy of bce, perplexity of lm."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed that all random choices derive from."""
     device: str = "auto"

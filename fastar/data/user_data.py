@@ -10,6 +10,7 @@ import hashlib
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,28 @@ from fastar.runtime.user_code import users_code
 # Samples that a map-style dataset is told by, beside its length.
 DIGESTED = 8
 _WANTED = "give tensors, a torch Dataset, a DataLoader, or a function that begins a pass over batches"
+
+
+@dataclass(frozen=True)
+class UserSplits:
+    """A user's data: `fastar.Data`.
+
+    Each split is tensors (one, a tuple whose last are the targets, or a mapping), a map-style torch Dataset, a
+    DataLoader, another iterable of batches, or a function that begins a pass over batches.
+
+    Args:
+        train: trained on.
+        test: measured on; None: losses are measured on the training data alone.
+        validation: measured on too.
+        workers: processes that read map-style datasets; a DataLoader has its own number.
+        classes: their number, for `--arch`.
+    """
+
+    train: Any = field(repr=False)
+    test: Any = field(default=None, repr=False)
+    validation: Any = field(default=None, repr=False)
+    workers: int = 0
+    classes: int | None = None
 
 
 class _Held(Dataset):
@@ -267,9 +290,8 @@ def user_data(
         ordinary = type(given.batch_sampler) is BatchSampler
         if ordinary and type(given.sampler) in (RandomSampler, SequentialSampler):
             if given.batch_size != batch_size:
-                say(
-                    f"{name}: batches of {batch_size} samples (train.batch_size), not of the loader's {given.batch_size}"
-                )
+                own = given.batch_size
+                say(f"{name}: batches of {batch_size} samples (train.batch_size); the loader's own are of {own}")
             return SampleData(name, given.dataset, device, loader=given)
     elif isinstance(given, SampleSet) and not isinstance(given, IterableDataset):
         return SampleData(name, given, device, workers=workers)

@@ -175,7 +175,7 @@ def evaluate_paths(
     for path, here in zip(paths, of_paths, strict=True):
         values = {
             name: {split: [measured[point][split][name] for point in here] for split in splits}
-            for name in (find_loss() if loss is None else loss).measures()
+            for name in (find_loss() if loss is None else loss).names
         }
         found.append(PathLosses(path.kind, path.first.name, path.second.name, ts, values))
     return found

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from fastar.evaluation import Endpoint, PathLosses, Segment, evaluate_paths, evaluate_rows
 from fastar.evaluation.batch_norm import batch_norm_layers
@@ -66,12 +67,13 @@ def endpoint(session: Session, name: str, checkpoint: Checkpoint, permutation: P
 
 def check_endpoint(session: Session, name: str, checkpoint: Checkpoint, permutation: Permutations | None) -> None:
     """Raise FastarError unless the network at this end of a path computes what the checkpoint's own does, on the first
-    test images and with its own batch-norm statistics."""
+    images of the last split and with its own batch-norm statistics."""
     own, standing = session.network.build(seed=0), session.network.build(seed=0)
     load_into(own, checkpoint)
     state = permuted(session, checkpoint, permutation)
-    images, _ = next(iter(session.data.splits()["test"]()))
-    check_end(own, standing, session.network.layout, state, images[:CHECKED_ON], name)
+    inputs, _ = next(iter(list(session.data.splits().values())[-1]()))
+    some = tree_map_only(Tensor, lambda one: one[:CHECKED_ON], inputs)
+    check_end(own, standing, session.network.layout, state, some, name)
 
 
 def match_to(
@@ -196,6 +198,7 @@ def evaluated(session: Session, segments: Sequence[Segment]) -> tuple[list[PathL
         points=evaluation.points,
         statistics_batches=partial(statistics_batches, session),
         method=evaluation.batch_norm,
+        loss=session.loss,
         graph=evaluation.graph,
         progress=session.progress,
     )
@@ -227,10 +230,7 @@ def measure(
         "heldout": len(heldouts),
         "t": measured[0].t,
         **{split: summary(measured, split) for split in measured[0].loss},
-        "accuracy": {
-            split: dict(zip(("regular", "star"), _at_ends(measured, "accuracy", split), strict=True))
-            for split in measured[0].accuracy
-        },
+        **metrics_of(measured),
         "paths": [path_result(path) for path in measured],
         "seconds": {**epoch_seconds(log), "evaluation": seconds},
         "speed": speed(log),
@@ -253,17 +253,19 @@ def statistics_error(session: Session, segments: Sequence[Segment]) -> dict[str,
     path, half = segments[0], torch.tensor(0.5, device=session.device, dtype=torch.float32)
     row = torch.empty(session.network.layout.numel, device=session.device, dtype=torch.float32)
     interpolate(path.first.row_on(session.device), path.second.row_on(session.device), half, row)
+    split, batches = list(session.data.splits().items())[-1]
     losses = []
     for times in (1, TIMES):
         found = evaluate_rows(
             model,
             session.network.layout,
             row[None],
-            {"test": session.data.splits()["test"]},
+            {split: batches},
             statistics_batches=partial(statistics_batches, session, times),
             method=session.settings.evaluation.batch_norm,
+            loss=session.loss,
         )
-        losses.append(float(found["test"].loss[0]))
+        losses.append(float(found[split]["loss"][0]))
     against = min(TIMES * wanted, whole)
     return {"batches": wanted, "against": against, "test_loss": losses[0], "error": losses[0] - losses[1]}
 
@@ -278,21 +280,34 @@ def summary(measured: Sequence[PathLosses], split: str) -> dict[str, Any]:
     }
 
 
+def metrics_of(measured: Sequence[PathLosses]) -> dict[str, Any]:
+    """The metrics of regular models and the star on each split: "accuracy", others under "metrics" by their names."""
+    found = {
+        name: {
+            split: dict(zip(("regular", "star"), _at_ends(measured, name, split), strict=True)) for split in of_splits
+        }
+        for name, of_splits in measured[0].values.items()
+        if name != "loss"
+    }
+    accuracy = {"accuracy": found.pop("accuracy")} if "accuracy" in found else {}
+    return {**accuracy, **({"metrics": found} if found else {})}
+
+
 def _at_ends(measured: Sequence[PathLosses], metric: str, split: str) -> tuple[dict[str, Any], float]:
     """A metric of the regular models that paths from the star lead to, and of the star."""
-    star_paths = [getattr(path, metric)[split] for path in measured if path.kind in ("star_heldout", "star_source")]
+    star_paths = [path.values[metric][split] for path in measured if path.kind in ("star_heldout", "star_source")]
     regular = spread([along[-1] for along in star_paths])
     return {key: regular[key] for key in ("mean", "std", "n")}, star_paths[0][0]
 
 
 def path_result(path: PathLosses) -> dict[str, Any]:
-    """The losses and accuracies of a path, JSON-able: `train_loss`, `train_accuracy` and so on for each split."""
+    """The losses and metrics of a path, JSON-able: `train_loss`, `train_accuracy` and so on for each split."""
     return {
         "kind": path.kind,
         "first": path.first,
         "second": path.second,
         "t": path.t,
-        **{f"{split}_{what}": getattr(path, what)[split] for split in path.loss for what in ("loss", "accuracy")},
+        **{f"{split}_{name}": path.values[name][split] for split in path.loss for name in path.values},
     }
 
 

@@ -18,6 +18,7 @@ from fastar.evaluation.batch_norm import own_statistics
 from fastar.experiments.resumable import Subject, Trained, difference, trained
 from fastar.experiments.reuse import source_paths
 from fastar.experiments.session import Session, measuring
+from fastar.experiments.user_task import loss_recipe
 from fastar.runs import commit, read_metadata, versions
 from fastar.runs.model_files import Checkpoint, load_checkpoint, load_into, save_checkpoint
 from fastar.runtime.progress import Progress
@@ -34,6 +35,7 @@ def recipe(session: Session, kind: str, index: int) -> dict[str, Any]:
     return {
         **session.network.architecture(),
         **session.data.recipe(),
+        **loss_recipe(session.settings, session.given),
         "train": settings.train.model_dump(mode="json", exclude={*HOW, "precision"}),
         # Resolved: auto differs between devices, and a run must not mix what it means.
         "precision": str(resolve_precision(settings.train.precision, session.device)).removeprefix("torch."),
@@ -84,7 +86,7 @@ def train_regular(session: Session, kind: str, index: int) -> None:
     wanted = recipe(session, kind, index)
 
     def make(attempt: int) -> RegularStep:
-        return RegularStep(session.network.build(seed=seed), settings.train)
+        return RegularStep(session.network.build(seed=seed), settings.train, loss=session.loss)
 
     subject = Subject(wanted)
     with trained(session, subject, make, seed=derive_seed(seed, "data")) as done:
@@ -101,7 +103,9 @@ def measured_alone(session: Session, model: nn.Module, name: str) -> Mapping[str
     """A network's losses and accuracies on the splits, with its own batch-norm statistics."""
     own, row = own_statistics(model), session.network.row(Checkpoint(model.state_dict()))
     splits, statistics = session.data.splits(), [own] if own else None
-    return evaluate_rows(model, session.network.layout, row[None], splits, statistics=statistics, called=[name])
+    return evaluate_rows(
+        model, session.network.layout, row[None], splits, statistics=statistics, loss=session.loss, called=[name]
+    )
 
 
 def save_model(
@@ -121,8 +125,11 @@ def save_model(
             "epochs": len(done.history),
             "retries": done.retries,
             "training_loss": done.history[-1].loss,
-            **{f"{split}_loss": float(m.loss[0]) for split, m in measured.items()},
-            **{f"{split}_accuracy": float(m.accuracy[0]) for split, m in measured.items()},
+            **{
+                f"{split}_{name}": float(m[name][0])
+                for name in session.loss.measures()
+                for split, m in measured.items()
+            },
             "device": device_name(session.device),
             "version": __version__,
             "commit": commit(),
@@ -167,7 +174,10 @@ def check_fits(session: Session, checkpoint: Checkpoint, *, same_data: bool = Tr
     if same_data:
         wanted |= {"dataset": session.settings.dataset.name}
         if "dataset_digest" in checkpoint.metadata:
-            wanted |= {"dataset_digest": session.data.files.digest, "validation": session.settings.dataset.validation}
+            wanted |= {
+                "dataset_digest": session.data.recipe()["dataset_digest"],
+                "validation": session.settings.dataset.validation,
+            }
     kept = {"validation": checkpoint.metadata.get("validation", 0.0)}  # one that names none was trained on all images
     known = {key: value for key, value in {**checkpoint.metadata, **kept}.items() if key in wanted}
     changed = changes(known, {key: wanted[key] for key in known})

@@ -76,12 +76,14 @@ def measured_digest(settings: Settings, run: RunFolder, data: str) -> str:
         "data": data,
         "permutations": stored_digest(run.permutations, own=True),
         "evaluation": settings.evaluation.model_dump(mode="json", exclude={"graph"}),
-        "matching": with_old_names("matching", settings.matching.model_dump(mode="json", exclude={"chunk"})),
+        "matching": with_old_names("matching", settings.matching.recorded()),
         "limit": settings.dataset.limit,
         "seed": settings.seed,
     }
     if settings.dataset.validation:
         content["validation"] = settings.dataset.validation
+    if settings.loss != "cross_entropy" or settings.metrics is not None:
+        content |= {"loss": settings.loss, "metrics": settings.metrics and list(settings.metrics)}
     return content_digest(content)
 
 

@@ -9,12 +9,16 @@ from dataclasses import dataclass, replace
 import torch
 
 from fastar.config import Settings
-from fastar.experiments.task import Network, RunData, Shape
+from fastar.experiments.task import Network, RunData, Shape, TaskData
+from fastar.experiments.user_task import Given, UserData, UserNetwork, find_splits, task_loss
+from fastar.flat.forward import on_device
+from fastar.losses import Loss
 from fastar.runs import RunFolder
 from fastar.runs.live_metrics import LiveMetrics
 from fastar.runtime.device import resolve_device
 from fastar.runtime.memory import within_memory
 from fastar.runtime.progress import SILENT, Progress
+from fastar.runtime.user_code import find_function, is_reference
 from fastar.training import suitable_threads
 
 
@@ -23,6 +27,7 @@ class Session:
     """Settings, run, device, progress, data and network of an experiment; it holds them, and does nothing.
 
     Args:
+        given: the parts of the task that were given, not named.
         metrics: where the metrics of trainings are shown, if anywhere.
     """
 
@@ -30,25 +35,52 @@ class Session:
     run: RunFolder
     device: torch.device
     progress: Progress
-    data: RunData
+    data: TaskData
     network: Network
+    loss: Loss
+    given: Given
     metrics: LiveMetrics | None = None
 
 
 def new_session(
-    settings: Settings, run: RunFolder, progress: Progress = SILENT, *, shape: Shape | None = None
+    settings: Settings,
+    run: RunFolder,
+    progress: Progress = SILENT,
+    *,
+    shape: Shape | None = None,
+    given: Given | None = None,
 ) -> Session:
     """A session of a run; data are loaded, and the symmetry derived, when first asked for.
 
     Args:
         shape: of a model at hand, so that images of any size need not be there to say it.
+        given: parts of the task that are not named in the settings.
 
     Raises:
-        FastarError: a device that does not exist.
+        FastarError: a device that does not exist, or a function that cannot be imported.
     """
-    device = resolve_device(settings.device)
-    data = RunData(settings, device, progress, shape)
-    return Session(settings, run, device, progress, data, Network(settings, device, data))
+    given = Given() if given is None else given
+    device, loss = resolve_device(settings.device), task_loss(settings, given)
+    name, arch = settings.dataset.name, settings.model.arch
+    data: TaskData
+    network: Network
+    if given.data is not None or is_reference(name):
+        data = UserData(
+            settings,
+            device,
+            progress,
+            lambda: find_splits(name) if given.data is None else given.data,
+            lambda: network.build(seed=0, device="cpu"),
+            whole=loss.whole,
+        )
+    else:
+        data = RunData(settings, device, progress, shape, whole=loss.whole)
+    if given.build is not None or is_reference(arch):
+        build = find_function(arch, "--model") if given.build is None else given.build
+        network = UserNetwork(settings, device, data, build, given.example)
+    else:
+        network = Network(settings, device, data)
+    return Session(settings, run, device, progress, data, network, loss, given)
 
 
 @contextmanager
@@ -72,8 +104,8 @@ def threads(session: Session) -> Iterator[None]:
     if device.type == "cuda" or settings.dataset.spec.variable_size:
         yield
         return
-    images = torch.zeros(settings.train.batch_size, *session.data.shape.image, device=device, dtype=torch.float32)
-    with suitable_threads(session.network.build(seed=0), images):
+    batch = on_device(session.network.example(settings.train.batch_size), device)
+    with suitable_threads(session.network.build(seed=0), batch):
         yield
 
 

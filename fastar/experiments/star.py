@@ -45,7 +45,7 @@ def star_recipe(session: Session, sources: Sequence[Checkpoint]) -> dict[str, An
     return {
         **recipe(session, "star", 0),
         "star": settings.star.model_dump(mode="json"),
-        "matching": with_old_names("matching", settings.matching.model_dump(mode="json", exclude={"chunk"})),
+        "matching": with_old_names("matching", settings.matching.recorded()),
         "sources": [state_digest(source) for source in sources],
     }
 
@@ -154,6 +154,7 @@ def _train(
             seed=attempt_seed(derive_seed(seed, "star"), attempt),
             match=matcher,
             match_every=settings.star_matched_every,
+            loss=session.loss,
         )
 
     subject = Subject(wanted)

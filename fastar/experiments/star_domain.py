@@ -87,7 +87,7 @@ def do_run(settings: Settings, out: Path, progress: Progress = SILENT, *, profil
         kept = matchings.save(run.matchings)
         results = {
             **found,
-            "measured": measured_digest(settings, run, str(session.data.files.digest)),
+            "measured": measured_digest(settings, run, str(session.data.recipe()["dataset_digest"])),
             "matchings": {"file": run.matchings.name, "digest": stored_digest(run.matchings)} if kept else None,
         }
         run.write_results(results)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
+from typing import Any
 
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from fastar.experiments.session import Session
 from fastar.experiments.task import leaving_no_single
@@ -16,7 +18,7 @@ from fastar.runtime.seeds import derive_seed
 LOOKED_AT = 256
 
 
-def statistics_batches(session: Session, times: int = 1) -> Iterator[tuple[Tensor, Tensor]]:
+def statistics_batches(session: Session, times: int = 1) -> Iterator[tuple[Any, Any]]:
     """The train set as batch-norm statistics are re-estimated from: every image once, augmented and in batches as in
     training, in one fixed shuffled order (files may be sorted by class, and batches must not be); or `times`
     `evaluation.bn_batches` of it."""
@@ -34,8 +36,8 @@ def examples(session: Session) -> Examples:
     take."""
     most = LOOKED_AT if session.settings.matching.by_activations else None
     batches = itertools.islice(_shuffled(session), EXAMPLE_BATCHES)
-    some = [(images[:most].clone(), labels[:most].clone()) for images, labels in batches]
-    return Examples(session.network.build(seed=0), some)
+    some = [tree_map_only(Tensor, lambda one: one[:most].clone(), batch) for batch in batches]
+    return Examples(session.network.build(seed=0), some, session.loss)
 
 
 def statistics_size(session: Session) -> int:
@@ -47,6 +49,6 @@ def statistics_size(session: Session) -> int:
     return size
 
 
-def _shuffled(session: Session) -> Iterator[tuple[Tensor, Tensor]]:
+def _shuffled(session: Session) -> Iterator[tuple[Any, Any]]:
     size, seed = statistics_size(session), derive_seed(0, "statistics")
     return session.data.train.batches(size, seed=seed, epoch=0, augment=True, drop_last=False)

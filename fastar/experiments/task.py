@@ -1,8 +1,9 @@
-"""The data and the network of a run, made from its settings when they are first asked for."""
+"""The data and the network of a run, made when first asked for: those that have names; `user_task` has others."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any
@@ -11,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from fastar.config import Settings
-from fastar.data.dataset import Dataset
+from fastar.data.dataset import Dataset, Taken
 from fastar.data.in_memory import load
 from fastar.data.raw_arrays import RawArrays, read_raw, stands_in
 from fastar.data.splits import held_out
 from fastar.evaluation.batch_norm import batch_norm_layers, layer_of_single_values
 from fastar.flat import FlatLayout
+from fastar.flat.forward import Batch
+from fastar.losses import sample_count
 from fastar.models import build_model
 from fastar.runs.model_files import Checkpoint
 from fastar.runtime.progress import Progress
@@ -37,17 +40,99 @@ class Shape:
     classes: int
 
 
-class RunData:
-    """The data set of a run: its files, written where they are missing (without FFCV its raw arrays), and its splits,
+class TaskData(ABC):
+    """Named splits of data on the device, whose batches are (inputs, targets).
+
+    Args:
+        whole: targets are to be whole batches, as a user's loss takes them.
+    """
+
+    def __init__(self, settings: Settings, device: torch.device, progress: Progress, *, whole: bool = False):
+        self._settings, self._chosen = settings, settings.dataset
+        self._device, self._progress, self._whole = device, progress, whole
+
+    @abstractmethod
+    def _load(self, split: str, limit: int | None) -> Dataset:
+        """A split, with so many of its samples (None: all)."""
+
+    @property
+    @abstractmethod
+    def shape(self) -> Shape:
+        """Images and classes, for networks that are built by them."""
+
+    @property
+    @abstractmethod
+    def digest(self) -> str:
+        """A digest of the data."""
+
+    @abstractmethod
+    def recipe(self) -> dict[str, Any]:
+        """All that determines the data that a model is trained on: for its metadata."""
+
+    @abstractmethod
+    def names(self) -> tuple[str, ...]:
+        """The splits that are measured, the training data first."""
+
+    @abstractmethod
+    def size(self, split: str) -> int:
+        """The number of samples of a split."""
+
+    @cached_property
+    def train(self) -> Dataset:
+        return self._load("train", self._chosen.limit)
+
+    @cached_property
+    def test(self) -> Dataset:
+        return self._load("test", None)
+
+    def splits(self) -> dict[str, Callable[[], Iterator[tuple[Any, Any]]]]:
+        """The splits as evaluation reads them: in order, whole, not augmented; as many samples of each as
+        `evaluation.limit` and `evaluation.test_limit` let be measured."""
+        size = self._settings.evaluation.batch_size
+        return {name: partial(self._in_order, name, size) for name in self.names()}
+
+    def _in_order(self, split: str, size: int) -> Iterator[tuple[Any, Any]]:
+        dataset = getattr(self, f"measured_{split}")
+        return dataset.sequential(leaving_no_single(len(dataset), size))
+
+    @cached_property
+    def measured_train(self) -> Dataset:
+        """The training samples that train losses are measured on."""
+        limit = self._settings.evaluation.limit
+        return self.train if limit is None or limit >= len(self.train) else self._load("train", limit)
+
+    @cached_property
+    def measured_validation(self) -> Dataset:
+        """The training samples kept out of training that validation losses are measured on."""
+        limit = self._settings.evaluation.limit
+        return self._load("validation", None if limit is None or limit >= self.size("validation") else limit)
+
+    @cached_property
+    def measured_test(self) -> Dataset:
+        """The test samples that test losses are measured on."""
+        limit = self._settings.evaluation.test_limit
+        return self.test if limit is None or limit >= len(self.test) else self._load("test", limit)
+
+
+class RunData(TaskData):
+    """The data set of a name: its files, written where they are missing (without FFCV its raw arrays), and its splits,
     loaded onto the device.
 
     Args:
         shape: of a model at hand, so that images of any size need not be there to say it.
     """
 
-    def __init__(self, settings: Settings, device: torch.device, progress: Progress, shape: Shape | None = None):
-        self._settings, self._chosen = settings, settings.dataset
-        self._device, self._progress, self._shape = device, progress, shape
+    def __init__(
+        self,
+        settings: Settings,
+        device: torch.device,
+        progress: Progress,
+        shape: Shape | None = None,
+        *,
+        whole: bool = False,
+    ):
+        super().__init__(settings, device, progress, whole=whole)
+        self._shape = shape
 
     @cached_property
     def files(self) -> DatasetFiles | RawArrays:
@@ -86,57 +171,33 @@ class RunData:
         known = self.files if self._chosen.spec.variable_size else self._chosen.spec
         return Shape(self.image, len(known.classes))
 
-    @cached_property
-    def train(self) -> Dataset:
-        return self._load("train", self._chosen.limit)
-
-    @cached_property
-    def test(self) -> Dataset:
-        return self._load("test", None)
-
     def _load(self, split: str, limit: int | None) -> Dataset:
         files, chosen = self.files, self._chosen
         more: dict[str, Any] = {"limit": limit, "validation": chosen.validation, "progress": self._progress}
         if isinstance(files, RawArrays) or not files.variable_size:
-            return load(files, split, self._device, **more)
+            return self._taken(load(files, split, self._device, **more))
         order = chosen.order if split == "train" else "random"
         more |= {"size": chosen.side, "crop": chosen.crop, "order": order, "threads": chosen.threads}
         from fastar.data.streaming import StreamingDataset
 
-        return StreamingDataset(files, split, self._device, **more)
+        return self._taken(StreamingDataset(files, split, self._device, **more))
 
-    def splits(self) -> dict[str, Callable[[], Iterator[tuple[Tensor, Tensor]]]]:
-        """Train, validation (where images are kept for it) and test as evaluation reads them: in order, whole, not
-        augmented; as many of each as `evaluation.limit` and `evaluation.test_limit` let be measured."""
-        names = ("train", *(("validation",) if self._chosen.validation else ()), "test")
-        size = self._settings.evaluation.batch_size
-        return {name: partial(self._whole, name, size) for name in names}
+    def _taken(self, dataset: Dataset) -> Dataset:
+        return Taken(dataset, lambda batch: (batch[0], batch)) if self._whole else dataset
 
-    def _whole(self, split: str, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        dataset = getattr(self, f"measured_{split}")
-        return dataset.sequential(leaving_no_single(len(dataset), size))
+    def names(self) -> tuple[str, ...]:
+        return ("train", *(("validation",) if self._chosen.validation else ()), "test")
 
-    @cached_property
-    def measured_train(self) -> Dataset:
-        """The training images that train losses are measured on."""
-        limit = self._settings.evaluation.limit
-        return self.train if limit is None or limit >= len(self.train) else self._load("train", limit)
+    def size(self, split: str) -> int:
+        if split == "validation":
+            return held_out(self.files.count("train"), self._chosen.validation, self.files.name)
+        return len(self.train if split == "train" else self.test)
 
-    @cached_property
-    def measured_validation(self) -> Dataset:
-        """The training images kept out of training that validation losses are measured on."""
-        limit, files = self._settings.evaluation.limit, self.files
-        kept = held_out(files.count("train"), self._chosen.validation, files.name)
-        return self._load("validation", None if limit is None or limit >= kept else limit)
-
-    @cached_property
-    def measured_test(self) -> Dataset:
-        """The test images that test losses are measured on."""
-        limit = self._settings.evaluation.test_limit
-        return self.test if limit is None or limit >= len(self.test) else self._load("test", limit)
+    @property
+    def digest(self) -> str:
+        return self.files.digest
 
     def recipe(self) -> dict[str, Any]:
-        """All that determines the images that a model is trained on, and how they are cut: for its metadata."""
         chosen = self._chosen
         found: dict[str, Any] = {"dataset": chosen.name, "dataset_digest": self.files.digest, "limit": chosen.limit}
         if chosen.validation:  # without, models are what they were before there was such a setting
@@ -153,40 +214,19 @@ class Network:
         data: says what images and how many classes it is for.
     """
 
-    def __init__(self, settings: Settings, device: torch.device, data: RunData):
+    def __init__(self, settings: Settings, device: torch.device, data: TaskData):
         self._settings, self._device, self._data = settings, device, data
 
-    def build(self, seed: int | None = None, *, device: torch.device | str | None = None) -> nn.Module:
-        """A fresh network of the run's architecture, on `device` (None: the run's)."""
+    def make(self, seed: int | None) -> nn.Module:
+        """A fresh network on the CPU."""
         model, shape = self._settings.model, self._data.shape
-        built = build_model(model.arch, input_shape=shape.image, classes=shape.classes, seed=seed, **model.options)
-        return built.to(self._device if device is None else device)
+        return build_model(model.arch, input_shape=shape.image, classes=shape.classes, seed=seed, **model.options)
 
-    @property
-    def has_batch_norm(self) -> bool:
-        """Tell whether the networks keep batch-norm statistics."""
-        return bool(batch_norm_layers(self.build(seed=0, device="cpu")))
-
-    def layer_of_single_values(self, side: int | None = None) -> str | None:
-        """The first batch-norm layer that takes no variance of one image, of `side` x `side` pixels (None: of the
-        data's); None: there is none."""
-        channels, height, width = self._data.image
-        shape = (channels, height, width) if side is None else (channels, side, side)
-        pair = torch.zeros(2, *shape, dtype=torch.float32, device="cpu")
-        return layer_of_single_values(self.build(seed=0, device="cpu"), pair, len(pair))
-
-    @cached_property
-    def layout(self) -> FlatLayout:
-        return FlatLayout.from_module(self.build(seed=0))
-
-    @cached_property
-    def symmetry(self) -> Symmetry:
-        """The architecture's permutation groups, proven on a random network before they are used; none are derived
-        for `matching.method=none`."""
-        model, chosen, shape = self.build(seed=0, device="cpu"), self._settings.model, self._data.shape
-        name = [chosen.arch, chosen.options, list(shape.image), shape.classes]
-        example = (torch.zeros(2, *shape.image, dtype=torch.float32, device="cpu"),)
-        return symmetry_by_settings(self._settings.matching, model, example, name=name)
+    def example(self, samples: int, side: int | None = None) -> Batch:
+        """Inputs of so many samples on the CPU: zeros; images of `side` x `side` pixels (None: the data's)."""
+        channels, height, width = self._data.shape.image
+        size = (height, width) if side is None else (side, side)
+        return torch.zeros(samples, channels, *size, dtype=torch.float32, device="cpu")
 
     def architecture(self) -> dict[str, Any]:
         """All that makes two checkpoints' networks the same: for their metadata."""
@@ -197,6 +237,35 @@ class Network:
             "input_shape": list(shape.image),
             "classes": shape.classes,
         }
+
+    def build(self, seed: int | None = None, *, device: torch.device | str | None = None) -> nn.Module:
+        """A fresh network of the run's architecture, on `device` (None: the run's)."""
+        return self.make(seed).to(self._device if device is None else device)
+
+    @property
+    def has_batch_norm(self) -> bool:
+        """Tell whether the networks keep batch-norm statistics."""
+        return bool(batch_norm_layers(self.build(seed=0, device="cpu")))
+
+    def layer_of_single_values(self, side: int | None = None) -> str | None:
+        """The first batch-norm layer that takes no variance of one sample, of an image of `side` x `side` pixels (None:
+        of the data's); None: there is none."""
+        pair = self.example(2, side)
+        return layer_of_single_values(self.build(seed=0, device="cpu"), pair, sample_count(pair))
+
+    @cached_property
+    def layout(self) -> FlatLayout:
+        return FlatLayout.from_module(self.build(seed=0))
+
+    @cached_property
+    def symmetry(self) -> Symmetry:
+        """The architecture's permutation groups, proven on a random network before they are used; none are derived
+        for `matching.method=none`."""
+        model, matching, pair = self.build(seed=0, device="cpu"), self._settings.matching, self.example(2)
+        example = pair if isinstance(pair, tuple | Mapping) else (pair,)
+        # The key that proofs are kept by.
+        name = list(self.architecture().values())
+        return symmetry_by_settings(matching, model, example, allow_partial=matching.allow_partial, name=name)
 
     def row(self, checkpoint: Checkpoint) -> Tensor:
         """A checkpoint's parameters as a flat row [P] on the device."""

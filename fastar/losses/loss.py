@@ -49,6 +49,11 @@ class Loss:
         total, count = self.sums(outputs, targets)
         return total / count
 
+    @property
+    def names(self) -> list[str]:
+        """What a model is measured by: "loss", and the metrics' names."""
+        return list(self.measures())
+
     def measures(self) -> dict[str, Metric]:
         """The loss itself and the metrics, by name: what a model is measured by."""
         return {

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastar.config import MatchingSettings
 from fastar.flat.forward import Batch
+from fastar.losses import Loss
 from fastar.matching.activation.activation_cache import SourceActivations
 from fastar.runtime.progress import Progress
 from fastar.symmetry import Permutations, Symmetry
@@ -21,12 +23,14 @@ class Examples:
 
     Args:
         model: of the architecture, with any weights; not touched.
-        batches: inputs as the model takes them, and labels [batch] (None where there are none: `matching.sinkhorn`'s
-            losses need them), on theta's device.
+        batches: inputs as the model takes them, and targets (None where there are none: `matching.sinkhorn`'s losses
+            need them), on theta's device.
+        loss: of its outputs and the targets; None: cross-entropy.
     """
 
     model: nn.Module
-    batches: Sequence[tuple[Batch, Tensor | None]]
+    batches: Sequence[tuple[Batch, Any]]
+    loss: Loss | None = None
 
     def __repr__(self) -> str:
         return f"Examples({type(self.model).__name__}, {len(self.batches)} batches)"

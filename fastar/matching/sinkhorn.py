@@ -7,12 +7,12 @@ from collections.abc import Callable, Mapping
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
 from fastar.config import SinkhornSettings
 from fastar.errors import FastarError
 from fastar.flat.forward import forward, without_statistics
+from fastar.losses import find_loss
 from fastar.matching.assignment import Solver
 from fastar.matching.blocks import solve_tree
 from fastar.matching.request import Request
@@ -78,9 +78,10 @@ def match_sinkhorn(request: Request) -> Permutations:
 
 
 def _loss(request: Request) -> Loss:
-    """Cross-entropy on the batches in turn; batch-norm normalises with the batch."""
+    """The loss on the batches in turn; batch-norm normalises with the batch."""
     assert request.examples is not None
     examples = request.examples()
+    taken = find_loss() if examples.loss is None else examples.loss
     with torch.inference_mode(False):
         model = without_statistics(examples.model, request.device)
 
@@ -90,7 +91,7 @@ def _loss(request: Request) -> Loss:
             raise FastarError(
                 "matching.sinkhorn.objective=mid and random need labels, and these data have none; set l2"
             )
-        return F.cross_entropy(forward(model, parameters, inputs), labels)
+        return taken.mean(forward(model, parameters, inputs), labels)
 
     return loss
 

@@ -69,7 +69,7 @@ def build_model(
             raise FastarError(f"model.{name} is not a setting of {arch}: {hint}it takes {', '.join(valid) or 'none'}")
         _check_value(arch, name, options[name], valid[name])
     try:
-        with _seeded(seed):
+        with seeded(seed):
             model = MODELS[arch](input_shape=input_shape, classes=classes, **options)
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "allocate" not in str(error):
@@ -117,7 +117,7 @@ def _check_value(arch: str, name: str, value: object, default: object) -> None:
 
 
 @contextmanager
-def _seeded(seed: int | None) -> Iterator[None]:
+def seeded(seed: int | None) -> Iterator[None]:
     """Inside, torch's CPU generator runs from `seed`, afterwards it is where it was (None: left alone); and layers are
     made in float32, whatever torch's default is: in others they would draw other values."""
     default = torch.get_default_dtype()

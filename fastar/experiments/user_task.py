@@ -1,0 +1,313 @@
+"""Tasks of users: a network, data and a loss of their own, given from Python or named as `module:function`."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from fastar.config import Settings
+from fastar.data.dataset import Dataset, Taken
+from fastar.data.splits import held_out
+from fastar.data.user_data import UserSplits, generators_kept, seed_all, some_of, user_data
+from fastar.errors import FastarError
+from fastar.experiments.task import Network, Shape, TaskData
+from fastar.flat.forward import Batch, call, in_float32
+from fastar.losses import Loss, LossChoice, MetricChoice, find_loss, split_of
+from fastar.models.registry import seeded
+from fastar.runtime.progress import Progress
+from fastar.runtime.seeds import derive_seed
+from fastar.runtime.user_code import find_function, is_reference, source_digest, users_code
+
+PYTHON = "python:data"
+"""The name of data that were given from Python."""
+
+
+@dataclass(frozen=True)
+class Given:
+    """Parts of a task that are at hand; those that are None have the names that the settings say.
+
+    Args:
+        build: returns a fresh network.
+        data: the splits.
+        loss: see `fastar.losses.find_loss`.
+        metrics: beside it.
+        example: inputs that the network takes; None: some of the data.
+        no_data: there are none, and none are needed.
+    """
+
+    build: Callable[..., nn.Module] | None = None
+    data: UserSplits | None = None
+    loss: LossChoice | None = None
+    metrics: Sequence[MetricChoice] | None = None
+    example: Batch | None = None
+    no_data: bool = False
+
+
+def task_loss(settings: Settings, given: Given) -> Loss:
+    """The loss of a run, with its metrics.
+
+    Raises:
+        FastarError: one of a name that is not known.
+    """
+    chosen: LossChoice = settings.loss if given.loss is None else given.loss
+    if isinstance(chosen, str) and is_reference(chosen):
+        chosen = find_function(chosen, "--loss")
+    metrics: Sequence[MetricChoice] | None = settings.metrics if given.metrics is None else given.metrics
+    if metrics is not None:
+        metrics = [
+            find_function(one, "--metric") if isinstance(one, str) and is_reference(one) else one for one in metrics
+        ]
+    return find_loss(chosen, metrics)
+
+
+def loss_recipe(settings: Settings, given: Given) -> dict[str, Any]:
+    """The loss in a model's metadata; nothing of cross-entropy, which older versions knew alone."""
+    if settings.loss == "cross_entropy":
+        return {}
+    function = given.loss if callable(given.loss) else None
+    if is_reference(settings.loss) and function is None:
+        function = find_function(settings.loss, "--loss")
+    return {"loss": settings.loss, **({} if function is None else {"loss_source": source_digest([function])})}
+
+
+def find_splits(reference: str) -> UserSplits:
+    """The splits that the function `reference` returns.
+
+    Raises:
+        FastarError: no such function, or it returns something else.
+    """
+    function = find_function(reference, "--data")
+    with users_code(f"--data {reference}: calling it, without arguments,"):
+        made = function()
+    if isinstance(made, UserSplits):
+        return made
+    if isinstance(made, Mapping) and "train" in made and set(made) <= {"train", "test", "validation"}:
+        return UserSplits(**made)
+    if isinstance(made, tuple | list) and len(made) == 2 and not any(isinstance(one, Tensor) for one in made):
+        return UserSplits(*made)
+    raise FastarError(
+        f"--data {reference}: returns {type(made).__name__}; return (train, test), or a dict with 'train' and 'test', "
+        "each tensors (inputs, targets), a torch Dataset or a DataLoader"
+    )
+
+
+class UserData(TaskData):
+    """The splits that a user gave.
+
+    Args:
+        given: makes them.
+        network: of the run, which says what its forward takes.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        device: torch.device,
+        progress: Progress,
+        given: Callable[[], UserSplits],
+        network: Callable[[], nn.Module],
+        *,
+        whole: bool,
+    ):
+        super().__init__(settings, device, progress, whole=whole)
+        self._given, self._network = given, network
+
+    @cached_property
+    def splits_given(self) -> UserSplits:
+        return self._given()
+
+    @cached_property
+    def _split(self) -> Callable[[Any], tuple[Any, Any]]:
+        return split_of(self._network(), whole=self._whole)
+
+    def _load(self, split: str, limit: int | None) -> Dataset:
+        name, share = split, self._chosen.validation
+        if split == "validation" and self.splits_given.validation is None:
+            name = "train"
+        found = self._whole_split(name)
+        if share and name == "train":
+            held = held_out(len(found), share, self._chosen.label)
+            begin, count = (0, held) if split == "validation" else (held, len(found) - held)
+            found = some_of(found, count, begin=begin, seed="validation")
+        return Taken(some_of(found, limit), self._split)
+
+    def _whole_split(self, name: str) -> Dataset:
+        if name not in self._loaded:
+            given = getattr(self.splits_given, name)
+            self._loaded[name] = user_data(
+                f"the {name} data",
+                given,
+                self._device,
+                self._settings.train.batch_size,
+                workers=self.splits_given.workers,
+                say=self._progress.line,
+            )
+        return self._loaded[name]
+
+    @cached_property
+    def _loaded(self) -> dict[str, Dataset]:
+        return {}
+
+    def names(self) -> tuple[str, ...]:
+        validation = self._chosen.validation or self.splits_given.validation is not None
+        return (
+            "train",
+            *(("validation",) if validation else ()),
+            *(("test",) if self.splits_given.test is not None else ()),
+        )
+
+    def size(self, split: str) -> int:
+        return len(self._load(split, None))
+
+    @property
+    def digest(self) -> str:
+        digests = [self._whole_split(name).digest for name in ("train", "validation", "test") if name in self._there()]
+        return hashlib.sha256(" ".join(digests).encode()).hexdigest()
+
+    def _there(self) -> list[str]:
+        return [name for name in ("train", "validation", "test") if getattr(self.splits_given, name) is not None]
+
+    def recipe(self) -> dict[str, Any]:
+        """As of named sets; the digest is of the training data alone, so that others may be given later."""
+        chosen = self._chosen
+        found = {"dataset": chosen.name, "dataset_digest": self._whole_split("train").digest, "limit": chosen.limit}
+        return {**found, "validation": chosen.validation} if chosen.validation else found
+
+    @cached_property
+    def shape(self) -> Shape:
+        """Of image data whose targets are classes."""
+        inputs, _ = self.first(2)
+        if not isinstance(inputs, Tensor) or inputs.ndim != 4:
+            raise FastarError(
+                f"--arch {self._settings.model.arch} takes images [batch, channels, height, width]; give a network of "
+                "your own for these data: --model module:function"
+            )
+        if self.splits_given.classes is None:
+            raise FastarError(
+                f"--arch {self._settings.model.arch} needs the number of classes: return fastar.Data(..., classes=N)"
+            )
+        _, channels, height, width = inputs.shape
+        return Shape((channels, height, width), self.splits_given.classes)
+
+    def first(self, samples: int) -> tuple[Any, Any]:
+        """Inputs and targets of the first `samples` training samples."""
+        return next(iter(self.train.sequential(samples)))
+
+
+class UserNetwork(Network):
+    """A network that a user's function builds.
+
+    Args:
+        function: called with the options of `model`; torch's, NumPy's and Python's generators are seeded before.
+        example: inputs that it takes; None: some of the data.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        device: torch.device,
+        data: TaskData,
+        function: Callable[..., Any],
+        example: Batch | None = None,
+    ):
+        super().__init__(settings, device, data)
+        self._function, self._example = function, example
+        self._shapes: dict[str, torch.Size] | None = None
+
+    @cached_property
+    def _name(self) -> str:
+        return self._settings.model.arch
+
+    def make(self, seed: int | None) -> nn.Module:
+        with seeded(seed), generators_kept():
+            if seed is not None:
+                seed_all(derive_seed(seed, "initialisation"))
+            with users_code(f"building the network ({self._name})"):
+                made = self._function(**self._settings.model.options)
+        model, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
+        if not isinstance(model, nn.Module):
+            raise FastarError(
+                f"{self._name}: returned {type(model).__name__}, not a torch.nn.Module; return a network, or (network, "
+                "example inputs)"
+            )
+        if example is not None and self._example is None:
+            self._example = checked_example(example, self._name)
+        shapes = {name: value.shape for name, value in model.state_dict().items() if isinstance(value, Tensor)}
+        if self._shapes is None:
+            self._shapes = shapes
+        changed = [name for name in {**self._shapes, **shapes} if self._shapes.get(name) != shapes.get(name)]
+        if changed:
+            was, now = (_listed(one.get(changed[0])) for one in (self._shapes, shapes))
+            raise FastarError(
+                f"{self._name}: builds another network at each call ({changed[0]} was {was}, is {now} now); let it build "
+                "the same one"
+            )
+        return model.cpu().train()
+
+    def check_seeded(self) -> None:
+        """Raise FastarError where two seeds give the same network: sources would all begin alike."""
+        one, two = (dict(self.make(seed).named_parameters()) for seed in (0, 1))
+        if one and all(torch.equal(value, two[name]) for name, value in one.items()):
+            raise FastarError(
+                f"{self._name}: builds the same weights whatever the seed; draw them from torch's generator, and set "
+                "no seed in it (fastar sets one before each call)"
+            )
+
+    def example(self, samples: int, side: int | None = None) -> Batch:
+        if self._example is None:
+            self.make(0)  # its function may return one
+        if self._example is None:
+            inputs, _ = next(iter(self._data.train.sequential(samples)))
+            return tree_map_only(Tensor, lambda one: in_float32(one.detach()).cpu(), inputs)
+        return self._example
+
+    def architecture(self) -> dict[str, Any]:
+        model = self.make(0)
+        classes = sorted(
+            {type(module) for module in model.modules()}, key=lambda one: (one.__module__, one.__qualname__)
+        )
+        source = source_digest([self._function, *classes])
+        return {"arch": self._name, "model": self._settings.model.options, "source": source}
+
+
+def checked_example(example: Any, name: str) -> Batch:
+    """Example inputs as a forward takes them.
+
+    Raises:
+        FastarError: they are no tensors.
+    """
+    if isinstance(example, Tensor):
+        return example
+    values = example.values() if isinstance(example, Mapping) else example
+    if not isinstance(example, tuple | list | Mapping) or not all(isinstance(value, Tensor) for value in values):
+        raise FastarError(
+            f"{name}: example inputs must be a tensor, a tuple of tensors, or a mapping of keywords to tensors"
+        )
+    return example if isinstance(example, Mapping) else tuple(example)
+
+
+def check_task(network: Network, data: TaskData, loss: Loss) -> None:
+    """Run the network and the loss once on two training samples, so that what does not fit is said before any work.
+
+    Raises:
+        FastarError: the network does not run on the data, or no loss can be taken of what it returns.
+    """
+    model = network.build(seed=0).eval()
+    inputs, targets = next(iter(data.train.sequential(2)))
+    with torch.no_grad(), generators_kept():
+        with users_code("the network's forward, on the first training batch,"):
+            outputs = call(model, tree_map_only(Tensor, in_float32, inputs))
+        with users_code(f"the loss {loss.name}, on the first training batch,"):
+            for metric in loss.measures().values():
+                metric.begin(torch.device(network.device)).add(outputs, targets)
+
+
+def _listed(shape: torch.Size | None) -> str:
+    return "not there" if shape is None else str(list(shape))
