@@ -60,11 +60,6 @@ class TaskData(ABC):
     def shape(self) -> Shape:
         """Images and classes, for networks that are built by them."""
 
-    @property
-    @abstractmethod
-    def digest(self) -> str:
-        """A digest of the data."""
-
     @abstractmethod
     def recipe(self) -> dict[str, Any]:
         """All that determines the data that a model is trained on: for its metadata."""
@@ -192,10 +187,6 @@ class RunData(TaskData):
         if split == "validation":
             return held_out(self.files.count("train"), self._chosen.validation, self.files.name)
         return len(self.train if split == "train" else self.test)
-
-    @property
-    def digest(self) -> str:
-        return self.files.digest
 
     def recipe(self) -> dict[str, Any]:
         chosen = self._chosen

@@ -98,6 +98,26 @@ def find_splits(reference: str) -> UserSplits:
     )
 
 
+class NoData(TaskData):
+    """The data of a network that came without any."""
+
+    def _load(self, split: str, limit: int | None) -> Dataset:
+        raise FastarError("there are no data to look at: give --data module:function, or match by weights")
+
+    @property
+    def shape(self) -> Shape:
+        raise FastarError("there are no data, so fastar's own architectures cannot be built: name their --dataset")
+
+    def recipe(self) -> dict[str, Any]:
+        return {"dataset": PYTHON}
+
+    def names(self) -> tuple[str, ...]:
+        return ("train",)
+
+    def size(self, split: str) -> int:
+        return len(self.train)
+
+
 class UserData(TaskData):
     """The splits that a user gave.
 
@@ -165,14 +185,6 @@ class UserData(TaskData):
 
     def size(self, split: str) -> int:
         return len(self._load(split, None))
-
-    @property
-    def digest(self) -> str:
-        digests = [self._whole_split(name).digest for name in ("train", "validation", "test") if name in self._there()]
-        return hashlib.sha256(" ".join(digests).encode()).hexdigest()
-
-    def _there(self) -> list[str]:
-        return [name for name in ("train", "validation", "test") if getattr(self.splits_given, name) is not None]
 
     def recipe(self) -> dict[str, Any]:
         """As of named sets; the digest is of the training data alone, so that others may be given later."""
@@ -246,8 +258,8 @@ class UserNetwork(Network):
         if changed:
             was, now = (_listed(one.get(changed[0])) for one in (self._shapes, shapes))
             raise FastarError(
-                f"{self._name}: builds another network at each call ({changed[0]} was {was}, is {now} now); let it build "
-                "the same one"
+                f"{self._name}: builds another network at each call ({changed[0]} was {was}, is {now} now); let it "
+                "build the same one"
             )
         return model.cpu().train()
 
@@ -293,7 +305,7 @@ def checked_example(example: Any, name: str) -> Batch:
     return example if isinstance(example, Mapping) else tuple(example)
 
 
-def check_task(network: Network, data: TaskData, loss: Loss) -> None:
+def check_task(network: Network, data: TaskData, loss: Loss, device: torch.device) -> None:
     """Run the network and the loss once on two training samples, so that what does not fit is said before any work.
 
     Raises:
@@ -306,7 +318,7 @@ def check_task(network: Network, data: TaskData, loss: Loss) -> None:
             outputs = call(model, tree_map_only(Tensor, in_float32, inputs))
         with users_code(f"the loss {loss.name}, on the first training batch,"):
             for metric in loss.measures().values():
-                metric.begin(torch.device(network.device)).add(outputs, targets)
+                metric.begin(device).add(outputs, targets)
 
 
 def _listed(shape: torch.Size | None) -> str:
