@@ -229,6 +229,10 @@ class SourcesSettings(Section):
     """Memory that holds them while the star is trained. auto: the device's if they fill at most half of what is free,
     else the host's (pinned) likewise, else a file in the run folder."""
 
+    def of_kind(self, kind: str) -> tuple[int, Path | None]:
+        """The number of sources or heldouts, and where they are given."""
+        return (self.number, self.folder) if kind == "source" else (self.heldout, self.heldout_folder)
+
 
 class StarSettings(Section):
     """Algorithm 1: how t is drawn, how often sources are matched, and what differs from `train`."""

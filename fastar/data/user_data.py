@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sequent
 from torch.utils.data import Dataset as SampleSet
 from torch.utils.data.sampler import BatchSampler
 
-from fastar.data.dataset import Dataset
+from fastar.data.dataset import Dataset, OrderedDataset
 from fastar.data.sampling import epoch_order
 from fastar.errors import FastarError
 from fastar.runtime.seeds import derive_seed
@@ -54,8 +54,11 @@ class UserSplits:
     classes: int | None = None
 
 
-class _Held(Dataset):
+class _Held(OrderedDataset):
     """A split of `count` samples, or of those of them that `index` names."""
+
+    digest: str
+    """A SHA-256 of the samples, or of some."""
 
     def __init__(self, name: str, count: int, device: torch.device, index: Tensor | None):
         if not count:
@@ -206,6 +209,7 @@ class IterableData(Dataset):
     """
 
     exact = False
+    digest = ""
 
     def __init__(
         self,
@@ -219,7 +223,6 @@ class IterableData(Dataset):
             raise FastarError(f"{name}: holds no batch")
         self.name, self.device = name, device
         self._again, self._count, self._batch_size = again, count, batch_size
-        self.digest = ""
 
     def __len__(self) -> int:
         return self._count * self._batch_size
@@ -227,21 +230,12 @@ class IterableData(Dataset):
     def batch_count(self, batch_size: int, drop_last: bool = True) -> int:
         return self._count
 
-    def _check_size(self, size: int) -> None:
-        raise FastarError(f"train.resolutions: the batches of {self.name} come as they are; leave it out")
-
     def batches(self, batch_size: int, *, seed: int, epoch: int, begin: int = 0, **_: Any) -> Iterator[Any]:
         assert not begin, "a pass over an iterable begins at its beginning"
         return self._pass(derive_seed(seed, "pass", epoch))
 
-    def sequential(self, batch_size: int, **_: Any) -> Iterator[Any]:
+    def sequential(self, batch_size: int) -> Iterator[Any]:
         return self._pass(0)
-
-    def _order(self, seed: int, epoch: int) -> Any:
-        raise NotImplementedError
-
-    def _made(self, order: Any | None, batch_size: int, key: int | None, size: int | None) -> Iterator[Any]:
-        raise NotImplementedError
 
     def _pass(self, seed: int) -> Iterator[Any]:
         with generators_kept(), users_code(f"{self.name}: beginning a pass"):
@@ -262,6 +256,9 @@ class IterableData(Dataset):
             raise FastarError(f"{self.name}: had {self._count} batches and gave {more} now: a pass must not change")
 
 
+UserDataset = TensorData | SampleData | IterableData
+
+
 def user_data(
     name: str,
     given: Any,
@@ -270,7 +267,7 @@ def user_data(
     *,
     workers: int = 0,
     say: Callable[[str], None] = lambda line: None,
-) -> Dataset:
+) -> UserDataset:
     """A split of what a user gives.
 
     Args:
@@ -324,11 +321,11 @@ def _is_tensors(given: Any) -> bool:
     return isinstance(given, Tensor)
 
 
-def some_of(data: Dataset, count: int | None, *, begin: int = 0, seed: str = "limit") -> Dataset:
+def some_of(data: UserDataset, count: int | None, *, begin: int = 0, seed: str = "limit") -> UserDataset:
     """The same split with `count` of its samples, drawn once and for all, after the first `begin` drawn."""
     if count is None:
         return data
-    if not isinstance(data, _Held):
+    if isinstance(data, IterableData):
         raise FastarError("a limit or a share for validation needs tensors or a map-style dataset")
     if begin + count > len(data):
         raise FastarError(f"{data.name}: {begin + count} samples are asked for and {len(data)} there; lower the limit")

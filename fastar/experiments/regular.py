@@ -16,7 +16,7 @@ from fastar.errors import FastarError
 from fastar.evaluation import Measured, evaluate_rows
 from fastar.evaluation.batch_norm import own_statistics
 from fastar.experiments.resumable import Subject, Trained, difference, trained
-from fastar.experiments.reuse import source_paths
+from fastar.experiments.reuse import model_paths
 from fastar.experiments.session import Session, measuring
 from fastar.experiments.user_task import loss_recipe
 from fastar.runs import commit, read_metadata, versions
@@ -143,8 +143,15 @@ def device_name(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
 
 
-def given_sources(session: Session) -> Iterator[Checkpoint]:
-    """The checkpoints of `sources.folder`, checked against the run; read one at a time, each when it is asked for.
+def models_of(session: Session, kind: str) -> Iterator[Checkpoint]:
+    """The run's models of a kind ("source" or "heldout"): those that are given, or trained where missing."""
+    number, folder = session.settings.sources.of_kind(kind)
+    return regular_models(session, kind, number) if folder is None else given_models(session, kind)
+
+
+def given_models(session: Session, kind: str) -> Iterator[Checkpoint]:
+    """The checkpoints of `sources.folder` or `sources.heldout_folder`, checked against the run; read one at a time,
+    each when it is asked for.
 
     Raises:
         FastarError: too few of them, or one of another architecture, other data, or not finite.
@@ -158,7 +165,7 @@ def given_sources(session: Session) -> Iterator[Checkpoint]:
         tell(checkpoint, session.progress)
         return checkpoint
 
-    return map(given, source_paths(session.settings, session.run))
+    return map(given, model_paths(session.settings, session.run, kind))
 
 
 def tell(checkpoint: Checkpoint, progress: Progress) -> None:

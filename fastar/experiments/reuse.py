@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,8 @@ def finished_results(settings: Settings, run: RunFolder, progress: Progress = SI
     Raises:
         FastarError: a model that is there is truncated or says of itself what was not saved.
     """
-    numbers = {"heldout": settings.sources.heldout}
-    if settings.sources.folder is None:
-        numbers["source"] = settings.sources.number
+    own = {kind: settings.sources.of_kind(kind) for kind in ("heldout", "source")}
+    numbers = {kind: number for kind, (number, folder) in own.items() if folder is None}
     # One after the other: the first that is missing is the answer, whatever number was asked for.
     if not run.results.is_file() or not run.finished("star", 0):
         return None
@@ -65,14 +65,12 @@ def check_permutations(run: RunFolder, star: Mapping[str, Any]) -> None:
 
 def measured_digest(settings: Settings, run: RunFolder, data: str) -> str:
     """A digest of all that results depend on: the models, the data (by their digest), and how they are measured."""
-    sources, own = source_paths(settings, run), settings.sources.folder is None
-    heldouts = [run.model("heldout", i) for i in range(settings.sources.heldout)]
+    digests = [stored_digest(run.star, own=True)]
+    for kind in ("source", "heldout"):
+        own = settings.sources.of_kind(kind)[1] is None
+        digests += [stored_digest(path, own=own) for path in model_paths(settings, run, kind)]
     content: dict[str, Any] = {
-        "models": [
-            stored_digest(run.star, own=True),
-            *(stored_digest(path, own=own) for path in sources),
-            *(stored_digest(path, own=True) for path in heldouts),
-        ],
+        "models": digests,
         "data": data,
         "permutations": stored_digest(run.permutations, own=True),
         "evaluation": settings.evaluation.model_dump(mode="json", exclude={"graph"}),
@@ -87,26 +85,40 @@ def measured_digest(settings: Settings, run: RunFolder, data: str) -> str:
     return content_digest(content)
 
 
-def source_paths(settings: Settings, run: RunFolder) -> list[Path]:
-    """The files of a run's sources: its own, or those that `sources.folder` gives (see `given_paths`)."""
-    number, folder = settings.sources.number, settings.sources.folder
-    return given_paths(folder, number) if folder is not None else [run.model("source", i) for i in range(number)]
+def model_paths(settings: Settings, run: RunFolder, kind: str) -> list[Path]:
+    """The files of a run's sources or heldouts: its own, or those that the settings give (see `given_paths`)."""
+    number, folder = settings.sources.of_kind(kind)
+    return given_paths(folder, number) if folder is not None else [run.model(kind, i) for i in range(number)]
 
 
 def given_paths(folder: Path, count: int) -> list[Path]:
-    """The first `count` checkpoints of `folder`, in the order of their names.
+    """The first `count` checkpoints of a folder, or of the files that a pattern names, in the order of their names.
 
     Raises:
-        FastarError: no such folder, a run's folder instead of its sources', or too few of them.
+        FastarError: as `matching_paths`, or too few of them.
     """
-    folder = folder.expanduser()
-    if not folder.is_dir():
-        raise FastarError(f"sources.folder={folder}: no such folder")
-    if RunFolder(folder).config.is_file() and (folder / "sources").is_dir():
-        raise FastarError(f"sources.folder={folder}: is a run folder; give its sources, {folder / 'sources'}")
-    paths = sorted(path for path in folder.iterdir() if is_checkpoint(path) and path.is_file())
+    paths = matching_paths(folder)
     if len(paths) < count:
         raise FastarError(
-            f"{folder}: holds {len(paths)} checkpoints, sources.number={count} asks for more; add some or lower it"
+            f"{folder}: holds {len(paths)} checkpoints, and {count} are asked for (sources.number, sources.heldout); "
+            "add some or ask for fewer"
         )
     return paths[:count]
+
+
+def matching_paths(folder: Path) -> list[Path]:
+    """The checkpoints of a folder, or of the files that a pattern such as 'ckpts/*.pt' names, in order.
+
+    Raises:
+        FastarError: no such folder, or a run's folder instead of its sources'.
+    """
+    whole = folder.expanduser()
+    if RunFolder(whole).config.is_file() and (whole / "sources").is_dir():
+        raise FastarError(f"{folder}: is a run folder; give its sources, {whole / 'sources'}")
+    if whole.is_dir():
+        found = list(whole.iterdir())
+    elif any(character in str(folder) for character in "*?["):
+        found = [Path(name) for name in glob.glob(str(whole), recursive=True)]
+    else:
+        raise FastarError(f"{folder}: no such folder of checkpoints (sources.folder, sources.heldout_folder)")
+    return sorted(path for path in found if is_checkpoint(path) and path.is_file())

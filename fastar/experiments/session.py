@@ -10,7 +10,7 @@ import torch
 
 from fastar.config import Settings
 from fastar.experiments.task import Network, RunData, Shape, TaskData
-from fastar.experiments.user_task import Given, UserData, UserNetwork, find_splits, task_loss
+from fastar.experiments.user_task import Given, NoData, UserData, UserNetwork, find_splits, task_loss
 from fastar.flat.forward import on_device
 from fastar.losses import Loss
 from fastar.runs import RunFolder
@@ -64,7 +64,9 @@ def new_session(
     name, arch = settings.dataset.name, settings.model.arch
     data: TaskData
     network: Network
-    if given.data is not None or is_reference(name):
+    if given.no_data:
+        data = NoData(settings, device, progress)
+    elif given.data is not None or is_reference(name):
         data = UserData(
             settings,
             device,

@@ -16,7 +16,7 @@ from fastar.evaluation.batch_norm import set_statistics
 from fastar.experiments.matchings import star_permutations
 from fastar.experiments.regular import check_recipe, measured_alone, recipe, save_model
 from fastar.experiments.resumable import Subject, attempt_seed, trained, training
-from fastar.experiments.reuse import check_permutations, source_paths
+from fastar.experiments.reuse import check_permutations, model_paths
 from fastar.experiments.session import Session, measuring
 from fastar.experiments.statistics_batches import examples, statistics_batches
 from fastar.flat.forward import on_device
@@ -100,7 +100,7 @@ def _store(session: Session, states: Iterable[Mapping[str, Tensor]]) -> Filled:
     store = SourcesStore(
         session.network.layout,
         states,
-        [path.name for path in source_paths(settings, session.run)],
+        [path.name for path in model_paths(settings, session.run, "source")],
         session.device,
         store=settings.sources.store,
         folder=session.run.path,

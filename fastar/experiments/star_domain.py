@@ -9,17 +9,18 @@ from fastar.config import Settings
 from fastar.errors import FastarError
 from fastar.experiments.measure import measure, speed
 from fastar.experiments.plan import check_network, prepare_data, use_device
-from fastar.experiments.regular import check_regular, device_name, given_sources, regular_models
+from fastar.experiments.regular import check_regular, device_name, models_of, regular_models
 from fastar.experiments.reuse import measured_digest
 from fastar.experiments.session import Session, measuring, new_session, opened, threads
 from fastar.experiments.star import star_model, steps_profile
+from fastar.experiments.user_task import Given
 from fastar.runs import RunFolder, delete, stored_digest
 from fastar.runs.live_metrics import import_wandb
 from fastar.runtime.memory import peak_bytes
 from fastar.runtime.progress import SILENT, Progress, size_text
 
 
-def prepare_session(settings: Settings, out: Path, progress: Progress = SILENT) -> Session:
+def prepare_session(settings: Settings, out: Path, progress: Progress = SILENT, given: Given | None = None) -> Session:
     """A session whose cheap checks have passed: device, kernels, precision, dataset, architecture and its settings.
 
     Raises:
@@ -27,15 +28,20 @@ def prepare_session(settings: Settings, out: Path, progress: Progress = SILENT) 
     """
     if settings.logging.wandb:
         import_wandb(settings.logging.wandb)
-    session = new_session(settings, RunFolder(out), progress)
+    session = new_session(settings, RunFolder(out), progress, given=given)
     use_device(session)
     check_network(session)
     return session
 
 
-def train_sources(settings: Settings, out: Path, progress: Progress = SILENT) -> list[Path]:
+def train_sources(
+    settings: Settings, out: Path, progress: Progress = SILENT, *, given: Given | None = None
+) -> list[Path]:
     """Train the sources and heldouts of a run that are missing; the files of all of them. `progress` is told of speed
     and memory.
+
+    Args:
+        given: parts of the task that the settings do not name.
 
     Raises:
         FastarError: bad input, or sources that are given and not to be trained.
@@ -44,7 +50,7 @@ def train_sources(settings: Settings, out: Path, progress: Progress = SILENT) ->
         raise FastarError("sources.folder gives the sources, so none are to be trained; leave it out or use train-star")
     run, numbers = RunFolder(out), {"source": settings.sources.number, "heldout": settings.sources.heldout}
     run.check(settings)
-    session = prepare_session(settings, out, progress)
+    session = prepare_session(settings, out, progress, given)
     prepare_data(session)
     with opened(session) as session, threads(session):
         for kind, number in numbers.items():
@@ -57,11 +63,19 @@ def train_sources(settings: Settings, out: Path, progress: Progress = SILENT) ->
     return [run.model(kind, index) for kind, number in numbers.items() for index in range(number)]
 
 
-def do_run(settings: Settings, out: Path, progress: Progress = SILENT, *, profile: int | None = None) -> dict[str, Any]:
+def do_run(
+    settings: Settings,
+    out: Path,
+    progress: Progress = SILENT,
+    *,
+    profile: int | None = None,
+    given: Given | None = None,
+) -> dict[str, Any]:
     """Do all of a run: data, sources, star, heldouts, barriers. Models that are there and match are reused.
 
     Args:
         profile: look at so many steps of the star's training, and write what was found into `profile/`.
+        given: parts of the task that the settings do not name.
 
     Returns:
         The content of `results.json`.
@@ -69,17 +83,14 @@ def do_run(settings: Settings, out: Path, progress: Progress = SILENT, *, profil
     Raises:
         FastarError: bad input; what was finished stays and the same command goes on from there.
     """
-    session = prepare_session(settings, out, progress)
+    session = prepare_session(settings, out, progress, given)
     prepare_data(session)
     with opened(session) as session, threads(session):
         looking = None if profile is None else steps_profile(session, profile)
-        check_regular(session, "heldout", settings.sources.heldout)
-        if settings.sources.folder is not None:
-            read = given_sources(session)
-        else:
-            read = regular_models(session, "source", settings.sources.number)
-        star, sources, permutations = star_model(session, read, profile=looking)
-        heldouts = [one.released() for one in regular_models(session, "heldout", settings.sources.heldout)]
+        if settings.sources.heldout_folder is None:
+            check_regular(session, "heldout", settings.sources.heldout)
+        star, sources, permutations = star_model(session, models_of(session, "source"), profile=looking)
+        heldouts = [one.released() for one in models_of(session, "heldout")]
         with measuring("barriers"):
             found, matchings = measure(session, star, sources, heldouts, permutations)
         run = session.run

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -15,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 from fastar.config import Settings
 from fastar.data.dataset import Dataset, Taken
 from fastar.data.splits import held_out
-from fastar.data.user_data import UserSplits, generators_kept, seed_all, some_of, user_data
+from fastar.data.user_data import UserDataset, UserSplits, generators_kept, seed_all, some_of, user_data
 from fastar.errors import FastarError
 from fastar.experiments.task import Network, Shape, TaskData
 from fastar.flat.forward import Batch, call, in_float32
@@ -158,7 +157,7 @@ class UserData(TaskData):
             found = some_of(found, count, begin=begin, seed="validation")
         return Taken(some_of(found, limit), self._split)
 
-    def _whole_split(self, name: str) -> Dataset:
+    def _whole_split(self, name: str) -> UserDataset:
         if name not in self._loaded:
             given = getattr(self.splits_given, name)
             self._loaded[name] = user_data(
@@ -172,7 +171,7 @@ class UserData(TaskData):
         return self._loaded[name]
 
     @cached_property
-    def _loaded(self) -> dict[str, Dataset]:
+    def _loaded(self) -> dict[str, UserDataset]:
         return {}
 
     def names(self) -> tuple[str, ...]:

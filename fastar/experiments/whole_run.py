@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastar.config import Settings
 from fastar.errors import FastarError
@@ -11,14 +11,23 @@ from fastar.experiments.reuse import finished_results
 from fastar.runs import RunFolder
 from fastar.runtime.progress import SILENT, Progress
 
+if TYPE_CHECKING:
+    from fastar.experiments.user_task import Given
+
 
 def train_star(
-    settings: Settings, out: Path, progress: Progress = SILENT, *, profile: int | None = None
+    settings: Settings,
+    out: Path,
+    progress: Progress = SILENT,
+    *,
+    profile: int | None = None,
+    given: Given | None = None,
 ) -> dict[str, Any]:
     """Do a whole run (`star_domain.do_run`), unless it is finished.
 
     Args:
         profile: look at so many steps of the star's training.
+        given: parts of the task that the settings do not name.
 
     Returns:
         The content of `results.json`.
@@ -34,5 +43,5 @@ def train_star(
     if results is None:
         from fastar.experiments.star_domain import do_run  # only now torch and all that is slow to import
 
-        results = do_run(settings, out, progress, profile=profile)
+        results = do_run(settings, out, progress, profile=profile, given=given)
     return results

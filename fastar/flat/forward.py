@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -47,7 +47,7 @@ def in_float32(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.is_floating_point() else tensor
 
 
-def call(model: nn.Module, batch: Batch) -> Any:
+def call(model: Callable[..., Any], batch: Batch) -> Any:
     """The outputs of `model` for a batch as it is."""
     arguments, named = arguments_of(batch)
     return model(*arguments, **named)

@@ -1,4 +1,4 @@
-"""Architectures and their registry; networks of users are in `user_network`."""
+"""Architectures and their registry."""
 
 from fastar.models.registry import (
     MODELS,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from types import MethodType
+from typing import Any
 from weakref import WeakMethod
 
 import torch
@@ -80,7 +81,7 @@ class CallGraph:
         self._result: Tensor | None = None
         self._replay: Callable[[], None] | None = None
 
-    def fits(self, *given: Tensor) -> bool:
+    def fits(self, *given: Any) -> bool:
         """Tell whether these inputs can be replayed: the first ones always, others if shapes and types are alike."""
         if self._inputs is None:
             return True
@@ -93,7 +94,7 @@ class CallGraph:
         """Give up what was captured: the next inputs are the first again."""
         self._inputs = self._result = self._replay = None
 
-    def __call__(self, *inputs: Tensor) -> Tensor:
+    def __call__(self, *inputs: Any) -> Tensor:
         """Run on inputs that fit; a copy of what `body` returned."""
         if self._inputs is None:
             self._inputs = tuple(one.clone() for one in inputs)
