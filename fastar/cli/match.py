@@ -111,7 +111,7 @@ def match_many(
 
 
 @takes(
-    *("dataset", "name", "arch", "permutations", "points", "data_root", "bn_batches", "picture", "json", "quiet"),
+    *(*CHECKPOINTS, "permutations", "points", "data_root", "bn_batches", "picture", "json", "quiet"),
     dataset="Default: the one A was trained on.",
     arch=UNSAID,
 )
@@ -132,7 +132,6 @@ def barrier(
         fastar barrier star.safetensors heldout/*.safetensors --permutations matchings.safetensors
     """
     from fastar.experiments.files.barrier_files import barriers_of_files
-    from fastar.experiments.files.given_files import Named
     from fastar.report.results import barrier_picture, barriers_table, check_picture, statistics_lines
 
     picture = given["picture"]
@@ -142,7 +141,7 @@ def barrier(
     result = barriers_of_files(
         first,
         paths,
-        named=Named(given["dataset"], given["arch"], changes=given.changes(overrides)),
+        named=_named(given, overrides),
         matching=matching,
         permutations=given["permutations"],
         progress=given.progress(),
@@ -162,5 +161,5 @@ def _named(given: Given, overrides: list[str]) -> Named:
     """The command line's words on what the checkpoints are of."""
     from fastar.experiments.files.given_files import Named
 
-    known = {name: given[name] for name in CHECKPOINTS if name != "name"}
+    known = {name: given[name] for name in ("dataset", "arch", "model", "data", "input_shape")}
     return Named(**known, changes=given.changes(overrides))

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from fastar.errors import FastarError
+
 if TYPE_CHECKING:
     from fastar.config import Settings
     from fastar.runtime.progress import Progress
@@ -62,9 +64,17 @@ OPTIONS = {
     "gpu_memory": Option(str, "SIZE", "The most memory of the GPU that is taken, such as 40GB.", "gpu_memory"),
     "profile": Option(int, "N", "Time N steps of the star's training, part by part, into OUT/profile."),
     "images_per_second": Option(float, "SPEED", "Speed of training, instead of measuring it here."),
-    "model": Option(str, "MODULE:FUNCTION", "A function that returns your own network; MODULE may be a file."),
-    "input_shape": Option(str, "2x3x32x32", "With --model: the shape of its input."),
-    "allow_partial": Option(bool, None, "With --model: leave in place what cannot be proven to move, and say it."),
+    "model": Option(str, "MODULE:FUNCTION", "Your own network: a function that returns it; MODULE may be a file."),
+    "model_args": Option(list[str], "KEY=VALUE", "Arguments of --model, or settings of --arch; may be repeated."),
+    "data": Option(str, "MODULE:FUNCTION", "Your own data: a function that returns (train, test)."),
+    "loss": Option(str, "NAME", "cross_entropy, mse, bce, lm, or your own MODULE:FUNCTION.", "loss"),
+    "metrics": Option(str, "NAMES", "Metrics beside the loss, joined by commas.", "metrics"),
+    "sources_from": Option(
+        str, "FILES", "Checkpoints that are the sources, such as 'ckpts/*.pt'.", "sources.folder"
+    ),
+    "heldout_from": Option(str, "FILES", "Checkpoints that are the held-out models.", "sources.heldout_folder"),
+    "input_shape": Option(str, "2x3x32x32", "With --model, without data: the shape of its input."),
+    "allow_partial": Option(bool, None, "Leave in place what cannot be proven to move.", "matching.allow_partial"),
     "to": Option(str, "mean|star|pairwise", "To their mean (the default), to --centre, or each to each."),
     "centre": Option(Path, "FILE", "The checkpoint that all are matched to, such as a star."),
     "average": Option(Path, "FILE", "Write the average of the permuted ones here (.safetensors)."),
@@ -74,11 +84,12 @@ OPTIONS = {
     "json": Option(bool, None, "Print results as JSON on stdout, and nothing else there."),
     "quiet": Option(bool, None, "No progress."),
 }
+TASK = ("model", "model_args", "data", "loss", "metrics")
 RUN = (
     *("dataset", "name", "arch", "sources", "heldout", "out", "config", "scale", "data_root", "val_share"),
-    *("validation", "on_nonfinite", "bn_batches", "gpu_memory"),
+    *("validation", "on_nonfinite", "bn_batches", "gpu_memory", *TASK, "sources_from", "heldout_from", "allow_partial"),
 )
-CHECKPOINTS = ("dataset", "name", "arch", "model", "input_shape", "allow_partial")
+CHECKPOINTS = ("dataset", "name", "arch", *TASK, "input_shape", "allow_partial")
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Settings to change.")]
 
 
@@ -101,21 +112,35 @@ class Given:
         from fastar.config import flatten, parse_overrides
 
         named = {option.setting: self.options.get(name) for name, option in OPTIONS.items() if option.setting}
+        arguments = parse_overrides(f"model.{one}" for one in self.options.get("model_args") or ())
         return {
-            **{key: value for key, value in named.items() if value is not None},
+            **{key: value for key, value in named.items() if value not in (None, False)},
+            **flatten(arguments),
             **flatten(parse_overrides(overrides)),
         }
+
+    def either(self, named: str, own: str) -> str | None:
+        """The value of one of two options that say the same."""
+        if self[named] is not None and self[own] is not None:
+            raise FastarError(f"--{named} and --{own} both say what it is: leave one out")
+        return self[named] or self[own]
 
     def settings(self, overrides: Sequence[str] | None) -> Settings:
         """The settings of a run."""
         from fastar.config import load_settings
 
+        changes = self.changes(overrides or ())
+        for option, setting in (("sources_from", "sources.number"), ("heldout_from", "sources.heldout")):
+            if self[option] is not None and setting not in changes:  # all that are there
+                from fastar.experiments.reuse import matching_paths
+
+                changes[setting] = len(matching_paths(Path(self[option])))
         return load_settings(
-            dataset=self["dataset"],
-            arch=self["arch"],
+            dataset=self.either("dataset", "data"),
+            arch=self.either("arch", "model"),
             file=self["config"],
             scale=self["scale"],
-            values=self.changes(overrides or ()),
+            values=changes,
         )
 
     def run_folder(self, settings: Settings) -> Path:
@@ -124,7 +149,8 @@ class Given:
 
         folder: Path | None = self["out"]
         if folder is None:
-            named = [None if self["dataset"] is None else settings.dataset.label, self["arch"]]
+            dataset, arch = self.either("dataset", "data"), self.either("arch", "model")
+            named = [None if dataset is None else settings.dataset.label, arch]
             config = self["config"]
             parts = [] if config is None else [config.stem, *(part for part in named if part)]
             folder = default_run_folder(settings, recipe="-".join(parts) or None, scale=self["scale"])

@@ -235,7 +235,7 @@ def dataset_spec(name: str) -> DatasetSpec:
     if name in DATASETS:
         return DATASETS[name]
     if ":" in name:
-        return DatasetSpec(name=name, reader="", obtain="")
+        return DatasetSpec(name=name, reader="", obtain="", arch="")
     near = get_close_matches(name.lower().replace("_", "-"), DATASETS, n=1, cutoff=0.5)
     hint = f" (did you mean {near[0]!r}?)" if near else ""
     raise FastarError(f"unknown dataset {name!r}{hint}; choose one of: {', '.join(DATASETS)}")

@@ -76,7 +76,7 @@ def load_settings(
         content = read_recipe(recipe_path(file))
     else:
         if dataset is None:
-            raise FastarError("no dataset: give --dataset NAME or --config FILE")
+            raise FastarError("no dataset: give --dataset NAME, --data MODULE:FUNCTION or --config FILE")
         arch = arch or dataset_spec(dataset).arch
         path = config_path(dataset, arch)
         content = read_recipe(path) if path else {}

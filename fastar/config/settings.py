@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from fastar.config.datasets import DATASETS, DatasetSpec, dataset_spec, variable_size_names
 from fastar.config.types import (
@@ -364,6 +364,11 @@ class LoggingSettings(Section):
     """Project of Weights & Biases that they are sent to (needs `pip install wandb`). null: not sent."""
 
 
+def _listed(value: Any) -> Any:
+    """`accuracy,top5` as a list."""
+    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+
 class Settings(Section):
     """Everything that determines a run."""
 
@@ -379,7 +384,7 @@ class Settings(Section):
     loss: str = "cross_entropy"
     """The loss: cross_entropy, mse, bce (several labels), lm (next token), or a function f(outputs, batch) -> [batch]
     named as `module:function` (`--loss`). It is trained on, measured along paths, and matched on by Sinkhorn."""
-    metrics: tuple[str, ...] | None = None
+    metrics: Annotated[tuple[str, ...], BeforeValidator(_listed)] | None = None
     """Metrics beside it: accuracy, top5, label_accuracy, token_accuracy, mae, rmse, perplexity, or `module:function`.
     null: accuracy of cross_entropy, rmse of mse, label_accuracy of bce, perplexity of lm."""
     seed: Annotated[int, Field(ge=0)] = 0

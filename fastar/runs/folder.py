@@ -284,7 +284,7 @@ def _digest(text: bytes) -> str:
 def default_run_folder(settings: Settings, *, recipe: str | None = None, scale: str = "full") -> Path:
     """`runs/<dataset>-<arch>-seed<seed>`, or for a configuration that was named `runs/<its name>-seed<seed>`; a scale
     other than the full one is named too."""
-    name = recipe or f"{settings.dataset.label}-{settings.model.arch}"
+    name = re.sub(r"[^\w.-]+", "_", recipe or f"{settings.dataset.label}-{settings.model.arch}")
     return Path("runs") / "-".join([name, *([] if scale == "full" else [scale]), f"seed{settings.seed}"])
 
 

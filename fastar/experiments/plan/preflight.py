@@ -9,6 +9,7 @@ from fastar.errors import FastarError
 from fastar.experiments.plan.sizes import DataCounts, data_counts, exact_items, limits_of, shortages, training_sides
 from fastar.experiments.session import Session, new_session
 from fastar.experiments.task import Network, Shape
+from fastar.experiments.user_task import UserData, UserNetwork, check_task
 from fastar.flat import check_kernels
 from fastar.runtime.memory import cap_gpu
 from fastar.training import check_batch, resolve_precision
@@ -33,7 +34,8 @@ def check_network(session: Session) -> None:
     Raises:
         FastarError: an architecture that is not known, or does not take these images or settings.
     """
-    _network(session).build(seed=0, device="cpu")
+    network = session.network if isinstance(session.network, UserNetwork) else _network(session)
+    network.build(seed=0, device="cpu")
 
 
 def prepare_data(session: Session) -> None:
@@ -43,6 +45,9 @@ def prepare_data(session: Session) -> None:
     Raises:
         FastarError: the run does not fit; data that cannot be had.
     """
+    if isinstance(session.data, UserData):
+        check_user_task(session)
+        return
     counts = data_counts(session.settings)
     if counts is not None:
         check_run(session, counts)
@@ -53,6 +58,20 @@ def prepare_data(session: Session) -> None:
         written = data_counts(session.settings, files)
         assert written is not None, "the files are there"
         check_run(session, written)
+
+
+def check_user_task(session: Session) -> None:
+    """Check a user's network, data and loss together, before anything is trained.
+
+    Raises:
+        FastarError: they do not fit together, or the run does not fit into memory.
+    """
+    settings, data, network = session.settings, session.data, session.network
+    check_task(network, data, session.loss, session.device)
+    check_batch(settings.train, len(data.train))
+    own = settings.sources.folder is None and settings.sources.number + settings.sources.heldout > 1
+    if own and isinstance(network, UserNetwork):
+        network.check_seeded()
 
 
 def check_run(session: Session, counts: DataCounts) -> None:
