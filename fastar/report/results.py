@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping, Sequence
 from io import BytesIO
 from pathlib import Path
@@ -32,16 +33,12 @@ ROWS = (
 )
 
 
-SPLITS = ("train", "validation", "test")
-"""Columns; validation where images are kept for it."""
-
-
 def check_results(results: Mapping[str, Any], where: Path) -> None:
     """Raise FastarError unless `results` (read from `where`) has all that the table and the picture show."""
     try:
-        _ = [results[split][kind]["n"] for split in ("train", "test") for kind, _ in ROWS]
+        _ = [results[split][kind]["n"] for split in splits_of(results) for kind, _ in ROWS]
         _ = results_table(results), speed_lines(results), statistics_lines(results)
-        curves = [path[key] for path in results["paths"] for key in ("train_loss", "train_accuracy")]
+        curves = [path[f"train_{name}"] for path in results["paths"] for name in ("loss", *metrics_of(results))]
         whole = (
             bool(curves)
             and all(len(curve) == len(results["t"]) for curve in curves)
@@ -52,6 +49,17 @@ def check_results(results: Mapping[str, Any], where: Path) -> None:
         whole = False
     if not whole:
         raise FastarError(f"{where}: not the results of a run, or damaged; delete it and run `fastar train-star` again")
+
+
+def splits_of(results: Mapping[str, Any]) -> list[str]:
+    """The splits that were measured: train, validation where samples are kept for it, test where there are some."""
+    return [split for split in ("train", "validation", "test") if split in results]
+
+
+def metrics_of(results: Mapping[str, Any]) -> dict[str, Any]:
+    """The metrics of a run's regular models and star, by their names."""
+    accuracy = {"accuracy": results["accuracy"]} if "accuracy" in results else {}
+    return {**accuracy, **results.get("metrics", {})}
 
 
 def shown(value: Mapping[str, Any] | float | None, digits: int = 3) -> str:
@@ -72,14 +80,15 @@ def results_table(results: Mapping[str, Any]) -> Table:
     table.add_column("", overflow="fold")
     table.add_column("n", justify="right")
     regular = results["train"]["regular_loss"]
-    splits = [split for split in SPLITS if split in results]
+    splits = splits_of(results)
     for split in splits:
         table.add_column(split, justify="right")
     table.add_row("loss, regular", str(regular["n"]), *(shown(results[s]["regular_loss"]) for s in splits))
     table.add_row("loss, star", "1", *(shown(results[s]["star_loss"]) for s in splits))
-    accuracy = results["accuracy"]
-    table.add_row("accuracy, regular", str(regular["n"]), *(shown(accuracy[s]["regular"]) for s in splits))
-    table.add_row("accuracy, star", "1", *(shown(accuracy[s]["star"]) for s in splits), end_section=True)
+    for name, found in metrics_of(results).items():
+        table.add_row(f"{name}, regular", str(regular["n"]), *(shown(found[s]["regular"]) for s in splits))
+        table.add_row(f"{name}, star", "1", *(shown(found[s]["star"]) for s in splits))
+    table.add_section()
     for kind, name in ROWS:
         if results["train"][kind]["n"]:
             n = str(results["train"][kind]["n"])
@@ -154,7 +163,7 @@ def barriers_table(paths: Sequence[Mapping[str, Any]]) -> Table:
     shared = f" {folders.pop()}/" if len(folders) == 1 else ""
     table = Table(title=f"Barriers from {paths[0]['first']} to{shared}", title_justify="left")
     table.add_column("", overflow="fold")
-    splits = [split for split in SPLITS if f"{split}_barrier" in paths[0]]
+    splits = [split for split in ("train", "validation", "test") if f"{split}_barrier" in paths[0]]
     for column in (*splits, "loss at t=0", "at t=1"):
         table.add_column(column, justify="right")
     for path in paths:
@@ -192,7 +201,7 @@ def check_picture(path: Path) -> None:
 
 
 def barrier_picture(results: Mapping[str, Any], path: Path) -> None:
-    """Write a PNG of train loss and accuracy along the paths: mean and a band of one standard deviation.
+    """Write a PNG of the train loss and the first metric along the paths: mean and a band of one standard deviation.
 
     Args:
         results: what `results.json` holds.
@@ -207,15 +216,17 @@ def barrier_picture(results: Mapping[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(9.5, 4.0), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(1, 2)
+    name = next((key for key in results["paths"][0] if re.fullmatch("train_(?!loss|barrier).*", key)), None)
+    keys = ["train_loss", *([] if name is None else [name])]
+    panels = figure.subplots(1, len(keys), squeeze=False)[0]
     star = any(path["kind"].startswith("star") for path in results["paths"])
-    for panel, key, name in ((panels[0], "train_loss", "train loss"), (panels[1], "train_accuracy", "train accuracy")):
+    for panel, key in zip(panels, keys, strict=True):
         for kind in STYLES:
             curves = [path[key] for path in results["paths"] if path["kind"] == kind]
             if curves:
-                _draw(panel, results["t"], curves, kind, at_most=math.inf if key == "train_loss" else 1.0)
+                _draw(panel, results["t"], curves, kind, at_most=1.0 if key.endswith("accuracy") else math.inf)
         panel.set_xlabel("t   (0: star or first model, 1: other model)" if star else "t   (0: first model, 1: second)")
-        panel.set_ylabel(name)
+        panel.set_ylabel(key.replace("_", " "))
         panel.grid(alpha=0.3)
         panel.spines[["top", "right"]].set_visible(False)
     panels[0].set_ylim(bottom=0)
