@@ -15,9 +15,44 @@ from typing import TYPE_CHECKING, Any
 from fastar._version import __version__
 
 if TYPE_CHECKING:
-    from fastar.api import Barrier, Matched, apply, barrier, match, match_many
+    from fastar.api import (
+        Barrier,
+        Data,
+        FastarError,
+        ManyMatched,
+        Matched,
+        Recipe,
+        Run,
+        Star,
+        TrainedModel,
+        apply,
+        barrier,
+        load_run,
+        match,
+        match_many,
+        train_sources,
+        train_star,
+    )
 
-__all__ = ["Barrier", "Matched", "__version__", "apply", "barrier", "match", "match_many"]
+__all__ = [
+    "Barrier",
+    "Data",
+    "FastarError",
+    "ManyMatched",
+    "Matched",
+    "Recipe",
+    "Run",
+    "Star",
+    "TrainedModel",
+    "__version__",
+    "apply",
+    "barrier",
+    "load_run",
+    "match",
+    "match_many",
+    "train_sources",
+    "train_star",
+]
 
 
 class _Kernels:
@@ -44,3 +79,7 @@ def __getattr__(name: str) -> Any:
     from fastar import api
 
     return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    return __all__

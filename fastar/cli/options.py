@@ -69,9 +69,7 @@ OPTIONS = {
     "data": Option(str, "MODULE:FUNCTION", "Your own data: a function that returns (train, test)."),
     "loss": Option(str, "NAME", "cross_entropy, mse, bce, lm, or your own MODULE:FUNCTION.", "loss"),
     "metrics": Option(str, "NAMES", "Metrics beside the loss, joined by commas.", "metrics"),
-    "sources_from": Option(
-        str, "FILES", "Checkpoints that are the sources, such as 'ckpts/*.pt'.", "sources.folder"
-    ),
+    "sources_from": Option(str, "FILES", "Checkpoints that are the sources, such as 'ckpts/*.pt'.", "sources.folder"),
     "heldout_from": Option(str, "FILES", "Checkpoints that are the held-out models.", "sources.heldout_folder"),
     "input_shape": Option(str, "2x3x32x32", "With --model, without data: the shape of its input."),
     "allow_partial": Option(bool, None, "Leave in place what cannot be proven to move.", "matching.allow_partial"),

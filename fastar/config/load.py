@@ -101,7 +101,7 @@ def validate(content: Mapping[str, Any], source: str = "settings") -> Settings:
     try:
         return Settings.model_validate(content)
     except ValidationError as error:
-        raise FastarError(f"{source}: {_explain(error)}") from error
+        raise FastarError(f"{source}: {explained(error)}") from error
 
 
 def matching_settings(values: Mapping[str, Any]) -> MatchingSettings:
@@ -113,18 +113,18 @@ def matching_settings(values: Mapping[str, Any]) -> MatchingSettings:
     try:
         return MatchingSettings.model_validate(renewed({"matching": values})["matching"])
     except ValidationError as error:
-        raise FastarError(_explain(error, "matching")) from error
+        raise FastarError(explained(error, Settings, "matching")) from error
 
 
-def _explain(error: ValidationError, *section: str) -> str:
+def explained(error: ValidationError, model: type[BaseModel] = Settings, *section: str) -> str:
     """The first error as one line; unknown keys come first, since a typo often also leaves a key missing."""
     errors = sorted(error.errors(), key=lambda e: e["type"] != "extra_forbidden")
     first = errors[0]
     parts = [*section, *(str(part) for part in first["loc"])]
     key = ".".join(parts)
     if first["type"] == "extra_forbidden":
-        valid = _valid_keys(parts[:-1])
-        elsewhere = {name.rpartition(".")[2]: name for name in reversed(_all_keys())}  # train.lr before star.lr
+        valid = _valid_keys(parts[:-1], model)
+        elsewhere = {name.rpartition(".")[2]: name for name in reversed(_all_keys(model))}  # train.lr before star.lr
         near = [".".join([*parts[:-1], name]) for name in difflib.get_close_matches(parts[-1], valid, n=1)]
         near = near or [elsewhere[name] for name in difflib.get_close_matches(parts[-1], elsewhere, n=1)]
         hint = f"did you mean {near[0]}? " if near else ""
@@ -132,7 +132,7 @@ def _explain(error: ValidationError, *section: str) -> str:
     if first["type"] == "missing":
         return f"{key} is missing"
     if first["type"] == "model_type":
-        keys = ", ".join(f"{key}.{name}" for name in _valid_keys(parts))
+        keys = ", ".join(f"{key}.{name}" for name in _valid_keys(parts, model))
         return f"{key}={shortened(repr(first['input']))}: {key} is a section of settings: {keys}"
     message = first["msg"].removeprefix("Value error, ")
     if not key:  # of several sections together: the message names the key
@@ -141,8 +141,7 @@ def _explain(error: ValidationError, *section: str) -> str:
     return f"{key}{shown}: {message[0].lower()}{message[1:]}"
 
 
-def _valid_keys(section: list[str]) -> list[str]:
-    model: type[BaseModel] = Settings
+def _valid_keys(section: list[str], model: type[BaseModel]) -> list[str]:
     for name in section:
         field = model.model_fields.get(name)
         if field is None or not isinstance(field.annotation, type) or not issubclass(field.annotation, BaseModel):
@@ -151,5 +150,5 @@ def _valid_keys(section: list[str]) -> list[str]:
     return list(model.model_fields)
 
 
-def _all_keys() -> list[str]:
-    return [*Settings.model_fields, *(f"{s}.{k}" for s in Settings.model_fields for k in _valid_keys([s]))]
+def _all_keys(model: type[BaseModel]) -> list[str]:
+    return [*model.model_fields, *(f"{s}.{k}" for s in model.model_fields for k in _valid_keys([s], model))]

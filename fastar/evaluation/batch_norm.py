@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_map
 
 from fastar.errors import FastarError
 from fastar.flat.forward import Batch, call
+from fastar.losses import sample_count
 
 Statistics = dict[str, Tensor]
 """Buffer name (`bn1.running_mean`, `bn1.running_var`) to tensor."""
@@ -77,22 +78,22 @@ def layer_of_single_values(model: nn.Module, batch: Batch, samples: int) -> str 
     return found[0] if found else None
 
 
-def joined(batches: Iterable[tuple[Any, Tensor]]) -> Iterator[tuple[Any, Tensor]]:
+def joined(batches: Iterable[tuple[Any, Any]]) -> Iterator[tuple[Any, Any]]:
     """The same, each batch of one sample added to the one before: for models that cannot take statistics of it.
 
     Raises:
         FastarError: the first batch is of one sample.
     """
-    held: tuple[Any, Tensor] | None = None
-    for inputs, labels in batches:
-        if len(labels) != 1:
+    held: tuple[Any, Any] | None = None
+    for inputs, targets in batches:
+        if sample_count(inputs) != 1:
             if held is not None:
                 yield held
-            held = inputs, labels
+            held = inputs, targets
         elif held is None:
             raise FastarError("batch-norm takes no variance of a batch of one sample: give larger batches")
         else:
-            held = tree_map(_together, held[0], inputs), torch.cat([held[1], labels])
+            held = tree_map(_together, held, (inputs, targets))
     if held is not None:
         yield held
 

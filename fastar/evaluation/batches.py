@@ -10,19 +10,23 @@ from typing import Any, cast
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import Dataset, IterableDataset
 
-from fastar.errors import FastarError, first_line
+from fastar.data.user_data import SampleData
+from fastar.errors import FastarError
 from fastar.evaluation.ends import outputs_of
 from fastar.flat.forward import Batch, in_float32, on_device
 from fastar.flat.state_check import copied
+from fastar.losses import Loss, Parts
+from fastar.losses.terms import IGNORED, class_logits
+from fastar.runtime.user_code import users_code
 
-Data = Iterable[tuple[Any, Tensor]] | Callable[[], Iterable[tuple[Any, Tensor]]] | tuple[Tensor, Tensor]
-"""(inputs, labels) batches that can be gone through again and again (a DataLoader, a list, a function that begins a new
-pass), or all inputs and all labels as two tensors. Inputs of a batch are what the model's forward takes, as
-`example_inputs` are: a tensor, a tuple of arguments, or a mapping of keywords."""
+Data = Iterable[Any] | Callable[[], Iterable[Any]] | tuple[Tensor, Tensor] | Dataset[Any]
+"""A map-style torch Dataset of samples; (inputs, targets) batches that can be gone through again and again (a
+DataLoader, a list, a function that begins a new pass); or all inputs and all targets as two tensors. Inputs of a batch
+are what the model's forward takes, as `example_inputs` are: a tensor, a tuple of arguments, or a mapping of
+keywords."""
 
 Batches = Callable[[], Iterator[tuple[Batch, Tensor]]]
 """Begins a pass over (inputs, labels)."""
@@ -79,64 +83,62 @@ def in_float(batches: Batches) -> Batches:
 
 
 def labelled(batches: Batches, classes: int, name: str) -> Batches:
-    """The same, each label one of so many `classes`.
+    """The same, each label one of so many `classes`, or ignored (-100).
 
     Raises:
         FastarError: in a pass where labels do not fit.
     """
 
-    def one_pass() -> Iterator[tuple[Batch, Tensor]]:
-        for inputs, labels in batches():
-            check_labels(inputs, labels, name)
+    def one_pass() -> Iterator[tuple[Batch, Any]]:
+        for inputs, targets in batches():
+            check_labels(inputs, targets, name)
+            labels = targets[targets != IGNORED]
             low, high = (int(one) for one in labels.aminmax()) if len(labels) else (0, 0)
             if low < 0 or high >= classes:
                 raise FastarError(f"{name}: labels from {low} to {high}, where the model has {classes} classes, from 0")
-            yield inputs, labels
+            yield inputs, targets
 
     return one_pass
 
 
-def check_labels(inputs: Batch, labels: Tensor, name: str) -> None:
-    """Raise FastarError unless there is one whole number for each input."""
+def check_labels(inputs: Batch, labels: Any, name: str) -> None:
+    """Raise FastarError unless there is a whole number for each input, or for each place of it."""
     count = len(inputs) if isinstance(inputs, Tensor) and inputs.ndim else None
-    if not _whole(labels) or labels.ndim != 1 or count not in (None, len(labels)):
+    if not isinstance(labels, Tensor) or not _whole(labels) or not labels.ndim or count not in (None, len(labels)):
         of = f"{count} inputs" if count is not None else "the inputs"
-        one = f" (one sample? wrap it in a DataLoader: {name} is to be batches)" if labels.ndim == 0 else ""
-        raise FastarError(
-            f"{name}: labels must be whole numbers, one for each of {of}; they are {labels.dtype} of shape "
-            f"{list(labels.shape)}{one}"
-        )
+        shape = f"{labels.dtype} of shape {list(labels.shape)}" if isinstance(labels, Tensor) else _kind(labels)
+        single = isinstance(labels, Tensor) and not labels.ndim
+        one = f" (one sample? wrap it in a DataLoader: {name} is to be batches)" if single else ""
+        raise FastarError(f"{name}: labels must be whole numbers, one for each of {of}; they are {shape}{one}")
 
 
 def _whole(labels: Tensor) -> bool:
     return not labels.is_floating_point() and not labels.is_complex() and labels.dtype != torch.bool
 
 
-def classes_of(model: nn.Module, inputs: Batch, labels: Tensor, name: str) -> int:
-    """The number of classes in the logits that `model`, a copy in evaluation mode, gives for a batch.
+def check_targets(model: nn.Module, inputs: Batch, targets: Any, loss: Loss, name: str) -> int | None:
+    """Take the loss and metrics of a first batch; the number of classes, where targets are labels of classes.
+
+    Args:
+        model: a copy in evaluation mode.
+        name: of the data.
 
     Raises:
-        FastarError: it gives no logits.
+        FastarError: the loss cannot be taken of what the model returns, or the targets do not fit.
     """
-    logits = outputs_of(model, inputs, name)
-    if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != len(labels):
-        found = f"a tensor of shape {list(logits.shape)}" if isinstance(logits, Tensor) else type(logits).__name__
-        raise FastarError(
-            f"the forward of {type(model).__name__} must return logits [{len(labels)}, classes] for a barrier; it "
-            f"returns {found}: wrap it in a module that returns its logits alone"
-        )
-    return logits.shape[1]
-
-
-def check_loss(outputs: Any, labels: Tensor, name: str) -> None:
-    """Raise FastarError unless a cross-entropy can be taken of a batch's outputs with its labels."""
-    try:
-        F.cross_entropy(outputs, labels)
-    except (RuntimeError, ValueError, IndexError, TypeError) as error:
-        raise FastarError(
-            f"{name}: no loss can be taken of the model's outputs and labels {labels.dtype} {list(labels.shape)} "
-            f"({first_line(error)}): give logits [batch, classes], and whole numbers [batch] from 0 to classes - 1"
-        ) from error
+    by_class = loss.name == "cross_entropy" and not loss.whole
+    if by_class and not (isinstance(targets, Tensor) and targets.is_floating_point() and targets.ndim > 1):
+        check_labels(inputs, targets, name)
+    outputs = outputs_of(model, inputs, "model_a" if name == "data" else f"the model, on {name},")
+    device = next(model.parameters()).device
+    classes = None
+    if by_class and not targets.is_floating_point():
+        classes = class_logits(outputs, targets).shape[1]
+        next(labelled(lambda: iter([(inputs, targets)]), classes, name)())
+    with users_code(f"the loss {loss.name}, on the first batch of {name},"):
+        for metric in loss.measures().values():
+            metric.begin(device).add(outputs, targets)
+    return classes
 
 
 def tried(model: nn.Module, batches: Batches, name: str) -> Batches:
@@ -154,8 +156,15 @@ def tried(model: nn.Module, batches: Batches, name: str) -> Batches:
     return lambda: passes.pop() if passes else batches()
 
 
-def batches_of(data: Data, device: torch.device, name: str) -> Batches:
-    """A function that begins a pass over `data`, on `device`."""
+def batches_of(data: Data, device: torch.device, name: str, split: Callable[[Any], Parts] | None = None) -> Batches:
+    """A function that begins a pass over `data`, on `device`.
+
+    Args:
+        split: takes a batch apart (`fastar.losses.split_of`); None: batches are (inputs, targets).
+    """
+    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+        samples = SampleData(name, data, device)
+        return lambda: map(split or _pair, samples.sequential(BATCH))
     again: Callable[[], Iterable[tuple[Any, Tensor]]]
     if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor) and isinstance(data[1], Tensor):
         inputs, labels = data
@@ -175,6 +184,10 @@ def batches_of(data: Data, device: torch.device, name: str) -> Batches:
         if not isinstance(begun, Iterable):
             raise FastarError(f"the function given as {name} returns {_kind(begun)}: {_WANTED}")
         for batch in begun:
+            if split is not None and _holds_tensors(batch):
+                inputs, targets = split(on_device(tuple(batch) if isinstance(batch, list) else batch, device))
+                yield inputs, (targets.long() if isinstance(targets, Tensor) and _small(targets) else targets)
+                continue
             if not isinstance(batch, tuple | list) or len(batch) != 2 or not _is_batch(*batch):
                 numpy = any(isinstance(one, np.ndarray) for one in tree_leaves(batch))
                 remedy = "; torch.from_numpy makes tensors of NumPy's arrays" if numpy else ""
@@ -195,17 +208,28 @@ def _check_kind(data: object, name: str) -> None:
         raise FastarError(
             f"{name} can be gone through once only; give a list, a DataLoader, or a function that begins a new pass"
         )
-    if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
-        raise FastarError(
-            f"{name} is a dataset ({type(data).__name__}), which gives samples one by one: wrap it in a DataLoader, "
-            f"torch.utils.data.DataLoader({name}, batch_size={BATCH})"
-        )
     numpy = any(isinstance(one, np.ndarray) for one in (data if isinstance(data, tuple) else (data,)))
     if numpy:
         raise FastarError(f"{name} is {_kind(data)}: make tensors of NumPy's arrays, torch.from_numpy(...)")
     no_batches = isinstance(data, Tensor | Mapping | str | bytes | nn.Module | type)
     if no_batches or not (callable(data) or isinstance(data, Iterable) or hasattr(data, "__getitem__")):
         raise FastarError(f"{name} is {_kind(data)}: {_WANTED}")
+
+
+def _pair(batch: Any) -> Parts:
+    return batch[0], batch[1]
+
+
+def _small(targets: Tensor) -> bool:
+    """Tell whether targets are whole numbers of a type that losses do not take."""
+    return _whole(targets) and targets.dtype != torch.int64
+
+
+def _holds_tensors(batch: Any) -> bool:
+    """Tell whether a batch is of tensors alone: one, several, or by name."""
+    leaves = tree_leaves(batch) if isinstance(batch, tuple | list | Mapping | Tensor) else []
+    many = isinstance(batch, Mapping | Tensor) or len(batch) > 1
+    return many and bool(leaves) and not any(isinstance(one, np.ndarray) for one in leaves)
 
 
 def _is_batch(inputs: object, labels: object) -> bool:

@@ -1,40 +1,30 @@
-"""Matching and barriers of a user's own networks: `fastar.match`, `fastar.apply`, `fastar.barrier`."""
+"""Matching of networks: `fastar.match`, `fastar.match_many`, `fastar.apply`."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from numbers import Integral
 
-import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedParameter
 from torch.utils._pytree import tree_map_only
 
 from fastar import matching
+from fastar.api.networks import device_of
 from fastar.config import MatchingSettings, matching_settings
 from fastar.errors import FastarError
-from fastar.evaluation import Endpoint, Segment, evaluate_paths
-from fastar.evaluation.batch_norm import batch_norm_layers, joined, layer_of_single_values
+from fastar.evaluation.batch_norm import joined, layer_of_single_values
 from fastar.evaluation.batches import (
-    Batches,
     Data,
     batches_of,
-    check_labels,
-    check_loss,
     check_network,
-    classes_of,
+    check_targets,
     float_copy,
     in_float,
-    labelled,
-    tried,
-    with_parameters,
 )
-from fastar.evaluation.ends import check_end, interpolated_buffers, outputs_of
-from fastar.flat import FlatLayout
-from fastar.flat.forward import Batch
-from fastar.flat.state_check import check_computed, check_one_value, check_state_of, copied
+from fastar.evaluation.ends import outputs_of
+from fastar.flat.state_check import check_one_value, check_state_of, copied
+from fastar.losses import Loss, LossChoice, find_loss, sample_count, split_of
 from fastar.matching import EXAMPLE_BATCHES, Examples, ManyResult, MatchResult, To
 from fastar.runtime.progress import SILENT, Progress
 from fastar.symmetry import (
@@ -71,6 +61,7 @@ def match(
     example_inputs: Tensor | ExampleInputs,
     method: str = "weight",
     data: Data | None = None,
+    loss: LossChoice = "cross_entropy",
     spec: PermutationSpec | None = None,
     allow_partial: bool = False,
     seed: int = 0,
@@ -88,7 +79,8 @@ def match(
         example_inputs: what the forward takes: a tensor, a tuple of tensors, or a mapping of keywords to tensors.
         method: weight (coordinate descent on the weights), activation (correlations of activations), sinkhorn
             (gradients) or none.
-        data: (inputs, labels) batches, of which the first few are looked at; needed by activation.
+        data: (inputs, targets) batches or a Dataset, of which the first few batches are used; needed by activation.
+        loss: as of `barrier`; of `sinkhorn` on a loss.
         spec: the groups written out by hand, for networks whose graph cannot be traced.
         allow_partial: hold in place what cannot be proven, and go on; `Matched.symmetry.frozen` says what.
         seed: of random choices.
@@ -98,8 +90,8 @@ def match(
         FastarError: another architecture, groups that cannot be proven, or a method or option that does not exist.
     """
     settings = matching_settings({"method": method, **options})
-    device = _device(model_a, "model_a")
-    _device(model_b, "model_b")
+    device = device_of(model_a, "model_a")
+    device_of(model_b, "model_b")
     source = model_b.state_dict()
     check_state_of(model_a, source, "model_b")
     models = {"model_a": model_a, "model_b": model_b}
@@ -109,7 +101,7 @@ def match(
         symmetry,
         model_a.state_dict(),
         {name: source[name][None].to(device) for name in symmetry.moved},
-        examples=_examples(model_a, data, settings),
+        examples=_examples(model_a, data, settings, find_loss(loss)),
         seed=seed,
         progress=progress,
     )
@@ -146,6 +138,7 @@ def match_many(
     centre: nn.Module | None = None,
     method: str = "weight",
     data: Data | None = None,
+    loss: LossChoice = "cross_entropy",
     spec: PermutationSpec | None = None,
     allow_partial: bool = False,
     rounds: int = 20,
@@ -163,7 +156,7 @@ def match_many(
             mean. mean follows the weights: methods that look at data need one of the others.
         centre: of star: the network that all are matched to.
         rounds: of mean, at most.
-        example_inputs, method, data, spec, allow_partial, seed, options: as of `match`.
+        example_inputs, method, data, loss, spec, allow_partial, seed, options: as of `match`.
 
     Raises:
         FastarError: as `match`; too few models, or a centre that is missing or not needed.
@@ -174,7 +167,7 @@ def match_many(
     if not models:
         raise FastarError("there are no models to match: give at least two")
     named = ({} if centre is None else {"centre": centre}) | {f"models[{n}]": model for n, model in enumerate(models)}
-    first, (device, *_) = next(iter(named.values())), [_device(model, name) for name, model in named.items()]
+    first, (device, *_) = next(iter(named.values())), [device_of(model, name) for name, model in named.items()]
     states = [model.state_dict() for model in models]
     for n, state in enumerate(states):
         check_state_of(first, state, f"models[{n}]")
@@ -188,7 +181,7 @@ def match_many(
         to=to or ("mean" if centre is None else "star"),
         centre=None if centre is None else centre.state_dict(),
         settings=settings,
-        examples=_examples(first, data, settings),
+        examples=_examples(first, data, settings, find_loss(loss)),
         rounds=rounds,
         seed=seed,
         progress=progress,
@@ -230,49 +223,32 @@ def _symmetry(
     return symmetry
 
 
-def _examples(model: nn.Module, data: Data | None, settings: MatchingSettings) -> Callable[[], Examples]:
+def _examples(model: nn.Module, data: Data | None, settings: MatchingSettings, loss: Loss) -> Callable[[], Examples]:
     """The first batches, for methods that look at data."""
 
     def examples() -> Examples:
         if data is None:
             raise FastarError(f"method={settings.method!r} needs data: give (inputs, labels) batches as data")
-        device = _device(model, "the model")
-        found = list(islice(batches_of(data, device, "data")(), EXAMPLE_BATCHES))
+        device = device_of(model, "the model")
+        split = split_of(model, whole=loss.whole)
+        found = list(islice(batches_of(data, device, "data", split)(), EXAMPLE_BATCHES))
         if not found:
             raise FastarError(f"method={settings.method!r} needs data, and there is no batch in what was given as data")
         twin, floats = float_copy(model, device), list(in_float(lambda: iter(found))())
         by_loss = settings.method == "sinkhorn"
-        for inputs, labels in floats if by_loss else floats[:1]:
-            outputs = outputs_of(twin, inputs, "the model, on data,")
+        for inputs, targets in floats if by_loss else floats[:1]:
             if by_loss:
-                check_loss(outputs, labels, "data")
-        if any(labels.ndim and len(labels) == 1 for _, labels in found):
-            inputs, labels = floats[0]
-            if layer_of_single_values(twin, inputs, len(labels)) is not None:
-                found = list(joined(found))
-        return Examples(model, found)
+                check_targets(twin, inputs, targets, loss, "data")
+            else:
+                outputs_of(twin, inputs, "the model, on data,")
+        inputs = floats[0][0]
+        if any(sample_count(one) == 1 for one, _ in found) and layer_of_single_values(
+            twin, inputs, sample_count(inputs)
+        ):
+            found = list(joined(found))
+        return Examples(model, found, loss)
 
     return examples
-
-
-def _device(model: nn.Module, name: str) -> torch.device:
-    """The device of a network's parameters.
-
-    Raises:
-        FastarError: it is no network, or one without weights.
-    """
-    check_network(model, name)
-    first = next(model.parameters(), None)
-    if any(isinstance(parameter, UninitializedParameter) for parameter in model.parameters()):
-        raise FastarError(f"{name} has parameters without a shape yet: run one batch through its lazy modules first")
-    if first is None:
-        raise FastarError(
-            f"{name}, a {type(model).__name__}, has no parameters: there is nothing to match or to measure"
-        )
-    if first.is_meta:
-        raise FastarError(f"{name} has no weights yet (its parameters are on the meta device): load them first")
-    check_computed(model)
-    return first.device
 
 
 def apply(permutations: Permutations, model: nn.Module, *, symmetry: Symmetry | None = None) -> nn.Module:
@@ -302,98 +278,3 @@ def apply(permutations: Permutations, model: nn.Module, *, symmetry: Symmetry | 
     twin = copied(model)
     twin.load_state_dict(symmetry.apply(permutations, twin.state_dict()))
     return twin
-
-
-@dataclass(frozen=True)
-class Barrier:
-    """Loss and accuracy along the straight path between two models, and its barrier.
-
-    Args:
-        t: points of the path, 0 at the first model, 1 at the second.
-        loss: mean cross-entropy at each t.
-        accuracy: at each t.
-        value: the largest gap between the loss and the straight line between the ends' losses (paper, eq. 10).
-    """
-
-    t: list[float]
-    loss: list[float]
-    accuracy: list[float]
-    value: float
-
-    def __float__(self) -> float:
-        return self.value
-
-
-def barrier(
-    model_a: nn.Module,
-    model_b: nn.Module,
-    data: Data,
-    *,
-    points: int = 11,
-    statistics_data: Data | None = None,
-    progress: Progress = SILENT,
-) -> Barrier:
-    """The loss barrier between two models of one architecture, as they are (paper, eq. 10).
-
-    Models are evaluated in float32 on the device of `model_a`; neither is changed. Parameters are interpolated, and
-    buffers of the state dict that hold a value for each unit (those of frozen batch-norms) and differ. Batch-norm
-    statistics are re-estimated at every point, ends included (paper, appendix B.3). All else has to be the same in
-    both: other buffers are compared, and each model is run once, on the first batch and with its own batch-norm
-    statistics, beside the network that stands for it at its end of the path.
-
-    Args:
-        model_a: at t = 0; its forward takes a batch of inputs and returns logits [batch, classes]. Labels are whole
-            numbers [batch] from 0 to classes - 1.
-        model_b: at t = 1.
-        data: what losses are measured on.
-        points: equispaced values of t, ends included.
-        statistics_data: what batch-norm statistics are taken from, best the training data, shuffled; None: `data`. A
-            batch of one sample that a layer could not take a variance of is joined to the one before it.
-
-    Raises:
-        FastarError: models that are no networks of one architecture, that differ in more than parameters, or that draw
-            random numbers in evaluation mode; data, labels or outputs that do not fit; a loss that is not finite.
-    """
-    if not isinstance(points, Integral) or points < 2:
-        raise FastarError(f"points={points}: a path needs its two ends, give a whole number of at least 2")
-    models = {"model_a": model_a, "model_b": model_b}
-    device, _ = (_device(given, name) for name, given in models.items())
-    states = [given.state_dict() for given in models.values()]
-    check_state_of(model_a, states[1], "model_b")
-    check_one_value(model_a, states[1], "model_b", f"a path can hold but one; {TIE_ALIKE}")
-    model = with_parameters(float_copy(model_a, device), interpolated_buffers(model_a, model_b))
-    layout = FlatLayout.from_module(model)
-    floats = in_float(batches_of(data, device, "data"))
-    first = next(floats(), None)
-    if first is None:
-        raise FastarError("there is no data to measure on: no batch in what was given as data")
-    check_labels(*first, "data")
-    classes = classes_of(model, *first, "model_a")
-    for (name, given), state in zip(models.items(), states, strict=True):
-        check_end(float_copy(given, device), model, layout, state, first[0], name)
-    batches = labelled(floats, classes, "data")
-    ends = [Endpoint(name, layout.flatten(state).to(device)) for name, state in zip("ab", states, strict=True)]
-    (measured,) = evaluate_paths(
-        model,
-        layout,
-        [Segment("path", *ends)],
-        {"data": batches},
-        points=int(points),
-        statistics_batches=_of_statistics(model, batches, first, statistics_data),
-        progress=progress,
-    )
-    return Barrier(measured.t, measured.loss["data"], measured.accuracy["data"], measured.barrier("data"))
-
-
-def _of_statistics(
-    model: nn.Module, batches: Batches, first: tuple[Batch, Tensor], statistics_data: Data | None
-) -> Batches:
-    """The batches that batch-norm statistics are taken from."""
-    if not batch_norm_layers(model):
-        return batches
-    if statistics_data is not None:
-        device = first[1].device
-        batches = tried(model, in_float(batches_of(statistics_data, device, "statistics_data")), "statistics_data")
-    if layer_of_single_values(model, first[0], len(first[1])) is None:
-        return batches
-    return lambda: joined(batches())

@@ -1,0 +1,189 @@
+"""Trained networks, stars and runs, as the functions of `fastar` return them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeAlias, Union
+
+from torch import Tensor, nn
+
+from fastar.api.results import Barrier, paths_frame, plot_paths
+from fastar.errors import FastarError
+from fastar.evaluation import Segment
+from fastar.experiments.measure import check_endpoint, endpoint, evaluated, match_to
+from fastar.experiments.session import Session, measuring, new_session, threads
+from fastar.runs.model_files import Checkpoint, load_checkpoint, load_whole_into
+from fastar.runtime.progress import SILENT, Progress, TerminalProgress
+from fastar.symmetry import Permutations
+
+Build = Callable[..., nn.Module]
+"""Returns a fresh network each time; its weights are drawn from torch's generator, which fastar seeds before."""
+
+
+@dataclass(frozen=True, repr=False)
+class TrainedModel:
+    """A trained network of a run.
+
+    Args:
+        name: source 0, heldout 2, star.
+        state: its state dict, on the CPU.
+        metadata: what is recorded of it: recipe, losses, versions.
+        path: of its file; None: it is kept in memory alone.
+        build: makes a network that it can be loaded into.
+    """
+
+    name: str
+    state: Mapping[str, Tensor] = field(repr=False)
+    metadata: Mapping[str, Any] = field(repr=False)
+    path: Path | None = None
+    build: Build | None = field(default=None, repr=False)
+
+    @property
+    def value(self) -> float:
+        """Its loss on the test data, or on the training data where there are no others."""
+        return float(self.metadata.get("test_loss", self.metadata["train_loss"]))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name}, loss {self.value:.4g}, {self.path or 'in memory'})"
+
+    def module(self) -> nn.Module:
+        """A fresh network that holds its weights, in evaluation mode.
+
+        Raises:
+            FastarError: nothing is known that builds one.
+        """
+        if self.build is None:
+            raise FastarError(f"{self.name}: nothing is known that builds its network: give build to fastar.load_run")
+        model = self.build()
+        load_whole_into(model, Checkpoint(dict(self.state)))
+        return model.eval()
+
+
+Source: TypeAlias = Union[TrainedModel, nn.Module, Mapping[str, Tensor], Path, str]  # noqa: UP007  # of 3.10
+"""A network of any of the kinds that users have."""
+
+
+@dataclass(frozen=True, repr=False)
+class Star(TrainedModel):
+    """A star model: the straight path from it to each source has low loss.
+
+    Args:
+        permutations: of the sources that it was trained with: group name -> int64 [N, size]; None: none were matched.
+        results: what `results.json` holds: losses and barriers along all paths.
+    """
+
+    permutations: Permutations | None = None
+    results: Mapping[str, Any] = field(default_factory=dict, repr=False)
+    _session: Session | None = field(default=None, repr=False)
+
+    def barrier(
+        self, model: Source, data: Any = None, *, matched: bool = True, progress: Progress | bool = False
+    ) -> Barrier:
+        """The loss barrier from the star to another network, whose units are permuted to match it first.
+
+        Args:
+            model: of the architecture, of any kind that `train_star` takes.
+            data: what losses are measured on; None: the run's own test data, or training data.
+            matched: permute it to match the star, as the run matches.
+
+        Raises:
+            FastarError: another architecture, or a run that was loaded without its network and data.
+        """
+        if self._session is None:
+            raise FastarError("a barrier needs the network and its data: give build and train to fastar.load_run")
+        session = self._session
+        if data is not None:
+            splits = session.given.data
+            assert splits is not None
+            given = replace(session.given, data=replace(splits, test=data))
+            session = new_session(session.settings, session.run, shown(progress), given=given)
+        star, other = Checkpoint(dict(self.state)), checkpoint_of(model, session.network.build(seed=0, device="cpu"))
+        with threads(session), measuring("a barrier"):
+            permutation = match_to(session, star, [other])[0] if matched and session.settings.ends_matched else None
+            for name, one, moved in (("the star", star, None), ("the model", other, permutation)):
+                check_endpoint(session, name, one, moved)
+            ends = endpoint(session, "star", star), endpoint(session, "model", other, permutation)
+            (path,), _ = evaluated(session, [Segment("path", *ends)])
+        return Barrier.of(path, session.data.names()[-1], session.loss.name)
+
+    def plot(self, axes: Any = None) -> Any:
+        """Draw the loss along the run's paths; the matplotlib Axes."""
+        return plot_paths(self.results, "test" if "test" in self.results else "train", axes)
+
+    def to_frame(self) -> Any:
+        """A pandas DataFrame of the run's paths and their barriers."""
+        return paths_frame(self.results)
+
+
+@dataclass(frozen=True, repr=False)
+class Run:
+    """A run folder: its models, permutations and results.
+
+    Args:
+        sources, heldouts: those that are finished; given ones are not among them.
+        star: the star model; None: not yet trained.
+        results: what `results.json` holds; empty: not yet measured.
+    """
+
+    path: Path
+    sources: list[TrainedModel]
+    heldouts: list[TrainedModel]
+    star: Star | None
+    results: Mapping[str, Any]
+
+    def __repr__(self) -> str:
+        star = "a star" if self.star is not None else "no star"
+        return f"Run({self.path}: {len(self.sources)} sources, {len(self.heldouts)} heldouts, {star})"
+
+    @property
+    def models(self) -> list[TrainedModel]:
+        """All models: sources, heldouts and the star."""
+        return [*self.sources, *self.heldouts, *([] if self.star is None else [self.star])]
+
+    @property
+    def permutations(self) -> Permutations | None:
+        """Of the sources that the star was trained with."""
+        return None if self.star is None else self.star.permutations
+
+    @property
+    def value(self) -> float:
+        """The mean barrier from the star to the heldouts (without heldouts: to the sources) on the last split.
+
+        Raises:
+            FastarError: nothing has been measured yet.
+        """
+        if not self.results:
+            raise FastarError(f"{self.path}: nothing is measured yet; train its star")
+        split = self.results["test" if "test" in self.results else "train"]
+        return float(split["star_heldout" if split["star_heldout"]["n"] else "star_source"]["mean"])
+
+    def plot(self, axes: Any = None) -> Any:
+        """Draw the loss along the run's paths; the matplotlib Axes."""
+        return plot_paths(self.results, "test" if "test" in self.results else "train", axes)
+
+    def to_frame(self) -> Any:
+        """A pandas DataFrame of the run's paths and their barriers."""
+        return paths_frame(self.results)
+
+
+def checkpoint_of(model: Source, network: nn.Module) -> Checkpoint:
+    """A network that was given, as a whole state of `network`, in float32."""
+    if isinstance(model, str | Path):
+        return load_whole_into(network, load_checkpoint(Path(model)))
+    state = model.state if isinstance(model, TrainedModel) else model
+    state = state.state_dict() if isinstance(state, nn.Module) else state
+    if not isinstance(state, Mapping):
+        raise FastarError(
+            f"a source is a {type(model).__name__}: give a trained model, a module, a state dict or a file"
+        )
+    tensors = {name: value.detach().cpu() for name, value in state.items() if isinstance(value, Tensor)}
+    return load_whole_into(network, Checkpoint(tensors))
+
+
+def shown(progress: Progress | bool) -> Progress:
+    """The progress that a caller means."""
+    if isinstance(progress, bool):
+        return TerminalProgress() if progress else SILENT
+    return progress

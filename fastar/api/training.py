@@ -1,0 +1,248 @@
+"""The main job from Python: `fastar.train_sources`, `fastar.train_star`, `fastar.load_run`."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal
+
+from torch import nn
+
+from fastar.api.models import Build, Run, Source, Star, TrainedModel, checkpoint_of, shown
+from fastar.api.recipe import Recipe
+from fastar.config import MatchingSettings, Settings, matching_settings
+from fastar.data.user_data import UserSplits
+from fastar.errors import FastarError
+from fastar.experiments.matchings import star_permutations
+from fastar.experiments.session import new_session
+from fastar.experiments.star_domain import train_sources as train_missing
+from fastar.experiments.user_task import PYTHON, Given
+from fastar.experiments.whole_run import train_star as do_whole_run
+from fastar.losses import LossChoice, MetricChoice
+from fastar.runs import RunFolder
+from fastar.runs.model_files import load_checkpoint, save_checkpoint, state_digest
+from fastar.runtime.progress import Progress
+from fastar.runtime.signals import Stopped, signals_stop
+from fastar.runtime.user_code import name_of
+
+
+def train_sources(
+    build: Build,
+    train: Any,
+    recipe: Recipe | None = None,
+    *,
+    number: int = 10,
+    kind: Literal["source", "heldout"] = "source",
+    test: Any = None,
+    loss: LossChoice = "cross_entropy",
+    metrics: Sequence[MetricChoice] | None = None,
+    out: Path | str | None = None,
+    progress: Progress | bool = True,
+) -> list[TrainedModel]:
+    """Train networks from different seeds; those that are in the run folder already are reused.
+
+    Args:
+        build: returns a fresh network; it is called once for each, after torch's generator was seeded.
+        train: the training data: tensors (inputs, targets), a torch Dataset, a DataLoader, or a `fastar.Data`.
+        recipe: how to train; None: the defaults.
+        number: of networks.
+        kind: "source", or "heldout": networks that no star is trained with.
+        test: data that losses are measured on beside the training data.
+        loss: cross_entropy, mse, bce, lm, or a function f(outputs, batch) -> [batch].
+        metrics: beside it; None: those that belong to the loss's name.
+        out: run folder, which a training that was stopped goes on in; None: nothing is left on the disk.
+        progress: where to show it; True: the terminal, False: nowhere.
+
+    Raises:
+        FastarError: bad input, in one line; what was finished stays.
+    """
+    given = _given(build, train, test, loss, metrics)
+    with _folder(out) as folder, _interruptible():
+        run = RunFolder(folder)
+        numbers = {"number" if kind == "source" else "heldout": number}
+        settings = _settings(recipe, build, given, run, out is not None, numbers)
+        train_missing(settings, folder, shown(progress), given=given)
+        files = [run.model(kind, index) for index in range(number)]
+        return [_model(f"{kind} {index}", path, build, out is not None) for index, path in enumerate(files)]
+
+
+def train_star(
+    build: Build,
+    sources: Sequence[Source],
+    train: Any,
+    recipe: Recipe | None = None,
+    *,
+    heldouts: Sequence[Source] = (),
+    test: Any = None,
+    loss: LossChoice = "cross_entropy",
+    metrics: Sequence[MetricChoice] | None = None,
+    matching: str | Mapping[str, Any] | MatchingSettings | None = None,
+    out: Path | str | None = None,
+    progress: Progress | bool = True,
+) -> Star:
+    """Train a star model of `sources` (Algorithm 1), and measure the barriers from it and between them.
+
+    Args:
+        build: returns a fresh network of the sources' architecture.
+        sources: networks that `train_sources` returned, modules, state dicts, or files, of any floating-point type.
+        train: as of `train_sources`.
+        recipe: how to train; None: the defaults.
+        heldouts: networks that only barriers are measured to, of the same kinds.
+        test, loss, metrics, progress: as of `train_sources`.
+        matching: weight, activation, sinkhorn or none; or settings of `matching` by their names. None: the recipe's.
+        out: run folder; None: nothing is left on the disk.
+
+    Raises:
+        FastarError: bad input, in one line; what was finished stays.
+    """
+    if not sources:
+        raise FastarError("there are no sources: give those of fastar.train_sources, modules, state dicts or files")
+    given = _given(build, train, test, loss, metrics)
+    with _folder(out) as folder, _interruptible():
+        run, chosen = RunFolder(folder), _as_matching(matching)
+        numbers: dict[str, Any] = {"number": len(sources), "heldout": len(heldouts)}
+        model = None
+        for key, kind, models in (("folder", "source", sources), ("heldout_folder", "heldout", heldouts)):
+            if models and not _are_of_run(models, run, kind):
+                model = build() if model is None else model
+                numbers[key] = _keep(models, folder / "given" / kind, model)
+        settings = _settings(recipe, build, given, run, out is not None, numbers, chosen)
+        results = do_whole_run(settings, folder, shown(progress), given=given)
+        found = _model("star", run.star, build, out is not None)
+        session = new_session(settings, run, given=given)
+        permutations = star_permutations(run.permutations) or None
+        return Star(**vars(found), permutations=permutations, results=results, _session=session)
+
+
+def load_run(path: Path | str, build: Build | None = None, train: Any = None) -> Run:
+    """The models, permutations and results of a run folder.
+
+    Args:
+        path: the folder, of `train_star` or of the command line.
+        build: makes its network; needed for `module()` and `barrier`.
+        train: its training data, or a `fastar.Data`; needed for `barrier`.
+
+    Raises:
+        FastarError: it is no run folder, or damaged.
+    """
+    run = RunFolder(Path(path))
+    saved = run.saved_settings()
+    models: dict[str, list[TrainedModel]] = {"source": [], "heldout": []}
+    for file, kind, index in run.models():
+        models[kind].append(_model(f"{kind} {index}", file, build, True))
+    results = run.read_results() if run.results.is_file() else {}
+    star = None
+    if run.finished("star", 0):
+        session = None
+        if build is not None and train is not None:
+            from fastar.config import validate
+
+            given = Given(build=build, data=_splits(train, None))
+            session = new_session(validate(saved, str(run.config)), run, given=given)
+        permutations = star_permutations(run.permutations) or None
+        found = _model("star", run.star, build, True)
+        star = Star(**vars(found), permutations=permutations, results=results, _session=session)
+    return Run(run.path, models["source"], models["heldout"], star, results)
+
+
+def _splits(train: Any, test: Any) -> UserSplits:
+    if isinstance(train, UserSplits):
+        return train if test is None else replace(train, test=test)
+    return UserSplits(train, test)
+
+
+def _given(build: Build, train: Any, test: Any, loss: LossChoice, metrics: Sequence[MetricChoice] | None) -> Given:
+    if isinstance(build, nn.Module) or not callable(build):
+        raise FastarError(f"build is a {type(build).__name__}: give a function that returns a fresh network")
+    return Given(build=build, data=_splits(train, test), loss=loss, metrics=metrics)
+
+
+def _settings(
+    recipe: Recipe | None,
+    build: Build,
+    given: Given,
+    run: RunFolder,
+    kept: bool,
+    numbers: Mapping[str, Any],
+    matching: MatchingSettings | None = None,
+) -> Settings:
+    """The settings of a run. What a call does not speak of stays as it is in the folder."""
+    recipe = Recipe() if recipe is None else recipe
+    loss = given.loss if isinstance(given.loss, str) else name_of(given.loss)
+    settings = recipe.settings(PYTHON, name_of(build), loss)
+    sections: dict[str, Any] = {"sources": {**settings.sources.model_dump(), "heldout": 0, **numbers}}
+    if matching is not None:
+        sections["matching"] = matching
+    if kept and run.config.is_file():
+        saved = run.saved_settings()
+        old = saved.get("sources", {})
+        sections["sources"] = {**sections["sources"], **old, **numbers}
+        for key in ("heldout", "number"):
+            if "folder" not in key and run.star.is_file() and key in old:
+                sections["sources"][key] = max(old[key], numbers.get(key, 0)) if key == "heldout" else old[key]
+        if matching is None and run.star.is_file():
+            sections["matching"], sections["star"] = saved.get("matching", {}), saved.get("star", {})
+    if not kept:
+        sections["logging"] = {"tensorboard": False}
+    dumped = settings.model_dump()
+    from fastar.config import validate
+
+    return validate({**dumped, **{key: _plain(value) for key, value in sections.items()}}, "the recipe")
+
+
+def _plain(section: Any) -> Any:
+    return section.model_dump() if isinstance(section, MatchingSettings) else section
+
+
+def _as_matching(matching: str | Mapping[str, Any] | MatchingSettings | None) -> MatchingSettings | None:
+    if matching is None or isinstance(matching, MatchingSettings):
+        return matching
+    return matching_settings({"method": matching} if isinstance(matching, str) else matching)
+
+
+def _model(name: str, path: Path, build: Build | None, kept: bool) -> TrainedModel:
+    checkpoint = load_checkpoint(path, own=True)
+    state = {key: value.clone() for key, value in checkpoint.state.items()}
+    return TrainedModel(name, state, checkpoint.metadata, path if kept else None, build)
+
+
+def _are_of_run(models: Sequence[Source], run: RunFolder, kind: str) -> bool:
+    """Tell whether these are the run's own models, all of its first ones."""
+    paths = [model.path if isinstance(model, TrainedModel) else None for model in models]
+    return paths == [run.model(kind, index) for index in range(len(models))]
+
+
+def _keep(models: Sequence[Source], folder: Path, network: nn.Module) -> Path:
+    """Write networks that were given into a folder of the run, unless they are there; the folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index, model in enumerate(models):
+        found, path = checkpoint_of(model, network), folder / f"{index:04d}.safetensors"
+        if not path.is_file() or state_digest(load_checkpoint(path)) != state_digest(found):
+            save_checkpoint(path, found.state, {})
+    for path in folder.glob("*.safetensors"):
+        if path.stem.isdecimal() and int(path.stem) >= len(models):
+            path.unlink()
+    return folder
+
+
+@contextmanager
+def _folder(out: Path | str | None) -> Iterator[Path]:
+    """The run folder; without one, a temporary folder that is deleted."""
+    if out is not None:
+        yield Path(out)
+        return
+    with tempfile.TemporaryDirectory(prefix="fastar-") as folder:
+        yield Path(folder) / "run"
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Inside, Ctrl-C saves what is in training, and is KeyboardInterrupt then."""
+    try:
+        with signals_stop():
+            yield
+    except Stopped as stopped:
+        raise KeyboardInterrupt(str(stopped)) from stopped
