@@ -23,6 +23,7 @@ from fastar.experiments.user_task import PYTHON, Given
 from fastar.experiments.whole_run import train_star as do_whole_run
 from fastar.losses import LossChoice, MetricChoice
 from fastar.runs import RunFolder
+from fastar.runs.folder import GIVEN
 from fastar.runs.model_files import load_checkpoint, save_checkpoint, state_digest
 from fastar.runtime.progress import Progress
 from fastar.runtime.signals import Stopped, signals_stop
@@ -108,7 +109,7 @@ def train_star(
         for key, kind, models in (("folder", "source", sources), ("heldout_folder", "heldout", heldouts)):
             if models and not _are_of_run(models, run, kind):
                 model = build() if model is None else model
-                numbers[key] = _keep(models, folder / "given" / kind, model)
+                numbers[key] = _keep(models, folder / GIVEN / kind, model)
         settings = _settings(recipe, build, given, run, out is not None, numbers, chosen)
         results = do_whole_run(settings, folder, shown(progress), given=given)
         found = _model("star", run.star, build, out is not None)

@@ -55,6 +55,10 @@ _CONFIG_DIGEST = "# digest: "
 _FOLDERS = {"source": "sources", "heldout": "heldout"}
 
 
+GIVEN = "given"
+"""Folder of networks that were given from Python."""
+
+
 class RunFolder:
     """A folder that holds one run: `config.yaml`, `sources/`, `heldout/`, `star.safetensors`, `log.jsonl`, results."""
 
@@ -185,7 +189,7 @@ class RunFolder:
                     raise FastarError(f"{path}: is a file; choose a folder for --out")
             if not self.config.is_file():
                 foreign = [p.name for p in self.path.iterdir()] if self.path.is_dir() else []
-                foreign = sorted(name for name in foreign if not name.endswith(".tmp") and name != LOCK)
+                foreign = sorted(name for name in foreign if not name.endswith(".tmp") and name not in (LOCK, GIVEN))
                 if foreign:
                     raise FastarError(
                         f"{self.path}: holds {foreign[0]} but no config.yaml: no run folder; choose another --out"
