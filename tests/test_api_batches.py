@@ -54,10 +54,10 @@ class Wrapped(nn.Module):
 @pytest.mark.parametrize(
     ("give", "words"),
     [
-        (lambda x: (x,), "returns tuple"),
-        (lambda x: {"logits": x}, "returns dict"),
-        (lambda x: x.sum(1), r"returns a tensor of shape \[16\]"),
-        (lambda x: x[:1], r"returns a tensor of shape \[1, 3\]"),
+        (lambda x: ("no", x), "returns tuple of str, Tensor"),
+        (lambda x: {"score": x, "hidden": x}, "their keys are 'score', 'hidden'"),
+        (lambda x: x.sum(1), r"the network gives float32 \[16\]"),
+        (lambda x: x[:1], r"the network gives float32 \[1, 3\]"),
     ],
 )
 def test_outputs_that_are_not_logits_are_named(give: Callable[[Tensor], Any], words: str) -> None:
@@ -69,11 +69,11 @@ def test_outputs_that_are_not_logits_are_named(give: Callable[[Tensor], Any], wo
     ("change", "words"),
     [
         (lambda y: y + 1, "labels from 1 to 3, where the model has 3 classes"),
-        (lambda y: y - 100, "labels from -100"),
+        (lambda y: y - 200, "labels from -200"),
         (lambda y: y.float(), "torch.float32"),
         (lambda y: y > 0, "torch.bool"),
-        (lambda y: y[:, None], r"shape \[16, 1\]"),
-        (lambda y: F.one_hot(y, 3), r"shape \[16, 3\]"),
+        (lambda y: y[:, None], r"targets are int64 \[16, 1\]"),
+        (lambda y: F.one_hot(y, 3), r"targets are int64 \[16, 3\]"),
     ],
 )
 def test_labels_that_do_not_fit_are_named(change: Callable[[Tensor], Tensor], words: str) -> None:

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import torch
 from cli_cases import contents, fastar, refused
+from network_cases import own_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fastar.cli import doctor
 from fastar.errors import FastarError
 from fastar.experiments.reuse import given_paths
-from fastar.models.user_network import own_model
 from fastar.runs import stem_of
 from fastar.runs.model_files import Checkpoint, load_checkpoint, load_into
 
@@ -296,7 +296,7 @@ def mynet(tmp_path: Path) -> Path:
 
 
 def test_a_network_named_by_its_file(mynet: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert own_model(f"{mynet}:build")[1][0].shape == (2, 6)
+    assert own_model(f"{mynet}:build")[1].shape == (2, 6)
     monkeypatch.chdir(mynet.parent)
     assert isinstance(own_model("mynet.py:build")[0], nn.Sequential)
     assert isinstance(own_model("mynet:build")[0], nn.Sequential)

@@ -8,10 +8,10 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fastar.cli.failure import failure
 from fastar.config import DATASETS, dataset_spec, variable_size_names
 from fastar.data.encode import PRESETS, Encoding
 from fastar.errors import FastarError, printable
-from fastar.runtime.failure import failure
 from fastar.runtime.progress import Progress, TerminalProgress, size_text
 from fastar.runtime.signals import Stopped, signals_stop
 from fastar.runtime.standard_streams import say, streams

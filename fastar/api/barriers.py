@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from fastar.api.curves import Barrier
 from fastar.api.networks import device_of
-from fastar.api.results import Barrier
 from fastar.errors import FastarError
 from fastar.evaluation import Endpoint, Segment, evaluate_paths
 from fastar.evaluation.batch_norm import batch_norm_layers, joined, layer_of_single_values

@@ -9,11 +9,12 @@ from typing import Any, TypeAlias, Union
 
 from torch import Tensor, nn
 
-from fastar.api.results import Barrier, paths_frame, plot_paths
+from fastar.api.curves import Barrier, paths_frame
 from fastar.errors import FastarError
 from fastar.evaluation import Segment
 from fastar.experiments.measure import check_endpoint, endpoint, evaluated, match_to
 from fastar.experiments.session import Session, measuring, new_session, threads
+from fastar.report.axes import plot_paths
 from fastar.runs.model_files import Checkpoint, load_checkpoint, load_whole_into
 from fastar.runtime.progress import SILENT, Progress, TerminalProgress
 from fastar.symmetry import Permutations

@@ -13,9 +13,9 @@ import typer
 
 from fastar._version import __version__
 from fastar.cli import match, show, train
+from fastar.cli.failure import failure
 from fastar.cli.options import run_folders
 from fastar.errors import FastarError, OldName
-from fastar.runtime.failure import failure
 from fastar.runtime.signals import EXIT_INTERRUPTED, Stopped, signals_stop
 from fastar.runtime.standard_streams import say, streams
 

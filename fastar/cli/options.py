@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastar.errors import FastarError
+from fastar.runtime.user_code import check_reference
 
 if TYPE_CHECKING:
     from fastar.config import Settings
@@ -121,6 +122,8 @@ class Given:
         """The value of one of two options that say the same."""
         if self[named] is not None and self[own] is not None:
             raise FastarError(f"--{named} and --{own} both say what it is: leave one out")
+        if self[own] is not None:
+            check_reference(self[own], f"--{own}")
         return self[named] or self[own]
 
     def settings(self, overrides: Sequence[str] | None) -> Settings:

@@ -240,7 +240,7 @@ class UserNetwork(Network):
         with seeded(seed), generators_kept():
             if seed is not None:
                 seed_all(derive_seed(seed, "initialisation"))
-            with users_code(f"building the network ({self._name})"):
+            with users_code(f"{self._name}: calling it"):
                 made = self._function(**self._settings.model.options)
         model, example = made if isinstance(made, tuple) and len(made) == 2 else (made, None)
         if not isinstance(model, nn.Module):
@@ -274,6 +274,11 @@ class UserNetwork(Network):
     def example(self, samples: int, side: int | None = None) -> Batch:
         if self._example is None:
             self.make(0)  # its function may return one
+        if self._example is None and isinstance(self._data, NoData):
+            raise FastarError(
+                f"{self._name}: no example inputs to trace it with; give --input-shape, such as 2x3x32x32, or return "
+                "(network, example inputs)"
+            )
         if self._example is None:
             inputs, _ = next(iter(self._data.train.sequential(samples)))
             return tree_map_only(Tensor, lambda one: in_float32(one.detach()).cpu(), inputs)

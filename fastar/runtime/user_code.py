@@ -24,6 +24,13 @@ def is_reference(text: str) -> bool:
     return ":" in text
 
 
+def check_reference(reference: str, option: str) -> None:
+    """Raise FastarError unless `reference` names a function."""
+    name, colon, attribute = reference.rpartition(":")
+    if not colon or not name or not attribute:
+        raise FastarError(f"{option} {reference}: write module:function or file.py:function, such as mynets:build")
+
+
 def find_function(reference: str, option: str) -> Callable[..., Any]:
     """The function that `reference` names.
 
@@ -34,9 +41,8 @@ def find_function(reference: str, option: str) -> Callable[..., Any]:
     Raises:
         FastarError: nothing of this name, or no function.
     """
-    name, colon, attribute = reference.rpartition(":")
-    if not colon or not name or not attribute:
-        raise FastarError(f"{option} {reference}: write module:function or file.py:function, such as mynets:build")
+    check_reference(reference, option)
+    name, _, attribute = reference.rpartition(":")
     if "" not in sys.path:
         sys.path.insert(0, "")  # the current folder, as `python -m` has it
     file = Path(name) if name.endswith(".py") or os.sep in name else None

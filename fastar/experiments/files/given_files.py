@@ -18,7 +18,7 @@ from fastar.experiments.user_task import PYTHON, Given
 from fastar.runs import RunFolder
 from fastar.runs.model_files import Checkpoint, load_checkpoint, load_whole_into
 from fastar.runtime.progress import SILENT, Progress
-from fastar.runtime.user_code import is_reference
+from fastar.runtime.user_code import check_reference, is_reference
 
 
 @dataclass(frozen=True)
@@ -54,6 +54,9 @@ def open_first(path: Path, named: Named, progress: Progress = SILENT, *, same_da
         raise FastarError("--model and --arch both say what network it is: leave one out")
     if named.data is not None and named.dataset is not None:
         raise FastarError("--data and --dataset both say what the data are: leave one out")
+    for option, own in (("--model", named.model), ("--data", named.data)):
+        if own is not None:
+            check_reference(own, option)
     checkpoint = load_checkpoint(path)
     session = _session_of(checkpoint, named, progress)
     return session, _whole(session, checkpoint, same_data)  # before its symmetry is derived, which is slow
@@ -91,7 +94,7 @@ def _session_of(first: Checkpoint, named: Named, progress: Progress) -> Session:
             options["dataset.resolution"] = shape.image[1]
     given = {key: value for key, value in options.items() if value is not None}
     settings = load_settings(dataset=dataset or PYTHON, arch=arch, values={**given, **named.changes})
-    example = None if named.input_shape is None else torch.zeros(_shape(named.input_shape), dtype=torch.float32)
+    example = None if named.input_shape is None else torch.zeros(shape_of(named.input_shape), dtype=torch.float32)
     # The checkpoint says enough of its images where they are not needed, as in matching.
     session = new_session(
         settings, RunFolder(Path(".")), progress, shape=shape, given=Given(example=example, no_data=dataset is None)
@@ -101,7 +104,8 @@ def _session_of(first: Checkpoint, named: Named, progress: Progress) -> Session:
     return session
 
 
-def _shape(text: str) -> tuple[int, ...]:
+def shape_of(text: str) -> tuple[int, ...]:
+    """The shape that `2x3x32x32` says."""
     parts = text.replace(",", "x").split("x")
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise FastarError(f"--input-shape {text}: write lengths joined by x, such as 2x3x32x32")

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastar.errors import FastarError
 from fastar.evaluation import PathLosses
+from fastar.report.axes import axes_or_new, labelled
 
 
 @dataclass(frozen=True, repr=False)
@@ -53,25 +54,14 @@ class Barrier:
 
     def plot(self, axes: Any = None) -> Any:
         """Draw the loss along the path, and the straight line between the ends; the matplotlib Axes."""
-        axes = _axes(axes)
+        axes = axes_or_new(axes)
         axes.plot(self.t, self.loss, marker="o", markersize=4, label=f"barrier {self.value:.3g}")
         axes.plot([0, 1], [self.loss[0], self.loss[-1]], linestyle="--", color="0.6")
-        return _labelled(axes, self.loss_name)
+        return labelled(axes, self.loss_name)
 
     def to_frame(self) -> Any:
         """A pandas DataFrame: t, loss and the metrics, a row for each t."""
         return _frame({"t": self.t, "loss": self.loss, **self.metrics})
-
-
-def plot_paths(results: Mapping[str, Any], split: str, axes: Any = None) -> Any:
-    """Draw the mean loss along each kind of path of a run's results; the matplotlib Axes."""
-    axes = _axes(axes)
-    for kind in dict.fromkeys(path["kind"] for path in results["paths"]):
-        curves = [path[f"{split}_loss"] for path in results["paths"] if path["kind"] == kind]
-        mean = [sum(column) / len(column) for column in zip(*curves, strict=True)]
-        label = f"{kind.replace('_', ' ')} (n={len(curves)})"
-        axes.plot(results["t"], mean, marker="o", markersize=4, label=label)
-    return _labelled(axes, f"{split} loss")
 
 
 def paths_frame(results: Mapping[str, Any]) -> Any:
@@ -89,25 +79,6 @@ def paths_frame(results: Mapping[str, Any]) -> Any:
         for path in results["paths"]
     ]
     return _frame({key: [row[key] for row in rows] for key in rows[0]})
-
-
-def _axes(axes: Any) -> Any:
-    if axes is not None:
-        return axes
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise FastarError("a picture needs matplotlib: pip install matplotlib") from error
-    return Figure(figsize=(5.0, 3.6), layout="constrained").subplots()
-
-
-def _labelled(axes: Any, name: str) -> Any:
-    axes.set_xlabel("t")
-    axes.set_ylabel(name)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=9)
-    return axes
 
 
 def _frame(columns: Mapping[str, Sequence[Any]]) -> Any:
