@@ -168,7 +168,7 @@ def one_pass(data: list[tuple[Tensor, Tensor]]) -> Iterator[tuple[Tensor, Tensor
         (lambda a, b, d: fastar.barrier(a, b, d, points=1), "points=1"),
         (lambda a, b, d: fastar.barrier(a, b, []), "no data"),
         (lambda a, b, d: fastar.barrier(a, b, one_pass(d)), "gone through once only"),
-        (lambda a, b, d: fastar.barrier(a, b, [d[0][0]]), "its batches must be (inputs, labels)"),
+        (lambda a, b, d: fastar.barrier(a, b, [d[0][0]]), "the targets are float32"),
         (lambda a, b, d: fastar.barrier(a, b, (d[0][0], d[0][1][:3])), "64 inputs and 3 labels"),
     ],
 )

@@ -61,7 +61,7 @@ class Wrapped(nn.Module):
     ],
 )
 def test_outputs_that_are_not_logits_are_named(give: Callable[[Tensor], Any], words: str) -> None:
-    with pytest.raises(FastarError, match=f"must return logits.*{words}"):
+    with pytest.raises(FastarError, match=words):
         fastar.barrier(Wrapped(give), Wrapped(give), batches())
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from fastar.errors import FastarError
 from fastar.evaluation import PathLosses
-from fastar.report.axes import axes_or_new, labelled
+from fastar.report.notebook_curves import axes_or_new, labelled
 
 
 @dataclass(frozen=True, repr=False)

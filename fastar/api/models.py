@@ -14,7 +14,7 @@ from fastar.errors import FastarError
 from fastar.evaluation import Segment
 from fastar.experiments.measure import check_endpoint, endpoint, evaluated, match_to
 from fastar.experiments.session import Session, measuring, new_session, threads
-from fastar.report.axes import plot_paths
+from fastar.report.notebook_curves import plot_paths
 from fastar.runs.model_files import Checkpoint, load_checkpoint, load_whole_into
 from fastar.runtime.progress import SILENT, Progress, TerminalProgress
 from fastar.symmetry import Permutations

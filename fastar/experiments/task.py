@@ -60,6 +60,11 @@ class TaskData(ABC):
     def shape(self) -> Shape:
         """Images and classes, for networks that are built by them."""
 
+    @property
+    def image(self) -> tuple[int, int, int]:
+        """(channels, height, width) of images."""
+        return self.shape.image
+
     @abstractmethod
     def recipe(self) -> dict[str, Any]:
         """All that determines the data that a model is trained on: for its metadata."""

@@ -8,8 +8,8 @@ from fastar.config import parse_bytes
 from fastar.errors import FastarError
 from fastar.experiments.plan.sizes import DataCounts, data_counts, exact_items, limits_of, shortages, training_sides
 from fastar.experiments.session import Session, new_session
-from fastar.experiments.task import Network, Shape
-from fastar.experiments.user_task import UserData, UserNetwork, check_task
+from fastar.experiments.task import Network, RunData, Shape
+from fastar.experiments.user_task import UserNetwork, check_task
 from fastar.flat import check_kernels
 from fastar.runtime.memory import cap_gpu
 from fastar.training import check_batch, resolve_precision
@@ -45,7 +45,7 @@ def prepare_data(session: Session) -> None:
     Raises:
         FastarError: the run does not fit; data that cannot be had.
     """
-    if isinstance(session.data, UserData):
+    if not isinstance(session.data, RunData):
         check_user_task(session)
         return
     counts = data_counts(session.settings)
