@@ -9,6 +9,7 @@ import ast
 import inspect
 import itertools
 import re
+import sys
 import types
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,7 +20,6 @@ import typer
 from pydantic import BaseModel
 
 from fastar.cli.main import app
-from fastar.config import settings as module
 from fastar.config.settings import DATA_FOLDER, Settings
 
 
@@ -75,7 +75,7 @@ def _is_section(annotation: Any) -> bool:
 
 def _docstrings(section: type[BaseModel]) -> dict[str, str]:
     """The docstrings that stand below the fields of a class."""
-    tree = ast.parse(inspect.getsource(module))
+    tree = ast.parse(inspect.getsource(sys.modules[section.__module__]))
     body = next(one for one in tree.body if isinstance(one, ast.ClassDef) and one.name == section.__name__).body
     found = {}
     for field, text in itertools.pairwise(body):

@@ -166,7 +166,7 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
 
 
 def test_no_dataset_says_which_options_give_one() -> None:
-    with pytest.raises(FastarError, match="--dataset NAME or --config FILE"):
+    with pytest.raises(FastarError, match="--dataset NAME, --data MODULE:FUNCTION or --config FILE"):
         load_settings()
 
 

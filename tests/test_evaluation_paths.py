@@ -75,7 +75,7 @@ def test_barrier_of_a_valley_is_zero() -> None:
 
 
 def test_barrier_is_no_more_than_a_number_per_split() -> None:
-    losses = PathLosses("x", "a", "b", [0.0, 0.5, 1.0], {"train": [1.0, 4.0, 3.0], "test": [0.0, 0.5, 0.0]})
+    losses = PathLosses("x", "a", "b", [0.0, 0.5, 1.0], {"loss": {"train": [1.0, 4.0, 3.0], "test": [0.0, 0.5, 0.0]}})
     assert losses.barrier("train") == 2.0
     assert losses.barrier("test") == 0.5
 
@@ -99,7 +99,7 @@ def test_points_equal_plain_evaluation_of_each_model_alone(arch: str) -> None:
                 parameter.copy_(((1 - t) * ones[name].double() + t * others[name].double()).float())
         loss, accuracy = alone(point, data(), re_estimated(point))
         assert found.loss["train"][k] == pytest.approx(loss, rel=2e-5)  # fp32 against float64 through nine layers
-        assert found.accuracy["train"][k] == accuracy
+        assert found.values["accuracy"]["train"][k] == accuracy
     assert barrier(found.t, found.loss["train"]) == found.barrier("train")
 
 
@@ -112,7 +112,9 @@ def test_the_ends_have_exactly_their_own_losses(arch: str) -> None:
     rows = torch.stack([row(first), row(second)])
     own = evaluate_rows(model, FlatLayout.from_module(model), rows, {"train": data()}, statistics_batches=data())
     assert [found.loss["train"][0], found.loss["train"][-1]] == own["train"].loss.tolist()
-    assert [found.accuracy["train"][0], found.accuracy["train"][-1]] == own["train"].accuracy.tolist()
+    assert [found.values["accuracy"]["train"][0], found.values["accuracy"]["train"][-1]] == own["train"][
+        "accuracy"
+    ].tolist()
 
 
 @pytest.mark.quick
@@ -145,7 +147,7 @@ def test_a_path_to_its_permuted_copy_has_no_barrier_once_matched(arch: str) -> N
     assert raw.barrier("train") > 0.01  # unmatched, there is one
     # One function, but its sums run in another order: fp32 rounding.
     assert raw.loss["train"][-1] == pytest.approx(raw.loss["train"][0], rel=2e-5)
-    assert raw.accuracy["train"][-1] == raw.accuracy["train"][0]
+    assert raw.values["accuracy"]["train"][-1] == raw.values["accuracy"]["train"][0]
 
 
 # Every sample once, everyone together
@@ -161,7 +163,7 @@ def test_every_sample_counts_once() -> None:
     loss, accuracy = alone(model, whole)
     for measured in found.values():
         assert float(measured.loss[0]) == pytest.approx(loss, rel=1e-6)
-        assert float(measured.accuracy[0]) == accuracy
+        assert float(measured["accuracy"][0]) == accuracy
     means = [alone(model, lambda batch=batch: [batch])[0] for batch in uneven()]
     assert abs(sum(means) / len(means) - loss) > 1e-3 * loss
     assert (accuracy * 50) == pytest.approx(round(accuracy * 50))
@@ -215,7 +217,7 @@ def test_batch_sizes_of_the_losses_do_not_matter() -> None:
     found = [evaluate(resnet(0), [path], splits={"train": data(size=size)})[0] for size in (50, 16, 7)]
     for other in found[1:]:
         assert other.loss["train"] == pytest.approx(found[0].loss["train"], rel=1e-6)  # fp32 sums of a batch
-        assert other.accuracy == found[0].accuracy
+        assert other.values["accuracy"] == found[0].values["accuracy"]
 
 
 def test_results_come_in_the_order_of_the_paths() -> None:

@@ -167,7 +167,7 @@ def test_statistics_do_not_depend_on_who_is_evaluated_beside() -> None:
         assert single.loss[0] == together.loss[k]  # the same operations: the same bits
         loss, accuracy = alone(model, data(), population_by_hand(model, data()))
         assert float(single.loss[0]) == pytest.approx(loss, rel=2e-5)  # fp32 through nine layers
-        assert float(single.accuracy[0]) == accuracy
+        assert float(single["accuracy"][0]) == accuracy
 
 
 def test_given_statistics_are_used_as_they_are() -> None:

@@ -265,7 +265,7 @@ def test_evaluation_by_replays_is_the_same(recorder: Recorder, kind: str, method
     assert recorder.replays == replays  # a pass of statistics and two of losses, without their short last batches
     for split, wanted in eager.items():
         assert torch.equal(graph[split].loss, wanted.loss)
-        assert torch.equal(graph[split].accuracy, wanted.accuracy)
+        assert torch.equal(graph[split]["accuracy"], wanted["accuracy"])
 
 
 def test_evaluation_by_graphs_needs_a_gpu() -> None:

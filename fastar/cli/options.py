@@ -113,7 +113,7 @@ class Given:
         named = {option.setting: self.options.get(name) for name, option in OPTIONS.items() if option.setting}
         arguments = parse_overrides(f"model.{one}" for one in self.options.get("model_args") or ())
         return {
-            **{key: value for key, value in named.items() if value not in (None, False)},
+            **{key: value for key, value in named.items() if value is not None and value is not False},
             **flatten(arguments),
             **flatten(parse_overrides(overrides)),
         }

@@ -30,8 +30,13 @@ from fastar.runtime.full_precision import full_precision
 Batches = Callable[[], Iterable[tuple[Any, Any]]]
 """A fresh pass over (inputs, targets); every sample exactly once."""
 
-Measured = dict[str, Tensor]
-"""What each model is measured by: its mean loss ("loss") and its metrics by their names, float64 [K]."""
+
+class Measured(dict[str, Tensor]):
+    """What each model is measured by: its mean loss ("loss") and its metrics by their names, float64 [K]."""
+
+    @property
+    def loss(self) -> Tensor:
+        return self["loss"]
 
 
 @contextmanager
@@ -105,7 +110,7 @@ def evaluate_rows(
                 found[k] = value
         for split, batches in splits.items():
             results[split] = passes.measure(found, batches, find_loss() if loss is None else loss)
-            wrong = (~torch.isfinite(results[split]["loss"])).nonzero().flatten().tolist()
+            wrong = (~torch.isfinite(results[split].loss)).nonzero().flatten().tolist()
             if wrong:
                 name = f"model {wrong[0]}" if called is None else called[wrong[0]]
                 raise FastarError(
@@ -212,7 +217,7 @@ class _Passes:
 
         if not self.run(add, moved, batches):
             raise FastarError("no data to evaluate on: the split is empty")
-        return {
-            name: torch.tensor([one.value() for one in some], dtype=torch.float64, device="cpu")
+        return Measured(
+            (name, torch.tensor([one.value() for one in some], dtype=torch.float64, device="cpu"))
             for name, some in totals.items()
-        }
+        )

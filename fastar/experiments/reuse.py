@@ -88,10 +88,11 @@ def measured_digest(settings: Settings, run: RunFolder, data: str) -> str:
 def model_paths(settings: Settings, run: RunFolder, kind: str) -> list[Path]:
     """The files of a run's sources or heldouts: its own, or those that the settings give (see `given_paths`)."""
     number, folder = settings.sources.of_kind(kind)
-    return given_paths(folder, number) if folder is not None else [run.model(kind, i) for i in range(number)]
+    setting = "sources.number" if kind == "source" else "sources.heldout"
+    return given_paths(folder, number, setting) if folder is not None else [run.model(kind, i) for i in range(number)]
 
 
-def given_paths(folder: Path, count: int) -> list[Path]:
+def given_paths(folder: Path, count: int, setting: str = "sources.number") -> list[Path]:
     """The first `count` checkpoints of a folder, or of the files that a pattern names, in the order of their names.
 
     Raises:
@@ -100,8 +101,7 @@ def given_paths(folder: Path, count: int) -> list[Path]:
     paths = matching_paths(folder)
     if len(paths) < count:
         raise FastarError(
-            f"{folder}: holds {len(paths)} checkpoints, and {count} are asked for (sources.number, sources.heldout); "
-            "add some or ask for fewer"
+            f"{folder}: holds {len(paths)} checkpoints, {setting}={count} asks for more; add some or lower it"
         )
     return paths[:count]
 
