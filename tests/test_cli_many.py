@@ -156,9 +156,8 @@ def test_what_cannot_be_proven_is_refused_or_left(own: tuple[str, Path, Path], t
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
-        (["match", "A", "B", "--model", "{}:example", "--arch", "mlp"], "leave out --dataset and --arch"),
+        (["match", "A", "B", "--model", "{}:example", "--arch", "mlp"], "leave one out"),
         (["match", "A", "B", "--input-shape", "2x6"], "--input-shape belongs to --model"),
-        (["match", "A", "B", "--allow-partial"], "--allow-partial belongs to --model"),
         (["match", "A", "B", "--model", "{}:example", "train.lr=1"], "only matching.*"),
         (["match", "A", "B", "--model", "{}:example", "matching.method=activation"], "no data"),
         (["match", "A", "B", "--model", "{}:Sorting", "--input-shape", "2x6"], "a.pt"),

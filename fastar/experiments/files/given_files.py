@@ -79,9 +79,13 @@ def _session_of(first: Checkpoint, named: Named, progress: Progress) -> Session:
     known, shape = first.metadata, None
     dataset = named.data or named.dataset or known.get("dataset")
     arch = named.model or named.arch or known.get("arch")
-    for option, value in (("--arch, or --model of your own", arch), ("--dataset, or --data of your own", dataset)):
+    for option, value in (("--dataset, or --data of your own", dataset), ("--arch, or --model of your own", arch)):
         if value is None and (arch is None or not is_reference(arch)):
             raise FastarError(f"{first.path}: does not say what it is; give {option}")
+    free = ("matching.", "model.", "loss", "metrics", "seed", "workers", "device", "gpu_memory")
+    for key, value in named.changes.items() if dataset is None else ():
+        if not key.startswith(free):
+            raise FastarError(f"{key}={value}: without data, only matching.*, seed, workers and device mean anything")
     options = {f"model.{key}": value for key, value in known.get("model", {}).items() if arch == known.get("arch")}
     if "loss" in known:
         options["loss"] = known["loss"]
