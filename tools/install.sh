@@ -67,7 +67,7 @@ else
 fi
 "$venv/bin/python" -c 'import triton' 2>/dev/null || pip install -q "triton==$TRITON" ||
   echo "fastar: no triton for this machine: the plain-torch kernels will be used" >&2
-pip install -q -r "$root/requirements.txt"
+pip install -q -r "$root/requirements.txt" "torch==$TORCH" # that what asks for torch takes no other
 pip install -q "lapjv==$LAPJV" || echo "fastar: lapjv could not be installed: SciPy's solver will be used" >&2
 
 if ! "$venv/bin/python" -c 'import importlib.metadata as m, sys; sys.exit(m.version("ffcv") != sys.argv[1])' "$FFCV" 2>/dev/null; then
