@@ -86,3 +86,11 @@ def chosen_images(
     if limit is not None and limit < len(index):
         index = index[balanced_subset(labels[index], limit, name, split)]
     return index
+
+
+def leaving_no_single(count: int, batch_size: int) -> int:
+    """`batch_size`, lowered where a last batch of one sample would be left: batch-norm after a global pooling cannot
+    take the statistics of a single sample."""
+    while batch_size > 2 and count % batch_size == 1:
+        batch_size -= 1
+    return batch_size

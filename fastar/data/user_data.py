@@ -281,7 +281,7 @@ def user_data(
     Raises:
         FastarError: none of these, or one that can be gone through once only.
     """
-    if _is_tensors(given):
+    if is_tensors(given):
         return TensorData(name, given, device)
     if isinstance(given, DataLoader):
         ordinary = type(given.batch_sampler) is BatchSampler
@@ -314,7 +314,8 @@ def _check_batches(given: object, name: str) -> None:
         raise FastarError(f"{name} is a {type(given).__name__}: {_WANTED}")
 
 
-def _is_tensors(given: Any) -> bool:
+def is_tensors(given: Any) -> bool:
+    """Tell whether `given` is a tensor, or a tuple or mapping of tensors alone: all samples at once."""
     if isinstance(given, tuple | Mapping):
         leaves = tree_leaves(given)
         return bool(leaves) and all(isinstance(one, Tensor) for one in leaves)

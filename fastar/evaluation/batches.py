@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.data import Dataset, IterableDataset
 
-from fastar.data.user_data import SampleData
+from fastar.data.splits import leaving_no_single
+from fastar.data.user_data import SampleData, TensorData, is_tensors
 from fastar.errors import FastarError
 from fastar.evaluation.ends import outputs_of
 from fastar.flat.forward import Batch, in_float32, on_device
@@ -165,6 +166,10 @@ def batches_of(data: Data, device: torch.device, name: str, split: Callable[[Any
     if isinstance(data, Dataset) and not isinstance(data, IterableDataset):
         samples = SampleData(name, data, device)
         return lambda: map(split or _pair, samples.sequential(BATCH))
+    pair = isinstance(data, tuple) and len(data) == 2
+    if split is not None and is_tensors(data) and not pair:  # several inputs, or inputs by name
+        held = TensorData(name, data, device)
+        return lambda: map(split, held.sequential(leaving_no_single(len(held), BATCH)))
     again: Callable[[], Iterable[tuple[Any, Tensor]]]
     if isinstance(data, tuple) and len(data) == 2 and isinstance(data[0], Tensor) and isinstance(data[1], Tensor):
         inputs, labels = data

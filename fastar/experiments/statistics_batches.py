@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from fastar.data.splits import leaving_no_single
 from fastar.experiments.session import Session
-from fastar.experiments.task import leaving_no_single
 from fastar.matching import EXAMPLE_BATCHES, Examples
 from fastar.runtime.seeds import derive_seed
 

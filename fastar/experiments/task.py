@@ -15,7 +15,7 @@ from fastar.config import Settings
 from fastar.data.dataset import Dataset, Taken
 from fastar.data.in_memory import load
 from fastar.data.raw_arrays import RawArrays, read_raw, stands_in
-from fastar.data.splits import held_out
+from fastar.data.splits import held_out, leaving_no_single
 from fastar.evaluation.batch_norm import batch_norm_layers, layer_of_single_values
 from fastar.flat import FlatLayout
 from fastar.flat.forward import Batch
@@ -266,11 +266,3 @@ class Network:
     def row(self, checkpoint: Checkpoint) -> Tensor:
         """A checkpoint's parameters as a flat row [P] on the device."""
         return self.layout.flatten(checkpoint.state).to(self._device)
-
-
-def leaving_no_single(count: int, batch_size: int) -> int:
-    """`batch_size`, lowered where a last batch of one sample would be left: batch-norm after a global pooling cannot
-    take the statistics of a single sample."""
-    while batch_size > 2 and count % batch_size == 1:
-        batch_size -= 1
-    return batch_size
