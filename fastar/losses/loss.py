@@ -63,7 +63,8 @@ class Loss:
 
 
 def _smoothed_cross_entropy(outputs: Any, targets: Tensor, smoothing: float) -> Tensor:
-    return F.cross_entropy(terms.class_logits(outputs, targets), targets, label_smoothing=smoothing)
+    logits = terms.class_logits(outputs, targets)
+    return F.cross_entropy(logits, terms.classes(targets), label_smoothing=smoothing)
 
 
 LOSSES: dict[str, tuple[Callable[[Any, Any], Sums], tuple[str, ...]]] = {
@@ -126,12 +127,16 @@ def _with_metrics(loss: Loss, chosen: Sequence[MetricChoice]) -> Loss:
 
 
 def _of_module(module: _Loss, name: str) -> Callable[[Any, Any], Sums]:
-    """The terms of a loss module of torch, which takes (prediction, target)."""
+    """The terms of a loss module of torch, which takes (prediction, target). Targets that it ignores are none."""
     if module.reduction != "none":
         raise FastarError(f'loss {name} returns one number for a batch: make it with reduction="none"')
 
+    ignored = getattr(module, "ignore_index", None)
+
     def sums(outputs: Any, targets: Tensor) -> Sums:
         found: Tensor = module(terms.prediction(outputs), targets)
-        return found.sum(), found.numel()
+        if ignored is None or targets.is_floating_point():
+            return found.sum(), found.numel()
+        return found.sum(), (targets != ignored).sum()
 
     return sums

@@ -15,6 +15,7 @@ from fastar.errors import FastarError, did_you_mean
 from fastar.losses import terms
 from fastar.losses.outputs import prediction
 from fastar.losses.targets import sample_count, target_of
+from fastar.runtime.user_code import users_code
 
 Sums = tuple[Tensor, Tensor | int]
 """The sum over a batch's terms, 0-d, and their number."""
@@ -129,7 +130,9 @@ def per_sample(name: str, function: Callable[[Any, Any], Any]) -> Callable[[Any,
     """A user's function of (outputs, batch) whose result is checked: one number for each sample."""
 
     def checked(outputs: Any, batch: Any) -> Tensor:
-        found, count = function(outputs, batch), sample_count(batch)
+        with users_code(name):
+            found = function(outputs, batch)
+        count = sample_count(batch)
         if isinstance(found, Tensor) and found.shape == (count,):
             return found.float()
         shape = f"a tensor of shape {list(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
@@ -157,8 +160,10 @@ def find_metrics(chosen: Sequence[MetricChoice]) -> list[Metric]:
     """The metrics that are chosen, each of one name.
 
     Raises:
-        FastarError: a name that is not known, or is given twice.
+        FastarError: a name that is not known, or is given twice; what is no metric.
     """
+    if isinstance(chosen, str) or not isinstance(chosen, Sequence):
+        raise FastarError(f"metrics={chosen!r}: give a list of metrics, such as ['accuracy']")
     found = [_find(one) for one in chosen]
     names = [metric.name for metric in found]
     twice = next((name for name in names if names.count(name) > 1 or name == "loss"), None)
@@ -174,6 +179,10 @@ def _find(chosen: MetricChoice) -> Metric:
             raise FastarError(f"unknown metric {chosen!r}: {hint}choose from {', '.join(NAMED)}")
         return NAMED[chosen]
     name = getattr(chosen, "__name__", type(chosen).__name__)
+    if isinstance(chosen, type):
+        raise FastarError(f"metric {name} is a class: give an object of it, {name}(...)")
+    if not callable(chosen) and not hasattr(chosen, "update"):
+        raise FastarError(f"a metric is a {name}: give a name, a function f(outputs, batch) -> [batch], or an object")
     if hasattr(chosen, "update") and hasattr(chosen, "compute"):
         return Metric(name, lambda device: _Kept(chosen, name, device))
     values = per_sample(f"metric {name}", chosen)

@@ -43,15 +43,20 @@ def class_logits(outputs: Any, targets: Tensor) -> Tensor:
 
 def cross_entropy(outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor | int]:
     """Of each sample, pixel or token that is not ignored."""
-    logits = class_logits(outputs, targets)
-    return F.cross_entropy(logits, targets, reduction="sum"), _counted(targets)
+    logits, wanted = class_logits(outputs, targets), classes(targets)
+    return F.cross_entropy(logits, wanted, reduction="sum"), _counted(wanted)
+
+
+def classes(targets: Tensor) -> Tensor:
+    """Targets as torch's losses take them: whole numbers as int64, of any type before."""
+    return targets if targets.is_floating_point() else targets.long()
 
 
 def right(outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor | int]:
     """Terms whose largest logit is that of their class."""
     found = class_logits(outputs, targets).argmax(1)
     wanted = targets.argmax(1) if targets.is_floating_point() else targets
-    return (found == wanted).sum(), _counted(targets)
+    return (found == wanted).sum(), _counted(classes(targets))
 
 
 def right_of_five(outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor | int]:
@@ -59,7 +64,7 @@ def right_of_five(outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor | int]:
     logits = class_logits(outputs, targets)
     wanted = targets.argmax(1) if targets.is_floating_point() else targets
     best = logits.topk(min(5, logits.shape[1]), dim=1).indices
-    return (best == wanted.unsqueeze(1)).any(1).sum(), _counted(targets)
+    return (best == wanted.unsqueeze(1)).any(1).sum(), _counted(classes(targets))
 
 
 def _counted(targets: Tensor) -> Tensor | int:
@@ -121,7 +126,7 @@ def shifted(outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
             f"lm takes logits [batch, tokens, vocabulary] and tokens [batch, tokens]; the network gives "
             f"{_shape(logits)}, the targets are {_shape(targets)}"
         )
-    return logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten()
+    return logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten().long()
 
 
 def token_losses(outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:

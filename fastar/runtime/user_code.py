@@ -94,12 +94,17 @@ def _module_in(file: Path) -> ModuleType:
 
 @contextmanager
 def users_code(what: str) -> Iterator[None]:
-    """Inside, an error of a user's code is one line that says what was called; its traceback is shown above it."""
+    """Inside, an error of a user's code is one line that says what was called; its traceback is shown above it.
+
+    Memory that runs out is no error of the code: who called it says what to lower.
+    """
     try:
         yield
     except FastarError:
         raise
     except (Exception, SystemExit) as error:
+        if type(error).__name__ == "OutOfMemoryError":  # torch's, which is not imported here
+            raise
         text = " ".join(str(error).split())
         raise UserCodeError(f"{what} failed ({type(error).__name__}{f': {text}' if text else ''})") from error
 
