@@ -15,7 +15,6 @@ from fastar.errors import FastarError
 from fastar.losses import find_loss, prediction, split_of
 
 
-
 def close(value: float | Tensor) -> Any:
     """Sums of some hundred fp32 numbers, against float64."""
     return pytest.approx(float(value), rel=1e-5, abs=1e-6)
@@ -61,7 +60,9 @@ def test_the_five_largest_logits() -> None:
     assert measured(find_loss("cross_entropy", ["top5"]), [(logits, targets)])["top5"] == close(wanted)
 
 
-@pytest.mark.parametrize("shapes", [((7,), (7,)), ((7, 1), (7,)), ((7,), (7, 1)), ((7, 3), (7, 3)), ((7, 2, 4, 1),) * 2])
+@pytest.mark.parametrize(
+    "shapes", [((7,), (7,)), ((7, 1), (7,)), ((7,), (7, 1)), ((7, 3), (7, 3)), ((7, 2, 4, 1),) * 2]
+)
 def test_squared_errors(shapes: tuple[tuple[int, ...], tuple[int, ...]]) -> None:
     outputs, targets = drawn(*shapes[0]), drawn(*shapes[1], seed=3)
     found = measured(find_loss("mse", ["rmse", "mae"]), [(outputs, targets)])

@@ -7,9 +7,8 @@ of (seed, epoch, the sample's index). Other iterables are gone through as they c
 from __future__ import annotations
 
 import hashlib
-import random
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,13 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
-from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
+from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, default_collate
 from torch.utils.data import Dataset as SampleSet
 from torch.utils.data.sampler import BatchSampler
 
 from fastar.data.dataset import Dataset, OrderedDataset
+from fastar.data.generators import generators_kept, seed_all, set_states, states
 from fastar.data.sampling import epoch_order
-from fastar.errors import FastarError
+from fastar.errors import FastarError, UserCodeError
 from fastar.runtime.seeds import derive_seed
 from fastar.runtime.user_code import users_code
 
@@ -100,7 +100,7 @@ class TensorData(_Held):
 
     def _made(self, order: Any | None, batch_size: int, key: int | None, size: int | None) -> Iterator[Any]:
         chosen = self._index if order is None else self._index[order]
-        for some in chosen.split(batch_size):
+        for some in chosen.split(batch_size) if len(chosen) else ():
             yield tree_map(lambda one, some=some: one.index_select(0, some), self._tensors)
 
 
@@ -137,7 +137,7 @@ class SampleData(_Held):
             _Seeded(samples, name),  # type: ignore[arg-type]
             batch_sampler=self._order_now,
             num_workers=workers,
-            collate_fn=None if loader is None else loader.collate_fn,
+            collate_fn=_Collated(default_collate if loader is None else loader.collate_fn, name),
             pin_memory=device.type == "cuda" if loader is None else loader.pin_memory,
             worker_init_fn=None if loader is None else loader.worker_init_fn,
             multiprocessing_context=None if loader is None else loader.multiprocessing_context,
@@ -165,8 +165,16 @@ class SampleData(_Held):
 
     def _read(self, batches: list[list[tuple[int, int]]]) -> Iterator[Any]:
         self._order_now.batches = batches
-        for batch in self._loader:
-            yield _to(batch, self.device)
+        try:
+            with users_code(f"reading {self.name}"):
+                for batch in self._loader:
+                    yield _to(batch, self.device)
+        except UserCodeError as error:
+            if error.__cause__ is not None:
+                raise
+            # From a worker there is but a text: the traceback, whose last line is ours.
+            text, _, line = str(error).strip().rpartition(f"{UserCodeError.__name__}: ")
+            raise UserCodeError(" ".join(line.split())) from RuntimeError(f"in a worker\n{text}")
 
 
 class _Order:
@@ -197,6 +205,17 @@ class _Seeded:
                 with users_code(f"{self._name}[{index}] ({type(self._samples).__name__})"):
                     found.append(self._samples[index])
         return found
+
+
+class _Collated:
+    """A `collate_fn`, whose errors say that it was called."""
+
+    def __init__(self, collate: Callable[[list[Any]], Any], name: str):
+        self._collate, self._name = collate, name
+
+    def __call__(self, samples: list[Any]) -> Any:
+        with users_code(f"{self._name}: making a batch of {len(samples)} samples (collate_fn)"):
+            return self._collate(samples)
 
 
 class IterableData(Dataset):
@@ -238,15 +257,8 @@ class IterableData(Dataset):
         return self._pass(0)
 
     def _pass(self, seed: int) -> Iterator[Any]:
-        with generators_kept(), users_code(f"{self.name}: beginning a pass"):
-            seed_all(seed)
-            begun = iter(self._again())
         done = 0
-        while True:
-            with users_code(f"{self.name}: batch {done}"):
-                batch = next(begun, None)
-            if batch is None:
-                break
+        for batch in passed(self._again, self.name, seed):
             done += 1
             if done > self._count:
                 break
@@ -254,6 +266,21 @@ class IterableData(Dataset):
         if done != self._count:
             more = "more" if done > self._count else f"{done}"
             raise FastarError(f"{self.name}: had {self._count} batches and gave {more} now: a pass must not change")
+
+
+def passed(again: Callable[[], Iterable[Any]], name: str, seed: int) -> Iterator[Any]:
+    """A pass over a user's batches, whose draws follow from `seed`; generators are left as they were."""
+    with generators_kept(), users_code(f"{name}: beginning a pass"):
+        seed_all(seed)
+        begun, now = iter(again()), states()
+    for number in itertools.count():
+        with generators_kept(), users_code(f"{name}: batch {number}"):
+            set_states(now)
+            batch = next(begun, None)
+            now = states()
+        if batch is None:
+            return
+        yield batch
 
 
 UserDataset = TensorData | SampleData | IterableData
@@ -298,7 +325,7 @@ def user_data(
     try:
         count = len(given)
     except TypeError:
-        count = sum(1 for _ in again())
+        count = sum(1 for _ in passed(again, name, 0))
     return IterableData(name, again, count, batch_size, device)
 
 
@@ -354,25 +381,8 @@ def _tensors_digest(leaves: Iterable[Any]) -> str:
             values = one.detach().cpu().contiguous()
             digest.update(f"{values.dtype} {list(values.shape)}".encode())
             digest.update(values.reshape(-1).view(torch.uint8).numpy().tobytes())
-        else:
-            digest.update(repr(one).encode())
+        elif isinstance(one, np.ndarray) and not one.dtype.hasobject:
+            digest.update(f"{one.dtype} {one.shape}".encode() + one.tobytes())
+        else:  # an object's text may hold its address
+            digest.update((repr(one) if isinstance(one, int | float | str | bytes) else type(one).__name__).encode())
     return digest.hexdigest()
-
-
-def seed_all(seed: int) -> None:
-    """Begin the generators of torch (the CPU's), NumPy and `random` from `seed`."""
-    torch.default_generator.manual_seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002  # what users' transforms draw from
-    random.seed(seed)
-
-
-@contextmanager
-def generators_kept() -> Iterator[None]:
-    """Afterwards these generators are where they were."""
-    before = torch.default_generator.get_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
-    try:
-        yield
-    finally:
-        torch.default_generator.set_state(before[0])
-        np.random.set_state(before[1])  # noqa: NPY002
-        random.setstate(before[2])

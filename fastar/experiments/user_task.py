@@ -13,8 +13,9 @@ from torch.utils._pytree import tree_map_only
 
 from fastar.config import Settings
 from fastar.data.dataset import Dataset, Taken
+from fastar.data.generators import generators_kept, seed_all
 from fastar.data.splits import held_out
-from fastar.data.user_data import UserDataset, UserSplits, generators_kept, seed_all, some_of, user_data
+from fastar.data.user_data import UserDataset, UserSplits, some_of, user_data
 from fastar.errors import FastarError
 from fastar.experiments.task import Network, Shape, TaskData
 from fastar.flat.forward import Batch, call, in_float32
@@ -144,7 +145,13 @@ class UserData(TaskData):
 
     @cached_property
     def _split(self) -> Callable[[Any], tuple[Any, Any]]:
-        return split_of(self._network(), whole=self._whole)
+        split = split_of(self._network(), whole=self._whole)
+
+        def in_float(batch: Any) -> tuple[Any, Any]:
+            inputs, targets = split(batch)
+            return tree_map_only(Tensor, in_float32, inputs), targets
+
+        return in_float
 
     def _load(self, split: str, limit: int | None) -> Dataset:
         name, share = split, self._chosen.validation

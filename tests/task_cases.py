@@ -1,0 +1,50 @@
+"""A task of a user's own, small enough to train in a moment: a network, data, a loss, a recipe."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import fastar
+
+
+class Net(nn.Module):
+    """One hidden layer."""
+
+    def __init__(self, inputs: int = 4, width: int = 6, outputs: int = 3):
+        super().__init__()
+        self.hidden, self.out = nn.Linear(inputs, width), nn.Linear(width, outputs)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.relu(self.hidden(x)))
+
+
+def build() -> nn.Module:
+    return Net()
+
+
+def tensors(count: int = 48, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Inputs [count, 4], and classes that follow from them."""
+    x = torch.randn(count, 4, generator=torch.Generator().manual_seed(seed), dtype=torch.float32)
+    return x, x[:, :3].argmax(1)
+
+
+def weighted(outputs: Tensor, batch: Any) -> Tensor:
+    """A loss of a user's own: cross-entropy, weighted by an input."""
+    x, y = batch
+    return F.cross_entropy(outputs, y, reduction="none") * (1 + x[:, 3].abs())
+
+
+def recipe(**changes: Any) -> fastar.Recipe:
+    """A small recipe."""
+    sections: dict[str, Any] = {
+        "evaluation": {"points": 3},
+        "logging": {"tensorboard": False},
+        "star": {"epochs": 3, "match_every_epochs": 2},
+    }
+    for key, value in changes.items():
+        sections[key] = {**sections[key], **value} if key in sections else value
+    return fastar.Recipe(**{"epochs": 2, "batch_size": 16, "device": "cpu", **sections})
