@@ -10,13 +10,15 @@ from typing import Any, TypeAlias, Union
 from torch import Tensor, nn
 
 from fastar.api.curves import Barrier, paths_frame
+from fastar.data.generators import generators_kept
 from fastar.errors import FastarError
 from fastar.evaluation import Segment
 from fastar.experiments.measure import check_endpoint, endpoint, evaluated, match_to
 from fastar.experiments.session import Session, measuring, new_session, threads
 from fastar.report.notebook_curves import plot_paths
-from fastar.runs.model_files import Checkpoint, load_checkpoint, load_whole_into
+from fastar.runs.model_files import Checkpoint, check_values, load_checkpoint, load_whole_into
 from fastar.runtime.progress import SILENT, Progress, TerminalProgress
+from fastar.runtime.user_code import users_code
 from fastar.symmetry import Permutations
 
 Build = Callable[..., nn.Module]
@@ -57,7 +59,9 @@ class TrainedModel:
         """
         if self.build is None:
             raise FastarError(f"{self.name}: nothing is known that builds its network: give build to fastar.load_run")
-        model = self.build()
+        with generators_kept(), users_code("build: calling it"):
+            made = self.build()
+        model = made[0] if isinstance(made, tuple) else made  # beside its example inputs
         load_whole_into(model, Checkpoint(dict(self.state)))
         return model.eval()
 
@@ -100,7 +104,10 @@ class Star(TrainedModel):
             assert splits is not None
             given = replace(session.given, data=replace(splits, test=data))
             session = new_session(session.settings, session.run, shown(progress), given=given)
-        star, other = Checkpoint(dict(self.state)), checkpoint_of(model, session.network.build(seed=0, device="cpu"))
+        star, other = (
+            Checkpoint(dict(self.state)),
+            checkpoint_of(model, session.network.build(seed=0, device="cpu"), "the model"),
+        )
         with threads(session), measuring("a barrier"):
             permutation = match_to(session, star, [other])[0] if matched and session.settings.ends_matched else None
             for name, one, moved in (("the star", star, None), ("the model", other, permutation)):
@@ -169,18 +176,26 @@ class Run:
         return paths_frame(self.results)
 
 
-def checkpoint_of(model: Source, network: nn.Module) -> Checkpoint:
-    """A network that was given, as a whole state of `network`, in float32."""
+def checkpoint_of(model: Source, network: nn.Module, name: str) -> Checkpoint:
+    """A network that was given, as a whole state of `network`.
+
+    Args:
+        name: of it, for errors; a file has its own.
+
+    Raises:
+        FastarError: it does not fit, or has values that are not finite.
+    """
     if isinstance(model, str | Path):
         return load_whole_into(network, load_checkpoint(Path(model)))
     state = model.state if isinstance(model, TrainedModel) else model
     state = state.state_dict() if isinstance(state, nn.Module) else state
     if not isinstance(state, Mapping):
-        raise FastarError(
-            f"a source is a {type(model).__name__}: give a trained model, a module, a state dict or a file"
-        )
-    tensors = {name: value.detach().cpu() for name, value in state.items() if isinstance(value, Tensor)}
-    return load_whole_into(network, Checkpoint(tensors))
+        kind = type(model).__name__
+        raise FastarError(f"{name} is a {kind}: give a trained model, a module, a state dict or a file")
+    tensors = {key: value.detach().cpu() for key, value in state.items() if isinstance(value, Tensor)}
+    for key, value in tensors.items():
+        check_values(Path(name), key, value)
+    return load_whole_into(network, Checkpoint(tensors, path=Path(name)))
 
 
 def shown(progress: Progress | bool) -> Progress:

@@ -13,11 +13,11 @@ from torch import nn
 
 from fastar.api.models import Build, Run, Source, Star, TrainedModel, checkpoint_of, shown
 from fastar.api.recipe import Recipe
-from fastar.config import MatchingSettings, Settings, matching_settings
+from fastar.config import MatchingSettings, Settings, matching_settings, validate
 from fastar.data.user_data import UserSplits
 from fastar.errors import FastarError
 from fastar.experiments.matchings import star_permutations
-from fastar.experiments.session import new_session
+from fastar.experiments.session import Session, new_session
 from fastar.experiments.star_domain import train_sources as train_missing
 from fastar.experiments.user_task import PYTHON, Given
 from fastar.experiments.whole_run import train_star as do_whole_run
@@ -27,7 +27,7 @@ from fastar.runs.folder import GIVEN
 from fastar.runs.model_files import load_checkpoint, save_checkpoint, state_digest
 from fastar.runtime.progress import Progress
 from fastar.runtime.signals import Stopped, signals_stop
-from fastar.runtime.user_code import name_of
+from fastar.runtime.user_code import is_reference, name_of
 
 
 def train_sources(
@@ -105,26 +105,35 @@ def train_star(
     with _folder(out) as folder, _interruptible():
         run, chosen = RunFolder(folder), _as_matching(matching)
         numbers: dict[str, Any] = {"number": len(sources), "heldout": len(heldouts)}
-        model = None
-        for key, kind, models in (("folder", "source", sources), ("heldout_folder", "heldout", heldouts)):
-            if models and not _are_of_run(models, run, kind):
-                model = build() if model is None else model
-                numbers[key] = _keep(models, folder / GIVEN / kind, model)
+        models: dict[str, Sequence[Source]] = {}
+        for key, kind, given_ones in (("folder", "source", sources), ("heldout_folder", "heldout", heldouts)):
+            if given_ones and not _are_of_run(given_ones, run, kind):
+                models[kind], numbers[key] = given_ones, folder / GIVEN / kind
         settings = _settings(recipe, build, given, run, out is not None, numbers, chosen)
+        run.check(settings)
+        session = new_session(settings, run, given=given)
+        _keep(models, folder / GIVEN, session)
         results = do_whole_run(settings, folder, shown(progress), given=given)
         found = _model("star", run.star, build, out is not None)
-        session = new_session(settings, run, given=given)
         permutations = star_permutations(run.permutations) or None
         return Star(**vars(found), permutations=permutations, results=results, _session=session)
 
 
-def load_run(path: Path | str, build: Build | None = None, train: Any = None) -> Run:
+def load_run(
+    path: Path | str,
+    build: Build | None = None,
+    train: Any = None,
+    *,
+    loss: LossChoice | None = None,
+    metrics: Sequence[MetricChoice] | None = None,
+) -> Run:
     """The models, permutations and results of a run folder.
 
     Args:
         path: the folder, of `train_star` or of the command line.
         build: makes its network; needed for `module()` and `barrier`.
         train: its training data, or a `fastar.Data`; needed for `barrier`.
+        loss, metrics: those of the run where they are functions; by name they are known.
 
     Raises:
         FastarError: it is no run folder, or damaged.
@@ -139,10 +148,13 @@ def load_run(path: Path | str, build: Build | None = None, train: Any = None) ->
     if run.finished("star", 0):
         session = None
         if build is not None and train is not None:
-            from fastar.config import validate
-
-            given = Given(build=build, data=_splits(train, None))
-            session = new_session(validate(saved, str(run.config)), run, given=given)
+            settings = validate(saved, str(run.config))
+            named = [one for one in settings.metrics or () if not is_reference(one)]
+            metrics = named if metrics is None and settings.metrics is not None else metrics
+            given = Given(build=build, data=_splits(train, None), loss=loss, metrics=metrics)
+            if loss is None and is_reference(settings.loss):
+                raise FastarError(f"{run.path}: its loss is a function, {settings.loss}: give loss to fastar.load_run")
+            session = new_session(settings, run, given=given)
         permutations = star_permutations(run.permutations) or None
         found = _model("star", run.star, build, True)
         star = Star(**vars(found), permutations=permutations, results=results, _session=session)
@@ -188,10 +200,9 @@ def _settings(
             sections["matching"], sections["star"] = saved.get("matching", {}), saved.get("star", {})
     if not kept:
         sections["logging"] = {"tensorboard": False}
-    dumped = settings.model_dump()
-    from fastar.config import validate
-
-    return validate({**dumped, **{key: _plain(value) for key, value in sections.items()}}, "the recipe")
+    if given.metrics is not None:
+        sections["metrics"] = [one if isinstance(one, str) else name_of(one) for one in given.metrics]
+    return validate({**settings.model_dump(), **{key: _plain(value) for key, value in sections.items()}}, "the recipe")
 
 
 def _plain(section: Any) -> Any:
@@ -216,17 +227,28 @@ def _are_of_run(models: Sequence[Source], run: RunFolder, kind: str) -> bool:
     return paths == [run.model(kind, index) for index in range(len(models))]
 
 
-def _keep(models: Sequence[Source], folder: Path, network: nn.Module) -> Path:
-    """Write networks that were given into a folder of the run, unless they are there; the folder."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for index, model in enumerate(models):
-        found, path = checkpoint_of(model, network), folder / f"{index:04d}.safetensors"
-        if not path.is_file() or state_digest(load_checkpoint(path)) != state_digest(found):
-            save_checkpoint(path, found.state, {})
-    for path in folder.glob("*.safetensors"):
-        if path.stem.isdecimal() and int(path.stem) >= len(models):
-            path.unlink()
-    return folder
+def _keep(models: Mapping[str, Sequence[Source]], folder: Path, session: Session) -> None:
+    """Write networks that were given into the run, once all are known to fit; those that are there already stay.
+
+    Args:
+        models: sources and heldouts.
+    """
+    network = session.network.build(seed=0, device="cpu") if models else None
+    named = [(kind, index, one) for kind, some in models.items() for index, one in enumerate(some)]
+    for write in (False, True):
+        for kind, index, model in named:
+            assert network is not None
+            found = checkpoint_of(model, network, f"{kind}s[{index}]")
+            if not write:
+                continue
+            path = folder / kind / f"{index:04d}.safetensors"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if not path.is_file() or state_digest(load_checkpoint(path)) != state_digest(found):
+                save_checkpoint(path, found.state, {})
+    for kind, some in models.items():
+        for path in (folder / kind).glob("*.safetensors"):
+            if path.stem.isdecimal() and int(path.stem) >= len(some):
+                path.unlink()
 
 
 @contextmanager

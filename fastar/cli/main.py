@@ -15,9 +15,10 @@ from fastar._version import __version__
 from fastar.cli import match, show, train
 from fastar.cli.failure import failure
 from fastar.cli.options import run_folders
-from fastar.errors import FastarError, OldName
+from fastar.errors import FastarError, OldName, UserCodeError
 from fastar.runtime.signals import EXIT_INTERRUPTED, Stopped, signals_stop
-from fastar.runtime.standard_streams import say, streams
+from fastar.runtime.standard_streams import forgiving, say, streams
+from fastar.runtime.user_code import users_traceback
 
 COMMANDS = {
     "train-star": train.train_star,
@@ -61,7 +62,8 @@ Exit codes:
 
 - 0: done.
 - 1: something does not fit (`plan`), is damaged (`verify`) or does not work (`doctor`).
-- 2: bad input, or output that cannot be written. One line on stderr says what to do.
+- 2: bad input, or output that cannot be written. One line on stderr says what to do; above it, the traceback of an
+  error in your own function.
 - 70: a defect of fastar. One line says where its traceback is.
 - 75: stopped by SIGTERM or SIGUSR1; what was being trained is saved.
 - 130: stopped by Ctrl-C, likewise. A second Ctrl-C stops at once.
@@ -131,6 +133,8 @@ def _outcome(arguments: list[str] | None) -> int:
                 return 0
             error = FastarError(f"{message} (see `fastar --help`)")
         line, code = failure(error, next((run for run in run_folders if os.path.isfile(run / "config.yaml")), None))
+        if isinstance(error, UserCodeError):
+            print(users_traceback(error), end="", file=forgiving(sys.stderr))
         say(f"fastar: {line}")
         return code
     if result == EXIT_INTERRUPTED:  # typer makes this of Ctrl-C, older ones an Abort

@@ -21,8 +21,10 @@ from fastar.experiments.session import Session, measuring
 from fastar.experiments.user_task import loss_recipe
 from fastar.runs import commit, read_metadata, versions
 from fastar.runs.model_files import Checkpoint, load_checkpoint, load_into, save_checkpoint
+from fastar.runtime.json_files import content_digest
 from fastar.runtime.progress import Progress
 from fastar.runtime.seeds import derive_seed
+from fastar.runtime.user_code import source_digest
 from fastar.training import RegularStep, resolve_precision
 
 # Keys of `train` that say how, not what.
@@ -43,6 +45,23 @@ def recipe(session: Session, kind: str, index: int) -> dict[str, Any]:
         "kind": kind,
         "index": index,
     }
+
+
+def task_digest(session: Session) -> str:
+    """A digest of all that results depend on beside models and settings: the data, and functions of the user's."""
+    recipe = session.data.recipe()
+    if not session.runs_user_code:
+        return str(recipe["dataset_digest"])
+    metrics = [source_digest([one]) for one in session.given.metrics or () if not isinstance(one, str)]
+    return content_digest(
+        {
+            **recipe,
+            **session.network.architecture(),
+            **loss_recipe(session.settings, session.given),
+            "splits": session.data.digests(),
+            "metrics": metrics,
+        }
+    )
 
 
 def check_recipe(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -16,6 +16,7 @@ from fastar.runs import delete, remove_checkpoints, remove_if_empty
 from fastar.runs.live_metrics import finite
 from fastar.runs.model_files import save_checkpoint
 from fastar.runtime.seeds import derive_seed
+from fastar.runtime.user_code import users_code
 from fastar.training import Epoch, Good, NonFiniteLoss, Step, StepsProfile, fit, resolve_precision
 from fastar.training.resume import Saved, TrainingCheckpoints
 
@@ -132,7 +133,8 @@ def trained(
             )
         return Trained(step, history, number)
 
-    with training(settings, name):
+    users = users_code(f"training {name}") if session.runs_user_code else nullcontext()
+    with users, training(settings, name):
         done = _with_retries(session, subject, checkpoints, attempt)
     yield done
     remove_checkpoints(checkpoints.folder)

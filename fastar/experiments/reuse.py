@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import glob
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +15,15 @@ from fastar.runtime.json_files import content_digest
 from fastar.runtime.progress import SILENT, Progress
 
 
-def finished_results(settings: Settings, run: RunFolder, progress: Progress = SILENT) -> dict[str, Any] | None:
+def finished_results(
+    settings: Settings, run: RunFolder, progress: Progress = SILENT, *, task: Callable[[], str] | None = None
+) -> dict[str, Any] | None:
     """The results of a run whose models are all there and have been measured as `settings` say; else None.
 
-    The models' own digests are compared, not their tensors, and the data's is what the star was trained on.
+    The models' own digests are compared, not their tensors.
+
+    Args:
+        task: makes a digest of data and functions; None: the data's is what the star was trained on.
 
     Raises:
         FastarError: a model that is there is truncated or says of itself what was not saved.
@@ -37,7 +42,8 @@ def finished_results(settings: Settings, run: RunFolder, progress: Progress = SI
         results = run.read_results(heard.append)
     except FastarError:  # damaged: they are measured again, and written anew
         return None
-    if results.get("measured") != measured_digest(settings, run, str(metadata.get("dataset_digest"))):
+    found = str(metadata.get("dataset_digest")) if task is None else task()
+    if results.get("measured") != measured_digest(settings, run, found):
         return None
     if results.get("matchings") and not run.matchings.is_file():  # older versions keep none
         return None
@@ -64,7 +70,8 @@ def check_permutations(run: RunFolder, star: Mapping[str, Any]) -> None:
 
 
 def measured_digest(settings: Settings, run: RunFolder, data: str) -> str:
-    """A digest of all that results depend on: the models, the data (by their digest), and how they are measured."""
+    """A digest of all that results depend on: the models, the data and a user's functions (by a digest), and
+    how they are measured."""
     digests = [stored_digest(run.star, own=True)]
     for kind in ("source", "heldout"):
         own = settings.sources.of_kind(kind)[1] is None

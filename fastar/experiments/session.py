@@ -41,6 +41,13 @@ class Session:
     given: Given
     metrics: LiveMetrics | None = None
 
+    @property
+    def runs_user_code(self) -> bool:
+        """The network, the data or the loss are functions of the user's."""
+        settings, given = self.settings, self.given
+        named = (settings.model.arch, settings.dataset.name, settings.loss)
+        return given.build is not None or given.data is not None or any(map(is_reference, named))
+
 
 def new_session(
     settings: Settings,

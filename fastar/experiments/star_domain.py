@@ -9,7 +9,7 @@ from fastar.config import Settings
 from fastar.errors import FastarError
 from fastar.experiments.measure import measure, speed
 from fastar.experiments.plan import check_network, prepare_data, use_device
-from fastar.experiments.regular import check_regular, device_name, models_of, regular_models
+from fastar.experiments.regular import check_regular, device_name, models_of, regular_models, task_digest
 from fastar.experiments.reuse import measured_digest
 from fastar.experiments.session import Session, measuring, new_session, opened, threads
 from fastar.experiments.star import star_model, steps_profile
@@ -98,7 +98,7 @@ def do_run(
         kept = matchings.save(run.matchings)
         results = {
             **found,
-            "measured": measured_digest(settings, run, str(session.data.recipe()["dataset_digest"])),
+            "measured": measured_digest(settings, run, task_digest(session)),
             "matchings": {"file": run.matchings.name, "digest": stored_digest(run.matchings)} if kept else None,
         }
         run.write_results(results)

@@ -69,6 +69,10 @@ class TaskData(ABC):
     def recipe(self) -> dict[str, Any]:
         """All that determines the data that a model is trained on: for its metadata."""
 
+    def digests(self) -> dict[str, str]:
+        """Of the splits that `recipe` does not tell of."""
+        return {}
+
     @abstractmethod
     def names(self) -> tuple[str, ...]:
         """The splits that are measured, the training data first."""

@@ -198,6 +198,10 @@ class UserData(TaskData):
         found = {"dataset": chosen.name, "dataset_digest": self._whole_split("train").digest, "limit": chosen.limit}
         return {**found, "validation": chosen.validation} if chosen.validation else found
 
+    def digests(self) -> dict[str, str]:
+        given = [name for name in self.names() if getattr(self.splits_given, name) is not None]
+        return {name: self._whole_split(name).digest for name in given}
+
     @cached_property
     def shape(self) -> Shape:
         """Of image data whose targets are classes."""
@@ -317,19 +321,30 @@ def checked_example(example: Any, name: str) -> Batch:
 
 
 def check_task(network: Network, data: TaskData, loss: Loss, device: torch.device) -> None:
-    """Run the network and the loss once on two training samples, so that what does not fit is said before any work.
+    """Run the network and the loss once on two samples of each split, and backward on those that are trained on, so
+    that what does not fit is said before any work.
 
     Raises:
         FastarError: the network does not run on the data, or no loss can be taken of what it returns.
     """
-    model = network.build(seed=0).eval()
-    inputs, targets = next(iter(data.train.sequential(2)))
-    with torch.no_grad(), generators_kept():
-        with users_code("the network's forward, on the first training batch,"):
-            outputs = call(model, tree_map_only(Tensor, in_float32, inputs))
-        with users_code(f"the loss {loss.name}, on the first training batch,"):
-            for metric in loss.measures().values():
-                metric.begin(device).add(outputs, targets)
+    model = network.build(seed=0)
+    for split in data.names():
+        inputs, targets = next(iter(getattr(data, f"measured_{split}").sequential(2)))
+        with torch.no_grad(), generators_kept():
+            with users_code(f"the network's forward, on the first {split} batch,"):
+                outputs = call(model.eval(), inputs)
+            with users_code(f"the loss {loss.name}, on the first {split} batch,"):
+                for metric in loss.measures().values():
+                    metric.begin(device).add(outputs, targets)
+        if split == "train":
+            with generators_kept(), users_code(f"a training step with the loss {loss.name}"):
+                mean = loss.mean(call(model.train(), inputs), targets)
+                if not mean.requires_grad:
+                    raise FastarError(
+                        f"the loss {loss.name} has no gradient: return a tensor that is computed from the network's "
+                        "outputs, not one that is detached"
+                    )
+                mean.backward()
 
 
 def _listed(shape: torch.Size | None) -> str:

@@ -10,6 +10,7 @@ from fastar.errors import FastarError
 from fastar.experiments.reuse import finished_results
 from fastar.runs import RunFolder
 from fastar.runtime.progress import SILENT, Progress
+from fastar.runtime.user_code import is_reference
 
 if TYPE_CHECKING:
     from fastar.experiments.user_task import Given
@@ -39,7 +40,15 @@ def train_star(
         raise FastarError("a barrier between regular models needs two of them: raise sources.number or .heldout")
     run = RunFolder(out)
     run.check(settings)
-    results = finished_results(settings, run, progress) if profile is None else None
+
+    def task() -> str:
+        from fastar.experiments.regular import task_digest  # a user's functions import torch anyway
+        from fastar.experiments.session import new_session
+
+        return task_digest(new_session(settings, run, given=given))
+
+    own = given is not None or any(map(is_reference, (settings.dataset.name, settings.model.arch, settings.loss)))
+    results = finished_results(settings, run, progress, task=task if own else None) if profile is None else None
     if results is None:
         from fastar.experiments.star_domain import do_run  # only now torch and all that is slow to import
 

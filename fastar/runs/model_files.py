@@ -176,7 +176,7 @@ def load_checkpoint(path: Path, *, own: bool = False) -> Checkpoint:
     if not state:
         raise FastarError(f"{path}: holds no tensors")
     for name, value in state.items():
-        _check_values(path, name, value)
+        check_values(path, name, value)
     prefix = _wrappers(state)
     names = {name[len(prefix) :]: name for name in state}
     if path.is_dir():
@@ -210,7 +210,8 @@ def _read_shards(index: Path) -> dict[str, torch.Tensor]:
     return state
 
 
-def _check_values(path: Path, name: str, value: torch.Tensor) -> None:
+def check_values(path: Path, name: str, value: torch.Tensor) -> None:
+    """Raise FastarError unless a tensor of `path` can be computed with: dense, there, and finite."""
     if value.is_quantized or value.layout != torch.strided:
         kind = f"quantised ({value.dtype})" if value.is_quantized else f"sparse ({value.layout})"
         raise FastarError(f"{path}: {name} is {kind}, and cannot be matched or measured; save plain float weights")

@@ -10,6 +10,7 @@ import importlib.util
 import inspect
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,9 @@ from types import ModuleType
 from typing import Any
 
 from fastar.errors import FastarError, UserCodeError
+
+# Modules between a command and the user's code.
+_ON_THE_WAY = ("fastar", "torch", "contextlib")
 
 
 def is_reference(text: str) -> bool:
@@ -107,6 +111,17 @@ def users_code(what: str) -> Iterator[None]:
             raise
         text = " ".join(str(error).split())
         raise UserCodeError(f"{what} failed ({type(error).__name__}{f': {text}' if text else ''})") from error
+
+
+def users_traceback(error: UserCodeError) -> str:
+    """The traceback of the error in the user's code, from its first frame that is not fastar's own."""
+    cause = error.__cause__
+    if cause is None:
+        return ""
+    frames = cause.__traceback__
+    while frames is not None and frames.tb_frame.f_globals.get("__name__", "").partition(".")[0] in _ON_THE_WAY:
+        frames = frames.tb_next
+    return "".join(traceback.format_exception(type(cause), cause, frames or cause.__traceback__))
 
 
 def name_of(function: Any) -> str:

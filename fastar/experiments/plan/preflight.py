@@ -58,13 +58,15 @@ def prepare_data(session: Session) -> None:
         written = data_counts(session.settings, files)
         assert written is not None, "the files are there"
         check_run(session, written)
+    if session.runs_user_code:
+        check_user_task(session)
 
 
 def check_user_task(session: Session) -> None:
     """Check a user's network, data and loss together, before anything is trained.
 
     Raises:
-        FastarError: they do not fit together, or the run does not fit into memory.
+        FastarError: they do not fit together.
     """
     settings, data, network = session.settings, session.data, session.network
     check_task(network, data, session.loss, session.device)
