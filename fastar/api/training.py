@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ from fastar.experiments.user_task import PYTHON, Given
 from fastar.experiments.whole_run import train_star as do_whole_run
 from fastar.losses import LossChoice, MetricChoice
 from fastar.runs import RunFolder
-from fastar.runs.folder import GIVEN
+from fastar.runs.folder import GIVEN, remove_if_empty
 from fastar.runs.model_files import load_checkpoint, save_checkpoint, state_digest
 from fastar.runtime.progress import Progress
 from fastar.runtime.signals import Stopped, signals_stop
@@ -112,8 +113,9 @@ def train_star(
         settings = _settings(recipe, build, given, run, out is not None, numbers, chosen)
         run.check(settings)
         session = new_session(settings, run, given=given)
-        _keep(models, folder / GIVEN, session)
-        results = do_whole_run(settings, folder, shown(progress), given=given)
+        with _nothing_half_written(run):
+            _keep(models, folder / GIVEN, session)
+            results = do_whole_run(settings, folder, shown(progress), given=given)
         found = _model("star", run.star, build, out is not None)
         permutations = star_permutations(run.permutations) or None
         return Star(**vars(found), permutations=permutations, results=results, _session=session)
@@ -228,27 +230,33 @@ def _are_of_run(models: Sequence[Source], run: RunFolder, kind: str) -> bool:
 
 
 def _keep(models: Mapping[str, Sequence[Source]], folder: Path, session: Session) -> None:
-    """Write networks that were given into the run, once all are known to fit; those that are there already stay.
-
-    Args:
-        models: sources and heldouts.
-    """
+    """Write sources and heldouts that were given into folders of the run, unless they are there."""
     network = session.network.build(seed=0, device="cpu") if models else None
-    named = [(kind, index, one) for kind, some in models.items() for index, one in enumerate(some)]
-    for write in (False, True):
-        for kind, index, model in named:
+    for kind, some in models.items():
+        place = folder / kind
+        place.mkdir(parents=True, exist_ok=True)
+        for index, model in enumerate(some):
             assert network is not None
-            found = checkpoint_of(model, network, f"{kind}s[{index}]")
-            if not write:
-                continue
-            path = folder / kind / f"{index:04d}.safetensors"
-            path.parent.mkdir(parents=True, exist_ok=True)
+            found, path = checkpoint_of(model, network, f"{kind}s[{index}]"), place / f"{index:04d}.safetensors"
             if not path.is_file() or state_digest(load_checkpoint(path)) != state_digest(found):
                 save_checkpoint(path, found.state, {})
-    for kind, some in models.items():
-        for path in (folder / kind).glob("*.safetensors"):
+        for path in place.glob("*.safetensors"):
             if path.stem.isdecimal() and int(path.stem) >= len(some):
                 path.unlink()
+
+
+@contextmanager
+def _nothing_half_written(run: RunFolder) -> Iterator[None]:
+    """Inside, an error before the run has begun leaves none of the networks that were given to it."""
+    made, new = not run.path.exists(), not run.config.is_file()
+    try:
+        yield
+    except BaseException:
+        if new and not run.config.is_file():
+            shutil.rmtree(run.path / GIVEN, ignore_errors=True)
+            if made:
+                remove_if_empty(run.path)
+        raise
 
 
 @contextmanager
