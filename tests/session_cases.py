@@ -6,15 +6,15 @@ from dataclasses import replace
 from typing import Any
 
 from fastar.experiments.session import Session
-from fastar.experiments.task import Network, RunData, Shape
+from fastar.experiments.task import Network, RunData
 from fastar.symmetry import Symmetry
 
 
 class GivenData(RunData):
     """Datasets under the names of attributes: train, test, files."""
 
-    def __init__(self, session: Session, shape: Shape | None, **given: Any):
-        super().__init__(session.settings, session.device, session.progress, shape)
+    def __init__(self, session: Session, **given: Any):
+        super().__init__(session.settings, session.device, session.progress)
         vars(self).update(given)
 
 
@@ -26,8 +26,8 @@ class GivenNetwork(Network):
         vars(self)["symmetry"] = symmetry
 
 
-def with_data(session: Session, shape: Shape | None = None, **given: Any) -> Session:
-    data = GivenData(session, shape, **given)
+def with_data(session: Session, **given: Any) -> Session:
+    data = GivenData(session, **given)
     return replace(session, data=data, network=Network(session.settings, session.device, data))
 
 

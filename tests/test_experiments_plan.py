@@ -24,6 +24,7 @@ from fastar.experiments import task
 from fastar.experiments.plan import plan_run, planning
 from fastar.experiments.plan.planning import batch_bytes
 from fastar.experiments.session import Session
+from fastar.losses import find_loss
 from fastar.matching.weight.match_weights import bytes_of_one
 from fastar.models import build_model
 from fastar.runtime.live_bytes import LiveBytes
@@ -51,13 +52,19 @@ def test_bytes_are_counted_while_they_live() -> None:
     assert (live.now, live.peak) == (0, 8000)
 
 
+def sample(*shape: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Two images and their labels."""
+    images = torch.zeros(2, *shape).to(memory_format=torch.channels_last)
+    return images, torch.zeros(2, dtype=torch.int64)
+
+
 def test_a_forward_pass_by_hand() -> None:
     """Without gradients a layer's input and output live at once: 4 bytes of 100 and of 50 numbers an image, beside the
     image of 12 numbers and its label."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(12, 100), nn.Linear(100, 50), nn.Linear(50, 2))
     before = {name: value.clone() for name, value in model.state_dict().items()}
     for images in (1, 10, 32):
-        found = batch_bytes(model, (3, 2, 2), torch.float32, images, training=False)
+        found = batch_bytes(model, sample(3, 2, 2), torch.float32, images, loss=find_loss(), training=False)
         assert found == images * (4 * 150 + 4 * 12 + 8)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
@@ -67,7 +74,7 @@ def test_a_forward_pass_by_hand() -> None:
 def test_counted_bytes_are_those_of_real_steps(dtype: torch.dtype, arch: str, width: float) -> None:
     """Without data, against real images: where activations are most of it, and where the new gradients are."""
     model = build_model(arch, input_shape=SHAPE, classes=10, seed=0, width=width).train()
-    counted = {batch: batch_bytes(model, SHAPE, dtype, batch) for batch in (24, 48)}
+    counted = {batch: batch_bytes(model, sample(*SHAPE), dtype, batch, loss=find_loss()) for batch in (24, 48)}
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype) if parameter.ndim > 1 else parameter.data
     for batch in (24, 48):
@@ -95,10 +102,10 @@ def counted_once() -> Iterator[None]:
     derive, timed = task.symmetry_by_settings, planning.matching_seconds
     known: dict[Any, int] = {}
 
-    def counted(model: nn.Module, *more: Any, **training: bool) -> int:
-        key = (sum(p.numel() for p in model.parameters()), *more, *training.items())
+    def counted(model: nn.Module, some: Any, *more: Any, **how: Any) -> int:
+        key = (sum(p.numel() for p in model.parameters()), some[0].shape, *more, how.get("training", True))
         if key not in known:
-            known[key] = batch_bytes(model, *more, **training)
+            known[key] = batch_bytes(model, some, *more, **how)
         return known[key]
 
     def derived(settings: Any, model: nn.Module, *more: Any, **options: Any) -> Symmetry:

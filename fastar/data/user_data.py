@@ -98,6 +98,11 @@ class TensorData(_Held):
         self._index = self._index.to(device)
         self.digest = _tensors_digest(leaves)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the tensors."""
+        return sum(one.nbytes for one in tree_leaves(self._tensors))
+
     def _made(self, order: Any | None, batch_size: int, key: int | None, size: int | None) -> Iterator[Any]:
         chosen = self._index if order is None else self._index[order]
         for some in chosen.split(batch_size) if len(chosen) else ():

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from fastar.config import Settings
-from fastar.experiments.task import Network, RunData, Shape, TaskData
+from fastar.experiments.task import Network, RunData, TaskData
 from fastar.experiments.user_task import Given, NoData, UserData, UserNetwork, find_splits, task_loss
 from fastar.flat.forward import on_device
 from fastar.losses import Loss
@@ -54,13 +54,13 @@ def new_session(
     run: RunFolder,
     progress: Progress = SILENT,
     *,
-    shape: Shape | None = None,
+    classes: int | None = None,
     given: Given | None = None,
 ) -> Session:
     """A session of a run; data are loaded, and the symmetry derived, when first asked for.
 
     Args:
-        shape: of a model at hand, so that images of any size need not be there to say it.
+        classes: of a model at hand, so that images of any size need not be there to say them.
         given: parts of the task that are not named in the settings.
 
     Raises:
@@ -83,7 +83,7 @@ def new_session(
             whole=loss.whole,
         )
     else:
-        data = RunData(settings, device, progress, shape, whole=loss.whole)
+        data = RunData(settings, device, progress, classes, whole=loss.whole)
     if given.build is not None or is_reference(arch):
         build = find_function(arch, "--model") if given.build is None else given.build
         network = UserNetwork(settings, device, data, build, given.example)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from fastar.config import Settings
 from fastar.data.dataset import Dataset, Taken
@@ -18,7 +19,7 @@ from fastar.data.raw_arrays import RawArrays, read_raw, stands_in
 from fastar.data.splits import held_out, leaving_no_single
 from fastar.evaluation.batch_norm import batch_norm_layers, layer_of_single_values
 from fastar.flat import FlatLayout
-from fastar.flat.forward import Batch
+from fastar.flat.forward import Batch, in_float32
 from fastar.losses import sample_count
 from fastar.models import build_model
 from fastar.runs.model_files import Checkpoint
@@ -51,6 +52,9 @@ class TaskData(ABC):
         self._settings, self._chosen = settings, settings.dataset
         self._device, self._progress, self._whole = device, progress, whole
 
+    samples = "samples"
+    """What samples are called."""
+
     @abstractmethod
     def _load(self, split: str, limit: int | None) -> Dataset:
         """A split, with so many of its samples (None: all)."""
@@ -80,6 +84,27 @@ class TaskData(ABC):
     @abstractmethod
     def size(self, split: str) -> int:
         """The number of samples of a split."""
+
+    def example(self, samples: int, side: int | None = None) -> Batch:
+        """Inputs of so many samples on the CPU, which networks are traced with.
+
+        Args:
+            side: of images of any size; None: the one that is set.
+        """
+        inputs, _ = next(iter(self.train.sequential(samples)))
+        return tree_map_only(Tensor, lambda one: in_float32(one.detach()).cpu(), inputs)
+
+    def trials(self) -> Iterator[tuple[str, tuple[Any, Any]]]:
+        """Each split that is measured, with a batch of two of its samples."""
+        for split in self.names():
+            yield split, next(iter(getattr(self, f"measured_{split}").sequential(2)))
+
+    def made(self, samples: int, side: int | None = None) -> tuple[Any, Any]:
+        """A batch of so many samples on the device, which steps are planned with: the first ones, again and again."""
+        first = next(iter(self.train.sequential(samples)))
+        count = sample_count(first)
+        chosen = torch.arange(samples, device=self._device) % count
+        return tree_map_only(Tensor, lambda one: one[chosen] if one.ndim and len(one) == count else one, first)
 
     @cached_property
     def train(self) -> Dataset:
@@ -123,20 +148,22 @@ class RunData(TaskData):
     loaded onto the device.
 
     Args:
-        shape: of a model at hand, so that images of any size need not be there to say it.
+        classes: their number, so that images of any size need not be there to say it.
     """
+
+    samples = "images"
 
     def __init__(
         self,
         settings: Settings,
         device: torch.device,
         progress: Progress,
-        shape: Shape | None = None,
+        classes: int | None = None,
         *,
         whole: bool = False,
     ):
         super().__init__(settings, device, progress, whole=whole)
-        self._shape = shape
+        self._classes = classes
 
     @cached_property
     def files(self) -> DatasetFiles | RawArrays:
@@ -170,10 +197,30 @@ class RunData(TaskData):
     @cached_property
     def shape(self) -> Shape:
         """Images and classes; of images of any size, the classes that the files hold."""
-        if self._shape is not None:
-            return self._shape
+        if self._classes is not None:
+            return Shape(self.image, self._classes)
         known = self.files if self._chosen.spec.variable_size else self._chosen.spec
         return Shape(self.image, len(known.classes))
+
+    def example(self, samples: int, side: int | None = None) -> Batch:
+        """Zeros: the images need not be there."""
+        return torch.zeros(samples, *self._sized(side), dtype=torch.float32, device="cpu")
+
+    def made(self, samples: int, side: int | None = None) -> tuple[Any, Any]:
+        """Random images: they need not be there."""
+        generator = torch.Generator(self._device).manual_seed(0)
+        size, device = (samples, *self._sized(side)), self._device
+        images = torch.randn(size, device=device, dtype=torch.float32, generator=generator)
+        labels = torch.zeros(samples, dtype=torch.int64, device=device)
+        return self._parts((images.to(memory_format=torch.channels_last), labels))
+
+    def trials(self) -> Iterator[tuple[str, tuple[Any, Any]]]:
+        """Made images: all splits are alike."""
+        yield "train", self.made(2)
+
+    def _sized(self, side: int | None) -> tuple[int, int, int]:
+        channels, height, width = self.image
+        return (channels, height, width) if side is None else (channels, side, side)
 
     def _load(self, split: str, limit: int | None) -> Dataset:
         files, chosen = self.files, self._chosen
@@ -187,7 +234,10 @@ class RunData(TaskData):
         return self._taken(StreamingDataset(files, split, self._device, **more))
 
     def _taken(self, dataset: Dataset) -> Dataset:
-        return Taken(dataset, lambda batch: (batch[0], batch)) if self._whole else dataset
+        return Taken(dataset, self._parts) if self._whole else dataset
+
+    def _parts(self, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Any]:
+        return (batch[0], batch) if self._whole else batch
 
     def names(self) -> tuple[str, ...]:
         return ("train", *(("validation",) if self._chosen.validation else ()), "test")
@@ -223,10 +273,8 @@ class Network:
         return build_model(model.arch, input_shape=shape.image, classes=shape.classes, seed=seed, **model.options)
 
     def example(self, samples: int, side: int | None = None) -> Batch:
-        """Inputs of so many samples on the CPU: zeros; images of `side` x `side` pixels (None: the data's)."""
-        channels, height, width = self._data.shape.image
-        size = (height, width) if side is None else (side, side)
-        return torch.zeros(samples, channels, *size, dtype=torch.float32, device="cpu")
+        """Inputs that it is traced with: `TaskData.example`."""
+        return self._data.example(samples, side)
 
     def architecture(self) -> dict[str, Any]:
         """All that makes two checkpoints' networks the same: for their metadata."""
@@ -241,6 +289,9 @@ class Network:
     def build(self, seed: int | None = None, *, device: torch.device | str | None = None) -> nn.Module:
         """A fresh network of the run's architecture, on `device` (None: the run's)."""
         return self.make(seed).to(self._device if device is None else device)
+
+    def check_seeded(self) -> None:
+        """Raise FastarError where two seeds give the same network: sources would all begin alike."""
 
     @property
     def has_batch_norm(self) -> bool:

@@ -15,12 +15,13 @@ from fastar.config import Settings
 from fastar.data.dataset import Dataset, Taken
 from fastar.data.generators import generators_kept, seed_all
 from fastar.data.splits import held_out
-from fastar.data.user_data import UserDataset, UserSplits, some_of, user_data
+from fastar.data.user_data import TensorData, UserDataset, UserSplits, some_of, user_data
 from fastar.errors import FastarError
 from fastar.experiments.task import Network, Shape, TaskData
 from fastar.flat.forward import Batch, call, in_float32
 from fastar.losses import Loss, LossChoice, MetricChoice, find_loss, split_of
 from fastar.models.registry import seeded
+from fastar.runtime.memory import within_memory
 from fastar.runtime.progress import Progress
 from fastar.runtime.seeds import derive_seed
 from fastar.runtime.user_code import find_function, is_reference, source_digest, users_code
@@ -104,6 +105,12 @@ class NoData(TaskData):
     def _load(self, split: str, limit: int | None) -> Dataset:
         raise FastarError("there are no data to look at: give --data module:function, or match by weights")
 
+    def example(self, samples: int, side: int | None = None) -> Batch:
+        raise FastarError(
+            f"{self._settings.model.arch}: no example inputs to trace it with; give --input-shape, such as 2x3x32x32, "
+            "or return (network, example inputs)"
+        )
+
     @property
     def shape(self) -> Shape:
         raise FastarError("there are no data, so fastar's own architectures cannot be built: name their --dataset")
@@ -155,7 +162,7 @@ class UserData(TaskData):
 
     def _load(self, split: str, limit: int | None) -> Dataset:
         name, share = split, self._chosen.validation
-        if split == "validation" and self.splits_given.validation is None:
+        if split == "validation" and not self._gives("validation"):
             name = "train"
         found = self._whole_split(name)
         if share and name == "train":
@@ -182,15 +189,19 @@ class UserData(TaskData):
         return {}
 
     def names(self) -> tuple[str, ...]:
-        validation = self._chosen.validation or self.splits_given.validation is not None
-        return (
-            "train",
-            *(("validation",) if validation else ()),
-            *(("test",) if self.splits_given.test is not None else ()),
-        )
+        kept = ("validation",) if self._chosen.validation or self._gives("validation") else ()
+        return ("train", *kept, *(("test",) if self._gives("test") else ()))
+
+    def _gives(self, split: str) -> bool:
+        return getattr(self.splits_given, split) is not None
 
     def size(self, split: str) -> int:
         return len(self._load(split, None))
+
+    def held_bytes(self) -> int:
+        """Bytes of its tensors, which are held on the device; of other forms nothing is."""
+        found = (self._whole_split(name) for name in ("train", "validation", "test") if self._gives(name))
+        return sum(one.nbytes for one in found if isinstance(one, TensorData))
 
     def recipe(self) -> dict[str, Any]:
         """As of named sets; the digest is of the training data alone, so that others may be given later."""
@@ -274,7 +285,6 @@ class UserNetwork(Network):
         return model.cpu().train()
 
     def check_seeded(self) -> None:
-        """Raise FastarError where two seeds give the same network: sources would all begin alike."""
         one, two = (dict(self.make(seed).named_parameters()) for seed in (0, 1))
         if one and all(torch.equal(value, two[name]) for name, value in one.items()):
             raise FastarError(
@@ -285,15 +295,7 @@ class UserNetwork(Network):
     def example(self, samples: int, side: int | None = None) -> Batch:
         if self._example is None:
             self.make(0)  # its function may return one
-        if self._example is None and isinstance(self._data, NoData):
-            raise FastarError(
-                f"{self._name}: no example inputs to trace it with; give --input-shape, such as 2x3x32x32, or return "
-                "(network, example inputs)"
-            )
-        if self._example is None:
-            inputs, _ = next(iter(self._data.train.sequential(samples)))
-            return tree_map_only(Tensor, lambda one: in_float32(one.detach()).cpu(), inputs)
-        return self._example
+        return super().example(samples, side) if self._example is None else self._example
 
     def architecture(self) -> dict[str, Any]:
         model = self.make(0)
@@ -327,24 +329,24 @@ def check_task(network: Network, data: TaskData, loss: Loss, device: torch.devic
     Raises:
         FastarError: the network does not run on the data, or no loss can be taken of what it returns.
     """
-    model = network.build(seed=0)
-    for split in data.names():
-        inputs, targets = next(iter(getattr(data, f"measured_{split}").sequential(2)))
-        with torch.no_grad(), generators_kept():
-            with users_code(f"the network's forward, on the first {split} batch,"):
+    remedy = "use a smaller network, or more memory"
+    with generators_kept(), within_memory("running the network on two samples", remedy):
+        model = network.build(seed=0)
+        for split, (inputs, targets) in data.trials():
+            with torch.no_grad(), users_code(f"the network's forward, on the first {split} batch,"):
                 outputs = call(model.eval(), inputs)
-            with users_code(f"the loss {loss.name}, on the first {split} batch,"):
+            with torch.no_grad(), users_code(f"the loss {loss.name}, on the first {split} batch,"):
                 for metric in loss.measures().values():
                     metric.begin(device).add(outputs, targets)
-        if split == "train":
-            with generators_kept(), users_code(f"a training step with the loss {loss.name}"):
-                mean = loss.mean(call(model.train(), inputs), targets)
-                if not mean.requires_grad:
-                    raise FastarError(
-                        f"the loss {loss.name} has no gradient: return a tensor that is computed from the network's "
-                        "outputs, not one that is detached"
-                    )
-                mean.backward()
+            if split == "train":
+                with users_code(f"a training step with the loss {loss.name}"):
+                    mean = loss.mean(call(model.train(), inputs), targets)
+                    if not mean.requires_grad:
+                        raise FastarError(
+                            f"the loss {loss.name} has no gradient: return a tensor that is computed from the "
+                            "network's outputs, not one that is detached"
+                        )
+                    mean.backward()
 
 
 def _listed(shape: torch.Size | None) -> str:

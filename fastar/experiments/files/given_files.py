@@ -13,7 +13,7 @@ from fastar.errors import FastarError
 from fastar.experiments.plan.preflight import check_network
 from fastar.experiments.regular import check_fits, tell
 from fastar.experiments.session import Session, new_session
-from fastar.experiments.task import DATA_KEYS, Shape
+from fastar.experiments.task import DATA_KEYS
 from fastar.experiments.user_task import PYTHON, Given
 from fastar.runs import RunFolder
 from fastar.runs.model_files import Checkpoint, load_checkpoint, load_whole_into
@@ -76,7 +76,7 @@ def _whole(session: Session, checkpoint: Checkpoint, same_data: bool) -> Checkpo
 
 def _session_of(first: Checkpoint, named: Named, progress: Progress) -> Session:
     """The session of a checkpoint of fastar's architectures: from its metadata, or as it is named."""
-    known, shape = first.metadata, None
+    known, classes = first.metadata, None
     dataset = named.data or named.dataset or known.get("dataset")
     arch = named.model or named.arch or known.get("arch")
     for option, value in (("--dataset, or --data of your own", dataset), ("--arch, or --model of your own", arch)):
@@ -94,16 +94,16 @@ def _session_of(first: Checkpoint, named: Named, progress: Progress) -> Session:
         # Batch-norm statistics are taken in batches as in its training.
         options["train.batch_size"] = known.get("train", {}).get("batch_size")
         if dataset_spec(str(dataset)).variable_size and "input_shape" in known and "classes" in known:
-            shape = Shape(tuple(known["input_shape"]), known["classes"])
-            options["dataset.resolution"] = shape.image[1]
+            classes = known["classes"]
+            options["dataset.resolution"] = known["input_shape"][1]
     given = {key: value for key, value in options.items() if value is not None}
     settings = load_settings(dataset=dataset or PYTHON, arch=arch, values={**given, **named.changes})
     example = None if named.input_shape is None else torch.zeros(shape_of(named.input_shape), dtype=torch.float32)
     # The checkpoint says enough of its images where they are not needed, as in matching.
     session = new_session(
-        settings, RunFolder(Path(".")), progress, shape=shape, given=Given(example=example, no_data=dataset is None)
+        settings, RunFolder(Path(".")), progress, classes=classes, given=Given(example=example, no_data=dataset is None)
     )
-    if shape is None and settings.dataset.spec.variable_size:
+    if classes is None and settings.dataset.spec.variable_size:
         check_network(session)  # a conversion of the data may take hours: what is wrong is said before
     return session
 

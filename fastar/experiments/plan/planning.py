@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 import shlex
 from collections.abc import Callable
 from dataclasses import asdict
@@ -12,20 +11,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
-from torch.nn import functional as F
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastar.config import Settings, as_override
 from fastar.errors import FastarError
 from fastar.evaluation.batch_norm import statistics_bytes
 from fastar.evaluation.paths import ENDS
 from fastar.experiments.plan import sizes
-from fastar.experiments.plan.preflight import check_batches
+from fastar.experiments.plan.preflight import check_batches, check_together
 from fastar.experiments.plan.sizes import DataCounts, Item
 from fastar.experiments.session import Session, new_session, threads
 from fastar.experiments.statistics_batches import LOOKED_AT
-from fastar.experiments.task import Shape
 from fastar.flat import FlatLayout
+from fastar.flat.forward import arguments_of
+from fastar.losses import Loss, Parts, sample_count
 from fastar.matching import EXAMPLE_BATCHES, Examples, cache_bytes, match
 from fastar.matching.activation import match_activations
 from fastar.matching.weight import match_weights
@@ -59,24 +59,29 @@ def plan_run(settings: Settings, out: Path, speed: float | None = None, progress
     """
     if speed is not None and not SLOWEST <= speed <= FASTEST:
         raise FastarError(f"--images-per-second={speed} must be from {SLOWEST} to {FASTEST:.0f}")
-    counts, run, chosen = sizes.data_counts(settings), RunFolder(out), settings.dataset
+    run, chosen = RunFolder(out), settings.dataset
+    session = new_session(settings, run, progress)
+    counts = sizes.counts_of(session)
     if counts is None:
         options = f"--dataset {chosen.name} --name {shlex.quote(chosen.label)} --source FOLDER"
         tool = f"python tools/write_ffcv.py {options} --out {shlex.quote(str(chosen.directory))}"
         raise FastarError(f"{chosen.directory.expanduser() / chosen.label}: not written yet; `{tool}` writes it")
-    shape = Shape(new_session(settings, run).data.image, counts.classes)
-    session = new_session(settings, run, progress, shape=shape)
+    if counts.classes is not None:
+        session = new_session(settings, run, progress, classes=counts.classes)
     check_batches(session, counts.train)
+    check_together(session, counts)
     progress.line("planning: counting bytes")
     limits = sizes.limits_of(session, here=False)
-    items_of = _items_by_settings(session, counts, limits)
+    said: list[str] = []
+    items_of = _items_by_settings(session, counts, limits, said.append)
     items, problems = items_of(settings), _problems(settings, items_of, limits)
     speed, matching, rates = _speeds(session, speed, fits=not problems)
     work = work_of(session, counts, speed, matching)
     seconds = [part["seconds"] for part in work]
     notes = [
         "~: estimated, from batches of tensors without memory; all other sizes are exact; memory of CUDA and "
-        "its libraries comes on top, and a GPU matches more sources at a time, in up to half of what is left"
+        "its libraries comes on top, and a GPU matches more sources at a time, in up to half of what is left",
+        *dict.fromkeys(said),
     ]
     if chosen.spec.variable_size and not counts.written:
         preset = chosen.encoding or "rn50"
@@ -99,10 +104,14 @@ def plan_run(settings: Settings, out: Path, speed: float | None = None, progress
 
 
 def _items_by_settings(
-    session: Session, counts: DataCounts, limits: dict[str, int]
+    session: Session, counts: DataCounts, limits: dict[str, int], say: Callable[[str], None]
 ) -> Callable[[Settings], list[Item]]:
-    """Count the run's network once; what is returned says all that the run takes, with other settings too."""
-    chosen, image, symmetry = session.settings, session.data.image, session.network.symmetry
+    """Count the run's network once; what is returned says all that the run takes, with other settings too.
+
+    Args:
+        say: is told what cannot be counted.
+    """
+    chosen, symmetry = session.settings, session.network.symmetry
     batch, precision, on_gpu = chosen.train.batch_size, chosen.train.precision, "gpu" in limits
     if on_gpu and session.device.type == "cpu":  # any GPU that is worth planning for has bf16
         dtype = DTYPES.get(precision, torch.bfloat16)
@@ -110,12 +119,22 @@ def _items_by_settings(
         dtype = resolve_precision(precision, session.device)
     model, kept = session.network.build(seed=0, device="cpu"), 0
     if chosen.matching.by_activations and symmetry.groups:
-        images = torch.empty(min(batch, LOOKED_AT), *image, device="meta", dtype=torch.float32)
-        kept = cache_bytes(model, symmetry, [images] * EXAMPLE_BATCHES)
-    side = max(sizes.training_sides(session))
-    largest = (image[0], side, side) if chosen.dataset.spec.variable_size else image
-    step_bytes = functools.cache(functools.partial(batch_bytes, model, largest, dtype))
-    forward_bytes = functools.cache(functools.partial(batch_bytes, model, image, dtype, training=False))
+        inputs, _ = session.data.made(min(batch, LOOKED_AT))
+        inputs = tree_map_only(Tensor, lambda one: one.to("meta"), inputs)
+        kept = cache_bytes(model, symmetry, [inputs] * EXAMPLE_BATCHES)
+    largest = session.data.made(2, max(sizes.training_sides(chosen), default=None))
+    measured = session.data.made(2)
+
+    def counted(sample: Parts, count: int, *, training: bool = True) -> int:
+        try:
+            return batch_bytes(model, sample, dtype, count, loss=session.loss, training=training)
+        except RuntimeError as error:  # of a user's code, which looks at values
+            reason = " ".join(str(error).split())[:100]
+            say(f"not counted: activations, since network or loss look at the values of tensors ({reason})")
+            return 0
+
+    step_bytes = functools.cache(functools.partial(counted, largest))
+    forward_bytes = functools.cache(functools.partial(counted, measured, training=False))
     matching = 0
     if chosen.star_matched_every:
         compared = match_activations.bytes_of_one(symmetry, kept) if kept else 0
@@ -126,13 +145,14 @@ def _items_by_settings(
         device, batch = "gpu" if on_gpu else "host", settings.train.batch_size
         items = sizes.exact_items(settings, counts, limits, model, dtype, kept)
         step = step_bytes(batch)
-        what, most = (f"a step on {batch} images", step) if step >= matching else (MATCHING, matching)
+        some = f"{batch} {session.data.samples}"
+        what, most = (f"a step on {some}", step) if step >= matching else (MATCHING, matching)
         if settings.train.graph:  # its memory stays while there is matching
-            what, most = f"a graph on {batch} images, and {MATCHING}", step + matching
+            what, most = f"a graph on {some}, and {MATCHING}", step + matching
         items.append(Item(device, what, most, "training", exact=False))
         # Losses are measured in one batch size, batch-norm statistics in the other.
         running = max(map(forward_bytes, (settings.evaluation.batch_size, *([batch] if statistics else []))))
-        items.append(Item(device, "images and activations", running, "evaluation", exact=False))
+        items.append(Item(device, f"{session.data.samples} and activations", running, "evaluation", exact=False))
         items.append(Item(device, "ends of paths, and one model", (ENDS + 1) * row, "evaluation"))
         free, wanted = limits[device] - sizes.total(items, device, "evaluation"), sizes.evaluated_models(settings)
         models = models_that_fit(row + statistics, max(0, free), wanted, 0, gpu=on_gpu)
@@ -143,14 +163,16 @@ def _items_by_settings(
 
 
 def batch_bytes(
-    model: nn.Module, shape: tuple[int, ...], dtype: torch.dtype, images: int, *, training: bool = True
+    model: nn.Module, sample: Parts, dtype: torch.dtype, count: int, *, loss: Loss, training: bool = True
 ) -> int:
-    """Peak bytes of a batch, its images included, counted on tensors without memory; those of `model` are not touched.
+    """Peak bytes of a batch of `count` samples, its tensors included, counted on tensors without memory; those of
+    `model` are not touched.
 
     Args:
         model: put into training or evaluation mode.
-        shape: (C, H, W) of an image.
+        sample: inputs and targets of some samples.
         dtype: of a step.
+        loss: its metrics are not counted.
         training: a step (forward, backward, and the new gradients), else an evaluation, in fp32.
     """
     from torch._subclasses.fake_tensor import FakeTensorMode  # takes seconds to import
@@ -163,21 +185,37 @@ def batch_bytes(
             tensors[name] = torch.empty_like(tensor, dtype=dtype if low else None, device="cpu")
             tensors[name].requires_grad_(tensor.requires_grad)
         with LiveBytes() as live, torch.set_grad_enabled(training):
-            pixels = torch.empty(images, *shape, device="cpu", memory_format=torch.channels_last, dtype=torch.float32)
-            labels = torch.empty(images, dtype=torch.int64, device="cpu")
+            inputs, targets = _without_memory(sample, count)
+            arguments, named = arguments_of(inputs)
             with torch.autocast("cpu", dtype, enabled=training and dtype != torch.float32, cache_enabled=False):
-                logits = torch.func.functional_call(model, tensors, (pixels,))
-            loss = F.cross_entropy(logits.float(), labels)
+                outputs = torch.func.functional_call(model, tensors, arguments, named)
+            found = loss.mean(outputs, targets)
             if training:
-                loss.backward()
+                found.backward()
     return live.peak
+
+
+def _without_memory(sample: Parts, count: int) -> Parts:
+    """Tensors as those of `sample`, of `count` samples; one that is there twice is one again."""
+    samples, known = sample_count(sample), dict[int, Tensor]()
+
+    def like(one: Tensor) -> Tensor:
+        if id(one) not in known:
+            size = [count, *one.shape[1:]] if one.ndim and len(one) == samples else list(one.shape)
+            last = one.ndim == 4 and one.is_contiguous(memory_format=torch.channels_last)
+            layout = torch.channels_last if last else torch.contiguous_format
+            known[id(one)] = torch.empty(size, dtype=one.dtype, device="cpu", memory_format=layout)
+        return known[id(one)]
+
+    found: Parts = tree_map_only(Tensor, like, sample)
+    return found
 
 
 def _speeds(session: Session, speed: float | None, *, fits: bool) -> tuple[float | None, float | None, str]:
     """Images per second, seconds of matching a source (None: not known), and what they are from."""
     settings, matching = session.settings, None
     if speed is not None:
-        rates = f"{speed:,.6g} images/s stated, for evaluation too"
+        rates = f"{speed:,.6g} {session.data.samples}/s stated, for evaluation too"
     elif settings.gpu_memory is not None and session.device.type == "cpu":
         rates = "give --images-per-second: the GPU's speed cannot be measured here"
     elif not fits:
@@ -185,7 +223,8 @@ def _speeds(session: Session, speed: float | None, *, fits: bool) -> tuple[float
     else:
         session.progress.line("planning: timing some steps")
         speed = images_per_second(session)
-        rates = f"{speed:,.0f} images/s of training measured here, for evaluation too; loading is not counted"
+        rates = f"{speed:,.0f} {session.data.samples}/s of training measured here, for evaluation too"
+        rates += "; loading is not counted"
     if settings.star_matched_every and settings.matching.method in ("weight", "activation"):
         session.progress.line("planning: timing a matching")
         matching = matching_seconds(session)
@@ -194,26 +233,29 @@ def _speeds(session: Session, speed: float | None, *, fits: bool) -> tuple[float
 
 
 def images_per_second(session: Session) -> float:
-    """The speed of regular steps on made images, on the run's device; loading is not timed."""
+    """The speed of regular steps on `made` samples, on the run's device; loading is not timed."""
     from torch.utils.benchmark import Timer  # takes a third of a second to import
 
-    device, train, image = session.device, session.settings.train, session.data.image
-    batch = train.batch_size if device.type == "cuda" else min(train.batch_size, max(2, CPU_VALUES // math.prod(image)))
-    images = torch.randn(batch, *image, device=device, dtype=torch.float32).to(memory_format=torch.channels_last)
-    labels = torch.zeros(batch, dtype=torch.int64, device=device)
+    device, train = session.device, session.settings.train
+    inputs, _ = session.data.made(2)
+    values = max(1, sum(one.numel() for one in tree_leaves(inputs) if isinstance(one, Tensor)) // 2)
+    batch = train.batch_size if device.type == "cuda" else min(train.batch_size, max(2, CPU_VALUES // values))
+    inputs, targets = session.data.made(batch)
     lr = torch.zeros((), dtype=torch.float32, device=device)
     with threads(session), within_memory("timing steps", "give --images-per-second"):
-        step = RegularStep(session.network.build(seed=0), train.model_copy(update={"graph": False, "compile": False}))
-        given = {"step": step, "images": images, "labels": labels, "lr": lr}
-        timer = Timer("step(images, labels, lr)", globals=given, num_threads=torch.get_num_threads())
+        plain = train.model_copy(update={"graph": False, "compile": False})
+        step = RegularStep(session.network.build(seed=0), plain, loss=session.loss)
+        given = {"step": step, "inputs": inputs, "targets": targets, "lr": lr}
+        timer = Timer("step(inputs, targets, lr)", globals=given, num_threads=torch.get_num_threads())
         speed = batch / float(timer.timeit(STEPS).mean)
     # Epochs on smaller images take less, by as much.
-    sides = sizes.training_sides(session)
-    return speed * max(image[1:]) ** 2 * len(sides) / sum(side**2 for side in sides)
+    sides = sizes.training_sides(session.settings)
+    full = session.settings.dataset.side
+    return speed * full**2 * len(sides) / sum(side**2 for side in sides) if sides else speed
 
 
 def matching_seconds(session: Session) -> float:
-    """Seconds of matching a source that few sweeps match, as in all epochs but the first ones. Images are random."""
+    """Seconds of matching a source that few sweeps match, as in all epochs but the first ones."""
     device, symmetry, settings = session.device, session.network.symmetry, session.settings
     theta = {name: value.to(device) for name, value in session.network.build(seed=0, device="cpu").state_dict().items()}
     moved = symmetry.apply(symmetry.random(0), theta)
@@ -221,9 +263,8 @@ def matching_seconds(session: Session) -> float:
 
     def examples() -> Examples:
         size = min(settings.train.batch_size, LOOKED_AT)
-        images = torch.randn(size, *session.data.image, device=device, dtype=torch.float32)
-        labels = torch.zeros(size, dtype=torch.int64, device=device)
-        return Examples(session.network.build(seed=0), [(images, labels)] * EXAMPLE_BATCHES)
+        batch = session.data.made(size)
+        return Examples(session.network.build(seed=0), [batch] * EXAMPLE_BATCHES, session.loss)
 
     def seconds() -> float:
         return match(settings.matching, symmetry, theta, sources, examples=examples, threads=settings.workers).seconds

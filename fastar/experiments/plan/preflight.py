@@ -6,10 +6,18 @@ import itertools
 
 from fastar.config import parse_bytes
 from fastar.errors import FastarError
-from fastar.experiments.plan.sizes import DataCounts, data_counts, exact_items, limits_of, shortages, training_sides
+from fastar.experiments.plan.sizes import (
+    DataCounts,
+    counts_of,
+    data_counts,
+    exact_items,
+    limits_of,
+    shortages,
+    training_sides,
+)
 from fastar.experiments.session import Session, new_session
-from fastar.experiments.task import Network, RunData, Shape
-from fastar.experiments.user_task import UserNetwork, check_task
+from fastar.experiments.task import Network, RunData
+from fastar.experiments.user_task import check_task
 from fastar.flat import check_kernels
 from fastar.runtime.memory import cap_gpu
 from fastar.training import check_batch, resolve_precision
@@ -34,46 +42,35 @@ def check_network(session: Session) -> None:
     Raises:
         FastarError: an architecture that is not known, or does not take these images or settings.
     """
-    network = session.network if isinstance(session.network, UserNetwork) else _network(session)
-    network.build(seed=0, device="cpu")
+    _network(session, 2).build(seed=0, device="cpu")
 
 
 def prepare_data(session: Session) -> None:
     """Write the data where they are not there yet, once `check_run` has passed; again, by the files' own counts, when
-    they are.
+    they are. Then network, data and loss are run together once.
 
     Raises:
-        FastarError: the run does not fit; data that cannot be had.
+        FastarError: the run does not fit; data that cannot be had, or that do not go with the network or the loss.
     """
-    if not isinstance(session.data, RunData):
-        check_user_task(session)
-        return
-    counts = data_counts(session.settings)
+    settings, data = session.settings, session.data
+    counts = counts_of(session)
     if counts is not None:
         check_run(session, counts)
+        check_together(session, counts)
     else:
         session.progress.line("the images are not counted yet: whether the run fits is checked when they are written")
-    files = session.data.files
-    if counts is None or not counts.written:
-        written = data_counts(session.settings, files)
+    if isinstance(data, RunData) and (counts is None or not counts.written):
+        written = data_counts(settings, data.files)
         assert written is not None, "the files are there"
         check_run(session, written)
-    if session.runs_user_code:
-        check_user_task(session)
+        check_together(session, written)
+    if settings.sources.folder is None and settings.sources.number + settings.sources.heldout > 1:
+        session.network.check_seeded()
 
 
-def check_user_task(session: Session) -> None:
-    """Check a user's network, data and loss together, before anything is trained.
-
-    Raises:
-        FastarError: they do not fit together.
-    """
-    settings, data, network = session.settings, session.data, session.network
-    check_task(network, data, session.loss, session.device)
-    check_batch(settings.train, len(data.train))
-    own = settings.sources.folder is None and settings.sources.number + settings.sources.heldout > 1
-    if own and isinstance(network, UserNetwork):
-        network.check_seeded()
+def check_together(session: Session, counts: DataCounts) -> None:
+    """Raise FastarError unless network, data and loss go together: they are run once."""
+    check_task(_network(session, counts.classes), session.data, session.loss, session.device)
 
 
 def check_run(session: Session, counts: DataCounts) -> None:
@@ -92,10 +89,11 @@ def check_run(session: Session, counts: DataCounts) -> None:
         raise FastarError(f"this run does not fit: {line} (see `fastar plan`)")
 
 
-def _network(session: Session, classes: int = 2) -> Network:
-    """The run's network for so many classes, which otherwise the files must say."""
-    shape = Shape(session.data.image, classes)
-    return new_session(session.settings, session.run, shape=shape).network
+def _network(session: Session, classes: int | None) -> Network:
+    """The run's network for so many classes, which otherwise the files of named data must say."""
+    if classes is None or not isinstance(session.data, RunData):
+        return session.network
+    return new_session(session.settings, session.run, classes=classes, given=session.given).network
 
 
 def check_batches(session: Session, images: int) -> None:
@@ -106,7 +104,8 @@ def check_batches(session: Session, images: int) -> None:
     size = train.batch_size
     if size > 1 and (train.drop_last or images % size != 1):
         return
-    layer = _network(session).layer_of_single_values(min(training_sides(session)) if train.resolutions else None)
+    side = min(training_sides(session.settings), default=None)
+    layer = _network(session, 2).layer_of_single_values(side)
     if layer is None:
         return
     none = f"batch-norm layer {layer} takes no variance of one image"

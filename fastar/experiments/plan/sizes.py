@@ -1,4 +1,4 @@
-"""Sizes of a run that follow from its settings: images, models, bytes of memory and disk, and what does not fit."""
+"""Sizes of a run that follow from its settings and data: samples, models, bytes, and what does not fit."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from fastar.data.in_memory import BLOCK_BYTES, NORMALISED_BYTES
 from fastar.data.raw_arrays import RawArrays, stands_in
 from fastar.data.splits import check_limit, held_out
 from fastar.experiments.session import Session
+from fastar.experiments.user_task import UserData
 from fastar.flat import FlatLayout
 from fastar.runtime.memory import free_bytes, gpu_bytes
 from fastar.runtime.progress import size_text
@@ -34,15 +35,33 @@ KEPT_FILES = 4
 
 @dataclass(frozen=True)
 class DataCounts:
-    """Numbers of images that are trained on, kept out of training, and tested on; classes. `disk`: bytes of the files,
-    where all images are of one size; `written`: they are there."""
+    """Numbers of samples that are trained on, kept out of training, and tested on.
+
+    Args:
+        classes: None: nothing depends on their number.
+        disk: bytes of the files, where all images are of one size.
+        written: they are there.
+        held: bytes of tensors that a user gave.
+    """
 
     train: int
     validation: int
     test: int
-    classes: int
+    classes: int | None
     disk: int | None
     written: bool
+    held: int | None = None
+
+
+def counts_of(session: Session) -> DataCounts | None:
+    """The counts of a run's data: of named ones as `data_counts`, of a user's by themselves."""
+    data = session.data
+    if not isinstance(data, UserData):
+        return data_counts(session.settings)
+    numbers = {split: data.size(split) for split in data.names()}
+    return DataCounts(
+        numbers["train"], numbers.get("validation", 0), numbers.get("test", 0), None, 0, True, data.held_bytes()
+    )
 
 
 def data_counts(settings: Settings, files: DatasetFiles | RawArrays | None = None) -> DataCounts | None:
@@ -84,6 +103,8 @@ def data_counts(settings: Settings, files: DatasetFiles | RawArrays | None = Non
 def held_bytes(settings: Settings, counts: DataCounts) -> int:
     """Bytes of a data set that is held on the device, as `in_memory.load` makes it; 0: it streams."""
     spec, evaluation = settings.dataset.spec, settings.evaluation
+    if counts.held is not None:
+        return counts.held
     if spec.variable_size:
         return 0
     kept = [counts.train, counts.test, min(counts.validation, evaluation.limit or counts.validation)]
@@ -103,15 +124,18 @@ def evaluated_models(settings: Settings) -> int:
     return paths * (settings.evaluation.points - 2) + 1 + stars + min(2 * pairs * 2, regular + pairs)
 
 
-def training_sides(session: Session) -> list[int]:
-    """The side of the images of each epoch of training."""
-    train, star = session.settings.train, session.settings.star
+def training_sides(settings: Settings) -> list[int]:
+    """The side of the images of each epoch of training, where it changes; else nothing."""
+    train, star = settings.train, settings.star
+    if not train.resolutions:
+        return []
     epochs = max(train.epochs, star.epochs or 0)
-    return [resolution(train, epoch) or max(session.data.image[1:]) for epoch in range(epochs)]
+    return [resolution(train, epoch) or settings.dataset.side for epoch in range(epochs)]
 
 
 def limits_of(session: Session, *, here: bool) -> dict[str, int]:
-    """Bytes that may be taken: of a GPU all, of the host and the disk what is free (what this run holds counts).
+    """Bytes that may be taken: of a GPU all, of the host and the disk what is free (what this run holds counts: its
+    files, and tensors of a user on a CPU).
 
     `here`: on the present device, whatever GPU `gpu_memory` speaks of.
     """
@@ -121,7 +145,8 @@ def limits_of(session: Session, *, here: bool) -> dict[str, int]:
     sizes = [] if cap is None or (here and session.device.type == "cpu") else [parse_bytes(cap)]
     if session.device.type == "cuda":
         sizes.append(gpu_bytes(session.device))
-    limits = {"host": free_bytes(torch.device("cpu")), "disk": shutil.disk_usage(there).free + own}
+    held = session.data.held_bytes() if isinstance(session.data, UserData) and not sizes else 0
+    limits = {"host": free_bytes(torch.device("cpu")) + held, "disk": shutil.disk_usage(there).free + own}
     return {"gpu": min(sizes), **limits} if sizes else limits
 
 
@@ -160,7 +185,7 @@ def exact_items(
         Item(device, "star: weights, gradients, moments, last good state", star, "training"),
         Item(device, f"sources: {rows} of {number} rows (sources.store={store})", rows * row, "training"),
     ]
-    if not spec.variable_size:
+    if not spec.variable_size and counts.held is None:
         images = 4 * spec.channels * spec.height * spec.width * counts.train
         items.append(Item(device, "images made at a time", min(BLOCK_BYTES["cuda" if on_gpu else "cpu"], images)))
     if store == "device":
