@@ -319,6 +319,11 @@ class Settings(Section):
         return self
 
     @property
+    def names_code(self) -> bool:
+        """Network, data, loss or a metric is a user's function, named as `module:function`."""
+        return any(":" in name for name in (self.dataset.name, self.model.arch, self.loss, *(self.metrics or ())))
+
+    @property
     def star_matched_every(self) -> int:
         """Epochs from one matching of the sources to the next; 0: they are never matched."""
         return 0 if self.matching.method == "none" else self.star.match_every_epochs

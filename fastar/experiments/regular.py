@@ -18,13 +18,13 @@ from fastar.evaluation.batch_norm import own_statistics
 from fastar.experiments.resumable import Subject, Trained, difference, trained
 from fastar.experiments.reuse import model_paths
 from fastar.experiments.session import Session, measuring
-from fastar.experiments.user_task import loss_recipe
+from fastar.experiments.user_task import loss_recipe, metrics_digest
 from fastar.runs import commit, read_metadata, versions
 from fastar.runs.model_files import Checkpoint, load_checkpoint, load_into, save_checkpoint
 from fastar.runtime.json_files import content_digest
 from fastar.runtime.progress import Progress
 from fastar.runtime.seeds import derive_seed
-from fastar.runtime.user_code import source_digest
+from fastar.runtime.user_code import is_reference
 from fastar.training import RegularStep, resolve_precision
 
 # Keys of `train` that say how, not what.
@@ -35,9 +35,7 @@ def recipe(session: Session, kind: str, index: int) -> dict[str, Any]:
     """Everything that determines a regular model; one on disk is reused only if its recipe is the same."""
     settings = session.settings
     return {
-        **session.network.architecture(),
-        **session.data.recipe(),
-        **loss_recipe(session.settings, session.given),
+        **task_recipe(session),
         "train": settings.train.model_dump(mode="json", exclude={*HOW, "precision"}),
         # Resolved: auto differs between devices, and a run must not mix what it means.
         "precision": str(resolve_precision(settings.train.precision, session.device)).removeprefix("torch."),
@@ -47,21 +45,18 @@ def recipe(session: Session, kind: str, index: int) -> dict[str, Any]:
     }
 
 
+def task_recipe(session: Session) -> dict[str, Any]:
+    """What is the same in all models of a run: their network, their data and their loss."""
+    network, data = session.network.architecture(), session.data.recipe()
+    return {**network, **data, **loss_recipe(session.settings, session.given)}
+
+
 def task_digest(session: Session) -> str:
     """A digest of all that results depend on beside models and settings: the data, and functions of the user's."""
-    recipe = session.data.recipe()
     if not session.runs_user_code:
-        return str(recipe["dataset_digest"])
-    metrics = [source_digest([one]) for one in session.given.metrics or () if not isinstance(one, str)]
-    return content_digest(
-        {
-            **recipe,
-            **session.network.architecture(),
-            **loss_recipe(session.settings, session.given),
-            "splits": session.data.digests(),
-            "metrics": metrics,
-        }
-    )
+        return str(session.data.recipe()["dataset_digest"])
+    metrics = metrics_digest(session.settings, session.given)
+    return content_digest({**task_recipe(session), "splits": session.data.digests(), "metrics": metrics})
 
 
 def check_recipe(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -195,18 +190,27 @@ def tell(checkpoint: Checkpoint, progress: Progress) -> None:
 
 
 def check_fits(session: Session, checkpoint: Checkpoint, *, same_data: bool = True) -> None:
-    """Raise FastarError if a checkpoint says that it is of another architecture or (`same_data`) of other data."""
-    wanted = session.network.architecture()
+    """Raise FastarError if a checkpoint says that it is of another architecture or (`same_data`) of other data.
+
+    A user's networks and data have whatever names they were given by, so names say nothing: networks are the same whose
+    tensors fit, and data whose digests are the same.
+    """
+    network, dataset = session.network.architecture(), session.settings.dataset
+    wanted = {} if "source" in network else network
     if same_data:
-        wanted |= {"dataset": session.settings.dataset.name}
-        if "dataset_digest" in checkpoint.metadata:
-            wanted |= {
-                "dataset_digest": session.data.recipe()["dataset_digest"],
-                "validation": session.settings.dataset.validation,
-            }
+        users = [is_reference(str(name)) for name in (checkpoint.metadata.get("dataset", ""), dataset.name)]
+        if not any(users):
+            wanted |= {"dataset": dataset.name}
+        if "dataset_digest" in checkpoint.metadata and all(users) == any(users):
+            wanted |= {"dataset_digest": session.data.recipe()["dataset_digest"], "validation": dataset.validation}
     kept = {"validation": checkpoint.metadata.get("validation", 0.0)}  # one that names none was trained on all images
     known = {key: value for key, value in {**checkpoint.metadata, **kept}.items() if key in wanted}
     changed = changes(known, {key: wanted[key] for key in known})
     if changed:
         key, (was, now) = next(iter(changed.items()))
         raise FastarError(f"{checkpoint.path}: does not fit this run ({key} is {was!r} there, {now!r} here)")
+    if checkpoint.metadata.get("source", network.get("source")) != network.get("source"):
+        session.progress.line(
+            f"{checkpoint.path}: its network was written otherwise than {network['arch']} is now; be sure that it "
+            "computes the same"
+        )

@@ -208,6 +208,11 @@ def difference(changed: Mapping[str, tuple[Any, Any]]) -> str:
     if isinstance(was, list) and isinstance(now, list) and key == "sources":  # digests: which, not what
         others = [i for i in range(max(len(was), len(now))) if was[i : i + 1] != now[i : i + 1]]
         return f"{key}: {len(others)} of {max(len(was), len(now))} differ, the first is number {others[0]}"
+    written = {"source": "network", "loss_source": "loss"}
+    if key in written:
+        return f"the source of its {written[key]} has changed"
+    if key == "dataset_digest":
+        return "its data have changed"
     return f"{key} was {was!r}, now {now!r}"
 
 

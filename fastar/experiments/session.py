@@ -43,10 +43,10 @@ class Session:
 
     @property
     def runs_user_code(self) -> bool:
-        """The network, the data or the loss are functions of the user's."""
-        settings, given = self.settings, self.given
-        named = (settings.model.arch, settings.dataset.name, settings.loss)
-        return given.build is not None or given.data is not None or any(map(is_reference, named))
+        """The network, the data, the loss or a metric are functions of the user's."""
+        given = self.given
+        chosen = (given.build, given.data, given.loss, *(given.metrics or ()))
+        return self.settings.names_code or any(one is not None and not isinstance(one, str) for one in chosen)
 
 
 def new_session(

@@ -63,9 +63,21 @@ def task_loss(settings: Settings, given: Given) -> Loss:
     metrics: Sequence[MetricChoice] | None = settings.metrics if given.metrics is None else given.metrics
     if metrics is not None:
         metrics = [
-            find_function(one, "--metric") if isinstance(one, str) and is_reference(one) else one for one in metrics
+            find_function(one, "--metrics") if isinstance(one, str) and is_reference(one) else one for one in metrics
         ]
     return find_loss(chosen, metrics)
+
+
+def metrics_digest(settings: Settings, given: Given) -> str:
+    """A digest of the source of functions that metrics are; "": all have names."""
+    chosen = settings.metrics if given.metrics is None else given.metrics
+    found = [find_function(one, "--metrics") if isinstance(one, str) else one for one in chosen or () if is_own(one)]
+    return source_digest(found) if found else ""
+
+
+def is_own(chosen: LossChoice) -> bool:
+    """Tell whether a loss or a metric is a user's function."""
+    return not isinstance(chosen, str) or is_reference(chosen)
 
 
 def loss_recipe(settings: Settings, given: Given) -> dict[str, Any]:
@@ -210,8 +222,7 @@ class UserData(TaskData):
         return {**found, "validation": chosen.validation} if chosen.validation else found
 
     def digests(self) -> dict[str, str]:
-        given = [name for name in self.names() if getattr(self.splits_given, name) is not None]
-        return {name: self._whole_split(name).digest for name in given}
+        return {name: self._whole_split(name).digest for name in self.names() if self._gives(name)}
 
     @cached_property
     def shape(self) -> Shape:
@@ -298,12 +309,15 @@ class UserNetwork(Network):
         return super().example(samples, side) if self._example is None else self._example
 
     def architecture(self) -> dict[str, Any]:
+        return {"arch": self._name, "model": self._settings.model.options, "source": self._source}
+
+    @cached_property
+    def _source(self) -> str:
         model = self.make(0)
         classes = sorted(
             {type(module) for module in model.modules()}, key=lambda one: (one.__module__, one.__qualname__)
         )
-        source = source_digest([self._function, *classes])
-        return {"arch": self._name, "model": self._settings.model.options, "source": source}
+        return source_digest([self._function, *classes])
 
 
 def checked_example(example: Any, name: str) -> Batch:

@@ -10,7 +10,6 @@ from fastar.errors import FastarError
 from fastar.experiments.reuse import finished_results
 from fastar.runs import RunFolder
 from fastar.runtime.progress import SILENT, Progress
-from fastar.runtime.user_code import is_reference
 
 if TYPE_CHECKING:
     from fastar.experiments.user_task import Given
@@ -47,7 +46,7 @@ def train_star(
 
         return task_digest(new_session(settings, run, given=given))
 
-    own = given is not None or any(map(is_reference, (settings.dataset.name, settings.model.arch, settings.loss)))
+    own = given is not None or settings.names_code
     results = finished_results(settings, run, progress, task=task if own else None) if profile is None else None
     if results is None:
         from fastar.experiments.star_domain import do_run  # only now torch and all that is slow to import

@@ -28,6 +28,11 @@ def class_logits(outputs: Any, targets: Tensor) -> Tensor:
     """
     logits = prediction(outputs)
     if isinstance(targets, Tensor) and logits.ndim >= 2 and logits.is_floating_point():
+        if 1 in (logits.shape[1], logits.shape[-1]) and logits.numel() == targets.numel():
+            raise FastarError(
+                f"cross_entropy of one class is always 0; the network gives {_shape(logits)}: take the loss mse for "
+                "numbers, or bce for labels that are there or not"
+            )
         if targets.is_floating_point() and targets.shape == logits.shape:  # a probability of each class
             return logits
         if not targets.is_floating_point() and targets.dtype != torch.bool:

@@ -6,7 +6,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ from rich.table import Table
 
 from fastar.errors import FastarError
 from fastar.runs import CHECKPOINT, RunFolder, is_held
+
+GIVEN = (("source", "folder"), ("heldout", "heldout_folder"))
+"""Kinds of models, and the settings that give them."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class RunOverview:
     """Mean train barrier from the star to the heldouts, or to the sources where there are none."""
     star_accuracy: float | None
     """On the test set."""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    """Other metrics of the star, on the test set; where there is none, on the training set."""
 
 
 def runs_below(folder: Path) -> list[RunOverview]:
@@ -87,14 +92,14 @@ def overview(folder: Path) -> RunOverview:
     settings = _settings(run)
     sources, heldout = settings["sources"], settings["sources"].get("heldout", 0)
     there = Counter(kind for _, kind, _ in run.models())
-    given = sources.get("folder") is not None
+    given = {kind for kind, key in GIVEN if sources.get(key) is not None}
     running = is_held(folder)
     results = _results(run, running=running)
     finished = (
         results.get("sources") == sources.get("number")
         and results.get("heldout") == heldout
         and run.star.is_file()
-        and there["heldout"] >= heldout
+        and ("heldout" in given or there["heldout"] >= heldout)
     )
     log = run.log.read()
     written = max(_written(path) for path in (run.log.path, run.results, run.config, run.star))
@@ -104,11 +109,12 @@ def overview(folder: Path) -> RunOverview:
         state="running" if running else "finished" if finished else "stopped",
         where="" if finished and not running else _where(run, settings, log, there, running=running),
         age=max(time.time() - written, 0.0),
-        sources="given" if given else f"{there['source']}/{sources.get('number')}",
-        heldout=f"{there['heldout']}/{heldout}",
+        sources="given" if "source" in given else f"{there['source']}/{sources.get('number')}",
+        heldout="given" if "heldout" in given else f"{there['heldout']}/{heldout}",
         loss=losses[-1] if losses else None,
         barrier=_barrier(results),
         star_accuracy=_number(results, "accuracy", "test", "star"),
+        metrics=_metrics(results),
     )
 
 
@@ -163,9 +169,8 @@ def _where(
         epoch = min(done + 1, whole or done + 1)
         return f"{name}, epoch {epoch}{step} of {whole}"
     asked = settings["sources"]
-    for kind, wanted in (("source", asked.get("number")), ("heldout", asked.get("heldout"))):
-        given = kind == "source" and asked.get("folder") is not None
-        if not given and there[kind] < (wanted or 0):
+    for (kind, folder), wanted in zip(GIVEN, ("number", "heldout"), strict=True):
+        if asked.get(folder) is None and there[kind] < (asked.get(wanted) or 0):
             return f"{kind} {there[kind]}"
     return "star" if not run.star.is_file() else "results"
 
@@ -186,6 +191,13 @@ def _number(results: Mapping[str, Any], *keys: str) -> float | None:
     return float(found) if isinstance(found, int | float) and not isinstance(found, bool) else None
 
 
+def _metrics(results: Mapping[str, Any]) -> dict[str, float]:
+    named = results.get("metrics")
+    split = "test" if "test" in results else "train"
+    values = {name: _number(results, "metrics", name, split, "star") for name in named or ()}
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def _barrier(results: Mapping[str, Any]) -> float | None:
     found = _number(results, "train", "star_heldout", "mean")
     return found if found is not None else _number(results, "train", "star_source", "mean")
@@ -196,8 +208,10 @@ def overview_table(runs: Sequence[RunOverview], below: Path) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))
     table.add_column("run", overflow="fold", min_width=8)
     table.add_column("state", min_width=9)
-    shown = [_numbers(run) for run in runs]
-    for n, name in enumerate(("age", "models", "loss", "barrier", "accuracy")):
+    # The first metric of each.
+    metrics = list(dict.fromkeys(name for run in runs for name in [*_metrics_of(run)][:1])) or ["accuracy"]
+    shown = [_numbers(run, metrics) for run in runs]
+    for n, name in enumerate(("age", "models", "loss", "barrier", *metrics)):
         # Names give way where there is no space: a number that is cut looks like another one.
         widest = max(len(text) for text in (name, *(row[n] for row in shown)))
         table.add_column(name, justify="right", no_wrap=True, min_width=widest)
@@ -209,8 +223,13 @@ def overview_table(runs: Sequence[RunOverview], below: Path) -> Table:
     return table
 
 
-def _numbers(run: RunOverview) -> list[str]:
-    numbers = ("-" if value is None else _short(value) for value in (run.loss, run.barrier, run.star_accuracy))
+def _metrics_of(run: RunOverview) -> dict[str, float]:
+    return {**({} if run.star_accuracy is None else {"accuracy": run.star_accuracy}), **run.metrics}
+
+
+def _numbers(run: RunOverview, metrics: Sequence[str]) -> list[str]:
+    found = map(_metrics_of(run).get, metrics)
+    numbers = ("-" if value is None else _short(value) for value in (run.loss, run.barrier, *found))
     return [duration(run.age), "-" if run.state == "damaged" else f"{run.sources} + {run.heldout}", *numbers]
 
 

@@ -28,6 +28,15 @@ def is_reference(text: str) -> bool:
     return ":" in text
 
 
+def can_be_found(text: str) -> bool:
+    """Tell whether `text` may name something that another program finds: what a script or a function holds it does not.
+
+    >>> can_be_found("mynets:build"), can_be_found("__main__:build"), can_be_found("mynets:main.<locals>.build")
+    (True, False, False)
+    """
+    return not text.startswith(("__main__:", "python:")) and "<" not in text
+
+
 def check_reference(reference: str, option: str) -> None:
     """Raise FastarError unless `reference` names a function."""
     name, colon, attribute = reference.rpartition(":")
@@ -133,11 +142,37 @@ def name_of(function: Any) -> str:
 
 
 def source_digest(objects: Iterable[Any]) -> str:
-    """A SHA-256 of what functions and classes are written as; of libraries (torch, fastar), of their names alone."""
-    digest = hashlib.sha256()
-    for one in objects:
+    """A SHA-256 of what functions and classes are written as, and of what else of their modules they use; of libraries
+    (torch, fastar), of their names alone."""
+    digest, waiting, seen = hashlib.sha256(), list(objects), list[Any]()
+    for one in waiting:  # which grows
+        if one in seen:
+            continue
+        seen.append(one)
         digest.update(_source(one).encode())
+        for name, used in sorted(_used(one).items()):
+            if all(
+                isinstance(value, int | float | str) for value in (used if isinstance(used, list | tuple) else [used])
+            ):
+                digest.update(f"{name}={used!r}".encode())
+            elif inspect.isfunction(used) or inspect.isclass(used):
+                waiting.append(used)
     return digest.hexdigest()
+
+
+def _used(one: Any) -> dict[str, Any]:
+    """Constants, functions and classes of its own module, or around it, that a function or a class uses, by names."""
+    if isinstance(one, functools.partial):
+        return {"": one.func}
+    is_class = inspect.isclass(one)
+    own = vars(one).values() if is_class else [one]
+    found: dict[str, Any] = {base.__name__: base for base in (one.__bases__ if is_class else ())}
+    for function in filter(inspect.isfunction, own):
+        if "site-packages" not in function.__code__.co_filename:
+            names = inspect.getclosurevars(function)
+            found |= {**names.globals, **names.nonlocals}
+    module = getattr(one, "__module__", None)
+    return {name: used for name, used in found.items() if getattr(used, "__module__", module) == module}
 
 
 def _source(one: Any) -> str:

@@ -18,7 +18,7 @@ from fastar.experiments.user_task import PYTHON, Given
 from fastar.runs import RunFolder
 from fastar.runs.model_files import Checkpoint, load_checkpoint, load_whole_into
 from fastar.runtime.progress import SILENT, Progress
-from fastar.runtime.user_code import check_reference, is_reference
+from fastar.runtime.user_code import can_be_found, check_reference, is_reference
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def open_first(path: Path, named: Named, progress: Progress = SILENT, *, same_da
         if own is not None:
             check_reference(own, option)
     checkpoint = load_checkpoint(path)
-    session = _session_of(checkpoint, named, progress)
+    session = _session_of(checkpoint, named, progress, measured=same_data)
     return session, _whole(session, checkpoint, same_data)  # before its symmetry is derived, which is slow
 
 
@@ -74,9 +74,25 @@ def _whole(session: Session, checkpoint: Checkpoint, same_data: bool) -> Checkpo
     return whole
 
 
-def _session_of(first: Checkpoint, named: Named, progress: Progress) -> Session:
-    """The session of a checkpoint of fastar's architectures: from its metadata, or as it is named."""
-    known, classes = first.metadata, None
+def _session_of(first: Checkpoint, named: Named, progress: Progress, *, measured: bool) -> Session:
+    """The session of a checkpoint: from its metadata, or as it is named.
+
+    Args:
+        measured: its loss and data are needed.
+    """
+    known, classes = dict(first.metadata), None
+    for key, what, chosen, option in (
+        ("arch", "network", named.model or named.arch, "--model"),
+        ("dataset", "data", named.data or named.dataset or not measured, "--data"),
+        ("loss", "loss", named.changes.get("loss") or not measured, "--loss"),
+    ):
+        if not can_be_found(str(known.get(key, ""))):
+            given = known.pop(key)
+            if not chosen:
+                raise FastarError(
+                    f"{first.path}: its {what} came from Python ({given}); say what returns it: {option} "
+                    "module:function"
+                )
     dataset = named.data or named.dataset or known.get("dataset")
     arch = named.model or named.arch or known.get("arch")
     for option, value in (("--dataset, or --data of your own", dataset), ("--arch, or --model of your own", arch)):
