@@ -211,8 +211,6 @@ def difference(changed: Mapping[str, tuple[Any, Any]]) -> str:
     written = {"source": "network", "loss_source": "loss"}
     if key in written:
         return f"the source of its {written[key]} has changed"
-    if key == "dataset_digest":
-        return "its data have changed"
     return f"{key} was {was!r}, now {now!r}"
 
 

@@ -47,7 +47,7 @@ def check_network(session: Session) -> None:
 
 def prepare_data(session: Session) -> None:
     """Write the data where they are not there yet, once `check_run` has passed; again, by the files' own counts, when
-    they are. Then network, data and loss are run together once.
+    they are. Network, data and loss are run together once before.
 
     Raises:
         FastarError: the run does not fit; data that cannot be had, or that do not go with the network or the loss.
@@ -55,15 +55,15 @@ def prepare_data(session: Session) -> None:
     settings, data = session.settings, session.data
     counts = counts_of(session)
     if counts is not None:
-        check_run(session, counts)
         check_together(session, counts)
+        check_run(session, counts)
     else:
         session.progress.line("the images are not counted yet: whether the run fits is checked when they are written")
     if isinstance(data, RunData) and (counts is None or not counts.written):
         written = data_counts(settings, data.files)
         assert written is not None, "the files are there"
-        check_run(session, written)
         check_together(session, written)
+        check_run(session, written)
     if settings.sources.folder is None and settings.sources.number + settings.sources.heldout > 1:
         session.network.check_seeded()
 
