@@ -138,7 +138,7 @@ def check_targets(model: nn.Module, inputs: Batch, targets: Any, loss: Loss, nam
         next(labelled(lambda: iter([(inputs, targets)]), classes, name)())
     with users_code(f"the loss {loss.name}, on the first batch of {name},"):
         for metric in loss.measures().values():
-            metric.begin(device).add(outputs, targets)
+            metric.begin(device, 1).add(0, outputs, targets)
     return classes
 
 

@@ -199,25 +199,24 @@ class _Passes:
         count = len(statistics)
         singles = [self.one(k) for k in range(count)]
         device = next(iter(self.views.values())).device
-        totals = {name: [one.begin(device) for _ in range(count)] for name, one in loss.measures().items()}
-        of_models = list(zip(*totals.values(), strict=True))
-        moved = [tensor for total in totals["loss"] for tensor in total.tensors()]
+        totals = {name: one.begin(device, count) for name, one in loss.measures().items()}
+        moved = totals["loss"].tensors()
         if self.graph:
-            moved = [tensor for some in totals.values() for total in some for tensor in total.tensors()]
+            moved = [tensor for some in totals.values() for tensor in some.tensors()]
 
         def add(inputs: Any, targets: Any) -> Tensor:
-            for parameters, own, some in zip(singles, statistics, of_models, strict=True):
+            for k, (parameters, own) in enumerate(zip(singles, statistics, strict=True)):
                 self.bind(parameters)
                 if own is not None:
                     set_statistics(self.model, own)
                 outputs = call(self.model, inputs)
-                for total in some:
-                    total.add(outputs, targets)
+                for some in totals.values():
+                    some.add(k, outputs, targets)
             return moved[0]
 
         if not self.run(add, moved, batches):
             raise FastarError("no data to evaluate on: the split is empty")
         return Measured(
-            (name, torch.tensor([one.value() for one in some], dtype=torch.float64, device="cpu"))
+            (name, torch.tensor(some.values(), dtype=torch.float64, device="cpu"))
             for name, some in totals.items()
         )

@@ -351,7 +351,7 @@ def check_task(network: Network, data: TaskData, loss: Loss, device: torch.devic
                 outputs = call(model.eval(), inputs)
             with torch.no_grad(), users_code(f"the loss {loss.name}, on the first {split} batch,"):
                 for metric in loss.measures().values():
-                    metric.begin(device).add(outputs, targets)
+                    metric.begin(device, 1).add(0, outputs, targets)
             if split == "train":
                 with users_code(f"a training step with the loss {loss.name}"):
                     mean = loss.mean(call(model.train(), inputs), targets)

@@ -1,6 +1,6 @@
 """Losses and metrics of a task: what is taken of a network's outputs and a batch's targets."""
 
 from fastar.losses.loss import LOSSES, Loss, LossChoice, find_loss
-from fastar.losses.metrics import Metric, MetricChoice, Total
+from fastar.losses.metrics import Metric, MetricChoice, Totals
 from fastar.losses.outputs import prediction
 from fastar.losses.targets import Parts, sample_count, split_of

@@ -12,8 +12,9 @@ from torch.nn.modules.loss import _Loss
 
 from fastar.errors import FastarError, did_you_mean
 from fastar.losses import terms
-from fastar.losses.metrics import Metric, MetricChoice, Sums, find_metrics, mean_of, per_sample
+from fastar.losses.metrics import Metric, MetricChoice, find_metrics, mean_of, per_sample
 from fastar.losses.targets import target_of
+from fastar.losses.terms import Sums
 
 LossChoice = str | Callable[..., Any]
 """A loss: its name (`LOSSES`), a function f(outputs, batch) -> [batch], or a loss module of torch."""
@@ -25,7 +26,7 @@ class Loss:
 
     Args:
         name: as it is recorded.
-        sums: (outputs, targets) -> the sum over a batch's terms, and their number.
+        sums: of (outputs, targets) of a batch.
         metrics: measured beside it.
         whole: the targets of it and of its metrics are whole batches, as a user's function takes them.
         smoothed: (outputs, targets, label smoothing) -> the training loss, where smoothing has a meaning.
@@ -46,8 +47,8 @@ class Loss:
         """
         if self.smoothed is not None:
             return self.smoothed(outputs, targets, smoothing)
-        total, count = self.sums(outputs, targets)
-        return total / count
+        total, counted = self.sums(outputs, targets)
+        return total / terms.number(counted)
 
     @property
     def names(self) -> list[str]:

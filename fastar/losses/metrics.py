@@ -1,4 +1,4 @@
-"""Metrics beside a loss, of one model over a pass of batches: by name, by a function, or objects of torchmetrics."""
+"""Metrics beside a loss, of models over a pass of batches: by name, by a function, or objects of torchmetrics."""
 
 from __future__ import annotations
 
@@ -15,22 +15,21 @@ from fastar.errors import FastarError, did_you_mean
 from fastar.losses import terms
 from fastar.losses.outputs import prediction
 from fastar.losses.targets import sample_count, target_of
+from fastar.losses.terms import Sums, number
 from fastar.runtime.user_code import users_code
 
-Sums = tuple[Tensor, Tensor | int]
-"""The sum over a batch's terms, 0-d, and their number."""
 MetricChoice = str | Callable[..., Any]
 """A metric: its name, a function f(outputs, batch) -> [batch], or an object of torchmetrics."""
 
 
-class Total(Protocol):
-    """A metric of one model while a pass lasts."""
+class Totals(Protocol):
+    """A metric of models while a pass lasts. All of them are shown every batch."""
 
-    def add(self, outputs: Any, targets: Any) -> None:
-        """Take a batch in."""
+    def add(self, model: int, outputs: Any, targets: Any) -> None:
+        """Take in what model number `model` returns for a batch."""
 
-    def value(self) -> float:
-        """The metric of all batches so far."""
+    def values(self) -> list[float]:
+        """The metric of each model, of all batches so far."""
 
     def tensors(self) -> list[Tensor]:
         """All that `add` changes, for a CUDA graph."""
@@ -42,17 +41,19 @@ class Metric:
 
     Args:
         name: as it is reported.
-        begin: makes the total of a model on a device.
+        begin: makes the totals of so many models on a device.
         whole: its targets are the whole batch, as a user's function takes it.
     """
 
     name: str
-    begin: Callable[[torch.device], Total] = field(repr=False)
+    begin: Callable[[torch.device, int], Totals] = field(repr=False)
     whole: bool = False
 
     def of_batch(self) -> Metric:
         """The same, given whole batches."""
-        return self if self.whole else Metric(self.name, lambda device: _OfBatch(self.begin(device)), whole=True)
+        if self.whole:
+            return self
+        return Metric(self.name, lambda device, models: _OfBatch(self.begin(device, models)), whole=True)
 
 
 def mean_of(
@@ -65,59 +66,68 @@ def mean_of(
     """The mean over the terms of all batches.
 
     Args:
-        sums: (outputs, targets) -> a batch's sum and number of terms.
+        sums: of a batch.
         finish: taken of the mean at the end.
         whole: as of `Metric`.
     """
-    return Metric(name, lambda device: _Mean(sums, finish, device), whole)
+    return Metric(name, lambda device, models: _Mean(sums, finish, device, models), whole)
 
 
 class _Mean:
-    """The sum and the number of terms, in float64 on the device: nothing waits before the end."""
+    """Sums of each model's terms in float64 on the device: nothing waits before the end. Their number is that of the
+    first model."""
 
-    def __init__(self, sums: Callable[[Any, Any], Sums], finish: Callable[[float], float], device: torch.device):
+    def __init__(
+        self, sums: Callable[[Any, Any], Sums], finish: Callable[[float], float], device: torch.device, models: int
+    ):
         self._sums, self._finish = sums, finish
-        self._total = torch.zeros(2, dtype=torch.float64, device=device)
+        self._totals = torch.zeros(models + 1, dtype=torch.float64, device=device)
+        *self._of_models, self._count = self._totals.unbind()
 
-    def add(self, outputs: Any, targets: Any) -> None:
-        total, count = self._sums(outputs, targets)
-        self._total[0].add_(total)
-        self._total[1].add_(count)
+    def add(self, model: int, outputs: Any, targets: Any) -> None:
+        total, counted = self._sums(outputs, targets)
+        self._of_models[model].add_(total)
+        if not model:
+            self._count.add_(number(counted))
 
-    def value(self) -> float:
-        total, count = self._total.tolist()
-        return self._finish(total / count) if count else math.nan
+    def values(self) -> list[float]:
+        *totals, count = self._totals.tolist()
+        return [self._finish(total / count) if count else math.nan for total in totals]
 
     def tensors(self) -> list[Tensor]:
-        return [self._total]
+        return [self._totals]
 
 
 class _OfBatch:
-    """A total that is given whole batches, and takes their targets."""
+    """Totals that are given whole batches, and take their targets."""
 
-    def __init__(self, total: Total):
-        self._total = total
-        self.value, self.tensors = total.value, total.tensors
+    def __init__(self, totals: Totals):
+        self._totals = totals
+        self.values, self.tensors = totals.values, totals.tensors
 
-    def add(self, outputs: Any, batch: Any) -> None:
-        self._total.add(outputs, target_of(batch))
+    def add(self, model: int, outputs: Any, batch: Any) -> None:
+        self._totals.add(model, outputs, target_of(batch))
 
 
 class _Kept:
-    """A copy of an object of torchmetrics, or of another with `update` and `compute`."""
+    """Copies of an object of torchmetrics, or of another with `update` and `compute`, one for each model."""
 
-    def __init__(self, given: Any, name: str, device: torch.device):
-        self._metric, self._name = copy.deepcopy(given), name
-        if hasattr(self._metric, "reset"):
-            self._metric.reset()
-        if hasattr(self._metric, "to"):
-            self._metric = self._metric.to(device)
+    def __init__(self, given: Any, name: str, device: torch.device, models: int):
+        self._name = name
+        self._metrics = [copy.deepcopy(given) for _ in range(models)]
+        for i, metric in enumerate(self._metrics):
+            if hasattr(metric, "reset"):
+                metric.reset()
+            if hasattr(metric, "to"):
+                self._metrics[i] = metric.to(device)
 
-    def add(self, outputs: Any, targets: Any) -> None:
-        self._metric.update(prediction(outputs), targets)
+    def add(self, model: int, outputs: Any, targets: Any) -> None:
+        self._metrics[model].update(prediction(outputs), targets)
 
-    def value(self) -> float:
-        found = self._metric.compute()
+    def values(self) -> list[float]:
+        return [self._number(metric.compute()) for metric in self._metrics]
+
+    def _number(self, found: Any) -> float:
         if isinstance(found, Tensor) and found.numel() != 1:
             raise FastarError(f"metric {self._name}: compute() returns {list(found.shape)}, not one number")
         return float(found)
@@ -184,7 +194,7 @@ def _find(chosen: MetricChoice) -> Metric:
     if not callable(chosen) and not hasattr(chosen, "update"):
         raise FastarError(f"a metric is a {name}: give a name, a function f(outputs, batch) -> [batch], or an object")
     if hasattr(chosen, "update") and hasattr(chosen, "compute"):
-        return Metric(name, lambda device: _Kept(chosen, name, device))
+        return Metric(name, lambda device, models: _Kept(chosen, name, device, models))
     values = per_sample(f"metric {name}", chosen)
 
     def sums(outputs: Any, batch: Any) -> Sums:

@@ -17,6 +17,14 @@ from fastar.losses.outputs import prediction
 IGNORED = -100
 """Targets of this value count nowhere, as in torch."""
 
+Sums = tuple[Tensor, Tensor | int]
+"""The sum over a batch's terms, 0-d; and their number, or the targets that it is the number of (see `number`)."""
+
+
+def number(counted: Tensor | int) -> Tensor | int:
+    """The number of terms: of targets, those that are not ignored."""
+    return (counted != IGNORED).sum() if isinstance(counted, Tensor) else counted
+
 
 def class_logits(outputs: Any, targets: Tensor) -> Tensor:
     """The logits with their classes on axis 1, as torch takes them: [b, c, ...].
@@ -46,7 +54,7 @@ def class_logits(outputs: Any, targets: Tensor) -> Tensor:
     )
 
 
-def cross_entropy(outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor | int]:
+def cross_entropy(outputs: Any, targets: Tensor) -> Sums:
     """Of each sample, pixel or token that is not ignored."""
     logits, wanted = class_logits(outputs, targets), classes(targets)
     return F.cross_entropy(logits, wanted, reduction="sum"), _counted(wanted)
@@ -57,14 +65,14 @@ def classes(targets: Tensor) -> Tensor:
     return targets if targets.is_floating_point() else targets.long()
 
 
-def right(outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor | int]:
+def right(outputs: Any, targets: Tensor) -> Sums:
     """Terms whose largest logit is that of their class."""
     found = class_logits(outputs, targets).argmax(1)
     wanted = targets.argmax(1) if targets.is_floating_point() else targets
     return (found == wanted).sum(), _counted(classes(targets))
 
 
-def right_of_five(outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor | int]:
+def right_of_five(outputs: Any, targets: Tensor) -> Sums:
     """Terms whose class is among the five largest logits."""
     logits = class_logits(outputs, targets)
     wanted = targets.argmax(1) if targets.is_floating_point() else targets
@@ -73,30 +81,28 @@ def right_of_five(outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor | int]:
 
 
 def _counted(targets: Tensor) -> Tensor | int:
-    if targets.is_floating_point():
-        return targets.numel() // targets.shape[1]
-    return (targets != IGNORED).sum()
+    return targets.numel() // targets.shape[1] if targets.is_floating_point() else targets
 
 
-def squared(outputs: Any, targets: Tensor) -> tuple[Tensor, int]:
+def squared(outputs: Any, targets: Tensor) -> Sums:
     """Squared errors of all values."""
     found, wanted = same_shape(outputs, targets)
     return F.mse_loss(found, wanted, reduction="sum"), wanted.numel()
 
 
-def absolute(outputs: Any, targets: Tensor) -> tuple[Tensor, int]:
+def absolute(outputs: Any, targets: Tensor) -> Sums:
     """Absolute errors of all values."""
     found, wanted = same_shape(outputs, targets)
     return F.l1_loss(found, wanted, reduction="sum"), wanted.numel()
 
 
-def binary(outputs: Any, targets: Tensor) -> tuple[Tensor, int]:
+def binary(outputs: Any, targets: Tensor) -> Sums:
     """Binary cross-entropies of all labels, outputs being logits."""
     found, wanted = same_shape(outputs, targets)
     return F.binary_cross_entropy_with_logits(found, wanted, reduction="sum"), wanted.numel()
 
 
-def right_labels(outputs: Any, targets: Tensor) -> tuple[Tensor, int]:
+def right_labels(outputs: Any, targets: Tensor) -> Sums:
     """Labels that the sign of their logit tells right."""
     found, wanted = same_shape(outputs, targets)
     return ((found > 0) == (wanted > 0.5)).sum(), wanted.numel()
@@ -134,16 +140,16 @@ def shifted(outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
     return logits[:, :-1].flatten(0, 1), targets[:, 1:].flatten().long()
 
 
-def token_losses(outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
+def token_losses(outputs: Any, targets: Tensor) -> Sums:
     """Cross-entropies of next tokens, in nats."""
     logits, tokens = shifted(outputs, targets)
-    return F.cross_entropy(logits, tokens, reduction="sum", ignore_index=IGNORED), (tokens != IGNORED).sum()
+    return F.cross_entropy(logits, tokens, reduction="sum", ignore_index=IGNORED), tokens
 
 
-def right_tokens(outputs: Any, targets: Tensor) -> tuple[Tensor, Tensor]:
+def right_tokens(outputs: Any, targets: Tensor) -> Sums:
     """Next tokens that have the largest logit."""
     logits, tokens = shifted(outputs, targets)
-    return (logits.argmax(1) == tokens).sum(), (tokens != IGNORED).sum()
+    return (logits.argmax(1) == tokens).sum(), tokens
 
 
 def _shape(value: Any) -> str:
