@@ -22,6 +22,7 @@ from fastar.data.streaming import StreamingDataset
 from fastar.errors import FastarError
 from fastar.experiments import train_star
 from fastar.flat import FlatLayout
+from fastar.losses import find_loss
 from fastar.models import build_model
 from fastar.runtime.device import simulated
 from fastar.runtime.memory import cap_gpu
@@ -171,3 +172,45 @@ def test_compiled_steps_equal_eager_ones(gpu: torch.device, kind: str, graph: bo
 def test_a_gpu_that_is_not_there(gpu: torch.device, data: Path, tmp_path: Path) -> None:
     with pytest.raises(FastarError, match=r"^device='cuda:9': no such GPU here"):
         train_star(small(data, "device=cuda:9"), tmp_path)
+
+
+class Net(nn.Module):
+    """A network that takes two inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hidden, self.last = nn.Linear(6, 8), nn.Linear(8, 2)
+
+    def forward(self, x: torch.Tensor, more: torch.Tensor | None = None) -> torch.Tensor:
+        outputs: torch.Tensor = self.last(torch.relu(self.hidden(x if more is None else x + more)))
+        return outputs
+
+
+def squares(outputs: torch.Tensor, batch: tuple[torch.Tensor, ...]) -> torch.Tensor:
+    return (outputs - batch[-1]).square().mean(1)
+
+
+@pytest.mark.parametrize("inputs", [1, 2])
+def test_a_user_s_network_and_loss_in_graphs_are_those_without(gpu: torch.device, inputs: int) -> None:
+    """Of tensors on the device; a batch is one tensor of inputs and one of targets, or a tuple of more."""
+    generator = torch.Generator().manual_seed(0)
+    data = tuple(torch.randn(44, width, generator=generator).to(gpu) for width in (*[6] * inputs, 2))
+
+    def star(graph: bool) -> fastar.Star:
+        recipe = fastar.Recipe(
+            epochs=3, batch_size=8, lr=0.05, drop_last=False, precision="fp32", graph=graph, evaluation={"graph": graph}
+        )
+        given: dict[str, Any] = {"loss": squares, "metrics": ["mae"], "progress": False}
+        sources = fastar.train_sources(Net, data, recipe, number=2, **given)
+        return fastar.train_star(Net, sources, data, recipe, heldouts=sources[:1], **given)
+
+    found, wanted = star(graph=True), star(graph=False)
+    for name, value in wanted.state.items():
+        torch.testing.assert_close(found.state[name], value, rtol=0, atol=1e-5)  # other kernels may be chosen
+
+
+def test_a_graph_takes_tensors_alone(gpu: torch.device) -> None:
+    step = RegularStep(Net().to(gpu), TrainSettings(graph=True), loss=find_loss(squares))
+    x, y = torch.zeros(4, 6, device=gpu), torch.zeros(4, 2, device=gpu)
+    with pytest.raises(FastarError, match=r"train.graph=true: batches must hold tensors alone, not str; set it to fal"):
+        step(x, {"name": "a", "y": y}, torch.zeros((), device=gpu))

@@ -293,3 +293,19 @@ def test_matching_does_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> 
     assert sorted(set(labels.tolist())) == list(range(10))
     assert abs(float(images.mean())) < 1e-5
     assert float(images.std()) == pytest.approx(1, abs=1e-3)
+
+
+def test_a_user_s_network_takes_turns_with_the_registered_one(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    small = ["--arch", "mlp", "--width", "8", "--channels", "1", "--size", "8", "--batch", "8", "--device", "cpu"]
+    theirs = ["--model", f"{TOOLS}/bench/user_networks.py:mlp", "--rounds", "2"]
+    run_tool("bench_step.py", [*small, "--sources", "2", *theirs], monkeypatch)
+    lines = {found["case"]: found for found in map(json.loads, capsys.readouterr().out.splitlines())}
+    compared = {name for name, found in lines.items() if "of_registered" in found}
+    for name in ("regular", "star"):
+        assert {f"{name}, user's network", f"{name}, user's loss"} <= compared
+    assert lines["star"]["cpu_ms"]["min"] > 0
+    with pytest.raises(SystemExit):
+        run_tool("bench_step.py", [*small[:2], "--width", "9", *small[4:], *theirs], monkeypatch)
+    assert "its parameters have other shapes than those of mlp" in capsys.readouterr().err

@@ -10,12 +10,22 @@ tools/bench_kernels.py. The default is all of them on a GPU, eager elsewhere.
     regular, star                fastar's steps (star without matching: that is bench_epoch.py)
     star, graph, host store      sources in pinned host memory, fetched while steps run
     loading                      a batch of a data set on the device: shuffled, cropped, mirrored, normalised
+    regular, user's network      `--model module:function`: the same network (as --arch) of a user's function; its
+                                 batches are taken apart at each step
+    regular, user's loss         the same, with a user's function as the loss; and so for `star`
+    loading, user's data         batches of a user's tensors: shuffled
     plain regular                the network, autocast, torch.optim
     plain star                   the same; parameters concatenated, interpolated, gradients copied back
 
 Ratios are the median and quartiles of per-round ratios of times: `of_regular` over fastar's regular step, `of_like`
 over the regular step of the same kind (what a star step costs more), `of_plain`, `of_plain_star` and
-`of_plain_compiled` over plain PyTorch's. Steps are on one random batch, so `loading` is not in them. `first_s`: seconds
+`of_plain_compiled` over plain PyTorch's, `of_registered` a user's network over the same network registered (`_cpu`: of
+CPU time, which a busy machine changes less). With `--model`, these cases alone are measured, as in
+
+    python tools/bench_step.py --arch mlp --width 8 --channels 1 --size 8 --model tools/bench/user_networks.py:mlp \
+        --precision fp32 --repeats 50
+
+Steps are on one random batch, so `loading` is not in them. `first_s`: seconds
 of the first step, with all that is built, compiled and captured.
 """
 
@@ -49,7 +59,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fastar.config import StarSettings, TrainSettings
+from fastar.data.dataset import Dataset
+from fastar.data.user_data import TensorData
 from fastar.errors import FastarError
+from fastar.flat import FlatLayout
+from fastar.losses import find_loss
+from fastar.runtime.user_code import find_function
 from fastar.training import draw, resolve_precision
 
 BATCHES = 100  # of an epoch of `loading`
@@ -64,6 +79,11 @@ MODES = {
     ),
     "compiled-star": ("plain regular, compiled", "regular, compiled", "star, compiled", "plain star, compiled"),
 }
+# What is measured with --model, in turns.
+USERS = (
+    *("regular", "regular, user's network", "regular, user's loss"),
+    *("star", "star, user's network", "star, user's loss", "loading", "loading, user's data"),
+)
 # What others are compared with: measured again in every mode.
 BASES = ("regular", "plain regular", "plain star", "plain regular, compiled", "regular, compiled")
 
@@ -127,9 +147,39 @@ class PlainStarStep(PlainStep):
         self.scaler.update()
 
 
-def loading(problem: Problem) -> Callable[[], object]:
+def user_cases(problem: Problem, reference: str) -> dict[str, Case]:
+    """A user's network in place of the registered one, by itself and with a user's loss; and a user's data.
+
+    Raises:
+        FastarError: `reference` makes another network than the registered one.
+    """
+    theirs = replace(problem, build=find_function(reference, "--model"))
+    sizes = [[one.shape for one in FlatLayout.from_module(of.network(0)).entries] for of in (problem, theirs)]
+    if sizes[0] != sizes[1]:
+        raise FastarError(f"--model {reference}: its parameters have other shapes than those of {problem.arch}")
+    with_loss = replace(
+        theirs, loss=find_loss(lambda outputs, batch: F.cross_entropy(outputs, batch[1], reduction="none"))
+    )
+    makes = {
+        "regular, user's network": lambda: theirs.endless(theirs.regular_step()),
+        "regular, user's loss": lambda: with_loss.endless(with_loss.regular_step()),
+        "star, user's network": lambda: theirs.endless(theirs.star_step()),
+        "star, user's loss": lambda: with_loss.endless(with_loss.star_step()),
+    }
+    cases = {name: Case(name, built_when_run(make), problem.facts()) for name, make in makes.items()}
+    name = "loading, user's data"
+    return {
+        **cases,
+        name: Case(name, built_when_run(lambda: loading(problem, users=True)), problem.facts(), calls=BATCHES),
+    }
+
+
+def loading(problem: Problem, *, users: bool = False) -> Callable[[], object]:
     """A whole epoch of BATCHES batches, since they are made many at a time; another one at each call."""
-    data = problem.dataset(BATCHES * problem.settings.batch_size)
+    data: Dataset = problem.dataset(BATCHES * problem.settings.batch_size)
+    if users:
+        images, labels = (torch.cat(parts) for parts in zip(*data.sequential(1000), strict=True))
+        data = TensorData("data", (images, labels), problem.device)
     epochs = itertools.count()
 
     def run() -> None:
@@ -193,8 +243,18 @@ def ratios(timing: Timing, timings: dict[str, Timing]) -> dict[str, dict[str, fl
         "of_plain": "plain regular",
         "of_plain_compiled": "plain regular, compiled",
         "of_plain_star": "plain star" if "star" in name else None,
+        "of_registered": registered(name),
     }
-    return {key: ratio(timing, timings[base]) for key, base in wanted.items() if base is not None and base in timings}
+    found = {key: ratio(timing, timings[base]) for key, base in wanted.items() if base is not None and base in timings}
+    if "of_registered" in found:
+        found["of_registered_cpu"] = ratio(timing, timings[registered(name) or ""], cpu=True)
+    return found
+
+
+def registered(name: str) -> str | None:
+    """The case of the registered network that a user's is compared with."""
+    first, comma, _ = name.partition(", user's")
+    return first if comma else None
 
 
 def main() -> None:
@@ -202,6 +262,7 @@ def main() -> None:
     add_problem_arguments(parser)
     parser.add_argument("--rounds", type=int, default=15, help="measurements of each case")
     parser.add_argument("--repeats", type=int, help="steps in one measurement (20 on a GPU, 1 elsewhere)")
+    parser.add_argument("--model", help="module:function or file.py:function that makes the network of --arch")
     parser.add_argument("--modes", nargs="+", choices=[*MODES, "kernels"], help="what to measure, in this order")
     parser.add_argument("--only", nargs="+", help="cases to measure; `regular` is always among them")
     arguments = parser.parse_args()
@@ -210,6 +271,8 @@ def main() -> None:
     try:
         problem = problem_of(arguments)
         cases = make_cases(problem)
+        if arguments.model:
+            cases |= user_cases(problem, arguments.model)
     except FastarError as error:
         parser.error(str(error))
     device = problem.device
@@ -218,6 +281,8 @@ def main() -> None:
         unknown = set(arguments.only) - set(cases)
         if unknown:
             parser.error(f"--only: no case {sorted(unknown)[0]!r}; there are {list(cases)}")
+    if arguments.model:
+        modes = ["model"]
     repeats = arguments.repeats or (20 if device.type == "cuda" else 1)
     told: set[str] = set()
 
@@ -231,7 +296,7 @@ def main() -> None:
             script = str(Path(__file__).resolve().parent / "bench_kernels.py")
             subprocess.run([sys.executable, script, "--device", str(device), "--rounds", str(arguments.rounds)])
             continue
-        names = [name for name in MODES[mode] if not arguments.only or name in ("regular", *arguments.only)]
+        names = [name for name in MODES.get(mode, USERS) if not arguments.only or name in ("regular", *arguments.only)]
         group = [cases[name] for name in names if name not in told or name in BASES]
         timings = time_in_turns(group, device, rounds=arguments.rounds, repeats=repeats, on_failure=failed)
         found = {timing.case.name: timing for timing in timings}

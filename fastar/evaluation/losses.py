@@ -148,10 +148,6 @@ class _Passes:
         if self.graph:
             graph = CallGraph(work, moved, moved[0].device, setting="evaluation.graph", record=self.record)
         for inputs, targets in batches():
-            if graph is not None and not (isinstance(inputs, Tensor) and isinstance(targets, Tensor)):
-                raise FastarError(
-                    "evaluation.graph=true needs batches of two tensors (inputs, targets); set it to false"
-                )
             (graph if graph is not None and graph.fits(inputs, targets) else work)(inputs, targets)
             done += 1
         return done
@@ -217,6 +213,5 @@ class _Passes:
         if not self.run(add, moved, batches):
             raise FastarError("no data to evaluate on: the split is empty")
         return Measured(
-            (name, torch.tensor(some.values(), dtype=torch.float64, device="cpu"))
-            for name, some in totals.items()
+            (name, torch.tensor(some.values(), dtype=torch.float64, device="cpu")) for name, some in totals.items()
         )

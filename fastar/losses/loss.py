@@ -29,14 +29,14 @@ class Loss:
         sums: of (outputs, targets) of a batch.
         metrics: measured beside it.
         whole: the targets of it and of its metrics are whole batches, as a user's function takes them.
-        smoothed: (outputs, targets, label smoothing) -> the training loss, where smoothing has a meaning.
+        training: (outputs, targets, label smoothing) -> the mean, where one operation takes it; None: of `sums`.
     """
 
     name: str
     sums: Callable[[Any, Any], Sums]
     metrics: tuple[Metric, ...] = ()
     whole: bool = False
-    smoothed: Callable[[Any, Any, float], Tensor] | None = None
+    training: Callable[[Any, Any, float], Tensor] | None = None
 
     def mean(self, outputs: Any, targets: Any, smoothing: float = 0.0) -> Tensor:
         """The mean over a batch's terms, 0-d, for gradients.
@@ -45,8 +45,8 @@ class Loss:
             outputs: what the forward returned.
             smoothing: label smoothing.
         """
-        if self.smoothed is not None:
-            return self.smoothed(outputs, targets, smoothing)
+        if self.training is not None:
+            return self.training(outputs, targets, smoothing)
         total, counted = self.sums(outputs, targets)
         return total / terms.number(counted)
 
@@ -95,8 +95,8 @@ def find_loss(chosen: LossChoice = "cross_entropy", metrics: Sequence[MetricChoi
                 "f(outputs, batch) -> [batch] (module:function on the command line)"
             )
         sums, beside = LOSSES[chosen]
-        smoothed = _smoothed_cross_entropy if chosen == "cross_entropy" else None
-        return _with_metrics(Loss(chosen, sums, smoothed=smoothed), beside if metrics is None else metrics)
+        training = _smoothed_cross_entropy if chosen == "cross_entropy" else None
+        return _with_metrics(Loss(chosen, sums, training=training), beside if metrics is None else metrics)
     if not callable(chosen):
         kind = type(chosen).__name__
         raise FastarError(f"the loss is a {kind}: give a name or a function f(outputs, batch) -> [batch]")
@@ -109,7 +109,10 @@ def find_loss(chosen: LossChoice = "cross_entropy", metrics: Sequence[MetricChoi
         found = values(outputs, batch)
         return found.sum(), len(found)
 
-    return _with_metrics(Loss(name, sums_of_samples, whole=True), metrics or ())
+    def mean_of_samples(outputs: Any, batch: Any, smoothing: float) -> Tensor:
+        return values(outputs, batch).mean()
+
+    return _with_metrics(Loss(name, sums_of_samples, whole=True, training=mean_of_samples), metrics or ())
 
 
 def _with_metrics(loss: Loss, chosen: Sequence[MetricChoice]) -> Loss:
@@ -117,12 +120,12 @@ def _with_metrics(loss: Loss, chosen: Sequence[MetricChoice]) -> Loss:
     metrics = find_metrics(chosen)
     if not (loss.whole or any(metric.whole for metric in metrics)):
         return replace(loss, metrics=tuple(metrics))
-    sums, smoothed = loss.sums, loss.smoothed
+    sums, training = loss.sums, loss.training
     if not loss.whole:
         loss = replace(
             loss,
             sums=lambda outputs, batch: sums(outputs, target_of(batch)),
-            smoothed=smoothed and (lambda outputs, batch, share: smoothed(outputs, target_of(batch), share)),
+            training=training and (lambda outputs, batch, share: training(outputs, target_of(batch), share)),
         )
     return replace(loss, metrics=tuple(metric.of_batch() for metric in metrics), whole=True)
 

@@ -84,8 +84,9 @@ def sample_count(batch: Any) -> int:
     Raises:
         FastarError: it holds no tensor that has a length.
     """
-    if isinstance(batch, Tensor) and batch.ndim:
-        return len(batch)
+    first = batch[0] if isinstance(batch, tuple | list) and batch else batch
+    if isinstance(first, Tensor) and first.ndim:
+        return len(first)
     for one in tree_leaves(batch):
         if isinstance(one, Tensor) and one.ndim:
             return len(one)

@@ -10,6 +10,7 @@ from weakref import WeakMethod
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map_only
 
 from fastar.errors import FastarError
 from fastar.runtime.timing import no_spans, span
@@ -43,7 +44,7 @@ def record_cuda_graph(warm_up: Callable[[], None], run: Callable[[], None]) -> C
 
 
 class CallGraph:
-    """Runs `body(*inputs) -> result` as a graph, for tensors of the first ones' shapes.
+    """Runs `body(*inputs) -> result` as a graph, for inputs (tensors, or trees of them) of the first ones' shapes.
 
     Capturing changes nothing: everything in `moved` is put back after the warm-up, batch-norm's running statistics too,
     and torch's generators (dropout) stand where they stood; a replay draws as a call without the graph does.
@@ -57,7 +58,7 @@ class CallGraph:
         record: captures; None: as a CUDA graph.
 
     Raises:
-        FastarError: no GPU, or the capture failed.
+        FastarError: no GPU, inputs that hold other things than tensors, or the capture failed.
     """
 
     def __init__(
@@ -77,7 +78,7 @@ class CallGraph:
         self._device = device
         self._setting = setting
         self._record = record or record_cuda_graph
-        self._inputs: tuple[Tensor, ...] | None = None
+        self._inputs: tuple[Any, ...] | None = None
         self._result: Tensor | None = None
         self._replay: Callable[[], None] | None = None
 
@@ -85,10 +86,7 @@ class CallGraph:
         """Tell whether these inputs can be replayed: the first ones always, others if shapes and types are alike."""
         if self._inputs is None:
             return True
-        return all(
-            one.shape == static.shape and one.dtype == static.dtype
-            for one, static in zip(given, self._inputs, strict=False)
-        )
+        return all(_alike(one, static) for one, static in zip(given, self._inputs, strict=False))
 
     def forget(self) -> None:
         """Give up what was captured: the next inputs are the first again."""
@@ -97,9 +95,14 @@ class CallGraph:
     def __call__(self, *inputs: Any) -> Tensor:
         """Run on inputs that fit; a copy of what `body` returned."""
         if self._inputs is None:
-            self._inputs = tuple(one.clone() for one in inputs)
+            other = [type(one).__name__ for one in tree_leaves(inputs) if not isinstance(one, Tensor)]
+            if other:
+                raise FastarError(
+                    f"{self._setting}=true: batches must hold tensors alone, not {other[0]}; set it to false"
+                )
+            self._inputs = tree_map_only(Tensor, Tensor.clone, inputs)
             self._replay = self._capture(self._inputs)
-        for static, given in zip(self._inputs, inputs, strict=True):
+        for static, given in zip(tree_leaves(self._inputs), tree_leaves(inputs), strict=True):
             static.copy_(given)
         assert self._replay is not None
         with span("graph"):
@@ -107,7 +110,7 @@ class CallGraph:
         assert self._result is not None
         return self._result.clone()  # the graph writes the next one over it
 
-    def _capture(self, inputs: tuple[Tensor, ...]) -> Callable[[], None]:
+    def _capture(self, inputs: tuple[Any, ...]) -> Callable[[], None]:
         body = self._body()
         assert body is not None
         before = [tensor.detach().clone() for tensor in self._moved]
@@ -130,3 +133,12 @@ class CallGraph:
             raise FastarError(
                 f"{self._setting}=true: the work could not be captured ({reason}); set {self._setting}=false"
             ) from error
+
+
+def _alike(one: Any, other: Any) -> bool:
+    """Tell whether two trees of tensors are of one structure, and their tensors of the same shapes and types."""
+    (tensors, structure), (others, wanted) = tree_flatten(one), tree_flatten(other)
+    return structure == wanted and all(
+        isinstance(a, Tensor) and a.shape == b.shape and a.dtype == b.dtype
+        for a, b in zip(tensors, others, strict=True)
+    )

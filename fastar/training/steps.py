@@ -57,7 +57,7 @@ class Step:
         self.dtype = resolve_precision(settings.precision, self.device)
         self.loss_scale = LossScale(self.device, enabled=self.dtype == torch.float16)
         self._one = torch.ones((), device=self.device, dtype=torch.float32)
-        self._input_shape: torch.Size | None = None
+        self._input_shapes: list[torch.Size] = []
         # Where weights are neither interpolated nor cast, the network lives in theta itself.
         self._working: WorkingWeights | None = None
         if working_copy or self.dtype != torch.float32:
@@ -133,13 +133,10 @@ class Step:
         captured anew; batches of another length (an epoch's last) run without."""
         if graph is None:
             return None
-        if not (isinstance(inputs, Tensor) and isinstance(targets, Tensor)):
-            raise FastarError(
-                "train.graph=true needs batches of one tensor of inputs and one of targets; set it to false"
-            )
-        if inputs.shape[1:] != self._input_shape:
+        shapes = [one.shape[1:] for one in tree_leaves(inputs) if isinstance(one, Tensor)]
+        if shapes != self._input_shapes:
             graph.forget()
-            self._input_shape = inputs.shape[1:]
+            self._input_shapes = shapes
         return graph if graph.fits(inputs, targets) else None
 
     def _autocast(self) -> AbstractContextManager[object]:

@@ -21,13 +21,14 @@ class CannotRun(FastarError):
 
 
 def line(bench: str, timing: Timing, device: torch.device, **facts: Any) -> str:
-    """The JSON line of one case: its name and facts, milliseconds, n, device, versions and commit."""
+    """The JSON line of one case: its name and facts, milliseconds (and of the CPU), n, device, versions and commit."""
     record = {
         "bench": bench,
         "case": timing.case.name,
         **timing.case.facts,
         **facts,
         "ms": {name: value * 1e3 for name, value in quantiles(timing.seconds).items()},
+        **({"cpu_ms": {name: value * 1e3 for name, value in quantiles(timing.cpu).items()}} if timing.cpu else {}),
         "n": len(timing.seconds),
         **({"first_s": timing.first} if timing.first else {}),
         **where(device),

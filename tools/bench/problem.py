@@ -19,8 +19,10 @@ from fastar.data.in_memory import DeviceDataset
 from fastar.errors import FastarError
 from fastar.experiments.statistics_batches import LOOKED_AT
 from fastar.flat import FlatLayout
+from fastar.losses import Loss, split_of
 from fastar.matching import EXAMPLE_BATCHES, ActivationCache, UnitActivations, cache_bytes
 from fastar.models import build_model, parameter_count
+from fastar.models.registry import seeded
 from fastar.runtime.device import resolve_device, simulated
 from fastar.symmetry import derive_symmetry
 from fastar.training import Matcher, RegularStep, SourcesStore, StarStep, fit, resolve_precision
@@ -41,6 +43,7 @@ def add_problem_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=float, help="the architecture's width setting")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--size", type=int, default=32, help="height and width of the images")
+    parser.add_argument("--channels", type=int, default=3, help="of the images")
     parser.add_argument("--precision", default="auto", choices=["auto", "fp32", "bf16", "fp16"])
     parser.add_argument("--optimizer", default="sgd", choices=["sgd", "adam", "adamw"])
     parser.add_argument("--sources", type=int, default=3)
@@ -55,8 +58,8 @@ def problem_of(arguments: argparse.Namespace) -> Problem:
     Raises:
         FastarError: a value out of range, or a precision that the device lacks.
     """
-    if arguments.batch < 2 or arguments.sources < 1 or arguments.size < 1:
-        raise FastarError("--batch must be at least 2, --sources and --size at least 1")
+    if arguments.batch < 2 or min(arguments.sources, arguments.size, arguments.channels) < 1:
+        raise FastarError("--batch must be at least 2; --sources, --size and --channels at least 1")
     device = resolve_device(arguments.device)
     resolve_precision(arguments.precision, device)
     torch.backends.cudnn.benchmark = arguments.cudnn_benchmark
@@ -68,13 +71,25 @@ def problem_of(arguments: argparse.Namespace) -> Problem:
         schedule="constant",
     )
     return Problem(
-        arguments.arch, device, settings, arguments.sources, arguments.size, arguments.width, arguments.store
+        arguments.arch,
+        device,
+        settings,
+        arguments.sources,
+        arguments.size,
+        arguments.width,
+        arguments.store,
+        channels=arguments.channels,
     )
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Networks of one architecture on random images: what steps and epochs are timed on."""
+    """Networks of one architecture on random images: what steps and epochs are timed on.
+
+    Args:
+        build: a user's function that makes the networks; None: `arch` of the registry.
+        loss: of a batch; None: cross-entropy.
+    """
 
     arch: str
     device: torch.device
@@ -84,13 +99,19 @@ class Problem:
     width: float | None = None
     store: str = "auto"
     classes: int = 10
+    channels: int = 3
+    build: Callable[[], nn.Module] | None = None
+    loss: Loss | None = None
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        return (3, self.size, self.size)
+        return (self.channels, self.size, self.size)
 
     def network(self, seed: int) -> nn.Module:
         """A fresh network on the device."""
+        if self.build is not None:
+            with seeded(seed):
+                return self.build().to(self.device)
         width = self.width
         options = {} if width is None else {"width": int(width) if width == int(width) else width}
         model = build_model(self.arch, input_shape=self.shape, classes=self.classes, seed=seed, **options)
@@ -110,19 +131,21 @@ class Problem:
         generator = torch.Generator().manual_seed(1)
         labels = torch.randint(self.classes, (count,), generator=generator, device="cpu")
         images = torch.randint(
-            0, 156, (count, self.size, self.size, 3), generator=generator, device="cpu"
+            0, 156, (count, self.size, self.size, self.channels), generator=generator, device="cpu"
         ) + 10 * labels.view(-1, 1, 1, 1)
         return DeviceDataset(
             images.to(torch.uint8).to(self.device),
             labels.to(self.device),
-            mean=(0.5,) * 3,
-            std=(0.25,) * 3,
+            mean=(0.5,) * self.channels,
+            std=(0.25,) * self.channels,
             augmentation=Augmentation(pad=4, flip=True),
         )
 
     def endless(self, step: RegularStep | StarStep) -> Callable[[], object]:
-        """`step` again and again on one batch, epochs begun as needed."""
-        images, labels = self.batch()
+        """`step` again and again on one batch, epochs begun as needed; users' batches are taken apart each time."""
+        batch: Any = self.batch()
+        whole = self.loss is not None and self.loss.whole
+        split = (lambda batch: batch) if self.build is None else split_of(step.model, whole=whole)
         lr = torch.tensor(self.settings.lr, device=self.device, dtype=torch.float32)
         numbers = itertools.count()
 
@@ -130,7 +153,7 @@ class Problem:
             number = next(numbers)
             if number % EPOCH == 0:
                 step.begin_epoch(number // EPOCH, EPOCH)
-            return step(images, labels, lr)
+            return step(*split(batch), lr)
 
         return run
 
@@ -151,7 +174,7 @@ class Problem:
 
     def regular_step(self, **changes: Any) -> RegularStep:
         """A regular step on a fresh network; `changes` of `settings`."""
-        return RegularStep(self.network(0), self.changed(**changes))
+        return RegularStep(self.network(0), self.changed(**changes), loss=self.loss)
 
     def trained(self, data: DeviceDataset | None) -> list[dict[str, Tensor]]:
         """State dicts of fresh networks, theta and then the sources, that have seen an epoch of `data` each, if any."""
@@ -175,7 +198,7 @@ class Problem:
         model = self.network(0)
         model.load_state_dict(theta)
         store, match = self._matched_by(matching, model, others)
-        return StarStep(model, settings, StarSettings(), store, seed=0, match=match)
+        return StarStep(model, settings, StarSettings(), store, seed=0, match=match, loss=self.loss)
 
     def _matched_by(
         self, method: Method | None, model: nn.Module, states: list[dict[str, Tensor]]

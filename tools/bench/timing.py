@@ -29,11 +29,12 @@ class Case:
 @dataclass(frozen=True)
 class Timing:
     """Seconds per call of one case, one figure per round; `first`: of the very first run, with all that it builds,
-    compiles and captures."""
+    compiles and captures; `cpu`: of all processors, which another program on the machine changes less."""
 
     case: Case
     seconds: list[float]
     first: float = 0.0
+    cpu: list[float] = field(default_factory=list)
 
     @property
     def median(self) -> float:
@@ -91,7 +92,7 @@ def time_in_turns(
     if len({case.name for case in cases}) != len(cases):
         raise ValueError(f"cases need names of their own: {[case.name for case in cases]}")
     first: dict[str, float] = {}
-    taken: dict[str, list[float]] = {}
+    taken: dict[str, list[tuple[float, float]]] = {}
 
     def attempt(case: Case, work: Callable[[], object]) -> None:
         try:
@@ -110,7 +111,12 @@ def time_in_turns(
         taken[case.name] = []
 
     def measure(case: Case) -> None:
-        taken[case.name].append(_seconds(case, device, max(1, repeats // case.calls)))
+        times = max(1, repeats // case.calls)
+        cpu = time.process_time()
+        seconds = _seconds(case, device, times)
+        # On a GPU an unmeasured run is in it.
+        calls = (times + (device.type == "cuda")) * case.calls
+        taken[case.name].append((seconds, (time.process_time() - cpu) / calls))
 
     for case in cases:
         attempt(case, lambda case=case: warm(case))  # type: ignore[misc]
@@ -121,12 +127,17 @@ def time_in_turns(
                 if case.name in taken:
                     attempt(case, lambda case=case: measure(case))  # type: ignore[misc]
             advance(1)
-    return [Timing(case, taken[case.name], first[case.name]) for case in cases if case.name in taken]
+    return [
+        Timing(case, [wall for wall, _ in found], first[case.name], [cpu for _, cpu in found])
+        for case in cases
+        if (found := taken.get(case.name)) is not None
+    ]
 
 
-def ratio(first: Timing, second: Timing) -> dict[str, float]:
-    """first / second: the median and quartiles of the ratios within each round."""
-    return quantiles([a / b for a, b in zip(first.seconds, second.seconds, strict=True)])
+def ratio(first: Timing, second: Timing, *, cpu: bool = False) -> dict[str, float]:
+    """first / second: the median and quartiles of the ratios within each round, of wall or of CPU seconds."""
+    pairs = zip(first.cpu, second.cpu, strict=True) if cpu else zip(first.seconds, second.seconds, strict=True)
+    return quantiles([a / b for a, b in pairs])
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:
