@@ -13,11 +13,11 @@ from fastar.losses import Loss
 
 def measured(loss: Loss, batches: Iterable[tuple[Any, Any]]) -> dict[str, float]:
     """The loss and metrics of a pass over (outputs, targets)."""
-    totals = {name: metric.begin(torch.device("cpu")) for name, metric in loss.measures().items()}
+    totals = {name: metric.begin(torch.device("cpu"), 1) for name, metric in loss.measures().items()}
     for outputs, targets in batches:
         for total in totals.values():
-            total.add(outputs, targets)
-    return {name: total.value() for name, total in totals.items()}
+            total.add(0, outputs, targets)
+    return {name: total.values()[0] for name, total in totals.items()}
 
 
 def drawn(*shape: int, seed: int = 0) -> Tensor:

@@ -347,3 +347,16 @@ def test_a_metric_of_many_numbers_is_refused() -> None:
 
     with pytest.raises(FastarError, match=r"metric Counts: compute\(\) returns \[3\], not one number"):
         measured(find_loss("mse", [Counts()]), [(LOGITS, LOGITS)])
+
+
+def test_models_of_a_pass_are_measured_apart() -> None:
+    """Each as if it were alone; targets that are ignored count for none."""
+    outputs, targets = [drawn(6, 3, seed=seed) for seed in (0, 1)], labels(3, 6)
+    targets[2] = -100
+    for name, metric in find_loss("cross_entropy", ["accuracy", Largest()]).measures().items():
+        totals = metric.begin(torch.device("cpu"), 2)
+        for _ in range(2):
+            for model, one in enumerate(outputs):
+                totals.add(model, one, targets)
+        alone = [measured(find_loss("cross_entropy", ["accuracy", Largest()]), [(one, targets)]) for one in outputs]
+        assert totals.values() == pytest.approx([found[name] for found in alone]), name

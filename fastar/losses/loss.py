@@ -141,6 +141,9 @@ def _of_module(module: _Loss, name: str) -> Callable[[Any, Any], Sums]:
         found: Tensor = module(terms.prediction(outputs), targets)
         if ignored is None or targets.is_floating_point():
             return found.sum(), found.numel()
-        return found.sum(), (targets != ignored).sum()
+        targets = targets.long()
+        return found.sum(), targets if ignored == terms.IGNORED else targets.masked_fill(
+            targets == ignored, terms.IGNORED
+        )
 
     return sums
