@@ -63,10 +63,10 @@ def train_sources(
     """
     given = _given(build, train, test, loss, metrics)
     with _folder(out) as folder, _interruptible():
-        run = RunFolder(folder)
-        numbers = {"number" if kind == "source" else "heldout": number}
+        run, key = RunFolder(folder), "number" if kind == "source" else "heldout"
+        numbers = {key: max(number, _saved(run).get("sources", {}).get(key, 0))}
         settings = _settings(recipe, build, given, run, out is not None, numbers)
-        train_missing(settings, folder, shown(progress), given=given)
+        train_missing(settings, folder, shown(progress), kinds=[kind], given=given)
         files = [run.model(kind, index) for index in range(number)]
         return [_model(f"{kind} {index}", path, build, out is not None) for index, path in enumerate(files)]
 
@@ -83,6 +83,7 @@ def train_star(
     metrics: Sequence[MetricChoice] | None = None,
     matching: str | Mapping[str, Any] | MatchingSettings | None = None,
     out: Path | str | None = None,
+    profile: int | None = None,
     progress: Progress | bool = True,
 ) -> Star:
     """Train a star model of `sources` (Algorithm 1), and measure the barriers from it and between them.
@@ -96,16 +97,20 @@ def train_star(
         test, loss, metrics, progress: as of `train_sources`.
         matching: weight, activation, sinkhorn or none; or settings of `matching` by their names. None: the recipe's.
         out: run folder; None: nothing is left on the disk.
+        profile: time so many steps of the star's training, part by part, into the folder's `profile/`.
 
     Raises:
         FastarError: bad input, in one line; what was finished stays.
     """
     if not sources:
         raise FastarError("there are no sources: give those of fastar.train_sources, modules, state dicts or files")
+    if profile is not None and out is None:
+        raise FastarError("a profile is written into the run folder: give out")
     given = _given(build, train, test, loss, metrics)
     with _folder(out) as folder, _interruptible():
         run, chosen = RunFolder(folder), _as_matching(matching)
-        numbers: dict[str, Any] = {"number": len(sources), "heldout": len(heldouts)}
+        held = _saved(run).get("sources", {}).get("heldout", 0)  # those that were trained since are measured too
+        numbers: dict[str, Any] = {"number": len(sources), "heldout": max(held, len(heldouts))}
         models: dict[str, Sequence[Source]] = {}
         for key, kind, given_ones in (("folder", "source", sources), ("heldout_folder", "heldout", heldouts)):
             if given_ones and not _are_of_run(given_ones, run, kind):
@@ -115,7 +120,7 @@ def train_star(
         session = new_session(settings, run, given=given)
         with _nothing_half_written(run):
             _keep(models, folder / GIVEN, session)
-            results = do_whole_run(settings, folder, shown(progress), given=given)
+            results = do_whole_run(settings, folder, shown(progress), profile=profile, given=given)
         found = _model("star", run.star, build, out is not None)
         permutations = star_permutations(run.permutations) or None
         return Star(**vars(found), permutations=permutations, results=results, _session=session)
@@ -188,23 +193,23 @@ def _settings(
     recipe = Recipe() if recipe is None else recipe
     loss = given.loss if isinstance(given.loss, str) else name_of(given.loss)
     settings = recipe.settings(PYTHON, name_of(build), loss)
-    sections: dict[str, Any] = {"sources": {**settings.sources.model_dump(), "heldout": 0, **numbers}}
+    saved = _saved(run)
+    known = {**settings.sources.model_dump(), "heldout": 0, **saved.get("sources", {})}
+    sections: dict[str, Any] = {"sources": {**known, **numbers}}
     if matching is not None:
         sections["matching"] = matching
-    if kept and run.config.is_file():
-        saved = run.saved_settings()
-        old = saved.get("sources", {})
-        sections["sources"] = {**sections["sources"], **old, **numbers}
-        for key in ("heldout", "number"):
-            if "folder" not in key and run.star.is_file() and key in old:
-                sections["sources"][key] = max(old[key], numbers.get(key, 0)) if key == "heldout" else old[key]
-        if matching is None and run.star.is_file():
-            sections["matching"], sections["star"] = saved.get("matching", {}), saved.get("star", {})
+    elif run.star.is_file():
+        sections |= {name: saved.get(name, {}) for name in ("matching", "star")}
     if not kept:
         sections["logging"] = {"tensorboard": False}
     if given.metrics is not None:
         sections["metrics"] = [one if isinstance(one, str) else name_of(one) for one in given.metrics]
     return validate({**settings.model_dump(), **{key: _plain(value) for key, value in sections.items()}}, "the recipe")
+
+
+def _saved(run: RunFolder) -> dict[str, Any]:
+    """The settings that a run folder was made with; empty of a new one."""
+    return run.saved_settings() if run.config.is_file() else {}
 
 
 def _plain(section: Any) -> Any:

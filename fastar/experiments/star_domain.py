@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,20 +36,28 @@ def prepare_session(settings: Settings, out: Path, progress: Progress = SILENT, 
 
 
 def train_sources(
-    settings: Settings, out: Path, progress: Progress = SILENT, *, given: Given | None = None
+    settings: Settings,
+    out: Path,
+    progress: Progress = SILENT,
+    *,
+    kinds: Sequence[str] = ("source", "heldout"),
+    given: Given | None = None,
 ) -> list[Path]:
     """Train the sources and heldouts of a run that are missing; the files of all of them. `progress` is told of speed
     and memory.
 
     Args:
+        kinds: which of the two.
         given: parts of the task that the settings do not name.
 
     Raises:
-        FastarError: bad input, or sources that are given and not to be trained.
+        FastarError: bad input, or models that are given and not to be trained.
     """
-    if settings.sources.folder is not None:
-        raise FastarError("sources.folder gives the sources, so none are to be trained; leave it out or use train-star")
-    run, numbers = RunFolder(out), {"source": settings.sources.number, "heldout": settings.sources.heldout}
+    run, numbers = RunFolder(out), {}
+    for kind in kinds:
+        numbers[kind], folder = settings.sources.of_kind(kind)
+        if folder is not None:
+            raise FastarError(f"the {kind}s are given ({folder}), so none are to be trained; leave that out")
     run.check(settings)
     session = prepare_session(settings, out, progress, given)
     prepare_data(session)
