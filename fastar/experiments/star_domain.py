@@ -57,7 +57,8 @@ def train_sources(
     for kind in kinds:
         numbers[kind], folder = settings.sources.of_kind(kind)
         if folder is not None:
-            raise FastarError(f"the {kind}s are given ({folder}), so none are to be trained; leave that out")
+            name = "sources.folder" if kind == "source" else "sources.heldout_folder"
+            raise FastarError(f"{name} gives the {kind}s, so none are to be trained; leave it out or use train-star")
     run.check(settings)
     session = prepare_session(settings, out, progress, given)
     prepare_data(session)
