@@ -37,5 +37,5 @@ def test_heldouts_may_be_trained_before_and_after_a_star_of_given_sources(tmp_pa
     again = star()
     assert (again.results["sources"], again.results["heldout"]) == (2, 2)
     assert all(torch.equal(value, again.state[name]) for name, value in first.state.items())
-    with pytest.raises(fastar.FastarError, match="sources.folder gives the sources"):
+    with pytest.raises(fastar.FastarError, match="gives the sources, so none are to be trained"):
         fastar.train_sources(build, train, recipe, number=2, loss="mse", out=tmp_path, progress=False)
