@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import Dataset
 
 import fastar
 
@@ -20,6 +22,26 @@ class Net(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out(torch.relu(self.hidden(x)))
+
+
+class Dropping(Net):
+    """The same with dropout."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(F.dropout(torch.relu(self.hidden(x)), 0.2, self.training))
+
+
+class Noisy(Dataset[tuple[Tensor, Tensor]]):
+    """Samples whose inputs have noise, drawn each time."""
+
+    def __init__(self, count: int = 48):
+        self.x, self.y = tensors(count)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.x[index] + 0.1 * torch.randn(4), self.y[index]
 
 
 def build() -> nn.Module:
@@ -48,3 +70,17 @@ def recipe(**changes: Any) -> fastar.Recipe:
     for key, value in changes.items():
         sections[key] = {**sections[key], **value} if key in sections else value
     return fastar.Recipe(**{"epochs": 2, "batch_size": 16, "device": "cpu", **sections})
+
+
+def saved_run(kind: str, folder: Path) -> None:
+    """A run that is saved after every step.
+
+    Args:
+        kind: of its data: tensors, samples (a dataset that draws), or workers (that read such a dataset).
+    """
+    train = tensors() if kind == "tensors" else Noisy()
+    data = fastar.Data(train, tensors(20, seed=1), workers=int(kind == "workers"))
+    small = recipe(epochs=4, star={"epochs": 7}, checkpoint={"seconds": 0, "minutes": 1e-7})
+    task: dict[str, Any] = {"loss": weighted, "metrics": ["accuracy"], "out": folder, "progress": False}
+    sources = fastar.train_sources(Dropping, data, small, number=2, **task)
+    fastar.train_star(Dropping, sources, data, small, matching="activation", **task)

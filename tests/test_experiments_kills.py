@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from attempts import SECONDS, Attempts
+from attempts import SECONDS, Attempts, killed_until_ended
 from cli_cases import contents, fastar
 from run_cases import SMALL, assert_log_is_whole, assert_same_models
+from task_cases import saved_run
 
 from fastar.data.ffcv.folder import verify_folder
 
@@ -31,36 +32,36 @@ ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 def test_thirty_kills_change_no_bit(tmp_path: Path) -> None:
     folder, whole = tmp_path / "run", tmp_path / "whole"
     moments = random.Random(0)
-    kills = within_saves = 0
     with Attempts(tmp_path / "data") as attempts:
         # The run that nothing happens to saves nothing on the way either.
         attempts.begin(whole, "checkpoint.epochs=0", "checkpoint.minutes=0")
         assert attempts.ended() == 0
-        while True:
-            stop_in_save = moments.choice([0, 0, 1, 2, 2, 2])
-            steps = moments.choice([1, 1, 2])
-            limit = 4 if stop_in_save else steps + 1  # however late the kill comes
-            pid = attempts.begin(folder, steps=limit, stop_in_save=stop_in_save)
-            start, last = time.perf_counter(), ""
-            while stop_in_save or steps:
-                last = attempts.hear()
-                if last != "step":
-                    break
-                steps -= 1
-                start, took = time.perf_counter(), time.perf_counter() - start
-            if last.startswith("ended"):
-                assert last == "ended 0"
-                break
-            if last == "step":
-                time.sleep(moments.uniform(0, min(took, 0.02)))  # anywhere in the next step, and its save
-            os.kill(pid, signal.SIGKILL)
-            assert attempts.ended() == -signal.SIGKILL
-            kills += 1
-            within_saves += last == "save"
+        kills, within_saves = killed_until_ended(attempts, folder, moments)
     assert kills >= KILLS
     assert within_saves >= 5
     assert_same_models(folder, whole)
     assert_log_is_whole(folder, whole)
+    assert not (folder / "in-training").exists()
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs /proc to know what is being saved")
+@pytest.mark.parametrize(
+    ("kind", "kills"),
+    [
+        ("tensors", 2),
+        ("samples", 2),
+        *(pytest.param(kind, TWENTY, marks=pytest.mark.slow) for kind in ("tensors", "samples", "workers")),
+    ],
+)
+def test_kills_of_a_users_task_change_no_bit(kind: str, kills: int, tmp_path: Path) -> None:
+    """A network with dropout, a loss of the user's own; tensors, or a dataset that draws for each sample."""
+    folder, whole = tmp_path / "run", tmp_path / "whole"
+    saved_run(kind, whole)
+    with Attempts(tmp_path, kind) as attempts:
+        assert killed_until_ended(attempts, folder, random.Random(5), kills)[0] == kills
+    assert_same_models(folder, whole)
+    assert_log_is_whole(folder, whole)
+    assert results(folder)["paths"] == results(whole)["paths"]
     assert not (folder / "in-training").exists()
 
 
