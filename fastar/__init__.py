@@ -1,7 +1,8 @@
 """fastar finds star models of neural networks and measures linear mode connectivity.
 
-From Python, for any two networks of one architecture: `fastar.match`, `fastar.apply`, `fastar.barrier`, and
-`fastar.match_many` for a set of them. They are imported when first used: the command line is to be instant.
+From Python, a star of your own network, data and loss: `fastar.train_sources`, `fastar.train_star`, `fastar.load_run`.
+For any two networks of one architecture: `fastar.match`, `fastar.apply`, `fastar.barrier`, and `fastar.match_many` for
+a set of them. They are imported when first used: the command line is to be instant.
 """
 
 from __future__ import annotations

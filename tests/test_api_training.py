@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import doctest
+import inspect
 import json
 import sys
 from pathlib import Path
@@ -348,3 +350,22 @@ def test_the_public_names() -> None:
         assert name in dir(fastar)
         assert getattr(fastar, name).__doc__
     assert (Path(fastar.__file__).parent / "py.typed").is_file()
+
+
+PUBLIC = ["match", "match_many", "apply", "barrier", "train_sources", "train_star", "load_run", "Recipe", "Data"]
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_examples(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the docstring of each public function has them."""
+    monkeypatch.chdir(tmp_path)
+    (example,) = [test for test in doctest.DocTestFinder(recurse=False).find(getattr(fastar, name), name, globs={})]
+    assert example.examples
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        assert doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(example).failed == 0
+
+
+def test_every_public_function_has_an_example() -> None:
+    functions = [name for name in fastar.__all__ if inspect.isfunction(getattr(fastar, name))]
+    assert set(functions) <= set(PUBLIC)

@@ -65,6 +65,17 @@ def barrier(
     Raises:
         FastarError: models that are no networks of one architecture, that differ in more than parameters, or that draw
             random numbers in evaluation mode; data, labels or outputs that do not fit; a loss that is not finite.
+
+    Example:
+        >>> import fastar, torch
+        >>> from torch import nn
+        >>> a, b = (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)) for _ in range(2))
+        >>> data = torch.randn(60, 4), torch.randint(3, (60,))
+        >>> found = fastar.barrier(a, b, data, points=5)
+        >>> found
+        Barrier(..., cross_entropy ... to ...)
+        >>> found.value >= 0, len(found.accuracy)
+        (True, 5)
     """
     if not isinstance(points, Integral) or points < 2:
         raise FastarError(f"points={points}: a path needs its two ends, give a whole number of at least 2")

@@ -88,6 +88,14 @@ def match(
 
     Raises:
         FastarError: another architecture, groups that cannot be proven, or a method or option that does not exist.
+
+    Example:
+        >>> import fastar, torch
+        >>> from torch import nn
+        >>> a, b = (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)) for _ in range(2))
+        >>> matched = fastar.match(a, b, example_inputs=torch.zeros(2, 4))
+        >>> {group: len(index) for group, index in matched.items()}
+        {'0': 8}
     """
     settings = matching_settings({"method": method, **options})
     device = device_of(model_a, "model_a")
@@ -160,6 +168,19 @@ def match_many(
 
     Raises:
         FastarError: as `match`; too few models, or a centre that is missing or not needed.
+
+    Example:
+        >>> import fastar, torch
+        >>> from torch import nn
+        >>> a, b = (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)) for _ in range(2))
+        >>> matched = fastar.match_many([a, b], example_inputs=torch.zeros(2, 4))
+        >>> nearer = [fastar.apply(p, m, symmetry=matched.symmetry) for p, m in zip(matched.permutations, [a, b])]
+        >>> matched.average
+        Sequential(
+          (0): Linear(in_features=4, out_features=8, bias=True)
+          (1): ReLU()
+          (2): Linear(in_features=8, out_features=3, bias=True)
+        )
     """
     settings = matching_settings({"method": method, **options})
     if isinstance(models, nn.Module) or not isinstance(models, Sequence):
@@ -263,6 +284,15 @@ def apply(permutations: Permutations, model: nn.Module, *, symmetry: Symmetry | 
 
     Raises:
         FastarError: another architecture than the one that was matched, or no groups.
+
+    Example:
+        >>> import fastar, torch
+        >>> from torch import nn
+        >>> a, b = (nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)) for _ in range(2))
+        >>> x = torch.randn(5, 4)
+        >>> nearer = fastar.apply(fastar.match(a, b, example_inputs=x), b)
+        >>> torch.allclose(nearer(x), b(x), atol=1e-5)
+        True
     """
     if not isinstance(permutations, Permutations):
         raise FastarError(

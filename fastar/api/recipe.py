@@ -23,11 +23,14 @@ from fastar.errors import FastarError
 class Recipe(TrainSettings):
     """The settings of a run: those of `train` by their names, and the other sections.
 
-    >>> Recipe(epochs=50, batch_size=128, lr=0.1, star={"match_every_epochs": 2}).epochs
-    50
-
     Raises:
         FastarError: an unknown name, or a value out of range.
+
+    Example:
+        >>> import fastar
+        >>> recipe = fastar.Recipe(epochs=50, batch_size=128, lr=0.1, star={"match_every_epochs": 2})
+        >>> recipe.epochs, recipe.star.match_every_epochs
+        (50, 2)
     """
 
     star: StarSettings = StarSettings()

@@ -60,6 +60,15 @@ def train_sources(
 
     Raises:
         FastarError: bad input, in one line; what was finished stays.
+
+    Example:
+        >>> import fastar, torch
+        >>> from torch import nn
+        >>> build = lambda: nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> train = torch.randn(60, 4), torch.randint(3, (60,))
+        >>> recipe = fastar.Recipe(epochs=1, batch_size=20)
+        >>> fastar.train_sources(build, train, recipe, number=2, progress=False)
+        [TrainedModel(source 0, loss ..., in memory), TrainedModel(source 1, loss ..., in memory)]
     """
     given = _given(build, train, test, loss, metrics)
     with _folder(out) as folder, _interruptible():
@@ -101,6 +110,18 @@ def train_star(
 
     Raises:
         FastarError: bad input, in one line; what was finished stays.
+
+    Example:
+        >>> import fastar, torch
+        >>> from torch import nn
+        >>> build = lambda: nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> train = torch.randn(60, 4), torch.randint(3, (60,))
+        >>> recipe = fastar.Recipe(epochs=1, batch_size=20)
+        >>> star = fastar.train_star(build, [build(), build()], train, recipe, progress=False)
+        >>> star
+        Star(star, loss ..., in memory)
+        >>> star.barrier(build()).value >= 0
+        True
     """
     if not sources:
         raise FastarError("there are no sources: give those of fastar.train_sources, modules, state dicts or files")
@@ -144,6 +165,20 @@ def load_run(
 
     Raises:
         FastarError: it is no run folder, or damaged.
+
+    Example:
+        >>> import fastar, torch
+        >>> from torch import nn
+        >>> build = lambda: nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> train = torch.randn(60, 4), torch.randint(3, (60,))
+        >>> recipe = fastar.Recipe(epochs=1, batch_size=20)
+        >>> sources = fastar.train_sources(build, train, recipe, number=2, out="runs/mine", progress=False)
+        >>> star = fastar.train_star(build, sources, train, recipe, out="runs/mine", progress=False)
+        >>> run = fastar.load_run("runs/mine")
+        >>> run
+        Run(runs/mine: 2 sources, 0 heldouts, a star)
+        >>> run.value >= 0, run.results["train"]["star_source"]["n"]
+        (True, 2)
     """
     run = RunFolder(Path(path))
     saved = run.saved_settings()

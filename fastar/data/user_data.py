@@ -45,6 +45,11 @@ class UserSplits:
         validation: measured on too.
         workers: processes that read map-style datasets; a DataLoader has its own number.
         classes: their number, for `--arch`.
+
+    Example:
+        >>> import fastar, torch
+        >>> x, y = torch.randn(60, 4), torch.randint(3, (60,))
+        >>> data = fastar.Data((x[:40], y[:40]), test=(x[40:], y[40:]))
     """
 
     train: Any = field(repr=False)
