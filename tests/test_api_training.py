@@ -344,6 +344,34 @@ def test_dict_outputs_and_several_inputs_train_a_star() -> None:
         assert json.dumps(dict(star.results["metrics"]))
 
 
+def test_hidden_values_among_the_outputs_hold_units_in_place() -> None:
+    """And that nothing can be matched is said."""
+
+    class Open(Net):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            hidden = torch.relu(self.hidden(x))
+            return {"hidden": hidden, "logits": self.out(hidden)}
+
+    star = fastar.train_star(Open, [Open(), Open()], TRAIN, recipe(), progress=(heard := Heard()))
+    assert star.permutations is None
+    assert [line for line in heard.lines if line.startswith("nothing to match: no hidden unit")]
+
+
+def test_what_a_build_closes_over_may_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Symmetries of users' networks are not kept: of two of one name and source, each has its own."""
+    monkeypatch.setenv("FASTAR_CACHE", str(tmp_path))
+    groups = []
+    for middle in (nn.ReLU(), nn.Softshrink(), nn.Sequential(nn.Unflatten(1, (2, 3)), nn.Flatten(1), nn.ReLU())):
+
+        def closed(middle: nn.Module = middle) -> nn.Module:
+            return nn.Sequential(nn.Linear(4, 6), middle, nn.Linear(6, 3))
+
+        star = fastar.train_star(closed, [closed(), closed()], TRAIN, recipe(), **QUIET)
+        groups.append({name: list(index.shape) for name, index in (star.permutations or {}).items()})
+    assert groups[0] == groups[1] == {"0": [2, 6]}
+    assert not list(tmp_path.rglob("*.json"))
+
+
 def test_the_public_names() -> None:
     assert set(dir(fastar)) == set(fastar.__all__)
     for name in ("FastarError", "Recipe", "Data", "train_sources", "train_star", "load_run", "match", "barrier"):

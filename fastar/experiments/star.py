@@ -131,6 +131,11 @@ def _train(
     settings, run = session.settings, session.run
     seed = derive_seed(settings.seed, "star", 0)
     matched = settings.star_matched_every > 0
+    if matched and not session.network.symmetry.groups:
+        session.progress.line(
+            "nothing to match: no hidden unit can be permuted without a change of the network's outputs (all count: "
+            "leave out hidden values that are returned beside the prediction)"
+        )
 
     def make(attempt: int) -> StarStep:
         store, kept = stores.pop() if stores else _store(session, (source.state for source in sources))

@@ -314,9 +314,12 @@ class Network:
         for `matching.method=none`."""
         model, matching, pair = self.build(seed=0, device="cpu"), self._settings.matching, self.example(2)
         example = pair if isinstance(pair, tuple | Mapping) else (pair,)
-        # The key that proofs are kept by.
-        name = list(self.architecture().values())
+        name = self._proof_key()
         return symmetry_by_settings(matching, model, example, allow_partial=matching.allow_partial, name=name)
+
+    def _proof_key(self) -> object:
+        """The key that proofs of its symmetry are kept by; None: they are not kept."""
+        return list(self.architecture().values())
 
     def row(self, checkpoint: Checkpoint) -> Tensor:
         """A checkpoint's parameters as a flat row [P] on the device."""
