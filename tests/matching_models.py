@@ -78,6 +78,22 @@ class Grouped(nn.Module):
         return self.out(F.elu(self.grouped(F.relu(self.depthwise(F.relu(self.stem(x)))))).mean((2, 3)))
 
 
+class Transposed(nn.Module):
+    """Transposed convolutions: of 4 groups, depthwise, and whole."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 3)
+        self.grouped = nn.ConvTranspose2d(8, 12, 2, stride=2, groups=4)
+        self.depthwise = nn.ConvTranspose2d(12, 12, 3, groups=12)
+        self.whole = nn.ConvTranspose2d(12, 7, 3, padding=1)
+        self.out = nn.Linear(7, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.depthwise(F.relu(self.grouped(F.relu(self.stem(x)))))
+        return self.out(F.relu(self.whole(F.relu(x))).mean((2, 3)))
+
+
 class ZeroPadded(nn.Module):
     """A residual whose shortcut takes every other position and pads channels with zeros (option A)."""
 
@@ -142,6 +158,7 @@ CASES: dict[str, tuple[nn.Module, tuple[Tensor, ...]]] = {
     "resnet": (ResNet(), IMAGES),
     "flatten": (ConvFlatten(), IMAGES),
     "grouped": (Grouped(), IMAGES),
+    "transposed": (Transposed(), IMAGES),
     "zero_padded": (ZeroPadded(), IMAGES),
     "concatenated": (Concatenated(), IMAGES),
     "two_axes": (TwoAxes(), (torch.zeros(2, 6),)),

@@ -118,6 +118,11 @@ def test_groups_of_other_layers(symmetries: dict[str, Symmetry]) -> None:
     # channels that each block of the grouped convolution writes still move among themselves.
     assert [(g.size, g.parent) for g in derive_symmetry(Grouped(6), IMAGES).groups] == [(3, None)] * 4
 
+    # Groups of 2 channels read, of 3 written, move whole; inside them those that are read.
+    transposed = symmetries["transposed"]
+    assert [(g.size, g.parent is not None) for g in transposed.groups] == [(4, False), (8, True), (7, False)]
+    assert Member("whole.weight", 1) in transposed.groups[2].members
+
     padded = symmetries["zero_padded"]
     assert [(g.name, g.size) for g in padded.groups] == [("stem", 4), ("conv", 2), ("conv#1", 2)]
     assert Member("conv.weight", 0, offset=2) in padded.group("stem").members

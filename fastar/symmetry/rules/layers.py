@@ -40,6 +40,26 @@ def convolution(call: Call) -> Labels:
     return (x[0], weight[0], *(fixed(n) for n in call.shape()[2:]))
 
 
+def transposed_convolution(call: Call) -> Labels:
+    """The same with the weight's first axes swapped: [inputs, outputs of a group, ...]. With groups, whole groups move,
+    and channels that a group reads move inside it."""
+    x, weight, groups = call.labels("input"), call.labels("weight"), call["groups"]
+    x_shape, weight_shape = call.shape(call["input"]), call.shape(call["weight"])
+    if len(x_shape) != len(weight_shape):
+        raise Refused("convolution of an input without a batch axis")
+    call.solver.fix(*weight[2:], *x[2:])
+    call.solver.unify(x[1], weight[0])
+    written = weight[1]
+    if groups > 1:
+        blocks = call.solver.fresh(groups)
+        call.solver.fix(weight[1])
+        call.solver.unify(weight[0], call.solver.child(blocks, weight_shape[0] // groups))
+        written = call.solver.merge([blocks, fixed(weight_shape[1])])
+    if call["bias"] is not None:
+        call.solver.unify(written, call.labels("bias")[0])
+    return (x[0], written, *(fixed(n) for n in call.shape()[2:]))
+
+
 def per_channel(call: Call, x: Dims, *names: str) -> Dims:
     """`x` with vectors along axis 1 applied to it."""
     shape = call.shape()

@@ -58,6 +58,7 @@ _TABLE: list[tuple[str, Rule]] = [
         layers.constant_fill,
     ),
     ("conv1d conv2d conv3d convolution", layers.convolution),
+    ("conv_transpose1d conv_transpose2d conv_transpose3d", layers.transposed_convolution),
     ("batch_norm _native_batch_norm_legit_no_training _native_batch_norm_legit cudnn_batch_norm", layers.batch_norm),
     ("max_pool1d avg_pool1d adaptive_avg_pool1d", layers.pool(1)),
     (
