@@ -98,6 +98,17 @@ def test_results_are_short_and_can_be_drawn(star: fastar.Star, out: Path) -> Non
         assert isinstance(axes, Axes)
         assert one.plot(axes) is axes
         assert len(repr(one)) < 200
+    for found in (run, star):
+        assert "star model of 3 sources" in found.table()
+        assert found.plot(split="test").get_ylabel() == "test loss"
+        with pytest.raises(FastarError, match="the losses of train, test were measured"):
+            found.plot(split="validation")
+
+
+def test_heldouts_are_trained_without_sources(tmp_path: Path) -> None:
+    fastar.train_sources(build, TRAIN, recipe(), number=1, kind="heldout", out=tmp_path / "run", **QUIET)
+    run = fastar.load_run(tmp_path / "run")
+    assert [len(run.sources), len(run.heldouts)] == [0, 1]
 
 
 def test_frames(star: fastar.Star, monkeypatch: pytest.MonkeyPatch) -> None:

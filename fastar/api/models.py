@@ -16,6 +16,7 @@ from fastar.evaluation import Segment
 from fastar.experiments.measure import check_endpoint, endpoint, evaluated, match_to
 from fastar.experiments.session import Session, measuring, new_session, threads
 from fastar.report.notebook_curves import plot_paths
+from fastar.report.results import results_text
 from fastar.runs.model_files import Checkpoint, check_values, load_checkpoint, load_whole_into
 from fastar.runtime.progress import SILENT, Progress, TerminalProgress
 from fastar.runtime.user_code import users_code
@@ -116,9 +117,13 @@ class Star(TrainedModel):
             (path,), _ = evaluated(session, [Segment("path", *ends)])
         return Barrier.of(path, session.data.names()[-1], session.loss.name)
 
-    def plot(self, axes: Any = None) -> Any:
-        """Draw the loss along the run's paths; the matplotlib Axes."""
-        return plot_paths(self.results, "test" if "test" in self.results else "train", axes)
+    def table(self) -> str:
+        """Losses and barriers of the run, their means and standard deviations, as a table to print."""
+        return results_text(self.results)
+
+    def plot(self, axes: Any = None, *, split: str = "train") -> Any:
+        """Draw the loss along the run's paths, of the training data or another split; the matplotlib Axes."""
+        return plot_paths(self.results, split, axes)
 
     def to_frame(self) -> Any:
         """A pandas DataFrame of the run's paths and their barriers."""
@@ -167,9 +172,13 @@ class Run:
         split = self.results["test" if "test" in self.results else "train"]
         return float(split["star_heldout" if split["star_heldout"]["n"] else "star_source"]["mean"])
 
-    def plot(self, axes: Any = None) -> Any:
-        """Draw the loss along the run's paths; the matplotlib Axes."""
-        return plot_paths(self.results, "test" if "test" in self.results else "train", axes)
+    def table(self) -> str:
+        """Losses and barriers of the run, their means and standard deviations, as a table to print."""
+        return results_text(self.results)
+
+    def plot(self, axes: Any = None, *, split: str = "train") -> Any:
+        """Draw the loss along the run's paths, of the training data or another split; the matplotlib Axes."""
+        return plot_paths(self.results, split, axes)
 
     def to_frame(self) -> Any:
         """A pandas DataFrame of the run's paths and their barriers."""

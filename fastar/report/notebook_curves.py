@@ -6,27 +6,31 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastar.errors import FastarError
+from fastar.report.results import draw_paths, splits_of
 
 
 def plot_paths(results: Mapping[str, Any], split: str, axes: Any = None) -> Any:
-    """Draw the mean loss along each kind of path of a run's results; the matplotlib Axes."""
+    """Draw the loss along each kind of path of a run's results, mean and standard deviation; the matplotlib Axes.
+
+    Raises:
+        FastarError: a split that was not measured.
+    """
+    if split not in splits_of(results):
+        raise FastarError(f"split={split!r}: the losses of {', '.join(splits_of(results))} were measured")
     axes = axes_or_new(axes)
-    for kind in dict.fromkeys(path["kind"] for path in results["paths"]):
-        curves = [path[f"{split}_loss"] for path in results["paths"] if path["kind"] == kind]
-        mean = [sum(column) / len(column) for column in zip(*curves, strict=True)]
-        label = f"{kind.replace('_', ' ')} (n={len(curves)})"
-        axes.plot(results["t"], mean, marker="o", markersize=4, label=label)
-    return labelled(axes, f"{split} loss")
+    draw_paths(axes, results, f"{split}_loss")
+    axes.legend(frameon=False, fontsize=9)
+    return axes
 
 
 def axes_or_new(axes: Any) -> Any:
     if axes is not None:
         return axes
     try:
-        from matplotlib.figure import Figure
+        from matplotlib import pyplot  # its figures are those that notebooks show
     except ImportError as error:
         raise FastarError("a picture needs matplotlib: pip install matplotlib") from error
-    return Figure(figsize=(5.0, 3.6), layout="constrained").subplots()
+    return pyplot.subplots(figsize=(5.0, 3.6), layout="constrained")[1]
 
 
 def labelled(axes: Any, name: str) -> Any:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from io import BytesIO
+from io import BytesIO, StringIO
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from rich.box import ASCII2
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -62,6 +64,12 @@ def metrics_of(results: Mapping[str, Any]) -> dict[str, Any]:
     return {**accuracy, **results.get("metrics", {})}
 
 
+def task_name(results: Mapping[str, Any]) -> str:
+    """The names of data and network, as titles have them: data given from Python have none."""
+    names = [name for name in (results["dataset"], results["arch"]) if not name.startswith("python:")]
+    return ", ".join(name.removeprefix("__main__:") for name in names)
+
+
 def shown(value: Mapping[str, Any] | float | None, digits: int = 3) -> str:
     """A number, or mean and standard deviation, rounded for people."""
     if value is None or (isinstance(value, Mapping) and value["mean"] is None):
@@ -75,7 +83,7 @@ def shown(value: Mapping[str, Any] | float | None, digits: int = 3) -> str:
 
 def results_table(results: Mapping[str, Any]) -> Table:
     """Losses, accuracies and barriers of a run on each split."""
-    title = f"{results['dataset']}, {results['arch']}: star model of {count_text(results['sources'], 'source')}"
+    title = f"{task_name(results)}: star model of {count_text(results['sources'], 'source')}"
     table = Table(title=title, title_justify="left")
     table.add_column("", overflow="fold")
     table.add_column("n", justify="right")
@@ -94,6 +102,15 @@ def results_table(results: Mapping[str, Any]) -> Table:
             n = str(results["train"][kind]["n"])
             table.add_row(f"barrier, {name}", n, *(shown(results[s][kind]) for s in splits))
     return table
+
+
+def results_text(results: Mapping[str, Any]) -> str:
+    """The same as lines of text, without colours."""
+    written, table = StringIO(), results_table(results)
+    if plus_minus().isascii():  # stdout cannot encode lines either
+        table.box = ASCII2
+    Console(file=written, width=100, color_system=None, legacy_windows=False).print(table)
+    return "\n".join(line.rstrip() for line in written.getvalue().splitlines())
 
 
 def speed_lines(results: Mapping[str, Any]) -> list[str]:
@@ -219,26 +236,32 @@ def barrier_picture(results: Mapping[str, Any], path: Path) -> None:
     name = next((key for key in results["paths"][0] if re.fullmatch("train_(?!loss|barrier).*", key)), None)
     keys = ["train_loss", *([] if name is None else [name])]
     panels = figure.subplots(1, len(keys), squeeze=False)[0]
-    star = any(path["kind"].startswith("star") for path in results["paths"])
     for panel, key in zip(panels, keys, strict=True):
-        for kind in STYLES:
-            curves = [path[key] for path in results["paths"] if path["kind"] == kind]
-            if curves:
-                _draw(panel, results["t"], curves, kind, at_most=1.0 if key.endswith("accuracy") else math.inf)
-        panel.set_xlabel("t   (0: star or first model, 1: other model)" if star else "t   (0: first model, 1: second)")
-        panel.set_ylabel(key.replace("_", " "))
-        panel.grid(alpha=0.3)
-        panel.spines[["top", "right"]].set_visible(False)
+        draw_paths(panel, results, key)
     panels[0].set_ylim(bottom=0)
     # Below the panels, where it hides nothing.
     figure.legend(
         *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9
     )
-    title = f"{results['dataset']}, {results['arch']}"
+    star = any(path["kind"].startswith("star") for path in results["paths"])
+    title = task_name(results)
     figure.suptitle(f"{title}: {count_text(results['sources'], 'source')}" if star else title, fontsize=11)
     buffer = BytesIO()
     figure.savefig(buffer, format="png", dpi=160)
     write_atomically(path, buffer.getvalue())
+
+
+def draw_paths(panel: Any, results: Mapping[str, Any], key: str) -> None:
+    """Draw what `key` names (train_loss, test_accuracy) along each kind of path on matplotlib's Axes."""
+    star = any(path["kind"].startswith("star") for path in results["paths"])
+    for kind in STYLES:
+        curves = [path[key] for path in results["paths"] if path["kind"] == kind]
+        if curves:
+            _draw(panel, results["t"], curves, kind, at_most=1.0 if key.endswith("accuracy") else math.inf)
+    panel.set_xlabel("t   (0: star or first model, 1: other model)" if star else "t   (0: first model, 1: second)")
+    panel.set_ylabel(key.replace("_", " "))
+    panel.grid(alpha=0.3)
+    panel.spines[["top", "right"]].set_visible(False)
 
 
 def _draw(panel: Any, t: Sequence[float], curves: Sequence[Sequence[float]], kind: str, *, at_most: float) -> None:
