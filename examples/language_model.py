@@ -31,7 +31,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         normed = self.before_attention(x)
-        split = [layer(normed).unflatten(2, (HEADS, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value)]
+        split = [
+            layer(normed).unflatten(2, (HEADS, -1)).transpose(1, 2) for layer in (self.query, self.key, self.value)
+        ]
         attended = F.scaled_dot_product_attention(*split, is_causal=True)
         x = x + self.heads_out(attended.transpose(1, 2).flatten(2))
         return x + self.hidden_out(F.gelu(self.hidden(self.before_hidden(x))))
