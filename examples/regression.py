@@ -3,6 +3,8 @@
     python examples/regression.py
 
 442 patients of ten measurements each; the target is how far the disease went within a year, in standard deviations.
+It prints losses and barriers. On the training data, ten sources: star to sources 0.040, star to heldouts 0.042, regular
+to regular 0.071, and 0.436 without matching.
 """
 
 from __future__ import annotations
