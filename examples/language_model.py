@@ -4,6 +4,9 @@
 
 Six causal transformers of two layers read the topics of Python's `help()`. Their heads are matched as wholes, and the
 queries, keys and values inside each head.
+It prints losses and barriers in nats a character, and the groups that were matched, seven minutes on one core. On the
+training data: star to sources 0.377, star to heldouts 1.059, regular to regular 0.989, and 1.219 without matching. The
+star is near its six sources, and not nearer to heldouts than regular models are to each other.
 """
 
 from __future__ import annotations
