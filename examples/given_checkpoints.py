@@ -5,7 +5,7 @@
 A plain PyTorch loop trains them on scikit-learn's digits and saves them: the state alone, under "state_dict" beside an
 epoch, with the "module." of DataParallel, and in half precision. fastar is given the four files.
 It prints losses and barriers. On the training data: star to its three sources 0.035, to the fourth network 0.818,
-regular to regular 0.805. A star of three sources is not near other networks: more are needed.
+regular to regular 0.805. A star of three sources is not nearer to other networks than these are to each other.
 """
 
 from __future__ import annotations
