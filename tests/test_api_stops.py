@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import re
 import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -73,3 +78,29 @@ def test_without_a_folder_ctrl_c_leaves_nothing(tmp_path: Path, monkeypatch: pyt
         fastar.train_sources(Dropping, tensors(), recipe(), number=1, progress=False)
     assert list(tmp_path.iterdir()) == []
     assert torch.equal(torch.get_rng_state(), state)
+
+
+RUN = """
+import sys
+import fastar
+from task_cases import Dropping, Noisy, recipe
+
+small = recipe(epochs=int(sys.argv[2]), checkpoint={"seconds": 0})
+data = fastar.Data(Noisy(), workers=2)
+fastar.train_sources(Dropping, data, small, number=1, out=sys.argv[1], progress=False)
+"""
+
+
+def test_workers_of_a_dataset_let_the_training_save(tmp_path: Path) -> None:
+    """Ctrl-C reaches all processes of a terminal."""
+    command = [sys.executable, "-c", RUN, str(tmp_path / "run"), "100000"]
+    places = os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])
+    environment = {**os.environ, "PYTHONPATH": places, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    while not list(tmp_path.rglob("in-training/*/*.safetensors")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)
+    _, error = process.communicate(timeout=100)
+    assert "KeyboardInterrupt: " in error.splitlines()[-1], error
+    assert re.search(r"goes on from epoch \d+(, step \d+)? of source 0", error.splitlines()[-1]), error

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch.utils.data.sampler import BatchSampler
 
 from fastar.data.dataset import Dataset, OrderedDataset
 from fastar.data.generators import generators_kept, seed_all, set_states, states
+from fastar.data.sample_reading import BatchOrder, Collated, SeededSamples, WorkerBegins
 from fastar.data.sampling import epoch_order
 from fastar.errors import FastarError, UserCodeError
 from fastar.runtime.seeds import derive_seed
@@ -141,15 +142,15 @@ class SampleData(_Held):
     ):
         count = _length(samples, name)
         super().__init__(name, count, device, index)
-        self._samples, self._whole, self._order_now = samples, count, _Order()
+        self._samples, self._whole, self._order_now = samples, count, BatchOrder()
         workers = workers if loader is None else loader.num_workers
         self._loader: DataLoader[Any] = DataLoader(
-            _Seeded(samples, name),  # type: ignore[arg-type]
+            SeededSamples(samples, name),  # type: ignore[arg-type]
             batch_sampler=self._order_now,
             num_workers=workers,
-            collate_fn=_Collated(default_collate if loader is None else loader.collate_fn, name),
+            collate_fn=Collated(default_collate if loader is None else loader.collate_fn, name),
             pin_memory=device.type == "cuda" if loader is None else loader.pin_memory,
-            worker_init_fn=None if loader is None else loader.worker_init_fn,
+            worker_init_fn=WorkerBegins(None if loader is None else loader.worker_init_fn),
             multiprocessing_context=None if loader is None else loader.multiprocessing_context,
             prefetch_factor=None if loader is None else loader.prefetch_factor,
             persistent_workers=workers > 0,
@@ -161,7 +162,7 @@ class SampleData(_Held):
         """Of its type, its length and some of its samples: all of them may be too many to read."""
         places = sorted({round(i * (self._whole - 1) / (DIGESTED - 1)) for i in range(DIGESTED)})
         digest = hashlib.sha256(f"{type(self._samples).__qualname__} {self._whole}".encode())
-        for sample in _Seeded(self._samples, self.name).__getitems__([(place, 0) for place in places]):
+        for sample in SeededSamples(self._samples, self.name).__getitems__([(place, 0) for place in places]):
             digest.update(_tensors_digest(tree_leaves(sample)).encode())
         return digest.hexdigest()
 
@@ -185,47 +186,6 @@ class SampleData(_Held):
             # From a worker there is but a text: the traceback, whose last line is ours.
             text, _, line = str(error).strip().rpartition(f"{UserCodeError.__name__}: ")
             raise UserCodeError(" ".join(line.split())) from RuntimeError(f"in a worker\n{text}")
-
-
-class _Order:
-    """The batches of a pass, each a list of (index, seed): the batch sampler of a DataLoader that lives for all
-    epochs."""
-
-    def __init__(self) -> None:
-        self.batches: list[list[tuple[int, int]]] = []
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        return iter(self.batches)
-
-    def __len__(self) -> int:
-        return len(self.batches)
-
-
-class _Seeded:
-    """A dataset that is asked by (index, seed), and whose draws for a sample follow from the seed."""
-
-    def __init__(self, samples: SampleSet[Any], name: str):
-        self._samples, self._name = samples, name
-
-    def __getitems__(self, wanted: Sequence[tuple[int, int]]) -> list[Any]:
-        found = []
-        with generators_kept():
-            for index, seed in wanted:
-                seed_all(seed)
-                with users_code(f"{self._name}[{index}] ({type(self._samples).__name__})"):
-                    found.append(self._samples[index])
-        return found
-
-
-class _Collated:
-    """A `collate_fn`, whose errors say that it was called."""
-
-    def __init__(self, collate: Callable[[list[Any]], Any], name: str):
-        self._collate, self._name = collate, name
-
-    def __call__(self, samples: list[Any]) -> Any:
-        with users_code(f"{self._name}: making a batch of {len(samples)} samples (collate_fn)"):
-            return self._collate(samples)
 
 
 class IterableData(Dataset):
