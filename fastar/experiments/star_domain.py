@@ -95,6 +95,7 @@ def do_run(
     """
     session = prepare_session(settings, out, progress, given)
     prepare_data(session)
+    _ = session.network.symmetry  # units that cannot be matched are named before anything is trained
     with opened(session) as session, threads(session):
         looking = None if profile is None else steps_profile(session, profile)
         if settings.sources.heldout_folder is None:
