@@ -78,6 +78,8 @@ def load_settings(
         if dataset is None:
             raise FastarError("no dataset: give --dataset NAME, --data MODULE:FUNCTION or --config FILE")
         arch = arch or dataset_spec(dataset).arch
+        if not arch:
+            raise FastarError("no network: give --model MODULE:FUNCTION or --arch NAME")
         path = config_path(dataset, arch)
         content = read_recipe(path) if path else {}
     model = content.get("model")

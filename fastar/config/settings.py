@@ -311,6 +311,8 @@ class Settings(Section):
                 f"train.resolutions needs images of any size ({', '.join(variable_size_names())}), those of "
                 f"{self.dataset.name} have one: leave it out"
             )
+        if self.train.label_smoothing and self.loss != "cross_entropy":
+            raise ValueError(f"train.label_smoothing belongs to cross_entropy, the loss is {self.loss}: leave it out")
         if self.train.resolutions and self.model.arch in OF_ONE_SIDE:
             raise ValueError(
                 f"train.resolutions changes the side of the images, and {self.model.arch} has parameters for one side "

@@ -227,7 +227,8 @@ class UserData(TaskData):
     @cached_property
     def shape(self) -> Shape:
         """Of image data whose targets are classes."""
-        inputs, _ = self.first(2)
+        batch = next(iter(self._whole_split("train").sequential(2)))  # whole: it is taken apart by the network
+        inputs = batch[0] if isinstance(batch, tuple | list) else batch
         if not isinstance(inputs, Tensor) or inputs.ndim != 4:
             raise FastarError(
                 f"--arch {self._settings.model.arch} takes images [batch, channels, height, width]; give a network of "
@@ -239,10 +240,6 @@ class UserData(TaskData):
             )
         _, channels, height, width = inputs.shape
         return Shape((channels, height, width), self.splits_given.classes)
-
-    def first(self, samples: int) -> tuple[Any, Any]:
-        """Inputs and targets of the first `samples` training samples."""
-        return next(iter(self.train.sequential(samples)))
 
 
 class UserNetwork(Network):
