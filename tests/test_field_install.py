@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -37,6 +38,17 @@ matched = fastar.match(a, b, example_inputs=torch.zeros(1, 8))
 many = fastar.match_many([a, b], example_inputs=torch.zeros(1, 8))
 before, after = fastar.barrier(a, b, data), fastar.barrier(a, fastar.apply(matched, b), data)
 print(fastar.__file__, before.value, after.value)
+"""
+NETS = """
+from torch import nn
+
+def build():
+    return nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4))
+"""
+DATA = """
+import torch
+
+train, test = ((torch.randn(n, 8), torch.randint(4, (n,))) for n in (256, 64))
 """
 # Another system, as far as modules can tell when they are imported: no Unix modules, signals and calls.
 ELSEWHERE = """
@@ -171,6 +183,21 @@ def test_it_runs_without_ffcv(python: Path, tmp_path: Path) -> None:
     assert "pip install 'fastar[ffcv]'" in checks["ffcv"]["text"]
     assert not checks["ffcv"]["ok"]
     assert checks["assignment"]["text"].startswith("scipy")
+
+
+def test_the_ten_lines_of_the_readme_run_without_ffcv(python: Path, tmp_path: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    (lines,) = [block for block in blocks if "fastar.train_star(" in block]
+    for name, fewer in (("epochs=50", "epochs=1"), ("number=20", "number=2"), ("number=3", "number=1")):
+        assert name in lines
+        lines = lines.replace(name, fewer)
+    (tmp_path / "mynets.py").write_text(NETS)
+    (tmp_path / "mydata.py").write_text(DATA)
+    found = run(python, "-c", f"{lines}print(run, run.star.path)", folder=tmp_path)
+    assert found.returncode == 0, found.stderr
+    barrier, said = found.stdout.splitlines()
+    assert float(barrier) >= 0
+    assert "2 sources, 1 heldouts, a star" in said
 
 
 def test_digits_without_ffcv_are_the_same_to_the_bit(python: Path, data: Path, tmp_path: Path) -> None:
