@@ -34,9 +34,8 @@ def check(arguments: list[str]) -> None:
     name, *rest = arguments
     command = COMMANDS[name]
     context = command.make_context(name, rest, resilient_parsing=False)
-    words = [
-        str(v) for value in context.params.values() for v in (value if isinstance(value, list | tuple) else [value])
-    ]
+    given = [value for key, value in context.params.items() if key != "model_args"]
+    words = [str(v) for value in given for v in (value if isinstance(value, list | tuple) else [value])]
     settings = [word for word in words if re.match(r"[a-z_]+(\.[a-z_]+)*=", word)]
     dataset = context.params.get("dataset") or "digits"
     called = context.params.get("name") if "dataset" in context.params else None

@@ -18,6 +18,8 @@ def train_star(given: Given, overrides: Overrides = None) -> None:
         fastar train-star --dataset digits
 
         fastar train-star --dataset cifar10 --arch resnet8 --data-root ~/cifar --out runs/small train.epochs=10
+
+        fastar train-star --model mynets:build --model-args width=64 --data mydata:train_and_test --loss mse
     """
     settings = given.settings(overrides)
 
