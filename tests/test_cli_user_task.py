@@ -31,6 +31,9 @@ import fastar
 
 def draw(n, *shape):
     return torch.randn(n, *shape, generator=torch.Generator().manual_seed(n))
+def looking(outputs, batch):
+    assert batch[1].sum().item() < 1000
+    return (outputs - batch[1]).square().mean(1)
 def numbers():
     return (draw(40, 4), draw(40, 1)), (draw(20, 4), draw(20, 1))
 def pictures():
@@ -108,6 +111,12 @@ def test_a_plan_counts_a_users_tensors() -> None:
     assert done.code == 0, done.err
     assert '"bytes": 1200' in done.out  # 60 samples of 5 numbers
     assert "a step on 20 samples" in done.out
+
+
+def test_a_plan_says_what_it_cannot_count() -> None:
+    done = fastar("plan", *TASK[:4], "--loss", "task_data:looking", *SMALL)
+    assert done.code == 0, done.err
+    assert "not counted: activations" in done.out
 
 
 def test_a_network_with_a_name_on_a_users_images(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastar.config import Settings, as_override
-from fastar.errors import FastarError
+from fastar.errors import FastarError, UserCodeError
 from fastar.evaluation.batch_norm import statistics_bytes
 from fastar.evaluation.paths import ENDS
 from fastar.experiments.plan import sizes
@@ -128,7 +128,7 @@ def _items_by_settings(
     def counted(sample: Parts, count: int, *, training: bool = True) -> int:
         try:
             return batch_bytes(model, sample, dtype, count, loss=session.loss, training=training)
-        except RuntimeError as error:  # of a user's code, which looks at values
+        except (RuntimeError, UserCodeError) as error:  # of a user's code, which looks at values
             reason = " ".join(str(error).split())[:100]
             say(f"not counted: activations, since network or loss look at the values of tensors ({reason})")
             return 0
