@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +20,7 @@ from fastar.errors import FastarError
 from fastar.experiments.matchings import star_permutations
 from fastar.experiments.session import Session, new_session
 from fastar.experiments.star_domain import train_sources as train_missing
-from fastar.experiments.user_task import PYTHON, Given
+from fastar.experiments.user_task import PYTHON, Given, check_task
 from fastar.experiments.whole_run import train_star as do_whole_run
 from fastar.losses import LossChoice, MetricChoice
 from fastar.runs import RunFolder
@@ -70,6 +70,10 @@ def train_sources(
         >>> fastar.train_sources(build, train, recipe, number=2, progress=False)
         [TrainedModel(source 0, loss ..., in memory), TrainedModel(source 1, loss ..., in memory)]
     """
+    if kind not in ("source", "heldout"):
+        raise FastarError(f"kind is {kind!r}: choose source or heldout")
+    if not isinstance(number, int) or number < 1:
+        raise FastarError(f"number is {number!r}: give a whole number of networks, 1 or more")
     given = _given(build, train, test, loss, metrics)
     with _folder(out) as folder, _interruptible():
         run, key = RunFolder(folder), "number" if kind == "source" else "heldout"
@@ -123,6 +127,7 @@ def train_star(
         >>> star.barrier(build()).value >= 0
         True
     """
+    sources, heldouts = _several(sources, "sources"), _several(heldouts, "heldouts")
     if not sources:
         raise FastarError("there are no sources: give those of fastar.train_sources, modules, state dicts or files")
     if profile is not None and out is None:
@@ -197,6 +202,7 @@ def load_run(
             if loss is None and is_reference(settings.loss):
                 raise FastarError(f"{run.path}: its loss is a function, {settings.loss}: give loss to fastar.load_run")
             session = new_session(settings, run, given=given)
+            check_task(session.network, session.data, session.loss, session.device)
         permutations = star_permutations(run.permutations) or None
         found = _model("star", run.star, build, True)
         star = Star(**vars(found), permutations=permutations, results=results, _session=session)
@@ -209,9 +215,18 @@ def _splits(train: Any, test: Any) -> UserSplits:
     return UserSplits(train, test)
 
 
+def _several(models: Any, name: str) -> list[Source]:
+    one = isinstance(models, str | Path | Mapping | nn.Module | TrainedModel)
+    if one or not isinstance(models, Iterable):
+        raise FastarError(f"{name} is a {type(models).__name__}: give a list of networks, such as [{name}]")
+    return list(models)
+
+
 def _given(build: Build, train: Any, test: Any, loss: LossChoice, metrics: Sequence[MetricChoice] | None) -> Given:
     if isinstance(build, nn.Module) or not callable(build):
         raise FastarError(f"build is a {type(build).__name__}: give a function that returns a fresh network")
+    if isinstance(metrics, str):
+        raise FastarError(f"metrics is one text: give a list, [{metrics!r}]")
     return Given(build=build, data=_splits(train, test), loss=loss, metrics=metrics)
 
 
@@ -226,6 +241,8 @@ def _settings(
 ) -> Settings:
     """The settings of a run. What a call does not speak of stays as it is in the folder."""
     recipe = Recipe() if recipe is None else recipe
+    if not isinstance(recipe, Recipe):
+        raise FastarError(f"recipe is a {type(recipe).__name__}: give a fastar.Recipe, such as Recipe(epochs=50)")
     loss = given.loss if isinstance(given.loss, str) else name_of(given.loss)
     settings = recipe.settings(PYTHON, name_of(build), loss)
     saved = _saved(run)
@@ -272,6 +289,7 @@ def _are_of_run(models: Sequence[Source], run: RunFolder, kind: str) -> bool:
 def _keep(models: Mapping[str, Sequence[Source]], folder: Path, session: Session) -> None:
     """Write sources and heldouts that were given into folders of the run, unless they are there."""
     network = session.network.build(seed=0, device="cpu") if models else None
+    star_begun = session.run.star.is_file() or session.run.in_training("star", 0).is_dir()
     for kind, some in models.items():
         place = folder / kind
         place.mkdir(parents=True, exist_ok=True)
@@ -279,6 +297,11 @@ def _keep(models: Mapping[str, Sequence[Source]], folder: Path, session: Session
             assert network is not None
             found, path = checkpoint_of(model, network, f"{kind}s[{index}]"), place / f"{index:04d}.safetensors"
             if not path.is_file() or state_digest(load_checkpoint(path)) != state_digest(found):
+                if path.is_file() and kind == "source" and star_begun:
+                    raise FastarError(
+                        f"{path}: the star there was trained with this network, and sources[{index}] is another; "
+                        "choose another out"
+                    )
                 save_checkpoint(path, found.state, {})
         for path in place.glob("*.safetensors"):
             if path.stem.isdecimal() and int(path.stem) >= len(some):

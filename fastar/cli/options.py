@@ -111,6 +111,9 @@ class Given:
         from fastar.config import flatten, parse_overrides
 
         named = {option.setting: self.options.get(name) for name, option in OPTIONS.items() if option.setting}
+        for one in self.options.get("model_args") or ():
+            if not one.partition("=")[0] or "=" not in one:
+                raise FastarError(f"--model-args {one}: write key=value, such as width=64")
         arguments = parse_overrides(f"model.{one}" for one in self.options.get("model_args") or ())
         return {
             **{key: value for key, value in named.items() if value is not None and value is not False},
@@ -136,6 +139,9 @@ class Given:
                 from fastar.experiments.reuse import matching_paths
 
                 changes[setting] = len(matching_paths(Path(self[option])))
+                if not changes[setting]:
+                    named = f"--{option.replace('_', '-')} {self[option]}"
+                    raise FastarError(f"{named}: no checkpoint (.safetensors, .pt, .pth, .ckpt, .bin) there")
         return load_settings(
             dataset=self.either("dataset", "data"),
             arch=self.either("arch", "model"),

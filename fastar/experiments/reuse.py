@@ -124,6 +124,8 @@ def matching_paths(folder: Path) -> list[Path]:
         raise FastarError(f"{folder}: is a run folder; give its sources, {whole / 'sources'}")
     if whole.is_dir():
         found = list(whole.iterdir())
+    elif whole.is_file():
+        found = [whole]
     elif any(character in str(folder) for character in "*?["):
         found = [Path(name) for name in glob.glob(str(whole), recursive=True)]
     else:

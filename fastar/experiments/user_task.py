@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map_only
 
 from fastar.config import Settings
@@ -17,6 +18,7 @@ from fastar.data.generators import generators_kept, seed_all
 from fastar.data.splits import held_out
 from fastar.data.user_data import TensorData, UserDataset, UserSplits, some_of, user_data
 from fastar.errors import FastarError
+from fastar.evaluation.batches import check_network
 from fastar.experiments.task import Network, Shape, TaskData
 from fastar.flat.forward import Batch, call, in_float32
 from fastar.losses import Loss, LossChoice, MetricChoice, find_loss, split_of
@@ -278,6 +280,16 @@ class UserNetwork(Network):
                 f"{self._name}: returned {type(model).__name__}, not a torch.nn.Module; return a network, or (network, "
                 "example inputs)"
             )
+        check_network(model, self._name)
+        if type(model).__name__ == "OptimizedModule":
+            raise FastarError(
+                f"{self._name}: returned a compiled network; return it as it is, and set train.compile=true"
+            )
+        if any(is_lazy(value) for value in model.state_dict().values()):
+            raise FastarError(
+                f"{self._name}: returned a network with parameters without a shape yet; run one batch through its lazy "
+                "modules first"
+            )
         if example is not None and self._example is None:
             self._example = checked_example(example, self._name)
         shapes = {name: value.shape for name, value in model.state_dict().items() if isinstance(value, Tensor)}
@@ -290,7 +302,7 @@ class UserNetwork(Network):
                 f"{self._name}: builds another network at each call ({changed[0]} was {was}, is {now} now); let it "
                 "build the same one"
             )
-        return model.cpu().train()
+        return model.cpu().float().train()
 
     def check_seeded(self) -> None:
         one, two = (dict(self.make(seed).named_parameters()) for seed in (0, 1))

@@ -115,6 +115,11 @@ def save_checkpoint(path: Path, state: Mapping[str, torch.Tensor], metadata: Map
         FastarError: `path` cannot be written.
     """
     tensors = {name: value.detach().cpu().contiguous() for name, value in state.items()}
+    seen = set[int]()
+    for name, value in tensors.items():  # tied weights: the format has no tensors of one memory
+        if value.data_ptr() in seen:
+            tensors[name] = value.clone()
+        seen.add(value.data_ptr())
     # One text: several would be written in an order that changes from run to run.
     content = json.loads(json.dumps({**metadata, TENSORS_DIGEST: tensors_digest(tensors)}))
     text = json.dumps({**content, METADATA_DIGEST: content_digest(content)}, sort_keys=True)

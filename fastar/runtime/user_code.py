@@ -67,7 +67,7 @@ def find_function(reference: str, option: str) -> Callable[..., Any]:
         remedy = "run from the folder that holds it, or install it"
         if "torchvision::" in str(error):
             remedy = "torchvision is of another build than torch: `fastar doctor` says more"
-        elif file is not None:
+        elif file is not None or not isinstance(error, ImportError):
             remedy = "mend it; what is to run as a program alone belongs under `if __name__ == '__main__'`"
         raise FastarError(
             f"{option} {reference}: cannot import {name} ({type(error).__name__}: {' '.join(str(error).split())}); "
@@ -130,7 +130,11 @@ def users_traceback(error: UserCodeError) -> str:
     frames = cause.__traceback__
     while frames is not None and frames.tb_frame.f_globals.get("__name__", "").partition(".")[0] in _ON_THE_WAY:
         frames = frames.tb_next
-    return "".join(traceback.format_exception(type(cause), cause, frames or cause.__traceback__))
+    if frames is None:  # it never came to the user's code: torch's own frames, if there are any
+        frames = cause.__traceback__
+        while frames is not None and frames.tb_frame.f_globals.get("__name__", "").partition(".")[0] == "fastar":
+            frames = frames.tb_next
+    return "" if frames is None else "".join(traceback.format_exception(type(cause), cause, frames))
 
 
 def name_of(function: Any) -> str:

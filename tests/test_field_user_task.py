@@ -1,0 +1,136 @@
+"""What a user's task may be given, and what is said of what does not fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from task_cases import build, tensors
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+import fastar
+from fastar import FastarError, Recipe
+from fastar.cli.main import app
+from fastar.errors import UserCodeError
+from fastar.experiments.reuse import matching_paths
+from fastar.runtime.user_code import find_function, users_traceback
+
+RECIPE = Recipe(epochs=1, batch_size=16)
+
+
+class Tied(nn.Module):
+    """A language model whose tokens go in and out by one matrix."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokens, self.hidden, self.out = nn.Embedding(7, 5), nn.Linear(5, 5), nn.Linear(5, 7, bias=False)
+        self.out.weight = self.tokens.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(torch.relu(self.hidden(self.tokens(x))))
+
+
+def test_tied_weights_are_trained_saved_and_read_again(tmp_path: Path):
+    tokens = torch.randint(7, (32, 6), generator=torch.Generator().manual_seed(0))
+    sources = fastar.train_sources(Tied, tokens, RECIPE, number=2, loss="lm", out=tmp_path / "run", progress=False)
+    star = fastar.train_star(Tied, sources, tokens, RECIPE, loss="lm", out=tmp_path / "run", progress=False)
+    assert torch.equal(star.state["tokens.weight"], star.state["out.weight"])
+    assert star.barrier(sources[0]).value >= 0
+    again = fastar.load_run(tmp_path / "run", Tied)
+    assert torch.equal(again.sources[1].module()(tokens), sources[1].module()(tokens))
+    given = [one.module() for one in sources]
+    other = fastar.train_star(Tied, given, tokens, RECIPE, loss="lm", progress=False)
+    assert all(torch.equal(value, star.state[name]) for name, value in other.state.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_a_network_of_another_type_is_trained_in_float32(dtype: torch.dtype):
+    [one] = fastar.train_sources(lambda: build().to(dtype), tensors(), RECIPE, number=1, progress=False)
+    assert {value.dtype for value in one.state.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("made", "line"),
+    [
+        (lambda: nn.LazyLinear(3), "parameters without a shape yet; run one batch through its lazy modules first"),
+        (lambda: torch.compile(build()), "returned a compiled network; return it as it is, and set train.compile=true"),
+        (lambda: nn.DataParallel(build()), "give the network inside, its .module"),
+    ],
+)
+def test_networks_that_cannot_be_trained_as_they_are(made: Any, line: str):
+    with pytest.raises(FastarError, match=line):
+        fastar.train_sources(made, tensors(), RECIPE, number=1, progress=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        ({"kind": "heldouts"}, "kind is 'heldouts': choose source or heldout"),
+        ({"number": "2"}, "number is '2': give a whole number of networks, 1 or more"),
+        ({"number": 0}, "number is 0: give a whole number of networks, 1 or more"),
+        ({"recipe": {"epochs": 1}}, "recipe is a dict: give a fastar.Recipe"),
+        ({"metrics": "accuracy"}, r"metrics is one text: give a list, \['accuracy'\]"),
+    ],
+)
+def test_arguments_of_another_type(arguments: dict[str, Any], line: str):
+    with pytest.raises(FastarError, match=line):
+        fastar.train_sources(build, tensors(), **{"recipe": RECIPE, "progress": False, **arguments})
+
+
+def test_sources_are_a_list_not_one_network():
+    for one in (build(), "run/sources", build().state_dict()):
+        with pytest.raises(FastarError, match=f"sources is a {type(one).__name__}: give a list of networks"):
+            fastar.train_star(build, one, tensors(), RECIPE, progress=False)  # type: ignore[arg-type]
+        with pytest.raises(FastarError, match=f"heldouts is a {type(one).__name__}: give a list of networks"):
+            fastar.train_star(build, [build()], tensors(), RECIPE, heldouts=one, progress=False)  # type: ignore[arg-type]
+
+
+def test_other_sources_do_not_take_the_place_of_those_of_a_star(tmp_path: Path):
+    first = [build(), build()]
+    star = fastar.train_star(build, (one for one in first), tensors(), RECIPE, out=tmp_path / "run", progress=False)  # type: ignore[arg-type]
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.safetensors")}
+    with pytest.raises(FastarError, match=r"sources\[0\] is another; choose another out"):
+        fastar.train_star(build, [build(), build()], tensors(), RECIPE, out=tmp_path / "run", progress=False)
+    assert before == {path: path.read_bytes() for path in (tmp_path / "run").rglob("*.safetensors")}
+    again = fastar.train_star(build, first, tensors(), RECIPE, out=tmp_path / "run", progress=False)
+    assert all(torch.equal(value, star.state[name]) for name, value in again.state.items())
+
+
+def test_a_run_is_read_with_data_of_another_shape(tmp_path: Path):
+    sources = fastar.train_sources(build, tensors(), RECIPE, number=2, out=tmp_path, progress=False)
+    fastar.train_star(build, sources, tensors(), RECIPE, out=tmp_path, progress=False)
+    x, y = tensors()
+    with pytest.raises(FastarError, match="the network's forward, on the first train batch, failed"):
+        fastar.load_run(tmp_path, build, (x[:, :3], y))
+
+
+def test_a_function_that_cannot_be_called_shows_no_frames_of_fastar():
+    with pytest.raises(UserCodeError, match="missing 1 required positional argument") as caught:
+        fastar.train_sources(lambda width: build(), tensors(), RECIPE, number=1, progress=False)
+    assert users_traceback(caught.value) == ""
+
+
+def test_a_module_that_does_not_parse_is_to_be_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    (tmp_path / "broken_nets.py").write_text("def build(: pass")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(FastarError, match=r"cannot import broken_nets \(SyntaxError.*; mend it"):
+        find_function("broken_nets:build", "--model")
+
+
+def test_files_of_sources_that_are_not_there(tmp_path: Path):
+    torch.save(build().state_dict(), tmp_path / "one.pt")
+    command = ["plan", "--model", "task_cases:build", "--data", "task_cases:tensors"]
+    result = CliRunner().invoke(app, [*command, "--sources-from", str(tmp_path / "no*.pt")])
+    assert isinstance(result.exception, FastarError)
+    assert "no*.pt: no checkpoint (.safetensors, .pt, .pth, .ckpt, .bin) there" in str(result.exception)
+    assert matching_paths(tmp_path / "one.pt") == [tmp_path / "one.pt"]
+
+
+@pytest.mark.parametrize("arguments", ["width", "=3"])
+def test_model_arguments_that_are_no_pairs(arguments: str):
+    command = ["plan", "--model", "task_cases:build", "--data", "task_cases:tensors", "--model-args", arguments]
+    result = CliRunner().invoke(app, command)
+    assert str(result.exception) == f"--model-args {arguments}: write key=value, such as width=64"
