@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 import torch
 from task_cases import build, tensors
 from torch import Tensor, nn
+from torch.nn import functional as F
 from typer.testing import CliRunner
 
 import fastar
@@ -16,7 +19,7 @@ from fastar import FastarError, Recipe
 from fastar.cli.main import app
 from fastar.errors import UserCodeError
 from fastar.experiments.reuse import matching_paths
-from fastar.runtime.user_code import find_function, users_traceback
+from fastar.runtime.user_code import find_function, source_digest, users_traceback
 
 RECIPE = Recipe(epochs=1, batch_size=16)
 
@@ -134,3 +137,45 @@ def test_model_arguments_that_are_no_pairs(arguments: str):
     command = ["plan", "--model", "task_cases:build", "--data", "task_cases:tensors", "--model-args", arguments]
     result = CliRunner().invoke(app, command)
     assert str(result.exception) == f"--model-args {arguments}: write key=value, such as width=64"
+
+
+WEIGHT = torch.ones(3)
+SCALES = {"loss": 1.0}
+
+
+class Scaled:
+    """A loss that is an object."""
+
+    def __init__(self, scale: float):
+        self.scale = scale
+
+    def __call__(self, outputs: Tensor, batch: Any) -> Tensor:
+        return self.scale * F.cross_entropy(outputs, batch[1], reduction="none")
+
+
+def by_weight(outputs: Tensor, batch: Any) -> Tensor:
+    return F.cross_entropy(outputs, batch[1], weight=WEIGHT, reduction="none")
+
+
+def by_scale(outputs: Tensor, batch: Any) -> Tensor:
+    return SCALES["loss"] * F.cross_entropy(outputs, batch[1], reduction="none")
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (nn.CrossEntropyLoss(reduction="none"), nn.CrossEntropyLoss(reduction="none", label_smoothing=0.3)),
+        (nn.CrossEntropyLoss(WEIGHT, reduction="none"), nn.CrossEntropyLoss(2 * WEIGHT, reduction="none")),
+        (Scaled(1.0), Scaled(2.0)),
+        (partial(by_scale, scale=WEIGHT), partial(by_scale, scale=2 * WEIGHT)),
+        (by_weight, "WEIGHT"),
+        (by_scale, "SCALES"),
+    ],
+)
+def test_a_loss_with_other_values_is_another_loss(first: Any, second: Any, monkeypatch: pytest.MonkeyPatch):
+    digest = source_digest([first])
+    assert source_digest([copy.deepcopy(first)]) == digest
+    if isinstance(second, str):
+        monkeypatch.setitem(globals(), second, {"WEIGHT": 2 * WEIGHT, "SCALES": {"loss": 2.0}}[second])
+        second = first
+    assert source_digest([second]) != digest

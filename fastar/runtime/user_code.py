@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import functools
 import hashlib
@@ -11,7 +12,7 @@ import inspect
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -154,13 +155,15 @@ def source_digest(objects: Iterable[Any]) -> str:
             continue
         seen.append(one)
         digest.update(_source(one).encode())
+        if not (inspect.isroutine(one) or inspect.isclass(one)):  # an object that is called: what it holds, too
+            digest.update((_value(one, own=True) or "").encode())
         for name, used in sorted(_used(one).items()):
-            if all(
-                isinstance(value, int | float | str) for value in (used if isinstance(used, list | tuple) else [used])
-            ):
-                digest.update(f"{name}={used!r}".encode())
-            elif inspect.isfunction(used) or inspect.isclass(used):
+            if inspect.isfunction(used) or inspect.isclass(used):
                 waiting.append(used)
+                continue
+            own = getattr(used, "__module__", None) == getattr(one, "__module__", "")
+            if (text := _value(used, own=own)) is not None:
+                digest.update(f"{name}={text}".encode())
     return digest.hexdigest()
 
 
@@ -176,12 +179,39 @@ def _used(one: Any) -> dict[str, Any]:
             names = inspect.getclosurevars(function)
             found |= {**names.globals, **names.nonlocals}
     module = getattr(one, "__module__", None)
-    return {name: used for name, used in found.items() if getattr(used, "__module__", module) == module}
+    return {
+        name: used
+        for name, used in found.items()
+        if getattr(used, "__module__", module) == module or not (inspect.isroutine(used) or inspect.isclass(used))
+    }
+
+
+def _value(value: Any, *, own: bool = False, depth: int = 8) -> str | None:
+    """A value as a text that is the same in another process: numbers, texts, arrays, tensors, collections, dataclasses
+    and objects of a user's `own` classes; None of others."""
+    if value is None or isinstance(value, int | float | str | bytes):
+        return repr(value)
+    if not depth or inspect.ismodule(value) or isinstance(value, functools.partial):
+        return None
+    if hasattr(value, "detach") and hasattr(value, "numpy"):  # of torch, which is not imported here
+        value = value.detach().cpu()
+        value = (value if "bfloat16" not in str(value.dtype) else value.float()).numpy()
+    if hasattr(value, "tobytes") and hasattr(value, "dtype"):
+        digest = hashlib.sha256(value.tobytes()).hexdigest()
+        return None if value.dtype.hasobject else f"{value.dtype}{value.shape}{digest}"
+    if isinstance(value, Mapping):
+        return repr([(str(key), _value(one, own=own, depth=depth - 1)) for key, one in value.items()])
+    if isinstance(value, list | tuple):
+        return repr([_value(one, own=own, depth=depth - 1) for one in value])
+    if (own or dataclasses.is_dataclass(value)) and not (inspect.isroutine(value) or inspect.isclass(value)):
+        held = {key: one for key, one in getattr(value, "__dict__", {}).items() if key != "training"}
+        return _value(held, own=own, depth=depth - 1)
+    return None
 
 
 def _source(one: Any) -> str:
     if isinstance(one, functools.partial):
-        return f"{_source(one.func)} {one.args!r} {sorted(one.keywords.items())!r}"
+        return f"{_source(one.func)} {_value(one.args)} {_value(dict(sorted(one.keywords.items())))}"
     module = getattr(one, "__module__", None) or ""
     if module.partition(".")[0] in ("torch", "fastar"):
         return name_of(one)
