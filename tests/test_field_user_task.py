@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from task_cases import build, tensors
+from task_cases import build, recipe, tensors
 from torch import Tensor, nn
 from torch.nn import functional as F
 from typer.testing import CliRunner
@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 import fastar
 from fastar import FastarError, Recipe
 from fastar.cli.main import app
+from fastar.data.user_data import user_data
 from fastar.errors import UserCodeError
 from fastar.experiments.reuse import matching_paths
 from fastar.runtime.user_code import find_function, source_digest, users_traceback
@@ -179,3 +180,29 @@ def test_a_loss_with_other_values_is_another_loss(first: Any, second: Any, monke
         monkeypatch.setitem(globals(), second, {"WEIGHT": 2 * WEIGHT, "SCALES": {"loss": 2.0}}[second])
         second = first
     assert source_digest([second]) != digest
+
+
+def test_data_that_mean_something_else_are_named() -> None:
+    x, y = tensors(16)
+    for train, words in (
+        ([x, y], "is a list of two tensors: give a tuple"),
+        ([(x[i], y[i]) for i in range(16)], "give samples, not batches"),
+    ):
+        with pytest.raises(fastar.FastarError, match=words):
+            fastar.train_sources(build, train, recipe(), number=1, progress=False)
+    with pytest.raises(fastar.FastarError, match="bce takes targets from 0 to 1; they are from 0 to 5"):
+        fastar.train_sources(
+            build, (x, torch.full((16, 3), 5.0) * (x[:, :3] > 0)), recipe(), number=1, loss="bce", progress=False
+        )
+    with pytest.raises(fastar.FastarError, match="a ReLU, has no parameters"):
+        fastar.train_sources(nn.ReLU, (x, x), recipe(), number=1, loss="mse", progress=False)
+
+
+def test_numbers_that_are_not_finite_are_told_of() -> None:
+    lines: list[str] = []
+    x, _ = tensors(16)
+    x[3, 1] = torch.nan
+    user_data("the train data", x, torch.device("cpu"), 8, say=lines.append)
+    assert lines == [
+        "the train data: tensor 0 holds numbers that are not finite; losses of its samples may not be either"
+    ]

@@ -358,7 +358,14 @@ def check_task(network: Network, data: TaskData, loss: Loss, device: torch.devic
     remedy = "use a smaller network, or more memory"
     with generators_kept(), within_memory("running the network on two samples", remedy):
         model = network.build(seed=0)
+        if next(model.parameters(), None) is None:
+            raise FastarError(f"the network, a {type(model).__name__}, has no parameters: there is nothing to train")
         for split, (inputs, targets) in data.trials():
+            if isinstance(targets, Tensor) and not targets.ndim:
+                raise FastarError(
+                    f"the {split} data give samples, not batches (a target has no axis of samples): wrap them in a "
+                    "DataLoader with a batch_size"
+                )
             with torch.no_grad(), users_code(f"the network's forward, on the first {split} batch,"):
                 outputs = call(model.eval(), inputs)
             with torch.no_grad(), users_code(f"the loss {loss.name}, on the first {split} batch,"):

@@ -97,8 +97,16 @@ def absolute(outputs: Any, targets: Tensor) -> Sums:
 
 
 def binary(outputs: Any, targets: Tensor) -> Sums:
-    """Binary cross-entropies of all labels, outputs being logits."""
+    """Binary cross-entropies of all labels, outputs being logits.
+
+    Raises:
+        FastarError: targets outside 0..1, of which losses have no least value (looked for on a CPU alone).
+    """
     found, wanted = same_shape(outputs, targets)
+    if wanted.device.type == "cpu" and wanted.numel():
+        low, high = wanted.aminmax()
+        if low < 0 or high > 1:
+            raise FastarError(f"bce takes targets from 0 to 1; they are from {float(low):g} to {float(high):g}")
     return F.binary_cross_entropy_with_logits(found, wanted, reduction="sum"), wanted.numel()
 
 
