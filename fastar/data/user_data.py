@@ -285,9 +285,9 @@ def user_data(
                     f"{name}: tensor {place} holds numbers that are not finite; losses of its samples may not be either"
                 )
         return TensorData(name, given, device)
-    if isinstance(given, list) and len(given) == 2 and all(isinstance(one, Tensor) and one.ndim for one in given):
-        if len(given[0]) == len(given[1]):
-            raise FastarError(f"{name} is a list of two tensors: give a tuple, (inputs, targets)")
+    pair = isinstance(given, list) and len(given) == 2 and all(isinstance(one, Tensor) and one.ndim for one in given)
+    if pair and len(given[0]) == len(given[1]):
+        raise FastarError(f"{name} is a list of two tensors: give a tuple, (inputs, targets)")
     if isinstance(given, DataLoader):
         ordinary = type(given.batch_sampler) is BatchSampler
         if ordinary and type(given.sampler) in (RandomSampler, SequentialSampler):
