@@ -184,18 +184,12 @@ WANTED = "give (inputs, labels) batches: a DataLoader, a list, a function that b
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        (TensorDataset(IMAGES, LABELS), "data is a dataset (TensorDataset), which gives samples one by one: wrap it"),
         (3, f"data is int: {WANTED}"),
         ("train", f"data is str: {WANTED}"),
-        (IMAGES, f"data is Tensor: {WANTED}"),
-        ({"images": IMAGES, "labels": LABELS}, f"data is dict: {WANTED}"),
         (NETWORKS[0], f"data is Sequential: {WANTED}"),
         (lambda: None, f"the function given as data returns NoneType: {WANTED}"),
         ((IMAGES.numpy(), LABELS.numpy()), "data is tuple of ndarray, ndarray: make tensors of NumPy's arrays"),
         ([(IMAGES.numpy(), LABELS)], "one is tuple of ndarray, Tensor; torch.from_numpy makes tensors of NumPy's"),
-        ([(IMAGES, LABELS, LABELS)], "one is tuple of Tensor, Tensor, Tensor"),
-        ([(IMAGES, LABELS.tolist())], "one is tuple of Tensor, list"),
-        ([{"x": IMAGES, "y": LABELS}], "its batches must be (inputs, labels), two tensors; one is dict"),
         ((IMAGES, LABELS[:3]), "data: 32 inputs and 3 labels; give one label for each"),
         ((IMAGES, LABELS[0]), "data: 32 inputs and no labels"),
         ((HWC, LABELS), "(these look like [batch, height, width, channels]: inputs.permute(0, 3, 1, 2))"),
@@ -212,12 +206,28 @@ def test_what_came_where_batches_are_expected(given: Any, said: str) -> None:
     assert said.replace("data is", "statistics_data is").replace("as data", "as statistics_data") in statistics
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (IMAGES, "the targets are float32 [32, 1, 4, 4]"),
+        ({"images": IMAGES, "labels": LABELS}, "the network's forward takes none of them: it takes input"),
+        ([(IMAGES, LABELS, LABELS)], "does not run on a batch of inputs (float32 [32, 1, 4, 4], int64 [32] on cpu)"),
+        ([(IMAGES, LABELS.tolist())], "labels must be whole numbers, one for each of 32 inputs; they are list of int"),
+        ([{"x": IMAGES, "y": LABELS}], "a batch has the keys 'x', 'y'"),
+    ],
+)
+def test_batches_of_a_form_that_this_network_or_loss_does_not_take(given: Any, said: str) -> None:
+    assert said in said_by(lambda: fastar.barrier(*NETWORKS, given))
+
+
+def test_a_dataset_is_taken_as_its_samples() -> None:
+    whole = fastar.barrier(*NETWORKS, TensorDataset(IMAGES, LABELS), points=3)
+    assert whole == fastar.barrier(*NETWORKS, (IMAGES, LABELS), points=3)
+
+
 def test_what_came_where_batches_to_match_by_are_expected() -> None:
-    for given, said in (
-        (TensorDataset(IMAGES, LABELS), "data is a dataset (TensorDataset)"),
-        ((HWC, LABELS), "the model, on data, does not run on a batch of inputs (float32 [32, 4, 4, 1] on cpu)"),
-    ):
-        assert said in said_by(lambda given=given: match(*NETWORKS, data=given, method="activation"))
+    said = "the model, on data, does not run on a batch of inputs (float32 [32, 4, 4, 1] on cpu)"
+    assert said in said_by(lambda: match(*NETWORKS, data=(HWC, LABELS), method="activation"))
 
 
 @pytest.mark.parametrize(
@@ -237,12 +247,9 @@ def test_labels_that_do_not_fit(data: Any, said: str) -> None:
 def test_labels_that_a_loss_to_match_by_cannot_take() -> None:
     by_loss = {"method": "sinkhorn", "sinkhorn": {"objective": "mid", "steps": 1}}
     for labels, said in (
-        (
-            LABELS + 3,
-            "is out of bounds): give logits [batch, classes], and whole numbers [batch] from 0 to classes - 1",
-        ),
-        (LABELS.float(), "no loss can be taken of the model's outputs and labels torch.float32 [32]"),
-        (LABELS[:5], "labels torch.int64 [5]"),
+        (LABELS + 3, "labels from 3 to 5, where the model has 3 classes, from 0"),
+        (LABELS.float(), "they are torch.float32 of shape [32]"),
+        (LABELS[:5], "one for each of 32 inputs; they are torch.int64 of shape [5]"),
     ):
         assert said in said_by(lambda labels=labels: match(*NETWORKS, data=[(IMAGES, labels)], **by_loss))
     whole, short = (match(*NETWORKS, data=[(IMAGES, one)], **by_loss) for one in (LABELS, LABELS.int()))

@@ -335,7 +335,8 @@ def some_of(data: UserDataset, count: int | None, *, begin: int = 0, seed: str =
         raise FastarError("a limit or a share for validation needs tensors or a map-style dataset")
     if begin + count > len(data):
         raise FastarError(f"{data.name}: {begin + count} samples are asked for and {len(data)} there; lower the limit")
-    order = torch.argsort(torch.rand(len(data), generator=torch.Generator().manual_seed(derive_seed(0, seed))))
+    generator = torch.Generator().manual_seed(derive_seed(0, seed))
+    order = torch.argsort(torch.rand(len(data), generator=generator, dtype=torch.float32, device="cpu"))
     chosen = order[begin : begin + count].sort().values
     twin = object.__new__(type(data))
     twin.__dict__.update(data.__dict__)

@@ -23,7 +23,7 @@ from fastar.evaluation.batch_norm import (
 from fastar.flat import FlatLayout
 from fastar.flat.forward import call
 from fastar.flat.state_check import drops_caches, forget
-from fastar.losses import Loss, find_loss
+from fastar.losses import Loss, find_loss, sample_count
 from fastar.runtime.cuda_graph import CallGraph, Record
 from fastar.runtime.full_precision import full_precision
 
@@ -141,16 +141,16 @@ class _Passes:
         return {name: view[k] for name, view in self.views.items()}
 
     def run(self, work: Callable[[Any, Any], Tensor], moved: Sequence[Tensor], batches: Batches) -> int:
-        """Do `work`, which changes the tensors `moved`, on every batch; the number of batches."""
-        done = 0
+        """Do `work`, which changes the tensors `moved`, on every batch; the number of samples."""
+        samples = 0
         # Batches of another shape than the first (the last one) go without the graph.
         graph = None
         if self.graph:
             graph = CallGraph(work, moved, moved[0].device, setting="evaluation.graph", record=self.record)
         for inputs, targets in batches():
             (graph if graph is not None and graph.fits(inputs, targets) else work)(inputs, targets)
-            done += 1
-        return done
+            samples += sample_count(inputs)
+        return samples
 
     def population(self, chosen: Sequence[int], batches: Batches) -> list[Statistics]:
         """The exact batch-norm statistics of the models `chosen` over all data."""

@@ -155,7 +155,7 @@ def _synsets(
     content: bytes, where: Path, script: str = READ_SYNSETS, seconds: float = SECONDS
 ) -> list[tuple[int, str, int]]:
     """(number, name, number of children) of each row of meta.mat."""
-    command = [sys.executable, "-c", script, "\n".join(sys.path)]
+    command = [sys.executable, "-c", script, "\n".join(filter(None, sys.path))]  # nothing of the current folder
     environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"}
     try:
         done = subprocess.run(command, input=content, capture_output=True, timeout=seconds, env=environment)

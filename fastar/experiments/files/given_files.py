@@ -114,7 +114,11 @@ def _session_of(first: Checkpoint, named: Named, progress: Progress, *, measured
             options["dataset.resolution"] = known["input_shape"][1]
     given = {key: value for key, value in options.items() if value is not None}
     settings = load_settings(dataset=dataset or PYTHON, arch=arch, values={**given, **named.changes})
-    example = None if named.input_shape is None else torch.zeros(shape_of(named.input_shape), dtype=torch.float32)
+    example = (
+        None
+        if named.input_shape is None
+        else torch.zeros(shape_of(named.input_shape), dtype=torch.float32, device="cpu")
+    )
     # The checkpoint says enough of its images where they are not needed, as in matching.
     session = new_session(
         settings, RunFolder(Path(".")), progress, classes=classes, given=Given(example=example, no_data=dataset is None)
