@@ -151,6 +151,7 @@ def test_bad_input_is_one_line(options: tuple[str, ...], says: str, tmp_path: Pa
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_the_page_is_followed_to_the_letter(tmp_path: Path) -> None:
     page = PAGE.read_text(encoding="utf-8")
     for name, text in FILE.findall(page):

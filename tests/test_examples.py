@@ -43,7 +43,11 @@ def test_every_script_is_run() -> None:
     assert [path.name for path in FOLDER.glob("*.ipynb")] == ["first_star.ipynb"]
 
 
-@pytest.mark.parametrize("name", list(SMALL))
+@pytest.mark.parametrize(
+    "name",
+    # The language model's takes 20 s, mostly of tracing: `make test-all` runs it.
+    [pytest.param(name, marks=[pytest.mark.slow] if name == "language_model" else []) for name in SMALL],
+)
 def test_an_example_prints_its_table(
     name: str, example: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -200,6 +200,7 @@ def test_the_ten_lines_of_the_readme_run_without_ffcv(python: Path, tmp_path: Pa
     assert "2 sources, 1 heldouts, a star" in said
 
 
+@pytest.mark.slow
 def test_digits_without_ffcv_are_the_same_to_the_bit(python: Path, data: Path, tmp_path: Path) -> None:
     train_star(small(data, "matching.solver=scipy"), tmp_path / "with")
     options = ("train-star", "--dataset", "digits", "--out", "without", *SMALL, "matching.solver=scipy")
