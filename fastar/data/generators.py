@@ -29,7 +29,7 @@ def generators_kept() -> Iterator[None]:
 
 
 def states() -> tuple[Any, ...]:
-    """Where they are."""
+    """The states of all generators."""
     return torch.default_generator.get_state(), np.random.get_state(), random.getstate()  # noqa: NPY002
 
 

@@ -54,7 +54,7 @@ class Collated:
 
 
 class WorkerBegins:
-    """What a worker does first: Ctrl-C reaches all processes of a terminal; it goes on, so that the training can save,
+    """A worker begins: Ctrl-C reaches all processes of a terminal; it goes on, so that the training can save,
     and ends with it.
 
     Args:
