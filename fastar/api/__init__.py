@@ -1,4 +1,4 @@
-"""What `import fastar` gives."""
+"""The names that `import fastar` gives."""
 
 from fastar.api.barriers import barrier
 from fastar.api.curves import Barrier

@@ -1,4 +1,4 @@
-"""What the functions of `fastar` return: barriers, trained networks, stars and runs."""
+"""Barriers, as the functions of `fastar` return them, and frames of results."""
 
 from __future__ import annotations
 

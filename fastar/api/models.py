@@ -71,8 +71,26 @@ Source: TypeAlias = Union[TrainedModel, nn.Module, Mapping[str, Tensor], Path, s
 """A network of any of the kinds that users have."""
 
 
+class WithResults:
+    """Results of a run, and their forms: a table, a picture, a frame."""
+
+    results: Mapping[str, Any]
+
+    def table(self) -> str:
+        """Losses and barriers of the run, their means and standard deviations, as a table to print."""
+        return results_text(self.results)
+
+    def plot(self, axes: Any = None, *, split: str = "train") -> Any:
+        """Draw the loss along the run's paths, of the training data or another split; the matplotlib Axes."""
+        return plot_paths(self.results, split, axes)
+
+    def to_frame(self) -> Any:
+        """A pandas DataFrame of the run's paths and their barriers."""
+        return paths_frame(self.results)
+
+
 @dataclass(frozen=True, repr=False)
-class Star(TrainedModel):
+class Star(TrainedModel, WithResults):
     """A star model: the straight path from it to each source has low loss.
 
     Args:
@@ -117,21 +135,9 @@ class Star(TrainedModel):
             (path,), _ = evaluated(session, [Segment("path", *ends)])
         return Barrier.of(path, session.data.names()[-1], session.loss.name)
 
-    def table(self) -> str:
-        """Losses and barriers of the run, their means and standard deviations, as a table to print."""
-        return results_text(self.results)
-
-    def plot(self, axes: Any = None, *, split: str = "train") -> Any:
-        """Draw the loss along the run's paths, of the training data or another split; the matplotlib Axes."""
-        return plot_paths(self.results, split, axes)
-
-    def to_frame(self) -> Any:
-        """A pandas DataFrame of the run's paths and their barriers."""
-        return paths_frame(self.results)
-
 
 @dataclass(frozen=True, repr=False)
-class Run:
+class Run(WithResults):
     """A run folder: its models, permutations and results.
 
     Args:
@@ -157,7 +163,7 @@ class Run:
 
     @property
     def permutations(self) -> Permutations | None:
-        """Of the sources that the star was trained with."""
+        """Those of the sources that the star was trained with."""
         return None if self.star is None else self.star.permutations
 
     @property
@@ -171,18 +177,6 @@ class Run:
             raise FastarError(f"{self.path}: nothing is measured yet; train its star")
         split = self.results["test" if "test" in self.results else "train"]
         return float(split["star_heldout" if split["star_heldout"]["n"] else "star_source"]["mean"])
-
-    def table(self) -> str:
-        """Losses and barriers of the run, their means and standard deviations, as a table to print."""
-        return results_text(self.results)
-
-    def plot(self, axes: Any = None, *, split: str = "train") -> Any:
-        """Draw the loss along the run's paths, of the training data or another split; the matplotlib Axes."""
-        return plot_paths(self.results, split, axes)
-
-    def to_frame(self) -> Any:
-        """A pandas DataFrame of the run's paths and their barriers."""
-        return paths_frame(self.results)
 
 
 def checkpoint_of(model: Source, network: nn.Module, name: str) -> Checkpoint:

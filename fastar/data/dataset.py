@@ -11,7 +11,7 @@ from fastar.errors import FastarError
 from fastar.runtime.seeds import derive_seed
 
 Batch = Any
-"""What a data set gives at a time, on its device. Of image sets: (images fp32 [b, C, H, W] channels-last and
+"""One batch, on the data set's device. Of image sets: (images fp32 [b, C, H, W] channels-last and
 normalised, labels int64 [b]). Of users' data: what they gave."""
 
 

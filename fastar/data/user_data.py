@@ -159,7 +159,7 @@ class SampleData(_Held):
         self.digest = self._digest()
 
     def _digest(self) -> str:
-        """Of its type, its length and some of its samples: all of them may be too many to read."""
+        """A digest of its type, its length and some of its samples: all of them may be too many to read."""
         places = sorted({round(i * (self._whole - 1) / (DIGESTED - 1)) for i in range(DIGESTED)})
         digest = hashlib.sha256(f"{type(self._samples).__qualname__} {self._whole}".encode())
         for sample in SeededSamples(self._samples, self.name).__getitems__([(place, 0) for place in places]):

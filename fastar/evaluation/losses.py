@@ -32,7 +32,7 @@ Batches = Callable[[], Iterable[tuple[Any, Any]]]
 
 
 class Measured(dict[str, Tensor]):
-    """What each model is measured by: its mean loss ("loss") and its metrics by their names, float64 [K]."""
+    """Figures of each model: its mean loss ("loss") and its metrics by their names, float64 [K]."""
 
     @property
     def loss(self) -> Tensor:
