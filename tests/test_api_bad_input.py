@@ -54,6 +54,12 @@ class Builds:
         return (self.made.pop(0) if len(self.made) > 1 else self.made[0])()
 
 
+def frozen() -> nn.Module:
+    net = Net()
+    net.hidden.weight.requires_grad_(False)
+    return net
+
+
 def fixed() -> nn.Module:
     torch.manual_seed(0)
     return Net()
@@ -71,6 +77,7 @@ def raising() -> nn.Module:
             r"another network at each call \(hidden.weight was \[6, 4\], is \[7, 4\] now\)",
         ),
         (fixed, r"builds the same weights whatever the seed; draw them from torch's generator, and set no seed in it"),
+        (frozen, r"parameter hidden.weight is frozen \(requires_grad=False\), and all parameters are trained"),
         (lambda: 3, r"returned int, not a torch.nn.Module; return a network, or \(network, example inputs\)"),
         (lambda: None, r"returned NoneType, not a torch.nn.Module"),
         (raising, r"calling it failed \(RuntimeError: no weights here\)"),
@@ -225,7 +232,7 @@ def test_sources_that_do_not_fit(sources: Any, more: dict[str, Any], says: str, 
 @pytest.mark.parametrize(
     ("train", "says"),
     [
-        ((TRAIN[0][:10], TRAIN[1][:10]), r"train.batch_size=16 is more than the 10 training images"),
+        ((TRAIN[0][:10], TRAIN[1][:10]), r"train.batch_size=16 is more than the 10 training samples"),
         ((TRAIN[0], TRAIN[1][:10]), r"the train data: its tensors have the shapes \[48, 4\], \[10\]"),
         ((TRAIN[0].numpy(), TRAIN[1].numpy()), r"the train data holds arrays of NumPy"),
         (iter([TRAIN]), r"the train data can be gone through once only"),

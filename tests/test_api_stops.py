@@ -46,7 +46,7 @@ def test_ctrl_c_saves_and_the_same_call_goes_on_to_the_same_bits(
     before = signal.getsignal(signal.SIGINT)
     with monkeypatch.context() as patched:
         at_call(patched, kind, 5, lambda: signal.raise_signal(signal.SIGINT))
-        with pytest.raises(KeyboardInterrupt, match=r"interrupted; the same command goes on from "):
+        with pytest.raises(KeyboardInterrupt, match=r"interrupted; run it again to go on from "):
             whole_run(make(), tmp_path / "cut", Heard())
     assert signal.getsignal(signal.SIGINT) is before
     assert list((tmp_path / "cut" / "in-training").rglob("*.safetensors"))
@@ -103,4 +103,4 @@ def test_workers_of_a_dataset_let_the_training_save(tmp_path: Path) -> None:
     os.killpg(process.pid, signal.SIGINT)
     _, error = process.communicate(timeout=100)
     assert "KeyboardInterrupt: " in error.splitlines()[-1], error
-    assert re.search(r"goes on from epoch \d+(, step \d+)? of source 0", error.splitlines()[-1]), error
+    assert re.search(r"go on from epoch \d+(, step \d+)? of source 0", error.splitlines()[-1]), error

@@ -161,7 +161,9 @@ def test_a_folder_of_other_data_or_another_loss_is_not_taken(out: Path, star: fa
         return Net(width=width)
 
     build_.__module__, build_.__qualname__ = build.__module__, build.__qualname__
-    with pytest.raises(FastarError, match=r"is another model \(the source of its network has changed"):
+    with pytest.raises(
+        FastarError, match=r"is another model \(the source of its network, or a value in it, has changed"
+    ):
         fastar.train_star(build_, sources, TRAIN, recipe(), matching="activation", loss=weighted, **again)
 
 

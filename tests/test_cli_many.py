@@ -164,7 +164,7 @@ def test_what_cannot_be_proven_is_refused_or_left(own: tuple[str, Path, Path], t
         (["match-many", "A", "--model", "{}:example"], "needs at least 2 models"),
         (["match-many", "seed=1", "--model", "{}:example"], "give checkpoints"),
         (["match-many", "A", "B", "--to", "stars", "--model", "{}:example"], "none of star, mean, pairwise"),
-        (["match-many", "A", "B", "--to", "star", "--model", "{}:example"], "needs a centre: --centre FILE"),
+        (["match-many", "A", "B", "--to", "star", "--model", "{}:example"], "needs a centre: give one"),
         (["match-many", "A", "B", "--to", "pairwise", "--out", "x", "--model", "{}:example"], "no one set"),
         (["match-many", "A", "B", "--out", "x.safetensors", "--model", "{}:example"], "into a folder"),
         (["match-many", "A", "B", "--average", "x.pt", "--model", "{}:example"], "written as .safetensors"),

@@ -50,7 +50,7 @@ def test_ctrl_c_in_mid_training_keeps_what_is_finished_and_goes_on(tmp_path: Pat
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=SECONDS)
     assert process.returncode == 130
-    assert re.fullmatch(r"fastar: interrupted; the same command goes on from epoch \d+.* of source [12].*\n", err), err
+    assert re.fullmatch(r"fastar: interrupted; run it again to go on from epoch \d+.* of source [12].*\n", err), err
     assert out == ""
     assert (cut / "sources" / "seed-0000.safetensors").is_file()
     assert not (cut / "star.safetensors").exists()

@@ -124,7 +124,7 @@ def test_results_have_exactly_the_agreed_names(run: Path) -> None:
 def test_profile_of_a_run(data: Path, tmp_path: Path) -> None:
     tight = fastar("train-star", *tiny(data), "--out", tmp_path / "run", "--profile", 1000)
     assert tight.code == 2
-    assert "--profile 1000: this training (" in tight.err
+    assert "profile=1000: this training (" in tight.err
     assert not (tmp_path / "run").exists()
     done = fastar("train-star", *tiny(data), "--out", tmp_path / "run", "--profile", 2)
     assert done.code == 0, done.err
@@ -442,5 +442,5 @@ def test_training_sources_tells_speed_and_memory(data: Path, tmp_path: Path) -> 
     outcome = fastar("train-sources", *options, "--out", tmp_path / "run")
     assert [Path(line).parent.name for line in outcome.out.splitlines()] == ["sources", "heldout"]  # paths alone
     said = outcome.err.splitlines()[-2:]
-    assert re.fullmatch(r"training: [\d,]+ images/s, (loader|compute)-limited", said[0])
+    assert re.fullmatch(r"training: [\d,]+ samples/s, (loader|compute)-limited", said[0])
     assert re.fullmatch(r"peak memory: [\d.]+ [MG]B \(cpu\)", said[1])

@@ -234,8 +234,8 @@ def test_models_of_two_splits_have_no_barrier(run: Path, data: Path, tmp_path: P
         ("-0.1", "dataset.validation=-0.1: input should be greater than or equal to 0"),
         ("1", "dataset.validation=1: input should be less than 1"),
         ("nan", "dataset.validation=nan"),
-        ("1e-4", "validation=0.0001 of the 1437 training images of digits is not one image; raise it"),
-        ("0.9999", "validation=0.9999 leaves none of the 1437 training images of digits; lower it"),
+        ("1e-4", "validation=0.0001 of the 1437 training samples of digits is not one sample; raise it"),
+        ("0.9999", "validation=0.9999 leaves none of the 1437 training samples of digits; lower it"),
         ("0.998", "leaves no training image of class"),
     ],
 )

@@ -74,8 +74,8 @@ def test_without_a_share_nothing_is_chosen_otherwise_than_before() -> None:
 @pytest.mark.parametrize(
     ("share", "limit", "said"),
     [
-        (0.004, None, r"^validation=0.004 of the 100 training images of x is not one image; raise it$"),
-        (0.996, None, r"^validation=0.996 leaves none of the 100 training images of x; lower it$"),
+        (0.004, None, r"^validation=0.004 of the 100 training samples of x is not one sample; raise it$"),
+        (0.996, None, r"^validation=0.996 leaves none of the 100 training samples of x; lower it$"),
         (0.9, None, r"^validation=0.9 leaves no training image of class b of x; lower it$"),
         (0.2, 81, r"^limit=81 is more than the 80 train images of x that validation=0.2 leaves; lower it$"),
         (0.2, 9, r"^limit=9 is below one image per class; x needs at least 10$"),

@@ -226,7 +226,7 @@ def test_what_nothing_makes_fit_says_so(tmp_path: Path) -> None:
     assert all(re.fullmatch(r"gpu: \w+ needs .*; use a smaller network \(model.width\).*", one) for one in lines)
     assert {line.split()[1] for line in lines} == {"training", "evaluation"}
     full = plan_of(tmp_path, GPU, "train.batch_size=2048", "sources.number=10000000", "sources.store=file")["problems"]
-    assert re.match(r"disk: .*free some, choose --out on", full[-1])
+    assert re.match(r"disk: .*free some, choose a run folder", full[-1])
     assert any(re.fullmatch(r"gpu: training .*; train.batch_size=\d+ makes it fit", line) for line in full), full
 
 

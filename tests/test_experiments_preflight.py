@@ -155,7 +155,7 @@ def test_images_that_only_an_archive_counts_are_written_first(root: Path, tmp_pa
     assert outcome.code == 0, outcome
 
 
-TOO_LARGE = "train.batch_size={} is more than the {} training images; lower it or set train.drop_last=false"
+TOO_LARGE = "train.batch_size={} is more than the {} training samples; lower it or set train.drop_last=false"
 
 
 @pytest.mark.parametrize("command", ["train-star", "plan"])

@@ -266,7 +266,7 @@ def test_a_last_batch_of_one_image_is_said_before_training(tmp_path: Path) -> No
     said = refused("train-sources", *options, "train.drop_last=false", "--out", tmp_path / "run")
     assert said == (
         "train.drop_last=false: the last of 101 images in batches of 50 is alone, and batch-norm layer "
-        "stages.3.0.bn1 takes no variance of one image; set train.batch_size=51 or train.drop_last=true"
+        "stages.3.0.bn1 takes no variance of one sample; set train.batch_size=51 or train.drop_last=true"
     )
     assert not list(tmp_path.iterdir())
     with pytest.raises(FastarError, match=r"train.batch_size=1: batch-norm layer stages.3.0.bn1 takes no variance"):

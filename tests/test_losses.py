@@ -186,6 +186,21 @@ def test_ignored_targets_of_a_loss_module() -> None:
     assert measured(find_loss(module), [(outputs, targets)])["loss"] == close(wanted)
 
 
+@pytest.mark.parametrize("ignored", [-100, 2])
+def test_weighted_classes_have_the_mean_of_torch(ignored: int) -> None:
+    """Of tokens too, over all batches; the weights may be of another device than the outputs."""
+    outputs, targets, weight = drawn(4, 5, 3), labels(5, 4, 3), torch.rand(5) + 0.5
+    targets[0, 1:] = ignored
+    loss = find_loss(nn.CrossEntropyLoss(weight, reduction="none", ignore_index=ignored))
+    wanted = nn.CrossEntropyLoss(weight.double(), ignore_index=ignored)(outputs.double(), targets)
+    assert float(loss.mean(outputs, targets)) == close(wanted)
+    assert measured(loss, [(outputs[:1], targets[:1]), (outputs[1:], targets[1:])])["loss"] == close(wanted)
+    away = find_loss(nn.CrossEntropyLoss(weight.to("meta"), reduction="none"))
+    assert away.mean(outputs.to("meta"), targets.to("meta")).is_meta
+    here = find_loss(nn.CrossEntropyLoss(weight, reduction="none"))
+    assert here.mean(outputs.to("meta"), targets.to("meta")).is_meta
+
+
 def test_metrics_in_the_form_of_torchmetrics() -> None:
     """Each model has a copy of its own, and the user's object is left alone."""
     given = Largest()

@@ -164,7 +164,7 @@ def test_bad_input_is_named() -> None:
     states = [random_state(model, seed) for seed in range(3)]
     for message, arguments in {
         "to='middle' is none of": {"to": "middle"},
-        "to=star needs a centre: --centre FILE": {"to": "star"},
+        "to=star needs a centre: give one": {"to": "star"},
         "to=mean takes no centre": {"centre": states[0]},
         "rounds=0": {"rounds": 0},
         "to=mean follows the weights": {"settings": MatchingSettings(method="activation")},

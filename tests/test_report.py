@@ -279,11 +279,11 @@ def test_speed_is_told_largest_part_first() -> None:
     }
     found |= {"peak_bytes": 2_500_000_000, "device": "cpu"}
     assert speed_lines(found) == [
-        "regular training: 1,234 images/s (forward 80%, load 20%)",
+        "regular training: 1,234 samples/s (forward 80%, load 20%)",
         "peak memory:      2.5 GB (cpu)",
     ]
     found["speed"]["regular"]["limited"] = "loader-limited"
-    assert speed_lines(found)[0] == "regular training: 1,234 images/s, loader-limited (forward 80%, load 20%)"
+    assert speed_lines(found)[0] == "regular training: 1,234 samples/s, loader-limited (forward 80%, load 20%)"
 
 
 def test_what_limits_the_steps_of_a_star_is_told_without_its_matching() -> None:

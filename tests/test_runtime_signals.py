@@ -135,7 +135,7 @@ def test_a_signal_saves_and_the_same_command_goes_on(
         outcome = fastar("train-star", *options, "checkpoint.epochs=0", "--out", run)
     assert outcome.code == code
     reason = "interrupted" if code == 130 else f"stopped by {signal.Signals(signal_number).name}"
-    assert outcome.err == f"fastar: {reason}; the same command goes on from {where}\n"
+    assert outcome.err == f"fastar: {reason}; run it again to go on from {where}\n"
     assert len(list(run.glob("in-training/*/*"))) == 1
     assert not (run / "lock.json").exists()
     calls = at_call(monkeypatch, kind, -1, lambda: None)
@@ -153,5 +153,5 @@ def test_a_second_ctrl_c_saves_nothing(options: list[str], tmp_path: Path, monke
     at_call(monkeypatch, RegularStep, 2, twice)
     outcome = fastar("train-star", *options, "--out", tmp_path / "run")
     assert outcome.code == 130
-    assert outcome.err == "fastar: interrupted; the same command goes on from what is finished\n"
+    assert outcome.err == "fastar: interrupted; run it again to go on from what is finished\n"
     assert not (tmp_path / "run").exists()

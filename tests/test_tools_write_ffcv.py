@@ -39,6 +39,7 @@ def test_converts_and_then_keeps(tool, tmp_path, capsys):
     assert tool.main([*arguments, "--workers", "1", "--limit", "20"]) == 0
     captured = capsys.readouterr()
     assert "train 20, test 20; digest" in captured.out
+    assert "written with --limit: training refuses these files" in captured.out
     assert "writing mnist train: 20 images in" in captured.err
     assert "images/s" in captured.err
     assert tool.main(arguments) == 2  # written with a limit, asked for without

@@ -249,13 +249,14 @@ def test_what_a_lower_rate_needs_is_said_and_works(
         poison(patch, RegularStep, lambda call: call == 11)  # the second source's second epoch
         message = refused("train-star", *options, "--out", run)
     folder = shlex.quote(f"sources.folder={run}/sources")
-    remedy = f"; as 1 source is finished, do so with another --out: {folder} sources.number=1 "
+    remedy = f"; as 1 source is finished, do so with another run folder (out): {folder} sources.number=1 "
     assert f"; lower train.lr (it is 0.1){remedy}takes it over, for a star of 1 instead of 2 (" in message
     assert "\n" not in message
     message = refused("train-star", *options, "train.lr=0.02", "--out", run)
     assert "train.lr was 0.1, now 0.02" in message
     assert message.endswith(
-        f"choose another --out ({folder} sources.number=1 takes over the source that is finished) or the same settings"
+        f"choose another run folder (out) ({folder} sources.number=1 takes over the source that is finished) or the "
+        "same settings"
     )
     said = [f"sources.folder={run}/sources", "sources.number=1", "train.lr=0.02"]
     outcome = fastar("train-star", *options, *said, "sources.heldout=1", "--out", other)
@@ -286,7 +287,7 @@ def test_another_precision_needs_another_folder_and_the_sources_go_along(
         message = refused("train-star", *options, "train.precision=bf16", "--out", run)
     remedy = f"{shlex.quote(f'sources.folder={run}/sources')} sources.number=2 takes them over"
     assert "; lower star.lr (it is 0.1) or use train.precision=fp32; as 2 sources are finished, " in message
-    assert f"change train settings with another --out: {remedy} (" in message
+    assert f"change train settings with another run folder (out): {remedy} (" in message
     said = shlex.split(remedy.partition(" takes")[0])
     outcome = fastar("train-star", *options, *said, "train.precision=fp32", "--out", tmp_path / "other")
     assert outcome.code == 0, outcome.err

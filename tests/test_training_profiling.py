@@ -150,9 +150,9 @@ def test_no_clock_counts_what_is_captured() -> None:
 
 def test_an_epoch_says_what_limits_it() -> None:
     epoch = Epoch(0, 0.5, 0.1, 1000, 2.0, 1.0, {"load": 0.1, "forward": 1.9})
-    assert epoch.note() == "loss 0.5000, 500 images/s, compute-limited (load 5%)"
+    assert epoch.note() == "loss 0.5000, 500 samples/s, compute-limited (load 5%)"
     slow = replace(epoch, parts={"load": 1.0, "forward": 1.0})
-    assert slow.note() == "loss 0.5000, 500 images/s, loader-limited (load 50%)"
+    assert slow.note() == "loss 0.5000, 500 samples/s, loader-limited (load 50%)"
 
 
 def test_long_epochs_are_told_of_one_by_one() -> None:
@@ -169,7 +169,7 @@ def test_long_epochs_are_told_of_one_by_one() -> None:
         fit(step, images, settings, name="source 3", seed=0, epochs=2, progress=Told(), clock=clock)
         assert len(lines) == told
     assert re.fullmatch(
-        r"source 3, epoch 2 of 2: loss \d\.\d+, [\d,]+ images/s, (loader|compute)-limited \(load \d+%\)", lines[1]
+        r"source 3, epoch 2 of 2: loss \d\.\d+, [\d,]+ samples/s, (loader|compute)-limited \(load \d+%\)", lines[1]
     )
 
 
@@ -194,7 +194,7 @@ def test_steps_in_the_middle_of_a_training_are_looked_at(tmp_path: Path) -> None
 @pytest.mark.parametrize("wanted", [0, 7, -1])
 def test_a_training_too_short_to_be_looked_at(wanted: int) -> None:
     with pytest.raises(
-        FastarError, match=rf"--profile {wanted}: this training \(3 epochs of 6 steps\) has room for 1 to 6"
+        FastarError, match=rf"profile={wanted}: this training \(3 epochs of 6 steps\) has room for 1 to 6"
     ):
         StepsProfile(wanted, Profile(CPU)).check(epochs=3, steps_per_epoch=6)
 

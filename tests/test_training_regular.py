@@ -277,7 +277,7 @@ def test_an_overflowing_step_changes_nothing_and_halves_the_scale() -> None:
 
 def test_a_batch_larger_than_the_data_is_refused() -> None:
     settings = SETTINGS.model_copy(update={"batch_size": 97})
-    with pytest.raises(FastarError, match=r"train\.batch_size=97 is more than the 96 training images; .*drop_last"):
+    with pytest.raises(FastarError, match=r"train\.batch_size=97 is more than the 96 training samples; .*drop_last"):
         fit(RegularStep(resnet(), settings), dataset(), settings, name="x", seed=0)
     whole = settings.model_copy(update={"drop_last": False})  # as the error says
     assert fit(RegularStep(resnet(), whole), dataset(), whole, name="x", seed=0, epochs=1)[0].images == 96

@@ -9,7 +9,7 @@ venv=$1
 python=${PYTHON:-python3}
 root=$(cd "$(dirname "$0")/.." && pwd)
 
-TORCH=${TORCH:-2.13.0} TRITON=3.8.0 FFCV=1.0.2 LAPJV=1.3.29
+TORCH=${TORCH:-2.13.0} TRITON=3.8.0 FFCV=1.0.2
 
 fail() { echo "fastar: $*" >&2; exit 2; }
 
@@ -68,6 +68,8 @@ fi
 "$venv/bin/python" -c 'import triton' 2>/dev/null || pip install -q "triton==$TRITON" ||
   echo "fastar: no triton for this machine: the plain-torch kernels will be used" >&2
 pip install -q -r "$root/requirements.txt" "torch==$TORCH" # that what asks for torch takes no other
+# As setup.py: the last version with wheels, which are for Python 3.10 and 3.11; for later ones it is built.
+LAPJV=$("$venv/bin/python" -c 'import sys; print("1.3.27" if sys.version_info < (3, 12) else "1.3.29")')
 pip install -q "lapjv==$LAPJV" || echo "fastar: lapjv could not be installed: SciPy's solver will be used" >&2
 
 if ! "$venv/bin/python" -c 'import importlib.metadata as m, sys; sys.exit(m.version("ffcv") != sys.argv[1])' "$FFCV" 2>/dev/null; then

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 EXAMPLES = """examples:
   python tools/write_ffcv.py --dataset digits --out betons
   python tools/write_ffcv.py --dataset cifar10 --source cifar-10-python.tar.gz --out betons
-  python tools/write_ffcv.py --dataset cifar10 --source FOLDER --out betons --workers 4 --limit 10000
+  python tools/write_ffcv.py --dataset cifar10 --source FOLDER --out betons --workers 4
   python tools/write_ffcv.py --dataset imagenet --source ARCHIVES --out betons --workers 16 --preset rn18
   python tools/write_ffcv.py --dataset imagefolder --name flowers --source FOLDER --out betons --on-error skip
   python tools/write_ffcv.py --dataset imagefolder --name flowers --source CLASSES --out betons --val-share 0.1
@@ -56,7 +56,13 @@ def parser() -> argparse.ArgumentParser:
     result.add_argument(
         "--workers", type=int, default=2, metavar="N", help="processes that encode images of any size (default 2)"
     )
-    result.add_argument("--limit", type=int, metavar="N", help="at most N images per split, classes balanced")
+    result.add_argument(
+        "--limit",
+        type=int,
+        metavar="N",
+        help="at most N images per split, classes balanced: to try it out; training refuses such files, and has "
+        "dataset.limit of its own",
+    )
     images = result.add_argument_group(f"of {' and '.join(variable_size_names())}")
     presets = "; ".join(
         f"{name}: {preset.max_resolution} pixels, {preset.compress_probability:.0%} as JPEG of quality "
@@ -158,6 +164,8 @@ def show(files: DatasetFiles) -> None:
     counts = ", ".join(f"{split} {count}" for split, count in files.metadata["counts"].items())
     size = size_text(sum(entry["bytes"] for entry in files.metadata["files"].values()))
     print(f"{printable(str(files.folder))}: {counts}; digest {files.digest[:12]}; {size}")
+    if files.metadata["settings"]["limit"] is not None:
+        print("written with --limit: training refuses these files; dataset.limit takes a part of whole ones")
     for split, skipped in files.skipped.items():
         for image in skipped:
             print(f"left out of {split}: {printable(image['path'])}: {image['reason']}")

@@ -106,7 +106,8 @@ def train_star(
         sources: networks that `train_sources` returned, modules, state dicts, or files, of any floating-point type.
         train: as of `train_sources`.
         recipe: how to train; None: the defaults.
-        heldouts: networks that only barriers are measured to, of the same kinds.
+        heldouts: networks that only barriers are measured to, of the same kinds. Those that `train_sources` trained in
+            the folder `out` are measured too.
         test, loss, metrics, progress: as of `train_sources`.
         matching: weight, activation, sinkhorn or none; or settings of `matching` by their names. None: the recipe's.
         out: run folder; None: nothing is left on the disk.

@@ -138,5 +138,5 @@ def _outcome(arguments: list[str] | None) -> int:
         say(f"fastar: {line}")
         return code
     if result == EXIT_INTERRUPTED:  # typer makes this of Ctrl-C, older ones an Abort
-        say("fastar: interrupted; the same command goes on from what is finished")
+        say("fastar: interrupted; run it again to go on from what is finished")
     return result if isinstance(result, int) else 0

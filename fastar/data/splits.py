@@ -24,7 +24,7 @@ def stored_in(split: str) -> str:
 
 
 def held_out(count: int, share: float, name: str) -> int:
-    """The number of the `count` training images of the dataset `name` that the `share` for validation is.
+    """The number of the `count` training samples of the dataset `name` that the `share` for validation is.
 
     Raises:
         FastarError: not one, or all.
@@ -33,9 +33,9 @@ def held_out(count: int, share: float, name: str) -> int:
         return 0
     held = round(share * count)
     if held < 1:
-        raise FastarError(f"validation={share} of the {count} training images of {name} is not one image; raise it")
+        raise FastarError(f"validation={share} of the {count} training samples of {name} is not one sample; raise it")
     if held >= count:
-        raise FastarError(f"validation={share} leaves none of the {count} training images of {name}; lower it")
+        raise FastarError(f"validation={share} leaves none of the {count} training samples of {name}; lower it")
     return held
 
 

@@ -21,7 +21,7 @@ def star_permutations(path: Path) -> Permutations:
     """
     indices = dict(load_checkpoint(path, own=True).state)
     if indices.pop("matched", None) is None:
-        raise FastarError(f"{path}: holds no permutations; delete it and run the same command again")
+        raise FastarError(f"{path}: holds no permutations; delete it and run it again")
     try:
         return Permutations.from_dict(indices) if indices else Permutations({})
     except FastarError as error:

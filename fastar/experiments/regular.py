@@ -65,7 +65,9 @@ def check_recipe(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]
         raise FastarError(f"{path}: has no recipe in its metadata, so it cannot be reused; move it away")
     changed = changes(found, wanted)
     if changed:
-        raise FastarError(f"{path}: is another model ({difference(changed)}); move it away or choose --out")
+        raise FastarError(
+            f"{path}: is another model ({difference(changed)}); move it away or choose another run folder (out)"
+        )
 
 
 def check_regular(session: Session, kind: str, count: int) -> None:

@@ -198,7 +198,7 @@ def _same_recipe(session: Session, subject: Subject, saved: Saved) -> bool:
         return False
     raise FastarError(
         f"{saved.path.parent}: is the training of another model ({difference(changed)}); delete it to begin "
-        f"{subject.name} anew, or choose --out"
+        f"{subject.name} anew, or choose another run folder (out)"
     )
 
 
@@ -210,7 +210,7 @@ def difference(changed: Mapping[str, tuple[Any, Any]]) -> str:
         return f"{key}: {len(others)} of {max(len(was), len(now))} differ, the first is number {others[0]}"
     written = {"source": "network", "loss_source": "loss"}
     if key in written:
-        return f"the source of its {written[key]} has changed"
+        return f"the source of its {written[key]}, or a value in it, has changed"
     return f"{key} was {was!r}, now {now!r}"
 
 
@@ -237,12 +237,12 @@ def _elsewhere(session: Session, subject: Subject) -> str:
         what = "change train settings"
     count, others = run.sources_to_take_over()
     if not count:
-        return f"; as other models are finished, {what} with another --out"
+        return f"; as other models are finished, {what} with another run folder (out)"
     them = "it" if count == 1 else "them"
     finished, wanted = f"{count} source{'' if count == 1 else 's'}", settings.sources.number
     smaller = f", for a star of {count} instead of {wanted}" if count < wanted else ""
     are = "is" if count == 1 else "are"
-    return f"; as {finished} {are} finished, {what} with another --out: {others} takes {them} over{smaller}"
+    return f"; as {finished} {are} finished, {what} with another run folder (out): {others} takes {them} over{smaller}"
 
 
 def live_figures(epoch: Epoch) -> dict[str, float]:

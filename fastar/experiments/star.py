@@ -175,7 +175,7 @@ def _train(
         if profile is not None:
             found = profile.result
             if found is None:  # it was long enough, but went back to where too few steps were left
-                session.progress.line(f"--profile {profile.steps}: not seen, as the training had to go back")
+                session.progress.line(f"profile={profile.steps}: not seen, as the training had to go back")
             else:
                 write_atomically(run.profile("parts.txt"), (found.table(profile.steps) + "\n").encode())
                 write_atomically(run.profile("operations.txt"), (found.operations + "\n").encode())
@@ -207,11 +207,13 @@ def steps_profile(session: Session, steps: int) -> StepsProfile:
     """
     run, train, star = session.run, session.settings.train, session.settings.star
     if run.star.is_file():
-        raise FastarError(f"--profile: {run.star} is trained already; choose another --out to train one")
+        raise FastarError(f"profile: {run.star} is trained already; choose another run folder (out) to train one")
     if run.in_training("star", 0).exists():  # too few steps may be left
-        raise FastarError(f"--profile: {run.star} is in training already; finish it without, or choose another --out")
+        raise FastarError(
+            f"profile: {run.star} is in training already; finish it without, or choose another run folder (out)"
+        )
     found = StepsProfile(steps, Profile(session.device, trace=run.profile("trace.json")))
     found.check(star.epochs or train.epochs, session.data.train.batch_count(train.batch_size, train.drop_last))
-    with refusal(f"{run.profile('')}: cannot be made", "choose another --out"):
+    with refusal(f"{run.profile('')}: cannot be made", "choose another run folder (out)"):
         run.profile("").mkdir(exist_ok=True)
     return found

@@ -58,7 +58,9 @@ def train_sources(
         numbers[kind], folder = settings.sources.of_kind(kind)
         if folder is not None:
             name = "sources.folder" if kind == "source" else "sources.heldout_folder"
-            raise FastarError(f"{name} gives the {kind}s, so none are to be trained; leave it out or use train-star")
+            raise FastarError(
+                f"{name} gives the {kind}s, so none are to be trained; leave it out, or choose another run folder (out)"
+            )
     run.check(settings)
     session = prepare_session(settings, out, progress, given)
     prepare_data(session)
@@ -68,7 +70,7 @@ def train_sources(
                 pass
     found = speed(run.log.read())["regular"]
     if found is not None:
-        progress.line(f"training: {found['images_per_second']:,.0f} images/s, {found['limited']}")
+        progress.line(f"training: {found['images_per_second']:,.0f} samples/s, {found['limited']}")
     progress.line(f"peak memory: {size_text(peak_bytes(session.device))} ({device_name(session.device)})")
     return [run.model(kind, index) for kind, number in numbers.items() for index in range(number)]
 

@@ -61,11 +61,11 @@ def task_loss(settings: Settings, given: Given) -> Loss:
     """
     chosen: LossChoice = settings.loss if given.loss is None else given.loss
     if isinstance(chosen, str) and is_reference(chosen):
-        chosen = find_function(chosen, "--loss")
+        chosen = find_function(chosen, "loss")
     metrics: Sequence[MetricChoice] | None = settings.metrics if given.metrics is None else given.metrics
     if metrics is not None:
         metrics = [
-            find_function(one, "--metrics") if isinstance(one, str) and is_reference(one) else one for one in metrics
+            find_function(one, "metrics") if isinstance(one, str) and is_reference(one) else one for one in metrics
         ]
     return find_loss(chosen, metrics)
 
@@ -73,7 +73,7 @@ def task_loss(settings: Settings, given: Given) -> Loss:
 def metrics_digest(settings: Settings, given: Given) -> str:
     """A digest of the source of functions that metrics are; "": all have names."""
     chosen = settings.metrics if given.metrics is None else given.metrics
-    found = [find_function(one, "--metrics") if isinstance(one, str) else one for one in chosen or () if is_own(one)]
+    found = [find_function(one, "metrics") if isinstance(one, str) else one for one in chosen or () if is_own(one)]
     return source_digest(found) if found else ""
 
 
@@ -88,7 +88,7 @@ def loss_recipe(settings: Settings, given: Given) -> dict[str, Any]:
         return {}
     function = given.loss if callable(given.loss) else None
     if is_reference(settings.loss) and function is None:
-        function = find_function(settings.loss, "--loss")
+        function = find_function(settings.loss, "loss")
     return {"loss": settings.loss, **({} if function is None else {"loss_source": source_digest([function])})}
 
 
@@ -360,6 +360,12 @@ def check_task(network: Network, data: TaskData, loss: Loss, device: torch.devic
         model = network.build(seed=0)
         if next(model.parameters(), None) is None:
             raise FastarError(f"the network, a {type(model).__name__}, has no parameters: there is nothing to train")
+        frozen = next((name for name, one in model.named_parameters() if not one.requires_grad), None)
+        if frozen is not None:
+            raise FastarError(
+                f"the network's parameter {frozen} is frozen (requires_grad=False), and all parameters are trained: "
+                "unfreeze it, or make it a buffer"
+            )
         for split, (inputs, targets) in data.trials():
             if isinstance(targets, Tensor) and not targets.ndim:
                 raise FastarError(

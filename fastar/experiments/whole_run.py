@@ -36,7 +36,7 @@ def train_star(
         FastarError: the folder belongs to another run, or bad input.
     """
     if settings.sources.number + settings.sources.heldout < 2:
-        raise FastarError("a barrier between regular models needs two of them: raise sources.number or .heldout")
+        raise FastarError("a barrier between regular models needs two of them: give more sources or heldouts")
     run = RunFolder(out)
     run.check(settings)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.loss import _Loss
 
@@ -131,17 +133,31 @@ def _with_metrics(loss: Loss, chosen: Sequence[MetricChoice]) -> Loss:
 
 
 def _of_module(module: _Loss, name: str) -> Callable[[Any, Any], Sums]:
-    """The terms of a loss module of torch, which takes (prediction, target). Targets that it ignores are none."""
+    """The terms of a loss module of torch, which takes (prediction, target). Their mean is the module's own with
+    reduction="mean": targets that it ignores are none, terms of weighted classes count with the weights."""
     if module.reduction != "none":
         raise FastarError(f'loss {name} returns one number for a batch: make it with reduction="none"')
 
     ignored = getattr(module, "ignore_index", None)
+    modules: dict[torch.device, _Loss] = {}
+
+    def of_device(device: torch.device) -> _Loss:
+        """The module, or a copy whose weights are on the device."""
+        if device not in modules:
+            there = all(one.device == device for one in (*module.parameters(), *module.buffers()))
+            modules[device] = module if there else copy.deepcopy(module).to(device)
+        return modules[device]
 
     def sums(outputs: Any, targets: Tensor) -> Sums:
-        found: Tensor = module(terms.prediction(outputs), targets)
+        predicted = terms.prediction(outputs)
+        here = of_device(predicted.device)
+        found: Tensor = here(predicted, targets)
         if ignored is None or targets.is_floating_point():
             return found.sum(), found.numel()
         targets = targets.long()
+        if isinstance(here, nn.CrossEntropyLoss | nn.NLLLoss) and here.weight is not None:
+            kept = targets != ignored
+            return found.sum(), (here.weight[targets.where(kept, 0)] * kept).sum()
         return found.sum(), targets if ignored == terms.IGNORED else targets.masked_fill(
             targets == ignored, terms.IGNORED
         )

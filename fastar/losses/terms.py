@@ -18,12 +18,13 @@ IGNORED = -100
 """Targets of this value count nowhere, as in torch."""
 
 Sums = tuple[Tensor, Tensor | int]
-"""The sum over a batch's terms, 0-d; and their number, or the targets that it is the number of (see `number`)."""
+"""The sum over a batch's terms, 0-d; and their number (of weighted terms the sum of the weights, 0-d), or the targets
+that it is the number of (see `number`)."""
 
 
 def number(counted: Tensor | int) -> Tensor | int:
     """The number of terms: of targets, those that are not ignored."""
-    return (counted != IGNORED).sum() if isinstance(counted, Tensor) else counted
+    return (counted != IGNORED).sum() if isinstance(counted, Tensor) and counted.ndim else counted
 
 
 def class_logits(outputs: Any, targets: Tensor) -> Tensor:

@@ -271,7 +271,7 @@ def _check(states: Sequence[State], to: str, centre: State | None, settings: Mat
     if to not in ("star", "mean", "pairwise"):
         raise FastarError(f"matching many: to={to!r} is none of star, mean, pairwise")
     if to == "star" and centre is None:
-        raise FastarError("matching many: to=star needs a centre: --centre FILE, or centre= in Python")
+        raise FastarError("matching many: to=star needs a centre: give one (centre)")
     if to != "star" and centre is not None:
         raise FastarError(f"matching many: to={to} takes no centre: leave it out, or match to=star")
     least = 1 if to == "star" else 2

@@ -121,7 +121,7 @@ def speed_lines(results: Mapping[str, Any]) -> list[str]:
             shares = sorted(found["shares"].items(), key=lambda item: -item[1])
             said = ", ".join(f"{name} {share:.0%}" for name, share in shares if share >= 0.005)
             limit = f", {found['limited']}" if "limited" in found else ""
-            lines.append(f"{kind + ' training:':<18}{found['images_per_second']:,.0f} images/s{limit} ({said})")
+            lines.append(f"{kind + ' training:':<18}{found['images_per_second']:,.0f} samples/s{limit} ({said})")
     if lines:
         lines.append(f"{'peak memory:':<18}{size_text(results['peak_bytes'])} ({results['device']})")
     return lines

@@ -145,7 +145,7 @@ class RunFolder:
                 self._remove_empty(made)
 
     def _usable(self) -> AbstractContextManager[None]:
-        return refusal(f"{self.path}: cannot be used as run folder", "choose another --out")
+        return refusal(f"{self.path}: cannot be used as run folder", "choose another run folder (out)")
 
     def _has_models(self) -> bool:
         return any(path.parent.name != LAST_GOOD and not self.failed(path) for path in self.path.rglob("*.safetensors"))
@@ -186,13 +186,13 @@ class RunFolder:
         with self._usable():
             for path in (self.path, *self.path.parents):
                 if path.exists() and not path.is_dir():
-                    raise FastarError(f"{path}: is a file; choose a folder for --out")
+                    raise FastarError(f"{path}: is a file; choose another run folder (out)")
             if not self.config.is_file():
                 foreign = [p.name for p in self.path.iterdir()] if self.path.is_dir() else []
                 foreign = sorted(name for name in foreign if not name.endswith(".tmp") and name not in (LOCK, GIVEN))
                 if foreign:
                     raise FastarError(
-                        f"{self.path}: holds {foreign[0]} but no config.yaml: no run folder; choose another --out"
+                        f"{self.path}: holds {foreign[0]} but no config.yaml, so it is no run folder; choose another (out)"
                     )
                 return
             self._check_names()
@@ -209,7 +209,7 @@ class RunFolder:
             if count and all(key.startswith("train.") for key in fixed):
                 taken = f" ({others} takes over the {'source that is' if count == 1 else 'sources that are'} finished)"
             raise FastarError(
-                f"{self.path}: holds another run ({shown}); choose another --out{taken} or the same settings"
+                f"{self.path}: holds another run ({shown}); choose another run folder (out){taken} or the same settings"
             )
 
     def _check_names(self) -> None:
@@ -246,9 +246,11 @@ class RunFolder:
         except OSError as error:
             raise FastarError(f"{self.path}: is no run folder (config.yaml: {error.strerror})") from error
         except (FastarError, UnicodeDecodeError) as error:
-            raise FastarError(f"{self.config}: not valid YAML ({error}); restore it or choose another --out") from error
+            raise FastarError(
+                f"{self.config}: not valid YAML ({error}); restore it or choose another run folder (out)"
+            ) from error
         if not isinstance(content, dict):
-            raise FastarError(f"{self.config}: holds no settings; restore it or choose another --out")
+            raise FastarError(f"{self.config}: holds no settings; restore it or choose another run folder (out)")
         return content
 
     def is_config_whole(self) -> bool | None:

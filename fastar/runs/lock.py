@@ -142,13 +142,16 @@ class _Lease:
         if not same:
             return (
                 f"{self.folder}: moved, deleted or replaced while it was in use; nothing more is written; move it back "
-                "and run the same command, or choose another --out"
+                "and run it again, or choose another run folder (out)"
             )
         now = read_holder(self.folder)
         if now == self.holder:
             return None
         who = f"taken over by another fastar ({now})" if now else f"its {NAME} is gone: taken over, or deleted by hand"
-        return f"{self.folder}: {who} while this one stood still; this one writes nothing more; wait, or choose --out"
+        return (
+            f"{self.folder}: {who} while this one stood still; this one writes nothing more; wait, or choose another "
+            "run folder (out)"
+        )
 
 
 _leases: list[_Lease] = []
@@ -230,7 +233,7 @@ def _take(folder: Path, handle: int, say: Callable[[str], None], dead_seconds: f
             held = not gone and locked is None and holder.pid != os.getpid()
     if held:
         who = f" ({holder})" if holder else ""
-        raise FastarError(f"{folder}: in use by another fastar{who}; wait for it or choose --out")
+        raise FastarError(f"{folder}: in use by another fastar{who}; wait for it or choose another run folder (out)")
     if holder is not None:
         say(f"{folder}: {holder} held it and is gone; going on")
 

@@ -89,7 +89,7 @@ class SafetensorsFile:
         try:
             with self.path.open("rb") as file:
                 if _identity(file) != self._identity:
-                    raise FastarError(f"{self.path}: was changed while it was in use; run the same command again")
+                    raise FastarError(f"{self.path}: was changed while it was in use; run it again")
                 for name in names:
                     found[name] = _tensor(file, self._sites[name])
         except (OSError, EOFError) as error:

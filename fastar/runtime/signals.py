@@ -30,7 +30,7 @@ class Stopped(BaseException):
         self.saved = ""
 
     def __str__(self) -> str:
-        return f"{self.reason}; the same command goes on from {self.saved or 'what is finished'}"
+        return f"{self.reason}; run it again to go on from {self.saved or 'what is finished'}"
 
 
 _deferring = False

@@ -19,11 +19,11 @@ def limited(load_share: float) -> str:
     return "loader-limited" if load_share > LOADER_LIMITED else "compute-limited"
 
 
-def check_batch(settings: TrainSettings, images: int) -> None:
-    """Raise FastarError unless so many training images make a batch."""
-    if settings.drop_last and settings.batch_size > images:
+def check_batch(settings: TrainSettings, samples: int) -> None:
+    """Raise FastarError unless so many training samples make a batch."""
+    if settings.drop_last and settings.batch_size > samples:
         raise FastarError(
-            f"train.batch_size={settings.batch_size} is more than the {images} training images; "
+            f"train.batch_size={settings.batch_size} is more than the {samples} training samples; "
             "lower it or set train.drop_last=false"
         )
 
@@ -97,7 +97,7 @@ class Epoch:
     def note(self) -> str:
         """The epoch in a few words, for progress: loss, speed, and what limits it."""
         limit = f"{limited(self.load_share)} (load {self.load_share:.0%})"
-        return f"loss {self.loss:.4f}, {self.images_per_second:,.0f} images/s, {limit}"
+        return f"loss {self.loss:.4f}, {self.images_per_second:,.0f} samples/s, {limit}"
 
 
 @dataclass

@@ -114,7 +114,7 @@ class StepsProfile:
         possible = max(epochs - 1, 1) * steps_per_epoch // 2
         if not 1 <= self.steps <= possible:
             raise FastarError(
-                f"--profile {self.steps}: this training ({epochs} epochs of {steps_per_epoch} steps) has room for 1 to "
+                f"profile={self.steps}: this training ({epochs} epochs of {steps_per_epoch} steps) has room for 1 to "
                 f"{possible}; choose from these"
             )
 

@@ -131,7 +131,7 @@ def _config(run: RunFolder) -> str | None:
         run.saved_settings()
         return f"{run.config}: by an older fastar, without a digest, so that damage to it is not seen"
     if not whole:
-        raise FastarError(f"{run.config}: is not as it was written; restore it, or run the same command again")
+        raise FastarError(f"{run.config}: is not as it was written; restore it, or run it again")
     return None
 
 

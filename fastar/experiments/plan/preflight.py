@@ -86,7 +86,8 @@ def check_run(session: Session, counts: DataCounts) -> None:
     model = _network(session, counts.classes).build(seed=0, device="cpu")
     dtype, limits = resolve_precision(settings.train.precision, session.device), limits_of(session, here=True)
     for line in shortages(exact_items(settings, counts, limits, model, dtype), limits):
-        raise FastarError(f"this run does not fit: {line} (see `fastar plan`)")
+        more = " (see `fastar plan`)" if session.given.build is None else ""
+        raise FastarError(f"this run does not fit: {line}{more}")
 
 
 def _network(session: Session, classes: int | None) -> Network:
@@ -96,23 +97,23 @@ def _network(session: Session, classes: int | None) -> Network:
     return new_session(session.settings, session.run, classes=classes, given=session.given).network
 
 
-def check_batches(session: Session, images: int) -> None:
-    """Raise FastarError unless so many training images make a batch, and none of a single image where a layer takes no
+def check_batches(session: Session, samples: int) -> None:
+    """Raise FastarError unless so many training samples make a batch, and none of a single one where a layer takes no
     variance of that."""
     train = session.settings.train
-    check_batch(train, images)
+    check_batch(train, samples)
     size = train.batch_size
-    if size > 1 and (train.drop_last or images % size != 1):
+    if size > 1 and (train.drop_last or samples % size != 1):
         return
     side = min(training_sides(session.settings), default=None)
     layer = _network(session, 2).layer_of_single_values(side)
     if layer is None:
         return
-    none = f"batch-norm layer {layer} takes no variance of one image"
+    none = f"batch-norm layer {layer} takes no variance of one sample"
     if size == 1:
         raise FastarError(f"train.batch_size=1: {none}; raise it")
-    other = next(other for other in itertools.count(size + 1) if images % other != 1)
+    other = next(other for other in itertools.count(size + 1) if samples % other != 1)
     raise FastarError(
-        f"train.drop_last=false: the last of {images} images in batches of {size} is alone, and {none}; set "
-        f"train.batch_size={other} or train.drop_last=true"
+        f"train.drop_last=false: the last of {samples} {session.data.samples} in batches of {size} is alone, and "
+        f"{none}; set train.batch_size={other} or train.drop_last=true"
     )

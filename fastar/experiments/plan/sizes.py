@@ -216,7 +216,11 @@ def shortages(items: list[Item], limits: dict[str, int]) -> list[str]:
         for moment in MOMENTS if place != "disk" else ("the run",):
             needed = total(items, place, moment)
             if needed > limit:
-                remedy = "; free some, choose --out on another disk, or use fewer sources" if place == "disk" else ""
+                remedy = (
+                    "; free some, choose a run folder (out) on another disk, or use fewer sources"
+                    if place == "disk"
+                    else ""
+                )
                 sizes = f"needs {size_text(needed)}, {size_text(limit)} are there"
                 found.append(f"{place}: {moment} {sizes}{remedy}")
     return found

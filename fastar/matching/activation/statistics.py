@@ -66,7 +66,7 @@ class UnitActivations:
         samples: int = SAMPLES,
     ):
         if not batches:
-            raise FastarError("matching by activations needs at least one batch of images; give some")
+            raise FastarError("matching by activations needs at least one batch of data; give some")
         self.symmetry, self.device = symmetry, device
         self._batches, self._samples = list(batches), samples
         self.order: list[int] = list(range(len(symmetry.trees)))
