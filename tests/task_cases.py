@@ -54,6 +54,11 @@ def tensors(count: int = 48, seed: int = 0) -> tuple[Tensor, Tensor]:
     return x, x[:, :3].argmax(1)
 
 
+def tensors_twice() -> Any:
+    """Training data and test data."""
+    return tensors(), tensors(20, seed=1)
+
+
 def weighted(outputs: Tensor, batch: Any) -> Tensor:
     """A loss of a user's own: cross-entropy, weighted by an input."""
     x, y = batch

@@ -81,7 +81,10 @@ def raising() -> nn.Module:
         (lambda: 3, r"returned int, not a torch.nn.Module; return a network, or \(network, example inputs\)"),
         (lambda: None, r"returned NoneType, not a torch.nn.Module"),
         (raising, r"calling it failed \(RuntimeError: no weights here\)"),
-        (lambda: Net(inputs=5), r"network's forward, on the first train batch, failed \(RuntimeError: mat1 and mat2"),
+        (
+            lambda: Net(inputs=5),
+            r"forward, on the first train batch, failed \(RuntimeError: mat1 .*\), in its module 'hidden'; .* \[2, 4\]$",
+        ),
         (Net(), r"build is a Net: give a function that returns a fresh network"),
         ("mynets:build", r"build is a str: give a function"),
     ],

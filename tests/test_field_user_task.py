@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import copy
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from task_cases import build, recipe, tensors
+from data_cases import Heard
+from safetensors.torch import save_file
+from task_cases import Net, build, recipe, tensors
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import Dataset
 from typer.testing import CliRunner
 
 import fastar
 from fastar import FastarError, Recipe
 from fastar.cli.main import app
-from fastar.data.user_data import user_data
 from fastar.errors import UserCodeError
 from fastar.experiments.reuse import matching_paths
 from fastar.runtime.user_code import find_function, source_digest, users_traceback
@@ -117,6 +120,14 @@ def test_a_function_that_cannot_be_called_shows_no_frames_of_fastar():
     assert users_traceback(caught.value) == ""
 
 
+def test_a_traceback_is_of_the_users_frames_alone():
+    with pytest.raises(UserCodeError) as caught:
+        fastar.train_sources(partial(Net, 5), tensors(), RECIPE, number=1, progress=False)
+    shown = users_traceback(caught.value)
+    assert re.findall(r"in (\w+)\n", shown) == ["forward"]
+    assert shown.splitlines()[-1].startswith("RuntimeError: mat1 and mat2")
+
+
 def test_a_module_that_does_not_parse_is_to_be_mended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     (tmp_path / "broken_nets.py").write_text("def build(: pass")
     monkeypatch.syspath_prepend(tmp_path)
@@ -131,6 +142,17 @@ def test_files_of_sources_that_are_not_there(tmp_path: Path):
     assert isinstance(result.exception, FastarError)
     assert "no*.pt: no checkpoint (.safetensors, .pt, .pth, .ckpt, .bin) there" in str(result.exception)
     assert matching_paths(tmp_path / "one.pt") == [tmp_path / "one.pt"]
+
+
+@pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+def test_a_plan_looks_at_the_names_and_shapes_of_given_sources(suffix: str, tmp_path: Path):
+    save = torch.save if suffix == "pt" else save_file
+    for number, width in enumerate((6, 6, 7)):
+        save(Net(width=width).state_dict(), tmp_path / f"{number}.{suffix}")
+    command = ["plan", "--model", "task_cases:build", "--data", "task_cases:tensors_twice", "train.batch_size=9"]
+    result = CliRunner().invoke(app, [*command, "--sources-from", str(tmp_path / f"*.{suffix}")])
+    assert isinstance(result.exception, FastarError)
+    assert f"2.{suffix} has 'hidden.weight' of shape [7, 4] where the model's is [6, 4]" in str(result.exception)
 
 
 @pytest.mark.parametrize("arguments", ["width", "=3"])
@@ -198,11 +220,88 @@ def test_data_that_mean_something_else_are_named() -> None:
         fastar.train_sources(nn.ReLU, (x, x), recipe(), number=1, loss="mse", progress=False)
 
 
-def test_numbers_that_are_not_finite_are_told_of() -> None:
-    lines: list[str] = []
-    x, _ = tensors(16)
+class Listed(Dataset[Any]):
+    """A dataset of these tensors."""
+
+    def __init__(self, *tensors: Tensor):
+        self.tensors = tensors
+
+    def __len__(self) -> int:
+        return len(self.tensors[0])
+
+    def __getitem__(self, index: int) -> Any:
+        return tuple(one[index] for one in self.tensors)
+
+
+def without_nan(outputs: Tensor, batch: Any) -> Tensor:
+    """A loss that knows of missing targets."""
+    return (outputs - batch[1].nan_to_num()).square().mean(1)
+
+
+def test_tensors_of_which_no_loss_can_be_taken_are_named(tmp_path: Path) -> None:
+    """Before anything is written; not where the loss knows what to do with them."""
+    x, y = tensors(16)
     x[3, 1] = torch.nan
-    user_data("the train data", x, torch.device("cpu"), 8, say=lines.append)
-    assert lines == [
-        "the train data: tensor 0 holds numbers that are not finite; losses of its samples may not be either"
+    out = tmp_path / "run"
+    train = partial(fastar.train_sources, build, recipe=recipe(), number=1, progress=False)
+    says = r"the train data: tensor 0 holds nan at \[3, 1\], and the loss cross_entropy of that sample is nan: replace"
+    with pytest.raises(FastarError, match=says):
+        train(train=(x, y), out=out)
+    with pytest.raises(FastarError, match=r"the test data: tensor 0 holds nan at \[3, 1\]"):
+        train(train=tensors(16), test=(x, y), out=out)
+    assert not out.exists()
+    x, y = x.nan_to_num(), x[:, :3].clone()
+    y[3, 1] = torch.inf
+    with pytest.raises(FastarError, match=r"tensor 1 holds inf at \[3, 1\], and the loss mse of that sample is inf"):
+        train(train=(x, y), loss="mse")
+    y[3, 1] = torch.nan
+    assert train(train=(x, y), loss=without_nan)[0].value > 0
+
+
+def test_a_sample_that_is_not_finite_is_named_and_not_tried_again(tmp_path: Path) -> None:
+    """Of a dataset where its batch is met."""
+    x, y = tensors(48)
+    x[37, 1] = torch.nan
+    heard = Heard()
+    says = r"tensor 0 of sample 37 of the training data holds nan: replace it, or leave that out"
+    with pytest.raises(FastarError, match=rf"training source 0: loss not finite at epoch 1, step \d; {says}"):
+        fastar.train_sources(
+            build, Listed(x, y), recipe(on_nonfinite="retry"), number=1, out=tmp_path / "run", progress=heard
+        )
+    assert not any("going back" in line for line in heard.lines)
+
+
+@pytest.mark.parametrize("number", [3, -1])
+def test_classes_that_the_network_does_not_have_are_named(number: int, tmp_path: Path) -> None:
+    """Of tensors before anything is written, of a dataset where their batch is met."""
+    x, y = tensors(48)
+    y[37] = number
+    says = f"sample 37 has the class {number}, and the network's outputs are of 3 classes, from 0"
+    out = tmp_path / "run"
+    with pytest.raises(FastarError, match=f"the train data: {says}"):
+        fastar.train_sources(build, (x, y), RECIPE, number=1, out=out, progress=False)
+    assert not out.exists()
+    with pytest.raises(FastarError, match=f"the train data: {says}"):
+        fastar.train_sources(build, Listed(x, y), RECIPE, number=1, out=out, progress=False)
+    batches = list(zip(x.split(16), y.split(16), strict=True))
+    with pytest.raises(FastarError, match="the train data: sample 5 has the class"):
+        fastar.train_sources(build, batches, RECIPE, number=1, out=out, progress=False)
+    y[37] = -100  # ignored
+    assert fastar.train_sources(build, (x, y), RECIPE, number=1, progress=False)[0].value > 0
+
+
+def test_a_network_that_cannot_be_matched_may_have_sources_and_no_star(tmp_path: Path) -> None:
+    class Sorting(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            return self[1](self[0](x).sort(1).values)
+
+    def made() -> nn.Module:
+        return Sorting(nn.Linear(4, 6), nn.Linear(6, 3))
+
+    heard = Heard()
+    sources = fastar.train_sources(made, tensors(), RECIPE, number=2, out=tmp_path, progress=heard)
+    assert [
+        one for one in heard.lines if one.startswith("a star of these networks will be refused as it stands: cannot")
     ]
+    with pytest.raises(FastarError, match="cannot derive the permutation groups"):
+        fastar.train_star(made, sources, tensors(), RECIPE, out=tmp_path, progress=False)

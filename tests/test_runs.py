@@ -174,7 +174,7 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize("below", ["", "sub/run"])
 def test_a_file_in_the_way(tmp_path: Path, below: str) -> None:
     (tmp_path / "file").write_text("x")
-    with pytest.raises(FastarError, match="is a file; choose a folder"):
+    with pytest.raises(FastarError, match="is a file; choose another"):
         RunFolder(tmp_path / "file" / below).check(settings())
 
 

@@ -18,9 +18,10 @@ from fastar.config import MatchingSettings, Settings, matching_settings, validat
 from fastar.data.user_data import UserSplits
 from fastar.errors import FastarError
 from fastar.experiments.matchings import star_permutations
+from fastar.experiments.plan.trial import check_task
 from fastar.experiments.session import Session, new_session
 from fastar.experiments.star_domain import train_sources as train_missing
-from fastar.experiments.user_task import PYTHON, Given, check_task
+from fastar.experiments.user_task import PYTHON, Given
 from fastar.experiments.whole_run import train_star as do_whole_run
 from fastar.losses import LossChoice, MetricChoice
 from fastar.runs import RunFolder

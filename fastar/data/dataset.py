@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from fastar.data.sampling import epoch_order
 from fastar.errors import FastarError
@@ -13,6 +15,16 @@ from fastar.runtime.seeds import derive_seed
 Batch = Any
 """One batch, on the data set's device. Of image sets: (images fp32 [b, C, H, W] channels-last and
 normalised, labels int64 [b]). Of users' data: what they gave."""
+
+
+def first_not_finite(batch: Any) -> tuple[int, list[int], float] | None:
+    """The first number of a batch that is NaN or infinite: the tensor's place, the number's index, its value; None: all
+    are finite."""
+    for place, one in enumerate(tree_leaves(batch)):
+        if isinstance(one, Tensor) and one.is_floating_point() and not bool((finite := torch.isfinite(one)).all()):
+            index = torch.unravel_index(finite.flatten().byte().argmin(), one.shape)
+            return place, [int(i) for i in index], float(one[index])
+    return None
 
 
 class Dataset(ABC):
@@ -55,6 +67,10 @@ class Dataset(ABC):
     def sequential(self, batch_size: int) -> Iterator[Batch]:
         """Batches in file order, not augmented, every sample exactly once; the last may be short. See `batches`."""
 
+    def sample_number(self, seed: int, epoch: int, place: int) -> int:
+        """The number, in the order of the file, of the sample at a place of an epoch; of data that are `exact`."""
+        raise NotImplementedError
+
 
 class OrderedDataset(Dataset):
     """A split whose samples can be read in any order: `DeviceDataset` holds images on the device, `StreamingDataset`
@@ -93,6 +109,9 @@ class OrderedDataset(Dataset):
         if drop_last and batch_size > len(self):
             raise FastarError(f"batch size {batch_size} exceeds the {len(self)} samples of the split; lower it")
 
+    def sample_number(self, seed: int, epoch: int, place: int) -> int:
+        return int(self._order(seed, epoch)[place])
+
     @abstractmethod
     def _check_size(self, size: int) -> None:
         """Raise FastarError where images of this side cannot be given."""
@@ -129,3 +148,6 @@ class Taken(Dataset):
 
     def sequential(self, batch_size: int) -> Iterator[Batch]:
         return map(self._split, self._whole.sequential(batch_size))
+
+    def sample_number(self, seed: int, epoch: int, place: int) -> int:
+        return self._whole.sample_number(seed, epoch, place)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset, RandomSampler, Sequent
 from torch.utils.data import Dataset as SampleSet
 from torch.utils.data.sampler import BatchSampler
 
-from fastar.data.dataset import Dataset, OrderedDataset
+from fastar.data.dataset import Dataset, OrderedDataset, first_not_finite
 from fastar.data.generators import generators_kept, seed_all, set_states, states
 from fastar.data.sample_reading import BatchOrder, Collated, SeededSamples, WorkerBegins
 from fastar.data.sampling import epoch_order
@@ -30,6 +30,9 @@ from fastar.runtime.user_code import users_code
 
 # Samples that a map-style dataset is told by, beside its length.
 DIGESTED = 8
+BatchCheck = Callable[[Any, Sequence[int] | None], None]
+"""Raises FastarError for a batch that does not fit; it is given the numbers of the samples, where they are known."""
+
 _WANTED = "give tensors, a torch Dataset, a DataLoader, or a function that begins a pass over batches"
 
 
@@ -81,6 +84,9 @@ class _Held(OrderedDataset):
     def _order(self, seed: int, epoch: int) -> Tensor:
         return epoch_order(len(self), seed, epoch, self._index.device)
 
+    def sample_number(self, seed: int, epoch: int, place: int) -> int:
+        return int(self._index[super().sample_number(seed, epoch, place)])
+
 
 class TensorData(_Held):
     """Tensors, each of one length, on the device.
@@ -108,6 +114,19 @@ class TensorData(_Held):
     def nbytes(self) -> int:
         """Bytes of the tensors."""
         return sum(one.nbytes for one in tree_leaves(self._tensors))
+
+    def check_batches(self, check: BatchCheck) -> None:
+        """Check all samples at once."""
+        check(self._tensors, None)
+
+    def doubtful(self) -> tuple[Any, str] | None:
+        """A batch of the first sample with a number that is not finite, and a line on it; None: there is none."""
+        found = first_not_finite(self._tensors)
+        if found is None:
+            return None
+        place, index, value = found
+        batch = tree_map(lambda one: one[index[0] : index[0] + 1].expand(2, *one.shape[1:]), self._tensors)
+        return batch, f"{self.name}: tensor {place} holds {value} at {index}"
 
     def _made(self, order: Any | None, batch_size: int, key: int | None, size: int | None) -> Iterator[Any]:
         chosen = self._index if order is None else self._index[order]
@@ -143,6 +162,7 @@ class SampleData(_Held):
         count = _length(samples, name)
         super().__init__(name, count, device, index)
         self._samples, self._whole, self._order_now = samples, count, BatchOrder()
+        self._checks = list[BatchCheck]()  # one list for all twins of `some_of`
         workers = workers if loader is None else loader.num_workers
         self._loader: DataLoader[Any] = DataLoader(
             SeededSamples(samples, name),  # type: ignore[arg-type]
@@ -166,6 +186,10 @@ class SampleData(_Held):
             digest.update(_tensors_digest(tree_leaves(sample)).encode())
         return digest.hexdigest()
 
+    def check_batches(self, check: BatchCheck) -> None:
+        """Check each batch from now on, when it is read."""
+        self._checks[:] = [check]
+
     def _made(self, order: Any | None, batch_size: int, key: int | None, size: int | None) -> Iterator[Any]:
         now = _length(self._samples, self.name)
         if now != self._whole:
@@ -178,7 +202,9 @@ class SampleData(_Held):
         self._order_now.batches = batches
         try:
             with users_code(f"reading {self.name}"):
-                for batch in self._loader:
+                for batch, asked in zip(self._loader, batches, strict=True):
+                    for check in self._checks:
+                        check(batch, [place for place, _ in asked])
                     yield _to(batch, self.device)
         except UserCodeError as error:
             if error.__cause__ is not None:
@@ -212,6 +238,11 @@ class IterableData(Dataset):
             raise FastarError(f"{name}: holds no batch")
         self.name, self.device = name, device
         self._again, self._count, self._batch_size = again, count, batch_size
+        self._checks = list[BatchCheck]()
+
+    def check_batches(self, check: BatchCheck) -> None:
+        """Check each batch from now on, when it comes."""
+        self._checks[:] = [check]
 
     def __len__(self) -> int:
         return self._count * self._batch_size
@@ -232,6 +263,8 @@ class IterableData(Dataset):
             done += 1
             if done > self._count:
                 break
+            for check in self._checks:
+                check(batch, None)
             yield _to(batch, self.device)
         if done != self._count:
             more = "more" if done > self._count else f"{done}"
@@ -279,11 +312,6 @@ def user_data(
         FastarError: none of these, or one that can be gone through once only.
     """
     if is_tensors(given):
-        for place, one in enumerate(tree_leaves(given)):
-            if one.is_floating_point() and not bool(torch.isfinite(one).all()):
-                say(
-                    f"{name}: tensor {place} holds numbers that are not finite; losses of its samples may not be either"
-                )
         return TensorData(name, given, device)
     pair = isinstance(given, list) and len(given) == 2 and all(isinstance(one, Tensor) and one.ndim for one in given)
     if pair and len(given[0]) == len(given[1]):

@@ -48,7 +48,7 @@ def recipe(session: Session, kind: str, index: int) -> dict[str, Any]:
 def task_recipe(session: Session) -> dict[str, Any]:
     """What is the same in all models of a run: their network, their data and their loss."""
     network, data = session.network.architecture(), session.data.recipe()
-    return {**network, **data, **loss_recipe(session.settings, session.given)}
+    return {**network, **data, **loss_recipe(session.settings, session.loss)}
 
 
 def task_digest(session: Session) -> str:

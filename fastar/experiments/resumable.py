@@ -167,7 +167,8 @@ def _with_retries(
         except NonFiniteLoss as error:
             good = [one for one in (furthest, error.left) if one is not None]
             furthest = max(good, key=lambda one: (one.epochs, one.steps), default=None)
-            if session.settings.train.on_nonfinite == "stop" or checkpoints.attempt >= RETRIES:
+            stop = error.of_data or session.settings.train.on_nonfinite == "stop"
+            if stop or checkpoints.attempt >= RETRIES:
                 raise _what_is_left(session, subject, str(error), furthest, checkpoints.attempt) from error
             saved = checkpoints.go_back()
             where = saved.place if saved is not None else "the beginning"

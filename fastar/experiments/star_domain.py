@@ -64,6 +64,11 @@ def train_sources(
     run.check(settings)
     session = prepare_session(settings, out, progress, given)
     prepare_data(session)
+    if session.runs_user_code and not all(run.finished(kind, n) for kind, many in numbers.items() for n in range(many)):
+        try:
+            _ = session.network.symmetry
+        except FastarError as error:  # they may be wanted for something else
+            progress.line(f"a star of these networks will be refused as it stands: {error}")
     with opened(session) as session, threads(session):
         for kind, number in numbers.items():
             for _ in regular_models(session, kind, number):  # read, and so checked

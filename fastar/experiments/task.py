@@ -17,6 +17,7 @@ from fastar.data.dataset import Dataset, Taken
 from fastar.data.in_memory import load
 from fastar.data.raw_arrays import RawArrays, read_raw, stands_in
 from fastar.data.splits import held_out, leaving_no_single
+from fastar.errors import FastarError
 from fastar.evaluation.batch_norm import batch_norm_layers, layer_of_single_values
 from fastar.flat import FlatLayout
 from fastar.flat.forward import Batch, in_float32
@@ -94,10 +95,18 @@ class TaskData(ABC):
         inputs, _ = next(iter(self.train.sequential(samples)))
         return tree_map_only(Tensor, lambda one: in_float32(one.detach()).cpu(), inputs)
 
-    def trials(self) -> Iterator[tuple[str, tuple[Any, Any]]]:
-        """Each split that is measured, with a batch of two of its samples."""
+    def trials(self) -> Iterator[tuple[str, tuple[Any, Any], str]]:
+        """Each split that is measured, with a batch of two of its samples, and a line on what is doubtful in them."""
         for split in self.names():
-            yield split, next(iter(getattr(self, f"measured_{split}").sequential(2)))
+            yield split, next(iter(getattr(self, f"measured_{split}").sequential(2))), ""
+
+    def check_classes(self, split: str, classes: int) -> None:
+        """Raise FastarError where targets are not of so many classes; where samples are read one by one, then."""
+        raise NotImplementedError(split, classes)
+
+    def held_bytes(self) -> int:
+        """Bytes of tensors that a user gave, and that are held."""
+        return 0
 
     def made(self, samples: int, side: int | None = None) -> tuple[Any, Any]:
         """A batch of so many samples on the device, which steps are planned with: the first ones, again and again."""
@@ -214,9 +223,14 @@ class RunData(TaskData):
         labels = torch.zeros(samples, dtype=torch.int64, device=device)
         return self._parts((images.to(memory_format=torch.channels_last), labels))
 
-    def trials(self) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    def trials(self) -> Iterator[tuple[str, tuple[Any, Any], str]]:
         """Made images: all splits are alike."""
-        yield "train", self.made(2)
+        yield "train", self.made(2), ""
+
+    def check_classes(self, split: str, classes: int) -> None:
+        known = self._chosen.spec.class_count
+        if known is not None and classes < known:
+            raise FastarError(f"{self._chosen.label} has {known} classes, and the network's outputs are of {classes}")
 
     def _sized(self, side: int | None) -> tuple[int, int, int]:
         channels, height, width = self.image

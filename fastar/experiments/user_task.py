@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -20,10 +20,11 @@ from fastar.data.user_data import TensorData, UserDataset, UserSplits, some_of, 
 from fastar.errors import FastarError
 from fastar.evaluation.batches import check_network
 from fastar.experiments.task import Network, Shape, TaskData
-from fastar.flat.forward import Batch, call, in_float32
+from fastar.flat.forward import Batch, in_float32
 from fastar.losses import Loss, LossChoice, MetricChoice, find_loss, split_of
+from fastar.losses.targets import target_of
+from fastar.losses.terms import IGNORED
 from fastar.models.registry import seeded
-from fastar.runtime.memory import within_memory
 from fastar.runtime.progress import Progress
 from fastar.runtime.seeds import derive_seed
 from fastar.runtime.user_code import find_function, is_reference, source_digest, users_code
@@ -82,14 +83,12 @@ def is_own(chosen: LossChoice) -> bool:
     return not isinstance(chosen, str) or is_reference(chosen)
 
 
-def loss_recipe(settings: Settings, given: Given) -> dict[str, Any]:
+def loss_recipe(settings: Settings, loss: Loss) -> dict[str, Any]:
     """The loss in a model's metadata; nothing of cross-entropy, which older versions knew alone."""
     if settings.loss == "cross_entropy":
         return {}
-    function = given.loss if callable(given.loss) else None
-    if is_reference(settings.loss) and function is None:
-        function = find_function(settings.loss, "loss")
-    return {"loss": settings.loss, **({} if function is None else {"loss_source": source_digest([function])})}
+    source = {} if loss.function is None else {"loss_source": source_digest([loss.function])}
+    return {"loss": settings.loss, **source}
 
 
 def find_splits(reference: str) -> UserSplits:
@@ -202,6 +201,19 @@ class UserData(TaskData):
     def _loaded(self) -> dict[str, UserDataset]:
         return {}
 
+    def trials(self) -> Iterator[tuple[str, tuple[Any, Any], str]]:
+        """Beside those of all data, a sample of tensors whose numbers are not all finite."""
+        yield from super().trials()
+        for name in filter(self._gives, self.names()):
+            whole = self._whole_split(name)
+            found = whole.doubtful() if isinstance(whole, TensorData) else None
+            if found is not None:
+                yield name, self._split(found[0]), found[1]
+
+    def check_classes(self, split: str, classes: int) -> None:
+        name = split if self._gives(split) else "train"
+        self._whole_split(name).check_batches(partial(_check_classes, f"the {name} data", classes))
+
     def names(self) -> tuple[str, ...]:
         kept = ("validation",) if self._chosen.validation or self._gives("validation") else ()
         return ("train", *kept, *(("test",) if self._gives("test") else ()))
@@ -242,6 +254,23 @@ class UserData(TaskData):
             )
         _, channels, height, width = inputs.shape
         return Shape((channels, height, width), self.splits_given.classes)
+
+
+def _check_classes(name: str, classes: int, batch: Any, samples: Sequence[int] | None) -> None:
+    """Raise FastarError, naming the first sample, where a target is no class.
+
+    Args:
+        samples: their numbers; None: they are those of the batch.
+    """
+    targets = target_of(batch).long()
+    wrong = (targets != IGNORED) & ((targets < 0) | (targets >= classes))
+    if bool(wrong.any()):
+        index = torch.unravel_index(wrong.flatten().byte().argmax(), wrong.shape)
+        sample = int(index[0]) if samples is None else samples[int(index[0])]
+        raise FastarError(
+            f"{name}: sample {sample} has the class {int(targets[index])}, and the network's outputs are of {classes} "
+            "classes, from 0"
+        )
 
 
 class UserNetwork(Network):
@@ -346,46 +375,6 @@ def checked_example(example: Any, name: str) -> Batch:
             f"{name}: example inputs must be a tensor, a tuple of tensors, or a mapping of keywords to tensors"
         )
     return example if isinstance(example, Mapping) else tuple(example)
-
-
-def check_task(network: Network, data: TaskData, loss: Loss, device: torch.device) -> None:
-    """Run the network and the loss once on two samples of each split, and backward on those that are trained on, so
-    that what does not fit is said before any work.
-
-    Raises:
-        FastarError: the network does not run on the data, or no loss can be taken of what it returns.
-    """
-    remedy = "use a smaller network, or more memory"
-    with generators_kept(), within_memory("running the network on two samples", remedy):
-        model = network.build(seed=0)
-        if next(model.parameters(), None) is None:
-            raise FastarError(f"the network, a {type(model).__name__}, has no parameters: there is nothing to train")
-        frozen = next((name for name, one in model.named_parameters() if not one.requires_grad), None)
-        if frozen is not None:
-            raise FastarError(
-                f"the network's parameter {frozen} is frozen (requires_grad=False), and all parameters are trained: "
-                "unfreeze it, or make it a buffer"
-            )
-        for split, (inputs, targets) in data.trials():
-            if isinstance(targets, Tensor) and not targets.ndim:
-                raise FastarError(
-                    f"the {split} data give samples, not batches (a target has no axis of samples): wrap them in a "
-                    "DataLoader with a batch_size"
-                )
-            with torch.no_grad(), users_code(f"the network's forward, on the first {split} batch,"):
-                outputs = call(model.eval(), inputs)
-            with torch.no_grad(), users_code(f"the loss {loss.name}, on the first {split} batch,"):
-                for metric in loss.measures().values():
-                    metric.begin(device, 1).add(0, outputs, targets)
-            if split == "train":
-                with users_code(f"a training step with the loss {loss.name}"):
-                    mean = loss.mean(call(model.train(), inputs), targets)
-                    if not mean.requires_grad:
-                        raise FastarError(
-                            f"the loss {loss.name} has no gradient: return a tensor that is computed from the "
-                            "network's outputs, not one that is detached"
-                        )
-                    mean.backward()
 
 
 def _listed(shape: torch.Size | None) -> str:

@@ -15,6 +15,7 @@ from torch.nn.modules.loss import _Loss
 from fastar.errors import FastarError, did_you_mean
 from fastar.losses import terms
 from fastar.losses.metrics import Metric, MetricChoice, find_metrics, mean_of, per_sample
+from fastar.losses.outputs import prediction
 from fastar.losses.targets import target_of
 from fastar.losses.terms import Sums
 
@@ -32,6 +33,7 @@ class Loss:
         metrics: measured beside it.
         whole: the targets of it and of its metrics are whole batches, as a user's function takes them.
         training: (outputs, targets, label smoothing) -> the mean, where one operation takes it; None: of `sums`.
+        function: the user's function or module; None: the loss is known by its name.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Loss:
     metrics: tuple[Metric, ...] = ()
     whole: bool = False
     training: Callable[[Any, Any, float], Tensor] | None = None
+    function: Callable[..., Any] | None = None
 
     def mean(self, outputs: Any, targets: Any, smoothing: float = 0.0) -> Tensor:
         """The mean over a batch's terms, 0-d, for gradients.
@@ -51,6 +54,17 @@ class Loss:
             return self.training(outputs, targets, smoothing)
         total, counted = self.sums(outputs, targets)
         return total / terms.number(counted)
+
+    def classes(self, outputs: Any, targets: Any) -> int | None:
+        """The number of classes that targets say one of; None: they do not."""
+        if self.function is not None or self.name not in ("cross_entropy", "lm"):
+            return None
+        targets = target_of(targets) if self.whole else targets
+        if not isinstance(targets, Tensor) or targets.is_floating_point():
+            return None
+        return (
+            prediction(outputs) if self.name == "lm" else terms.class_logits(outputs, targets).movedim(1, -1)
+        ).shape[-1]
 
     @property
     def names(self) -> list[str]:
@@ -104,7 +118,7 @@ def find_loss(chosen: LossChoice = "cross_entropy", metrics: Sequence[MetricChoi
         raise FastarError(f"the loss is a {kind}: give a name or a function f(outputs, batch) -> [batch]")
     name = getattr(chosen, "__name__", type(chosen).__name__)
     if isinstance(chosen, _Loss):
-        return _with_metrics(Loss(name, _of_module(chosen, name)), metrics or ())
+        return _with_metrics(Loss(name, _of_module(chosen, name), function=chosen), metrics or ())
     values = per_sample(f"loss {name}", chosen)
 
     def sums_of_samples(outputs: Any, batch: Any) -> Sums:
@@ -114,7 +128,8 @@ def find_loss(chosen: LossChoice = "cross_entropy", metrics: Sequence[MetricChoi
     def mean_of_samples(outputs: Any, batch: Any, smoothing: float) -> Tensor:
         return values(outputs, batch).mean()
 
-    return _with_metrics(Loss(name, sums_of_samples, whole=True, training=mean_of_samples), metrics or ())
+    loss = Loss(name, sums_of_samples, whole=True, training=mean_of_samples, function=chosen)
+    return _with_metrics(loss, metrics or ())
 
 
 def _with_metrics(loss: Loss, chosen: Sequence[MetricChoice]) -> Loss:

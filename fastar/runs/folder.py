@@ -192,7 +192,7 @@ class RunFolder:
                 foreign = sorted(name for name in foreign if not name.endswith(".tmp") and name not in (LOCK, GIVEN))
                 if foreign:
                     raise FastarError(
-                        f"{self.path}: holds {foreign[0]} but no config.yaml, so it is no run folder; choose another (out)"
+                        f"{self.path}: holds {foreign[0]} but no config.yaml: no run folder; choose another (out)"
                     )
                 return
             self._check_names()

@@ -280,6 +280,17 @@ def load_whole_into(model: torch.nn.Module, checkpoint: Checkpoint) -> Checkpoin
     return replace(checkpoint, state=whole, in_file=None, digest=None)
 
 
+def check_header(model: torch.nn.Module, path: Path) -> None:
+    """Raise FastarError unless a checkpoint's names and shapes fit `model`. Of a .safetensors it reads the header."""
+    if path.is_dir() or suffix_of(path) != SAFETENSORS:
+        load_into(model, load_checkpoint(path))
+        return
+    state = SafetensorsFile(path).without_values()
+    prefix = _wrappers(state)
+    found = _as_named_by(model, Checkpoint({name[len(prefix) :]: one for name, one in state.items()}, path=path))
+    check_state_of(model, found.state, str(path))
+
+
 def _renamed(checkpoint: Checkpoint, names: Mapping[str, str]) -> Checkpoint:
     """The checkpoint with its tensors under other names: new -> old."""
     state, file = checkpoint.state, checkpoint.in_file

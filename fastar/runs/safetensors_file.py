@@ -79,6 +79,15 @@ class SafetensorsFile:
     def names(self) -> list[str]:
         return list(self._sites)
 
+    def without_values(self) -> dict[str, Tensor]:
+        """The tensors on the meta device: their types and shapes alone."""
+        import torch
+
+        return {
+            name: torch.empty(site.shape, dtype=getattr(torch, site.dtype), device="meta")
+            for name, site in self._sites.items()
+        }
+
     def read(self, names: Iterable[str]) -> dict[str, Tensor]:
         """Tensors of the file, on the CPU, each in memory of its own.
 

@@ -124,18 +124,19 @@ def users_code(what: str) -> Iterator[None]:
 
 
 def users_traceback(error: UserCodeError) -> str:
-    """The traceback of the error in the user's code, from its first frame that is not fastar's own."""
+    """The traceback of the error in the user's code, from its first frame that is not fastar's own, without torch's."""
     cause = error.__cause__
     if cause is None:
         return ""
     frames = cause.__traceback__
     while frames is not None and frames.tb_frame.f_globals.get("__name__", "").partition(".")[0] in _ON_THE_WAY:
         frames = frames.tb_next
-    if frames is None:  # it never came to the user's code: torch's own frames, if there are any
-        frames = cause.__traceback__
-        while frames is not None and frames.tb_frame.f_globals.get("__name__", "").partition(".")[0] == "fastar":
-            frames = frames.tb_next
-    return "" if frames is None else "".join(traceback.format_exception(type(cause), cause, frames))
+    if frames is None:  # it never came to the user's code
+        return ""
+    shown = traceback.TracebackException(type(cause), cause, frames)
+    kept = [frame for frame in shown.stack if f"{os.sep}site-packages{os.sep}torch{os.sep}" not in frame.filename]
+    shown.stack = traceback.StackSummary.from_list(kept)
+    return "".join(shown.format())
 
 
 def name_of(function: Any) -> str:

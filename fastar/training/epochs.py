@@ -51,12 +51,13 @@ class Good:
 class NonFiniteLoss(FastarError):
     """A training that became NaN or infinite.
 
-    `left` is the model as it was last known to be good, on the CPU; None: not since it began.
+    `left` is the model as it was last known to be good, on the CPU; None: not since it began. `of_data`: its batch
+    holds such numbers, so that another attempt would end alike.
     """
 
-    def __init__(self, message: str, left: Good | None):
+    def __init__(self, message: str, left: Good | None, *, of_data: bool = False):
         super().__init__(message)
-        self.left = left
+        self.left, self.of_data = left, of_data
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from fastar.config import TrainSettings
-from fastar.data.dataset import Dataset
+from fastar.data.dataset import Batch, Dataset, first_not_finite
 from fastar.errors import FastarError
 from fastar.losses import sample_count
 from fastar.runtime.device import synchronize
@@ -92,7 +92,7 @@ def fit(
     advice = f"lower {rate} (it is {base:g})"
     if resolve_precision(settings.precision, data.device) != torch.float32:
         advice += " or use train.precision=fp32"
-    training = _Training(step, data, settings, name, checkpoints, epochs or settings.epochs, advice, clock)
+    training = _Training(step, data, settings, name, seed, checkpoints, epochs or settings.epochs, advice, clock)
     steps = training.steps
     device = data.device
     lr_now = torch.zeros((), device=device, dtype=torch.float32)
@@ -121,15 +121,7 @@ def fit(
                 dtype=torch.float32,
                 device="cpu",
             ).to(device)
-            batches = data.batches(
-                settings.batch_size,
-                seed=seed,
-                epoch=epoch,
-                augment=True,
-                drop_last=settings.drop_last,
-                begin=begin,
-                size=resolution(settings, epoch),
-            )
+            batches = training.batches(begin)
             training.clock_steps()
             for i, (inputs, targets) in enumerate(timed_batches(batches, training.clock), start=begin):
                 with training.clock:
@@ -166,6 +158,7 @@ class _Training:
         data: Dataset,
         settings: TrainSettings,
         name: str,
+        seed: int,
         checkpoints: TrainingCheckpoints | None,
         epochs: int,
         advice: str,
@@ -181,6 +174,7 @@ class _Training:
         self.so_far = SoFar()
         self.losses = torch.zeros(self.steps, device=data.device, dtype=torch.float32)
         self._step = step
+        self._data, self._settings, self._seed = data, settings, seed
         self._name = name
         self._device = data.device
         self._checkpoints = checkpoints
@@ -201,6 +195,19 @@ class _Training:
         self.losses[: saved.step] = saved.tensors["losses"].to(self._device)
         self._keep(saved.step)
         return saved.step
+
+    def batches(self, begin: int) -> Iterator[Batch]:
+        """The batches of the epoch, from number `begin` on."""
+        settings, epoch = self._settings, len(self.history)
+        return self._data.batches(
+            settings.batch_size,
+            seed=self._seed,
+            epoch=epoch,
+            augment=True,
+            drop_last=settings.drop_last,
+            begin=begin,
+            size=resolution(settings, epoch),
+        )
 
     def clock_steps(self) -> None:
         """Begin to time steps."""
@@ -290,12 +297,23 @@ class _Training:
 
     def _not_finite(self, what: str, step: int) -> NonFiniteLoss:
         """The error that step number `step` of the epoch left `what` not finite, with the last good state."""
-        good = self._good
+        good, bad = self._good, self._bad_sample(step)
         return NonFiniteLoss(
             f"training {self._name}: {what} not finite at epoch {len(self.history) + 1}, step {step + 1}"
-            f"{self._step.describe(step)}; {self._advice}",
+            f"{self._step.describe(step)}; {self._advice if bad is None else bad}",
             None if good is None else replace(good, state={name: one.cpu() for name, one in good.state.items()}),
+            of_data=bad is not None,
         )
+
+    def _bad_sample(self, step: int) -> str | None:
+        """A line on the first number of a step's batch that is not finite; None: all are, or the batch does not come
+        again."""
+        found = first_not_finite(next(self.batches(step))) if self._data.exact else None
+        if found is None:
+            return None
+        place, index, value = found
+        number = self._data.sample_number(self._seed, len(self.history), step * self._settings.batch_size + index[0])
+        return f"tensor {place} of sample {number} of the training data holds {value}: replace it, or leave that out"
 
     def stop_if_asked(self, saved: str) -> None:
         """Raise a request to stop, if there is one; `saved` says what was saved."""

@@ -21,6 +21,7 @@ from fastar.evaluation.paths import ENDS
 from fastar.experiments.plan import sizes
 from fastar.experiments.plan.preflight import check_batches, check_together
 from fastar.experiments.plan.sizes import DataCounts, Item
+from fastar.experiments.reuse import model_paths
 from fastar.experiments.session import Session, new_session, threads
 from fastar.experiments.statistics_batches import LOOKED_AT
 from fastar.flat import FlatLayout
@@ -30,6 +31,7 @@ from fastar.matching import EXAMPLE_BATCHES, Examples, cache_bytes, match
 from fastar.matching.activation import match_activations
 from fastar.matching.weight import match_weights
 from fastar.runs import RunFolder
+from fastar.runs.model_files import check_header
 from fastar.runtime.live_bytes import LiveBytes
 from fastar.runtime.memory import models_that_fit, within_memory
 from fastar.runtime.progress import SILENT, Progress, count_text, size_text
@@ -70,6 +72,9 @@ def plan_run(settings: Settings, out: Path, speed: float | None = None, progress
         session = new_session(settings, run, progress, classes=counts.classes)
     check_batches(session, counts.train)
     check_together(session, counts)
+    for kind in ("source", "heldout"):
+        for path in model_paths(settings, run, kind) if settings.sources.of_kind(kind)[1] is not None else ():
+            check_header(session.network.build(seed=0, device="cpu"), path)
     progress.line("planning: counting bytes")
     limits = sizes.limits_of(session, here=False)
     said: list[str] = []

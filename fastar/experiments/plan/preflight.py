@@ -15,9 +15,9 @@ from fastar.experiments.plan.sizes import (
     shortages,
     training_sides,
 )
+from fastar.experiments.plan.trial import check_task
 from fastar.experiments.session import Session, new_session
 from fastar.experiments.task import Network, RunData
-from fastar.experiments.user_task import check_task
 from fastar.flat import check_kernels
 from fastar.runtime.memory import cap_gpu
 from fastar.training import check_batch, resolve_precision

@@ -145,7 +145,7 @@ def limits_of(session: Session, *, here: bool) -> dict[str, int]:
     sizes = [] if cap is None or (here and session.device.type == "cpu") else [parse_bytes(cap)]
     if session.device.type == "cuda":
         sizes.append(gpu_bytes(session.device))
-    held = session.data.held_bytes() if isinstance(session.data, UserData) and not sizes else 0
+    held = 0 if sizes else session.data.held_bytes()
     limits = {"host": free_bytes(torch.device("cpu")) + held, "disk": shutil.disk_usage(there).free + own}
     return {"gpu": min(sizes), **limits} if sizes else limits
 
