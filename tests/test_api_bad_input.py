@@ -83,7 +83,7 @@ def raising() -> nn.Module:
         (raising, r"calling it failed \(RuntimeError: no weights here\)"),
         (
             lambda: Net(inputs=5),
-            r"forward, on the first train batch, failed \(RuntimeError: mat1 .*\), in its module 'hidden'; .* \[2, 4\]$",
+            r"forward, on the first train batch, failed \(RuntimeError: mat1 .*\), in its module 'hidden'; .* \[2, 4\]",
         ),
         (Net(), r"build is a Net: give a function that returns a fresh network"),
         ("mynets:build", r"build is a str: give a function"),
