@@ -24,6 +24,8 @@ def build(width=HIDDEN):
     return nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 1))
 def images():
     return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.ReLU(), nn.Linear(8, 10))
+def few():
+    return nn.Sequential(nn.Flatten(), nn.Linear(64, 3))
 """
 DATA = """
 import torch
@@ -132,6 +134,11 @@ def test_a_users_network_on_data_with_a_name(tmp_path: Path) -> None:
         *(f"dataset.directory={tmp_path}", "dataset.limit=100"),
     )
     assert done.code == 0, done.err
+    few = (
+        *("train-sources", "--model", "task_nets:few", "--dataset", "digits", *SMALL),
+        f"dataset.directory={tmp_path}",
+    )
+    assert "digits has 10 classes, and the network's outputs are of 3" in refused(*few, "--out", tmp_path / "few")
 
 
 @pytest.mark.parametrize(

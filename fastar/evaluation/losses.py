@@ -115,7 +115,7 @@ def evaluate_rows(
                 name = f"model {wrong[0]}" if called is None else called[wrong[0]]
                 raise FastarError(
                     f"{name} has a loss that is not finite on {split}: its weights, or what they compute, are too "
-                    "large for float32; measure without it"
+                    "large for float32, or the data hold numbers that are not finite; measure without it"
                 )
     return results
 

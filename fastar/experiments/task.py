@@ -228,7 +228,7 @@ class RunData(TaskData):
         yield "train", self.made(2), ""
 
     def check_classes(self, split: str, classes: int) -> None:
-        known = self._chosen.spec.class_count
+        known = self._classes
         if known is not None and classes < known:
             raise FastarError(f"{self._chosen.label} has {known} classes, and the network's outputs are of {classes}")
 

@@ -17,7 +17,7 @@ from fastar.experiments.plan.sizes import (
 )
 from fastar.experiments.plan.trial import check_task
 from fastar.experiments.session import Session, new_session
-from fastar.experiments.task import Network, RunData
+from fastar.experiments.task import RunData
 from fastar.flat import check_kernels
 from fastar.runtime.memory import cap_gpu
 from fastar.training import check_batch, resolve_precision
@@ -42,7 +42,7 @@ def check_network(session: Session) -> None:
     Raises:
         FastarError: an architecture that is not known, or does not take these images or settings.
     """
-    _network(session, 2).build(seed=0, device="cpu")
+    _of_classes(session, 2).network.build(seed=0, device="cpu")
 
 
 def prepare_data(session: Session) -> None:
@@ -70,7 +70,9 @@ def prepare_data(session: Session) -> None:
 
 def check_together(session: Session, counts: DataCounts) -> None:
     """Raise FastarError unless network, data and loss go together: they are run once."""
-    check_task(_network(session, counts.classes), session.data, session.loss, session.device)
+    known = _of_classes(session, counts.classes)
+    data = known.data if counts.written else session.data  # published numbers may not be those of the files
+    check_task(known.network, data, session.loss, session.device)
 
 
 def check_run(session: Session, counts: DataCounts) -> None:
@@ -83,18 +85,18 @@ def check_run(session: Session, counts: DataCounts) -> None:
     check_batches(session, counts.train)
     if settings.gpu_memory is not None and session.device.type == "cpu":
         session.progress.line(f"gpu_memory={settings.gpu_memory}: this run is on the CPU, where it bounds nothing")
-    model = _network(session, counts.classes).build(seed=0, device="cpu")
+    model = _of_classes(session, counts.classes).network.build(seed=0, device="cpu")
     dtype, limits = resolve_precision(settings.train.precision, session.device), limits_of(session, here=True)
     for line in shortages(exact_items(settings, counts, limits, model, dtype), limits):
         more = " (see `fastar plan`)" if session.given.build is None else ""
         raise FastarError(f"this run does not fit: {line}{more}")
 
 
-def _network(session: Session, classes: int | None) -> Network:
-    """The run's network for so many classes, which otherwise the files of named data must say."""
+def _of_classes(session: Session, classes: int | None) -> Session:
+    """The session for so many classes, which otherwise the files of named data must say."""
     if classes is None or not isinstance(session.data, RunData):
-        return session.network
-    return new_session(session.settings, session.run, classes=classes, given=session.given).network
+        return session
+    return new_session(session.settings, session.run, classes=classes, given=session.given)
 
 
 def check_batches(session: Session, samples: int) -> None:
@@ -106,7 +108,7 @@ def check_batches(session: Session, samples: int) -> None:
     if size > 1 and (train.drop_last or samples % size != 1):
         return
     side = min(training_sides(session.settings), default=None)
-    layer = _network(session, 2).layer_of_single_values(side)
+    layer = _of_classes(session, 2).network.layer_of_single_values(side)
     if layer is None:
         return
     none = f"batch-norm layer {layer} takes no variance of one sample"
