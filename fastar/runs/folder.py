@@ -276,7 +276,7 @@ class RunFolder:
             try:
                 results, checked = unsealed(read_object(self.results))
             except ValueError as error:
-                what = f"{self.results}: holds no results ({error}); run `fastar train-star` again"
+                what = f"{self.results}: holds no results ({error}); run its training again"
                 raise FastarError(what) from error
         if not checked:
             say(f"{self.results}: by an older fastar, without a digest, so that damage to it is not seen")
