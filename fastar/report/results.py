@@ -50,7 +50,7 @@ def check_results(results: Mapping[str, Any], where: Path) -> None:
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
         whole = False
     if not whole:
-        raise FastarError(f"{where}: not the results of a run, or damaged; delete it and run its training again")
+        raise FastarError(f"{where}: not the results of a run, or damaged; delete it and run `fastar train-star` again")
 
 
 def splits_of(results: Mapping[str, Any]) -> list[str]:
