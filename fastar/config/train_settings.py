@@ -77,7 +77,8 @@ class TrainSettings(Section):
     """Replay each step as one CUDA graph. Not yet run on a GPU: compare a short run's losses with graph=false."""
     on_nonfinite: Literal["stop", "retry"] = "stop"
     """Reaction to a loss, or to parameters after an epoch, that are not finite. retry: go back to the last checkpoint,
-    or to the beginning, with other random draws; three times at most."""
+    or to the beginning, with other random draws; three times at most. Where the data themselves hold such numbers it
+    stops, and names the sample."""
 
     @model_validator(mode="after")
     def _consistent(self) -> TrainSettings:

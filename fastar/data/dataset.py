@@ -21,7 +21,10 @@ def first_not_finite(batch: Any) -> tuple[int, list[int], float] | None:
     """The first number of a batch that is NaN or infinite: the tensor's place, the number's index, its value; None: all
     are finite."""
     for place, one in enumerate(tree_leaves(batch)):
-        if isinstance(one, Tensor) and one.is_floating_point() and not bool((finite := torch.isfinite(one)).all()):
+        if not isinstance(one, Tensor) or not one.ndim or not one.is_floating_point():
+            continue
+        finite = torch.isfinite(one)
+        if not bool(finite.all()):
             index = torch.unravel_index(finite.flatten().byte().argmin(), one.shape)
             return place, [int(i) for i in index], float(one[index])
     return None
