@@ -185,6 +185,7 @@ def attempt(
             if saves == stop_in_save:
                 say("save")
                 signal.pause()
+            return  # a kill loses nothing that was written; waiting for a busy disk, no attempt would get anywhere
         fsync(handle)
 
     os.fsync = told

@@ -290,7 +290,9 @@ def suitable_threads(model: nn.Module, inputs: Batch) -> Iterator[int]:
     Has no effect on a GPU's work.
     """
     before, device = torch.get_num_threads(), next(model.parameters()).device
-    chosen = 1 if device.type == "cpu" and forward_flops(model, inputs) < SMALL_FLOPS else before
+    # Counting costs a second, which torch takes to import its compiler: only where there is something to choose.
+    small = before > 1 and device.type == "cpu" and forward_flops(model, inputs) < SMALL_FLOPS
+    chosen = 1 if small else before
     torch.set_num_threads(chosen)
     try:
         yield chosen
