@@ -48,7 +48,6 @@ def test_thirty_kills_change_no_bit(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("kind", "kills"),
     [
-        ("tensors", 2),
         ("samples", 2),
         *(pytest.param(kind, TWENTY, marks=pytest.mark.slow) for kind in ("tensors", "samples", "workers")),
     ],

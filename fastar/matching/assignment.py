@@ -9,7 +9,6 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 
 from fastar.errors import FastarError
@@ -83,6 +82,8 @@ def solve_assignment(score: Tensor | NDArray[Any], *, solver: Solver = "auto") -
 
 
 def _scipy(cost: NDArray[Any]) -> NDArray[np.int64]:
+    from scipy.optimize import linear_sum_assignment  # only here: it takes half a second, and lapjv solves most
+
     return np.asarray(linear_sum_assignment(cost)[1], dtype=np.int64)
 
 
