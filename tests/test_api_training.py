@@ -6,6 +6,7 @@ import doctest
 import inspect
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,6 +94,12 @@ def test_results_are_short_and_can_be_drawn(star: fastar.Star, out: Path) -> Non
     assert repr(barrier).startswith(f"Barrier({barrier.value:.4g}, weighted ")
     assert barrier.metrics.keys() == {"accuracy"}
     assert barrier.accuracy == barrier.metrics["accuracy"]
+    assert barrier.largest_loss == max(barrier.loss)
+    ends = zip(barrier.t, barrier.accuracy, strict=True)
+    falls = [one - (1 - t) * barrier.accuracy[0] - t * barrier.accuracy[-1] for t, one in ends]
+    assert barrier.accuracy_barrier == pytest.approx(min(falls), abs=1e-12)
+    with pytest.raises(FastarError, match="accuracy was not measured"):
+        _ = replace(barrier, metrics={}).accuracy_barrier
     for one in (run, star, barrier):
         axes = one.plot()
         assert isinstance(axes, Axes)

@@ -22,7 +22,9 @@ from fastar.runs.model_files import load_checkpoint
 
 SPREAD = {"mean", "std", "min", "max", "n"}
 SHORT = {"mean", "std", "n"}
-SPLIT = {"regular_loss", "star_loss", "regular_regular", "star_heldout", "star_source", "regular_regular_unmatched"}
+KINDS = {"regular_regular", "star_heldout", "star_source", "regular_regular_unmatched"}
+BESIDE = {"largest_loss", "accuracy_barrier"}
+SPLIT = {"regular_loss", "star_loss", *KINDS, *BESIDE}
 PATH = {"kind", "first", "second", "t", "train_loss", "train_accuracy", "test_loss", "test_accuracy"}
 TOP = {
     "matchings",
@@ -104,8 +106,12 @@ def test_results_have_exactly_the_agreed_names(run: Path) -> None:
         assert set(results[split]) == SPLIT
         assert set(results[split]["regular_loss"]) == SHORT
         assert isinstance(results[split]["star_loss"], float)
-        for kind in SPLIT - {"regular_loss", "star_loss"}:
+        for kind in KINDS:
             assert set(results[split][kind]) == SPREAD
+            of_kind = [path for path in results["paths"] if path["kind"] == kind]
+            assert results[split]["largest_loss"][kind]["max"] == max(max(path[f"{split}_loss"]) for path in of_kind)
+            assert results[split]["accuracy_barrier"][kind]["max"] <= 0
+            assert set(results[split]["accuracy_barrier"][kind]) == SPREAD
         assert set(results["accuracy"][split]) == {"regular", "star"}
         assert set(results["accuracy"][split]["regular"]) == SHORT
         assert 0.1 < results["accuracy"][split]["star"] <= 1

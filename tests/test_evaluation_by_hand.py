@@ -98,3 +98,7 @@ def test_barrier_by_hand(arch: str, tmp_path: Path) -> None:
         gaps = [loss - losses[0] - k / (POINTS - 1) * (losses[-1] - losses[0]) for k, loss in enumerate(losses)]
         assert max(gaps) > 0.1
         assert path[f"{split}_barrier"] == pytest.approx(max(gaps), rel=5e-4)  # a difference of the above
+        assert path[f"{split}_largest_loss"] == max(path[f"{split}_loss"])
+        right = wanted[f"{split}_accuracy"]
+        falls = [one - right[0] - k / (POINTS - 1) * (right[-1] - right[0]) for k, one in enumerate(right)]
+        assert path[f"{split}_accuracy_barrier"] == pytest.approx(min(falls), abs=1e-12)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from fastar.errors import FastarError
 from fastar.evaluation import Endpoint, PathLosses, Segment, barrier, barrier_gaps, evaluate_paths, evaluate_rows
 from fastar.evaluation.batch_norm import own_statistics
+from fastar.evaluation.paths import accuracy_barrier
 from fastar.flat import FlatLayout
 from fastar.symmetry import derive_symmetry
 
@@ -72,6 +74,36 @@ def test_ends_and_level_lines_have_exactly_no_gap() -> None:
 
 def test_barrier_of_a_valley_is_zero() -> None:
     assert barrier([0.0, 0.5, 1.0], [2.0, 0.5, 1.0]) == 0.0
+
+
+def test_accuracy_barrier_and_largest_loss_by_hand() -> None:
+    assert accuracy_barrier([0.0, 0.25, 0.5, 1.0], [1.0, 0.75, 0.25, 0.5]) == -0.5
+    assert accuracy_barrier([0.0, 0.5, 1.0], [0.5, 0.875, 1.0]) == 0
+    values = {
+        "loss": {"train": [1.0, 4.0, 3.0], "test": [5.0, 1.0, 6.0]},
+        "top5": {"train": [1.0, 0.0, 1.0], "test": [1.0, 0.0, 1.0]},
+        "label_accuracy": {"train": [1.0, 0.25, 0.5], "test": [0.0, 0.5, 1.0]},
+        "accuracy": {"train": [0.0, 0.0, 0.0], "test": [0.0, 0.0, 0.0]},
+    }
+    path = PathLosses("path", "a", "b", [0.0, 0.5, 1.0], values)
+    assert [path.largest_loss(split) for split in ("train", "test")] == [4.0, 6.0]
+    assert [path.accuracy_barrier(split) for split in ("train", "test")] == [-0.5, 0.0], "of the first accuracy"
+    without = PathLosses("path", "a", "b", [0.0, 0.5, 1.0], {"loss": values["loss"]})
+    assert without.accuracy_barrier("train") is None
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_finer_grid_that_contains_the_coarser_never_lowers_a_barrier(seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    finer = 1 + 60 * int(torch.randint(1, 5, (), generator=draw))
+    t = [i / (finer - 1) for i in range(finer)]
+    curve = (10 * torch.rand(finer, generator=draw, dtype=torch.float64)).tolist()
+    found = []
+    for step in (60, 30, 15, 5, 1):
+        coarser, values = t[::step], curve[::step]
+        found.append([barrier(coarser, values), -accuracy_barrier(coarser, values), max(values)])
+    for coarse, fine in itertools.pairwise(found):
+        assert all(before <= after for before, after in zip(coarse, fine, strict=True))
 
 
 def test_barrier_is_no_more_than_a_number_per_split() -> None:

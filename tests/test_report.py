@@ -100,6 +100,29 @@ def test_table_shows_every_figure() -> None:
     assert row(table, "barrier, regular, unmatched") == ["3", "1.500 ± 0.062", "1.750 ± 0.062"]
 
 
+def test_table_has_the_largest_loss_and_the_accuracy_barrier_beside_barriers() -> None:
+    found = results()
+    for split_name in ("train", "test"):
+        kinds = ("star_heldout", "star_source", "regular_regular", "regular_regular_unmatched")
+        found[split_name] |= {
+            "largest_loss": {kind: spread(2.5 + n, 1 + n) for n, kind in enumerate(kinds)},
+            "accuracy_barrier": {kind: spread(-0.25 * n, 1 + n) for n, kind in enumerate(kinds)},
+        }
+    table = results_table(found)
+    assert row(table, "largest loss, star to heldouts") == ["1", "2.500 ± 0.062", "2.500 ± 0.062"]
+    assert row(table, "largest loss, regular to regular") == ["3", "4.500 ± 0.062", "4.500 ± 0.062"]
+    assert row(table, "accuracy barrier, regular to regular") == ["3", "-0.500 ± 0.062", "-0.500 ± 0.062"]
+    assert len(text(table).splitlines()) == len(text(results_table(results())).splitlines()) + 4, "no line is folded"
+    found["train"]["star_heldout"] = spread(None, 0)
+    assert row(results_table(found), "largest loss, star to sources")[0] == "2"
+
+
+def test_results_of_older_versions_are_shown_without_what_they_lack() -> None:
+    shown_text = text(results_table(results()))
+    assert "largest loss" not in shown_text
+    assert "accuracy barrier" not in shown_text
+
+
 def test_table_leaves_out_what_was_not_measured() -> None:
     assert "heldouts" not in text(results_table(results(heldouts=0)))
 
@@ -124,7 +147,7 @@ def test_barriers_table_has_a_row_per_path_with_the_whole_name() -> None:
         }
         for name, barrier in (("b.pt", 0.7), ("some/long/folder/" * 6 + "c.pt", 0.0))
     ]
-    assert row(barriers_table(paths), "b.pt") == ["0.7000", "1.4000", "0.1000", "0.3000"]
+    assert row(barriers_table(paths), "b.pt") == ["0.7000", "1.4000", "0.1000", "0.3000", "0.9000"]
     folded = text(barriers_table(paths), 60)
     assert "…" not in folded
     names = "".join(line.split("│")[1].strip() for line in folded.splitlines() if line.startswith("│"))
@@ -132,7 +155,7 @@ def test_barriers_table_has_a_row_per_path_with_the_whole_name() -> None:
     siblings = [{**paths[0], "second": f"runs/heldout/{name}.pt"} for name in "bc"]
     shown_text = text(barriers_table(siblings), 60)
     assert shown_text.count("runs/heldout/") == 1, "a folder that all share is said once"
-    assert row(barriers_table(siblings), "c.pt") == ["0.7000", "1.4000", "0.1000", "0.3000"]
+    assert row(barriers_table(siblings), "c.pt") == ["0.7000", "1.4000", "0.1000", "0.3000", "0.9000"]
 
 
 def test_shown_rounds_and_marks_what_is_missing() -> None:
@@ -178,6 +201,16 @@ def test_picture_has_two_panels_and_both_are_drawn_in(tmp_path: Path) -> None:
     middle = image.shape[1] // 2
     for half in (image[:, :middle], image[:, middle:]):
         assert coloured(half, STYLES["regular_regular"][1]) > 300
+
+
+def test_numbers_beside_the_curves_get_no_panel(tmp_path: Path) -> None:
+    given = results()
+    for path in given["paths"]:
+        del path["train_accuracy"]
+        path |= {"train_barrier": 0.1, "train_largest_loss": 0.5}
+    barrier_picture(given, tmp_path / "one.png")
+    image = pixels(tmp_path / "one.png")
+    assert coloured(image[:, image.shape[1] // 2 - 100 : image.shape[1] // 2 + 100], STYLES["regular_regular"][1]) > 100
 
 
 def test_band_follows_the_spread(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastar.errors import FastarError
 from fastar.evaluation import PathLosses
+from fastar.evaluation.paths import accuracy_barrier, accuracy_name, barrier
 from fastar.report.notebook_curves import axes_or_new, labelled
 
 
@@ -52,6 +53,22 @@ class Barrier:
             raise FastarError(f"accuracy was not measured; the metrics are {', '.join(self.metrics) or 'none'}")
         return self.metrics["accuracy"]
 
+    @property
+    def largest_loss(self) -> float:
+        """The largest loss at any t: a barrier alone is small where an end is bad."""
+        return max(self.loss)
+
+    @property
+    def accuracy_barrier(self) -> float:
+        """The least of the accuracy minus the straight line between the ends' accuracies; never positive. Of the first
+        metric that is an accuracy.
+
+        Raises:
+            FastarError: none was measured.
+        """
+        name = accuracy_name(self.metrics)
+        return accuracy_barrier(self.t, self.accuracy if name is None else self.metrics[name])
+
     def plot(self, axes: Any = None) -> Any:
         """Draw the loss along the path, and the straight line between the ends; the matplotlib Axes."""
         axes = axes_or_new(axes)
@@ -66,8 +83,6 @@ class Barrier:
 
 def paths_frame(results: Mapping[str, Any]) -> Any:
     """A pandas DataFrame of a run's results: a row for each path, with its barrier on each split."""
-    from fastar.evaluation.paths import barrier
-
     splits = [key.removesuffix("_loss") for key in results["paths"][0] if key.endswith("_loss")]
     rows = [
         {

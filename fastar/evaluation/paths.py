@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import islice
@@ -75,9 +75,18 @@ class PathLosses:
         """Barrier of this path on `split` (eq. 10)."""
         return barrier(self.t, self.loss[split])
 
+    def accuracy_barrier(self, split: str) -> float | None:
+        """Accuracy barrier of this path on `split`, of the first metric that is an accuracy; None: there is none."""
+        name = accuracy_name(self.values)
+        return None if name is None else accuracy_barrier(self.t, self.values[name][split])
+
+    def largest_loss(self, split: str) -> float:
+        """The largest loss on this path on `split`: a barrier alone is small where an end is bad."""
+        return max(self.loss[split])
+
 
 def barrier_gaps(t: Sequence[float], loss: Sequence[float]) -> list[float]:
-    """At each t, the loss minus the straight line between the ends' losses (eq. 1)."""
+    """At each t, the loss (or a metric) minus the straight line between the ends' losses (eq. 1)."""
     first, rise = loss[0], loss[-1] - loss[0]
     # From the nearer end: exact at both, and on level lines, where (1 - t) a + t a is not always a.
     line = [first + s * rise if s < 0.5 else loss[-1] - (1 - s) * rise for s in t]
@@ -91,6 +100,21 @@ def barrier(t: Sequence[float], loss: Sequence[float]) -> float:
     2.0
     """
     return max(barrier_gaps(t, loss))
+
+
+def accuracy_barrier(t: Sequence[float], accuracy: Sequence[float]) -> float:
+    """The least of the accuracy minus the straight line between the ends' accuracies, over the sampled t; never
+    positive.
+
+    >>> accuracy_barrier([0.0, 0.5, 1.0], [1.0, 0.25, 0.5])
+    -0.5
+    """
+    return min(barrier_gaps(t, accuracy))
+
+
+def accuracy_name(metrics: Iterable[str]) -> str | None:
+    """The first of some metrics that is an accuracy, by its name; None: none is."""
+    return next((name for name in metrics if name.endswith("accuracy")), None)
 
 
 def evaluate_paths(

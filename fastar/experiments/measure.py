@@ -6,7 +6,7 @@ import functools
 import itertools
 import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -271,12 +271,21 @@ def statistics_error(session: Session, segments: Sequence[Segment]) -> dict[str,
 
 
 def summary(measured: Sequence[PathLosses], split: str) -> dict[str, Any]:
-    """Losses of the ends and barriers of each kind on one split."""
+    """Losses of the ends, and of each kind of path the barriers, the largest losses and the accuracy barriers, on one
+    split."""
     regular, star = _at_ends(measured, "loss", split)
+    of_kinds = {kind: [path for path in measured if path.kind == kind] for kind in KINDS}
+
+    def spreads(number: Callable[[PathLosses, str], float | None]) -> dict[str, Any]:
+        known = {kind: [number(path, split) for path in paths] for kind, paths in of_kinds.items()}
+        return {kind: spread([one for one in values if one is not None]) for kind, values in known.items()}
+
     return {
         "regular_loss": regular,
         "star_loss": star,
-        **{kind: spread([path.barrier(split) for path in measured if path.kind == kind]) for kind in KINDS},
+        **spreads(PathLosses.barrier),
+        "largest_loss": spreads(PathLosses.largest_loss),
+        "accuracy_barrier": spreads(PathLosses.accuracy_barrier),
     }
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from io import BytesIO, StringIO
 from pathlib import Path
@@ -101,6 +100,13 @@ def results_table(results: Mapping[str, Any]) -> Table:
         if results["train"][kind]["n"]:
             n = str(results["train"][kind]["n"])
             table.add_row(f"barrier, {name}", n, *(shown(results[s][kind]) for s in splits))
+    star = "star_heldout" if results["train"]["star_heldout"]["n"] else "star_source"
+    for key in ("largest_loss", "accuracy_barrier"):  # results of older versions have neither
+        for kind in (star, "regular_regular"):
+            n = results["train"].get(key, {}).get(kind, {"n": 0})["n"]
+            if n:
+                called = f"{key.replace('_', ' ')}, {dict(ROWS)[kind]}"
+                table.add_row(called, str(n), *(shown(results[s][key][kind]) for s in splits))
     return table
 
 
@@ -175,13 +181,15 @@ def _duration(seconds: float) -> str:
 
 
 def barriers_table(paths: Sequence[Mapping[str, Any]]) -> Table:
-    """One row per path: barrier on each split, and the losses at its ends. What all names start with is said once."""
+    """One row per path: barrier on each split, the train losses at its ends and the largest, and the accuracy barrier.
+    What all names start with is said once."""
     folders = {Path(path["second"]).parent for path in paths}
     shared = f" {folders.pop()}/" if len(folders) == 1 else ""
     table = Table(title=f"Barriers from {paths[0]['first']} to{shared}", title_justify="left")
     table.add_column("", overflow="fold")
     splits = [split for split in ("train", "validation", "test") if f"{split}_barrier" in paths[0]]
-    for column in (*splits, "loss at t=0", "at t=1"):
+    accuracy = "train_accuracy_barrier" in paths[0]
+    for column in (*splits, "loss at t=0", "at t=1", "largest loss", *(["accuracy barrier"] if accuracy else [])):
         table.add_column(column, justify="right")
     for path in paths:
         table.add_row(
@@ -189,6 +197,8 @@ def barriers_table(paths: Sequence[Mapping[str, Any]]) -> Table:
             *(shown(path[f"{split}_barrier"], 4) for split in splits),
             shown(path["train_loss"][0], 4),
             shown(path["train_loss"][-1], 4),
+            shown(max(path["train_loss"]), 4),
+            *([shown(path["train_accuracy_barrier"], 4)] if accuracy else []),
         )
     return table
 
@@ -233,7 +243,8 @@ def barrier_picture(results: Mapping[str, Any], path: Path) -> None:
 
     figure = Figure(figsize=(9.5, 4.0), layout="constrained")
     FigureCanvasAgg(figure)
-    name = next((key for key in results["paths"][0] if re.fullmatch("train_(?!loss|barrier).*", key)), None)
+    curves = [key for key, value in results["paths"][0].items() if isinstance(value, list)]
+    name = next((key for key in curves if key.startswith("train_") and key != "train_loss"), None)
     keys = ["train_loss", *([] if name is None else [name])]
     panels = figure.subplots(1, len(keys), squeeze=False)[0]
     for panel, key in zip(panels, keys, strict=True):

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fastar.errors import FastarError
-from fastar.evaluation import Segment
+from fastar.evaluation import PathLosses, Segment
 from fastar.experiments.files.given_files import Named, load_whole, open_first
 from fastar.experiments.matchings import Matchings
 from fastar.experiments.measure import check_endpoint, endpoint, evaluated, match_to, path_result
@@ -35,7 +35,8 @@ def barriers_of_files(
         permutations: a run's `matchings.safetensors`, whose permutations are taken instead of matching.
 
     Returns:
-        dataset, arch, t, paths (as in `results.json`, each with train_barrier and test_barrier), versions, device.
+        dataset, arch, t, paths (as in `results.json`, each with train_barrier, train_largest_loss and, where accuracy
+        is measured, train_accuracy_barrier, and those of the other splits), versions, device.
 
     Raises:
         FastarError: files that cannot be read or are not of one network, or permutations of other models.
@@ -64,8 +65,16 @@ def barriers_of_files(
         "arch": session.settings.model.arch,
         "matched": matching,
         "t": measured[0].t,
-        "paths": [{**path_result(path), **{f"{s}_barrier": path.barrier(s) for s in path.loss}} for path in measured],
+        "paths": [{**path_result(path), **_beside(path)} for path in measured],
         "versions": versions(),
         "device": device_name(session.device),
         "batch_norm_error": error,
     }
+
+
+def _beside(path: PathLosses) -> dict[str, float]:
+    """The barrier of a path on each split, and what is said beside it."""
+    found = {f"{split}_barrier": path.barrier(split) for split in path.loss}
+    found |= {f"{split}_largest_loss": path.largest_loss(split) for split in path.loss}
+    gaps = {f"{split}_accuracy_barrier": path.accuracy_barrier(split) for split in path.loss}
+    return found | {key: gap for key, gap in gaps.items() if gap is not None}
