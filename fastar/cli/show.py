@@ -145,7 +145,7 @@ def configs(
     print(
         f"Z sources, H heldouts. Barriers: the paper's, train set, mean {plus_minus()} standard deviation; empty: none."
     )
-    print("Figure 3 has no numbers: wrn22's are from its code's result files, wrn22-width8's from the text.")
+    print("Figures 1 and 3 have no numbers: theirs are from the result files of the paper's code.")
 
 
 @takes("json")
