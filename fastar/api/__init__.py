@@ -1,7 +1,7 @@
 """The names that `import fastar` gives."""
 
 from fastar.api.barriers import barrier
-from fastar.api.curves import Barrier
+from fastar.api.curves import Barrier, Uncertainty
 from fastar.api.matching import ManyMatched, Matched, apply, match, match_many
 from fastar.api.models import Run, Star, TrainedModel
 from fastar.api.recipe import Recipe

@@ -9,6 +9,7 @@ from typing import Any
 from fastar.errors import FastarError
 from fastar.evaluation import PathLosses
 from fastar.evaluation.paths import accuracy_barrier, accuracy_name, barrier
+from fastar.report.average_panels import draw_family
 from fastar.report.notebook_curves import axes_or_new, labelled
 
 
@@ -79,6 +80,48 @@ class Barrier:
     def to_frame(self) -> Any:
         """A pandas DataFrame: t, loss and the metrics, a row for each t."""
         return _frame({"t": self.t, "loss": self.loss, **self.metrics})
+
+
+@dataclass(frozen=True, repr=False)
+class Uncertainty:
+    """Metrics of averages of K networks of families around a star.
+
+    Args:
+        results: what `uncertainty.json` holds: for each family K, and every metric's mean and standard deviation over
+            repetitions at each K.
+    """
+
+    results: Mapping[str, Any]
+
+    @property
+    def value(self) -> float:
+        """The negative log likelihood of the star domain's largest average, nats."""
+        return float(self.results["families"]["star domain"]["nll"]["mean"][-1])
+
+    def __repr__(self) -> str:
+        families = ", ".join(f"{name} {of['nll']['mean'][-1]:.3g}" for name, of in self.results["families"].items())
+        return f"Uncertainty(NLL on {self.results['split']}: {families})"
+
+    def plot(self, axes: Any = None, *, metric: str = "nll") -> Any:
+        """Draw a metric over K, a curve for each family; the matplotlib Axes."""
+        axes = axes_or_new(axes)
+        for family, of in self.results["families"].items():
+            draw_family(axes, family, of, metric)
+        axes.set_xlabel("networks in the average, K")
+        axes.set_ylabel(metric)
+        axes.legend(frameon=False)
+        return axes
+
+    def to_frame(self) -> Any:
+        """A pandas DataFrame of the means: a row for each family and K, a column for each metric."""
+        columns: dict[str, list[Any]] = {}
+        for name, of in self.results["families"].items():
+            columns.setdefault("family", []).extend([name] * len(of["k"]))
+            columns.setdefault("k", []).extend(of["k"])
+            for metric, found in of.items():
+                if metric not in ("k", "repetitions"):
+                    columns.setdefault(metric, []).extend(found["mean"])
+        return _frame(columns)
 
 
 def paths_frame(results: Mapping[str, Any]) -> Any:

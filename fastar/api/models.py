@@ -9,10 +9,12 @@ from typing import Any, TypeAlias, Union
 
 from torch import Tensor, nn
 
-from fastar.api.curves import Barrier, paths_frame
+from fastar.api.curves import Barrier, Uncertainty, paths_frame
 from fastar.data.generators import generators_kept
 from fastar.errors import FastarError
 from fastar.evaluation import Segment
+from fastar.experiments.averages import uncertainty as measured_uncertainty
+from fastar.experiments.finished_run import finished_run
 from fastar.experiments.measure import check_endpoint, endpoint, evaluated, match_to
 from fastar.experiments.session import Session, measuring, new_session, threads
 from fastar.report.notebook_curves import plot_paths
@@ -177,6 +179,25 @@ class Run(WithResults):
             raise FastarError(f"{self.path}: nothing is measured yet; train its star")
         split = self.results["test" if "test" in self.results else "train"]
         return float(split["star_heldout" if split["star_heldout"]["n"] else "star_source"]["mean"])
+
+    def uncertainty(
+        self, *, most: int = 19, repetitions: int = 10, radius: float = 0.1, progress: Progress | bool = False
+    ) -> Uncertainty:
+        """How good the uncertainty of averages around the star is: the star domain, the ensemble, and controls.
+
+        Args:
+            most: networks of the largest average.
+            repetitions: sequences of draws.
+            radius: of the ball around the star, as a share of its norm.
+
+        Raises:
+            FastarError: a run that was loaded without its network and data, or whose loss is not cross_entropy.
+        """
+        session = None if self.star is None else self.star._session
+        if session is None:
+            raise FastarError("predictions need a star, its network and data: give build and train to fastar.load_run")
+        run = finished_run(session.run, session=replace(session, progress=shown(progress)))
+        return Uncertainty(measured_uncertainty(run, most=most, repetitions=repetitions, radius=radius))
 
 
 def checkpoint_of(model: Source, network: nn.Module, name: str) -> Checkpoint:

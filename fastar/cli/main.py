@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from fastar._version import __version__
-from fastar.cli import match, show, train
+from fastar.cli import after, match, show, train
 from fastar.cli.failure import failure
 from fastar.cli.options import run_folders
 from fastar.errors import FastarError, OldName, UserCodeError
@@ -27,6 +27,7 @@ COMMANDS = {
     "match": match.match,
     "match-many": match.match_many,
     "barrier": match.barrier,
+    "uncertainty": after.uncertainty,
     "report": show.report,
     "runs": show.runs,
     "verify": show.verify,

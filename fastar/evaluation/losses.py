@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -73,6 +74,7 @@ def evaluate_rows(
     graph: bool = False,
     called: Sequence[str] | None = None,
     record: Record | None = None,
+    show: Callable[[str, int, Any, Any], None] | None = None,
 ) -> dict[str, Measured]:
     """Evaluate K models of one architecture in two passes: batch-norm statistics, then losses.
 
@@ -89,6 +91,7 @@ def evaluate_rows(
         graph: replay the work of each batch of a pass as a CUDA graph (all K models in one); a GPU.
         called: names of the models, for errors.
         record: captures the graph; None: as a CUDA graph.
+        show: told of every (split, model, outputs, targets); not with `graph`.
 
     Raises:
         FastarError: a loss that is not finite, batch-norm without data to re-estimate it from, or a graph on a CPU.
@@ -109,7 +112,8 @@ def evaluate_rows(
             for k, value in zip(todo, estimate(todo, statistics_batches), strict=True):
                 found[k] = value
         for split, batches in splits.items():
-            results[split] = passes.measure(found, batches, find_loss() if loss is None else loss)
+            shown = None if show is None else partial(show, split)
+            results[split] = passes.measure(found, batches, find_loss() if loss is None else loss, shown)
             wrong = (~torch.isfinite(results[split].loss)).nonzero().flatten().tolist()
             if wrong:
                 name = f"model {wrong[0]}" if called is None else called[wrong[0]]
@@ -189,9 +193,15 @@ class _Passes:
             self.run(show, [tensor for statistics in found for tensor in statistics.values()], batches)
         return found
 
-    def measure(self, statistics: Sequence[Statistics | None], batches: Batches, loss: Loss) -> Measured:
+    def measure(
+        self,
+        statistics: Sequence[Statistics | None],
+        batches: Batches,
+        loss: Loss,
+        show: Callable[[int, Any, Any], None] | None = None,
+    ) -> Measured:
         """The mean loss and the metrics of all models, with these batch-norm statistics (None: there is no
-        batch-norm)."""
+        batch-norm). `show` is told of every (model, outputs, targets)."""
         count = len(statistics)
         singles = [self.one(k) for k in range(count)]
         device = next(iter(self.views.values())).device
@@ -208,6 +218,8 @@ class _Passes:
                 outputs = call(self.model, inputs)
                 for some in totals.values():
                     some.add(k, outputs, targets)
+                if show is not None:
+                    show(k, outputs, targets)
             return moved[0]
 
         if not self.run(add, moved, batches):

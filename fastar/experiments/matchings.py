@@ -45,6 +45,10 @@ class Matchings:
             if permutation:  # a network without groups has none
                 self._found[digest, state_digest(other)] = permutation
 
+    def has(self, first: Checkpoint, second: Checkpoint) -> bool:
+        """Tell whether there are permutations of `second` that match it to `first`."""
+        return (state_digest(first), state_digest(second)) in self._found
+
     def between(self, first: Checkpoint, second: Checkpoint) -> Permutations:
         """The permutations of `second` that match it to `first`.
 

@@ -1,0 +1,50 @@
+"""Commands that study a finished run: what its star model is good for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fastar.cli.options import Given, run_folders, takes
+from fastar.cli.output import print_json, print_lines, print_table
+
+Finished = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")]
+
+
+@takes("most", "repetitions", "radius", "json", "quiet")
+def uncertainty(given: Given, folder: Finished) -> None:
+    """Measure how good the uncertainty of averages around the star is: star domain, ensemble, and controls.
+
+    Each average is of K = 1 .. --most networks. Written into the run folder: uncertainty.json, uncertainty.png over K,
+    reliability.png.
+
+    Example:
+
+        fastar uncertainty runs/digits-mlp-seed0
+    """
+    from fastar.experiments.averages import uncertainty
+    from fastar.experiments.finished_run import finished_run
+    from fastar.report.average_panels import (
+        reliability_picture,
+        uncertainty_lines,
+        uncertainty_picture,
+        uncertainty_table,
+    )
+    from fastar.runs import RunFolder, write_atomically
+
+    run_folders.append(folder)
+    run = RunFolder(folder)
+    opened = finished_run(run, given.progress())
+    found = uncertainty(opened, most=given["most"], repetitions=given["repetitions"], radius=given["radius"])
+    places = [run.path / name for name in ("uncertainty.json", "uncertainty.png", "reliability.png")]
+    write_atomically(places[0], (json.dumps(found, indent=1) + "\n").encode())
+    uncertainty_picture(found, places[1])
+    reliability_picture(found, places[2])
+    if given.json:
+        print_json(found)
+        return
+    print_table(uncertainty_table(found))
+    print_lines([*uncertainty_lines(found), *(f"written: {place}" for place in places)])

@@ -1,0 +1,140 @@
+"""Families of networks around a star: what is averaged, perturbed or fused.
+
+Each yields networks one after the other, as `Endpoint`s that are made when their turn comes. A repetition is another
+sequence of draws; the first K networks of one are the family's average of K.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import cached_property, partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fastar.errors import FastarError
+from fastar.evaluation import Endpoint
+from fastar.experiments.finished_run import FinishedRun
+from fastar.experiments.measure import match_to, permuted
+from fastar.kernels import interpolate
+from fastar.runtime.seeds import derive_seed
+
+SINGLE = ("star", "mean")
+"""Families of one network."""
+FAMILIES = ("source", "ensemble", "star", "star domain", "pairs", "ball", "mean")
+"""All, in the order in which they are shown."""
+
+
+class Families:
+    """The families of a finished run.
+
+    Args:
+        radius: of the ball around the star, as a share of the star's norm.
+        t: of points of the star domain; None: uniform in [0, 1].
+        replace: the star domain's sources are drawn with replacement.
+    """
+
+    def __init__(self, run: FinishedRun, *, radius: float = 0.1, t: float | None = None, replace: bool = True):
+        if len(run.sources) < 2:
+            raise FastarError("families of networks need at least two sources; this run has one")
+        self._run, self._radius, self._t, self._replace = run, radius, t, replace
+        self._layout = run.session.network.layout
+
+    def members(self, family: str, count: int, repetition: int = 0) -> Iterator[Endpoint]:
+        """The first `count` networks of a repetition of a family.
+
+        source: one source, number `repetition` of them.
+        ensemble: sources in a random order, none twice.
+        star: the star. mean: the mean of the sources, matched to it.
+        star domain: (1 - t) star + t matched source, source and t uniform.
+        pairs: (1 - t) source + t another source matched to it: the control without a star.
+        ball: the star and a step of one length in a random direction, over all parameters.
+        """
+        if family == "source":
+            return iter([self.source(repetition)])
+        if family == "star":
+            return iter([Endpoint("star", partial(self._star_row))])
+        if family == "mean":
+            return iter([Endpoint("mean of the sources", self._mean_row)])
+        seed = derive_seed(self._run.session.settings.seed, "families", family.replace(" ", "_"), repetition)
+        numbers = np.random.default_rng(seed)
+        drawn: dict[str, Callable[[np.random.Generator, int], Iterator[Endpoint]]] = {
+            "ensemble": self._ensemble,
+            "star domain": self._star_domain,
+            "pairs": self._pairs,
+            "ball": self._ball,
+        }
+        if family not in drawn:
+            raise FastarError(f"unknown family {family!r}: choose from {', '.join(FAMILIES)}")
+        return drawn[family](numbers, count)
+
+    def source(self, index: int) -> Endpoint:
+        """Source number `index`, its units where they are in its file."""
+        return Endpoint(f"source {index}", partial(self._row, index, False))
+
+    def order(self, count: int, repetition: int) -> list[int]:
+        """The sources that the ensemble's repetition takes, in their order."""
+        seed = derive_seed(self._run.session.settings.seed, "families", "ensemble", repetition)
+        return [int(n) for n in np.random.default_rng(seed).permutation(len(self._run.sources))[:count]]
+
+    def _ensemble(self, numbers: np.random.Generator, count: int) -> Iterator[Endpoint]:
+        return map(self.source, numbers.permutation(len(self._run.sources))[:count].tolist())
+
+    def _star_domain(self, numbers: np.random.Generator, count: int) -> Iterator[Endpoint]:
+        sources = len(self._run.sources)
+        order = None if self._replace else numbers.permutation(sources).tolist()
+        for k in range(count if order is None else min(count, sources)):  # n, t, n, t: fewer are the first of more
+            n = int(numbers.integers(sources)) if order is None else order[k]
+            t = float(numbers.random())
+            at = t if self._t is None else self._t
+            yield Endpoint(f"the point t={at:g} from the star to source {n}", partial(self._between_star, n, at))
+
+    def _pairs(self, numbers: np.random.Generator, count: int) -> Iterator[Endpoint]:
+        for _ in range(count):
+            first, second = numbers.choice(len(self._run.sources), size=2, replace=False).tolist()
+            t = float(numbers.random())
+            yield Endpoint(
+                f"the point t={t:g} from source {first} to source {second}",
+                partial(self._between_sources, first, second, t),
+            )
+
+    def _ball(self, numbers: np.random.Generator, count: int) -> Iterator[Endpoint]:
+        for k, seed in enumerate(numbers.integers(2**63, size=count).tolist()):
+            yield Endpoint(f"point {k} at {self._radius:g} of the star's norm", partial(self._beside_star, seed))
+
+    def _star_row(self) -> Tensor:
+        return self._layout.flatten(self._run.star.state)
+
+    def _row(self, index: int, matched: bool) -> Tensor:
+        permutation = self._run.permutations[index] if matched else None
+        return self._layout.flatten(permuted(self._run.session, self._run.sources[index], permutation))
+
+    @cached_property
+    def _mean_row(self) -> Tensor:
+        total = self._row(0, True).double()
+        for index in range(1, len(self._run.sources)):
+            total += self._row(index, True)
+        return (total / len(self._run.sources)).float()
+
+    def _between_star(self, index: int, t: float) -> Tensor:
+        return _point(self._star_row(), self._row(index, True), t)
+
+    def _between_sources(self, first: int, second: int, t: float) -> Tensor:
+        run = self._run
+        permutation = None
+        if run.session.settings.ends_matched:
+            permutation = match_to(run.session, run.sources[first], [run.sources[second]])[0]
+        end = self._layout.flatten(permuted(run.session, run.sources[second], permutation))
+        return _point(self._row(first, False), end, t)
+
+    def _beside_star(self, seed: int) -> Tensor:
+        star = self._star_row()
+        step = torch.randn(star.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32, device="cpu")
+        return star + step * (self._radius * star.double().norm() / step.double().norm()).float()
+
+
+def _point(first: Tensor, second: Tensor, t: float) -> Tensor:
+    row = torch.empty_like(first)
+    interpolate(first, second, torch.tensor(t, dtype=torch.float32, device=first.device), row)
+    return row

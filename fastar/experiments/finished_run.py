@@ -1,0 +1,85 @@
+"""The models of a finished run, opened from its folder, for experiments on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+from fastar.config.load import validate
+from fastar.errors import FastarError
+from fastar.experiments.matchings import Matchings, star_permutations
+from fastar.experiments.measure import match_to
+from fastar.experiments.plan import check_network, use_device
+from fastar.experiments.regular import given_models
+from fastar.experiments.session import Session, new_session
+from fastar.runs import RunFolder
+from fastar.runs.model_files import Checkpoint, load_checkpoint
+from fastar.runtime.progress import SILENT, Progress
+from fastar.runtime.user_code import can_be_found
+from fastar.symmetry import Permutations
+
+
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run whose star is trained: its session and its models, read when they are asked for."""
+
+    session: Session
+
+    @cached_property
+    def star(self) -> Checkpoint:
+        return load_checkpoint(self.session.run.star, own=True)
+
+    @cached_property
+    def sources(self) -> list[Checkpoint]:
+        return self._models("source")
+
+    @cached_property
+    def heldouts(self) -> list[Checkpoint]:
+        return self._models("heldout")
+
+    @cached_property
+    def permutations(self) -> list[Permutations] | list[None]:
+        """Those of the sources that match them to the star: as its barriers were measured with, where they are kept;
+        else found from where its training left them. None: the run does not match."""
+        session = self.session
+        if not session.settings.ends_matched:
+            return [None] * len(self.sources)
+        kept = Matchings.load(session.run.matchings) if session.run.matchings.is_file() else None
+        if kept is not None and all(kept.has(self.star, source) for source in self.sources):
+            return [kept.between(self.star, source) for source in self.sources]
+        start = star_permutations(session.run.permutations) or None
+        return match_to(session, self.star, self.sources, start=start, progress=session.progress)
+
+    def _models(self, kind: str) -> list[Checkpoint]:
+        run, (number, folder) = self.session.run, self.session.settings.sources.of_kind(kind)
+        if folder is not None:
+            return list(given_models(self.session, kind))
+        missing = next((index for index in range(number) if not run.finished(kind, index)), None)
+        if missing is not None:
+            raise FastarError(f"{run.model(kind, missing)}: missing; finish the run first: give its command again")
+        return [load_checkpoint(run.model(kind, index), own=True) for index in range(number)]
+
+
+def finished_run(run: RunFolder, progress: Progress = SILENT, session: Session | None = None) -> FinishedRun:
+    """A run whose star is trained.
+
+    Args:
+        session: of it, where its task was given from Python; None: from its settings.
+
+    Raises:
+        FastarError: no run folder, a star that is not trained yet, or a task that was given from Python.
+    """
+    saved: dict[str, Any] = run.saved_settings()
+    if not run.finished("star", 0):
+        raise FastarError(f"{run.path}: its star is not trained yet; give its `fastar train-star` command again")
+    if session is None:
+        settings = validate(saved, str(run.config))
+        named = settings.dataset.name, settings.model.arch, settings.loss, *(settings.metrics or ())
+        given = [name for name in named if not can_be_found(name)]
+        if given:
+            raise FastarError(f"{run.path}: its {given[0]} was given from Python; open it there, with fastar.load_run")
+        session = new_session(settings, run, progress)
+        use_device(session)
+        check_network(session)
+    return FinishedRun(session)
