@@ -68,8 +68,8 @@ def uncertainty_lines(found: Mapping[str, Any]) -> list[str]:
     lines = [
         "AUROC: right against wrong by confidence. of 20: the same from 20 thresholds, as the paper's code has it; it "
         "follows confidence, not ranking.",
-        f"gap: confidence minus accuracy. n: repetitions; after {plus_minus()} stands their standard deviation, of draws "
-        "around one star: no standard error of the method.",
+        f"gap: confidence minus accuracy. n: repetitions; after {plus_minus()} stands their standard deviation, of "
+        "draws around one star: no standard error of the method.",
     ]
     families = found["families"]
     accuracy = next(iter(families.values()))["accuracy"]["mean"][-1]
