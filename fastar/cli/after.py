@@ -10,6 +10,7 @@ import typer
 
 from fastar.cli.options import Given, run_folders, takes
 from fastar.cli.output import print_json, print_lines, print_table
+from fastar.errors import FastarError
 
 Finished = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")]
 
@@ -48,3 +49,36 @@ def uncertainty(given: Given, folder: Finished) -> None:
         return
     print_table(uncertainty_table(found))
     print_lines([*uncertainty_lines(found), *(f"written: {place}" for place in places)])
+
+
+@takes("radii", "draws", "by_filter", "json", "quiet")
+def perturb(given: Given, folder: Finished) -> None:
+    """Perturb the star at random, and measure its loss and the barriers from it to the heldouts, matched anew.
+
+    Written into the run folder: perturb.json, perturb.png.
+
+    Example:
+
+        fastar perturb runs/digits-mlp-seed0 --radii 0.1,0.4
+    """
+    from fastar.experiments.finished_run import finished_run
+    from fastar.experiments.perturbed import perturbed_stars
+    from fastar.report.perturbed_stars import perturbed_lines, perturbed_picture, perturbed_table
+    from fastar.runs import RunFolder, write_atomically
+
+    try:
+        radii = [float(one) for one in given["radii"].split(",")]
+    except ValueError as error:
+        raise FastarError(f"--radii {given['radii']}: write numbers joined by commas, such as 0.1,0.4") from error
+    run_folders.append(folder)
+    run = RunFolder(folder)
+    opened = finished_run(run, given.progress())
+    found = perturbed_stars(opened, radii=radii, draws=given["draws"], by_filter=given["by_filter"])
+    places = [run.path / name for name in ("perturb.json", "perturb.png")]
+    write_atomically(places[0], (json.dumps(found, indent=1) + "\n").encode())
+    perturbed_picture(found, places[1])
+    if given.json:
+        print_json(found)
+        return
+    print_table(perturbed_table(found))
+    print_lines([*perturbed_lines(found), *(f"written: {place}" for place in places)])

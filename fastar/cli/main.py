@@ -28,6 +28,7 @@ COMMANDS = {
     "match-many": match.match_many,
     "barrier": match.barrier,
     "uncertainty": after.uncertainty,
+    "perturb": after.perturb,
     "report": show.report,
     "runs": show.runs,
     "verify": show.verify,

@@ -17,6 +17,7 @@ from fastar.errors import FastarError
 from fastar.evaluation import Endpoint
 from fastar.experiments.finished_run import FinishedRun
 from fastar.experiments.measure import match_to, permuted
+from fastar.flat import FlatLayout
 from fastar.kernels import interpolate
 from fastar.runtime.seeds import derive_seed
 
@@ -129,9 +130,30 @@ class Families:
         return _point(self._row(first, False), end, t)
 
     def _beside_star(self, seed: int) -> Tensor:
-        star = self._star_row()
-        step = torch.randn(star.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float32, device="cpu")
-        return star + step * (self._radius * star.double().norm() / step.double().norm()).float()
+        return beside(self._star_row(), self._layout, seed, self._radius)
+
+
+def beside(star: Tensor, layout: FlatLayout, seed: int, radius: float, *, by_filter: bool = False) -> Tensor:
+    """The row [P] `star` and a step in a random direction, isotropic over all parameters.
+
+    Args:
+        radius: length of the step, as a share of the star's norm.
+        by_filter: each filter's part of the step has the length `radius` times the filter's own norm; parameters of one
+            dimension stay, as in pictures of loss landscapes.
+    """
+    numbers = torch.Generator().manual_seed(seed)
+    step = torch.zeros_like(star)  # the padding between parameters stays 0
+    own = layout.views(star)
+    for name, part in layout.views(step).items():
+        noise = torch.randn(part.shape, generator=numbers, dtype=torch.float64, device="cpu")
+        if by_filter:
+            filters = tuple(range(1, part.ndim))
+            norms = noise.norm(dim=filters, keepdim=True).clamp_min(1e-30) if filters else noise.norm()
+            noise = noise / norms * own[name].double().norm(dim=filters, keepdim=True) if filters else noise * 0
+        part.copy_(noise)
+    if by_filter:
+        return star + radius * step
+    return star + step * (radius * star.double().norm() / step.double().norm()).float()
 
 
 def _point(first: Tensor, second: Tensor, t: float) -> Tensor:

@@ -100,7 +100,7 @@ def uncertainty_picture(found: Mapping[str, Any], path: Path) -> None:
     """Write a PNG of four metrics over K: mean, and a band of one standard deviation over repetitions."""
     from matplotlib.ticker import MaxNLocator
 
-    figure, save = _figure((9.5, 7.0))
+    figure, save = new_figure((9.5, 7.0))
     panels = figure.subplots(2, 2).ravel()
     for panel, (key, name) in zip(panels, PANELS, strict=True):
         low, high = _range(found["families"], key)
@@ -155,7 +155,7 @@ def draw_family(panel: Any, family: str, of: Mapping[str, Any], key: str) -> Non
 
 def reliability_picture(found: Mapping[str, Any], path: Path) -> None:
     """Write a PNG: accuracy over confidence with the number of samples in each bin, and risk over coverage."""
-    figure, save = _figure((9.5, 4.6))
+    figure, save = new_figure((9.5, 4.6))
     layout = figure.subplot_mosaic([["reliability", "risk"], ["counts", "risk"]], height_ratios=(3, 1))
     lines, counts, risk = layout["reliability"], layout["counts"], layout["risk"]
     lines.plot((0, 1), (0, 1), color="#999999", linewidth=1, label="calibrated")
@@ -186,7 +186,7 @@ def reliability_picture(found: Mapping[str, Any], path: Path) -> None:
     save(path)
 
 
-def _figure(size: tuple[float, float]) -> tuple[Any, Any]:
+def new_figure(size: tuple[float, float]) -> tuple[Any, Any]:
     """A figure, and the function that writes it as PNG, atomically."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
