@@ -46,7 +46,8 @@ def check(arguments: list[str]) -> None:
 def test_commands_are_those_promised() -> None:
     assert set(COMMANDS) == {
         *("train-star", "plan", "train-sources", "match", "match-many"),
-        *("barrier", "report", "runs", "verify", "configs", "doctor"),
+        *("barrier", "uncertainty", "perturb", "distances"),
+        *("report", "runs", "verify", "configs", "doctor"),
     }
 
 

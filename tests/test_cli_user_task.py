@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shlex
@@ -93,6 +94,13 @@ def test_what_a_checkpoint_is_of_need_not_be_said(run: Path) -> None:
     for more in ((), ("--permutations", run / "matchings.safetensors")):
         assert fastar("barrier", star, heldout, *more).code == 0
     assert fastar("match", star, heldout).code == 0
+
+
+def test_distances_of_a_users_own_networks(run: Path) -> None:
+    done = fastar("distances", run, "--json")
+    assert done.code == 0, done.err
+    found = json.loads(done.out)
+    assert [found[kind]["matched"]["distance"]["n"] for kind in ("star_heldout", "star_source")] == [1, 2]
 
 
 def test_half_precision_checkpoints_are_sources_and_heldouts(run: Path, tmp_path: Path) -> None:

@@ -14,11 +14,13 @@ from fastar.data.generators import generators_kept
 from fastar.errors import FastarError
 from fastar.evaluation import Segment
 from fastar.experiments.averages import uncertainty as measured_uncertainty
+from fastar.experiments.distances import distances
 from fastar.experiments.finished_run import finished_run
 from fastar.experiments.measure import check_endpoint, endpoint, evaluated, match_to
 from fastar.experiments.session import Session, measuring, new_session, threads
 from fastar.report.notebook_curves import plot_paths
 from fastar.report.results import results_text
+from fastar.runs import RunFolder
 from fastar.runs.model_files import Checkpoint, check_values, load_checkpoint, load_whole_into
 from fastar.runtime.progress import SILENT, Progress, TerminalProgress
 from fastar.runtime.user_code import users_code
@@ -198,6 +200,17 @@ class Run(WithResults):
             raise FastarError("predictions need a star, its network and data: give build and train to fastar.load_run")
         run = finished_run(session.run, session=replace(session, progress=shown(progress)))
         return Uncertainty(measured_uncertainty(run, most=most, repetitions=repetitions, radius=radius))
+
+    def distances(self, *, progress: Progress | bool = False) -> dict[str, Any]:
+        """L2 distances, cosines and norms of its models, without and with permutation: what `distances.json` holds,
+        which is written into the folder.
+
+        Raises:
+            FastarError: no star yet, or a network, data or a loss of Python's that were not given to `load_run`.
+        """
+        known = None if self.star is None else self.star._session
+        session = None if known is None else replace(known, progress=shown(progress))
+        return distances(finished_run(RunFolder(self.path), shown(progress), session))
 
 
 def checkpoint_of(model: Source, network: nn.Module, name: str) -> Checkpoint:

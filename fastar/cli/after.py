@@ -82,3 +82,28 @@ def perturb(given: Given, folder: Finished) -> None:
         return
     print_table(perturbed_table(found))
     print_lines([*perturbed_lines(found), *(f"written: {place}" for place in places)])
+
+
+@takes("json", "quiet")
+def distances(given: Given, folder: Finished) -> None:
+    """Compare the parameters of a run's models: L2 distances, cosines and norms, without and with permutation.
+
+    Of pairs of regular models, of the star and of the mean of the sources matched to it, with sources and heldouts. The
+    figures of each pair and each parameter tensor are in RUN/distances.json.
+
+    Example:
+
+        fastar distances runs/digits-mlp-seed0
+    """
+    from fastar.experiments.distances import FILE, distances
+    from fastar.experiments.finished_run import finished_run
+    from fastar.report.distances_table import distances_table
+    from fastar.runs import RunFolder
+
+    run_folders.append(folder)
+    found = distances(finished_run(RunFolder(folder), given.progress()))
+    if given.json:
+        print_json(found)
+        return
+    print_table(distances_table(found))
+    print(f"written: {folder / FILE}")

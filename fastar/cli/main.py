@@ -29,6 +29,7 @@ COMMANDS = {
     "barrier": match.barrier,
     "uncertainty": after.uncertainty,
     "perturb": after.perturb,
+    "distances": after.distances,
     "report": show.report,
     "runs": show.runs,
     "verify": show.verify,
