@@ -86,6 +86,29 @@ def test_equals_algorithm_1(kind: type[nn.Module], star: StarSettings) -> None:
         assert largest_difference(step.layout.unflatten(row), source) == 0
 
 
+@pytest.mark.quick
+@pytest.mark.parametrize("kind", [PlainMlp, PlainConvNet])
+@pytest.mark.parametrize("mu", [0.5, 1.0])
+def test_the_modified_objective_equals_its_formula(kind: type[nn.Module], mu: float) -> None:
+    """(L_path + mu L_star) / (1 + mu), differentiated by theta in float64; weight decay is not divided."""
+    step, losses, plain = run(kind, StarSettings(mu=mu))
+    theta, wanted, _ = algorithm_1(**plain, mu=mu)
+    assert losses == pytest.approx(wanted, abs=TOLERANCE)
+    assert largest_difference(step.state(), theta) < TOLERANCE
+    for other in (0.0, 2 * mu):
+        theta, _, _ = algorithm_1(**plain, mu=other)
+        assert largest_difference(step.state(), theta) > 100 * TOLERANCE
+
+
+def test_a_large_mu_is_a_regular_training() -> None:
+    step, _, plain = run(PlainMlp, StarSettings(mu=1e6), matched=False)
+    regular = RegularStep(copy.deepcopy(plain["model"]), SETTINGS)
+    for batch, rates in zip(plain["epochs"], plain["rates"], strict=True):
+        for (images, labels), lr in zip(batch, rates, strict=True):
+            regular(images, labels, torch.tensor(lr))
+    assert largest_difference(step.state(), regular.state()) < 10 * TOLERANCE
+
+
 @pytest.mark.parametrize(("momentum", "nesterov"), [(0.9, False), (0.0, False)])
 def test_equals_algorithm_1_with_other_momentum(momentum: float, nesterov: bool) -> None:
     settings = SETTINGS.model_copy(update={"momentum": momentum, "nesterov": nesterov})

@@ -125,6 +125,7 @@ def algorithm_1(
     rates: Sequence[Sequence[float]],
     *,
     matching: bool = True,
+    mu: float = 0.0,
     decay_is_scaled: bool = False,
     gradient_is_scaled: bool = True,
     clipped_at_the_point: bool = False,
@@ -149,6 +150,9 @@ def algorithm_1(
             star = {name: value.clone().requires_grad_() for name, value in theta.items()}
             point = {name: (1 - t) * star[name] + t * z[n][name] for name in names}
             loss = F.cross_entropy(functional_call(module, point, (images.double(),)), labels)
+            if mu:
+                own = F.cross_entropy(functional_call(module, star, (images.double(),)), labels)
+                loss = (loss + mu * own) / (1 + mu)
             losses.append(float(loss.detach()))
             # Differentiated with respect to theta itself, so that the factor 1 - t is autograd's, not ours.
             gradients = torch.autograd.grad(loss, [star[name] for name in names])

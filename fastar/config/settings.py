@@ -153,6 +153,9 @@ class StarSettings(Section):
     """t=beta only: second parameter of the beta distribution."""
     value: Fraction = 0.5
     """t=constant only: t itself."""
+    mu: NotNegative = 0.0
+    """Weight of the star's own loss: the objective is (L_path + mu L_star) / (1 + mu). 1: the modified objective of the
+    paper's table 2. A step then takes about twice the time. 0: the path's loss alone."""
     match_every_epochs: Count = 1
     """Match the sources every so many epochs, from the first on. 0: never."""
     epochs: UpToAMillion | None = None

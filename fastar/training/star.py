@@ -6,6 +6,7 @@ and each step moves theta by the loss at a random point of the path to a random 
     2. n ~ Unif(Z), t ~ Unif[0, 1]                                                           `draw`, `EpochDraws`
     3. point = (1 - t) theta + t theta_n                                                     `StarStep.__call__`
     4. the loss's gradient at the point, times 1 - t: the gradient with respect to theta     `Step._backward`
+       (with `star.mu`, the gradient of theta's own loss is added: the modified objective of table 2)
     5. theta <- a step of the optimizer along it                                             `Step._update`
 """
 
@@ -283,7 +284,16 @@ class StarStep(Step):
         return f" (source {self.sources.names[self._draws.indices[here]]}, t={self._draws.ts[here]:.4f})"
 
     def _body(self, inputs: Batch, targets: Any, lr: Tensor) -> Tensor:
-        """Steps 4 and 5, at the point that the network holds."""
-        loss = self._backward(inputs, targets)
-        self._update(lr, 1 - self._t)
-        return loss
+        """Steps 4 and 5, at the point that the network holds; with `star.mu` at theta too, on the same batch."""
+        mu = self.star.mu
+        if not mu:
+            loss = self._backward(inputs, targets)
+            self._update(lr, 1 - self._t)
+            return loss
+        assert self._working is not None
+        loss = self._backward(inputs, targets, 1 - self._t)
+        with span("interpolate"):
+            self._working.write(self.theta)
+        own = self._backward(inputs, targets, mu)  # added to the gradient of the path
+        self._update(lr, self._one / (1 + mu))
+        return (loss + mu * own) / (1 + mu)

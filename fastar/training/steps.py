@@ -145,11 +145,13 @@ class Step:
         # Weights change between steps under the same storage: a cached cast would be stale.
         return torch.autocast(self.device.type, self.dtype, cache_enabled=False)
 
-    def _backward(self, inputs: Batch, targets: Any) -> Tensor:
+    def _backward(self, inputs: Batch, targets: Any, weight: Tensor | float | None = None) -> Tensor:
+        """The loss; its gradient, times `weight` where one is given, is added to the network's own."""
         with span("forward"), self._autocast():
             loss = self.loss.mean(call(self._network, inputs), targets, self.settings.label_smoothing)
         with span("backward"):
-            (loss * self.loss_scale.scale if self.loss_scale.enabled else loss).backward()
+            weighted = loss if weight is None else loss * weight
+            (weighted * self.loss_scale.scale if self.loss_scale.enabled else weighted).backward()
         return loss.detach()
 
     def _update(self, lr: Tensor, scale: Tensor) -> None:
