@@ -126,6 +126,15 @@ def test_a_run_of_named_parts_needs_nothing_more(copied: Path) -> None:
     assert api.load_run(copied).distances() == found_in(copied)
 
 
+def test_damage_is_seen(copied: Path) -> None:
+    found_in(copied)
+    assert fastar("verify", copied).code == 0
+    file = copied / "distances.json"
+    file.write_text(file.read_text().replace('"seed": 0', '"seed": 1'))
+    outcome = fastar("verify", copied)
+    assert (outcome.code, "distances.json: damaged" in outcome.out) == (1, True)
+
+
 def test_bad_folders_are_one_line(copied: Path, tmp_path: Path) -> None:
     assert "is no run folder" in refused("distances", tmp_path / "none")
     (copied / "sources" / "seed-0001.safetensors").unlink()

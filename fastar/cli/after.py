@@ -95,15 +95,16 @@ def distances(given: Given, folder: Finished) -> None:
 
         fastar distances runs/digits-mlp-seed0
     """
-    from fastar.experiments.distances import FILE, distances
+    from fastar.experiments.distances import distances
     from fastar.experiments.finished_run import finished_run
     from fastar.report.distances_table import distances_table
     from fastar.runs import RunFolder
 
     run_folders.append(folder)
-    found = distances(finished_run(RunFolder(folder), given.progress()))
+    run = RunFolder(folder)
+    found = distances(finished_run(run, given.progress()))
     if given.json:
         print_json(found)
         return
     print_table(distances_table(found))
-    print(f"written: {folder / FILE}")
+    print(f"written: {run.distances}")

@@ -20,7 +20,6 @@ from fastar.runtime.json_files import sealed
 from fastar.runtime.seeds import derive_seed
 from fastar.symmetry import Permutations
 
-FILE = "distances.json"
 KINDS = ("regular_regular", "star_heldout", "star_source", "mean_star", "mean_heldout", "mean_source")
 
 
@@ -51,7 +50,7 @@ def distances(run: FinishedRun) -> dict[str, Any]:
         "pairs": pairs,
         "versions": versions(),
     }
-    write_atomically(session.run.path / FILE, (json.dumps(sealed(found), indent=1) + "\n").encode())
+    write_atomically(session.run.distances, (json.dumps(sealed(found), indent=1) + "\n").encode())
     return found
 
 

@@ -72,6 +72,7 @@ class RunFolder:
         self.permutations = path / "permutations.safetensors"
         # The permutations that results were measured with.
         self.matchings = path / "matchings.safetensors"
+        self.distances = path / "distances.json"
 
     def is_drawn(self) -> bool:
         """Tell whether the picture is there, and no older than the results it shows."""

@@ -108,7 +108,7 @@ def _run(run: RunFolder, progress: Progress) -> Rechecked:
     checks += [partial(_training, path) for folder, _, _ in run.trainings() for path in sorted(folder.iterdir())]
     checks += [partial(_training, path) for path in sorted((run.path / LAST_GOOD).glob("*.safetensors"))]
     checks += [partial(_events, path) for path in event_files(run.path)]
-    checks += [partial(_sources, run, metadata, digests), partial(_results, run)]
+    checks += [partial(_sources, run, metadata, digests), partial(_results, run), partial(_distances, run)]
     with progress.task("checking", total=len(checks), unit="files") as advance:
         for check in checks:
             try:
@@ -237,3 +237,12 @@ def _results(run: RunFolder) -> str | None:
     if missing is not None:
         raise FastarError(f"{missing}: missing, and {run.results.name} is of it; restore it")
     return said[0] if said else None
+
+
+def _distances(run: RunFolder) -> None:
+    if run.distances.exists():
+        try:
+            unsealed(read_object(run.distances))
+        except ValueError as error:
+            again = f"`fastar distances {run.path}` writes it again"
+            raise FastarError(f"{run.distances}: damaged ({error}); {again}") from error
