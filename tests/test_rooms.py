@@ -107,6 +107,7 @@ SAME_PART = {
     "folder.py": "of a run, and of a data set's .beton files",
     "layers.py": "of networks, and of their rules",
     "match.py": "matching, and its commands",
+    "theory.py": "the paper's theory: its experiments, its tables, its command",
     "star.py": "the star's training, and its part of a run",
 }
 # Lines of statements that are read at once.

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from fastar._version import __version__
-from fastar.cli import after, match, show, train
+from fastar.cli import after, match, show, theory, train
 from fastar.cli.failure import failure
 from fastar.cli.options import run_folders
 from fastar.errors import FastarError, OldName, UserCodeError
@@ -30,6 +30,7 @@ COMMANDS = {
     "uncertainty": after.uncertainty,
     "perturb": after.perturb,
     "distances": after.distances,
+    "theory": theory.theory,
     "report": show.report,
     "runs": show.runs,
     "verify": show.verify,

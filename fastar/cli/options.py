@@ -85,6 +85,10 @@ OPTIONS = {
     "draws": Option(int, "N", "Directions for each radius.", default=3),
     "by_filter": Option(bool, None, "Perturb each filter by its own norm."),
     "radius": Option(float, "SHARE", "Radius of a ball around the star, as a share of its norm.", default=0.1),
+    "permutation": Option(str, "sort|matching|exact", "How theta is permuted to phi. Default: matching."),
+    "of": Option(str, "gap|barrier", "What eps is compared with. Default: the squared gap."),
+    "adversarial": Option(bool, None, "Add the theta that no permutation brings near."),
+    "seed": Option(int, "N", "Seed of all that is drawn.", default=0),
     "picture": Option(Path, "FILE", "Write the curves to this PNG."),
     "json": Option(bool, None, "Print results as JSON on stdout, and nothing else there."),
     "quiet": Option(bool, None, "No progress."),
@@ -177,16 +181,18 @@ class Given:
         return SILENT if self.json or self.options.get("quiet") else TerminalProgress()
 
 
-def takes(*names: str, **helps: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+def takes(*names: str, **others: str | Option) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Give a command the options `names`: it is called with a `Given` of them, and with its own arguments.
 
     Args:
-        helps: texts of options that are others here.
+        others: options that are others here; only their help, where a text is given.
     """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:
         arguments = list(inspect.signature(function, eval_str=True).parameters.values())[1:]
-        options = {name: replace(OPTIONS[name], help=helps.get(name, OPTIONS[name].help)) for name in names}
+        options = {name: OPTIONS[name] for name in names}
+        for name, other in others.items():
+            options[name] = replace(options[name], help=other) if isinstance(other, str) else other
 
         @functools.wraps(function)
         def command(**given: Any) -> None:

@@ -1,0 +1,1 @@
+"""The paper's theory in numbers: a certificate without data, and two-layer networks. NumPy in float64."""
