@@ -154,8 +154,9 @@ def test_barriers_table_has_a_row_per_path_with_the_whole_name() -> None:
     assert names == "".join(path["second"] for path in paths)
     siblings = [{**paths[0], "second": f"runs/heldout/{name}.pt"} for name in "bc"]
     shown_text = text(barriers_table(siblings), 60)
+    assert "to runs/heldout/*.pt" in shown_text
     assert shown_text.count("runs/heldout/") == 1, "a folder that all share is said once"
-    assert row(barriers_table(siblings), "c.pt") == ["0.7000", "1.4000", "0.1000", "0.3000", "0.9000"]
+    assert row(barriers_table(siblings), "c") == ["0.7000", "1.4000", "0.1000", "0.3000", "0.9000"]
 
 
 def test_shown_rounds_and_marks_what_is_missing() -> None:

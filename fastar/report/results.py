@@ -182,18 +182,18 @@ def _duration(seconds: float) -> str:
 
 def barriers_table(paths: Sequence[Mapping[str, Any]]) -> Table:
     """One row per path: barrier on each split, the train losses at its ends and the largest, and the accuracy barrier.
-    What all names start with is said once."""
-    folders = {Path(path["second"]).parent for path in paths}
-    shared = f" {folders.pop()}/" if len(folders) == 1 else ""
-    table = Table(title=f"Barriers from {paths[0]['first']} to{shared}", title_justify="left")
+    What all names start and end with is said once."""
+    shared = {f" {second.parent}/*{second.suffix}" for second in (Path(path["second"]) for path in paths)}
+    where = shared.pop() if len(shared) == 1 else ""
+    table = Table(title=f"Barriers from {paths[0]['first']} to{where}", title_justify="left")
     table.add_column("", overflow="fold")
     splits = [split for split in ("train", "validation", "test") if f"{split}_barrier" in paths[0]]
     accuracy = "train_accuracy_barrier" in paths[0]
-    for column in (*splits, "loss at t=0", "at t=1", "largest loss", *(["accuracy barrier"] if accuracy else [])):
+    for column in (*splits, "loss at\nt=0", "at\nt=1", "largest\nloss", *(["accuracy\nbarrier"] if accuracy else [])):
         table.add_column(column, justify="right")
     for path in paths:
         table.add_row(
-            Path(path["second"]).name if shared else path["second"],
+            Path(path["second"]).stem if where else path["second"],
             *(shown(path[f"{split}_barrier"], 4) for split in splits),
             shown(path["train_loss"][0], 4),
             shown(path["train_loss"][-1], 4),
