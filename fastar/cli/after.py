@@ -108,3 +108,30 @@ def distances(given: Given, folder: Finished) -> None:
         return
     print_table(distances_table(found))
     print(f"written: {run.distances}")
+
+
+@takes("json", "quiet")
+def fuse(given: Given, folder: Finished) -> None:
+    """Compare ways to make one predictor of the sources: star, mean, greedy soup, ensemble, the best source.
+
+    Written into the run folder: fusion.json. A star for this is trained with `star.mu=1`.
+
+    Example:
+
+        fastar fuse runs/digits-mlp-seed0
+    """
+    from fastar.experiments.finished_run import finished_run
+    from fastar.experiments.fusion import fuse
+    from fastar.report.fusion_table import fusion_lines, fusion_table
+    from fastar.runs import RunFolder, write_atomically
+
+    run_folders.append(folder)
+    run = RunFolder(folder)
+    found = fuse(finished_run(run, given.progress()))
+    place = run.path / "fusion.json"
+    write_atomically(place, (json.dumps(found, indent=1) + "\n").encode())
+    if given.json:
+        print_json(found)
+        return
+    print_table(fusion_table(found))
+    print_lines([*fusion_lines(found), f"written: {place}"])

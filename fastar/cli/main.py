@@ -28,6 +28,7 @@ COMMANDS = {
     "match-many": match.match_many,
     "barrier": match.barrier,
     "uncertainty": after.uncertainty,
+    "fuse": after.fuse,
     "perturb": after.perturb,
     "distances": after.distances,
     "theory": theory.theory,

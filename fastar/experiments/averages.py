@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import partial
 from typing import Any
 
 import numpy as np
 
 from fastar.errors import FastarError
-from fastar.evaluation.predictions import Labels, Probabilities, probabilities
+from fastar.evaluation.predictions import Probabilities
 from fastar.evaluation.uncertainty import (
     Average,
     best_temperature,
@@ -21,9 +20,9 @@ from fastar.evaluation.uncertainty import (
 )
 from fastar.experiments.families import FAMILIES, SINGLE, Families
 from fastar.experiments.finished_run import FinishedRun
+from fastar.experiments.look import Look
 from fastar.experiments.regular import device_name
 from fastar.experiments.session import measuring, threads
-from fastar.experiments.statistics_batches import statistics_batches
 from fastar.runs import versions
 
 # Probabilities of all sources are kept up to so many bytes; else each order of the ensemble makes them anew.
@@ -65,7 +64,7 @@ def uncertainty(
     session = run.session
     around = Families(run, radius=radius)
     with threads(session), measuring("predictions"):
-        look = _Look(run, around)
+        look = _Averages(run, around)
         found, drawn = {}, {}
         counts = {name: _count(name, run, most, repetitions) for name in families}
         total = sum(k * r for k, r in counts.values())
@@ -105,17 +104,16 @@ def _count(family: str, run: FinishedRun, most: int, repetitions: int) -> tuple[
     return (min(most, len(run.sources)) if family == "ensemble" else most), repetitions
 
 
-class _Look:
+class _Averages:
     """Probabilities of a run's families on its last split, and on the validation samples where there are some."""
 
     def __init__(self, run: FinishedRun, around: Families):
-        self._session, self._around = run.session, around
-        splits = run.session.data.splits()
-        self.split = list(splits)[-1]
-        self._splits = {name: splits[name] for name in splits if name in (self.split, "validation")}
-        self._model = run.session.network.build(seed=0)
+        names = run.session.data.names()
+        self.split = names[-1]
+        self._names = [name for name in names if name in (self.split, "validation")]
+        self._around, self._look = around, Look(run.session, self._names)
         self._kept: dict[int, Probabilities] = {}
-        self.labels = Labels()
+        self.labels = self._look.labels
         self.classes = 0
         self.last = np.zeros((0, 0))
 
@@ -123,7 +121,7 @@ class _Look:
         self, family: str, count: int, repetition: int, advance: Any
     ) -> Iterator[tuple[dict[str, float], int]]:
         """The metrics of the average of the first 1, 2, ... `count` networks of a repetition."""
-        averages = {name: Average() for name in self._splits}
+        averages = {name: Average() for name in self._names}
         for k, found in enumerate(self._probabilities(family, count, repetition), 1):
             for name, average in averages.items():
                 average.add(found[name])
@@ -143,30 +141,17 @@ class _Look:
 
     def _probabilities(self, family: str, count: int, repetition: int) -> Iterator[Probabilities]:
         if family not in ("ensemble", "source"):
-            yield from self._of(self._around.members(family, count, repetition))
+            yield from self._look(self._around.members(family, count, repetition))
             return
         # Each source is in every order of the ensemble: it is looked at once, where there is room for all.
         order = self._around.order(count, repetition) if family == "ensemble" else [repetition]
         missing = [index for index in order if index not in self._kept]
-        made = self._of(map(self._around.source, missing))
+        made = self._look(map(self._around.source, missing))
         for index in order:
             found = self._kept[index] if index in self._kept else next(made)
             if sum(p.nbytes for one in self._kept.values() for p in one.values()) < KEPT:
                 self._kept[index] = found
             yield found
-
-    def _of(self, members: Iterator[Any]) -> Iterator[Probabilities]:
-        session = self._session
-        return probabilities(
-            self._model,
-            session.network.layout,
-            members,
-            self._splits,
-            self.labels,
-            samples=sum(session.data.size(name) for name in self._splits),
-            statistics_batches=partial(statistics_batches, session),
-            loss=session.loss,
-        )
 
 
 def _over_repetitions(sequences: list[list[dict[str, float]]]) -> dict[str, Any]:
