@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -13,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from cli_cases import fastar as fastar_command
 from data_cases import Drawing
 from run_cases import SMALL, poison
 from task_cases import Net, build, recipe, tensors
@@ -304,24 +303,20 @@ def no_data():
     ],
 )
 def test_on_the_command_line_a_users_traceback_is_above_our_line(
-    option: str, function: str, frames: list[str], line: str, tmp_path: Path
+    option: str, function: str, frames: list[str], line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Exit code 2; the traceback begins in the user's file."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "own", raising=False)
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
     (tmp_path / "own.py").write_text(MODULE)
     given = {"--model": "own:build", "--data": "own:data", "--loss": "cross_entropy", option: f"own:{function}"}
     options = [part for pair in given.items() for part in pair]
     settings = [one for one in SMALL if not one.startswith("dataset.")]
-    done = subprocess.run(
-        [sys.executable, "-m", "fastar", "train-star", *options, "--out", "run", "--quiet", *settings],
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), *filter(None, sys.path)])},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 2, done.stderr
-    assert done.stdout == ""
-    *above, last = done.stderr.rstrip("\n").split("\n")
+    done = fastar_command("train-star", *options, "--out", "run", "--quiet", *settings)
+    assert done.code == 2, done.err
+    assert done.out == ""
+    *above, last = done.err.rstrip("\n").split("\n")
     assert last.startswith(f"fastar: {line}")
     assert above[0] == "Traceback (most recent call last):"
     assert re.match(r'  File ".*own\.py", line \d+, in ', above[1])

@@ -46,7 +46,7 @@ def check(arguments: list[str]) -> None:
 def test_commands_are_those_promised() -> None:
     assert set(COMMANDS) == {
         *("train-star", "plan", "train-sources", "match", "match-many"),
-        *("barrier", "uncertainty", "perturb", "distances", "theory"),
+        *("barrier", "uncertainty", "fuse", "perturb", "distances", "theory"),
         *("report", "runs", "verify", "configs", "doctor"),
     }
 

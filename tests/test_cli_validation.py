@@ -72,7 +72,8 @@ def test_models_say_what_they_were_not_trained_on(run: Path) -> None:
     assert yaml.safe_load((run / "config.yaml").read_text())["dataset"]["validation"] == 0.2
 
 
-def test_barrier_knows_the_split_from_the_model(run: Path, data: Path) -> None:
+def test_barrier_knows_the_split_from_the_model(run: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "120")  # a narrower terminal folds the heading
     *_, heldout, star = models(run)
     where = ("device=cpu", f"dataset.directory={data}", "--points", 3)
     (path,) = json.loads(fastar("barrier", star, heldout, "--json", *where).out)["paths"]

@@ -225,9 +225,9 @@ def children() -> set[str]:
     ("trouble", "message"),
     [
         ("killed", "writer process ended .*signal 9"),
-        ("gone", "writer process ended .*exit code 0"),
+        pytest.param("gone", "writer process ended .*exit code 0", marks=pytest.mark.slow),
         ("damaged", "^image.jpg: damaged; replace it$"),
-        ("fails", "made-up/200: cannot be encoded .KeyError"),
+        pytest.param("fails", "made-up/200: cannot be encoded .KeyError", marks=pytest.mark.slow),
     ],
 )
 def test_trouble_in_a_process_ends_the_writing_and_leaves_nothing(tmp_path, trouble, message):
@@ -274,6 +274,7 @@ def test_interrupt_leaves_nothing_and_the_same_command_goes_on(tmp_path):
     assert written(tmp_path / "betons", troubled("")).count("train") == 600
 
 
+@pytest.mark.slow
 def test_processes_end_with_a_killed_parent_and_the_next_run_cleans_up(tmp_path):
     parent = multiprocessing.get_context("fork").Process(target=written, args=(tmp_path, troubled("slow", -1)))
     parent.start()

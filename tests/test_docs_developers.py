@@ -1,17 +1,16 @@
-"""The pages of docs/developers are true: each is followed to the letter in a copy of the package."""
+"""The pages of docs/developers are true: they are followed to the letter in a copy of the package."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
-import shlex
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import matplotlib
-import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted((ROOT / "docs" / "developers").glob("add-*.md"))
@@ -19,6 +18,24 @@ STEP = re.compile(
     r"^New file `(?P<new>[^`]+)`:\n\n|^In `(?P<old>[^`]+)`, (?P<how>below|instead of) `(?P<line>[^`]+)`:\n\n",
     flags=re.MULTILINE,
 )
+
+PROGRAM = """
+import json, runpy, shlex, shutil, sys
+from fastar.cli.main import main
+for page, commands in json.load(sys.stdin).items():
+    shutil.rmtree("run", ignore_errors=True)
+    for command in commands:
+        print("$", command, flush=True)
+        program, *arguments = shlex.split(command, comments=True)
+        if program == "python":
+            runpy.run_path(arguments[0], run_name="__main__")
+            continue
+        assert program == "fastar", program
+        try:
+            main(arguments)
+        except SystemExit as end:
+            assert not end.code, (page, command)
+"""
 
 
 def follow(page: str, package: Path) -> list[str]:
@@ -47,17 +64,22 @@ def follow(page: str, package: Path) -> list[str]:
     return commands
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
-def test_the_page_is_followed_to_the_letter(page: Path, tmp_path: Path) -> None:
+def test_the_pages_are_followed_to_the_letter(tmp_path: Path) -> None:
+    """All in one copy, and their commands in one process, since each would import torch anew."""
     for folder in ("fastar", "kernels", "configs"):
         shutil.copytree(ROOT / folder, tmp_path / folder)
-    commands = follow(page.read_text(encoding="utf-8"), tmp_path)
-    assert commands
+    commands = {page.stem: follow(page.read_text(encoding="utf-8"), tmp_path) for page in PAGES}
+    assert len(commands) == 5
+    assert all(commands.values())
     # Data go into a home of its own; matplotlib's list of fonts, which takes it seconds, is the one that is there.
     own = {"PYTHONPATH": str(tmp_path), "HOME": str(tmp_path), "MPLCONFIGDIR": matplotlib.get_cachedir()}
-    environment = {**os.environ, **own}
-    for command in commands:
-        program, *arguments = shlex.split(command, comments=True)
-        run = {"fastar": [sys.executable, "-m", "fastar"], "python": [sys.executable]}[program]
-        done = subprocess.run([*run, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True)
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM],
+        input=json.dumps(commands),
+        cwd=tmp_path,
+        env={**os.environ, **own},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
+    assert done.stdout.count("$ ") == sum(map(len, commands.values()))

@@ -67,7 +67,7 @@ def test_the_command_writes_a_table_and_a_picture(run: FinishedRun) -> None:
     folder = run.session.run.path
     done = fastar("perturb", folder, "--radii", "0.1", "--draws", "1", "--by-filter", "--quiet")
     assert done.code == 0, done.err
-    assert "largest loss on the path" in done.out
+    assert "barrier, regular to regular: " in done.out
     assert json.loads((folder / "perturb.json").read_text())["by_filter"]
     assert (folder / "perturb.png").read_bytes().startswith(b"\x89PNG")
 

@@ -174,6 +174,7 @@ def test_work_is_all_epochs_and_all_models(tmp_path: Path) -> None:
     assert plan_of(tmp_path, *more, speed=None)["seconds"] is None
 
 
+@pytest.mark.slow
 def test_images_that_grow_are_counted_as_large_as_they_get(tmp_path: Path) -> None:
     """Epochs at 32, 48 (rounded to 64) and 64 of images that are measured at 96."""
 

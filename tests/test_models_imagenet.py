@@ -72,7 +72,9 @@ def test_takes_images_of_any_side(arch: str, side: int) -> None:
         assert model(torch.zeros(2, 3, side, side)).shape == (2, 7)
 
 
-@pytest.mark.parametrize(("arch", "count"), [("imagenet-resnet18", 12), ("imagenet-resnet50", 37)])
+@pytest.mark.parametrize(
+    ("arch", "count"), [("imagenet-resnet18", 12), pytest.param("imagenet-resnet50", 37, marks=pytest.mark.slow)]
+)
 def test_all_hidden_units_belong_to_groups_that_are_proven(arch: str, count: int) -> None:
     """Four residual streams (five where the stem's is projected), and one or two groups inside each block."""
     model = build_model(arch, input_shape=(3, 32, 32), classes=5, seed=0, width=0.0625)

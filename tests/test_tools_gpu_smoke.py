@@ -64,6 +64,7 @@ def alive(process: int) -> bool:
         return False
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ends", [True, False])
 def test_nothing_that_a_part_started_outlives_it(suite: dict[str, Any], ends: bool) -> None:
     """Neither when the part ends by itself, nor when its time is over; 5 s: enough for Python to begin."""
@@ -228,6 +229,7 @@ def test_a_suite_of_a_day_overwrites_no_other(suite: dict[str, Any], tmp_path: P
     assert suite["results_file"](tmp_path, "NVIDIA H100 80GB HBM3", "2030-01-02", 2).name == f"{stem}-call-2.json"
 
 
+@pytest.mark.slow
 def test_a_suite_without_time_says_so(tmp_path: Path) -> None:
     command = [
         sys.executable,

@@ -314,6 +314,7 @@ def test_after_what_in_words() -> None:
     assert doctest.testmod(epochs).attempted > 0
 
 
+@pytest.mark.slow
 def test_a_failed_attempt_is_gone_when_the_next_one_begins(
     data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
