@@ -18,24 +18,27 @@ PROCESSES := $(shell n=$$(env -u OMP_NUM_THREADS nproc || echo 2); echo $$((n < 
 # worksteal: neighbours stay together, so that what a module's tests share is made in one process, rarely in two.
 SHARED := -n $(PROCESSES) --dist=worksteal
 
-# One thread: the tests' networks are small, and threads that wait for each other cost more than they save.
+# One thread: the tests' networks are small, and threads that wait for each other cost more than they save. Compiled
+# modules are kept whatever the caller's environment says: tests start hundreds of processes.
+TESTED := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
+
 test: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SHARED)
+	$(TESTED) $(BIN)/python -m pytest $(SHARED)
 
 test-all: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SHARED) -m 'slow or not slow'
+	$(TESTED) $(BIN)/python -m pytest $(SHARED) -m 'slow or not slow'
 
 # The invariants alone, in under a minute on two cores: what to run after each change.
 quick: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest $(SHARED) -m quick
+	$(TESTED) $(BIN)/python -m pytest $(SHARED) -m quick
 
 # The tests marked gpu, on a simulated one where there is none (tools/rehearse.py).
 rehearse: $(VENV)/.dev
-	OMP_NUM_THREADS=1 $(BIN)/python tools/rehearse.py python -m pytest -m gpu $(SHARED)
+	$(TESTED) $(BIN)/python tools/rehearse.py python -m pytest -m gpu $(SHARED)
 
 # Every shipped configuration from end to end at the smallest scale, on made images.
 smoke: $(VENV)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python tools/smoke.py
+	$(TESTED) $(BIN)/python tools/smoke.py
 
 check: $(VENV)/.dev
 	$(BIN)/ruff format --check .

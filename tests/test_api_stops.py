@@ -91,6 +91,7 @@ fastar.train_sources(Dropping, data, small, number=1, out=sys.argv[1], progress=
 """
 
 
+@pytest.mark.slow
 def test_workers_of_a_dataset_let_the_training_save(tmp_path: Path) -> None:
     """Ctrl-C reaches all processes of a terminal."""
     command = [sys.executable, "-c", RUN, str(tmp_path / "run"), "100000"]

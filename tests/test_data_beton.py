@@ -239,6 +239,7 @@ def test_trouble_in_a_process_ends_the_writing_and_leaves_nothing(tmp_path, trou
     assert children() == before
 
 
+@pytest.mark.slow
 def test_processes_encode_what_this_one_does_in_the_same_order():
     split = TroubledSplit(30)
     alone = list(encoded_images(split, range(30), Encoding(), 1))

@@ -222,6 +222,7 @@ def test_what_does_not_fit_names_what_does(
         assert all(plan_of(tmp_path, *overrides, one)["problems"] for one in named)
 
 
+@pytest.mark.slow
 def test_what_nothing_makes_fit_says_so(tmp_path: Path) -> None:
     lines = plan_of(tmp_path, "gpu_memory=10MB")["problems"]
     assert all(re.fullmatch(r"gpu: \w+ needs .*; use a smaller network \(model.width\).*", one) for one in lines)

@@ -167,6 +167,7 @@ def test_the_wheel_asks_for_packages_with_wheels_alone(wheel: Path) -> None:
     assert any(one.name == "ffcv" and "ffcv" in str(one.marker) for one in found)
 
 
+@pytest.mark.slow
 def test_it_runs_without_ffcv(python: Path, tmp_path: Path) -> None:
     found = run(python, "-c", PROGRAM, folder=tmp_path)
     assert found.returncode == 0, found.stderr

@@ -19,6 +19,7 @@ def smoke(*arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_todays_configuration_runs_from_end_to_end() -> None:
     assert smoke("--today", "1").endswith("1 of 1 configurations ran\n")
 

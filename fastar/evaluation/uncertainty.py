@@ -1,7 +1,7 @@
 """How good class probabilities are: proper scores, calibration, and whether confidence tells right from wrong.
 
 Functions of probabilities [n, C] and labels [n], in float64; no models. What has no value (an AUROC where all
-predictions are right) is NaN.
+predictions are right) is NaN. SciPy and scikit-learn are imported where they are used: that takes two seconds.
 """
 
 from __future__ import annotations
@@ -11,8 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import minimize_scalar
-from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 Array = NDArray[np.float64]
 
@@ -119,6 +117,8 @@ def ece(confidence: Array, right: NDArray[np.bool_], *, adaptive: bool = False) 
 
 def auroc(score: Array, right: NDArray[np.bool_]) -> float:
     """Exact area under the ROC curve of `score` [n] for what is right [n], ties half."""
+    from sklearn.metrics import roc_auc_score
+
     return float(roc_auc_score(right, score)) if 0 < right.sum() < len(right) else float("nan")
 
 
@@ -162,6 +162,8 @@ def best_temperature(probabilities: NDArray[np.floating], labels: NDArray[np.int
     def nll(log_temperature: float) -> float:
         p = cooled(probabilities, float(np.exp(log_temperature)))
         return float(-np.log(np.maximum(p[np.arange(len(p)), labels], LEAST)).mean())
+
+    from scipy.optimize import minimize_scalar
 
     found = minimize_scalar(nll, bounds=(-np.log(20), np.log(20)), method="bounded", options={"xatol": 1e-6})
     return float(np.exp(found.x))
@@ -213,12 +215,16 @@ def spread(values: list[Mapping[str, float]]) -> dict[str, dict[str, float | Non
 
 
 def _aupr(score: Array, wanted: NDArray[np.bool_]) -> float:
+    from sklearn.metrics import average_precision_score
+
     return float(average_precision_score(wanted, score)) if 0 < wanted.sum() < len(wanted) else float("nan")
 
 
 def _fpr_95(score: Array, right: NDArray[np.bool_]) -> float:
     if not 0 < right.sum() < len(right):
         return float("nan")
+    from sklearn.metrics import roc_curve
+
     alarms, hits, _ = roc_curve(right, score, drop_intermediate=False)
     return float(alarms[hits >= 0.95][0])
 
