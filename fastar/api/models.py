@@ -185,7 +185,7 @@ class Run(WithResults):
     def uncertainty(
         self, *, most: int = 19, repetitions: int = 10, radius: float = 0.1, progress: Progress | bool = False
     ) -> Uncertainty:
-        """How good the uncertainty of averages around the star is: the star domain, the ensemble, and controls.
+        """Scores of averages around the star and of their uncertainty: the star domain, the ensemble, and controls.
 
         Args:
             most: networks of the largest average.

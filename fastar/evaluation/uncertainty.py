@@ -1,4 +1,4 @@
-"""How good class probabilities are: proper scores, calibration, and whether confidence tells right from wrong.
+"""Scores of class probabilities: proper scores, calibration, and how well confidence tells right from wrong.
 
 Functions of probabilities [n, C] and labels [n], in float64; no models. What has no value (an AUROC where all
 predictions are right) is NaN. SciPy and scikit-learn are imported where they are used: that takes two seconds.
@@ -204,7 +204,7 @@ class Average:
 
 
 def spread(values: list[Mapping[str, float]]) -> dict[str, dict[str, float | None]]:
-    """Of each metric: mean and sample standard deviation (null: of one) over repetitions; null where one has none."""
+    """Mean and sample standard deviation (null: of one) of each metric over repetitions; null where one has none."""
     found: dict[str, dict[str, float | None]] = {}
     for name in values[0]:
         numbers = np.array([one[name] for one in values])

@@ -1,4 +1,4 @@
-"""How good the predictive uncertainty of averages over families of networks is (paper, figure 4), with controls."""
+"""Scores of averages over families of networks and of their uncertainty (paper, figure 4), with controls."""
 
 from __future__ import annotations
 

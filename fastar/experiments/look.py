@@ -1,4 +1,4 @@
-"""What networks of a run predict: class probabilities on its splits."""
+"""Class probabilities that networks of a run give on its splits."""
 
 from __future__ import annotations
 

@@ -64,7 +64,7 @@ def uncertainty_table(found: Mapping[str, Any]) -> Table:
 
 
 def uncertainty_lines(found: Mapping[str, Any]) -> list[str]:
-    """What the columns are, and what the table says of the star domain against its controls."""
+    """Lines on the columns, and on the star domain against its controls."""
     lines = [
         "AUROC: right against wrong by confidence. of 20: the same from 20 thresholds, as the paper's code has it; it "
         "follows confidence, not ranking.",
