@@ -15,7 +15,7 @@ from torch import nn
 
 import fastar as api
 from fastar.errors import FastarError
-from fastar.experiments import distances as module
+from fastar.experiments import finished_run as module
 from fastar.report.distances_table import ROWS
 from fastar.runs.model_files import load_checkpoint
 from fastar.runtime.json_files import read_object, unsealed
@@ -100,7 +100,7 @@ def test_kept_permutations_are_taken_and_others_are_found_anew(copied: Path, mon
 
 
 def test_a_permuted_copy_is_at_no_distance_once_matched(tmp_path: Path) -> None:
-    """Of a user's own network, whose run is opened in Python."""
+    """A user's own network, whose run is opened in Python."""
     torch.manual_seed(0)
     first, moved = Net(), Net()
     order = torch.tensor([3, 5, 0, 1, 4, 2])

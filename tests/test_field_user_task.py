@@ -260,7 +260,7 @@ def test_tensors_of_which_no_loss_can_be_taken_are_named(tmp_path: Path) -> None
 
 
 def test_a_sample_that_is_not_finite_is_named_and_not_tried_again(tmp_path: Path) -> None:
-    """Of a dataset where its batch is met."""
+    """A dataset's is named where its batch is met."""
     x, y = tensors(48)
     x[37, 1] = torch.nan
     heard = Heard()

@@ -16,11 +16,11 @@ from rich.table import Table
 
 from fastar.errors import FastarError
 from fastar.experiments.measure import speed
+from fastar.report.figures import check_picture
 from fastar.report.results import (
     STYLES,
     barrier_picture,
     barriers_table,
-    check_picture,
     check_results,
     results_table,
     shown,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,7 +12,28 @@ from fastar.cli.options import Given, run_folders, takes
 from fastar.cli.output import print_json, print_lines, print_table
 from fastar.errors import FastarError
 
+if TYPE_CHECKING:
+    from fastar.experiments.finished_run import FinishedRun
+
 Finished = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")]
+
+
+def _opened(given: Given, folder: Path) -> FinishedRun:
+    """The run in a folder; the traceback of a defect is kept there."""
+    from fastar.experiments.finished_run import finished_run
+    from fastar.runs import RunFolder
+
+    run_folders.append(folder)
+    return finished_run(RunFolder(folder), given.progress())
+
+
+def _show(given: Given, found: Mapping[str, Any], table: object, lines: Iterable[str], places: Iterable[Path]) -> None:
+    """Print results as they are wanted, and the files that were written."""
+    if given.json:
+        print_json(found)
+        return
+    print_table(table)
+    print_lines([*lines, *(f"written: {place}" for place in places)])
 
 
 @takes("most", "repetitions", "radius", "json", "quiet")
@@ -27,28 +48,21 @@ def uncertainty(given: Given, folder: Finished) -> None:
         fastar uncertainty runs/digits-mlp-seed0
     """
     from fastar.experiments.averages import uncertainty
-    from fastar.experiments.finished_run import finished_run
     from fastar.report.average_panels import (
         reliability_picture,
         uncertainty_lines,
         uncertainty_picture,
         uncertainty_table,
     )
-    from fastar.runs import RunFolder, write_atomically
+    from fastar.runs import write_json
 
-    run_folders.append(folder)
-    run = RunFolder(folder)
-    opened = finished_run(run, given.progress())
-    found = uncertainty(opened, most=given["most"], repetitions=given["repetitions"], radius=given["radius"])
-    places = [run.path / name for name in ("uncertainty.json", "uncertainty.png", "reliability.png")]
-    write_atomically(places[0], (json.dumps(found, indent=1) + "\n").encode())
+    run = _opened(given, folder)
+    found = uncertainty(run, most=given["most"], repetitions=given["repetitions"], radius=given["radius"])
+    places = [folder / name for name in ("uncertainty.json", "uncertainty.png", "reliability.png")]
+    write_json(places[0], found)
     uncertainty_picture(found, places[1])
     reliability_picture(found, places[2])
-    if given.json:
-        print_json(found)
-        return
-    print_table(uncertainty_table(found))
-    print_lines([*uncertainty_lines(found), *(f"written: {place}" for place in places)])
+    _show(given, found, uncertainty_table(found), uncertainty_lines(found), places)
 
 
 @takes("radii", "draws", "by_filter", "json", "quiet")
@@ -61,27 +75,20 @@ def perturb(given: Given, folder: Finished) -> None:
 
         fastar perturb runs/digits-mlp-seed0 --radii 0.1,0.4
     """
-    from fastar.experiments.finished_run import finished_run
     from fastar.experiments.perturbed import perturbed_stars
     from fastar.report.perturbed_stars import perturbed_lines, perturbed_picture, perturbed_table
-    from fastar.runs import RunFolder, write_atomically
+    from fastar.runs import write_json
 
     try:
         radii = [float(one) for one in given["radii"].split(",")]
     except ValueError as error:
         raise FastarError(f"--radii {given['radii']}: write numbers joined by commas, such as 0.1,0.4") from error
-    run_folders.append(folder)
-    run = RunFolder(folder)
-    opened = finished_run(run, given.progress())
-    found = perturbed_stars(opened, radii=radii, draws=given["draws"], by_filter=given["by_filter"])
-    places = [run.path / name for name in ("perturb.json", "perturb.png")]
-    write_atomically(places[0], (json.dumps(found, indent=1) + "\n").encode())
+    run = _opened(given, folder)
+    found = perturbed_stars(run, radii=radii, draws=given["draws"], by_filter=given["by_filter"])
+    places = [folder / name for name in ("perturb.json", "perturb.png")]
+    write_json(places[0], found)
     perturbed_picture(found, places[1])
-    if given.json:
-        print_json(found)
-        return
-    print_table(perturbed_table(found))
-    print_lines([*perturbed_lines(found), *(f"written: {place}" for place in places)])
+    _show(given, found, perturbed_table(found), perturbed_lines(found), places)
 
 
 @takes("json", "quiet")
@@ -96,18 +103,11 @@ def distances(given: Given, folder: Finished) -> None:
         fastar distances runs/digits-mlp-seed0
     """
     from fastar.experiments.distances import distances
-    from fastar.experiments.finished_run import finished_run
     from fastar.report.distances_table import distances_table
-    from fastar.runs import RunFolder
 
-    run_folders.append(folder)
-    run = RunFolder(folder)
-    found = distances(finished_run(run, given.progress()))
-    if given.json:
-        print_json(found)
-        return
-    print_table(distances_table(found))
-    print(f"written: {run.distances}")
+    run = _opened(given, folder)
+    found = distances(run)
+    _show(given, found, distances_table(found), [], [run.session.run.distances])
 
 
 @takes("json", "quiet")
@@ -120,18 +120,11 @@ def fuse(given: Given, folder: Finished) -> None:
 
         fastar fuse runs/digits-mlp-seed0
     """
-    from fastar.experiments.finished_run import finished_run
     from fastar.experiments.fusion import fuse
     from fastar.report.fusion_table import fusion_lines, fusion_table
-    from fastar.runs import RunFolder, write_atomically
+    from fastar.runs import write_json
 
-    run_folders.append(folder)
-    run = RunFolder(folder)
-    found = fuse(finished_run(run, given.progress()))
-    place = run.path / "fusion.json"
-    write_atomically(place, (json.dumps(found, indent=1) + "\n").encode())
-    if given.json:
-        print_json(found)
-        return
-    print_table(fusion_table(found))
-    print_lines([*fusion_lines(found), f"written: {place}"])
+    found = fuse(_opened(given, folder))
+    place = folder / "fusion.json"
+    write_json(place, found)
+    _show(given, found, fusion_table(found), fusion_lines(found), [place])

@@ -132,7 +132,8 @@ def barrier(
         fastar barrier star.safetensors heldout/*.safetensors --permutations matchings.safetensors
     """
     from fastar.experiments.files.barrier_files import barriers_of_files
-    from fastar.report.results import barrier_picture, barriers_table, check_picture, statistics_lines
+    from fastar.report.figures import check_picture
+    from fastar.report.results import barrier_picture, barriers_table, statistics_lines
 
     picture = given["picture"]
     if picture is not None:  # before the work

@@ -47,7 +47,7 @@ def theory(
         raise FastarError(f"--{next(iter(own))} belongs to `fastar theory certificate`: leave it out")
 
     from fastar.experiments.theory import run_certificate, run_two_layer
-    from fastar.report.results import check_picture
+    from fastar.report.figures import check_picture
     from fastar.report.theory import theory_lines, theory_picture, theory_tables
     from fastar.runs import write_atomically
 

@@ -27,8 +27,8 @@ Probabilities = dict[str, np.ndarray]
 """Split -> class probabilities float32 [samples, classes]."""
 
 
-class Labels(dict[str, np.ndarray]):
-    """Split -> labels int64 [samples], in the order of the probabilities; filled by the first networks."""
+Labels = dict[str, np.ndarray]
+"""Split -> labels int64 [samples], in the order of the probabilities; filled by the first networks."""
 
 
 def probabilities(

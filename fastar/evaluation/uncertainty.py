@@ -192,6 +192,11 @@ class Average:
         mean: Array = self._sum / self.count
         return mean
 
+    @property
+    def votes(self) -> Array:
+        """The share of networks that predict each class [n, C]."""
+        return self._votes / self.count
+
     def diversity(self) -> dict[str, float]:
         """Mean share of pairs of networks that predict another class, and the mutual information of prediction and
         network: the entropy of the mean less the mean entropy, nats."""

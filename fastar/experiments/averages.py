@@ -21,9 +21,8 @@ from fastar.evaluation.uncertainty import (
 from fastar.experiments.families import FAMILIES, SINGLE, Families
 from fastar.experiments.finished_run import FinishedRun
 from fastar.experiments.look import Look
-from fastar.experiments.regular import device_name
 from fastar.experiments.session import measuring, threads
-from fastar.runs import versions
+from fastar.runtime.progress import Advance
 
 # Probabilities of all sources are kept up to so many bytes; else each order of the ensemble makes them anew.
 KEPT = 2**30
@@ -72,26 +71,21 @@ def uncertainty(
             for name, (members, times) in counts.items():
                 sequences = []
                 for repetition in range(times):
-                    steps = look.averages(name, members, repetition, advance)
-                    sequences.append([at_k for at_k, _ in steps])
+                    sequence, mean = look.averages(name, members, repetition, advance)
+                    sequences.append(sequence)
                     if not repetition and name in DRAWN:
-                        drawn[name] = look.last
+                        drawn[name] = mean
                 found[name] = _over_repetitions(sequences)
     labels = look.labels[look.split]
     return {
-        "dataset": session.settings.dataset.label,
-        "arch": session.settings.model.arch,
-        "sources": len(run.sources),
+        **run.described(),
         "split": look.split,
         "samples": len(labels),
-        "classes": look.classes,
+        "classes": mean.shape[1],
         "radius": radius,
         "families": found,
         "reliability": {name: _reliability(p, labels) for name, p in drawn.items()},
         "risk": {name: _risk(p, labels) for name, p in drawn.items()},
-        "seed": session.settings.seed,
-        "versions": versions(),
-        "device": device_name(session.device),
     }
 
 
@@ -114,21 +108,19 @@ class _Averages:
         self._around, self._look = around, Look(run.session, self._names)
         self._kept: dict[int, Probabilities] = {}
         self.labels = self._look.labels
-        self.classes = 0
-        self.last = np.zeros((0, 0))
 
     def averages(
-        self, family: str, count: int, repetition: int, advance: Any
-    ) -> Iterator[tuple[dict[str, float], int]]:
-        """The metrics of the average of the first 1, 2, ... `count` networks of a repetition."""
-        averages = {name: Average() for name in self._names}
-        for k, found in enumerate(self._probabilities(family, count, repetition), 1):
+        self, family: str, count: int, repetition: int, advance: Advance
+    ) -> tuple[list[dict[str, float]], np.ndarray]:
+        """The metrics of the averages of the first 1, 2, ... `count` networks of a repetition, and the probabilities of
+        the last average."""
+        averages, found = {name: Average() for name in self._names}, []
+        for one in self._probabilities(family, count, repetition):
             for name, average in averages.items():
-                average.add(found[name])
-            self.last = averages[self.split].mean
-            self.classes = self.last.shape[1]
+                average.add(one[name])
+            found.append(self._measured(averages))
             advance(1)
-            yield self._measured(averages), k
+        return found, averages[self.split].mean
 
     def _measured(self, averages: dict[str, Average]) -> dict[str, float]:
         labels, average = self.labels[self.split], averages[self.split]

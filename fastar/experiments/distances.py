@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import itertools
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from fastar.experiments.families import mean_row
 from fastar.experiments.finished_run import FinishedRun
-from fastar.experiments.matchings import Matchings, star_permutations
-from fastar.experiments.measure import choose_pairs, match_to, permuted, spread
+from fastar.experiments.matchings import star_permutations
+from fastar.experiments.measure import choose_pairs, permuted_row, spread
 from fastar.experiments.session import Session, measuring, threads
-from fastar.runs import versions, write_atomically
+from fastar.runs import versions, write_json
 from fastar.runs.model_files import Checkpoint
 from fastar.runtime.json_files import sealed
 from fastar.runtime.seeds import derive_seed
@@ -50,18 +49,16 @@ def distances(run: FinishedRun) -> dict[str, Any]:
         "pairs": pairs,
         "versions": versions(),
     }
-    write_atomically(session.run.distances, (json.dumps(sealed(found), indent=1) + "\n").encode())
+    write_json(session.run.distances, sealed(found))
     return found
 
 
 def _compared_pairs(run: FinishedRun) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """All pairs, compared, and the norms of sources, heldouts, star and mean."""
-    session, settings, folder = run.session, run.session.settings, run.session.run
-    kept = Matchings.load(folder.matchings) if folder.matchings.is_file() else Matchings()
-    # Released: their digests are taken once.
-    sources = {f"source {i}": one.released() for i, one in enumerate(run.sources)}
-    heldouts = {f"heldout {i}": one.released() for i, one in enumerate(run.heldouts)}
-    star, regular = {"star": run.star.released()}, list((sources | heldouts).items())
+    session, settings = run.session, run.session.settings
+    sources = {f"source {i}": one for i, one in enumerate(run.sources)}
+    heldouts = {f"heldout {i}": one for i, one in enumerate(run.heldouts)}
+    star, regular = {"star": run.star}, list((sources | heldouts).items())
     chosen = choose_pairs(len(regular), settings.evaluation.regular_pairs, derive_seed(settings.seed, "pairs"))
     pairs: list[dict[str, Any]] = []
 
@@ -70,9 +67,9 @@ def _compared_pairs(run: FinishedRun) -> tuple[list[dict[str, Any]], dict[str, A
     ) -> list[Permutations]:
         """Add the pairs of `first`, one model, with each of the others; the permutations of these."""
         (name, checkpoint), *_ = first.items()
-        row, matched = _row(session, checkpoint), _matched(session, kept, checkpoint, list(others.values()), start)
+        row, matched = permuted_row(session, checkpoint), run.matched(checkpoint, list(others.values()), start=start)
         for (other, one), permutation in zip(others.items(), matched, strict=True):
-            figures = _figures(session, row, _row(session, one), _row(session, one, permutation))
+            figures = _figures(session, row, permuted_row(session, one), permuted_row(session, one, permutation))
             pairs.append({"kind": kind, "first": name, "second": other, **figures})
             advance(1)
         return matched
@@ -82,13 +79,13 @@ def _compared_pairs(run: FinishedRun) -> tuple[list[dict[str, Any]], dict[str, A
         for first, group in itertools.groupby(chosen, key=lambda pair: pair[0]):
             compare("regular_regular", dict([regular[first]]), dict(regular[second] for _, second in group))
         compare("star_heldout", star, heldouts)
-        matched = compare("star_source", star, sources, star_permutations(folder.permutations) or None)
-        mean = {"mean": Checkpoint(session.network.layout.unflatten(_mean(session, list(sources.values()), matched)))}
+        matched = compare("star_source", star, sources, star_permutations(session.run.permutations) or None)
+        mean = {"mean": Checkpoint(session.network.layout.unflatten(mean_row(session, run.sources, matched)))}
         for kind, others in (("mean_star", star), ("mean_heldout", heldouts), ("mean_source", sources)):
             compare(kind, mean, others)
 
     def norms(of: Mapping[str, Checkpoint]) -> list[float]:
-        return [float(_row(session, one).double().norm()) for one in of.values()]
+        return [float(permuted_row(session, one).double().norm()) for one in of.values()]
 
     return pairs, {
         "source": spread(norms(sources)),
@@ -96,36 +93,6 @@ def _compared_pairs(run: FinishedRun) -> tuple[list[dict[str, Any]], dict[str, A
         "star": norms(star)[0],
         "mean": norms(mean)[0],
     }
-
-
-def _matched(
-    session: Session,
-    kept: Matchings,
-    first: Checkpoint,
-    others: Sequence[Checkpoint],
-    start: Permutations | None,
-) -> list[Permutations]:
-    """The permutations of `others` that match each to `first`: those that are kept, others anew, from `start`."""
-    found = {i: kept.between(first, other) for i, other in enumerate(others) if kept.has(first, other)}
-    missing = [i for i in range(len(others)) if i not in found]
-    if missing:
-        known = None if start is None else Permutations({name: index[missing] for name, index in start.items()})
-        some = [others[i] for i in missing]
-        found |= zip(missing, match_to(session, first, some, start=known), strict=True)
-    return [found[i] for i in range(len(others))]
-
-
-def _mean(session: Session, models: Sequence[Checkpoint], permutations: Sequence[Permutations]) -> Tensor:
-    """The mean of models' parameters [P], their units permuted."""
-    mean = torch.zeros(session.network.layout.numel, dtype=torch.float64, device="cpu")
-    for one, permutation in zip(models, permutations, strict=True):
-        mean += _row(session, one, permutation)
-    return (mean / len(models)).float()
-
-
-def _row(session: Session, checkpoint: Checkpoint, permutation: Permutations | None = None) -> Tensor:
-    """A model's parameters [P] on the CPU, its units permuted if `permutation` is given."""
-    return session.network.layout.flatten(permuted(session, checkpoint, permutation)).cpu()
 
 
 def _figures(session: Session, first: Tensor, second: Tensor, moved: Tensor) -> dict[str, Any]:

@@ -6,7 +6,7 @@ sequence of draws; the first K networks of one are the family's average of K.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property, partial
 
 import numpy as np
@@ -16,10 +16,13 @@ from torch import Tensor
 from fastar.errors import FastarError
 from fastar.evaluation import Endpoint
 from fastar.experiments.finished_run import FinishedRun
-from fastar.experiments.measure import match_to, permuted
+from fastar.experiments.measure import permuted_row
+from fastar.experiments.session import Session
 from fastar.flat import FlatLayout
 from fastar.kernels import interpolate
+from fastar.runs.model_files import Checkpoint
 from fastar.runtime.seeds import derive_seed
+from fastar.symmetry import Permutations
 
 SINGLE = ("star", "mean")
 """Families of one network."""
@@ -41,6 +44,7 @@ class Families:
             raise FastarError("families of networks need at least two sources; this run has one")
         self._run, self._radius, self._t, self._replace = run, radius, t, replace
         self._layout = run.session.network.layout
+        self._of_pairs: dict[tuple[int, int], Permutations] = {}
 
     def members(self, family: str, count: int, repetition: int = 0) -> Iterator[Endpoint]:
         """The first `count` networks of a repetition of a family.
@@ -55,13 +59,14 @@ class Families:
         if family == "source":
             return iter([self.source(repetition)])
         if family == "star":
-            return iter([Endpoint("star", partial(self._star_row))])
+            return iter([Endpoint("star", self._star_row)])
         if family == "mean":
             return iter([Endpoint("mean of the sources", self._mean_row)])
+        if family == "ensemble":
+            return map(self.source, self.order(count, repetition))
         seed = derive_seed(self._run.session.settings.seed, "families", family.replace(" ", "_"), repetition)
         numbers = np.random.default_rng(seed)
         drawn: dict[str, Callable[[np.random.Generator, int], Iterator[Endpoint]]] = {
-            "ensemble": self._ensemble,
             "star domain": self._star_domain,
             "pairs": self._pairs,
             "ball": self._ball,
@@ -78,9 +83,6 @@ class Families:
         """The sources that the ensemble's repetition takes, in their order."""
         seed = derive_seed(self._run.session.settings.seed, "families", "ensemble", repetition)
         return [int(n) for n in np.random.default_rng(seed).permutation(len(self._run.sources))[:count]]
-
-    def _ensemble(self, numbers: np.random.Generator, count: int) -> Iterator[Endpoint]:
-        return map(self.source, numbers.permutation(len(self._run.sources))[:count].tolist())
 
     def _star_domain(self, numbers: np.random.Generator, count: int) -> Iterator[Endpoint]:
         sources = len(self._run.sources)
@@ -105,32 +107,40 @@ class Families:
             yield Endpoint(f"point {k} at {self._radius:g} of the star's norm", partial(self._beside_star, seed))
 
     def _star_row(self) -> Tensor:
-        return self._layout.flatten(self._run.star.state)
+        return permuted_row(self._run.session, self._run.star)
 
     def _row(self, index: int, matched: bool) -> Tensor:
         permutation = self._run.permutations[index] if matched else None
-        return self._layout.flatten(permuted(self._run.session, self._run.sources[index], permutation))
+        return permuted_row(self._run.session, self._run.sources[index], permutation)
 
     @cached_property
     def _mean_row(self) -> Tensor:
-        total = self._row(0, True).double()
-        for index in range(1, len(self._run.sources)):
-            total += self._row(index, True)
-        return (total / len(self._run.sources)).float()
+        return mean_row(self._run.session, self._run.sources, self._run.permutations)
 
     def _between_star(self, index: int, t: float) -> Tensor:
         return _point(self._star_row(), self._row(index, True), t)
 
     def _between_sources(self, first: int, second: int, t: float) -> Tensor:
-        run = self._run
-        permutation = None
-        if run.session.settings.ends_matched:
-            permutation = match_to(run.session, run.sources[first], [run.sources[second]])[0]
-        end = self._layout.flatten(permuted(run.session, run.sources[second], permutation))
+        end = permuted_row(self._run.session, self._run.sources[second], self._of_pair(first, second))
         return _point(self._row(first, False), end, t)
+
+    def _of_pair(self, first: int, second: int) -> Permutations | None:
+        """The permutation of a source that matches it to another; found once, since few sources make few pairs."""
+        if (first, second) not in self._of_pairs and self._run.session.settings.ends_matched:
+            sources = self._run.sources
+            (self._of_pairs[first, second],) = self._run.matched(sources[first], [sources[second]])
+        return self._of_pairs.get((first, second))
 
     def _beside_star(self, seed: int) -> Tensor:
         return beside(self._star_row(), self._layout, seed, self._radius)
+
+
+def mean_row(session: Session, models: Sequence[Checkpoint], permutations: Sequence[Permutations | None]) -> Tensor:
+    """The mean of models' parameters [P], their units permuted."""
+    total = torch.zeros(session.network.layout.numel, dtype=torch.float64, device="cpu")
+    for one, permutation in zip(models, permutations, strict=True):
+        total += permuted_row(session, one, permutation)
+    return (total / len(models)).float()
 
 
 def beside(star: Tensor, layout: FlatLayout, seed: int, radius: float, *, by_filter: bool = False) -> Tensor:

@@ -12,10 +12,9 @@ from fastar.evaluation.uncertainty import Average, metrics
 from fastar.experiments.families import Families
 from fastar.experiments.finished_run import FinishedRun
 from fastar.experiments.look import Look
-from fastar.experiments.measure import permuted, spread
-from fastar.experiments.regular import device_name
+from fastar.experiments.measure import permuted_row, spread
 from fastar.experiments.session import measuring, threads
-from fastar.runs import versions
+from fastar.runtime.progress import Advance
 from fastar.runtime.seeds import derive_seed
 
 RESAMPLES = 2000
@@ -35,20 +34,19 @@ def fuse(run: FinishedRun) -> dict[str, Any]:
         FastarError: one source alone, or a loss that is not cross-entropy.
     """
     session, around = run.session, Families(run)
-    splits = session.data.splits()
-    tested, chosen_on = list(splits)[-1], "validation" if "validation" in splits else "train"
+    names = session.data.names()
+    tested, chosen_on = names[-1], "validation" if "validation" in names else "train"
     look = Look(session, (chosen_on, tested))
     with (
         threads(session),
         measuring("fusion"),
         session.progress.task("predicting", total=2 * len(run.sources) - 1, unit="networks") as advance,
     ):
-        everyone, votes, single, chosen = Average(), 0, [], []
+        everyone, single, chosen = Average(), [], []
         best: dict[str, tuple[float, np.ndarray]] = {}
         for index, found in enumerate(look(map(around.source, range(len(run.sources))))):
             p = found[tested]
             everyone.add(p)
-            votes = votes + np.eye(p.shape[1])[p.argmax(1)]
             single.append(metrics(p, look.labels[tested]))
             chosen.append((look.accuracy(found, chosen_on), index))
             # The first of equals, by either split.
@@ -62,20 +60,17 @@ def fuse(run: FinishedRun) -> dict[str, Any]:
         made.append(("greedy soup", soup))
         networks = {name: found[tested] for (name, _), found in zip(made, look(one for _, one in made), strict=True)}
     labels, sources = look.labels[tested], len(run.sources)
-    assert isinstance(votes, np.ndarray)
     predictors = {
         "best source": (1, best["best"][1]),
         "best source by test": (1, best["best by test"][1]),
         "ensemble": (sources, everyone.mean),
-        "vote": (sources, votes / sources),
+        "vote": (sources, everyone.votes),
         "star": (1, networks["star"]),
         "mean": (1, networks["mean"]),
         "greedy soup": (1, networks["greedy soup"]),
     }
     return {
-        "dataset": session.settings.dataset.label,
-        "arch": session.settings.model.arch,
-        "sources": sources,
+        **run.described(),
         "mu": session.settings.star.mu,
         "split": tested,
         "samples": len(labels),
@@ -83,9 +78,6 @@ def fuse(run: FinishedRun) -> dict[str, Any]:
         "single": {key: spread([one[key] for one in single]) for key in ("accuracy", "nll")},
         "in_soup": in_soup,
         "predictors": _scored(predictors, labels, derive_seed(session.settings.seed, "fusion", "bootstrap")),
-        "seed": session.settings.seed,
-        "versions": versions(),
-        "device": device_name(session.device),
     }
 
 
@@ -109,14 +101,13 @@ def _against(right: np.ndarray, star: np.ndarray, seed: int) -> dict[str, float]
 
 
 def _greedy_soup(
-    run: FinishedRun, look: Look, chosen_on: str, order: list[int], advance: Any
+    run: FinishedRun, look: Look, chosen_on: str, order: list[int], advance: Advance
 ) -> tuple[Endpoint, list[int]]:
     """The mean of matched sources to which each is added, the best first, if the accuracy does not fall by it; and the
     sources in it."""
-    layout = run.session.network.layout
 
     def row(index: int) -> Tensor:
-        return layout.flatten(permuted(run.session, run.sources[index], run.permutations[index]))
+        return permuted_row(run.session, run.sources[index], run.permutations[index])
 
     def mean(total: Tensor, count: int) -> Endpoint:
         return Endpoint("the soup", (total / count).float())

@@ -48,12 +48,13 @@ def permuted(session: Session, checkpoint: Checkpoint, permutation: Permutations
     return session.network.symmetry.apply(permutation, state)
 
 
+def permuted_row(session: Session, checkpoint: Checkpoint, permutation: Permutations | None = None) -> Tensor:
+    """A checkpoint's parameters [P], its units permuted if `permutation` is given."""
+    return session.network.layout.flatten(permuted(session, checkpoint, permutation))
+
+
 def endpoint(session: Session, name: str, checkpoint: Checkpoint, permutation: Permutations | None = None) -> Endpoint:
     """A checkpoint as one end of a path, permuted by `permutation` if given; its row is made when it is asked for."""
-
-    def row() -> Tensor:
-        return session.network.layout.flatten(permuted(session, checkpoint, permutation))
-
     own = None
     if session.settings.evaluation.batch_norm == "reference":
         found = {  # in float32, as the rows are, whatever the file holds
@@ -62,7 +63,7 @@ def endpoint(session: Session, name: str, checkpoint: Checkpoint, permutation: P
             if name.endswith(("running_mean", "running_var"))
         }
         own = found or None
-    return Endpoint(name, row, own)
+    return Endpoint(name, partial(permuted_row, session, checkpoint, permutation), own)
 
 
 def check_endpoint(session: Session, name: str, checkpoint: Checkpoint, permutation: Permutations | None) -> None:

@@ -10,10 +10,8 @@ from fastar.errors import FastarError
 from fastar.evaluation import PathLosses, Segment
 from fastar.experiments.families import beside
 from fastar.experiments.finished_run import FinishedRun
-from fastar.experiments.measure import endpoint, evaluated, match_to, spread
-from fastar.experiments.regular import device_name
+from fastar.experiments.measure import endpoint, evaluated, match_to, permuted_row, spread
 from fastar.experiments.session import measuring, threads
-from fastar.runs import versions
 from fastar.runs.model_files import Checkpoint
 from fastar.runtime.seeds import derive_seed
 
@@ -46,7 +44,7 @@ def perturbed_stars(
         raise FastarError(f"{session.run.path}: has no heldouts that barriers could be measured to")
     wanted = [(0.0, 0), *((radius, draw) for radius in radii for draw in range(draws))]
     names = [f"heldout {index}" for index in range(len(run.heldouts))]
-    layout, star = session.network.layout, session.network.layout.flatten(run.star.state)
+    layout, star = session.network.layout, permuted_row(session, run.star)
     segments: list[Segment] = []
     with threads(session), measuring("perturbed stars"):
         with session.progress.task("matching", total=len(wanted), unit="stars") as advance:
@@ -70,18 +68,13 @@ def perturbed_stars(
         points.append({"radius": radius, "length": radius * norm, **_splits(paths, each)})
     results = session.run.read_results() if session.run.results.is_file() else {}
     return {
-        "dataset": session.settings.dataset.label,
-        "arch": session.settings.model.arch,
-        "sources": session.settings.sources.number,
+        **run.described(),
         "heldouts": each,
         "draws": draws,
         "by_filter": by_filter,
         "norm": norm,
         "points": points,
         "regular": {split: results[split]["regular_regular"] for split in measured[0].loss if split in results},
-        "seed": session.settings.seed,
-        "versions": versions(),
-        "device": device_name(session.device),
     }
 
 

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from io import BytesIO
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from rich.table import Table
 
+from fastar.report.figures import figure_of, plain
 from fastar.report.results import shown, task_name
-from fastar.runs import write_atomically
 from fastar.runtime.standard_streams import plus_minus
 
 # Okabe-Ito colours; markers and dashes tell the curves apart in grey print.
@@ -73,7 +72,7 @@ def uncertainty_lines(found: Mapping[str, Any]) -> list[str]:
     ]
     families = found["families"]
     accuracy = next(iter(families.values()))["accuracy"]["mean"][-1]
-    noise = math.sqrt(accuracy * (1 - accuracy) / found["samples"])
+    noise = standard_error(accuracy, found["samples"])
     lines.append(
         f"{found['samples']:,} samples leave a standard error of {noise:.3f} in an accuracy of {accuracy:.3f}."
     )
@@ -82,6 +81,11 @@ def uncertainty_lines(found: Mapping[str, Any]) -> list[str]:
             if other in families:
                 lines.append(f"star domain against {other}: " + _compared(families["star domain"], families[other]))
     return lines
+
+
+def standard_error(accuracy: float, samples: int) -> float:
+    """The standard error of an accuracy that so many samples leave."""
+    return math.sqrt(accuracy * (1 - accuracy) / samples)
 
 
 def _compared(ours: Mapping[str, Any], other: Mapping[str, Any]) -> str:
@@ -100,28 +104,28 @@ def uncertainty_picture(found: Mapping[str, Any], path: Path) -> None:
     """Write a PNG of four metrics over K: mean, and a band of one standard deviation over repetitions."""
     from matplotlib.ticker import MaxNLocator
 
-    figure, save = new_figure((9.5, 7.0))
-    panels = figure.subplots(2, 2).ravel()
-    for panel, (key, name) in zip(panels, PANELS, strict=True):
-        low, high = _range(found["families"], key)
-        outside = []
-        for family, of in found["families"].items():
-            value = of[key]["mean"][-1]
-            if value is not None and not low <= value <= high:
-                outside.append(f"{family} {value:.2f}")
-            draw_family(panel, family, of, key)
-        panel.set_ylim(low, high)
-        if outside:
-            panel.text(0.98, 0.97, f"outside: {', '.join(outside)}", transform=panel.transAxes, ha="right", va="top")
-        panel.set_xlabel("networks in the average, K")
-        panel.set_title(name, fontsize=10)
-        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-        panel.grid(alpha=0.3)
-        panel.spines[["top", "right"]].set_visible(False)
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
-    figure.suptitle(f"{task_name(found)}: averages around a star of {found['sources']} sources", fontsize=11)
-    save(path)
+    with figure_of(path, (9.5, 7.0)) as figure:
+        panels = figure.subplots(2, 2).ravel()
+        for panel, (key, name) in zip(panels, PANELS, strict=True):
+            low, high = _range(found["families"], key)
+            outside = []
+            for family, of in found["families"].items():
+                value = of[key]["mean"][-1]
+                if value is not None and not low <= value <= high:
+                    outside.append(f"{family} {value:.2f}")
+                draw_family(panel, family, of, key)
+            panel.set_ylim(low, high)
+            if outside:
+                panel.text(
+                    0.98, 0.97, f"outside: {', '.join(outside)}", transform=panel.transAxes, ha="right", va="top"
+                )
+            panel.set_xlabel("networks in the average, K")
+            panel.set_title(name, fontsize=10)
+            panel.xaxis.set_major_locator(MaxNLocator(integer=True))
+            plain(panel)
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+        figure.suptitle(f"{task_name(found)}: averages around a star of {found['sources']} sources", fontsize=11)
 
 
 def _range(families: Mapping[str, Any], key: str) -> tuple[float, float]:
@@ -155,48 +159,30 @@ def draw_family(panel: Any, family: str, of: Mapping[str, Any], key: str) -> Non
 
 def reliability_picture(found: Mapping[str, Any], path: Path) -> None:
     """Write a PNG: accuracy over confidence with the number of samples in each bin, and risk over coverage."""
-    figure, save = new_figure((9.5, 4.6))
-    layout = figure.subplot_mosaic([["reliability", "risk"], ["counts", "risk"]], height_ratios=(3, 1))
-    lines, counts, risk = layout["reliability"], layout["counts"], layout["risk"]
-    lines.plot((0, 1), (0, 1), color="#999999", linewidth=1, label="calibrated")
-    for number, (family, of) in enumerate(found["reliability"].items()):
-        colour, dashes, marker = STYLES[family]
-        there = [i for i, count in enumerate(of["count"]) if count >= FEW]
-        style = {"color": colour, "linestyle": dashes, "marker": marker or ".", "markersize": 4, "linewidth": 1.6}
-        lines.plot([of["confidence"][i] for i in there], [of["accuracy"][i] for i in there], **style, label=family)
-        width = 1 / len(of["count"])
-        places = [(i + 0.2 + 0.3 * number) * width for i in range(len(of["count"]))]
-        counts.bar(places, of["count"], width=0.28 * width, color=colour, log=True)
-        curve = found["risk"][family]
-        risk.plot(curve["coverage"], curve["risk"], color=colour, linestyle=dashes, linewidth=1.6, label=family)
-    lines.set_ylabel(f"accuracy of bins of at least {FEW}")
-    lines.set_xticklabels([])
-    lines.set_xlim(0, 1)
-    counts.set_xlim(0, 1)
-    counts.set_ylabel("samples")
-    counts.set_xlabel("confidence")
-    risk.set_xlabel("coverage: share that is answered, most confident first")
-    risk.set_ylabel("risk: share of wrong answers")
-    risk.set_ylim(bottom=0)
-    for panel in layout.values():
-        panel.grid(alpha=0.3)
-        panel.spines[["top", "right"]].set_visible(False)
-    lines.legend(frameon=False, fontsize=9)
-    figure.suptitle(f"{task_name(found)}: {found['split']} samples, one repetition at the largest K", fontsize=11)
-    save(path)
-
-
-def new_figure(size: tuple[float, float]) -> tuple[Any, Any]:
-    """A figure, and the function that writes it as PNG, atomically."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained")
-    FigureCanvasAgg(figure)
-
-    def save(path: Path) -> None:
-        buffer = BytesIO()
-        figure.savefig(buffer, format="png", dpi=160)
-        write_atomically(path, buffer.getvalue())
-
-    return figure, save
+    with figure_of(path, (9.5, 4.6)) as figure:
+        layout = figure.subplot_mosaic([["reliability", "risk"], ["counts", "risk"]], height_ratios=(3, 1))
+        lines, counts, risk = layout["reliability"], layout["counts"], layout["risk"]
+        lines.plot((0, 1), (0, 1), color="#999999", linewidth=1, label="calibrated")
+        for number, (family, of) in enumerate(found["reliability"].items()):
+            colour, dashes, marker = STYLES[family]
+            there = [i for i, count in enumerate(of["count"]) if count >= FEW]
+            style = {"color": colour, "linestyle": dashes, "marker": marker or ".", "markersize": 4, "linewidth": 1.6}
+            lines.plot([of["confidence"][i] for i in there], [of["accuracy"][i] for i in there], **style, label=family)
+            width = 1 / len(of["count"])
+            places = [(i + 0.2 + 0.3 * number) * width for i in range(len(of["count"]))]
+            counts.bar(places, of["count"], width=0.28 * width, color=colour, log=True)
+            curve = found["risk"][family]
+            risk.plot(curve["coverage"], curve["risk"], color=colour, linestyle=dashes, linewidth=1.6, label=family)
+        lines.set_ylabel(f"accuracy of bins of at least {FEW}")
+        lines.set_xticklabels([])
+        lines.set_xlim(0, 1)
+        counts.set_xlim(0, 1)
+        counts.set_ylabel("samples")
+        counts.set_xlabel("confidence")
+        risk.set_xlabel("coverage: share that is answered, most confident first")
+        risk.set_ylabel("risk: share of wrong answers")
+        risk.set_ylim(bottom=0)
+        for panel in layout.values():
+            plain(panel)
+        lines.legend(frameon=False, fontsize=9)
+        figure.suptitle(f"{task_name(found)}: {found['split']} samples, one repetition at the largest K", fontsize=11)

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
 from rich.table import Table
 
+from fastar.report.average_panels import standard_error
 from fastar.report.results import shown, task_name
 from fastar.runtime.standard_streams import plus_minus
 
@@ -30,9 +30,9 @@ def fusion_table(found: Mapping[str, Any]) -> Table:
 
 
 def fusion_lines(found: Mapping[str, Any]) -> list[str]:
-    """What the noise of the test samples is, and what was chosen on which."""
+    """Lines on the noise of the test samples, and on what was chosen on which."""
     accuracy = found["predictors"]["star"]["accuracy"]
-    noise = math.sqrt(accuracy * (1 - accuracy) / found["samples"])
+    noise = standard_error(accuracy, found["samples"])
     return [
         f"noise of {found['samples']:,} samples: a standard error of {noise:.4f} in the star's accuracy; after "
         f"{plus_minus()} in the last column that of the difference on the same samples (bootstrap).",

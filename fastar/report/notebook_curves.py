@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fastar.errors import FastarError
+from fastar.report.figures import plain
 from fastar.report.results import draw_paths, splits_of
 
 
@@ -36,7 +37,6 @@ def axes_or_new(axes: Any) -> Any:
 def labelled(axes: Any, name: str) -> Any:
     axes.set_xlabel("t")
     axes.set_ylabel(name)
-    axes.grid(alpha=0.3)
-    axes.spines[["top", "right"]].set_visible(False)
+    plain(axes)
     axes.legend(frameon=False, fontsize=9)
     return axes

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.table import Table
 
-from fastar.report.average_panels import new_figure
+from fastar.report.figures import figure_of, plain
 from fastar.report.results import shown, task_name
 
 CURVES = (
@@ -48,22 +48,21 @@ def perturbed_lines(found: Mapping[str, Any]) -> list[str]:
 
 def perturbed_picture(found: Mapping[str, Any], path: Path) -> None:
     """Write a PNG of train losses and barriers over the radius, with the regular models' barrier."""
-    figure, save = new_figure((6.4, 4.6))
-    panel = figure.subplots()
-    radii = [point["radius"] for point in found["points"]]
-    for key, label, colour, dashes, marker in CURVES:
-        spreads = [point["train"][key] for point in found["points"]]
-        mean, std = [one["mean"] for one in spreads], [one["std"] or 0.0 for one in spreads]
-        style = {"color": colour, "linestyle": dashes, "marker": marker, "markersize": 5, "capsize": 3}
-        panel.errorbar(radii, mean, yerr=std, label=label, **style)
-    if "train" in found["regular"]:
-        regular = found["regular"]["train"]
-        panel.axhline(regular["mean"], color="black", linestyle=":", linewidth=1.5, label="barrier, regular to regular")
-    panel.set_xlabel("radius of the perturbation, as a share of the star's norm")
-    panel.set_ylabel("train loss")
-    panel.set_ylim(bottom=0)
-    panel.grid(alpha=0.3)
-    panel.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    figure.suptitle(f"{task_name(found)}: star of {found['sources']} sources, perturbed", fontsize=11)
-    save(path)
+    with figure_of(path, (6.4, 4.6)) as figure:
+        panel = figure.subplots()
+        radii = [point["radius"] for point in found["points"]]
+        for key, label, colour, dashes, marker in CURVES:
+            spreads = [point["train"][key] for point in found["points"]]
+            mean, std = [one["mean"] for one in spreads], [one["std"] or 0.0 for one in spreads]
+            style = {"color": colour, "linestyle": dashes, "marker": marker, "markersize": 5, "capsize": 3}
+            panel.errorbar(radii, mean, yerr=std, label=label, **style)
+        if "train" in found["regular"]:
+            regular = found["regular"]["train"]
+            label = "barrier, regular to regular"
+            panel.axhline(regular["mean"], color="black", linestyle=":", linewidth=1.5, label=label)
+        panel.set_xlabel("radius of the perturbation, as a share of the star's norm")
+        panel.set_ylabel("train loss")
+        panel.set_ylim(bottom=0)
+        plain(panel)
+        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+        figure.suptitle(f"{task_name(found)}: star of {found['sources']} sources, perturbed", fontsize=11)

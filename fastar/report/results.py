@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from io import BytesIO, StringIO
+from io import StringIO
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastar.errors import FastarError
-from fastar.runs import write_atomically
+from fastar.report.figures import figure_of, plain
 from fastar.runtime.progress import count_text, size_text
 from fastar.runtime.standard_streams import plus_minus
 
@@ -221,12 +221,6 @@ def many_table(result: Mapping[str, Any]) -> Table:
     return table
 
 
-def check_picture(path: Path) -> None:
-    """Raise FastarError unless `path` is named as what will be in it."""
-    if path.suffix.lower() != ".png":
-        raise FastarError(f"{path}: the picture is written as .png; name it so")
-
-
 def barrier_picture(results: Mapping[str, Any], path: Path) -> None:
     """Write a PNG of the train loss and the first metric along the paths: mean and a band of one standard deviation.
 
@@ -237,29 +231,21 @@ def barrier_picture(results: Mapping[str, Any], path: Path) -> None:
     Raises:
         FastarError: it is not called .png, or cannot be written.
     """
-    check_picture(path)
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9.5, 4.0), layout="constrained")
-    FigureCanvasAgg(figure)
-    curves = [key for key, value in results["paths"][0].items() if isinstance(value, list)]
-    name = next((key for key in curves if key.startswith("train_") and key != "train_loss"), None)
-    keys = ["train_loss", *([] if name is None else [name])]
-    panels = figure.subplots(1, len(keys), squeeze=False)[0]
-    for panel, key in zip(panels, keys, strict=True):
-        draw_paths(panel, results, key)
-    panels[0].set_ylim(bottom=0)
-    # Below the panels, where it hides nothing.
-    figure.legend(
-        *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9
-    )
-    star = any(path["kind"].startswith("star") for path in results["paths"])
-    title = task_name(results)
-    figure.suptitle(f"{title}: {count_text(results['sources'], 'source')}" if star else title, fontsize=11)
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=160)
-    write_atomically(path, buffer.getvalue())
+    with figure_of(path, (9.5, 4.0)) as figure:
+        curves = [key for key, value in results["paths"][0].items() if isinstance(value, list)]
+        name = next((key for key in curves if key.startswith("train_") and key != "train_loss"), None)
+        keys = ["train_loss", *([] if name is None else [name])]
+        panels = figure.subplots(1, len(keys), squeeze=False)[0]
+        for panel, key in zip(panels, keys, strict=True):
+            draw_paths(panel, results, key)
+        panels[0].set_ylim(bottom=0)
+        # Below the panels, where it hides nothing.
+        figure.legend(
+            *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9
+        )
+        star = any(path["kind"].startswith("star") for path in results["paths"])
+        title = task_name(results)
+        figure.suptitle(f"{title}: {count_text(results['sources'], 'source')}" if star else title, fontsize=11)
 
 
 def draw_paths(panel: Any, results: Mapping[str, Any], key: str) -> None:
@@ -271,8 +257,7 @@ def draw_paths(panel: Any, results: Mapping[str, Any], key: str) -> None:
             _draw(panel, results["t"], curves, kind, at_most=1.0 if key.endswith("accuracy") else math.inf)
     panel.set_xlabel("t   (0: star or first model, 1: other model)" if star else "t   (0: first model, 1: second)")
     panel.set_ylabel(key.replace("_", " "))
-    panel.grid(alpha=0.3)
-    panel.spines[["top", "right"]].set_visible(False)
+    plain(panel)
 
 
 def _draw(panel: Any, t: Sequence[float], curves: Sequence[Sequence[float]], kind: str, *, at_most: float) -> None:

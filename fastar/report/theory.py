@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from io import BytesIO
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 from rich.table import Table
 
-from fastar.report.results import check_picture
-from fastar.runs import write_atomically
+from fastar.report.figures import figure_of, plain
 
 SHOWN = (0, 11, 25, 49)
-"""Of the certificate's 50 tolerances, those in the table."""
+"""The tolerances in the table, of the certificate's 50."""
 MARKERS = ("o", "s", "^", "D")
 
 
 def theory_tables(result: Mapping[str, Any]) -> list[Table]:
-    """What `run_certificate` or `run_two_layer` gave, a row for each width."""
+    """Tables of the result of `run_certificate` or `run_two_layer`, a row for each width."""
     return [_q_table(result)] if result["kind"] == "certificate" else [_share_table(result), _star_table(result)]
 
 
@@ -58,7 +56,7 @@ def _add_columns(table: Table, *titles: str) -> None:
 
 
 def theory_lines(result: Mapping[str, Any]) -> list[str]:
-    """What must be known to read the table."""
+    """Lines on how the table is to be read."""
     if result["kind"] != "certificate":
         return [
             f"a star model is below eps to each of the {result['draws'] - 1} others; unmatched: the same eps in turn",
@@ -89,16 +87,8 @@ def theory_picture(result: Mapping[str, Any], path: Path) -> None:
     Raises:
         FastarError: it is not called .png, or cannot be written.
     """
-    check_picture(path)
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6.4, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    (_heat_map if result["kind"] == "certificate" else _curves)(figure, result)
-    buffer = BytesIO()
-    figure.savefig(buffer, format="png", dpi=160)
-    write_atomically(path, buffer.getvalue())
+    with figure_of(path, (6.4, 4.2)) as figure:
+        (_heat_map if result["kind"] == "certificate" else _curves)(figure, result)
 
 
 def _heat_map(figure: Any, result: Mapping[str, Any]) -> None:
@@ -134,8 +124,7 @@ def _curves(figure: Any, result: Mapping[str, Any]) -> None:
     panel.set_xlabel("m, hidden units")
     panel.set_ylabel("share of star models")
     panel.set_ylim(-0.03, 1.03)
-    panel.grid(alpha=0.3)
-    panel.spines[["top", "right"]].set_visible(False)
+    plain(panel)
     panel.set_title(f"two-layer networks, {_name(result)}: of {result['draws']} trained", fontsize=11)
     figure.legend(loc="outside lower center", ncols=5, frameon=False, fontsize=9)
 

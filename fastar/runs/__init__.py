@@ -3,7 +3,7 @@
 What needs torch, reading and writing models, is `fastar.runs.model_files`.
 """
 
-from fastar.runs.atomic import delete, write_atomically
+from fastar.runs.atomic import delete, write_atomically, write_json
 from fastar.runs.folder import (
     CHECKPOINT,
     IN_TRAINING,

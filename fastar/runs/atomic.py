@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from fastar.errors import refusal
 from fastar.runs.lock import check_held
@@ -33,6 +36,11 @@ def write_atomically(path: Path, data: bytes) -> None:
     finally:
         with suppress(OSError):  # gone after the rename; else best effort
             temporary.unlink()
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write JSON atomically, numbers unrounded."""
+    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
 
 
 def delete(path: Path) -> None:

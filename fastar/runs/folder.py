@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-import json
 import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +14,7 @@ from typing import Any
 from fastar.config import Settings, as_override, changes
 from fastar.config.strict_yaml import read_yaml
 from fastar.errors import FastarError, refusal
-from fastar.runs.atomic import delete, write_atomically
+from fastar.runs.atomic import delete, write_atomically, write_json
 from fastar.runs.lock import NAME as LOCK
 from fastar.runs.lock import hold, lost
 from fastar.runs.run_log import RunLog
@@ -265,7 +264,7 @@ class RunFolder:
 
     def write_results(self, results: Mapping[str, Any]) -> None:
         """Write `results.json`, atomically and unrounded, with a digest of it."""
-        write_atomically(self.results, (json.dumps(sealed(results), indent=1) + "\n").encode())
+        write_json(self.results, sealed(results))
 
     def read_results(self, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
         """The results in `results.json`; `say` is told of results without a digest.
