@@ -107,7 +107,7 @@ def uncertainty_picture(found: Mapping[str, Any], path: Path) -> None:
     with figure_of(path, (9.5, 7.0)) as figure:
         panels = figure.subplots(2, 2).ravel()
         for panel, (key, name) in zip(panels, PANELS, strict=True):
-            low, high = _range(found["families"], key)
+            low, high = shown_range(found["families"], key)
             outside = []
             for family, of in found["families"].items():
                 value = of[key]["mean"][-1]
@@ -128,7 +128,7 @@ def uncertainty_picture(found: Mapping[str, Any], path: Path) -> None:
         figure.suptitle(f"{task_name(found)}: averages around a star of {found['sources']} sources", fontsize=11)
 
 
-def _range(families: Mapping[str, Any], key: str) -> tuple[float, float]:
+def shown_range(families: Mapping[str, Any], key: str) -> tuple[float, float]:
     """The values that a panel shows: of all families but one that is far from the others, with their bands."""
     ends = {name: (of[key]["mean"][0], of[key]["mean"][-1]) for name, of in families.items()}
     known = {name: both for name, both in ends.items() if None not in both}
