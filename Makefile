@@ -74,9 +74,10 @@ $(VENV)/.installed: $(PINS)
 	sh tools/install.sh $(VENV)
 	@touch $@
 
-$(VENV)/.dev: $(VENV)/.installed requirements-dev.txt tools/install_torchvision.sh
+$(VENV)/.dev: $(VENV)/.installed requirements-dev.txt tools/install_torchvision.sh tools/install_browser.sh
 	$(BIN)/python -m pip --disable-pip-version-check install -q -r requirements-dev.txt
 	sh tools/install_torchvision.sh $(VENV)
+	sh tools/install_browser.sh
 	@touch $@
 
 $(VENV)/.bench: $(VENV)/.installed requirements-bench.txt

@@ -30,7 +30,11 @@ setup(
     ],
     packages=[*find_packages(include=["fastar", "fastar.*"]), "fastar.kernels", "fastar.configs"],
     package_dir={"fastar": "fastar", "fastar.kernels": "kernels", "fastar.configs": "configs"},
-    package_data={"fastar": ["py.typed"], "fastar.configs": ["*.yaml"]},
+    package_data={
+        "fastar": ["py.typed"],
+        "fastar.configs": ["*.yaml"],
+        "fastar.report.page": ["page.css", "page.js"],
+    },
     install_requires=[
         "filelock>=3.30",
         f"lapjv==1.3.27; {HAS_LAPJV}",

@@ -167,6 +167,13 @@ def test_the_wheel_asks_for_packages_with_wheels_alone(wheel: Path) -> None:
     assert any(one.name == "ffcv" and "ffcv" in str(one.marker) for one in found)
 
 
+def test_the_wheel_has_the_files_that_are_no_modules(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    assert {"fastar/py.typed", "fastar/report/page/page.css", "fastar/report/page/page.js"} <= names
+    assert "fastar/configs/digits-mlp.yaml" in names
+
+
 @pytest.mark.slow
 def test_it_runs_without_ffcv(python: Path, tmp_path: Path) -> None:
     found = run(python, "-c", PROGRAM, folder=tmp_path)

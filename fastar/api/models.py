@@ -19,6 +19,7 @@ from fastar.experiments.finished_run import finished_run
 from fastar.experiments.measure import check_endpoint, endpoint, evaluated, match_to
 from fastar.experiments.session import Session, measuring, new_session, threads
 from fastar.report.notebook_curves import plot_paths
+from fastar.report.page import write_page
 from fastar.report.results import results_text
 from fastar.runs import RunFolder
 from fastar.runs.model_files import Checkpoint, check_values, load_checkpoint, load_whole_into
@@ -211,6 +212,19 @@ class Run(WithResults):
         known = None if self.star is None else self.star._session
         session = None if known is None else replace(known, progress=shown(progress))
         return distances(finished_run(RunFolder(self.path), shown(progress), session))
+
+    def report_html(self, path: Path | str | None = None) -> Path:
+        """Write everything that its folder holds as one HTML page; the file that was written.
+
+            fastar.load_run("runs/mine").report_html()  # runs/mine/report.html
+
+        Args:
+            path: the file; None: report.html in the run folder.
+
+        Raises:
+            FastarError: it is not called .html, or cannot be written.
+        """
+        return write_page(self.path, None if path is None else Path(path))
 
 
 def checkpoint_of(model: Source, network: nn.Module, name: str) -> Checkpoint:

@@ -90,6 +90,7 @@ OPTIONS = {
     "adversarial": Option(bool, None, "Add the theta that no permutation brings near."),
     "seed": Option(int, "N", "Seed of all that is drawn.", default=0),
     "picture": Option(Path, "FILE", "Write the curves to this PNG."),
+    "html": Option(bool, None, "Write one HTML page, to FILE where that is given, and draw nothing."),
     "json": Option(bool, None, "Print results as JSON on stdout, and nothing else there."),
     "quiet": Option(bool, None, "No progress."),
 }

@@ -9,6 +9,7 @@ import typer
 
 from fastar.cli.options import Given, run_folders, takes
 from fastar.cli.output import print_json, print_lines, print_table
+from fastar.errors import FastarError
 
 if TYPE_CHECKING:
     from fastar.runs import RunFolder
@@ -30,27 +31,48 @@ def show_results(given: Given, results: dict[str, Any], run: RunFolder, *, draw:
         print(f"picture: {run.picture}")
 
 
-@takes("json")
+@takes("html", "json")
 def report(
     given: Given,
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A run folder; with --html also a folder of runs.")],
+    file: Annotated[
+        Path | None,
+        typer.Argument(metavar="[FILE]", help="With --html: the page. Default: DIR/report.html.", show_default=False),
+    ] = None,
 ) -> None:
-    """Show the results of a finished run again, and draw its picture anew.
+    """Show the results of a finished run again, and draw its picture anew; or write all it holds as one HTML page.
 
-    Example:
+    The page (--html) needs no server and no network, and is of an unfinished run too. Of a folder of runs, it lists
+    them.
+
+    Examples:
 
         fastar report runs/digits-mlp-seed0
+
+        fastar report runs/digits-mlp-seed0 --html
     """
     from fastar.report.results import check_results
     from fastar.runs import RunFolder
 
     run_folders.append(folder)
+    say = given.progress().line
+    if given["html"]:
+        from fastar.report.page import write_page
+
+        page = write_page(folder, file, say)
+        if given.json:
+            print_json({"page": str(page)})
+        else:
+            print(f"page: {page}")
+        return
+    if file is not None:
+        raise FastarError(f"{file}: only a page is written to a file; give --html {file}")
     run = RunFolder(folder)
     said: list[str] = []
     results = run.read_results(said.append)
     check_results(results, run.results)
     for line in said:
-        given.progress().line(line)
+        say(line)
     show_results(given, results, run, draw=True)
 
 

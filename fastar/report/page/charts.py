@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from fastar.report.page.elements import Html, folded, script_data, table, tag
 
@@ -20,33 +19,22 @@ MARKERS = {
 }
 MOST_MARKED = 40
 """Points of a curve that are marked; more would hide it."""
+MOST_LETTERS = 30
+"""Letters of a name beside a heat map, the last ones."""
 CIVIDIS = ((0, 32, 77), (66, 78, 108), (124, 123, 120), (187, 173, 108), (255, 234, 70))
 """Colours from low to high that differ in lightness too."""
 
 
-@dataclass(frozen=True)
-class Curve:
-    """A curve of a chart; one of a single point is a level line.
-
-    Args:
-        style: colour, dashes and marker, as matplotlib has them.
-        spread: half the width of the band around it, point by point, which keeps within `bounds`.
-        each: names and values of the single curves that it is the mean of, at the same x.
-    """
+class Curve(NamedTuple):
+    """A curve of a chart: name, points, and colour, dashes and marker as matplotlib has them; half the width of the
+    band around it; names and values of the single curves that it is the mean of. One of a single point is level."""
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
     style: tuple[str, Any, str]
     spread: Sequence[float] = ()
-    bounds: tuple[float, float] = (-math.inf, math.inf)
     each: Sequence[tuple[str, Sequence[float]]] = ()
-
-    def edges(self) -> list[list[float]]:
-        """The lower and the upper edge of its band."""
-        low, high = self.bounds
-        pairs = list(zip(self.y, self.spread or [0.0] * len(self.y), strict=True))
-        return [[max(y - s, low) for y, s in pairs], [min(y + s, high) for y, s in pairs]]
 
     @property
     def stroke(self) -> dict[str, str | None]:
@@ -55,24 +43,13 @@ class Curve:
         array = DASHES[dashes] if isinstance(dashes, str) else " ".join(f"{2.2 * one:g}" for one in dashes[1])
         return {"stroke": "currentColor" if colour == "#000000" else colour, "stroke_dasharray": array}
 
-    def drawn(self, frame: Frame) -> Iterable[Html]:
-        """Its single curves, its band, its line and its markers, each later one above the others."""
-        colour = self.stroke["stroke"]
-        points = list(map(frame.at, self.x, self.y))
-        if self.each:
-            faint = "".join(_line(map(frame.at, self.x, values)) for _, values in self.each)
-            yield tag("path", d=faint, class_="faint", stroke=colour)
-        if self.spread and len(points) > 1:
-            low, high = (list(map(frame.at, self.x, edge)) for edge in self.edges())
-            yield tag("path", d=_line([*low, *reversed(high)]) + "z", class_="band", fill=colour)
-        ends = points if len(points) > 1 else [(LEFT, points[0][1]), (LEFT + ACROSS, points[0][1])]
-        yield tag("path", d=_line(ends), class_="line", **self.stroke)
-        if self.style[2] in MARKERS and 1 < len(points) <= MOST_MARKED:
-            yield tag("path", d="".join(MARKERS[self.style[2]].format(*point) for point in points), fill=colour)
+    @property
+    def edges(self) -> list[list[float]]:
+        """The lower and the upper edge of its band."""
+        return [[y + sign * s for y, s in zip(self.y, self.spread, strict=True)] for sign in (-1, 1) if self.spread]
 
 
-@dataclass(frozen=True)
-class Frame:
+class Frame(NamedTuple):
     """The ranges of a chart; of a logarithmic one, `y` holds powers of ten."""
 
     x: tuple[float, float]
@@ -81,21 +58,13 @@ class Frame:
 
     def at(self, x: float, y: float) -> tuple[float, float]:
         """The place of a point in the chart."""
-        y = math.log10(y) if self.log and y > 0 else self.y[0] - 1 if self.log else y
+        if self.log:
+            y = math.log10(y) if y > 0 else self.y[0] - 1
         right, up = (x - self.x[0]) / (self.x[1] - self.x[0]), (y - self.y[0]) / (self.y[1] - self.y[0])
         return LEFT + ACROSS * right, TOP + DOWN * (1 - up)
 
-    def axes(self) -> Iterable[Html]:
-        """Faint lines at round numbers, and these."""
-        for x in ticks(*self.x):
-            place = self.at(x, 1.0)[0]
-            yield tag("path", d=f"M{place:.1f} {TOP}v{DOWN}", class_="grid")
-            yield tag("text", f"{x:g}", x=f"{place:.1f}", y=TOP + DOWN + 15)
-        for y in ticks(*self.y, whole=self.log):
-            value = 10**y if self.log else y
-            place = self.at(self.x[0], value)[1]
-            yield tag("path", d=f"M{LEFT} {place:.1f}h{ACROSS}", class_="grid")
-            yield tag("text", f"{value:g}", x=LEFT - 5, y=f"{place + 4:.1f}", class_="end")
+    def line(self, x: Iterable[float], y: Iterable[float]) -> str:
+        return "M" + "L".join(f"{right:.1f} {down:.1f}" for right, down in map(self.at, x, y))
 
 
 def chart(
@@ -104,37 +73,68 @@ def chart(
     """A figure of curves; `title` says what is upwards.
 
     Args:
-        limits: of what is shown; None: all is.
-        log: the vertical axis is logarithmic.
+        limits: of what is shown; None: all is, bands within 0 where all is above, and accuracies within 1.
+        log: the vertical axis is logarithmic, where all is above 0.
     """
-    own = [value for c in curves for one in (*c.edges(), *(y for _, y in c.each)) for value in one]
-    log = log and all(value > 0 for c in curves for value in c.y)
-    if log:
-        own = [math.log10(value) for value in own if value > 0]
-    low, high = limits or (min(own), max(own))
-    margin = 0.04 * (high - low) or 0.05
+    own = [value for c in curves for one in (c.y, *(y for _, y in c.each)) for value in one]
+    log = log and min(own) > 0
     if limits is None:
-        low, high = (0.0 if low == 0 and not log else low - margin), high + margin
+        low, high = (f([*own, *(v for c in curves for edge in c.edges for v in edge)]) for f in (min, max))
+        low, high = max(low, 0.0) if min(own) >= 0 else low, min(high, 1.0) if "accuracy" in title else high
+        limits = (math.log10(min(own)), math.log10(high)) if log else (low, high)
+        margin = 0.04 * (limits[1] - limits[0]) or 0.05
+        limits = (limits[0] if limits[0] == 0 else limits[0] - margin, limits[1] + margin)
     xs = sorted({x for c in curves for x in c.x})
-    frame = Frame((xs[0], xs[-1]) if len(xs) > 1 else (xs[0] - 0.5, xs[0] + 0.5), (low, high), log)
-    place = {"x": LEFT, "y": TOP, "width": ACROSS, "height": DOWN, "viewBox": f"{LEFT} {TOP} {ACROSS} {DOWN}"}
-    inner = tag("svg", *(part for c in curves for part in c.drawn(frame)), **place)  # cuts off what is outside
+    frame = Frame((xs[0], xs[-1]) if len(xs) > 1 else (xs[0] - 0.5, xs[0] + 0.5), limits, log)
     name = tag("text", x_name, x=LEFT + ACROSS / 2, y=HEIGHT - 6)
     x_name = x_name.split("   ")[0]
     data = {
         "box": [LEFT, TOP, ACROSS, DOWN],
-        **vars(frame),
+        **frame._asdict(),
         "name": x_name,
         "curves": [{"name": c.name, "x": c.x, "y": c.y, "spread": c.spread} for c in curves],
         "each": [{"name": name, "x": c.x, "y": values} for c in curves for name, values in c.each],
     }
-    found: dict[float, dict[str, str]] = {x: {} for x in xs}
-    for c in curves:
-        for x, y, s in zip(c.x, c.y, c.spread or [0.0] * len(c.x), strict=True):
-            found[x][c.name] = f"{y:.4g} ± {s:.2g}" if s else f"{y:.4g}"
-    rows = [[f"{x:.4g}", *(found[x].get(c.name, "") for c in curves)] for x in xs]
+    said = {(c.name, x): f"{y:.4g}" for c in curves for x, y in zip(c.x, c.y, strict=True)}
+    said |= {(c.name, x): f"{y:.4g} ± {s:.2g}" for c in curves for x, y, s in zip(c.x, c.y, c.spread, strict=False)}
+    rows = [[f"{x:.4g}", *(said.get((c.name, x), "") for c in curves)] for x in xs]
     values = table(title, [x_name, *(c.name for c in curves)], rows)
-    return _figure(title, (WIDTH, HEIGHT), [*frame.axes(), inner, name], data, values)
+    outside = [f"{c.name} {c.y[-1]:.3g}" for c in curves if not TOP <= frame.at(c.x[-1], c.y[-1])[1] <= TOP + DOWN]
+    title += f" (outside: {', '.join(outside)})" if outside else ""
+    return _figure(title, (WIDTH, HEIGHT), [*_axes(frame), _drawn(frame, curves), name], data, values)
+
+
+def _axes(frame: Frame) -> Iterable[Html]:
+    """Faint lines at round numbers, and these."""
+    for x in ticks(*frame.x):
+        place = frame.at(x, 1.0)[0]
+        yield tag("path", d=f"M{place:.1f} {TOP}v{DOWN}", class_="grid")
+        yield tag("text", f"{x:g}", x=f"{place:.1f}", y=TOP + DOWN + 15)
+    for y in ticks(*frame.y, whole=frame.log):
+        value = 10**y if frame.log else y
+        place = frame.at(frame.x[0], value)[1]
+        yield tag("path", d=f"M{LEFT} {place:.1f}h{ACROSS}", class_="grid")
+        yield tag("text", f"{value:g}", x=LEFT - 5, y=f"{place + 4:.1f}", class_="end")
+
+
+def _drawn(frame: Frame, curves: Sequence[Curve]) -> Html:
+    """Single curves, bands, lines and markers; the first curve is on top, and what is outside is cut off."""
+    parts = []
+    for c in curves:
+        colour = c.stroke["stroke"]
+        if c.each:
+            parts.append(tag("path", d="".join(frame.line(c.x, y) for _, y in c.each), class_="faint", stroke=colour))
+        if c.spread and len(c.x) > 1:
+            low, high = c.edges
+            around = frame.line([*c.x, *reversed(c.x)], [*low, *reversed(high)])
+            parts.append(tag("path", d=f"{around}z", class_="band", fill=colour))
+    for c in reversed(curves):
+        x, y = (c.x, c.y) if len(c.x) > 1 else (frame.x, (c.y[0], c.y[0]))
+        parts.append(tag("path", d=frame.line(x, y), class_="line", **c.stroke))
+        if c.style[2] in MARKERS and 1 < len(c.x) <= MOST_MARKED:
+            marks = "".join(MARKERS[c.style[2]].format(*point) for point in map(frame.at, c.x, c.y))
+            parts.append(tag("path", d=marks, fill=c.stroke["stroke"]))
+    return tag("svg", *parts, x=LEFT, y=TOP, width=ACROSS, height=DOWN, viewBox=f"{LEFT} {TOP} {ACROSS} {DOWN}")
 
 
 def ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
@@ -163,36 +163,31 @@ def panels(charts: Iterable[Html], curves: Sequence[Curve] = ()) -> Html:
 def heat_map(
     title: str, corner: str, rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float | None]]
 ) -> Html:
-    """A figure of a matrix, light where it is high. None: no value.
-
-    Args:
-        corner: what rows and columns are.
-    """
+    """A figure of a matrix, light where it is high; None: no value. `corner` is what rows and columns are."""
     known = [value for row in values for value in row if value is not None] or [0.0]
     low, high = min(known), max(known)
     wide, tall = max(7.0, min(40.0, 400 / len(columns))), max(7.0, min(26.0, 400 / len(rows)))
-    left, top = (10 + size * min(max(map(len, names)), 24) for names, size in ((rows, 6.2), (columns, 4.6)))
-    parts = []
+    left, top = (12 + size * min(max(map(len, names)), MOST_LETTERS) for names, size in ((rows, 6.2), (columns, 4.5)))
+    below, parts = top + tall * len(rows) + 12, []
     for i, row in enumerate(values):
-        y = top + i * tall
-        if i % math.ceil(11 / tall) == 0:
-            parts.append(tag("text", rows[i][-24:], x=f"{left - 4:.1f}", y=f"{y + tall / 2 + 4:.1f}", class_="end"))
         for j, value in enumerate(row):
             if value is not None:
-                place = {"x": f"{left + j * wide:.1f}", "y": f"{y:.1f}", "width": f"{wide:.1f}", "height": f"{tall:.1f}"}
-                parts.append(tag("rect", **place, fill=colour_of(value, low, high)))
+                place = f"M{left + j * wide:.1f} {top + i * tall:.1f}h{wide:.1f}v{tall:.1f}h-{wide:.1f}z"
+                parts.append(tag("path", d=place, fill=colour_of(value, low, high)))
+    for i in range(0, len(rows), math.ceil(11 / tall)):
+        y = top + (i + 0.5) * tall + 4
+        parts.append(tag("text", rows[i][-MOST_LETTERS:], x=f"{left - 4:.1f}", y=f"{y:.1f}", class_="end"))
     for j in range(0, len(columns), math.ceil(13 / wide)):
         place = f"translate({left + (j + 0.6) * wide:.1f} {top - 4:.1f}) rotate(-45)"
-        parts.append(tag("text", columns[j][-24:], transform=place, class_="start"))
-    y = top + tall * len(rows) + 12
+        parts.append(tag("text", columns[j][-MOST_LETTERS:], transform=place, class_="start"))
     for n in range(31):
-        parts.append(tag("rect", x=left + 4 * n, y=y, width=4.5, height=10, fill=colour_of(n, 0, 30)))
-    parts.append(tag("text", f"{low:.4g}", x=left - 4, y=y + 9, class_="end"))
-    parts.append(tag("text", f"{high:.4g}", x=left + 130, y=y + 9, class_="start"))
+        parts.append(tag("path", d=f"M{left + 4 * n:.1f} {below:.1f}h4.5v10h-4.5z", fill=colour_of(n, 0, 30)))
+    parts.append(tag("text", f"{low:.4g}", x=left - 4, y=below + 9, class_="end"))
+    parts.append(tag("text", f"{high:.4g}", x=left + 130, y=below + 9, class_="start"))
     data = {"cells": [left, top, wide, tall], "rows": rows, "columns": columns, "values": values}
-    cells = [[row, *("" if v is None else f"{v:.4g}" for v in own)] for row, own in zip(rows, values, strict=True)]
-    size = left + max(wide * len(columns) + 60, 190), y + 16
-    return _figure(title, size, parts, data, table(title, [corner, *columns], cells))
+    said = [[row, *("" if v is None else f"{v:.4g}" for v in own)] for row, own in zip(rows, values, strict=True)]
+    size = left + max(wide * len(columns) + top, 190), below + 16
+    return _figure(title, size, parts, data, table(title, [corner, *columns], said))
 
 
 def colour_of(value: float, low: float, high: float) -> str:
@@ -205,12 +200,8 @@ def colour_of(value: float, low: float, high: float) -> str:
 
 def _figure(title: str, size: tuple[float, float], parts: Iterable[Html], data: dict[str, Any], values: Html) -> Html:
     """A figure whose values the page's script says under the pointer, and that has them as a table."""
-    cursor = tag("path", d="", class_="cursor")
     box = {"viewBox": f"0 0 {size[0]:.0f} {size[1]:.0f}", "width": f"{size[0]:.0f}"}
+    cursor = tag("path", d="", class_="cursor")
     svg = tag("svg", tag("title", title), *parts, cursor, **box, role="img", tabindex=0)
     under = tag("output", aria_live="polite")
     return tag("figure", tag("figcaption", title), svg, under, script_data(data), folded("values", values))
-
-
-def _line(points: Iterable[tuple[float, float]]) -> str:
-    return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)

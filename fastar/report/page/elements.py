@@ -30,7 +30,7 @@ def tag(name: str, *content: str, **attributes: object) -> Html:
     """
     given = {key.rstrip("_").replace("_", "-"): value for key, value in attributes.items() if value is not None}
     opened = "".join(f' {key}="{html.escape(printable(str(value)))}"' for key, value in given.items())
-    return Html(f"<{name}{opened}>{joined(content)}</{name}>")
+    return Html(f"<{name}{opened}>" if name == "img" else f"<{name}{opened}>{joined(content)}</{name}>")
 
 
 def joined(content: Iterable[str]) -> Html:
@@ -38,11 +38,16 @@ def joined(content: Iterable[str]) -> Html:
     return Html("".join(one if isinstance(one, Html) else html.escape(printable(one)) for one in content))
 
 
-def table(caption: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> Html:
-    """A table whose first column names the rows; where it is too wide, it alone is scrolled."""
+def table(caption: str, header: Sequence[str], rows: Iterable[Sequence[str]], *, words: bool = False) -> Html:
+    """A table whose first column names the rows; where it is too wide, it alone is scrolled.
+
+    Args:
+        words: its cells are words, or bars: they begin at the left, and are broken.
+    """
     names = tag("tr", *(tag("th", name, scope="col") for name in header))
     body = (tag("tr", tag("th", row[0], scope="row"), *(tag("td", cell) for cell in row[1:])) for row in rows)
-    whole = tag("table", tag("caption", caption), tag("thead", names), tag("tbody", *body))
+    parts = tag("caption", caption), tag("thead", names), tag("tbody", *body)
+    whole = tag("table", *parts, class_="words" if words else None)
     return tag("div", whole, class_="wide", tabindex=0, role="region", aria_label=caption)
 
 

@@ -1,40 +1,32 @@
-"""The page of a run: everything its folder holds, however much that is; and of a folder of runs, their list."""
+"""The page of a run: everything that its folder holds so far; and of a folder of runs, their list."""
 
 from __future__ import annotations
 
-import math
+import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
+from urllib.parse import quote
 
 from fastar.config.compare import default_values, flatten
 from fastar.config.renamed import renewed
 from fastar.errors import FastarError
+from fastar.report import results as tables
 from fastar.report.page.charts import Curve, chart, panels
-from fastar.report.page.elements import Html, document, folded, joined, of_rich, table, tag
+from fastar.report.page.elements import Html, document, folded, joined, lines, of_rich, table, tag
 from fastar.report.page.studies import studies
-from fastar.report.results import (
-    STYLES,
-    check_results,
-    results_table,
-    shown,
-    speed_lines,
-    splits_of,
-    statistics_lines,
-    task_name,
-)
 from fastar.report.run_list import overview, overview_table, runs_below
 from fastar.runs import RunFolder, read_metadata, stored_digest, write_atomically
 from fastar.runtime.progress import count_text
 
-MOST_SINGLE = 30_000
-"""Points of single curves that are drawn and said; of more, means and bands alone."""
+MOST_SINGLE = 5000
+"""Points of single curves of a kind that are in a chart; where there are more, the mean and its band are."""
 TRAINED = {
-    "star": ("star", "#D55E00", "-", ""),
-    "source": ("sources", "#009E73", "--", ""),
-    "heldout": ("heldouts", "#0072B2", "-.", ""),
+    "star": ("star", ("#D55E00", "-", "")),
+    "source": ("sources", ("#009E73", "--", "")),
+    "heldout": ("heldouts", ("#0072B2", "-.", "")),
 }
 
 
@@ -53,22 +45,19 @@ def write_page(folder: Path, path: Path | None = None, say: Callable[[str], None
     path = folder / "report.html" if path is None else path
     if path.suffix.lower() not in (".html", ".htm"):
         raise FastarError(f"{path}: the page is written as .html; name it so")
-    name = folder.resolve().name
-    if RunFolder(folder).config.is_file():
-        head, sections = _of_run(RunFolder(folder), say)
-    else:
-        head, sections = [], _of_runs(folder)
-    write_atomically(path, document(name, head, sections))
+    run = RunFolder(folder)
+    head, sections = _of_run(run, say) if run.config.is_file() else ([], _of_runs(folder))
+    write_atomically(path, document(folder.resolve().name, head, sections))
     return path
 
 
 def _of_runs(folder: Path) -> dict[str, Html]:
-    """The list of the runs in a folder, and what commands have written about all of them."""
+    """What commands have written about all runs in a folder, and the list of them with their pages."""
     found = runs_below(folder)
     if not found:
-        raise FastarError(f"{folder}: no run folder (no config.yaml), and none in it; give the folder of a run")
-    pages = [Path(run.run) / "report.html" for run in found]
-    links = [tag("li", tag("a", str(one), href=str(one))) for one in (p.relative_to(folder) for p in pages if p.is_file())]
+        raise FastarError(f"{folder}: no run folder, and none in it; give the folder of a run")
+    pages = [page for run in found if (page := Path(run.run) / "report.html").is_file()]
+    links = [tag("li", tag("a", name, href=quote(name))) for name in (str(page.relative_to(folder)) for page in pages)]
     return {**studies(folder), "runs": joined([of_rich(overview_table(found, folder)), tag("ul", *links)])}
 
 
@@ -76,160 +65,121 @@ def _of_run(run: RunFolder, say: Callable[[str], None]) -> tuple[list[Html], dic
     """What the page of a run begins with, and its sections."""
     settings, problems, results = run.saved_settings(), list[str](), dict[str, Any]()
     try:
-        state = overview(run.path)
-        stands = f"{state.state} at {state.where}" if state.where else state.state
+        found = overview(run.path)
+        stands = f"{found.state} at {found.where}" if found.where else found.state
         if run.results.exists():
-            found = run.read_results(problems.append)
-            check_results(found, run.results)
-            results = found
+            results = run.read_results(problems.append)
+            tables.check_results(results, run.results)
         else:
-            problems.append(f"not finished ({stands}): nothing has been measured yet; what there is so far follows")
+            problems.append(f"{run.path}: {stands}, and nothing is measured yet; what there is so far follows")
     except FastarError as error:
-        stands = "damaged"
+        stands, results = "damaged", {}
         problems.append(str(error))
     for line in problems:
-        say(line if line.startswith(str(run.path)) else f"{run.path}: {line}")
-    head = [tag("p", text, class_="lead") for text in _summary(settings, results, stands)]
+        say(line)
+    flat = flatten(renewed(settings, told=False))
+    head = [tag("p", text, class_="lead") for text in _summary(flat, results, stands)]
     head += [tag("p", line, class_="warn") for line in problems]
     sections = {}
     if results:
-        note = "Mean ± one standard deviation over n models or paths. A barrier is measured from the line between the ends."
-        sections["results"] = joined([of_rich(results_table(results)), tag("p", note, class_="note")])
+        note = "Mean ± one standard deviation over n models or paths."
+        sections["results"] = joined([of_rich(tables.results_table(results)), tag("p", note, class_="note")])
         sections["paths"] = _paths(results)
     sections |= studies(run.path)
-    sections |= {"training": _training(run.log.read(), results), "recipe": _recipe(settings)}
-    sections["provenance"] = _provenance(run, results)
-    return head, sections
+    sections |= {"training": _training(run.log.read(), results), "recipe": _recipe(flat)}
+    return head, {**sections, "provenance": _provenance(run, results)}
 
 
-def _summary(settings: Mapping[str, Any], results: Mapping[str, Any], stands: str) -> Iterator[str]:
+def _summary(settings: Mapping[str, Any], results: Mapping[str, Any], stands: str) -> list[str]:
     """What the run is, and its main result, in a sentence each."""
-    named = {"dataset": "?", "arch": "?"}
-    for key, section, name in (("dataset", "dataset", "name"), ("arch", "model", "arch")):
-        if isinstance(settings.get(section), Mapping):
-            named[key] = str(settings[section].get("own_name") or settings[section].get(name))
-    sources = settings.get("sources")
-    number = sources.get("number") if isinstance(sources, Mapping) else None
-    of = count_text(number, "source") if isinstance(number, int) else "sources"
-    yield f"{task_name(results or named)}: star model of {of}, seed {settings.get('seed', 0)}, {stands}."
+    named = {"dataset": settings.get("dataset.own_name") or settings.get("dataset.name")}
+    task = tables.task_name(
+        results or {key: str(v) for key, v in (*named.items(), ("arch", settings.get("model.arch")))}
+    )
+    said = [f"{task}: a star model of {settings.get('sources.number')} sources, seed {settings.get('seed')}; {stands}."]
     if results:
         train = results["train"]
         far = "heldouts" if train["star_heldout"]["n"] else "sources"
-        star, regular = shown(train[f"star_{far[:-1]}"]), shown(train["regular_regular"])
-        yield f"Train barrier from the star to its {far}: {star}; between regular models: {regular}."
+        star, regular = (tables.shown(train[key]) for key in (f"star_{far[:-1]}", "regular_regular"))
+        said.append(f"Train barrier from the star to its {far}: {star}; between regular models: {regular}.")
+    return said
 
 
 def _paths(results: Mapping[str, Any]) -> Html:
-    """A chart of each metric on each split along the paths, as barrier.png has the first two."""
-    keys = [key for key, value in results["paths"][0].items() if isinstance(value, list) and key != "t"]
-    splits = splits_of(results)
-    keys.sort(key=lambda key: (key.split("_", 1)[1] != "loss", key.split("_", 1)[1], splits.index(key.split("_", 1)[0])))
-    single = len(keys) * len(results["paths"]) * len(results["t"]) <= MOST_SINGLE
+    """A chart of each metric on each split along the paths, in the styles of barrier.png."""
+    metrics, paths = ["loss", *tables.metrics_of(results)], results["paths"]
+    keys = [f"{split}_{name}" for name in metrics for split in tables.splits_of(results)]
     charts, curves = [], list[Curve]()
-    for key in keys:
+    for key in (key for key in keys if key in paths[0]):
         curves = []
-        for kind, style in STYLES.items():
-            paths = [path for path in results["paths"] if path["kind"] == kind]
-            if paths:
-                each = [(f"{path['first']} to {path['second']}", path[key]) for path in paths]
-                curves.append(_mean(f"{style[0]} (n={len(paths)})", results["t"], each, style[1:], single, accuracy="accuracy" in key))
+        for kind, (name, *style) in tables.STYLES.items():
+            each = {f"{path['first']} to {path['second']}": path[key] for path in paths if path["kind"] == kind}
+            if each:
+                curves.append(_mean(name, results["t"], each, (style[0], style[1], style[2])))
         charts.append(chart(key.replace("_", " "), "t   (0: star or first model, 1: other model)", curves))
-    note = "Bands: one standard deviation." + (" Thin lines: single paths." if single else "") + " Unmatched pairs are in the table alone."
+    note = "Bands: one standard deviation. Thin lines: single paths. Unmatched pairs are in the table alone."
     return joined([panels(charts, curves), tag("p", note, class_="note")])
 
 
-def _mean(
-    name: str,
-    x: Sequence[float],
-    each: Sequence[tuple[str, Sequence[float]]],
-    style: tuple[str, Any, str],
-    single: bool,
-    *,
-    accuracy: bool = False,
-) -> Curve:
-    """The mean of curves, its band of one standard deviation and, where they are wanted and several, the curves."""
-    columns = list(zip(*(values for _, values in each), strict=True))
+def _mean(name: str, x: Sequence[float], each: Mapping[str, Sequence[float]], style: tuple[str, Any, str]) -> Curve:
+    """The mean of curves, its band of one standard deviation and, where they are several and not too many, they."""
+    columns = list(zip(*each.values(), strict=True))
     stds = [stdev(column) for column in columns] if len(each) > 1 else []
-    low = 0.0 if all(value >= 0 for column in columns for value in column) else -math.inf
-    bounds = (low, 1.0 if accuracy else math.inf)
-    return Curve(name, x, list(map(fmean, columns)), style, stds, bounds, each if single and len(each) > 1 else ())
+    single = list(each.items()) if 1 < len(each) <= MOST_SINGLE / len(x) else []
+    return Curve(f"{name} (n={len(each)})", x, [fmean(column) for column in columns], style, stds, single)
 
 
 def _training(log: Iterable[Mapping[str, Any]], results: Mapping[str, Any]) -> Html:
-    """Losses over epochs, units that matching moved, and what the time went into."""
-    of: dict[str, dict[str, dict[int, Mapping[str, Any]]]] = {}
+    """Losses over epochs, units that matching moved, what the time went into, and memory."""
+    known: dict[str, dict[str, dict[int, Mapping[str, Any]]]] = {kind: {} for kind in TRAINED}
     for entry in log:
-        if isinstance(entry.get("epoch"), int) and isinstance(entry.get("loss"), float):
-            of.setdefault(entry["kind"], {}).setdefault(entry["model"], {})[entry["epoch"]] = entry
+        if entry.get("kind") in TRAINED and "epoch" in entry:
+            known[entry["kind"]].setdefault(entry["model"], {})[entry["epoch"]] = entry
     curves, charts = [], []
-    for kind, style in TRAINED.items():
-        epochs = min(map(len, of[kind].values())) if kind in of else 0
-        if epochs:
-            each = [(name, [e["loss"] for _, e in sorted(one.items())][:epochs]) for name, one in of[kind].items()]
-            single = len(each) * epochs <= MOST_SINGLE
-            curves.append(_mean(f"{style[0]} (n={len(each)})", range(1, epochs + 1), each, style[1:], single))
+    for kind, (name, style) in TRAINED.items():
+        models = {name: [entry["loss"] for _, entry in sorted(of.items())] for name, of in known[kind].items()}
+        most = max(map(len, models.values()), default=0)
+        whole = {name: losses for name, losses in models.items() if len(losses) == most}  # one may be in training
+        if whole:
+            curves.append(_mean(name, range(1, most + 1), whole, style))
     if curves:
         charts.append(chart("training loss", "epoch", curves, log=True))
+    star = sorted(known["star"].get("star", {}).items())
     moved = {
-        epoch + 1: entry["figures"]["matching_changed"]
-        for epoch, entry in sorted(of.get("star", {}).get("star", {}).items())
-        if "matching_changed" in (entry.get("figures") or {})
+        n + 1: one["figures"]["matching_changed"] for n, one in star if "matching_changed" in one.get("figures", {})
     }
     if moved:
-        style = TRAINED["star"][1:]
-        charts.append(chart("share of units that matching moved", "epoch", [Curve("star", list(moved), list(moved.values()), style)]))
-    parts = [panels(charts, curves)] if charts else [tag("p", "No epoch is in the log yet.")]
-    speed = {kind: found for kind, found in (results.get("speed") or {}).items() if found}
-    names = dict.fromkeys(name for found in speed.values() for name in found["shares"])
-    if speed:
-        rows = [[name, *(_bar(found["shares"].get(name)) for found in speed.values())] for name in names]
-        parts.append(table("what the time of training went into", ("", *speed), rows))
-    parts += [tag("p", line) for line in (*speed_lines(results), *statistics_lines(results))] if results else []
-    return joined(parts)
-
-
-def _bar(share: float | None) -> Html:
-    """A share as text and as a bar."""
-    if share is None:
-        return Html("")
-    return joined([f"{share:.1%}", tag("span", class_="bar", style=f"width:{6 * share:.2f}rem")])
+        curve = Curve("star", list(moved), list(moved.values()), TRAINED["star"][1])
+        charts.append(chart("share of units that matching moved", "epoch", [curve]))
+    said = [*tables.speed_lines(results), *tables.statistics_lines(results)]
+    return joined([panels(charts, curves), lines(said if charts else ["No epoch is in the log yet."])])
 
 
 def _recipe(settings: Mapping[str, Any]) -> Html:
     """The settings that differ from their defaults, and all of them, folded."""
-    flat, defaults = flatten(renewed(settings, told=False)), default_values()
-    other = [(key, _yaml(value), _yaml(defaults.get(key, ""))) for key, value in flat.items() if value != defaults.get(key, "")]
-    rows = [(key, _yaml(value)) for key, value in flat.items()]
-    return joined(
-        [
-            table("settings that differ from their defaults", ("", "here", "default"), other),
-            folded(f"all {len(rows)} settings", table("config.yaml", ("", "value"), rows), class_="print"),
-        ]
-    )
-
-
-def _yaml(value: object) -> str:
-    return {True: "true", False: "false", None: "null"}.get(value, str(value)) if value is None or isinstance(value, bool) else str(value)
+    defaults = default_values()
+    rows = [(key, json.dumps(value), json.dumps(defaults.get(key))) for key, value in settings.items()]
+    other = [row for row in rows if row[1] != row[2]]
+    whole = table("config.yaml", ("", "here", "default"), rows, words=True)
+    differ = table("settings that differ from their defaults", ("", "here", "default"), other, words=True)
+    return joined([differ, folded(f"all {len(rows)} settings", whole, class_="print")])
 
 
 def _provenance(run: RunFolder, results: Mapping[str, Any]) -> Html:
     """Where results and models come from: device, versions, seeds, digests."""
-    facts = {key: results[key] for key in ("device", "seed") if key in results}
-    if run.results.exists() and results:
-        facts["measured"] = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(run.results.stat().st_mtime))
-    facts |= results.get("versions", {})
-    for key, value in (("digest of what was measured", results.get("measured")), ("matchings.safetensors", (results.get("matchings") or {}).get("digest"))):
-        facts |= {key: value} if value else {}
+    facts = {key: results.get(key) for key in ("device", "seed")} | results.get("versions", {})
+    facts |= {"digest of what was measured": results.get("measured")}
+    if results:
+        facts["written"] = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(run.results.stat().st_mtime))
+    known = [(key, str(value)) for key, value in facts.items() if value is not None]
     rows, header = [], ("", "seed", "epochs", "train loss", "test loss", "device", "commit", "digest of its tensors")
     for path in [*(path for path, _, _ in run.models()), *([run.star] if run.star.is_file() else [])]:
         name = str(path.relative_to(run.path))
         try:
-            known = read_metadata(path, own=True)
-            numbers = (shown(known.get(key)) for key in ("train_loss", "test_loss"))
-            digest = stored_digest(path, own=True)[:16]
-            rows.append([name, str(known["seed"]), str(known["epochs"]), *numbers, known["device"], known["commit"], digest])
+            of, digest = read_metadata(path, own=True), stored_digest(path, own=True)[:16]
+            numbers = (tables.shown(of.get(key)) for key in ("train_loss", "test_loss"))
+            rows.append([name, str(of["seed"]), str(of["epochs"]), *numbers, of["device"], of["commit"], digest])
         except (FastarError, LookupError):
             rows.append([name, "damaged: see `fastar verify`", *[""] * 6])
-    parts = [table("results.json", ("", "value"), [(key, str(value)) for key, value in facts.items()])] if facts else []
     models = folded(count_text(len(rows), "model"), table("models of the run", header, rows), class_="print")
-    return joined([*parts, models if rows else tag("p", "No model is finished yet.")])
+    return joined([*([table("results", ("", "value"), known, words=True)] if known else []), models])

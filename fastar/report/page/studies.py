@@ -1,9 +1,9 @@
-"""Sections of a run's page on what commands on finished runs have written into its folder."""
+"""Sections of a page on what commands on finished runs have written into the folder."""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -31,7 +31,8 @@ def studies(folder: Path) -> dict[str, Html]:
 def _study(path: Path) -> Html:
     try:
         with refusal(f"{path.name}: cannot be read", "make it readable"):
-            return KNOWN.get(path.stem, lambda found: _any(path, found))(read_object(path))
+            found = read_object(path)
+            return KNOWN[path.stem](found) if path.stem in KNOWN else _any(path, found)
     except FastarError as error:
         return tag("p", str(error), class_="warn")
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError):
@@ -40,36 +41,31 @@ def _study(path: Path) -> Html:
 
 def _uncertainty(found: Mapping[str, Any]) -> Html:
     """The metrics over K, and the reliability and the risk of one repetition."""
-    figures, first = [], list[Curve]()
+    styles, families, figures, named = average_panels.STYLES, found["families"], [], dict[str, Curve]()
     for key, name in average_panels.PANELS:
         curves = []
-        for family, of in found["families"].items():
-            known = [
-                (k, mean, std or 0.0)
-                for k, mean, std in zip(of["k"], of[key]["mean"], of[key]["std"], strict=True)
-                if mean is not None
-            ]
+        for family, of in families.items():
+            every = zip(of["k"], of[key]["mean"], of[key]["std"], strict=True)
+            known = [(k, mean, std or 0.0) for k, mean, std in every if mean is not None]
             if known:
                 k, means, stds = zip(*known, strict=True)
-                curves.append(Curve(family, k, means, average_panels.STYLES[family], stds if any(stds) else ()))
+                curves.append(Curve(family, k, means, styles[family], stds if any(stds) else ()))
         if curves:
-            limits = average_panels.shown_range(found["families"], key)
+            limits = average_panels.shown_range(families, key)
             figures.append(chart(name, "networks in the average, K", curves, limits=limits))
-            first = first or curves
-    drawn: dict[str, list[Curve]] = {"reliability": [Curve("calibrated", (0, 1), (0, 1), ("#999999", "-", ""))], "risk": []}
+            named |= {curve.name: curve for curve in curves}
+    reliability, risk = [Curve("calibrated", (0, 1), (0, 1), ("#999999", "-", ""))], []
     for family, of in found["reliability"].items():
-        style, there = average_panels.STYLES[family], [i for i, n in enumerate(of["count"]) if n >= average_panels.FEW]
+        there, curve = [i for i, n in enumerate(of["count"]) if n >= average_panels.FEW], found["risk"][family]
         if there:
-            places = ([of[axis][i] for i in there] for axis in ("confidence", "accuracy"))
-            drawn["reliability"].append(Curve(family, *places, style))
-        drawn["risk"].append(Curve(family, found["risk"][family]["coverage"], found["risk"][family]["risk"], style))
-    kinds = {
-        "reliability": (f"accuracy of bins of at least {average_panels.FEW} samples", "confidence"),
-        "risk": ("share of wrong answers", "share that is answered, most confident first"),
-    }
-    more = [chart(*kinds[kind], curves) for kind, curves in drawn.items() if curves]
+            confidence, accuracy = ([of[axis][i] for i in there] for axis in ("confidence", "accuracy"))
+            reliability.append(Curve(family, confidence, accuracy, styles[family]))
+        risk.append(Curve(family, curve["coverage"], curve["risk"], styles[family]))
+    figures.append(chart(f"accuracy of bins of at least {average_panels.FEW} samples", "confidence", reliability))
+    figures.append(chart("share of wrong answers", "share that is answered, most confident first", risk))
+    drawn = panels(figures, [*named.values(), reliability[0]])
     said = lines(average_panels.uncertainty_lines(found))
-    return joined([of_rich(average_panels.uncertainty_table(found)), said, panels([*figures, *more], first)])
+    return joined([of_rich(average_panels.uncertainty_table(found)), said, drawn])
 
 
 def _fusion(found: Mapping[str, Any]) -> Html:
@@ -79,43 +75,42 @@ def _fusion(found: Mapping[str, Any]) -> Html:
 def _perturb(found: Mapping[str, Any]) -> Html:
     """Losses and barriers over the radius, on the training data."""
     radii, curves = [point["radius"] for point in found["points"]], []
-    for key, label, *style in perturbed_stars.CURVES:
+    for key, label, colour, dashes, marker in perturbed_stars.CURVES:
         spreads = [point["train"][key] for point in found["points"]]
-        stds = [one["std"] or 0.0 for one in spreads]
-        curves.append(Curve(label, radii, [one["mean"] for one in spreads], tuple(style), stds, (0.0, float("inf"))))
+        means, stds = [one["mean"] for one in spreads], [one["std"] or 0.0 for one in spreads]
+        curves.append(Curve(label, radii, means, (colour, dashes, marker), stds))
     if "train" in found["regular"]:
         level = [found["regular"]["train"]["mean"]]
         curves.append(Curve("barrier, regular to regular", radii[:1], level, ("#000000", ":", "")))
     drawn = panels([chart("train loss", "radius, as a share of the star's norm", curves)], curves)
-    return joined([of_rich(perturbed_stars.perturbed_table(found)), lines(perturbed_stars.perturbed_lines(found)), drawn])
+    said = lines(perturbed_stars.perturbed_lines(found))
+    return joined([of_rich(perturbed_stars.perturbed_table(found)), said, drawn])
 
 
 def _distances(found: Mapping[str, Any]) -> Html:
     """Distances of whole models, and the cosines of their parameter tensors, matched: means over pairs."""
     of_kinds = {name: [one for one in found["pairs"] if one["kind"] == kind] for kind, name in distances_table.ROWS}
     kinds = {name: pairs for name, pairs in of_kinds.items() if pairs}
-    names = list(found["pairs"][0]["layers"])
 
-    def cosine(pairs: list[Any], layer: str) -> float | None:
-        known = [one["layers"][layer]["matched"]["cosine"] for one in pairs]
-        known = [one for one in known if one is not None]
+    def cosine(pairs: Sequence[Mapping[str, Any]], layer: str) -> float | None:
+        cosines = [one["layers"][layer]["matched"]["cosine"] for one in pairs]
+        known = [one for one in cosines if one is not None]
         return fmean(known) if known else None
 
+    names = list(found["pairs"][0]["layers"])
     values = [[cosine(pairs, layer) for pairs in kinds.values()] for layer in names]
     drawn = heat_map("mean cosine of each parameter tensor, matched", "tensor", names, list(kinds), values)
     return joined([of_rich(distances_table.distances_table(found)), drawn])
 
 
 def _any(path: Path, found: Mapping[str, Any]) -> Html:
-    """What a file holds that is not known here: its picture, if there is one beside it, and its single values."""
+    """What a file holds that is not known here: the picture beside it, where there is one, and its single values."""
     picture, parts = path.with_suffix(".png"), []
     if picture.is_file():
-        with refusal(f"{picture.name}: cannot be read", "make it readable"):
-            data = base64.b64encode(read_file(picture, PICTURE_AT_MOST)).decode()
+        data = base64.b64encode(read_file(picture, PICTURE_AT_MOST)).decode()
         parts.append(tag("img", src=f"data:image/png;base64,{data}", alt=f"the picture of {path.name}"))
-    values = {key: value for key, value in flatten(found).items() if not isinstance(value, list)}
-    parts.append(table(f"single values in {path.name}", ("", "value"), [(key, str(v)) for key, v in values.items()]))
-    return joined(parts)
+    rows = [(key, str(value)) for key, value in flatten(found).items() if not isinstance(value, list)]
+    return joined([*parts, table(f"single values in {path.name}", ("", "value"), rows, words=True)])
 
 
 KNOWN: dict[str, Callable[[Mapping[str, Any]], Html]] = {
