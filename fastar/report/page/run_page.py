@@ -158,7 +158,11 @@ def _training(log: Iterable[Mapping[str, Any]], results: Mapping[str, Any]) -> H
 def _recipe(settings: Mapping[str, Any]) -> Html:
     """The settings that differ from their defaults, and all of them, folded."""
     defaults = default_values()
-    rows = [(key, json.dumps(value), json.dumps(defaults.get(key))) for key, value in settings.items()]
+
+    def said(value: object) -> str:
+        return value if isinstance(value, str) else json.dumps(value)
+
+    rows = [(key, said(value), said(defaults.get(key, ""))) for key, value in settings.items()]
     other = [row for row in rows if row[1] != row[2]]
     whole = table("config.yaml", ("", "here", "default"), rows, words=True)
     differ = table("settings that differ from their defaults", ("", "here", "default"), other, words=True)
