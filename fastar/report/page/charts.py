@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from fastar.report.page.elements import Html, folded, script_data, table, tag
@@ -161,29 +161,44 @@ def panels(charts: Iterable[Html], curves: Sequence[Curve] = ()) -> Html:
 
 
 def heat_map(
-    title: str, corner: str, rows: Sequence[str], columns: Sequence[str], values: Sequence[Sequence[float | None]]
+    title: str,
+    corner: str,
+    rows: Sequence[str],
+    columns: Sequence[str],
+    values: Sequence[Sequence[float | None]],
+    marks: Mapping[str, tuple[float, float]] | None = None,
 ) -> Html:
-    """A figure of a matrix, light where it is high; None: no value. `corner` is what rows and columns are."""
+    """A figure of a matrix, light where it is high; None: no value.
+
+    Args:
+        corner: what rows and columns are.
+        marks: names that are written at a row and a column, which may be between two.
+    """
     known = [value for row in values for value in row if value is not None] or [0.0]
     low, high = min(known), max(known)
+    scale, by = (math.log, ", by logarithm") if 0 < 20 * low < high else (float, "")
     wide, tall = max(7.0, min(40.0, 400 / len(columns))), max(7.0, min(26.0, 400 / len(rows)))
     left, top = (12 + size * min(max(map(len, names)), MOST_LETTERS) for names, size in ((rows, 6.2), (columns, 4.5)))
-    below, parts = top + tall * len(rows) + 12, []
+    below, cells = top + tall * len(rows) + 12, []
     for i, row in enumerate(values):
         for j, value in enumerate(row):
             if value is not None:
                 place = f"M{left + j * wide:.1f} {top + i * tall:.1f}h{wide:.1f}v{tall:.1f}h-{wide:.1f}z"
-                parts.append(tag("path", d=place, fill=colour_of(value, low, high)))
+                cells.append(tag("path", d=place, fill=colour_of(scale(value), scale(low), scale(high))))
+    parts = [tag("g", *cells, class_="cells")]
     for i in range(0, len(rows), math.ceil(11 / tall)):
         y = top + (i + 0.5) * tall + 4
         parts.append(tag("text", rows[i][-MOST_LETTERS:], x=f"{left - 4:.1f}", y=f"{y:.1f}", class_="end"))
     for j in range(0, len(columns), math.ceil(13 / wide)):
         place = f"translate({left + (j + 0.6) * wide:.1f} {top - 4:.1f}) rotate(-45)"
         parts.append(tag("text", columns[j][-MOST_LETTERS:], transform=place, class_="start"))
+    for name, (up, right) in (marks or {}).items():
+        x, y = left + (right + 0.5) * wide - 4, top + (up + 0.5) * tall + 4
+        parts.append(tag("text", f"× {name}", x=f"{x:.1f}", y=f"{y:.1f}", class_="mark"))
     for n in range(31):
         parts.append(tag("path", d=f"M{left + 4 * n:.1f} {below:.1f}h4.5v10h-4.5z", fill=colour_of(n, 0, 30)))
     parts.append(tag("text", f"{low:.4g}", x=left - 4, y=below + 9, class_="end"))
-    parts.append(tag("text", f"{high:.4g}", x=left + 130, y=below + 9, class_="start"))
+    parts.append(tag("text", f"{high:.4g}{by}", x=left + 130, y=below + 9, class_="start"))
     data = {"cells": [left, top, wide, tall], "rows": rows, "columns": columns, "values": values}
     said = [[row, *("" if v is None else f"{v:.4g}" for v in own)] for row, own in zip(rows, values, strict=True)]
     size = left + max(wide * len(columns) + top, 190), below + 16

@@ -11,6 +11,7 @@ from typing import Any
 from fastar.config import flatten
 from fastar.errors import FastarError, refusal
 from fastar.report import average_panels, distances_table, fusion_table, perturbed_stars
+from fastar.report.page import landscapes
 from fastar.report.page.charts import Curve, chart, heat_map, panels
 from fastar.report.page.elements import Html, joined, lines, of_rich, table, tag
 from fastar.runtime.json_files import read_file, read_object
@@ -118,5 +119,9 @@ KNOWN: dict[str, Callable[[Mapping[str, Any]], Html]] = {
     "fusion": _fusion,
     "perturb": _perturb,
     "distances": _distances,
+    "plane": landscapes.plane,
+    "curve": landscapes.curve,
+    "graph": landscapes.graph,
+    "sweep": landscapes.sweep,
 }
 """Those that are shown in their own way, by the names of the files."""
