@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import html
 import json
 import re
@@ -28,7 +29,7 @@ from fastar.experiments.finished_run import finished_run
 from fastar.experiments.fusion import fuse
 from fastar.experiments.perturbed import perturbed_stars
 from fastar.report import average_panels
-from fastar.report.page import write_page
+from fastar.report.page import charts, elements, write_page
 from fastar.report.page.charts import ACROSS, LEFT, TOP, colour_of, ticks
 from fastar.report.results import results_table, shown
 from fastar.runs import RunFolder, stored_digest, write_json
@@ -186,7 +187,7 @@ def test_an_unfinished_run_says_where_it_stands(run: Path) -> None:
         (run / name).unlink()
     outcome = fastar("report", run, "--html")
     assert (outcome.code, outcome.out) == (0, f"page: {run / 'report.html'}\n")
-    assert "stopped at star, and nothing is measured yet" in outcome.err
+    assert re.search(r"stopped at star \(\d{4}-.* UTC\): nothing is measured yet", outcome.err)
     found = Elements(run / "report.html")
     assert found.texts("h2") == ["training", "recipe", "provenance"]
     assert "training loss" in found.texts("figcaption")
@@ -237,10 +238,82 @@ def test_other_files_are_shown_with_their_pictures(run: Path) -> None:
     assert "0.25" in found.texts("td")
 
 
+SPREAD = {"mean": 0.25, "std": 0.125, "min": 0.125, "max": 0.375, "n": 2}
+HUB = {"loss": 0.5, **{kind: {"barrier": SPREAD, "largest_loss": SPREAD} for kind in ("heldouts", "sources")}}
+BEND = {"largest_loss": 0.75, "barrier": 0.5, "mean_loss": 0.25, "loss": [0.5, 0.75, 0.5], "accuracy": [1.0, 0.5, 1.0]}
+KINDS = ("star_heldout", "star_source", "regular_regular")
+LANDSCAPES: dict[str, dict[str, Any]] = {
+    "plane": {
+        "networks": [
+            {"name": name, "x": x, "y": y, "train": {"loss": 0.5}} for name, x, y in (("star", 0, 0), ("b", 2, 1))
+        ],
+        "x": [-1.0, 0.0, 1.0, 2.0],
+        "y": [0.0, 1.0],
+        "splits": {"train": {"loss": [[0.01, 1.0, 2.0, 3.0], [4.0, 5.0, 6.0, 700.0]]}},
+    },
+    "curve": {
+        "first": "heldout:0",
+        "second": "heldout:1",
+        "t": [0.0, 0.5, 1.0],
+        "curves": {name: {"train": BEND} for name in ("straight", "star", "chain", "bezier")},
+    },
+    "graph": {
+        "names": ["source:0", "star"],
+        "splits": {"train": {"barrier": [[None, 0.5], [0.5, None]], "largest_loss": [[None, 1.5], [1.5, None]]}},
+        "hubs": {name: {"network": name, "train": HUB} for name in ("star", "mean")},
+    },
+    "sweep": {
+        "kind": "sources",
+        "points": [
+            {"value": n, "seeds": [0], "train": {key: SPREAD for key in (*KINDS, "regular_loss", "star_loss")}}
+            for n in (2, 5)
+        ],
+    },
+}
+"""The parts that the page shows of what the commands of these names write."""
+
+
+def test_planes_curves_graphs_and_sweeps(run: Path) -> None:
+    for name, content in LANDSCAPES.items():
+        write_json(run / f"{name}.json", content)
+    found, text = written(run), (run / "report.html").read_text()
+    assert not any("damaged" in line for line in found.texts("p"))
+    captions = found.texts("figcaption")
+    assert set(captions) >= {
+        "train loss",
+        "train accuracy",
+        "train barrier",
+        "train largest loss",
+        "train loss barrier",
+    }
+    assert rows(text, "train barrier")[1:] == [["source:0", "", "0.5"], ["star", "0.5", ""]]
+    assert ["through the star", "0.750", "0.500", "0.250"] in rows(text, "curves from heldout:0 to heldout:1")
+    assert rows(text, "sweep of sources, train")[1][:3] == ["2", "1", "0.250 ± 0.125"]
+    assert rows(text, "hubs: paths to all others here, train")[1][:3] == ["star", "star", "0.500"]
+    # Up is up: the row of the largest y comes first, and each network is written in its cell.
+    grid = re.findall(r"<tr><th scope=\"row\">(\S+)</th><td>([\d.]+)</td><td>([\d.]+)</td><td>", text)
+    assert ("1", "4", "5") in grid
+    assert ("0", "0.01", "1") in grid
+    cells = next(
+        d
+        for d in map(json.loads, re.findall(r"json\">(.*?)</script>", text))
+        if d.get("columns") == ["-1", "0", "1", "2"]
+    )
+    left, top, wide, tall = cells["cells"]
+    marks = {
+        name: (float(x), float(y)) for x, y, name in re.findall(r'x="([\d.]+)" y="([\d.]+)" class="mark">× (\w+)', text)
+    }
+    for name, i, j in (("star", 1, 1), ("b", 0, 3)):
+        assert marks[name][0] == pytest.approx(left + (j + 0.5) * wide, abs=5)
+        assert marks[name][1] == pytest.approx(top + (i + 0.5) * tall, abs=5)
+    assert "by logarithm" in text
+
+
 def test_a_folder_of_runs_lists_them(run: Path, tmp_path: Path) -> None:
     write_page(run)
     found = written(tmp_path, "all.htm")
     assert found.texts("h2") == ["runs"]
+    assert found.texts("th")[:3] == ["run", "state", "models"]
     assert run.name in found.texts("th")
     (link,) = [given["href"] for tag, given, _ in found.all if tag == "a" and given["href"] != "#s0"]
     assert link == f"{quote(run.name)}/report.html"
@@ -287,8 +360,13 @@ def test_from_python(run: Path, tmp_path: Path) -> None:
     assert loaded.report_html(str(tmp_path / "p.html")).read_bytes() == (run / "report.html").read_bytes()
 
 
+def test_examples_of_docstrings() -> None:
+    for module in (charts, elements):
+        assert doctest.testmod(module).attempted
+        assert doctest.testmod(module).failed == 0
+
+
 def test_numbers_on_axes_are_round() -> None:
-    assert ticks(0.0, 1.1) == [0.0, 0.2, 0.4, 0.6, 0.8, 1.0]
     assert ticks(-0.03, 0.04) == [-0.02, 0.0, 0.02, 0.04]
     assert ticks(-3.0, 0.4, whole=True) == [-3.0, -2.0, -1.0, 0.0]
 

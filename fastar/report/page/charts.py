@@ -74,10 +74,10 @@ def chart(
 
     Args:
         limits: of what is shown; None: all is, bands within 0 where all is above, and accuracies within 1.
-        log: the vertical axis is logarithmic, where all is above 0.
+        log: the vertical axis is logarithmic, where all is above 0 and the values are far apart.
     """
     own = [value for c in curves for one in (c.y, *(y for _, y in c.each)) for value in one]
-    log = log and min(own) > 0
+    log = log and 0 < 30 * min(own) <= max(own)
     if limits is None:
         low, high = (f([*own, *(v for c in curves for edge in c.edges for v in edge)]) for f in (min, max))
         low, high = max(low, 0.0) if min(own) >= 0 else low, min(high, 1.0) if "accuracy" in title else high

@@ -42,13 +42,12 @@ def table(caption: str, header: Sequence[str], rows: Iterable[Sequence[str]], *,
     """A table whose first column names the rows; where it is too wide, it alone is scrolled.
 
     Args:
-        words: its cells are words, or bars: they begin at the left, and are broken.
+        words: its cells are words, which begin at the left and may be broken.
     """
     names = tag("tr", *(tag("th", name, scope="col") for name in header))
     body = (tag("tr", tag("th", row[0], scope="row"), *(tag("td", cell) for cell in row[1:])) for row in rows)
     parts = tag("caption", caption), tag("thead", names), tag("tbody", *body)
-    whole = tag("table", *parts, class_="words" if words else None)
-    return tag("div", whole, class_="wide", tabindex=0, role="region", aria_label=caption)
+    return tag("div", tag("table", *parts, class_="words" if words else None), class_="wide")
 
 
 def of_rich(given: Table) -> Html:

@@ -60,7 +60,7 @@ for (const figure of document.querySelectorAll("figure")) {
   };
   svg.addEventListener("pointermove", point);
   svg.addEventListener("pointerdown", point);
-  svg.addEventListener("pointerleave", () => show(null));
+  svg.addEventListener("pointerleave", event => event.pointerType === "touch" || show(null));  // a finger is lifted
   svg.addEventListener("blur", () => show(null));
   svg.addEventListener("keydown", event => {
     const step = {ArrowRight: [1, 0], ArrowLeft: [-1, 0], ArrowDown: [0, 1], ArrowUp: [0, -1]}[event.key];

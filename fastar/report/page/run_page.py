@@ -56,9 +56,12 @@ def _of_runs(folder: Path) -> dict[str, Html]:
     found = runs_below(folder)
     if not found:
         raise FastarError(f"{folder}: no run folder, and none in it; give the folder of a run")
+    listed = overview_table(found, folder)
+    listed.title, listed.columns = "runs", [one for one in listed.columns if one.header != "age"]  # it would not stay
     pages = [page for run in found if (page := Path(run.run) / "report.html").is_file()]
-    links = [tag("li", tag("a", name, href=quote(name))) for name in (str(page.relative_to(folder)) for page in pages)]
-    return {**studies(folder), "runs": joined([of_rich(overview_table(found, folder)), tag("ul", *links)])}
+    names = [page.relative_to(folder).as_posix() for page in pages]
+    links = [tag("li", tag("a", name, href=quote(name, errors="surrogateescape"))) for name in names]
+    return {**studies(folder), "runs": joined([of_rich(listed), *([tag("ul", *links)] if links else [])])}
 
 
 def _of_run(run: RunFolder, say: Callable[[str], None]) -> tuple[list[Html], dict[str, Html]]:
@@ -71,7 +74,8 @@ def _of_run(run: RunFolder, say: Callable[[str], None]) -> tuple[list[Html], dic
             results = run.read_results(problems.append)
             tables.check_results(results, run.results)
         else:
-            problems.append(f"{run.path}: {stands}, and nothing is measured yet; what there is so far follows")
+            stands += time.strftime(" (%Y-%m-%d %H:%M UTC)", time.gmtime())
+            problems.append(f"{run.path}: {stands}: nothing is measured yet; what there is so far follows")
     except FastarError as error:
         stands, results = "damaged", {}
         problems.append(str(error))
@@ -96,7 +100,8 @@ def _summary(settings: Mapping[str, Any], results: Mapping[str, Any], stands: st
     task = tables.task_name(
         results or {key: str(v) for key, v in (*named.items(), ("arch", settings.get("model.arch")))}
     )
-    said = [f"{task}: a star model of {settings.get('sources.number')} sources, seed {settings.get('seed')}; {stands}."]
+    what = f"a star model of {settings.get('sources.number')} sources, seed {settings.get('seed')}; {stands}."
+    said = [": ".join(filter(None, (task, what)))]  # a task that was given from Python has no name
     if results:
         train = results["train"]
         far = "heldouts" if train["star_heldout"]["n"] else "sources"
