@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import select
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -15,12 +16,15 @@ FLAGS = (
     *("--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking"),
     *("--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--remote-debugging-pipe"),
 )
-NAMES = ("chromium", "chromium-browser", "google-chrome")
+NAMES = ("chromium", "google-chrome")
+PATIENCE = 120
+"""Seconds until a browser that says nothing is taken for one that hangs."""
 
 
 def installed() -> str | None:
-    """The browser's program, where there is one."""
-    return next(filter(None, map(shutil.which, NAMES)), None)
+    """The browser's program, where there is one. A snap's sees no temporary files."""
+    found = filter(None, map(shutil.which, NAMES))
+    return next((name for name in found if Path(name).resolve().name != "snap"), None)
 
 
 class Browser:
@@ -83,8 +87,9 @@ class Browser:
 
     def _read(self) -> dict[str, Any]:
         while b"\0" not in self._rest:
-            more = os.read(self._replies, 1 << 16)
-            assert more, "the browser has ended"
+            ready, _, _ = select.select([self._replies], [], [], PATIENCE)
+            more = os.read(self._replies, 1 << 16) if ready else b""
+            assert more, "the browser has ended, or hangs"
             self._rest += more
         message, _, self._rest = self._rest.partition(b"\0")
         return dict(json.loads(message))

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Install Chromium, in which tests open pages, where apt is there (as root or through sudo). Elsewhere those are skipped.
 set -eu
-for name in chromium chromium-browser google-chrome; do
+for name in chromium google-chrome; do
   if command -v "$name" >/dev/null 2>&1; then exit 0; fi
 done
 sudo=
