@@ -87,7 +87,9 @@ def results_of(folder: Path) -> dict[str, Any]:
 def studied(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small run with all that commands on finished runs write; not to be changed."""
     folder = tmp_path_factory.mktemp("studied") / "run"
-    train_star(small(data, "sources.heldout=1", "star.epochs=3"), folder)
+    train_star(
+        small(data, "sources.heldout=1", "star.epochs=3", "checkpoint.seconds=10", "checkpoint.minutes=10"), folder
+    )
     opened = finished_run(RunFolder(folder))
     write_json(folder / "uncertainty.json", uncertainty(opened, most=2, repetitions=2))
     write_json(folder / "perturb.json", perturbed_stars(opened, radii=(0.1,), draws=1))
@@ -247,7 +249,7 @@ LANDSCAPES: dict[str, dict[str, Any]] = {
         "networks": [
             {"name": name, "x": x, "y": y, "train": {"loss": 0.5}} for name, x, y in (("star", 0, 0), ("b", 2, 1))
         ],
-        "x": [-1.0, 0.0, 1.0, 2.0],
+        "x": [-1.0, -1e-16, 1.0, 2.0],
         "y": [0.0, 1.0],
         "splits": {"train": {"loss": [[0.01, 1.0, 2.0, 3.0], [4.0, 5.0, 6.0, 700.0]]}},
     },

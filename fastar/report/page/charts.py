@@ -168,7 +168,7 @@ def heat_map(
     values: Sequence[Sequence[float | None]],
     marks: Mapping[str, tuple[float, float]] | None = None,
 ) -> Html:
-    """A figure of a matrix, light where it is high; None: no value.
+    """A figure of a matrix, light where it is high; None, no value, is a stroke.
 
     Args:
         corner: what rows and columns are.
@@ -182,9 +182,12 @@ def heat_map(
     below, cells = top + tall * len(rows) + 12, []
     for i, row in enumerate(values):
         for j, value in enumerate(row):
-            if value is not None:
-                place = f"M{left + j * wide:.1f} {top + i * tall:.1f}h{wide:.1f}v{tall:.1f}h-{wide:.1f}z"
-                cells.append(tag("path", d=place, fill=colour_of(scale(value), scale(low), scale(high))))
+            place, across = f"M{left + j * wide:.1f} {top + i * tall:.1f}", f"{wide:.1f}"
+            if value is None:
+                cells.append(tag("path", d=f"{place}l{across} {tall:.1f}", class_="grid"))
+            else:
+                colour = colour_of(scale(value), scale(low), scale(high))
+                cells.append(tag("path", d=f"{place}h{across}v{tall:.1f}h-{across}z", fill=colour))
     parts = [tag("g", *cells, class_="cells")]
     for i in range(0, len(rows), math.ceil(11 / tall)):
         y = top + (i + 0.5) * tall + 4

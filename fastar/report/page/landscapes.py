@@ -21,7 +21,7 @@ def plane(found: Mapping[str, Any]) -> Html:
     """The loss over the plane, with the three networks, on each split."""
     splits, (x, y) = splits_of(found["splits"]), (found[axis] for axis in "xy")
     marks = {one["name"]: (_index(y[::-1], one["y"]), _index(x, one["x"])) for one in found["networks"]}
-    rows, columns = [f"{one:.3g}" for one in reversed(y)], [f"{one:.3g}" for one in x]
+    rows, columns = ([f"{round(one, 6) + 0.0:.3g}" for one in axis] for axis in (y[::-1], x))
     drawn = [
         heat_map(f"{split} loss", "y, x: L2 distance", rows, columns, found["splits"][split]["loss"][::-1], marks)
         for split in splits
