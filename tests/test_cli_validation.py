@@ -17,7 +17,6 @@ from PIL import Image
 
 from fastar.config import load_settings
 from fastar.experiments.plan.planning import work_of
-from fastar.experiments.plan.sizes import data_counts, held_bytes
 from fastar.experiments.session import Session, new_session
 from fastar.experiments.statistics_batches import statistics_batches
 from fastar.runs import RunFolder, read_metadata
@@ -164,11 +163,11 @@ def test_images_of_any_size(tmp_path: Path) -> None:
 def test_a_plan_counts_what_is_kept(run: Path, data: Path) -> None:
     def work(*more: str) -> list[float | None]:
         one = session_of(data, "train.epochs=1", *more)
-        counts = data_counts(one.settings)
+        counts = one.data.counts()
         assert counts is not None
         return [part["seconds"] for part in work_of(one, counts, 1000, 0)]
 
-    counts = data_counts(settings(data, "dataset.validation=0.2"))
+    counts = session_of(data, "dataset.validation=0.2").data.counts()
     assert counts is not None
     assert (counts.train, counts.validation, counts.test) == (1437 - KEPT, KEPT, 360)
     whole, split = work(), work("dataset.validation=0.2")
@@ -184,9 +183,9 @@ def test_planned_data_are_those_that_are_held(run: Path, data: Path) -> None:
         sets = {
             id(d): d for d in (one.data.train, one.data.test, one.data.measured_train, one.data.measured_validation)
         }.values()
-        counts = data_counts(one.settings)
+        counts = one.data.counts()
         assert counts is not None
-        assert held_bytes(one.settings, counts) == sum(len(d) * (64 * 5 + 16) for d in sets)
+        assert counts.held == sum(len(d) * (64 * 5 + 16) for d in sets)
 
 
 # What does not go together

@@ -18,9 +18,9 @@ from cli_cases import fastar, refused, tiny
 from PIL import Image
 
 from fastar.config import Settings, load_settings
+from fastar.data.counts import DataCounts, data_counts
 from fastar.data.raw import class_folders
-from fastar.experiments.plan import preflight, sizes
-from fastar.experiments.plan.sizes import DataCounts
+from fastar.experiments.plan import preflight
 from fastar.experiments.reuse import finished_results
 from fastar.experiments.session import new_session
 from fastar.runs import RunFolder
@@ -81,7 +81,7 @@ def test_what_was_taken_for_granted_is_checked_again_by_the_files(listed: bool, 
         pack(root)
     options = [word for word in images(tmp_path, "imagenet", "gpu_memory=1GiB") if word != "--quiet"]
     for written, classes, checks in ((False, 3 if listed else 1000, 2), (True, 3, 1)):
-        counts = sizes.data_counts(settings_of(tmp_path, "imagenet"))
+        counts = data_counts(settings_of(tmp_path, "imagenet"))
         assert counts is not None
         assert (counts.written, counts.classes) == (written, classes)
         done = fastar("train-sources", *options)
@@ -105,7 +105,7 @@ def test_rows_that_memory_cannot_hold_are_refused_before_the_data_are_written(
 def test_the_check_takes_no_time_to_speak_of(tmp_path: Path) -> None:
     """No network is run, nothing is derived or faked: one is built, for its sizes."""
     settings = settings_of(tmp_path, "digits")
-    counts = sizes.data_counts(settings)
+    counts = data_counts(settings)
     assert counts is not None
     one = new_session(settings, RunFolder(tmp_path / "run"))
     with mock.patch.object(torch.nn.Module, "__call__", side_effect=AssertionError("a network was run")):
@@ -126,8 +126,8 @@ def test_asking_for_very_many_sources_lists_none_of_them(tmp_path: Path) -> None
 
 
 def test_images_that_are_not_written_are_counted(root: Path, tmp_path: Path) -> None:
-    counts = sizes.data_counts(settings_of(tmp_path, "imagefolder"))
-    assert counts == DataCounts(12, 0, 6, 3, None, False)
+    counts = data_counts(settings_of(tmp_path, "imagefolder"))
+    assert counts == DataCounts(12, 0, 6, held=0, classes=3, written=False)
 
 
 def settings_of(tmp_path: Path, name: str) -> Settings:

@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 NORMALISED_BYTES = 256 << 20
 # Samples are gathered in blocks of about this much fp32; batches are slices of a block. No result depends on it.
 BLOCK_BYTES = {"cpu": 8 << 20, "cuda": 64 << 20}
+# Label and place (int64) of an image.
+EXTRA_BYTES = 16
+
+
+def held_bytes(count: int, pixels: int) -> int:
+    """Bytes that a `DeviceDataset` of `count` images takes, each of so many values."""
+    return count * (pixels * (5 if 4 * count * pixels <= NORMALISED_BYTES else 1) + EXTRA_BYTES)
 
 
 class DeviceDataset(OrderedDataset):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
 from fastar.config import Settings
+from fastar.data.counts import DataCounts, data_counts
 from fastar.data.dataset import Dataset, Taken
 from fastar.data.in_memory import load
 from fastar.data.raw_arrays import RawArrays, read_raw, stands_in
@@ -21,7 +22,7 @@ from fastar.errors import FastarError
 from fastar.evaluation.batch_norm import batch_norm_layers, layer_of_single_values
 from fastar.flat import FlatLayout
 from fastar.flat.forward import Batch, in_float32
-from fastar.losses import sample_count
+from fastar.losses import repeated, sample_count
 from fastar.models import build_model
 from fastar.runs.model_files import Checkpoint
 from fastar.runtime.progress import Progress
@@ -108,12 +109,21 @@ class TaskData(ABC):
         """Bytes of tensors that a user gave, and that are held."""
         return 0
 
+    def counts(self, *, written: bool = False) -> DataCounts | None:
+        """The numbers of samples; None: nobody knows before the files are written.
+
+        Args:
+            written: write the files first, where they are not there.
+
+        Raises:
+            FastarError: a limit that is more than there are images, or fewer than classes.
+        """
+        sizes = {split: self.size(split) for split in self.names()}
+        return DataCounts(sizes["train"], sizes.get("validation", 0), sizes.get("test", 0), self.held_bytes())
+
     def made(self, samples: int, side: int | None = None) -> tuple[Any, Any]:
         """A batch of so many samples on the device, which steps are planned with: the first ones, again and again."""
-        first = next(iter(self.train.sequential(samples)))
-        count = sample_count(first)
-        chosen = torch.arange(samples, device=self._device) % count
-        return tree_map_only(Tensor, lambda one: one[chosen] if one.ndim and len(one) == count else one, first)
+        return repeated(next(iter(self.train.sequential(samples))), samples)
 
     @cached_property
     def train(self) -> Dataset:
@@ -231,6 +241,9 @@ class RunData(TaskData):
         known = self._classes
         if known is not None and classes < known:
             raise FastarError(f"{self._chosen.label} has {known} classes, and the network's outputs are of {classes}")
+
+    def counts(self, *, written: bool = False) -> DataCounts | None:
+        return data_counts(self._settings, self.files if written else None)
 
     def _sized(self, side: int | None) -> tuple[int, int, int]:
         channels, height, width = self.image

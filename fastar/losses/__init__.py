@@ -3,4 +3,4 @@
 from fastar.losses.loss import LOSSES, Loss, LossChoice, find_loss
 from fastar.losses.metrics import Metric, MetricChoice, Totals
 from fastar.losses.outputs import prediction
-from fastar.losses.targets import Parts, sample_count, split_of
+from fastar.losses.targets import Parts, repeated, sample_count, split_of

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
+from functools import cache
 from typing import Any
 
+import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastar.errors import FastarError
 
@@ -91,3 +93,16 @@ def sample_count(batch: Any) -> int:
         if isinstance(one, Tensor) and one.ndim:
             return len(one)
     raise FastarError("a batch holds no tensor with an axis of samples: give tensors [batch, ...]")
+
+
+def repeated(batch: Any, count: int) -> Any:
+    """A batch of `count` samples: those of `batch`, again and again. A tensor that is there twice is one again."""
+    samples = sample_count(batch)
+
+    @cache
+    def longer(one: Tensor) -> Tensor:
+        if not one.ndim or len(one) != samples:
+            return one
+        return one[torch.arange(count, device=one.device) % samples]
+
+    return tree_map_only(Tensor, longer, batch)

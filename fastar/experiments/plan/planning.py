@@ -12,21 +12,22 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_leaves
 
-from fastar.config import Settings, as_override
+from fastar.config import Settings, as_override, flatten, nested, validate
+from fastar.data.counts import DataCounts
 from fastar.errors import FastarError, UserCodeError
 from fastar.evaluation.batch_norm import statistics_bytes
 from fastar.evaluation.paths import ENDS
 from fastar.experiments.plan import sizes
-from fastar.experiments.plan.preflight import check_batches, check_together
-from fastar.experiments.plan.sizes import DataCounts, Item
+from fastar.experiments.plan.preflight import check_together, of_classes
+from fastar.experiments.plan.sizes import Item
 from fastar.experiments.reuse import model_paths
 from fastar.experiments.session import Session, new_session, threads
 from fastar.experiments.statistics_batches import LOOKED_AT
 from fastar.flat import FlatLayout
-from fastar.flat.forward import arguments_of
-from fastar.losses import Loss, Parts, sample_count
+from fastar.flat.forward import Batch, arguments_of, on_device
+from fastar.losses import Loss, repeated
 from fastar.matching import EXAMPLE_BATCHES, Examples, cache_bytes, match
 from fastar.matching.activation import match_activations
 from fastar.matching.weight import match_weights
@@ -61,33 +62,32 @@ def plan_run(settings: Settings, out: Path, speed: float | None = None, progress
     """
     if speed is not None and not SLOWEST <= speed <= FASTEST:
         raise FastarError(f"--images-per-second={speed} must be from {SLOWEST} to {FASTEST:.0f}")
-    run, chosen = RunFolder(out), settings.dataset
-    session = new_session(settings, run, progress)
-    counts = sizes.counts_of(session)
+    session, chosen = new_session(settings, RunFolder(out), progress), settings.dataset
+    counts = session.data.counts()
     if counts is None:
         options = f"--dataset {chosen.name} --name {shlex.quote(chosen.label)} --source FOLDER"
         tool = f"python tools/write_ffcv.py {options} --out {shlex.quote(str(chosen.directory))}"
         raise FastarError(f"{chosen.directory.expanduser() / chosen.label}: not written yet; `{tool}` writes it")
-    if counts.classes is not None:
-        session = new_session(settings, run, progress, classes=counts.classes)
-    check_batches(session, counts.train)
+    session = of_classes(session, counts.classes)
     check_together(session, counts)
     for kind in ("source", "heldout"):
-        for path in model_paths(settings, run, kind) if settings.sources.of_kind(kind)[1] is not None else ():
+        for path in model_paths(settings, session.run, kind) if settings.sources.of_kind(kind)[1] is not None else ():
             check_header(session.network.build(seed=0, device="cpu"), path)
     progress.line("planning: counting bytes")
     limits = sizes.limits_of(session, here=False)
-    said: list[str] = []
-    items_of = _items_by_settings(session, counts, limits, said.append)
-    items, problems = items_of(settings), _problems(settings, items_of, limits)
+    notes = [
+        "~: estimated, from batches of tensors without memory; all other sizes are exact; memory of CUDA and "
+        "its libraries comes on top, and a GPU matches more sources at a time, in up to half of what is left"
+    ]
+    items_of = _items_by_settings(session, counts, limits, notes.append)
+    items = items_of(settings)
+    memory = {place: limit for place, limit in limits.items() if place != "disk"}
+    lacking = sizes.shortages(items, memory)
+    remedy = _remedy(settings, items_of, memory) if lacking else ""
+    problems = [f"{line}; {remedy}" for line in lacking] + sizes.shortages(items, {"disk": limits["disk"]})
     speed, matching, rates = _speeds(session, speed, fits=not problems)
     work = work_of(session, counts, speed, matching)
     seconds = [part["seconds"] for part in work]
-    notes = [
-        "~: estimated, from batches of tensors without memory; all other sizes are exact; memory of CUDA and "
-        "its libraries comes on top, and a GPU matches more sources at a time, in up to half of what is left",
-        *dict.fromkeys(said),
-    ]
     if chosen.spec.variable_size and not counts.written:
         preset = chosen.encoding or "rn50"
         size = chosen.spec.gigabytes.get(preset)
@@ -103,7 +103,7 @@ def plan_run(settings: Settings, out: Path, speed: float | None = None, progress
         "work": work,
         "seconds": None if None in seconds else sum(part["times"] * part["seconds"] for part in work),
         "rates": rates,
-        "notes": notes,
+        "notes": list(dict.fromkeys(notes)),
         "problems": problems,
     }
 
@@ -111,26 +111,27 @@ def plan_run(settings: Settings, out: Path, speed: float | None = None, progress
 def _items_by_settings(
     session: Session, counts: DataCounts, limits: dict[str, int], say: Callable[[str], None]
 ) -> Callable[[Settings], list[Item]]:
-    """Count the run's network once; what is returned says all that the run takes, with other settings too.
+    """Count the run's network once; what is returned says all that the run takes, with other batches and stores too.
 
     Args:
         say: is told what cannot be counted.
     """
-    chosen, symmetry = session.settings, session.network.symmetry
-    batch, precision, on_gpu = chosen.train.batch_size, chosen.train.precision, "gpu" in limits
-    if on_gpu and session.device.type == "cpu":  # any GPU that is worth planning for has bf16
-        dtype = DTYPES.get(precision, torch.bfloat16)
-    else:
-        dtype = resolve_precision(precision, session.device)
-    model, kept = session.network.build(seed=0, device="cpu"), 0
+    chosen, symmetry, samples = session.settings, session.network.symmetry, session.data.samples
+    device, precision = "gpu" if "gpu" in limits else "host", chosen.train.precision
+    elsewhere = device == "gpu" and session.device.type == "cpu"  # any GPU that is worth planning for has bf16
+    dtype = DTYPES.get(precision, torch.bfloat16) if elsewhere else resolve_precision(precision, session.device)
+    model, kept, matching = session.network.build(seed=0, device="cpu"), 0, 0
     if chosen.matching.by_activations and symmetry.groups:
-        inputs, _ = session.data.made(min(batch, LOOKED_AT))
-        inputs = tree_map_only(Tensor, lambda one: one.to("meta"), inputs)
+        inputs, _ = session.data.made(min(chosen.train.batch_size, LOOKED_AT))
         kept = cache_bytes(model, symmetry, [inputs] * EXAMPLE_BATCHES)
-    largest = session.data.made(2, max(sizes.training_sides(chosen), default=None))
-    measured = session.data.made(2)
+    if chosen.star_matched_every:
+        compared = match_activations.bytes_of_one(symmetry, kept) if kept else 0
+        matching = max(match_weights.bytes_of_one(symmetry, chosen.matching.perturbations), compared)
+    row, statistics = 4 * FlatLayout.from_module(model).numel, statistics_bytes(model)
 
-    def counted(sample: Parts, count: int, *, training: bool = True) -> int:
+    @functools.cache
+    def running(count: int, *, training: bool) -> int:
+        sample = session.data.made(2, max(sizes.training_sides(chosen), default=None) if training else None)
         try:
             return batch_bytes(model, sample, dtype, count, loss=session.loss, training=training)
         except (RuntimeError, UserCodeError) as error:  # of a user's code, which looks at values
@@ -138,29 +139,23 @@ def _items_by_settings(
             say(f"not counted: activations, since network or loss look at the values of tensors ({reason})")
             return 0
 
-    step_bytes = functools.cache(functools.partial(counted, largest))
-    forward_bytes = functools.cache(functools.partial(counted, measured, training=False))
-    matching = 0
-    if chosen.star_matched_every:
-        compared = match_activations.bytes_of_one(symmetry, kept) if kept else 0
-        matching = max(match_weights.bytes_of_one(symmetry, chosen.matching.perturbations), compared)
-    row, statistics = 4 * FlatLayout.from_module(model).numel, statistics_bytes(model)
-
     def items_of(settings: Settings) -> list[Item]:
-        device, batch = "gpu" if on_gpu else "host", settings.train.batch_size
-        items = sizes.exact_items(settings, counts, limits, model, dtype, kept)
-        step = step_bytes(batch)
-        some = f"{batch} {session.data.samples}"
+        batch, wanted = settings.train.batch_size, sizes.evaluated_models(settings)
+        some, step = f"{batch} {samples}", running(batch, training=True)
         what, most = (f"a step on {some}", step) if step >= matching else (MATCHING, matching)
         if settings.train.graph:  # its memory stays while there is matching
             what, most = f"a graph on {some}, and {MATCHING}", step + matching
-        items.append(Item(device, what, most, "training", exact=False))
         # Losses are measured in one batch size, batch-norm statistics in the other.
-        running = max(map(forward_bytes, (settings.evaluation.batch_size, *([batch] if statistics else []))))
-        items.append(Item(device, f"{session.data.samples} and activations", running, "evaluation", exact=False))
-        items.append(Item(device, "ends of paths, and one model", (ENDS + 1) * row, "evaluation"))
-        free, wanted = limits[device] - sizes.total(items, device, "evaluation"), sizes.evaluated_models(settings)
-        models = models_that_fit(row + statistics, max(0, free), wanted, 0, gpu=on_gpu)
+        batches = [settings.evaluation.batch_size, *([batch] if statistics else [])]
+        measured = max(running(size, training=False) for size in batches)
+        items = [
+            *sizes.exact_items(settings, counts, limits, model, dtype, kept),
+            Item(device, what, most, "training", exact=False),
+            Item(device, f"{samples} and activations", measured, "evaluation", exact=False),
+            Item(device, "ends of paths, and one model", (ENDS + 1) * row, "evaluation"),
+        ]
+        free = max(0, limits[device] - sizes.total(items, device, "evaluation"))
+        models = models_that_fit(row + statistics, free, wanted, 0, gpu=device == "gpu")
         held = models * (row + statistics)
         return [*items, Item(device, f"{models} of {wanted} models at a time", held, "evaluation")]
 
@@ -168,7 +163,7 @@ def _items_by_settings(
 
 
 def batch_bytes(
-    model: nn.Module, sample: Parts, dtype: torch.dtype, count: int, *, loss: Loss, training: bool = True
+    model: nn.Module, sample: Batch, dtype: torch.dtype, count: int, *, loss: Loss, training: bool = True
 ) -> int:
     """Peak bytes of a batch of `count` samples, its tensors included, counted on tensors without memory; those of
     `model` are not touched.
@@ -183,44 +178,27 @@ def batch_bytes(
     from torch._subclasses.fake_tensor import FakeTensorMode  # takes seconds to import
 
     model.train(training)
+    sample = on_device(sample, torch.device("cpu"))
     with FakeTensorMode(allow_non_fake_inputs=True):
         tensors = {}
-        for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            low = training and tensor.ndim > 1  # as `flat.WorkingWeights` holds them
-            tensors[name] = torch.empty_like(tensor, dtype=dtype if low else None, device="cpu")
-            tensors[name].requires_grad_(tensor.requires_grad)
+        for name, one in (*model.named_parameters(), *model.named_buffers()):
+            held = dtype if training and one.ndim > 1 else one.dtype  # as `flat.WorkingWeights` holds them
+            tensors[name] = torch.empty_like(one, dtype=held, device="cpu", requires_grad=one.requires_grad)
         with LiveBytes() as live, torch.set_grad_enabled(training):
-            inputs, targets = _without_memory(sample, count)
-            arguments, named = arguments_of(inputs)
+            inputs, targets = repeated(sample, count)
             with torch.autocast("cpu", dtype, enabled=training and dtype != torch.float32, cache_enabled=False):
-                outputs = torch.func.functional_call(model, tensors, arguments, named)
+                outputs = torch.func.functional_call(model, tensors, *arguments_of(inputs))
             found = loss.mean(outputs, targets)
             if training:
                 found.backward()
     return live.peak
 
 
-def _without_memory(sample: Parts, count: int) -> Parts:
-    """Tensors as those of `sample`, of `count` samples; one that is there twice is one again."""
-    samples, known = sample_count(sample), dict[int, Tensor]()
-
-    def like(one: Tensor) -> Tensor:
-        if id(one) not in known:
-            size = [count, *one.shape[1:]] if one.ndim and len(one) == samples else list(one.shape)
-            last = one.ndim == 4 and one.is_contiguous(memory_format=torch.channels_last)
-            layout = torch.channels_last if last else torch.contiguous_format
-            known[id(one)] = torch.empty(size, dtype=one.dtype, device="cpu", memory_format=layout)
-        return known[id(one)]
-
-    found: Parts = tree_map_only(Tensor, like, sample)
-    return found
-
-
 def _speeds(session: Session, speed: float | None, *, fits: bool) -> tuple[float | None, float | None, str]:
     """Images per second, seconds of matching a source (None: not known), and what they are from."""
-    settings, matching = session.settings, None
+    settings, samples, matching = session.settings, session.data.samples, None
     if speed is not None:
-        rates = f"{speed:,.6g} {session.data.samples}/s stated, for evaluation too"
+        rates = f"{speed:,.6g} {samples}/s stated, for evaluation too"
     elif settings.gpu_memory is not None and session.device.type == "cpu":
         rates = "give --images-per-second: the GPU's speed cannot be measured here"
     elif not fits:
@@ -228,8 +206,7 @@ def _speeds(session: Session, speed: float | None, *, fits: bool) -> tuple[float
     else:
         session.progress.line("planning: timing some steps")
         speed = images_per_second(session)
-        rates = f"{speed:,.0f} {session.data.samples}/s of training measured here, for evaluation too"
-        rates += "; loading is not counted"
+        rates = f"{speed:,.0f} {samples}/s of training measured here, for evaluation too; loading is not counted"
     if settings.star_matched_every and settings.matching.method in ("weight", "activation"):
         session.progress.line("planning: timing a matching")
         matching = matching_seconds(session)
@@ -242,9 +219,10 @@ def images_per_second(session: Session) -> float:
     from torch.utils.benchmark import Timer  # takes a third of a second to import
 
     device, train = session.device, session.settings.train
-    inputs, _ = session.data.made(2)
-    values = max(1, sum(one.numel() for one in tree_leaves(inputs) if isinstance(one, Tensor)) // 2)
-    batch = train.batch_size if device.type == "cuda" else min(train.batch_size, max(2, CPU_VALUES // values))
+    batch = train.batch_size
+    if device.type == "cpu":
+        values = sum(one.numel() for one in tree_leaves(session.data.made(1)[0]) if isinstance(one, Tensor))
+        batch = min(batch, max(2, CPU_VALUES // max(1, values)))
     inputs, targets = session.data.made(batch)
     lr = torch.zeros((), dtype=torch.float32, device=device)
     with threads(session), within_memory("timing steps", "give --images-per-second"):
@@ -254,28 +232,24 @@ def images_per_second(session: Session) -> float:
         timer = Timer("step(inputs, targets, lr)", globals=given, num_threads=torch.get_num_threads())
         speed = batch / float(timer.timeit(STEPS).mean)
     # Epochs on smaller images take less, by as much.
-    sides = sizes.training_sides(session.settings)
-    full = session.settings.dataset.side
+    sides, full = sizes.training_sides(session.settings), session.settings.dataset.side
     return speed * full**2 * len(sides) / sum(side**2 for side in sides) if sides else speed
 
 
 def matching_seconds(session: Session) -> float:
     """Seconds of matching a source that few sweeps match, as in all epochs but the first ones."""
-    device, symmetry, settings = session.device, session.network.symmetry, session.settings
-    theta = {name: value.to(device) for name, value in session.network.build(seed=0, device="cpu").state_dict().items()}
+    network, symmetry, settings = session.network, session.network.symmetry, session.settings
+    theta = network.build(seed=0).state_dict()
     moved = symmetry.apply(symmetry.random(0), theta)
     sources = {name: moved[name][None] for name in symmetry.parameters}
 
     def examples() -> Examples:
-        size = min(settings.train.batch_size, LOOKED_AT)
-        batch = session.data.made(size)
-        return Examples(session.network.build(seed=0), [batch] * EXAMPLE_BATCHES, session.loss)
+        batch = session.data.made(min(settings.train.batch_size, LOOKED_AT))
+        return Examples(network.build(seed=0), [batch] * EXAMPLE_BATCHES, session.loss)
 
-    def seconds() -> float:
-        return match(settings.matching, symmetry, theta, sources, examples=examples, threads=settings.workers).seconds
-
-    first = seconds()  # it may be the start of the device, or of a library, that takes its time
-    return first if device.type == "cpu" and first > 1 else min(first, seconds())
+    matched = functools.partial(match, settings.matching, symmetry, theta, sources, threads=settings.workers)
+    first = matched(examples=examples).seconds  # the start of the device, or of a library, may take its time
+    return first if session.device.type == "cpu" and first > 1 else min(first, matched(examples=examples).seconds)
 
 
 def work_of(session: Session, counts: DataCounts, speed: float | None, matching: float | None) -> list[dict[str, Any]]:
@@ -302,32 +276,14 @@ def work_of(session: Session, counts: DataCounts, speed: float | None, matching:
     return [dict(zip(("what", "times", "seconds"), part, strict=True)) for part in parts]
 
 
-def _problems(settings: Settings, items_of: Callable[[Settings], list[Item]], limits: dict[str, int]) -> list[str]:
-    """A line for each place that is too small, and when: how much is missing, and what would make it fit."""
-    memory = {place: limit for place, limit in limits.items() if place != "disk"}
-
-    def lacking(changed: Settings) -> list[str]:
-        return sizes.shortages(items_of(changed), memory)
-
-    found = lacking(settings)
-    remedy = _remedy(settings, lacking) if found else ""
-    disk = sizes.shortages(items_of(settings), {"disk": limits["disk"]})
-    return [*(f"{line}; {remedy}" for line in found), *disk]
-
-
-def _remedy(settings: Settings, lacking: Callable[[Settings], list[str]]) -> str:
-    """The first settings of which nothing is `lacking`: sources elsewhere, then smaller batches of evaluation, and last
+def _remedy(settings: Settings, items_of: Callable[[Settings], list[Item]], memory: dict[str, int]) -> str:
+    """The first settings with which `memory` is enough: sources elsewhere, then smaller batches of evaluation, and last
     of training, which change the result."""
-    batches = settings.train.batch_size, settings.evaluation.batch_size
-    halved = [[size >> times for times in range(max(1, size.bit_length() - 1))] for size in batches]
-    for batch, measured, store in itertools.product(*halved, (settings.sources.store, "host", "file")):
-        changed, differ = settings, []
-        tried = ("sources", "store", store), ("evaluation", "batch_size", measured), ("train", "batch_size", batch)
-        for section, key, value in tried:
-            old = getattr(settings, section)
-            if getattr(old, key) != value:
-                changed = changed.model_copy(update={section: old.model_copy(update={key: value})})
-                differ.append(as_override(f"{section}.{key}", value))
-        if not lacking(changed):
-            return f"{' '.join(differ)} makes it fit"
+    old, keys = flatten(settings.model_dump()), ("train.batch_size", "evaluation.batch_size", "sources.store")
+    halved = [[old[key] >> times for times in range(max(1, old[key].bit_length() - 1))] for key in keys[:2]]
+    for values in itertools.product(*halved, (old["sources.store"], "host", "file")):
+        changed = dict(zip(keys, values, strict=True))
+        if not sizes.shortages(items_of(validate(nested({**old, **changed}))), memory):
+            said = [as_override(key, changed[key]) for key in reversed(keys) if changed[key] != old[key]]
+            return f"{' '.join(said)} makes it fit"
     return "use a smaller network (model.width), or more memory"

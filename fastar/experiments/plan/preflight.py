@@ -5,16 +5,9 @@ from __future__ import annotations
 import itertools
 
 from fastar.config import parse_bytes
+from fastar.data.counts import DataCounts
 from fastar.errors import FastarError
-from fastar.experiments.plan.sizes import (
-    DataCounts,
-    counts_of,
-    data_counts,
-    exact_items,
-    limits_of,
-    shortages,
-    training_sides,
-)
+from fastar.experiments.plan.sizes import exact_items, limits_of, shortages, training_sides
 from fastar.experiments.plan.trial import check_task
 from fastar.experiments.session import Session, new_session
 from fastar.experiments.task import RunData
@@ -42,7 +35,7 @@ def check_network(session: Session) -> None:
     Raises:
         FastarError: an architecture that is not known, or does not take these images or settings.
     """
-    _of_classes(session, 2).network.build(seed=0, device="cpu")
+    of_classes(session, 2).network.build(seed=0, device="cpu")
 
 
 def prepare_data(session: Session) -> None:
@@ -52,25 +45,25 @@ def prepare_data(session: Session) -> None:
     Raises:
         FastarError: the run does not fit; data that cannot be had, or that do not go with the network or the loss.
     """
-    settings, data = session.settings, session.data
-    counts = counts_of(session)
-    if counts is not None:
-        check_together(session, counts)
-        check_run(session, counts)
-    else:
-        session.progress.line("the images are not counted yet: whether the run fits is checked when they are written")
-    if isinstance(data, RunData) and (counts is None or not counts.written):
-        written = data_counts(settings, data.files)
-        assert written is not None, "the files are there"
-        check_together(session, written)
-        check_run(session, written)
+    for written in (False, True):
+        counts = session.data.counts(written=written)
+        if counts is None:
+            said = "the images are not counted yet: whether the run fits is checked when they are written"
+            session.progress.line(said)
+        else:
+            check_together(session, counts)
+            check_run(session, counts)
+            if counts.written:
+                break
+    settings = session.settings
     if settings.sources.folder is None and settings.sources.number + settings.sources.heldout > 1:
         session.network.check_seeded()
 
 
 def check_together(session: Session, counts: DataCounts) -> None:
-    """Raise FastarError unless network, data and loss go together: they are run once."""
-    known = _of_classes(session, counts.classes)
+    """Raise FastarError unless a batch can be trained on, and network, data and loss go together: they are run once."""
+    check_batches(session, counts.train)
+    known = of_classes(session, counts.classes)
     data = known.data if counts.written else session.data  # published numbers may not be those of the files
     check_task(known.network, data, session.loss, session.device)
 
@@ -79,24 +72,23 @@ def check_run(session: Session, counts: DataCounts) -> None:
     """Compare rows, data set, store and files of the run, which are known exactly, with the memory and the disk.
 
     Raises:
-        FastarError: they do not fit, or a batch that cannot be trained on.
+        FastarError: they do not fit.
     """
     settings = session.settings
-    check_batches(session, counts.train)
     if settings.gpu_memory is not None and session.device.type == "cpu":
         session.progress.line(f"gpu_memory={settings.gpu_memory}: this run is on the CPU, where it bounds nothing")
-    model = _of_classes(session, counts.classes).network.build(seed=0, device="cpu")
+    model = of_classes(session, counts.classes).network.build(seed=0, device="cpu")
     dtype, limits = resolve_precision(settings.train.precision, session.device), limits_of(session, here=True)
     for line in shortages(exact_items(settings, counts, limits, model, dtype), limits):
         more = " (see `fastar plan`)" if session.given.build is None else ""
         raise FastarError(f"this run does not fit: {line}{more}")
 
 
-def _of_classes(session: Session, classes: int | None) -> Session:
+def of_classes(session: Session, classes: int | None) -> Session:
     """The session for so many classes, which otherwise the files of named data must say."""
     if classes is None or not isinstance(session.data, RunData):
         return session
-    return new_session(session.settings, session.run, classes=classes, given=session.given)
+    return new_session(session.settings, session.run, session.progress, classes=classes, given=session.given)
 
 
 def check_batches(session: Session, samples: int) -> None:
@@ -108,7 +100,7 @@ def check_batches(session: Session, samples: int) -> None:
     if size > 1 and (train.drop_last or samples % size != 1):
         return
     side = min(training_sides(session.settings), default=None)
-    layer = _of_classes(session, 2).network.layer_of_single_values(side)
+    layer = of_classes(session, 2).network.layer_of_single_values(side)
     if layer is None:
         return
     none = f"batch-norm layer {layer} takes no variance of one sample"
