@@ -150,7 +150,7 @@ def make_devkit_folder(folder: Path) -> None:
 
 
 def make_data(folder: Path) -> None:
-    prepare("digits", data_root=None, directory=folder, workers=1, limit=60)
+    prepare("digits", directory=folder, workers=1, limit=60)
 
 
 def read_data(folder: Path) -> object:
@@ -161,7 +161,7 @@ def read_data(folder: Path) -> object:
 def make_streaming(folder: Path) -> None:
     raw = folder.with_name(f"{folder.name}-raw")
     make_jpeg_folders(raw)
-    prepare("imagefolder", own_name="made", data_root=raw, directory=folder, workers=1)
+    prepare("imagefolder", own_name="made", raw=raw, directory=folder, workers=1)
     shutil.rmtree(raw)
 
 

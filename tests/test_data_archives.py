@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 from scipy.io import savemat
 
-from fastar.data.convert import prepare
+from fastar.data.convert import Form, prepare
 from fastar.data.encode import Encoding
 from fastar.data.raw.class_folders import find_images
 from fastar.errors import FastarError
@@ -91,18 +91,16 @@ def test_archives_hold_what_folders_hold(roots: tuple[Path, Path], tmp_path: Pat
         prepare(
             "imagefolder",
             own_name="x",
-            data_root=root,
+            raw=root,
             directory=tmp_path / f"out{n}",
-            encoding=Encoding(30),
+            form=Form(Encoding(30)),
             workers=2,
         )
         for n, root in enumerate(roots)
     ]
     assert files[0].metadata["content"] == files[1].metadata["content"]
     # The other form of the same data is the same data.
-    assert (
-        prepare("imagefolder", own_name="x", data_root=roots[1], directory=tmp_path / "out0").digest == files[0].digest
-    )
+    assert prepare("imagefolder", own_name="x", raw=roots[1], directory=tmp_path / "out0").digest == files[0].digest
 
 
 def test_an_unpacked_devkit_and_mixed_forms(roots: tuple[Path, Path]) -> None:

@@ -19,7 +19,7 @@ from ffcv.fields.rgb_image import RGBImageField, SimpleRGBImageDecoder
 from ffcv.types import ALLOC_TABLE_TYPE, FieldDescType, HeaderType, get_metadata_type
 
 from fastar.config import DATASETS
-from fastar.data.convert import prepare
+from fastar.data.convert import Form, prepare
 from fastar.data.encode import Encoding, encoded_images
 from fastar.data.ffcv.checksums import measured, verify_beton
 from fastar.data.ffcv.folder import open_files
@@ -45,7 +45,7 @@ def write(path, name="cifar10", count=300, workers=2):
 
 def converted(directory, raw=None, **options):
     """`raw`, or what is there, as if it were CIFAR-10."""
-    return prepare("cifar10", data_root=None, directory=directory, raw=raw, **options)
+    return prepare("cifar10", directory=directory, raw=raw, **options)
 
 
 def debris(folder) -> list[str]:
@@ -212,9 +212,7 @@ def troubled(trouble: str, at: int = 200) -> RawDataset:
 
 
 def written(directory, raw, **options):
-    return prepare(
-        "imagefolder", own_name="set", data_root=None, directory=directory, raw=raw, shuffled=False, **options
-    )
+    return prepare("imagefolder", own_name="set", directory=directory, raw=raw, form=Form(shuffled=False), **options)
 
 
 def children() -> set[str]:
@@ -335,7 +333,7 @@ def test_disk_that_fills_up_while_writing(tmp_path):
 def test_prepare_writes_once_and_reuses(tmp_path):
     raw = raw_dataset("cifar10", 200, 100)
     write_files(tmp_path / "raw", cifar_python_files(raw, "cifar10"))
-    files = prepare("cifar10", data_root=tmp_path / "raw", directory=tmp_path / "betons")
+    files = prepare("cifar10", raw=tmp_path / "raw", directory=tmp_path / "betons")
     assert debris(tmp_path / "betons") == [
         "cifar10",
         "cifar10/metadata.json",
@@ -346,9 +344,9 @@ def test_prepare_writes_once_and_reuses(tmp_path):
     assert tuple(files.metadata["mean"]) == (0.485, 0.456, 0.406)
     assert files.input_shape == (3, 32, 32)
     stamp = files.path("train").stat().st_mtime_ns
-    again = prepare("cifar10", data_root=None, directory=tmp_path / "betons")  # raw data no longer needed
+    again = prepare("cifar10", directory=tmp_path / "betons")  # raw data no longer needed
     assert again.metadata == files.metadata
-    assert prepare("cifar10", data_root=tmp_path / "raw", directory=tmp_path / "betons").digest == files.digest
+    assert prepare("cifar10", raw=tmp_path / "raw", directory=tmp_path / "betons").digest == files.digest
     assert files.path("train").stat().st_mtime_ns == stamp
     split = load(again, "test", "cpu")
     assert np.array_equal(split.images.numpy(), raw.test.images)
@@ -359,31 +357,31 @@ def test_digest_is_of_the_content_alone(tmp_path):
     raw = raw_dataset("mnist", 300, 100)
     write_idx(tmp_path / "plain", raw, zipped=False)
     write_idx(tmp_path / "zipped", raw, zipped=True)
-    first = prepare("mnist", data_root=tmp_path / "plain", directory=tmp_path / "a", workers=1)
-    second = prepare("mnist", data_root=tmp_path / "zipped", directory=tmp_path / "b", workers=3)
+    first = prepare("mnist", raw=tmp_path / "plain", directory=tmp_path / "a", workers=1)
+    second = prepare("mnist", raw=tmp_path / "zipped", directory=tmp_path / "b", workers=3)
     assert first.digest == second.digest
     raw.train.images[7, 3, 3, 0] ^= 1
     write_idx(tmp_path / "changed", raw, zipped=True)
-    third = prepare("mnist", data_root=tmp_path / "changed", directory=tmp_path / "c")
+    third = prepare("mnist", raw=tmp_path / "changed", directory=tmp_path / "c")
     assert third.digest != first.digest
     with pytest.raises(FastarError, match="written from other images"):
-        prepare("mnist", data_root=tmp_path / "changed", directory=tmp_path / "a")
+        prepare("mnist", raw=tmp_path / "changed", directory=tmp_path / "a")
 
 
 def test_other_settings_are_refused_naming_them(tmp_path):
     write_folders(tmp_path / "raw", raw_dataset("cifar10", 100, 50))
     directory = tmp_path / "betons"
-    files = prepare("cifar10", data_root=tmp_path / "raw", directory=directory, limit=40)
+    files = prepare("cifar10", raw=tmp_path / "raw", directory=directory, limit=40)
     assert files.metadata["counts"] == {"train": 40, "test": 40}
     assert np.bincount(load(files, "train", "cpu").labels).tolist() == [4] * 10
     with pytest.raises(FastarError, match="limit=40, asked for limit=None"):
-        prepare("cifar10", data_root=None, directory=directory)
+        prepare("cifar10", directory=directory)
     (directory / "cifar10").rename(directory / "cifar100")
     with pytest.raises(FastarError, match="name=cifar10, asked for name=cifar100"):
-        prepare("cifar100", data_root=None, directory=directory, limit=100)
+        prepare("cifar100", directory=directory, limit=100)
     for wrong in ({"limit": 9}, {"workers": 0}):
         with pytest.raises(FastarError, match=r"limit=9|workers=0"):
-            prepare("cifar10", data_root=None, directory=directory, **wrong)
+            prepare("cifar10", directory=directory, **wrong)
 
 
 def test_files_replaced_or_damaged_later_are_refused(tmp_path):
@@ -399,7 +397,7 @@ def test_files_replaced_or_damaged_later_are_refused(tmp_path):
     changed[position + 100] ^= 1
     files.path("train").write_bytes(changed)
     with pytest.raises(FastarError, match=r"not the file that metadata\.json describes"):
-        prepare("cifar10", data_root=None, directory=tmp_path)
+        prepare("cifar10", directory=tmp_path)
     with pytest.raises(FastarError, match="its pixels are not those that were written"):
         load(files, "train", "cpu")
     files.path("train").write_bytes(content)

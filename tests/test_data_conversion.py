@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 from fastar.config.datasets import IMAGENET_MEAN, IMAGENET_STD
-from fastar.data.convert import prepare
+from fastar.data.convert import Form, prepare
 from fastar.data.crops import random_boxes
 from fastar.data.encode import PRESETS, Encoding
 from fastar.data.ffcv.folder import DatasetFiles, open_files
@@ -54,8 +54,9 @@ def root(tmp_path: Path) -> Path:
 
 
 def prepared(root: Path, name: str = "set", **changes: Any) -> DatasetFiles:
-    options: dict[str, Any] = {"encoding": RAW, "workers": 2, **changes}
-    return prepare("imagefolder", own_name=name, data_root=root, directory=root.parent / "out", **options)
+    options: dict[str, Any] = {"workers": 2, "encoding": RAW, **changes}
+    form = Form(**{key: options.pop(key) for key in vars(Form()) if key in options})
+    return prepare("imagefolder", own_name=name, raw=root, directory=root.parent / "out", form=form, **options)
 
 
 def in_folders(root: Path) -> ImageSplit:
@@ -253,12 +254,9 @@ def test_an_other_share_is_not_reused_in_silence(classes: Path) -> None:
     assert json.loads((files.folder / "metadata.json").read_text())["settings"]["val_share"] == 0.2
     assert prepared(classes, val_share=0.2).digest == files.digest
     for root in (classes, None):  # as it was written, where nothing is asked for
-        assert (
-            prepare("imagefolder", own_name="set", data_root=root, directory=classes.parent / "out").digest
-            == files.digest
-        )
+        assert prepare("imagefolder", own_name="set", raw=root, directory=classes.parent / "out").digest == files.digest
         with pytest.raises(FastarError, match=r"set: written with val-share=0\.2, asked for val-share=0\.4; delete"):
-            prepare("imagefolder", own_name="set", data_root=root, directory=classes.parent / "out", val_share=0.4)
+            prepare("imagefolder", own_name="set", raw=root, directory=classes.parent / "out", form=Form(val_share=0.4))
 
 
 def test_a_share_where_there_is_none_to_take_is_refused(classes: Path, root: Path) -> None:

@@ -172,7 +172,7 @@ def test_bad_arguments():
 @pytest.fixture
 def files(tmp_path):
     raw = raw_dataset("cifar10", 200, 50)
-    return raw, prepare("cifar10", data_root=None, directory=tmp_path, raw=raw)
+    return raw, prepare("cifar10", directory=tmp_path, raw=raw)
 
 
 def test_load(files):
@@ -214,7 +214,7 @@ def test_a_file_that_was_read_is_no_longer_mapped(files, limit):
 
 def test_own_statistics_normalise_the_training_split(tmp_path):
     raw = raw_dataset("mnist", 300, 50)
-    train = load(prepare("mnist", data_root=None, directory=tmp_path, raw=raw), "train", "cpu")
+    train = load(prepare("mnist", directory=tmp_path, raw=raw), "train", "cpu")
     images = torch.cat([images for images, _ in train.sequential(100)]).double()
     assert abs(images.mean()) < 1e-6  # fp32 rounding, averaged
     assert abs(images.std(correction=0) - 1) < 1e-6

@@ -310,7 +310,7 @@ def test_digits_come_with_scikit_learn(tmp_path):
     shares = np.bincount(raw.test.labels) / np.bincount(labels)
     assert np.abs(shares - 0.2).max() < 0.005  # one image of a class is 0.0057
     assert raw.digest == find_raw(DATASETS["digits"], None).digest
-    files = prepare("digits", data_root=None, directory=tmp_path, raw=raw)
+    files = prepare("digits", directory=tmp_path, raw=raw)
     assert files.digest.startswith("5fddd7a29ac3")  # as ever: models name the data that they were trained on
 
 
@@ -347,7 +347,7 @@ def test_real_cifar_class_folders(tmp_path):
                 target.write_bytes(archive.extractfile(member).read())
             if len(taken) == 10 and min(taken.values()) == 24:
                 break
-    files = prepare("cifar10", data_root=tmp_path / "raw", directory=tmp_path / "betons")
+    files = prepare("cifar10", raw=tmp_path / "raw", directory=tmp_path / "betons")
     train = load(files, "train", "cpu")
     assert train.labels.tolist() == [label for label in range(10) for _ in range(12)]
     assert 100 < train.images.double().mean() < 140  # photographs, not noise around a constant
@@ -355,5 +355,5 @@ def test_real_cifar_class_folders(tmp_path):
     for path in (tmp_path / "raw" / "test" / "truck").iterdir():
         path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(FastarError, match=r"truck/\d+\.jpg: cannot be read as an image"):
-        prepare("cifar10", data_root=tmp_path / "raw", directory=tmp_path / "other")
+        prepare("cifar10", raw=tmp_path / "raw", directory=tmp_path / "other")
     assert not (tmp_path / "other").exists()

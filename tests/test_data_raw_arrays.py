@@ -23,7 +23,7 @@ from fastar.runtime.progress import SILENT
 @pytest.mark.parametrize("name", ["digits", "mnist", "cifar10"])
 def test_raw_arrays_are_what_the_files_are(name: str, tmp_path: Path) -> None:
     raw = raw_dataset(name)
-    files, found = prepare(name, data_root=None, directory=tmp_path, raw=raw), RawArrays(DATASETS[name], raw)
+    files, found = prepare(name, directory=tmp_path, raw=raw), RawArrays(DATASETS[name], raw)
     for key in ("name", "digest", "classes", "mean", "std", "augmentation"):
         assert getattr(found, key) == getattr(files, key), key
     assert found.count("train") == files.count("train")

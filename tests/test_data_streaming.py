@@ -16,7 +16,7 @@ from PIL import Image
 
 from fastar.config.datasets import IMAGENET_MEAN, IMAGENET_STD
 from fastar.data import streaming
-from fastar.data.convert import prepare
+from fastar.data.convert import Form, prepare
 from fastar.data.crops import centre
 from fastar.data.encode import PRESETS, Encoding
 from fastar.data.ffcv.folder import DatasetFiles, open_files
@@ -57,7 +57,7 @@ def root(tmp_path: Path) -> Path:
 
 def prepared(root: Path, encoding: Encoding | None, name: str = "images") -> DatasetFiles:
     return prepare(
-        "imagefolder", own_name=name, data_root=root, directory=root.parent / "out", encoding=encoding, workers=2
+        "imagefolder", own_name=name, raw=root, directory=root.parent / "out", form=Form(encoding), workers=2
     )
 
 
@@ -242,7 +242,7 @@ def test_folders_that_do_not_fit(root: Path, tmp_path: Path) -> None:
     with pytest.raises(FastarError, match="has no train/ folder"):
         prepared(tmp_path / "raw" / "val", JPEG)
     with pytest.raises(FastarError, match="no finished dataset; give the images"):
-        prepare("imagefolder", own_name="nothing", data_root=None, directory=tmp_path)
+        prepare("imagefolder", own_name="nothing", directory=tmp_path)
 
 
 def test_finished_files_are_reused_or_the_difference_is_named(root: Path) -> None:

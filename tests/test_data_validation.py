@@ -12,7 +12,7 @@ from PIL import Image
 
 from fastar.config import Augmentation
 from fastar.config.datasets import IMAGENET_MEAN, IMAGENET_STD
-from fastar.data.convert import prepare
+from fastar.data.convert import Form, prepare
 from fastar.data.encode import Encoding
 from fastar.data.ffcv.folder import DatasetFiles
 from fastar.data.in_memory import load
@@ -94,7 +94,7 @@ def test_what_cannot_be_kept_is_refused(share: float, limit: int | None, said: s
 @pytest.fixture
 def held(tmp_path: Path) -> tuple[RawDataset, DatasetFiles]:
     raw = raw_dataset("cifar10", 200, 30)
-    return raw, prepare("cifar10", data_root=None, directory=tmp_path, raw=raw)
+    return raw, prepare("cifar10", directory=tmp_path, raw=raw)
 
 
 def test_held_data_come_apart_and_follow_the_whole_set_s_augmentation(held: tuple[RawDataset, DatasetFiles]) -> None:
@@ -139,7 +139,7 @@ def streamed(tmp_path: Path) -> DatasetFiles:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.full((9 + number % 5, 12, 3), 5 * number, np.uint8)).save(path)
     raw = Encoding(max_resolution=None, compress_probability=0)
-    return prepare("imagefolder", own_name="set", data_root=tmp_path / "raw", directory=tmp_path / "out", encoding=raw)
+    return prepare("imagefolder", own_name="set", raw=tmp_path / "raw", directory=tmp_path / "out", form=Form(raw))
 
 
 def greys(data: StreamingDataset, *, epoch: int | None = None) -> list[int]:

@@ -36,7 +36,7 @@ SECONDS = 120  # a run that hangs is ended then; one that does not takes a few
 # Its processes see one CPU from the first line on, as in a job of one core.
 ON_ONE_CPU = "import os; os.sched_setaffinity(0, [min(os.sched_getaffinity(0))]); "
 WRITE = "import sys, pathlib; from fastar.data.convert import prepare; "
-WRITE += "prepare('cifar100', data_root=pathlib.Path(sys.argv[1]), directory=pathlib.Path(sys.argv[2]))"
+WRITE += "prepare('cifar100', raw=pathlib.Path(sys.argv[1]), directory=pathlib.Path(sys.argv[2]))"
 
 
 def ends(code: str, cache: Path, *arguments: object) -> None:
@@ -91,7 +91,7 @@ def images(tmp_path: Path) -> DatasetFiles:
         path = tmp_path / "raw" / ("val" if number > 9 else "train") / f"class{number % 2}" / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(generator.integers(0, 256, (20 + number, 40, 3), dtype=np.uint8)).save(path)
-    return prepare("imagefolder", own_name="made", data_root=tmp_path / "raw", directory=tmp_path, workers=1)
+    return prepare("imagefolder", own_name="made", raw=tmp_path / "raw", directory=tmp_path, workers=1)
 
 
 def read(files: DatasetFiles, progress: Progress = SILENT) -> list[bytes]:
@@ -158,7 +158,7 @@ def test_a_streamed_file_without_checksums_is_read_once_to_make_them(images: Dat
 
 @pytest.fixture
 def cifar_files(cifar: Path) -> DatasetFiles:
-    return prepare("cifar100", data_root=cifar, directory=cifar.parents[1] / "data")
+    return prepare("cifar100", raw=cifar, directory=cifar.parents[1] / "data")
 
 
 @pytest.mark.parametrize("kind", ["images", "cifar_files"])
@@ -264,5 +264,5 @@ def test_official_names_with_other_content_are_said_once(cifar: Path) -> None:
     note_other_files({cifar.name: hashlib.md5(cifar.read_bytes()).hexdigest()}, [cifar], told)
     assert told.lines == []
     for _ in range(2):  # what is written already is not hashed again
-        prepare("cifar100", data_root=cifar.parent, directory=cifar.parents[1] / "data", progress=told)
+        prepare("cifar100", raw=cifar.parent, directory=cifar.parents[1] / "data", progress=told)
         assert [f": {cifar.name}: not as published (by MD5)" in line for line in told.lines] == [True]

@@ -33,7 +33,7 @@ from PIL import Image
 from test_data_archives import add, devkit, jpeg, tar
 
 from fastar.config import DATASETS, DatasetSettings
-from fastar.data.convert import prepare
+from fastar.data.convert import Form, prepare
 from fastar.data.encode import Encoding
 from fastar.data.ffcv.folder import DatasetFiles, open_files, verify_folder
 from fastar.data.raw import archives, idx
@@ -75,8 +75,8 @@ def make(root: Path, per_class: int = 2) -> Path:
 
 
 def prepared(root: Path, name: str = "set", **changes: Any) -> DatasetFiles:
-    options: dict[str, Any] = {"encoding": RAW, "workers": 1, **changes}
-    return prepare("imagefolder", own_name=name, data_root=root, directory=root.parent / "out", **options)
+    form = Form(**{"encoding": RAW, **changes})
+    return prepare("imagefolder", own_name=name, raw=root, directory=root.parent / "out", form=form, workers=1)
 
 
 def names(root: Path, split: str = "train") -> list[str]:
@@ -184,7 +184,7 @@ def test_sets_of_one_size_find_them_too_and_say_what_they_pass_over(tmp_path: Pa
     os.mkfifo(folder / "0.png")
     (folder / os.fsdecode(b"\xff.png")).write_bytes(sorted(folder.glob("*.png"))[1].read_bytes())
     told = Told()
-    files = prepare("cifar10", data_root=tmp_path / "raw", directory=tmp_path / "out", workers=1, progress=told)
+    files = prepare("cifar10", raw=tmp_path / "raw", directory=tmp_path / "out", workers=1, progress=told)
     assert files.count("train") == 61
     assert f"{tmp_path / 'raw'}: passed over 1 that is no image of a class: train/cat/0.png (no file)" in told.lines
 
@@ -259,7 +259,7 @@ def test_names_that_are_not_utf_8_are_written_and_listed(
     files = open_files(out / "x")
     assert files.classes == ("a", LATIN)
     assert files.skipped["train"][0]["path"] == str(broken)
-    assert prepare("imagefolder", own_name="x", data_root=root, directory=out).digest == files.digest
+    assert prepare("imagefolder", own_name="x", raw=root, directory=out).digest == files.digest
     again = find_images(root / "train", val_share=0.4)
     assert (len(again.train), len(again.test)) == (3, 3)
     # Without --on-error skip: one line, and nothing half-written.

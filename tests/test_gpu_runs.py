@@ -16,7 +16,7 @@ from training_cases import batches
 
 import fastar
 from fastar.config import StarSettings, TrainSettings
-from fastar.data.convert import prepare
+from fastar.data.convert import Form, prepare
 from fastar.data.encode import Encoding
 from fastar.data.streaming import StreamingDataset
 from fastar.errors import FastarError
@@ -120,9 +120,9 @@ def test_images_stream_to_it_as_to_a_cpu(gpu: torch.device, tmp_path: Path) -> N
     files = prepare(
         "imagefolder",
         own_name="made",
-        data_root=tmp_path / "raw",
+        raw=tmp_path / "raw",
         directory=tmp_path / "out",
-        encoding=encoding,
+        form=Form(encoding),
         workers=1,
     )
     there, here = (StreamingDataset(files, "train", device, size=24, threads=2) for device in (str(gpu), "cpu"))

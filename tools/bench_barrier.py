@@ -28,7 +28,7 @@ from bench.fake_images import link_images, make_images
 from fastar.kernels import interpolate
 from torch import Tensor, nn
 
-from fastar.data.convert import prepare
+from fastar.data.convert import Form, prepare
 from fastar.data.encode import Encoding
 from fastar.data.streaming import StreamingDataset
 from fastar.errors import FastarError
@@ -95,7 +95,7 @@ def main() -> None:
         else:
             link_images(arguments.data_root, raw, arguments.images)
         files = prepare(
-            "imagefolder", own_name="bench", data_root=raw, directory=Path(folder), encoding=Encoding(500, 1.0, 90)
+            "imagefolder", own_name="bench", raw=raw, directory=Path(folder), form=Form(Encoding(500, 1.0, 90))
         )
         source = StreamingDataset(files, "train", device, size=arguments.size, threads=arguments.workers)
         shape, classes = (3, arguments.size, arguments.size), len(files.classes)

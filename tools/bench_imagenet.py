@@ -90,9 +90,7 @@ def with_loader(problem: Problem, images: int, threads: int | None, rounds: int)
         if done.returncode:
             raise FastarError(f"make_images failed: {done.stderr.strip()[-300:]}")
         link_images(made_images, raw, images)
-        files = prepare(
-            "imagefolder", own_name="made", data_root=raw, directory=Path(folder) / "beton", workers=threads or 2
-        )
+        files = prepare("imagefolder", own_name="made", raw=raw, directory=Path(folder) / "beton", workers=threads or 2)
         data = StreamingDataset(files, "train", problem.device, size=problem.size, threads=threads)
         step = replace(problem, classes=len(files.classes)).regular_step()
         epochs = fit(step, data, problem.settings, name="loader", seed=0, epochs=rounds + 1)[1:]

@@ -35,7 +35,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from fastar.config import DATASETS
 from fastar.config.datasets import IMAGENET_MEAN, IMAGENET_STD
-from fastar.data.convert import prepare
+from fastar.data.convert import Form, prepare
 from fastar.data.encode import PRESETS
 from fastar.data.in_memory import load
 from fastar.data.raw.listing import SUFFIXES
@@ -115,9 +115,7 @@ def pipeline(name: str, folder: Path, arguments: argparse.Namespace) -> tuple[Ep
         link_images(arguments.data_root or folder / "made", raw, count)
         begin = time.perf_counter()
         encoding, workers = PRESETS[arguments.preset], arguments.workers
-        files = prepare(
-            "imagefolder", own_name=name, data_root=raw, directory=folder, encoding=encoding, workers=workers
-        )
+        files = prepare("imagefolder", own_name=name, raw=raw, directory=folder, form=Form(encoding), workers=workers)
         written = sum(files.count(split) for split in ("train", "test"))
         data = StreamingDataset(files, "train", "cpu", size=arguments.size, threads=arguments.workers)
         facts = {
@@ -136,7 +134,7 @@ def pipeline(name: str, folder: Path, arguments: argparse.Namespace) -> tuple[Ep
         raw = arguments.data_root
     else:
         write_images(raw, spec.classes, (spec.height, spec.width), spec.channels, count)
-    prepared = prepare(name, data_root=None if name == "digits" else raw, directory=folder)
+    prepared = prepare(name, raw=None if name == "digits" else raw, directory=folder)
     held = load(prepared, "train", "cpu")
     coloured = spec.channels == 3
     plain = Files(raw / "train", "RGB" if coloured else "L", cropped_cifar if coloured else unchanged)

@@ -29,7 +29,7 @@ from torch import Tensor
 
 import fastar
 from fastar.config import MatchingSettings, TrainSettings, parse_bytes
-from fastar.data.convert import prepare
+from fastar.data.convert import Form, prepare
 from fastar.data.encode import Encoding
 from fastar.data.streaming import StreamingDataset
 from fastar.errors import FastarError
@@ -140,7 +140,7 @@ def streaming(problem: Problem) -> Facts:
         raw, count = Path(folder) / "raw", 3 * problem.settings.batch_size
         make_images(raw, count)
         files = prepare(
-            "imagefolder", own_name="smoke", data_root=raw, directory=Path(folder), encoding=Encoding(200, 1.0, 90)
+            "imagefolder", own_name="smoke", raw=raw, directory=Path(folder), form=Form(Encoding(200, 1.0, 90))
         )
         data = StreamingDataset(files, "train", problem.device, size=side)
         changes: Facts = {"resolutions": ((0, side // 2), (1, side)), "graph": problem.device.type == "cuda"}

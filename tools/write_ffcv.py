@@ -113,7 +113,7 @@ def encoding(options: argparse.Namespace) -> Encoding | None:
 
 
 def convert(options: argparse.Namespace, progress: Progress) -> DatasetFiles:
-    from fastar.data.convert import prepare  # only here, where signals are heard: it takes seconds
+    from fastar.data.convert import Form, prepare  # only here, where signals are heard: it takes seconds
 
     variable = dataset_spec(options.dataset).variable_size
     for key, value in vars(options).items():
@@ -128,16 +128,18 @@ def convert(options: argparse.Namespace, progress: Progress) -> DatasetFiles:
         raise FastarError("--val-share belongs to imagefolder; leave it out")
     return prepare(
         options.dataset,
-        data_root=options.source,
         directory=options.out,
+        raw=options.source,
         own_name=options.name,
-        encoding=encoding(options),
-        workers=options.workers,
+        form=Form(
+            encoding(options),
+            shuffled=None if options.order is None else options.order == "shuffled",
+            val_share=options.val_share,
+            exif=options.exif,
+            on_error=options.on_error or "stop",
+        ),
         limit=options.limit,
-        shuffled=None if options.order is None else options.order == "shuffled",
-        on_error=options.on_error or "stop",
-        val_share=options.val_share,
-        exif=options.exif,
+        workers=options.workers,
         progress=progress,
     )
 

@@ -146,7 +146,7 @@ def _ffcv() -> str:
 
     version = metadata.version("ffcv")
     with tempfile.TemporaryDirectory() as folder:
-        files = prepare("digits", data_root=None, directory=Path(folder), workers=1)
+        files = prepare("digits", directory=Path(folder), workers=1)
         images = sum(len(load(files, split, "cpu")) for split in ("train", "test"))
         return f"{version}, wrote and read {images} images"
 

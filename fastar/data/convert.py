@@ -2,7 +2,7 @@
 
 import shutil
 from contextlib import nullcontext
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -33,48 +33,55 @@ from fastar.data.sampling import balanced_subset, file_order
 from fastar.errors import FastarError
 from fastar.runtime.progress import SILENT, Progress, size_text
 
-OnError = Literal["stop", "skip"]
+
+@dataclass(frozen=True)
+class Form:
+    """The form in which images of any size are written; None: as the files are that are there, or the default.
+
+    Args:
+        encoding: of an image.
+        shuffled: write in a fixed shuffled order (the default), so that any part of a file holds all classes; False
+            keeps the raw order, by class, which slow disks read faster.
+        val_share: of each class, for testing, where the raw data are one folder of class folders (see `split_class`).
+        exif: "apply" turns images as their EXIF orientation says; "ignore" (the default) keeps pixels as they are
+            stored, as torchvision's ImageFolder does.
+        on_error: what to do with an image that cannot be used: stop with its path, or skip it and list it in the
+            metadata.
+    """
+
+    encoding: Encoding | None = None
+    shuffled: bool | None = None
+    val_share: float | None = None
+    exif: Exif | None = None
+    on_error: Literal["stop", "skip"] = "stop"
 
 
 def prepare(
     dataset: str,
     *,
-    data_root: Path | None,
     directory: Path,
+    raw: RawDataset | Path | None = None,
     own_name: str | None = None,
-    raw: RawDataset | None = None,
-    workers: int = 2,
+    form: Form = Form(),
     limit: int | None = None,
-    encoding: Encoding | None = None,
-    shuffled: bool | None = None,
-    on_error: OnError = "stop",
-    val_share: float | None = None,
-    exif: Exif | None = None,
+    workers: int = 2,
     progress: Progress = SILENT,
 ) -> DatasetFiles:
     """The files `directory`/NAME/{train,test}.beton, written from raw data if they are not there yet.
 
-    What is there is reused where it is whole and was written with the same settings (None: whatever it has, or the
-    default) and limit, and, where `data_root` is given, from the same raw data: of images of one size their content, of
-    others their names and sizes. Otherwise FastarError names the difference. Two processes may call this at once: the
-    second waits. Nothing unfinished is left behind. (Long for its arguments.)
+    What is there is reused where it is whole and was written in the same form and with the same limit, and, where `raw`
+    is given, from the same raw data: of images of one size their content, of others their names and sizes. Otherwise
+    FastarError names the difference. Two processes may call this at once: the second waits. Nothing unfinished is left
+    behind.
 
     Args:
         dataset: as `--dataset` takes it.
-        data_root: where the raw data are; None: where they usually are. Of images of any size see `find_images`.
         directory: where folders of datasets lie.
+        raw: the raw data, or where they are; None: where they usually are. Of images of any size see `find_images`.
         own_name: NAME, of the user's own set; None: `dataset`.
-        raw: the raw data, where they are at hand already.
-        workers: processes that encode images of any size.
+        form: of images of any size.
         limit: at most so many images per split, classes balanced.
-        encoding: storage of images of any size, as all below.
-        shuffled: write in a fixed shuffled order (the default), so that any part of a file holds all classes; False
-            keeps the raw order, by class, which slow disks read faster.
-        on_error: what to do with an image that cannot be used: stop with its path, or skip it and list it in the
-            metadata.
-        val_share: of each class, for testing, where `data_root` is one folder of class folders (see `split_class`).
-        exif: "apply" turns images as their EXIF orientation says; "ignore" (the default) keeps pixels as they are
-            stored, as torchvision's ImageFolder does.
+        workers: processes that encode images of any size.
         progress: told of everything that takes long.
     """
     spec = dataset_spec(dataset)
@@ -83,47 +90,38 @@ def prepare(
             raise FastarError(f"{name}={value} must be at least 1")
     if limit is not None and limit < len(spec.classes):
         raise FastarError(f"limit={limit} is below one image per class; {dataset} needs at least {len(spec.classes)}")
-    if val_share is not None and not 0 < val_share < 1:
-        raise FastarError(f"val-share={val_share} must be above 0 and below 1, such as 0.1")
+    if form.val_share is not None and not 0 < form.val_share < 1:
+        raise FastarError(f"val-share={form.val_share} must be above 0 and below 1, such as 0.1")
     folder = Path(directory) / (own_name or dataset)
-    given, finished = data_root is not None or raw is not None, is_finished(folder)
-    if given and spec.variable_size and val_share is None and finished:
-        val_share = open_files(folder).val_share  # split as it was
-    if raw is None and (given or not finished):
-        raw = _found(spec, folder, data_root, progress, val_share, exif)
-    asked = {"encoding": encoding, "shuffled": shuffled, "val-share": val_share, "exif": exif}
+    given, finished = raw is not None, is_finished(folder)
+    if given and spec.variable_size and form.val_share is None and finished:
+        form = replace(form, val_share=open_files(folder).val_share)  # split as it was
+    if not isinstance(raw, RawDataset):
+        raw = _found(spec, folder, raw, progress, form) if given or not finished else None
     with nullcontext() if finished else locked_folder(folder):
         if is_finished(folder):  # or another process has written it meanwhile
-            return _reused(folder, spec, raw if given else None, limit, asked)
+            return _reused(folder, spec, raw if given else None, limit, form)
         assert raw is not None
         refuse_foreign(folder)
-        settings: dict[str, Any] = {"limit": limit}
-        if spec.variable_size:
-            settings |= {"on_error": on_error, "val_share": val_share}
-            settings |= {"exif": exif} if exif == "apply" else {}
-        return _write(folder, spec, raw, settings, encoding or Encoding(), shuffled is not False, workers, progress)
+        return _write(folder, spec, raw, limit, form, workers, progress)
 
 
-def _found(
-    spec: DatasetSpec, folder: Path, root: Path | None, progress: Progress, val_share: float | None, exif: Exif | None
-) -> RawDataset:
+def _found(spec: DatasetSpec, folder: Path, root: Path | None, progress: Progress, form: Form) -> RawDataset:
     if spec.variable_size:
         if root is None:
             raise FastarError(f"{folder}: holds no finished dataset; give the images with --data-root")
-        return find_images(Path(root), progress, val_share=val_share, upright=exif == "apply")
+        return find_images(Path(root), progress, val_share=form.val_share, upright=form.exif == "apply")
     raw = find_raw(spec, Path(root) if root is not None else None)
     if raw.note is not None:
         progress.line(raw.note)
     return raw
 
 
-def _reused(
-    folder: Path, spec: DatasetSpec, raw: RawDataset | None, limit: int | None, asked: dict[str, Any]
-) -> DatasetFiles:
+def _reused(folder: Path, spec: DatasetSpec, raw: RawDataset | None, limit: int | None, form: Form) -> DatasetFiles:
     """The finished dataset in `folder`.
 
     Raises:
-        FastarError: damaged, or not what is `asked`; None asks for nothing.
+        FastarError: damaged, or not in this form.
     """
     files = open_files(folder)
     have = files.metadata
@@ -131,8 +129,8 @@ def _reused(
     if spec.variable_size != files.variable_size:
         wanted.insert(0, ("kind", have.get("kind") or "images of one size", VARIABLE if spec.variable_size else None))
     elif spec.variable_size:
-        for key, value in asked.items():
-            wanted.append((key, getattr(files, key.replace("-", "_")), value))
+        for key in ("encoding", "shuffled", "val_share", "exif"):
+            wanted.append((key.replace("_", "-"), getattr(files, key), getattr(form, key)))
     else:
         for key in ("name", "classes", "channels", "height", "width", "mean", "std"):
             value = getattr(spec, key)
@@ -160,13 +158,13 @@ def _write(
     folder: Path,
     spec: DatasetSpec,
     raw: RawDataset,
-    settings: dict[str, Any],
-    encoding: Encoding,
-    shuffled: bool,
+    limit: int | None,
+    form: Form,
     workers: int,
     progress: Progress,
 ) -> DatasetFiles:
-    name, limit, skip = folder.name, settings["limit"], settings.get("on_error") == "skip"
+    name, skip = folder.name, spec.variable_size and form.on_error == "skip"
+    encoding, shuffled = form.encoding or Encoding(), form.shuffled is not False
     splits: dict[str, RawSplit] = {"train": raw.train, "test": raw.test}
     chosen = {split: _chosen(spec, split, images, limit, shuffled) for split, images in splits.items()}
     classes, shape = len(raw.train.classes), (spec.height, spec.width, spec.channels)
@@ -200,16 +198,18 @@ def _write(
         "dataset": name,
         "classes": list(raw.train.classes),
         "counts": {split: layout.count for split, layout in layouts.items()},
-        "settings": settings,
+        "settings": {"limit": limit},
         "content": {split: sums.content for split, sums in checksums.items()},
         "versions": {"fastar": __version__, **{package: version(package) for package in ("ffcv", "numpy", "pillow")}},
     }
     if spec.variable_size:
+        metadata["settings"] |= {"on_error": form.on_error, "val_share": form.val_share}
+        metadata["settings"] |= {"exif": form.exif} if form.exif == "apply" else {}
         metadata |= {"kind": VARIABLE, "encoding": asdict(encoding), "shuffled": shuffled, "skipped": skipped}
         metadata |= {"mean": list(spec.mean or ()), "std": list(spec.std or ()), "source": _source(spec, raw)}
     else:
         metadata |= _metadata_of_one_size(spec, raw, folder / f"train.beton{PARTIAL}", layouts["train"])
-        settings["encoding"] = "raw"
+        metadata["settings"]["encoding"] = "raw"
     return publish(folder, metadata, checksums)
 
 

@@ -190,18 +190,17 @@ class RunData(TaskData):
         root, directory = chosen.root.expanduser() if chosen.root else None, chosen.directory.expanduser()
         if stands_in(chosen.spec):
             return read_raw(chosen.spec, root, self._progress)
-        from fastar.data.convert import prepare  # only here: FFCV takes seconds
+        from fastar.data.convert import Form, prepare  # only here: FFCV takes seconds
         from fastar.data.encode import PRESETS
 
+        encoding = PRESETS[chosen.encoding] if chosen.encoding is not None else None
         return prepare(
             chosen.name,
-            data_root=root,
             directory=directory,
+            raw=root,
             own_name=chosen.own_name,
+            form=Form(encoding, val_share=chosen.val_share, exif=chosen.exif),
             workers=self._settings.workers,
-            encoding=PRESETS[chosen.encoding] if chosen.encoding is not None else None,
-            val_share=chosen.val_share,
-            exif=chosen.exif,
             progress=self._progress,
         )
 
