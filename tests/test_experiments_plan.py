@@ -20,10 +20,8 @@ from torch.nn import functional as F
 from fastar import config
 from fastar.config import load_settings
 from fastar.errors import FastarError
-from fastar.experiments import task
 from fastar.experiments.plan import plan_run, planning
 from fastar.experiments.plan.planning import batch_bytes
-from fastar.experiments.session import Session
 from fastar.losses import find_loss
 from fastar.matching.weight.match_weights import bytes_of_one
 from fastar.models import build_model
@@ -98,8 +96,7 @@ def symmetry(width: float) -> Symmetry:
 
 @pytest.fixture(autouse=True, scope="module")
 def counted_once() -> Iterator[None]:
-    """Bytes of one network are counted once, and its symmetry is derived once, for all plans; few time a matching."""
-    derive, timed = task.symmetry_by_settings, planning.matching_seconds
+    """Bytes of one network are counted once for all plans."""
     known: dict[Any, int] = {}
 
     def counted(model: nn.Module, some: Any, *more: Any, **how: Any) -> int:
@@ -108,17 +105,8 @@ def counted_once() -> Iterator[None]:
             known[key] = batch_bytes(model, some, *more, **how)
         return known[key]
 
-    def derived(settings: Any, model: nn.Module, *more: Any, **options: Any) -> Symmetry:
-        own = len(getattr(model, "stages", ())) == 4  # ResNet-18 and no other of these tests
-        return symmetry(WIDTH) if own else derive(settings, model, *more, **options)
-
-    def seconds(session: Session) -> float:
-        return timed(session) if session.settings.train.batch_size < 32 else 0.5
-
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(planning, "batch_bytes", counted)
-        patch.setattr(planning, "matching_seconds", seconds)
-        patch.setattr(task, "symmetry_by_settings", derived)
         yield
 
 
@@ -166,8 +154,9 @@ def test_work_is_all_epochs_and_all_models(tmp_path: Path) -> None:
     # 7 models when they are trained.
     measured = 26 + 1 + 6 + 16 + 7
     # 50,000 images for statistics, 50,000 and 10,000 for losses.
-    assert work == [(60, 50.0), (5, 50.0), (3 * 4, 0.5), (measured, 110.0)]
-    assert plan["seconds"] == 60 * 50 + 5 * 50 + 3 * 4 * 0.5 + measured * 110
+    matching = plan["work"][2]["seconds"]  # measured
+    assert work == [(60, 50.0), (5, 50.0), (3 * 4, matching), (measured, 110.0)]
+    assert plan["seconds"] == 60 * 50 + 5 * 50 + 3 * 4 * matching + measured * 110
     few = plan_of(tmp_path, *more, "evaluation.limit=1000", "evaluation.bn_batches=10", speed=500)
     assert few["work"][0]["seconds"] == 100.0
     assert few["work"][3]["seconds"] == pytest.approx((1000 + 10_000 + 10 * 128) / 500)

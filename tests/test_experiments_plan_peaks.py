@@ -25,11 +25,11 @@ from fastar.data.in_memory import DeviceDataset
 from fastar.experiments import measure, regular, star
 from fastar.experiments.plan import plan_run
 from fastar.experiments.session import Session, new_session
-from fastar.matching.weight import match_weights as weights
 from fastar.matching.weight.match_weights import bytes_of_one
 from fastar.models import build_model
 from fastar.runs import RunFolder
 from fastar.runtime import device as devices
+from fastar.runtime.memory import cap_gpu
 from fastar.symmetry import derive_symmetry
 from fastar.training import Matcher, RegularStep, fit
 
@@ -179,7 +179,7 @@ def test_of_images_that_stream(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("settings", [{}, {"perturbations": 2}, {"restarts": 2, "perturbations": 2}], ids=str)
-def test_the_automatic_chunk_of_matching(settings: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_automatic_chunk_of_matching(settings: dict[str, int]) -> None:
     """Two chunks take at most half of what is free, whatever a way out of local optima holds beside them."""
     count, device = 12, torch.device("cuda")
     states = [build_model("resnet20", input_shape=(3, 32, 32), classes=10, seed=n, width=0.5) for n in range(count + 1)]
@@ -188,10 +188,13 @@ def test_the_automatic_chunk_of_matching(settings: dict[str, int], monkeypatch: 
     rows = [model.state_dict() for model in states[1:]]
     sources = {name: torch.stack([row[name] for row in rows]).to(device) for name in groups.parameters}
     free = 4 * 4 * bytes_of_one(groups)  # four sources in each chunk, if nothing is perturbed
-    monkeypatch.setattr(weights, "free_bytes", lambda device: free)
-    before = torch.cuda.memory_allocated()
+    before, whole = torch.cuda.memory_allocated(), torch.cuda.mem_get_info(device)[1]
     torch.cuda.reset_peak_memory_stats()
-    match_weights(groups, theta, sources, threads=2, **settings)
+    cap_gpu(device, before + free)
+    try:
+        match_weights(groups, theta, sources, threads=2, **settings)
+    finally:
+        cap_gpu(device, whole)
     taken = torch.cuda.max_memory_allocated() - before
     assert 0.2 * free < taken <= 0.5 * free
 
