@@ -82,7 +82,7 @@ def test_twenty_kills_of_a_batch_norm_network_change_no_bit(tmp_path: Path, made
     data = ["--dataset", "digits"] if dataset == "digits" else [*IMAGES, f"dataset.root={made}"]
     options = [
         *("train-star", *data, "--arch", "resnet8", "--quiet", f"dataset.directory={tmp_path / 'data'}", *SMALL),
-        *("model.width=0.25", "dataset.limit=40", "train.batch_size=10", "train.epochs=4", "star.epochs=24"),
+        *("model.width=0.25", "dataset.limit=40", "train.batch_size=10", "train.epochs=4", "star.epochs=60"),
     ]
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert fastar(*options, "checkpoint.minutes=0", "--out", whole).code == 0
