@@ -40,7 +40,7 @@ from torch import Tensor
 from fastar.config import MatchingSettings, Settings, load_settings
 from fastar.errors import FastarError
 from fastar.evaluation import PathLosses, Segment, evaluate_paths
-from fastar.experiments.measure import choose_pairs, endpoint
+from fastar.experiments.measure import endpoint, regular_pairs
 from fastar.experiments.regular import regular_models
 from fastar.experiments.session import Session, threads
 from fastar.experiments.star_domain import prepare_session
@@ -226,7 +226,7 @@ def compare(session: Session, chosen_ways: Sequence[str] | None, *, with_star: b
         ]
         everything = [{name: value.to(device) for name, value in one.state.items()} for one in models]
         sources, heldouts = everything[: settings.sources.number], everything[settings.sources.number :]
-        chosen = choose_pairs(len(everything), settings.evaluation.regular_pairs, derive_seed(settings.seed, "pairs"))
+        chosen = regular_pairs(settings, settings.sources.number, settings.sources.heldout)
         for way in ways(session):
             if chosen_ways is not None and way.name.partition(",")[0] not in chosen_ways:
                 continue

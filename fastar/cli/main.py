@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from fastar._version import __version__
-from fastar.cli import after, match, show, theory, train
+from fastar.cli import after, match, show, sweep, theory, train
 from fastar.cli.failure import failure
 from fastar.cli.options import run_folders
 from fastar.errors import FastarError, OldName, UserCodeError
@@ -23,6 +23,7 @@ from fastar.runtime.user_code import users_traceback
 COMMANDS = {
     "train-star": train.train_star,
     "plan": train.plan,
+    "sweep": sweep.sweep,
     "train-sources": train.train_sources,
     "match": match.match,
     "match-many": match.match_many,

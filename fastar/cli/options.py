@@ -89,6 +89,8 @@ OPTIONS = {
     "of": Option(str, "gap|barrier", "What eps is compared with. Default: the squared gap."),
     "adversarial": Option(bool, None, "Add the theta that no permutation brings near."),
     "seed": Option(int, "N", "Seed of all that is drawn.", default=0),
+    "seeds": Option(int, "N", "Stars of each point, from different seeds (star.seed).", default=1),
+    "plan": Option(bool, None, "Train nothing: say what the largest point takes, and how many trainings there are."),
     "picture": Option(Path, "FILE", "Write the curves to this PNG."),
     "html": Option(bool, None, "Write one HTML page, to FILE where that is given, and draw nothing."),
     "json": Option(bool, None, "Print results as JSON on stdout, and nothing else there."),

@@ -82,6 +82,8 @@ def scaled(content: Mapping[str, Any], name: str, *, defaults: Mapping[str, Any]
         del most["dataset.limit"]  # it has fewer anyway
     if not dataset.variable_size:
         del most["dataset.resolution"]
+    if isinstance(old.get("evaluation.regular_pairs"), str):  # of fewer models anyway
+        del most["evaluation.regular_pairs"]
     new: dict[str, Any] = {key: value if old.get(key) is None else min(old[key], value) for key, value in most.items()}
     if old["train.batch_size"] > new["train.batch_size"] and old["train.optimizer"] == "sgd":
         new["train.lr"] = old["train.lr"] * new["train.batch_size"] / old["train.batch_size"]

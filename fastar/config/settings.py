@@ -12,12 +12,14 @@ from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 from fastar.config.datasets import DATASETS, DatasetSpec, dataset_spec, variable_size_names
 from fastar.config.train_settings import TrainSettings
 from fastar.config.types import (
+    CROSS,
     MOST,
     BelowOne,
     Count,
     Folder,
     Fraction,
     NotNegative,
+    Pairs,
     Positive,
     PositiveFloat,
     Section,
@@ -156,6 +158,8 @@ class StarSettings(Section):
     mu: NotNegative = 0.0
     """Weight of the star's own loss: the objective is (L_path + mu L_star) / (1 + mu). 1: the modified objective of the
     paper's table 2. A step then takes about twice the time. 0: the path's loss alone."""
+    seed: Count = 0
+    """Another star of the same sources for each number: its initialisation, draws and data order derive from it."""
     match_every_epochs: Count = 1
     """Match the sources every so many epochs, from the first on. 0: never."""
     epochs: UpToAMillion | None = None
@@ -237,8 +241,9 @@ class EvaluationSettings(Section):
     points, the models' own statistics at the ends."""
     match: bool = True
     """Match the ends of every path. false, and `matching.method=none`: measure them as they are."""
-    regular_pairs: Positive = 10
-    """Pairs of regular models to measure, drawn at random from Z and H. All of them where there are fewer."""
+    regular_pairs: Pairs = 10
+    """Pairs of regular models to measure. A number: drawn at random from Z and H, all where there are fewer. cross (the
+    paper): each source, at t = 0, with each heldout. cross:5x3: 5 sources and 3 heldouts, drawn at random."""
     star_sources: Positive | None = None
     """Sources that paths from the star are measured to, drawn at random. null: all."""
     limit: Positive | None = None
@@ -253,6 +258,12 @@ class EvaluationSettings(Section):
     """Images of a batch in evaluation."""
     graph: bool = False
     """Replay the work of each batch as one CUDA graph. Not yet run on a GPU."""
+
+    @property
+    def cross(self) -> tuple[int | None, int | None] | None:
+        """Numbers of sources and heldouts (None: all) of which each pair is measured; None: pairs drawn at random."""
+        found = CROSS.fullmatch(str(self.regular_pairs))
+        return None if found is None else (int(found[1]) if found[1] else None, int(found[2]) if found[2] else None)
 
 
 class CheckpointSettings(Section):
@@ -309,6 +320,11 @@ class Settings(Section):
 
     @model_validator(mode="after")
     def _consistent(self) -> Settings:
+        if isinstance(self.evaluation.regular_pairs, str) and not self.sources.heldout:
+            raise ValueError(
+                f"evaluation.regular_pairs={self.evaluation.regular_pairs} pairs sources with heldouts, and "
+                "there are no heldouts; give some (sources.heldout), or a number of pairs"
+            )
         if self.train.resolutions and not self.dataset.spec.variable_size:
             raise ValueError(
                 f"train.resolutions needs images of any size ({', '.join(variable_size_names())}), those of "

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from fastar.errors import FastarError
 
@@ -51,11 +52,21 @@ def _with_home(path: Path) -> Path:
     return path
 
 
+def _pairs(value: object) -> object:
+    whole = isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= MOST
+    if not whole and not (isinstance(value, str) and CROSS.fullmatch(value)):
+        raise ValueError("give a number of pairs from 1 on, cross, or cross:SOURCESxHELDOUTS, such as cross:5x3")
+    return value
+
+
 def _size(text: str) -> str:
     parse_bytes(text)  # a FastarError is a ValueError
     return text
 
 
+CROSS = re.compile(r"cross(?::([1-9][0-9]{0,8})x([1-9][0-9]{0,8}))?")
+"""Pairs of sources with heldouts: of all, or of some of both."""
+Pairs = Annotated[int | str, BeforeValidator(_pairs)]
 Size = Annotated[str, AfterValidator(_size)]
 Folder = Annotated[Path, AfterValidator(_with_home)]
 

@@ -11,12 +11,11 @@ from torch import Tensor
 from fastar.experiments.families import mean_row
 from fastar.experiments.finished_run import FinishedRun
 from fastar.experiments.matchings import star_permutations
-from fastar.experiments.measure import choose_pairs, permuted_row, spread
+from fastar.experiments.measure import permuted_row, regular_pairs, spread
 from fastar.experiments.session import Session, measuring, threads
 from fastar.runs import versions, write_json
 from fastar.runs.model_files import Checkpoint
 from fastar.runtime.json_files import sealed
-from fastar.runtime.seeds import derive_seed
 from fastar.symmetry import Permutations
 
 KINDS = ("regular_regular", "star_heldout", "star_source", "mean_star", "mean_heldout", "mean_source")
@@ -59,7 +58,7 @@ def _compared_pairs(run: FinishedRun) -> tuple[list[dict[str, Any]], dict[str, A
     sources = {f"source {i}": one for i, one in enumerate(run.sources)}
     heldouts = {f"heldout {i}": one for i, one in enumerate(run.heldouts)}
     star, regular = {"star": run.star}, list((sources | heldouts).items())
-    chosen = choose_pairs(len(regular), settings.evaluation.regular_pairs, derive_seed(settings.seed, "pairs"))
+    chosen = regular_pairs(settings, len(sources), len(heldouts))
     pairs: list[dict[str, Any]] = []
 
     def compare(

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
+from fastar.config import Settings
 from fastar.evaluation import Endpoint, PathLosses, Segment, evaluate_paths, evaluate_rows
 from fastar.evaluation.batch_norm import batch_norm_layers
 from fastar.evaluation.ends import check_end
@@ -131,6 +132,17 @@ def choose_pairs(count: int, wanted: int, seed: int) -> list[tuple[int, int]]:
     return [pairs[i] for i in sorted(chosen.tolist())]
 
 
+def regular_pairs(settings: Settings, sources: int, heldouts: int) -> list[tuple[int, int]]:
+    """The pairs of regular models that a run measures, by their numbers, sources before heldouts; the first stays as
+    it is, and the second is permuted."""
+    seed, cross = settings.seed, settings.evaluation.cross
+    if cross is None:
+        return choose_pairs(sources + heldouts, int(settings.evaluation.regular_pairs), derive_seed(seed, "pairs"))
+    firsts = choose(sources, cross[0], derive_seed(seed, "pairs", "source"))
+    seconds = choose(heldouts, cross[1], derive_seed(seed, "pairs", "heldout"))
+    return [(first, sources + second) for first in firsts for second in seconds]
+
+
 def paths_of_run(
     session: Session,
     star: Checkpoint,
@@ -169,7 +181,7 @@ def paths_of_run(
     segments = paths("star_heldout", star, centre, range(len(sources), len(regular)), None, progress)
     segments += paths("star_source", star, centre, measured, known, progress)
 
-    pairs = choose_pairs(len(regular), settings.evaluation.regular_pairs, derive_seed(settings.seed, "pairs"))
+    pairs = regular_pairs(settings, len(sources), len(heldouts))
     with progress.task("matching pairs", total=len(pairs), unit="pairs") as advance:
         for first, group in itertools.groupby(pairs, key=lambda pair: pair[0]):
             seconds = [second for _, second in group]

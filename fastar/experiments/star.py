@@ -129,7 +129,7 @@ def _train(
         stores: the sources in their rows, for the first attempt; for a later one the files are read again.
     """
     settings, run = session.settings, session.run
-    seed = derive_seed(settings.seed, "star", 0)
+    seed = derive_seed(settings.seed, "star", settings.star.seed)
     matched = settings.star_matched_every > 0
     if matched and not session.network.symmetry.groups:
         session.progress.line(

@@ -15,6 +15,13 @@ if TYPE_CHECKING:
     from fastar.experiments.user_task import Given
 
 
+def check_whole(settings: Settings, run: RunFolder) -> None:
+    """Raise FastarError unless a whole run with these settings may be done, or gone on with, in its folder."""
+    if settings.sources.number + settings.sources.heldout < 2:
+        raise FastarError("a barrier between regular models needs two of them: give more sources or heldouts")
+    run.check(settings)
+
+
 def train_star(
     settings: Settings,
     out: Path,
@@ -35,10 +42,8 @@ def train_star(
     Raises:
         FastarError: the folder belongs to another run, or bad input.
     """
-    if settings.sources.number + settings.sources.heldout < 2:
-        raise FastarError("a barrier between regular models needs two of them: give more sources or heldouts")
     run = RunFolder(out)
-    run.check(settings)
+    check_whole(settings, run)
 
     def task() -> str:
         from fastar.experiments.regular import task_digest  # a user's functions import torch anyway

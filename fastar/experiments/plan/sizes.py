@@ -29,7 +29,11 @@ def evaluated_models(settings: Settings) -> int:
     """Models that evaluation looks at: the inner points of all paths, and the ends."""
     sources, heldouts, wanted = settings.sources.number, settings.sources.heldout, settings.evaluation.star_sources
     regular = sources + heldouts
-    pairs = min(settings.evaluation.regular_pairs, regular * (regular - 1) // 2)
+    cross = settings.evaluation.cross
+    if cross is None:
+        pairs = min(int(settings.evaluation.regular_pairs), regular * (regular - 1) // 2)
+    else:
+        pairs = min(sources, cross[0] or sources) * min(heldouts, cross[1] or heldouts)
     stars = heldouts + (sources if wanted is None else min(sources, wanted))
     paths = stars + pairs * (2 if settings.ends_matched else 1)
     return paths * (settings.evaluation.points - 2) + 1 + stars + min(2 * pairs * 2, regular + pairs)

@@ -1,0 +1,148 @@
+"""A sweep: its points one after the other in one folder, and `sweep.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from fastar.config import Settings, changes
+from fastar.config.strict_yaml import read_yaml
+from fastar.errors import FastarError, refusal
+from fastar.experiments.sweeps.points import Point, overrides_of, points_of, take_over, trainings
+from fastar.experiments.whole_run import check_whole, train_star
+from fastar.runs import hold, write_atomically, write_json
+from fastar.runs.folder import FREE_KEYS
+from fastar.runs.lock import NAME as LOCK
+from fastar.runtime.json_files import read_file
+from fastar.runtime.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from fastar.experiments.user_task import Given
+
+
+def sweep(
+    settings: Settings,
+    kind: str,
+    values: Sequence[Any],
+    out: Path,
+    progress: Progress = SILENT,
+    *,
+    seeds: int = 1,
+    given: Given | None = None,
+) -> dict[str, Any]:
+    """Train and measure a star for each value of a setting, in run folders below `out`; what of them is the same is
+    trained once. Points that are finished stay, and those of earlier values are in the results too.
+
+    Args:
+        settings: of all points, but for the setting that is swept.
+        kind: sources, width, depth, t, mu, or a setting by its dotted key.
+        values: of it.
+        seeds: stars of each point (`star.seed`).
+        given: parts of the task that the settings do not name.
+
+    Returns:
+        The content of `sweep.json` (`sweep_results`).
+
+    Raises:
+        FastarError: bad input, before anything is trained, or a folder that holds something else; what was finished
+            stays, and the same call goes on from there.
+    """
+    asked = points_of(settings, kind, values, out, seeds)
+    known = _recorded(out, settings, kind)
+    every = [*known["values"], *(value for value in values if value not in known["values"])]
+    if all(isinstance(value, int | float) for value in every):
+        every.sort()
+    most = max(seeds, known["seeds"])
+    points = points_of(settings, kind, every, out, most)
+    wanted = {point.run.path for point in asked}
+    chosen = [point for point in points if point.run.path in wanted or point.run.results.is_file()]
+    _check(chosen, given)
+    with refusal(f"{out}: cannot be used as the folder of a sweep", "choose another (--out)"):
+        out.mkdir(parents=True, exist_ok=True)
+    with hold(out, progress.line):
+        content = {"kind": kind, "values": every, "seeds": most, "settings": settings.model_dump(mode="json")}
+        write_atomically(out / "sweep.yaml", yaml.safe_dump(content, sort_keys=False).encode())
+        found = []
+        for number, point in enumerate(chosen):
+            progress.line(f"sweep: {point.run.path.name} ({number + 1} of {len(chosen)})")
+            take_over(point, points, progress)
+            found.append(train_star(point.settings, point.run.path, progress, given=given))
+
+        from fastar.experiments.sweeps.figures import sweep_results  # imports torch
+
+        results = sweep_results(kind, chosen, found, out)
+        write_json(out / "sweep.json", results)
+    return results
+
+
+def plan_sweep(
+    settings: Settings,
+    kind: str,
+    values: Sequence[Any],
+    out: Path,
+    speed: float | None = None,
+    progress: Progress = SILENT,
+    *,
+    seeds: int = 1,
+) -> dict[str, Any]:
+    """The plan (`plan_run`) of the point with the largest value, the last of those that are no numbers; and
+    `trainings`: the regular models and the stars of all points, what they share counted once."""
+    from fastar.experiments.plan import plan_run
+
+    points = points_of(settings, kind, values, out, seeds)
+    numbers = all(isinstance(point.value, int | float) for point in points)
+    largest = max(points, key=lambda point: point.value) if numbers else points[-1]
+    regular, stars = trainings(points)
+    plan = plan_run(largest.settings, largest.run.path, speed, progress)
+    return {**plan, "point": largest.run.path.name, "trainings": {"regular": regular, "star": stars}}
+
+
+def _recorded(out: Path, settings: Settings, kind: str) -> dict[str, Any]:
+    """The values and the number of seeds of the sweep in the folder; none in a new one.
+
+    Raises:
+        FastarError: it holds another sweep, or something else.
+    """
+    path, new = out / "sweep.yaml", {"values": [], "seeds": 1}
+    with refusal(f"{out}: cannot be used as the folder of a sweep", "choose another (--out)"):
+        there = sorted(one.name for one in out.iterdir() if one.name != LOCK) if out.exists() else []
+        if not path.is_file():
+            foreign = [name for name in there if not name.endswith(".tmp")]
+            if foreign:
+                raise FastarError(f"{out}: holds {foreign[0]} but no sweep.yaml: no sweep; choose another (--out)")
+            return new
+        try:
+            found = read_yaml(read_file(path).decode())
+            was, old = (found["kind"], found["values"], found["seeds"]), found["settings"]
+            whole = isinstance(was[1], list) and isinstance(was[2], int) and isinstance(old, dict)
+        except (FastarError, UnicodeDecodeError, LookupError, TypeError):
+            whole = False
+        if not whole:
+            raise FastarError(f"{path}: damaged; restore it, or delete it and {out / 'points'}")
+        if not any((out / "points").glob("*/config.yaml")):
+            return new  # nothing of it was finished: it may become any sweep
+    swept = overrides_of(settings, kind, 0)
+    differ = {"kind": (was[0], kind)} if was[0] != kind else changes(old, settings.model_dump(mode="json"))
+    for key, (before, now) in differ.items():
+        grown = key == "sources.heldout" and before <= now
+        if not key.startswith(FREE_KEYS) and key not in swept and not grown:
+            raise FastarError(
+                f"{out}: holds another sweep ({key} was {before!r}, now {now!r}); choose another folder (--out) or the "
+                "same settings"
+            )
+    return {"values": was[1], "seeds": was[2]}
+
+
+def _check(points: Sequence[Point], given: Given | None) -> None:
+    """Raise FastarError if one of the points cannot be run, before the first of them is; as far as it is cheap."""
+    for point in points:
+        check_whole(point.settings, point.run)
+    unfinished = [point for point in points if not point.run.results.is_file()]
+    if unfinished:
+        from fastar.experiments.star_domain import prepare_session  # only now torch and all that is slow to import
+
+        for point in unfinished:
+            prepare_session(point.settings, point.run.path, given=given)
