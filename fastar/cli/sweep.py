@@ -12,8 +12,10 @@ from fastar.cli.output import print_json, print_lines, print_table
 Kind = Annotated[str, typer.Argument(metavar="KIND", help="sources, width, depth, t, mu, or a setting's name.")]
 Values = Annotated[str, typer.Argument(metavar="VALUES", help="Its values, joined by commas.")]
 
+FOLDER = "Folder of the sweep. Default: runs/DATASET-ARCH-seedSEED-KIND."
 
-@takes(*RUN, "seeds", "plan", "images_per_second", "json", "quiet", out="Folder of the sweep.")
+
+@takes(*RUN, "seeds", "plan", "images_per_second", "json", "quiet", out=FOLDER)
 def sweep(given: Given, kind: Kind, values: Values, overrides: Overrides = None) -> None:
     """Train and measure a star for each value of a setting; sources and heldouts that do not change are trained once.
 

@@ -80,17 +80,21 @@ def _r2(y: Sequence[float], fitted: np.ndarray) -> float | None:
 
 
 def _power(n: Sequence[float], y: Sequence[float] | np.ndarray) -> np.ndarray | None:
-    """a, b and c; None: no fit was found."""
+    """a, b and c; None: all is 0, or no fit was found."""
     from scipy.optimize import OptimizeWarning, curve_fit
 
     curve: Callable[..., np.ndarray] = lambda n, a, b, c: a * n**-b + c  # noqa: E731
-    start = max(y) - min(y), 0.5, min(y) / 2
+    most = float(max(y))
+    if most <= 0:
+        return None
+    whole = np.asarray(y) / most
+    start = np.ptp(whole), 0.5, whole.min() / 2
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", OptimizeWarning)  # of the covariance, which is not used
         try:
             found, _ = curve_fit(
-                curve, np.asarray(n, float), np.asarray(y), p0=start, bounds=([0, 0, 0], [np.inf, STEEPEST, np.inf])
+                curve, np.asarray(n, float), whole, p0=start, bounds=([0, 0, 0], [np.inf, STEEPEST, np.inf])
             )
         except RuntimeError:  # it did not converge
             return None
-    return np.asarray(found)
+    return np.asarray(found) * [most, 1, most]

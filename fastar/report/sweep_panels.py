@@ -28,7 +28,7 @@ DECADE = 8.0
 
 def sweep_table(found: Mapping[str, Any]) -> Table:
     """A row for each point: losses and barriers on the train set, the accuracy of the star on the last split."""
-    accuracy, tested = _accuracy(found), _splits(found)[-1]
+    accuracy, tested = _metric(found), _splits(found)[-1]
     table = Table(title=f"{task_name(found)}: sweep of {found['kind']}, train set", title_justify="left")
     table.add_column(found["kind"], justify="right")
     for column in ("stars", "loss, regular", "loss, star", *(f"barrier, {name}" for _, name in BARRIERS)):
@@ -71,7 +71,7 @@ def sweep_picture(found: Mapping[str, Any], path: Path) -> None:
     """Write a PNG: barriers over the values, and beside them the barriers from the star over those between regular
     models, where these differ; else the star's loss and accuracy over the values, as a bad star has low barriers."""
     scatter = found["fits"]["train"]["line"]["reason"] is None
-    count = 2 if scatter or not _accuracy(found) else 3
+    count = 2 if scatter or not _metric(found) else 3
     with figure_of(path, (4.6 * count, 4.4)) as figure:
         figure.get_layout_engine().set(wspace=0.06)
         panels = figure.subplots(1, count)
@@ -93,7 +93,7 @@ def _splits(found: Mapping[str, Any]) -> list[str]:
     return list(found["fits"])
 
 
-def _accuracy(found: Mapping[str, Any]) -> str | None:
+def _metric(found: Mapping[str, Any]) -> str | None:
     """The first metric that is there."""
     return next(iter(found["points"][0]["train"].get("metrics", {})), None)
 
@@ -189,7 +189,7 @@ def _draw_scatter(panel: Any, found: Mapping[str, Any]) -> None:
 def _draw_star(losses: Any, accuracies: Any | None, found: Mapping[str, Any]) -> None:
     """Losses and accuracies of the star and of regular models, and the largest loss on the paths to heldouts: where the
     star is bad, its barriers are low."""
-    tested, accuracy = _splits(found)[-1], _accuracy(found)
+    tested, accuracy = _splits(found)[-1], _metric(found)
     points = found["points"]
     x = _positions(losses, found)
     for shift, style, key in ((-3, STAR_STYLE, "star_loss"), (3, REGULAR_STYLE, "regular_loss")):

@@ -22,6 +22,8 @@ KINDS = {"sources": "sources.number", "width": "model.width", "depth": "model.de
 """Short names of settings that are swept."""
 # Settings that no model depends on. What `device` may change, such as `train.precision=auto`, models depend on.
 _FREE = tuple(key for key in FREE_KEYS if key != "device")
+# Numbers that YAML 1.1 takes for text.
+_POWER_OF_TEN = re.compile(r"[+-]?[0-9]+(\.[0-9]*)?[eE][+-]?[0-9]+")
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,7 @@ def read_values(text: str) -> list[Any]:
         raise FastarError(f"{shortened(text)!r}: write values joined by commas, such as 2,5,10 ({error})") from error
     if not values:
         raise FastarError("no values: write some joined by commas, such as 2,5,10")
-    return values
+    return [float(one) if isinstance(one, str) and _POWER_OF_TEN.fullmatch(one) else one for one in values]
 
 
 def overrides_of(base: Settings, kind: str, value: Any) -> dict[str, Any]:

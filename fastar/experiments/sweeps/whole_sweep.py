@@ -50,13 +50,14 @@ def sweep(
         FastarError: bad input, before anything is trained, or a folder that holds something else; what was finished
             stays, and the same call goes on from there.
     """
-    asked = points_of(settings, kind, values, out, seeds)
+    points_of(settings, kind, values, out, seeds)  # what is wrong with them is said first
     known = _recorded(out, settings, kind)
     every = [*known["values"], *(value for value in values if value not in known["values"])]
     if all(isinstance(value, int | float) for value in every):
         every.sort()
     most = max(seeds, known["seeds"])
     points = points_of(settings, kind, every, out, most)
+    asked = points_of(settings, kind, [value for value in every if value in values], out, seeds)
     wanted = {point.run.path for point in asked}
     chosen = [point for point in points if point.run.path in wanted or point.run.results.is_file()]
     _check(chosen, given)
