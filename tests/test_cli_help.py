@@ -45,7 +45,7 @@ def check(arguments: list[str]) -> None:
 
 def test_commands_are_those_promised() -> None:
     assert set(COMMANDS) == {
-        *("train-star", "plan", "train-sources", "match", "match-many"),
+        *("train-star", "plan", "sweep", "train-sources", "match", "match-many"),
         *("barrier", "uncertainty", "fuse", "perturb", "distances", "theory"),
         *("report", "runs", "verify", "configs", "doctor"),
     }

@@ -15,11 +15,13 @@ from torch.nn import functional as F
 
 from fastar.config import load_settings
 from fastar.evaluation import evaluate_rows
-from fastar.experiments.measure import choose, endpoint
+from fastar.experiments import train_star
+from fastar.experiments.measure import choose, choose_pairs, endpoint, regular_pairs
 from fastar.experiments.session import new_session
 from fastar.report.results import statistics_lines
 from fastar.runs import RunFolder
 from fastar.runs.model_files import Checkpoint
+from fastar.runtime.seeds import derive_seed
 
 
 @pytest.fixture(scope="module")
@@ -154,3 +156,54 @@ def test_chosen_models_are_some_of_all_in_order() -> None:
     assert all(len(set(three)) == 3 and list(three) == sorted(three) for three in drawn)
     assert len(drawn) > 15  # 4,060 are possible
     assert choose(30, 3, 7) == choose(30, 3, 7)
+
+
+def test_pairs_are_drawn_or_of_sources_with_heldouts() -> None:
+    def pairs(wanted: object, sources: int = 4, heldouts: int = 3) -> list[tuple[int, int]]:
+        settings = load_settings(dataset="digits", values={"evaluation.regular_pairs": wanted, "seed": 5})
+        return regular_pairs(settings, sources, heldouts)
+
+    assert pairs(6) == choose_pairs(7, 6, derive_seed(5, "pairs"))  # as ever
+    assert pairs("cross") == [(source, heldout) for source in range(4) for heldout in (4, 5, 6)]
+    found = pairs("cross:3x2")
+    sources, heldouts = ({pair[end] for pair in found} for end in (0, 1))
+    assert found == [(source, heldout) for source in sorted(sources) for heldout in sorted(heldouts)]
+    assert (len(sources), len(heldouts)) == (3, 2)
+    assert sources < set(range(4))
+    assert heldouts < {4, 5, 6}
+    assert pairs("cross:30x2", 40, 2) != pairs("cross:30x2", 41, 2)[:60]  # drawn, not the first
+    assert pairs("cross:9x9") == pairs("cross")
+
+
+def test_pairs_of_a_run_are_of_sources_at_t_0_with_heldouts(tmp_path: Path) -> None:
+    own = {**dict.fromkeys(("train.epochs", "model.depth"), 1), "dataset.limit": 200, "evaluation.points": 3}
+    own |= {"sources.number": 3, "sources.heldout": 2, "evaluation.regular_pairs": "cross:3x1"}
+    settings = load_settings(dataset="digits", values={**own, "dataset.directory": str(tmp_path), "device": "cpu"})
+    found = train_star(settings, tmp_path / "run")
+    pairs = [(path["first"], path["second"]) for path in found["paths"] if path["kind"] == "regular_regular"]
+    (heldout,) = {second for _, second in pairs}
+    assert pairs == [(f"source {index}", heldout) for index in range(3)]
+    assert heldout in ("heldout 0", "heldout 1")
+    assert found["train"]["regular_regular"]["n"] == found["train"]["regular_regular_unmatched"]["n"] == 3
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("regular_pairs=0", "evaluation.regular_pairs=0: give a number of pairs from 1 on, cross, or cross:SOURCESx"),
+        ("regular_pairs=true", "evaluation.regular_pairs=True: give a number of pairs"),
+        ("regular_pairs=2.5", "evaluation.regular_pairs=2.5: give a number of pairs"),
+        ("regular_pairs=cross:5", "evaluation.regular_pairs='cross:5': give a number of pairs"),
+        ("regular_pairs=cross:0x2", "evaluation.regular_pairs='cross:0x2': give a number of pairs"),
+    ],
+)
+def test_other_pairs_are_refused(given: str, said: str) -> None:
+    assert said in refused("train-star", "--dataset", "digits", f"evaluation.{given}")
+
+
+def test_pairs_with_heldouts_need_some(tmp_path: Path) -> None:
+    said = refused("train-star", "--dataset", "digits", "--heldout", 0, "evaluation.regular_pairs=cross")
+    assert "evaluation.regular_pairs=cross pairs sources with heldouts, and there are no heldouts; give some" in said
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("{dataset: {name: digits}, model: {arch: mlp}, evaluation: {regular_pairs: cross}}")
+    assert load_settings(file=recipe, scale="smoke").evaluation.cross == (None, None)

@@ -157,6 +157,9 @@ def test_work_is_all_epochs_and_all_models(tmp_path: Path) -> None:
     matching = plan["work"][2]["seconds"]  # measured
     assert work == [(60, 50.0), (5, 50.0), (3 * 4, matching), (measured, 110.0)]
     assert plan["seconds"] == 60 * 50 + 5 * 50 + 3 * 4 * matching + measured * 110
+    crossed = plan_of(tmp_path, *more, "star.epochs=5", "evaluation.points=3", "evaluation.regular_pairs=cross:3x9")
+    # 3 x 2 pairs twice, and their ends: 6 as they are, and each second one matched.
+    assert crossed["work"][-1]["times"] == 6 + 2 * 6 + 1 + 6 + (6 + 6) + 7
     few = plan_of(tmp_path, *more, "evaluation.limit=1000", "evaluation.bn_batches=10", speed=500)
     assert few["work"][0]["seconds"] == 100.0
     assert few["work"][3]["seconds"] == pytest.approx((1000 + 10_000 + 10 * 128) / 500)

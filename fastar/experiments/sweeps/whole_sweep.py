@@ -72,7 +72,7 @@ def sweep(
             take_over(point, points, progress)
             found.append(train_star(point.settings, point.run.path, progress, given=given))
 
-        from fastar.experiments.sweeps.figures import sweep_results  # imports torch
+        from fastar.experiments.sweeps.sweep_results import sweep_results  # imports torch
 
         results = sweep_results(kind, chosen, found, out)
         write_json(out / "sweep.json", results)
