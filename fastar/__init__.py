@@ -1,6 +1,7 @@
 """fastar finds star models of neural networks and measures linear mode connectivity.
 
-From Python, a star of your own network, data and loss: `fastar.train_sources`, `fastar.train_star`, `fastar.load_run`.
+From Python, a star of your own network, data and loss: `fastar.train_sources`, `fastar.train_star`, `fastar.load_run`;
+several stars that differ in one setting: `fastar.sweep`.
 For any two networks of one architecture: `fastar.match`, `fastar.apply`, `fastar.barrier`, and `fastar.match_many` for
 a set of them. They are imported when first used: the command line is to be instant.
 """
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
         load_run,
         match,
         match_many,
+        sweep,
         train_sources,
         train_star,
     )
@@ -53,6 +55,7 @@ __all__ = [
     "load_run",
     "match",
     "match_many",
+    "sweep",
     "train_sources",
     "train_star",
 ]

@@ -400,7 +400,9 @@ def test_the_public_names() -> None:
     assert (Path(fastar.__file__).parent / "py.typed").is_file()
 
 
-PUBLIC = ["match", "match_many", "apply", "barrier", "train_sources", "train_star", "load_run", "Recipe", "Data"]
+PUBLIC = [
+    *("match", "match_many", "apply", "barrier", "train_sources", "train_star", "sweep", "load_run", "Recipe", "Data"),
+]
 
 
 @pytest.mark.parametrize("name", PUBLIC)

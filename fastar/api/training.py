@@ -1,4 +1,4 @@
-"""The main job from Python: `fastar.train_sources`, `fastar.train_star`, `fastar.load_run`."""
+"""The main job from Python: `fastar.train_sources`, `fastar.train_star`, `fastar.sweep`, `fastar.load_run`."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from fastar.experiments.matchings import star_permutations
 from fastar.experiments.plan.trial import check_task
 from fastar.experiments.session import Session, new_session
 from fastar.experiments.star_domain import train_sources as train_missing
+from fastar.experiments.sweeps import sweep as whole_sweep
 from fastar.experiments.user_task import PYTHON, Given
 from fastar.experiments.whole_run import train_star as do_whole_run
 from fastar.losses import LossChoice, MetricChoice
@@ -152,6 +153,57 @@ def train_star(
         found = _model("star", run.star, build, out is not None)
         permutations = star_permutations(run.permutations) or None
         return Star(**vars(found), permutations=permutations, results=results, _session=session)
+
+
+def sweep(
+    build: Build,
+    train: Any,
+    recipe: Recipe | None,
+    kind: str,
+    values: Sequence[Any],
+    *,
+    out: Path | str,
+    sources: int = 10,
+    heldouts: int = 3,
+    seeds: int = 1,
+    test: Any = None,
+    loss: LossChoice = "cross_entropy",
+    metrics: Sequence[MetricChoice] | None = None,
+    progress: Progress | bool = True,
+) -> dict[str, Any]:
+    """Train and measure a star for each value of a setting; sources and heldouts that do not change are trained once.
+
+    Args:
+        kind: sources, t, mu, or a setting of the recipe by its dotted name, such as train.lr. width, depth, and
+            model.NAME are arguments of `build`.
+        values: of it.
+        out: folder of the sweep; the same call goes on there, and more values are added.
+        sources, heldouts: their numbers.
+        seeds: stars of each point.
+        build, train, recipe, test, loss, metrics, progress: as of `train_sources`.
+
+    Returns:
+        What `sweep.json` in the folder holds: points, with the mean of each figure, its standard deviation and 95 %
+        interval, and fits through them.
+
+    Raises:
+        FastarError: bad input, in one line; what was finished stays.
+
+    Example:
+        >>> import fastar, torch
+        >>> from torch import nn
+        >>> build = lambda width: nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Linear(width, 3))
+        >>> train = torch.randn(60, 4), torch.randint(3, (60,))
+        >>> recipe = fastar.Recipe(epochs=1, batch_size=20)
+        >>> found = fastar.sweep(build, train, recipe, "width", [4, 8], out="runs/widths", sources=2, progress=False)
+        >>> [(point["value"], point["train"]["star_heldout"]["n"]) for point in found["points"]]
+        [(4, 3), (8, 3)]
+    """
+    given, folder = _given(build, train, test, loss, metrics), Path(out)
+    numbers = {"number": sources, "heldout": heldouts}
+    with _interruptible():
+        settings = _settings(recipe, build, given, RunFolder(folder), True, numbers)
+        return whole_sweep(settings, kind, list(values), folder, shown(progress), seeds=seeds, given=given)
 
 
 def load_run(
