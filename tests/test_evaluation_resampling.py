@@ -86,6 +86,7 @@ def test_a_power_law_is_found_again() -> None:
     [
         ([3.0, 2.0, 1.0], "needs 4 points, there are 3"),
         ([1.0, 2.0, 3.0, 4.0], "it does not fall with the number of sources"),
+        ([2.0, 1.0, 1.0, 1.0], "it falls between the first two points alone"),
         ([1.0, 1.0, 1.0, 1.0], "it does not fall with the number of sources"),
         ([0.0, 0.0, 0.0, 0.0], "it does not fall with the number of sources"),
     ],

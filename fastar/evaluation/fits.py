@@ -52,6 +52,8 @@ def power_law(n: Sequence[float], y: Sequence[float], resampled: Sequence[np.nda
     found = _power(n, y)
     if found is None or found[0] <= 1e-6 * max(y) or found[1] <= 1e-6:
         return {**nothing, "reason": "it does not fall with the number of sources"}
+    if found[1] > 0.999 * STEEPEST:
+        return {**nothing, "reason": "it falls between the first two points alone"}
     a, b, c = map(float, found)
     again = np.stack(resampled, 1)[:POWER_RESAMPLES]
     others = [other for row in again if np.isfinite(row).all() and (other := _power(n, row)) is not None]

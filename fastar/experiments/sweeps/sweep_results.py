@@ -37,9 +37,10 @@ def sweep_results(kind: str, points: Sequence[Point], results: Sequence[Results]
 
     Returns:
         dataset, arch, kind, seed, versions, resamples; points, each with value, overrides, sources, heldout, seeds,
-        folders, and for each split star_loss, regular_loss, the barriers of `KINDS`, their largest_loss and
-        accuracy_barrier, and metrics (name -> star, regular): mean, std, min, max, n and interval; for each split the
-        fits: line of star_heldout over regular_regular, and power_law of star_heldout over the number of sources.
+        folders, and for each split star_loss, regular_loss, the barriers of `KINDS` (matched, where the run matches),
+        their largest_loss and accuracy_barrier, and metrics (name -> star, regular): mean, std, min, max, n and
+        interval; for each split the fits: line of star_heldout over regular_regular, and power_law of star_heldout over
+        the number of sources.
     """
     found, means = [], []
     for _, pairs in groupby(zip(points, results, strict=True), key=lambda pair: repr(pair[0].value)):
@@ -92,33 +93,32 @@ def _point(points: Sequence[Point], results: Sequence[Results], folder: Path) ->
 
 def _values(points: Sequence[Point], results: Sequence[Results], split: str) -> Values:
     """All values of a point on a split; those of regular models from its first star's run: they are the same in all."""
-    first = results[0]["paths"]
-    names = [key.removeprefix(f"{split}_") for key in first[0] if key.startswith(f"{split}_")]
+    names = [key.removeprefix(f"{split}_") for key in results[0]["paths"][0] if key.startswith(f"{split}_")]
     accuracy = accuracy_name(names)
-    found: Values = {(*section, kind): [] for section in ((), ("largest_loss",)) for kind in KINDS}
+    sections = (), ("largest_loss",), *([("accuracy_barrier",)] if accuracy else [])
+    found: Values = {(*section, kind): [] for section in sections for kind in KINDS}
 
-    def add(path: Mapping[str, Any], *stars: tuple[str, str]) -> None:
+    def add(kind: str, path: Mapping[str, Any], networks: Networks) -> None:
         """Add the barriers of a path."""
-        kind, t, loss, networks = path["kind"], path["t"], path[f"{split}_loss"], [*stars, *_regular(path)]
+        t, loss = path["t"], path[f"{split}_loss"]
         found[(kind,)].append((barrier(t, loss), networks))
         found["largest_loss", kind].append((max(loss), networks))
         if accuracy:
-            value = accuracy_barrier(t, path[f"{split}_{accuracy}"])
-            found.setdefault(("accuracy_barrier", kind), []).append((value, networks))
+            found["accuracy_barrier", kind].append((accuracy_barrier(t, path[f"{split}_{accuracy}"]), networks))
 
-    for path in first:
-        if path["kind"] == "regular_regular":
-            add(path)
-    for name in names:
-        regular, star = _places(name)
-        found[regular] = [(path[f"{split}_{name}"][-1], _regular(path)) for path in first if path["kind"] in STAR_KINDS]
-        found[star] = []
+    measured = "regular_regular" if points[0].settings.ends_matched else "regular_regular_unmatched"
+    pairs = [path for path in results[0]["paths"] if path["kind"] == measured]
+    crossed = all([part for part, _ in _regular(path)] == ["source", "heldout"] for path in pairs)
+    for path in pairs:
+        add("regular_regular", path, _regular(path) if crossed else _pooled(path))
     for point, result in zip(points, results, strict=True):
-        paths, own = [path for path in result["paths"] if path["kind"] in STAR_KINDS], ("star", point.run.path.name)
+        paths, star = [path for path in result["paths"] if path["kind"] in STAR_KINDS], ("star", point.run.path.name)
         for path in paths:
-            add(path, own)
+            add(path["kind"], path, [star, *_regular(path)])
         for name in names:
-            found[_places(name)[1]].append((paths[0][f"{split}_{name}"][0], [own]))
+            of_regular, of_star = _places(name)
+            found.setdefault(of_regular, [(path[f"{split}_{name}"][-1], _pooled(path)) for path in paths])
+            found.setdefault(of_star, []).append((paths[0][f"{split}_{name}"][0], [star]))
     return found
 
 
@@ -126,6 +126,11 @@ def _regular(path: Mapping[str, Any]) -> Networks:
     """The regular models at the ends of a path: ("source", "3")."""
     names = [path[end].partition(" ") for end in ("first", "second") if path[end] != "star"]
     return [(part, number) for part, _, number in names]
+
+
+def _pooled(path: Mapping[str, Any]) -> Networks:
+    """The same, drawn from sources and heldouts together: one is as good as the other."""
+    return [("regular", f"{part} {number}") for part, number in _regular(path)]
 
 
 def _places(metric: str) -> tuple[tuple[str, ...], tuple[str, ...]]:
