@@ -21,6 +21,7 @@ from fastar.experiments import train_star
 from fastar.experiments.sweeps import plan_sweep, sweep
 from fastar.experiments.sweeps.points import points_of, read_values, take_over
 from fastar.report.sweep_panels import sweep_lines, sweep_picture, sweep_table
+from fastar.runs import hold
 from fastar.runtime.progress import SILENT
 from fastar.training import RegularStep, StarStep
 
@@ -242,6 +243,11 @@ def test_folders_that_hold_something_else_are_refused(swept: Swept, data: Path, 
     (damaged / "sweep.yaml").write_text("kind: [")
     with pytest.raises(FastarError, match="damaged; restore it"):
         sweep(settings_of(data), "sources", [1], damaged)
+
+
+def test_two_at_once_are_refused(data: Path, tmp_path: Path) -> None:
+    with hold(tmp_path), pytest.raises(FastarError, match="in use by another fastar"):
+        sweep(unmatched(data), "sources", [1], tmp_path)
 
 
 def test_values_are_read_as_settings_are() -> None:

@@ -203,7 +203,8 @@ def sweep(
     numbers = {"number": sources, "heldout": heldouts}
     with _interruptible():
         settings = _settings(recipe, build, given, RunFolder(folder), True, numbers)
-        return whole_sweep(settings, kind, list(values), folder, shown(progress), seeds=seeds, given=given)
+        plain = [value.item() if hasattr(value, "item") else value for value in values]  # of NumPy's
+        return whole_sweep(settings, kind, plain, folder, shown(progress), seeds=seeds, given=given)
 
 
 def load_run(

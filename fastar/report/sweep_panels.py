@@ -84,7 +84,7 @@ def sweep_picture(found: Mapping[str, Any], path: Path) -> None:
         if not scatter:
             others, names = panels[1].get_legend_handles_labels()
             handles, labels = [*handles, *others], [*labels, *names]
-        figure.legend(handles, labels, loc="outside lower center", ncols=2 * count, frameon=False, fontsize=9)
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
         title = f"{task_name(found)}: sweep of {found['kind']} (bars, band: one standard deviation)"
         figure.suptitle(title, fontsize=11)
 
@@ -152,7 +152,7 @@ def _draw_barriers(panel: Any, found: Mapping[str, Any]) -> None:
     if power["reason"] is None:
         n = [x[0] * (x[-1] / x[0]) ** (i / 100) for i in range(101)]
         law = [power["a"] * one ** -power["b"] + power["c"] for one in n]
-        label = f"{power['a']:.2f} n^-{power['b']:.2f} + {power['c']:.2f}"
+        label = f"power law {power['a']:.2f} n^-{power['b']:.2f} + {power['c']:.2f}"
         panel.plot(n, law, color="black", linestyle=":", linewidth=1.5, label=label)
     panel.set_ylabel("train loss barrier")
     panel.set_ylim(bottom=0)
