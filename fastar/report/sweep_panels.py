@@ -161,28 +161,36 @@ def _draw_barriers(panel: Any, found: Mapping[str, Any]) -> None:
 
 def _draw_scatter(panel: Any, found: Mapping[str, Any]) -> None:
     """The star's barriers to heldouts over those between regular models, with 95 % intervals; the line through them,
-    and the diagonal."""
-    line, (x, y) = found["fits"]["train"]["line"], OVER
+    and the diagonal. Both axes are logarithmic where the barriers span a decade."""
+    fit, (x, y) = found["fits"]["train"]["line"], OVER
     points = [point for point in found["points"] if point["train"][x]["n"] and point["train"][y]["n"]]
+    means = [[point["train"][key]["mean"] for point in points] for key in OVER]
+    log = min(map(min, means)) > 0 and max(means[0]) >= DECADE * min(means[0])
     _, colour, _, marker = STYLES[y]
-    for point in points:
-        at, height = (point["train"][key]["mean"] for key in OVER)
-        ends = [point["train"][key]["interval"] or [point["train"][key]["mean"]] * 2 for key in OVER]
-        panel.plot(ends[0], [height, height], color=colour, linewidth=0.8, alpha=0.7)
-        panel.plot([at, at], ends[1], color=colour, linewidth=0.8, alpha=0.7)
+    ends = []
+    for point, at, height in zip(points, *means, strict=True):
+        across, up = (point["train"][key]["interval"] or [point["train"][key]["mean"]] * 2 for key in OVER)
+        panel.plot(across, [height, height], color=colour, linewidth=0.8, alpha=0.7)
+        panel.plot([at, at], up, color=colour, linewidth=0.8, alpha=0.7)
         panel.plot([at], [height], color=colour, marker=marker, markersize=6)
-        above = height > line["intercept"] + line["slope"] * at
+        above = height > fit["intercept"] + fit["slope"] * at
         place = {"xytext": (-5, 5), "ha": "right"} if above else {"xytext": (6, -12), "ha": "left"}
         panel.annotate(str(point["value"]), (at, height), textcoords="offset points", fontsize=9, **place)
-    most = panel.get_xlim()[1]
-    panel.plot([0, most], [line["intercept"], line["intercept"] + line["slope"] * most], color="black", linewidth=1.2)
-    top = panel.get_ylim()[1]
-    panel.plot([0, most], [0, most], color="grey", linestyle="--", linewidth=1)
-    panel.set_xlim(0, most)
-    panel.set_ylim(0, top)
+        ends.append((across[1], up[1]))
+    most, top = (1.1 * max(column) for column in zip(*ends, strict=True))
+    least, bottom = (0.6 * min(column) if log else 0.0 for column in means)
+    line = [least + (most - least) * (i / 1000) ** 3 for i in range(1001)]  # denser where a logarithmic axis is wide
+    straight = [(at, height) for at in line if (height := fit["intercept"] + fit["slope"] * at) > 0]
+    panel.plot(*zip(*straight, strict=True), color="black", linewidth=1.2)
+    panel.plot(line, line, color="grey", linestyle="--", linewidth=1)
+    if log:
+        panel.set_xscale("log")
+        panel.set_yscale("log")
+    panel.set_xlim(least, most)
+    panel.set_ylim(bottom, top)
     panel.set_xlabel("train loss barrier, regular to regular")
     panel.set_ylabel("train loss barrier, star to heldouts")
-    panel.set_title(f"slope {line['slope']:.2f}; bars: 95 %; dashed: equal", fontsize=10)
+    panel.set_title(f"line of slope {fit['slope']:.2f}; bars: 95 %; dashed: equal", fontsize=10)
     plain(panel)
 
 
