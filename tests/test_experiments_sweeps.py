@@ -274,6 +274,9 @@ def test_the_plan_counts_what_is_shared_once(data: Path, tmp_path: Path) -> None
     assert planned("width", [4, 8])["trainings"] == {"regular": 2 * 4, "star": 2}
     assert planned("t", ["uniform", "constant"], 3)["trainings"] == {"regular": 4, "star": 6}
     assert planned("evaluation.points", [3, 11])["trainings"] == {"regular": 4, "star": 1}
+    small = ["matching.method=none", "device=cpu", "--heldout", 2, "--images-per-second", 1000]
+    outcome = fastar("sweep", "sources", "2,5", "--dataset", "digits", *small, "--plan", "--out", tmp_path / "sweep")
+    assert outcome.out.endswith("this is sources=5; the sweep trains 7 sources and heldouts and 2 stars in all\n")
     assert not (tmp_path / "sweep").exists()
 
 
