@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from fastar._version import __version__
-from fastar.cli import after, match, show, sweep, theory, train
+from fastar.cli import after, geometry, match, show, sweep, theory, train
 from fastar.cli.failure import failure
 from fastar.cli.options import run_folders
 from fastar.errors import FastarError, OldName, UserCodeError
@@ -32,6 +32,7 @@ COMMANDS = {
     "fuse": after.fuse,
     "perturb": after.perturb,
     "distances": after.distances,
+    "plane": geometry.plane,
     "theory": theory.theory,
     "report": show.report,
     "runs": show.runs,

@@ -85,6 +85,8 @@ OPTIONS = {
     "draws": Option(int, "N", "Directions for each radius.", default=3),
     "by_filter": Option(bool, None, "Perturb each filter by its own norm."),
     "radius": Option(float, "SHARE", "Radius of a ball around the star, as a share of its norm.", default=0.1),
+    "margin": Option(float, "SHARE", "Margin around the networks, as a share of their extent.", default=0.2),
+    "split": Option(str, "NAME", "Measure on this split alone, such as test."),
     "permutation": Option(str, "sort|matching|exact", "How theta is permuted to phi. Default: matching."),
     "of": Option(str, "gap|barrier", "What eps is compared with. Default: the squared gap."),
     "adversarial": Option(bool, None, "Add the theta that no permutation brings near."),

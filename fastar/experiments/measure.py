@@ -200,15 +200,22 @@ def spread(values: Sequence[float]) -> dict[str, float | int | None]:
     return {"mean": statistics.fmean(values), "std": std, "min": min(values), "max": max(values), "n": len(values)}
 
 
-def evaluated(session: Session, segments: Sequence[Segment]) -> tuple[list[PathLosses], dict[str, Any] | None]:
-    """Losses and accuracies along paths on the session's data, and `statistics_error`."""
+def evaluated(
+    session: Session, segments: Sequence[Segment], *, points: int | None = None, splits: Sequence[str] | None = None
+) -> tuple[list[PathLosses], dict[str, Any] | None]:
+    """Losses and accuracies along paths on the session's data, and `statistics_error`.
+
+    Args:
+        points: of a path; None: `evaluation.points`.
+        splits: those to measure on; None: all.
+    """
     evaluation = session.settings.evaluation
     found = evaluate_paths(
         session.network.build(seed=0),
         session.network.layout,
         segments,
-        session.data.splits(),
-        points=evaluation.points,
+        {name: batches for name, batches in session.data.splits().items() if splits is None or name in splits},
+        points=points or evaluation.points,
         statistics_batches=partial(statistics_batches, session),
         method=evaluation.batch_norm,
         loss=session.loss,
