@@ -7,12 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from cli_cases import fastar, refused
 from run_cases import SMALL
 
 from fastar.config import load_settings
 from fastar.experiments import train_star
+from fastar.experiments.files.verify_files import recheck
 from fastar.experiments.finished_run import FinishedRun, finished_run
+from fastar.experiments.landscape.connecting_curves import _bezier, _chain, connecting_curves
 from fastar.experiments.landscape.loss_plane import loss_plane
 from fastar.report.plane_picture import loss_levels
 from fastar.runs import RunFolder
@@ -105,3 +108,63 @@ def test_levels_rise_within_the_values(low_high: tuple[float, float]) -> None:
     assert len(levels) >= 6
     assert low_high[0] <= levels[0]
     assert levels[-1] <= low_high[1] or low_high[0] == low_high[1]
+
+
+def test_curves_end_in_the_networks_and_bends_are_used_again(run: FinishedRun) -> None:
+    """Each curve has the networks' own losses at its ends; the star's own in the middle, where it passes it."""
+    folder = run.session.run.path
+    found, own = connecting_curves(run, epochs=2), own_losses(run)
+    assert list(found["curves"]) == ["straight", "star", "chain", "bezier"]
+    assert found["t"] == [0, 0.25, 0.5, 0.75, 1]
+    for of in found["curves"].values():
+        for split in ("train", "test"):
+            loss = of[split]["loss"]
+            assert loss[0] == pytest.approx(own[split]["heldout:0"], rel=1e-4)
+            assert loss[-1] == pytest.approx(own[split]["heldout:1"], rel=1e-4)
+            assert of[split]["largest_loss"] == max(loss)
+            assert of[split]["mean_loss"] == pytest.approx(np.trapezoid(loss, found["t"]))
+    assert found["curves"]["star"]["train"]["loss"][2] == pytest.approx(own["train"]["star"], rel=1e-5)
+    bends = [folder / one for one in found["bends"].values()]
+    before = [one.read_bytes() for one in bends]
+    times = [one.stat().st_mtime_ns for one in bends]
+    assert connecting_curves(run, epochs=2) == found
+    assert [one.stat().st_mtime_ns for one in bends] == times
+    for one in bends:
+        one.unlink()
+    assert connecting_curves(run, epochs=2) == found
+    assert [one.read_bytes() for one in bends] == before
+    connecting_curves(run, epochs=1)
+    assert [one.read_bytes() for one in bends] != before
+    assert recheck(bends[0]).damaged == []
+
+
+def test_a_curve_with_its_bend_half_way_is_the_straight_one() -> None:
+    a, b = torch.randn(2, 50, generator=torch.Generator().manual_seed(0))
+    c = torch.randn(50, generator=torch.Generator().manual_seed(1))
+    for t in (0.0, 0.3, 0.5, 0.8, 1.0):
+        assert torch.allclose(_bezier((a, b), (a + b) / 2, t), torch.lerp(a, b, t), atol=1e-6)
+        assert torch.allclose(_chain((a, b), (a + b) / 2, t), torch.lerp(a, b, t), atol=1e-6)
+        assert torch.allclose(_bezier((a, b), c, t), (1 - t) ** 2 * a + 2 * t * (1 - t) * c + t**2 * b, atol=1e-6)
+    assert torch.equal(_chain((a, b), c, 0.5), c)
+
+
+def test_the_curve_command_leaves_the_star_out_where_it_is_an_end(run: FinishedRun) -> None:
+    folder = run.session.run.path
+    done = fastar("curve", folder, "star", "source:1", "--epochs", "1", "--quiet")
+    assert done.code == 0, done.err
+    assert list(json.loads((folder / "curve.json").read_text())["curves"]) == ["straight", "chain", "bezier"]
+    assert (folder / "curve.png").read_bytes().startswith(b"\x89PNG")
+    assert "star_source-1_bezier.safetensors" in done.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["star", "star"], "a curve joins two networks, not star star: name two"),
+        (["star"], "a curve joins two networks, not star: name two"),
+        (["star", "heldout:7"], "heldout:7: no network of"),
+        (["--epochs", "0"], "epochs=0: give at least 1"),
+    ],
+)
+def test_bad_curves_are_one_line(run: FinishedRun, arguments: list[str], said: str) -> None:
+    assert said in refused("curve", run.session.run.path, *arguments, "--quiet")

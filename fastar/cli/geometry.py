@@ -11,6 +11,8 @@ from fastar.cli.options import Given, Option, takes
 
 Names = Annotated[list[str] | None, typer.Argument(metavar="[A B C]", help="star, mean, source:0, heldout:1.")]
 
+Pair = Annotated[list[str] | None, typer.Argument(metavar="[A B]", help="star, mean, source:0, heldout:1.")]
+
 
 @takes("points", "margin", "split", "json", "quiet", points=Option(int, "N", "Points along each axis.", default=21))
 def plane(given: Given, folder: Finished, names: Names = None) -> None:
@@ -33,3 +35,27 @@ def plane(given: Given, folder: Finished, names: Names = None) -> None:
     write_json(places[0], found)
     plane_picture(found, places[1])
     _show(given, found, plane_table(found), plane_lines(found), places)
+
+
+@takes("epochs", "json", "quiet")
+def curve(given: Given, folder: Finished, names: Pair = None) -> None:
+    """Compare curves between two networks of a run: straight, through the star, and trained for this pair.
+
+    By default between heldout:0 and heldout:1, B permuted to match A. Trained are the one bend of a polygonal chain and
+    that of a quadratic Bezier curve. Written into the run folder: curve.json, curve.png, and the bends in
+    curves/, to be used again.
+
+    Example:
+
+        fastar curve runs/digits-mlp-seed0 heldout:0 heldout:1
+    """
+    from fastar.experiments.landscape.connecting_curves import PAIR, connecting_curves
+    from fastar.report.curve_picture import curve_picture, curve_table
+    from fastar.runs import write_json
+
+    found = connecting_curves(_opened(given, folder), names or PAIR, epochs=given["epochs"])
+    places = [folder / name for name in ("curve.json", "curve.png")]
+    write_json(places[0], found)
+    curve_picture(found, places[1])
+    bends = [folder / bend for bend in found["bends"].values()]
+    _show(given, found, curve_table(found), [], [*places, *bends])

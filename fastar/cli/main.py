@@ -33,6 +33,7 @@ COMMANDS = {
     "perturb": after.perturb,
     "distances": after.distances,
     "plane": geometry.plane,
+    "curve": geometry.curve,
     "theory": theory.theory,
     "report": show.report,
     "runs": show.runs,

@@ -118,11 +118,11 @@ class Families:
         return mean_row(self._run.session, self._run.sources, self._run.permutations)
 
     def _between_star(self, index: int, t: float) -> Tensor:
-        return _point(self._star_row(), self._row(index, True), t)
+        return point(self._star_row(), self._row(index, True), t)
 
     def _between_sources(self, first: int, second: int, t: float) -> Tensor:
         end = permuted_row(self._run.session, self._run.sources[second], self._of_pair(first, second))
-        return _point(self._row(first, False), end, t)
+        return point(self._row(first, False), end, t)
 
     def _of_pair(self, first: int, second: int) -> Permutations | None:
         """The permutation of a source that matches it to another; found once, since few sources make few pairs."""
@@ -166,7 +166,8 @@ def beside(star: Tensor, layout: FlatLayout, seed: int, radius: float, *, by_fil
     return star + step * (radius * star.double().norm() / step.double().norm()).float()
 
 
-def _point(first: Tensor, second: Tensor, t: float) -> Tensor:
+def point(first: Tensor, second: Tensor, t: float) -> Tensor:
+    """The row [P] at t on the segment between two rows."""
     row = torch.empty_like(first)
     interpolate(first, second, torch.tensor(t, dtype=torch.float32, device=first.device), row)
     return row
