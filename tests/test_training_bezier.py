@@ -45,9 +45,7 @@ def test_equals_the_formula(kind: type[nn.Module]) -> None:
             loss.backward()
             plain.step()
             assert float(step(images, labels, torch.tensor(0.05))) == pytest.approx(float(loss.detach()), abs=TOLERANCE)
-    found = step.state()
-    assert (
-        largest_difference({name: found[name] for name in bend}, {n: v.detach() for n, v in bend.items()}) < TOLERANCE
-    )
-    assert largest_difference(step.layout.unflatten(step.sources.rows[1]), {n: v.float() for n, v in b.items()}) == 0
+    wanted = {name: value.detach() for name, value in bend.items()}
+    assert largest_difference(step.layout.unflatten(step.theta), wanted) < TOLERANCE
+    assert largest_difference(step.layout.unflatten(step.sources.rows[1]), b) == 0
     assert step.describe(0) == f" (t={draw(StarSettings(), 2, STEPS, derive_seed(SEED, 'draws', 1))[1][0]:.4f})"
