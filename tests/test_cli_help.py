@@ -47,7 +47,7 @@ def test_commands_are_those_promised() -> None:
     assert set(COMMANDS) == {
         *("train-star", "plan", "sweep", "train-sources", "match", "match-many"),
         *("barrier", "uncertainty", "fuse", "perturb", "distances", "theory"),
-        *("plane", "curve"),
+        *("graph", "plane", "curve"),
         *("report", "runs", "verify", "configs", "doctor"),
     }
 

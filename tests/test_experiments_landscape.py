@@ -13,9 +13,11 @@ from run_cases import SMALL
 from scipy.integrate import trapezoid
 
 from fastar.config import load_settings
+from fastar.evaluation.paths import barrier
 from fastar.experiments import train_star
 from fastar.experiments.files.verify_files import recheck
 from fastar.experiments.finished_run import FinishedRun, finished_run
+from fastar.experiments.landscape.barrier_graph import barrier_graph
 from fastar.experiments.landscape.connecting_curves import _bezier, _chain, connecting_curves
 from fastar.experiments.landscape.loss_plane import loss_plane
 from fastar.report.plane_picture import loss_levels
@@ -32,6 +34,10 @@ def run(request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.Tem
     folder = tmp_path_factory.mktemp("plane") / "run"
     train_star(settings, folder)
     return finished_run(RunFolder(folder))
+
+
+ONE_NETWORK = pytest.mark.parametrize("run", ["mlp"], indirect=True)
+"""Of tests that are as good without batch-norm."""
 
 
 def own_losses(run: FinishedRun) -> dict[str, dict[str, float]]:
@@ -69,6 +75,7 @@ def test_a_grid_through_the_corners_has_their_losses_and_the_path_between(run: F
         assert row[0] == pytest.approx(own["train"]["star"], rel=1e-5)
 
 
+@ONE_NETWORK
 def test_one_split_alone_can_be_measured(run: FinishedRun) -> None:
     found = loss_plane(run, ["mean", "source:0", "star"], points=2, split="test")
     assert list(found["splits"]) == ["test"]
@@ -76,6 +83,7 @@ def test_one_split_alone_can_be_measured(run: FinishedRun) -> None:
     assert set(found["networks"][0]) == {"name", "x", "y", "test"}
 
 
+@ONE_NETWORK
 def test_the_command_writes_a_picture(run: FinishedRun) -> None:
     folder = run.session.run.path
     done = fastar("plane", folder, "heldout:1", "star", "source:1", "--points", "3", "--quiet")
@@ -86,6 +94,7 @@ def test_the_command_writes_a_picture(run: FinishedRun) -> None:
     assert "test loss on the grid: " in done.out
 
 
+@ONE_NETWORK
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -149,6 +158,7 @@ def test_a_curve_with_its_bend_half_way_is_the_straight_one() -> None:
     assert torch.equal(_chain((a, b), c, 0.5), c)
 
 
+@ONE_NETWORK
 def test_the_curve_command_leaves_the_star_out_where_it_is_an_end(run: FinishedRun) -> None:
     folder = run.session.run.path
     done = fastar("curve", folder, "star", "source:1", "--epochs", "1", "--quiet")
@@ -158,6 +168,7 @@ def test_the_curve_command_leaves_the_star_out_where_it_is_an_end(run: FinishedR
     assert "star_source-1_bezier.safetensors" in done.out
 
 
+@ONE_NETWORK
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -169,3 +180,73 @@ def test_the_curve_command_leaves_the_star_out_where_it_is_an_end(run: FinishedR
 )
 def test_bad_curves_are_one_line(run: FinishedRun, arguments: list[str], said: str) -> None:
     assert said in refused("curve", run.session.run.path, *arguments, "--quiet")
+
+
+def test_a_graph_has_the_run_s_own_barriers(run: FinishedRun) -> None:
+    found, results = barrier_graph(run), run.session.run.read_results()
+    names = found["names"]
+    assert names == ["source:0", "source:1", "heldout:0", "heldout:1", "star", "mean"]
+    for split in ("train", "test"):
+        of, own = found["splits"][split], own_losses(run)[split]
+        barriers = of["barrier"]
+        assert [row[i] for i, row in enumerate(barriers)] == [None] * 6
+        assert barriers == [list(column) for column in zip(*barriers, strict=True)]
+        assert {name: of["loss"][names.index(name)] for name in own} == pytest.approx(own, rel=1e-4)
+        for path in results["paths"]:
+            if path["kind"] != "regular_regular_unmatched":
+                first, second = (names.index(path[key].replace(" ", ":")) for key in ("first", "second"))
+                loss = path[f"{split}_loss"]
+                assert barriers[first][second] == pytest.approx(barrier(path["t"], loss), abs=1e-5)
+                assert of["largest_loss"][first][second] == pytest.approx(max(loss), rel=1e-4)
+        assert found["hubs"]["star"][split]["heldouts"]["barrier"]["mean"] == pytest.approx(
+            results[split]["star_heldout"]["mean"], abs=1e-5
+        )
+    json.dumps(found, allow_nan=False)
+
+
+@ONE_NETWORK
+def test_hubs_and_shares_are_those_of_the_matrix(run: FinishedRun) -> None:
+    found = barrier_graph(run)
+    names, train = found["names"], found["splits"]["train"]
+    matrix = np.array([[0 if value is None else value for value in row] for row in train["barrier"]])
+    medoid, best = (found["hubs"][hub]["network"] for hub in ("medoid", "best source"))
+    assert medoid == names[int(matrix[:4, :4].sum(1).argmin())]
+    assert best == names[int(np.argmin(train["loss"][:2]))]
+    assert found["hubs"]["mean"]["train"]["sources"]["barrier"]["max"] == max(matrix[5, :2])
+    assert found["hubs"]["best source"]["train"]["sources"]["largest_loss"]["n"] == 1
+    below = found["below"]["train"]
+    pairs, most = matrix[:4, :4][np.triu_indices(4, 1)], matrix[:4, :4].max(1)
+    for eps, regular, star, stars in zip(below["eps"], below["regular"], below["star"], below["stars"], strict=True):
+        assert regular == pytest.approx((pairs < eps).mean())
+        assert star == (matrix[4, :4] < eps).mean()
+        assert stars == (most < eps).mean()
+
+
+@ONE_NETWORK
+def test_a_star_of_one_is_a_run_like_any_other_and_trained_once(run: FinishedRun) -> None:
+    folder = run.session.run.path
+    done = fastar("graph", folder, "--models", "1", "--star-of-one", "--quiet")
+    assert done.code == 0, done.err
+    assert "1 of 2 sources and 1 of 2 heldouts (--models)" in done.out
+    found = json.loads((folder / "graph.json").read_text())
+    assert len(found["names"]) == 4
+    assert (folder / "graph.png").read_bytes().startswith(b"\x89PNG")
+    one = json.loads((folder / "star-of-one" / "results.json").read_text())
+    assert one["sources"] == 1
+    assert found["hubs"]["star of one"]["train"]["loss"] == pytest.approx(one["train"]["star_loss"], rel=1e-4)
+    assert found["hubs"]["star of one"]["train"]["heldouts"]["barrier"]["n"] == 1
+    before = (folder / "star-of-one" / "star.safetensors").stat().st_mtime_ns
+    assert fastar("graph", folder, "--models", "1", "--star-of-one", "--json").code == 0
+    assert (folder / "star-of-one" / "star.safetensors").stat().st_mtime_ns == before
+    assert recheck(folder / "star-of-one").damaged == []
+    assert recheck(folder).damaged == []
+
+
+def test_a_run_without_heldouts(whole: Path) -> None:
+    found = barrier_graph(finished_run(RunFolder(whole)))
+    assert found["names"] == ["source:0", "source:1", "star", "mean"]
+    assert found["hubs"]["star"]["train"]["heldouts"]["barrier"]["n"] == 0
+    assert fastar("graph", whole, "--quiet", "--models", "1").code == 0
+    assert "has no heldouts" in refused("graph", whole, "--star-of-one", "--quiet")
+    assert "models=0: give at least 1" in refused("graph", whole, "--models", "0", "--quiet")
+    assert "it has star, mean, source:0 .. source:1" in refused("plane", whole, "--quiet")

@@ -59,3 +59,25 @@ def curve(given: Given, folder: Finished, names: Pair = None) -> None:
     curve_picture(found, places[1])
     bends = [folder / bend for bend in found["bends"].values()]
     _show(given, found, curve_table(found), [], [*places, *bends])
+
+
+@takes("models", "star_of_one", "json", "quiet")
+def graph(given: Given, folder: Finished) -> None:
+    """Measure the barriers between all pairs of sources, heldouts, the star and the mean of sources, and compare hubs.
+
+    Hubs are the star, the mean, the medoid, the best source, and with --star-of-one a star of the first source alone,
+    trained in RUN/star-of-one. Written into the run folder: graph.json, graph.png.
+
+    Example:
+
+        fastar graph runs/digits-mlp-seed0 --models 6
+    """
+    from fastar.experiments.landscape.barrier_graph import barrier_graph
+    from fastar.report.graph_picture import graph_lines, graph_picture, graph_tables
+    from fastar.runs import write_json
+
+    found = barrier_graph(_opened(given, folder), models=given["models"], star_of_one=given["star_of_one"])
+    places = [folder / name for name in ("graph.json", "graph.png")]
+    write_json(places[0], found)
+    graph_picture(found, places[1])
+    _show(given, found, graph_tables(found), graph_lines(found), places)

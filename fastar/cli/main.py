@@ -32,6 +32,7 @@ COMMANDS = {
     "fuse": after.fuse,
     "perturb": after.perturb,
     "distances": after.distances,
+    "graph": geometry.graph,
     "plane": geometry.plane,
     "curve": geometry.curve,
     "theory": theory.theory,

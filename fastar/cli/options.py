@@ -86,6 +86,8 @@ OPTIONS = {
     "by_filter": Option(bool, None, "Perturb each filter by its own norm."),
     "radius": Option(float, "SHARE", "Radius of a ball around the star, as a share of its norm.", default=0.1),
     "epochs": Option(int, "N", "Epochs of each bend. Default: as many as the star's."),
+    "models": Option(int, "N", "The most sources, and the most heldouts; more are drawn from.", default=12),
+    "star_of_one": Option(bool, None, "Compare with a star of the first source alone; train it where it is missing."),
     "margin": Option(float, "SHARE", "Margin around the networks, as a share of their extent.", default=0.2),
     "split": Option(str, "NAME", "Measure on this split alone, such as test."),
     "permutation": Option(str, "sort|matching|exact", "How theta is permuted to phi. Default: matching."),

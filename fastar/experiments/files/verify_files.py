@@ -231,7 +231,8 @@ def _results(run: RunFolder) -> str | None:
         return None
     said: list[str] = []
     results = run.read_results(said.append)
-    models = [run.model("heldout", i) for i in range(results.get("heldout", 0))]
+    given = run.saved_settings().get("sources", {}).get("heldout_folder") is not None
+    models = [run.model("heldout", i) for i in range(0 if given else results.get("heldout", 0))]
     needed = [*models, run.star, run.permutations, *([run.matchings] if results.get("matchings") else [])]
     missing = next((path for path in needed if not path.exists()), None)
     if missing is not None:
