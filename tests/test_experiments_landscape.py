@@ -20,7 +20,7 @@ from fastar.experiments.finished_run import FinishedRun, finished_run
 from fastar.experiments.landscape.barrier_graph import barrier_graph
 from fastar.experiments.landscape.connecting_curves import _bezier, _chain, connecting_curves
 from fastar.experiments.landscape.loss_plane import loss_plane
-from fastar.report.plane_picture import loss_levels
+from fastar.report.landscape.plane_picture import loss_levels
 from fastar.runs import RunFolder
 
 

@@ -26,7 +26,7 @@ def plane(given: Given, folder: Finished, names: Names = None) -> None:
         fastar plane runs/digits-mlp-seed0 star heldout:0 heldout:1
     """
     from fastar.experiments.landscape.loss_plane import CORNERS, loss_plane
-    from fastar.report.plane_picture import plane_lines, plane_picture, plane_table
+    from fastar.report.landscape.plane_picture import plane_lines, plane_picture, plane_table
     from fastar.runs import write_json
 
     run = _opened(given, folder)
@@ -50,7 +50,7 @@ def curve(given: Given, folder: Finished, names: Pair = None) -> None:
         fastar curve runs/digits-mlp-seed0 heldout:0 heldout:1
     """
     from fastar.experiments.landscape.connecting_curves import PAIR, connecting_curves
-    from fastar.report.curve_picture import curve_picture, curve_table
+    from fastar.report.landscape.curve_picture import curve_picture, curve_table
     from fastar.runs import write_json
 
     found = connecting_curves(_opened(given, folder), names or PAIR, epochs=given["epochs"])
@@ -73,7 +73,7 @@ def graph(given: Given, folder: Finished) -> None:
         fastar graph runs/digits-mlp-seed0 --models 6
     """
     from fastar.experiments.landscape.barrier_graph import barrier_graph
-    from fastar.report.graph_picture import graph_lines, graph_picture, graph_tables
+    from fastar.report.landscape.graph_picture import graph_lines, graph_picture, graph_tables
     from fastar.runs import write_json
 
     found = barrier_graph(_opened(given, folder), models=given["models"], star_of_one=given["star_of_one"])

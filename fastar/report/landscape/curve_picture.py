@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 
 from fastar.report.figures import figure_of, plain
-from fastar.report.plane_picture import loss_name
+from fastar.report.landscape.plane_picture import loss_name
 from fastar.report.results import shown, splits_of, task_name
 
 CURVES = {

@@ -10,7 +10,7 @@ from rich.console import Group
 from rich.table import Table
 
 from fastar.report.figures import figure_of
-from fastar.report.plane_picture import loss_name
+from fastar.report.landscape.plane_picture import loss_name
 from fastar.report.results import shown, task_name
 
 FEW = 14
@@ -70,7 +70,7 @@ def graph_lines(found: Mapping[str, Any]) -> list[str]:
 def graph_picture(found: Mapping[str, Any], path: Path) -> None:
     """Write a PNG: heat maps of barriers and of largest losses on the train split, the rows of star and mean framed."""
     side = max(4.2, 0.28 * len(found["names"]) + 1.4)
-    with figure_of(path, (2 * side + 1.2, side)) as figure:
+    with figure_of(path, (2 * side + 1.2, side + 0.5)) as figure:
         for panel, key in zip(figure.subplots(1, 2), ("barrier", "largest_loss"), strict=True):
             draw_graph(panel, found, "train", key)
         title = f"{task_name(found)}: matched pairs of networks; star of {found['sources']} sources"
