@@ -19,10 +19,13 @@ from fastar._version import __version__
 if TYPE_CHECKING:
     from fastar.api import (
         Barrier,
+        Curve,
         Data,
         FastarError,
+        Graph,
         ManyMatched,
         Matched,
+        Plane,
         Recipe,
         Run,
         Star,
@@ -40,10 +43,13 @@ if TYPE_CHECKING:
 
 __all__ = [
     "Barrier",
+    "Curve",
     "Data",
     "FastarError",
+    "Graph",
     "ManyMatched",
     "Matched",
+    "Plane",
     "Recipe",
     "Run",
     "Star",

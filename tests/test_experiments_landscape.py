@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from cli_cases import fastar, refused
+from matplotlib.figure import Figure
 from run_cases import SMALL
 from scipy.integrate import trapezoid
+from task_cases import build, recipe, tensors, weighted
 
+import fastar as api
 from fastar.config import load_settings
+from fastar.errors import FastarError
 from fastar.evaluation.paths import barrier
 from fastar.experiments import train_star
 from fastar.experiments.files.verify_files import recheck
@@ -28,7 +33,7 @@ from fastar.runs import RunFolder
 def run(request: pytest.FixtureRequest, data: Path, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     """A small finished run without batch-norm and with it."""
     options = ["sources.heldout=2", "dataset.limit=150", "evaluation.test_limit=60", "checkpoint.minutes=0"]
-    options += ["model.width=0.25"] if request.param == "resnet8" else []
+    options += ["model.width=0.25", "dataset.limit=100", "train.epochs=1"] if request.param == "resnet8" else []
     options += ["star.epochs=2", f"dataset.directory={data}"]
     settings = load_settings(dataset="digits", arch=request.param, overrides=[*SMALL, *options])
     folder = tmp_path_factory.mktemp("plane") / "run"
@@ -250,3 +255,31 @@ def test_a_run_without_heldouts(whole: Path) -> None:
     assert "has no heldouts" in refused("graph", whole, "--star-of-one", "--quiet")
     assert "models=0: give at least 1" in refused("graph", whole, "--models", "0", "--quiet")
     assert "it has star, mean, source:0 .. source:1" in refused("plane", whole, "--quiet")
+
+
+def test_a_run_of_a_network_data_and_loss_of_its_own(tmp_path: Path) -> None:
+    """From Python, in float64 by default, with a loss that is no cross-entropy and no metric, and no test data."""
+    task: dict[str, Any] = {"loss": weighted, "metrics": [], "out": tmp_path / "run", "progress": False}
+    sources = api.train_sources(build, tensors(), recipe(), number=2, **task)
+    api.train_sources(build, tensors(), recipe(), number=2, kind="heldout", **task)
+    api.train_star(build, sources, tensors(), recipe(), **task)
+    run = api.load_run(tmp_path / "run", build, tensors(), loss=weighted)
+    found = run.plane("mean", "star", "heldout:1", points=3), run.curve(epochs=1), run.graph(star_of_one=True)
+    bends = [one.read_bytes() for one in sorted((tmp_path / "run" / "curves").iterdir())]
+    torch.set_default_dtype(torch.float64)
+    try:
+        again = run.plane("mean", "star", "heldout:1", points=3), run.curve(epochs=1), run.graph(star_of_one=True)
+        for one in (tmp_path / "run" / "curves").iterdir():
+            one.unlink()
+        run.curve(epochs=1)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert bends == [one.read_bytes() for one in sorted((tmp_path / "run" / "curves").iterdir())]
+    for one, other in zip(found, again, strict=True):
+        assert one.results == other.results
+        assert str(one) == str(other)
+        assert one.plot(Figure().subplots()).get_title() != "" or isinstance(one, api.Curve)
+    assert list(found[0].results["splits"]) == ["train"]
+    assert list(found[0].results["splits"]["train"]) == ["loss"]
+    with pytest.raises(FastarError, match=r"given from Python.*fastar\.load_run"):
+        api.load_run(tmp_path / "run").plane()

@@ -2,6 +2,7 @@
 
 from fastar.api.barriers import barrier
 from fastar.api.curves import Barrier, Uncertainty
+from fastar.api.landscape import Curve, Graph, Plane
 from fastar.api.matching import ManyMatched, Matched, apply, match, match_many
 from fastar.api.models import Run, Star, TrainedModel
 from fastar.api.recipe import Recipe

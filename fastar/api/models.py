@@ -10,12 +10,16 @@ from typing import Any, TypeAlias, Union
 from torch import Tensor, nn
 
 from fastar.api.curves import Barrier, Uncertainty, paths_frame
+from fastar.api.landscape import Curve, Graph, Plane
 from fastar.data.generators import generators_kept
 from fastar.errors import FastarError
 from fastar.evaluation import Segment
 from fastar.experiments.averages import uncertainty as measured_uncertainty
 from fastar.experiments.distances import distances
-from fastar.experiments.finished_run import finished_run
+from fastar.experiments.finished_run import FinishedRun, finished_run
+from fastar.experiments.landscape.barrier_graph import barrier_graph
+from fastar.experiments.landscape.connecting_curves import PAIR, connecting_curves
+from fastar.experiments.landscape.loss_plane import CORNERS, loss_plane
 from fastar.experiments.measure import check_endpoint, endpoint, evaluated, match_to
 from fastar.experiments.session import Session, measuring, new_session, threads
 from fastar.report.notebook_curves import plot_paths
@@ -209,9 +213,59 @@ class Run(WithResults):
         Raises:
             FastarError: no star yet, or a network, data or a loss of Python's that were not given to `load_run`.
         """
+        return distances(self._finished(progress))
+
+    def graph(self, *, models: int = 12, star_of_one: bool = False, progress: Progress | bool = False) -> Graph:
+        """Barriers between all pairs of sources, heldouts, the star and the mean of the sources; hubs compared.
+
+        Args:
+            models: the most sources, and the most heldouts; more are drawn from.
+            star_of_one: train a star of the first source alone in the folder `star-of-one`, and compare it.
+
+        Raises:
+            FastarError: as `distances`; `star_of_one` without heldouts.
+        """
+        return Graph(barrier_graph(self._finished(progress), models=models, star_of_one=star_of_one))
+
+    def plane(
+        self,
+        *networks: str,
+        points: int = 21,
+        margin: float = 0.2,
+        split: str | None = None,
+        progress: Progress | bool = False,
+    ) -> Plane:
+        """The loss over the plane through three networks, the second and third permuted to match the first.
+
+        Args:
+            networks: "star", "mean", "source:0", "heldout:1"; none: star, heldout:0, heldout:1.
+            points: of the grid along each axis.
+            margin: around the networks, as a share of their extent.
+            split: the one to measure on; None: all.
+
+        Raises:
+            FastarError: as `distances`; networks that are not there or lie on one line.
+        """
+        run = self._finished(progress)
+        return Plane(loss_plane(run, networks or CORNERS, points=points, margin=margin, split=split))
+
+    def curve(self, *networks: str, epochs: int | None = None, progress: Progress | bool = False) -> Curve:
+        """Losses along curves between two networks: straight, through the star, and trained for this pair. The trained
+        bends are kept in the folder `curves`, and used again.
+
+        Args:
+            networks: "star", "mean", "source:0", "heldout:1"; none: heldout:0, heldout:1.
+            epochs: of each bend; None: as many as the star's.
+
+        Raises:
+            FastarError: as `distances`; networks that are not there or the same.
+        """
+        return Curve(connecting_curves(self._finished(progress), networks or PAIR, epochs=epochs))
+
+    def _finished(self, progress: Progress | bool) -> FinishedRun:
         known = None if self.star is None else self.star._session
         session = None if known is None else replace(known, progress=shown(progress))
-        return distances(finished_run(RunFolder(self.path), shown(progress), session))
+        return finished_run(RunFolder(self.path), shown(progress), session)
 
     def report_html(self, path: Path | str | None = None) -> Path:
         """Write everything that its folder holds as one HTML page; the file that was written.
