@@ -16,7 +16,7 @@ FEW = 6
 """Levels that are enough."""
 ROUND = ((1,), (1, 3), (1, 2, 5), (1, 1.5, 2, 3, 4, 5, 7))
 """Digits of levels, the coarsest first."""
-MARKERS = ("*", "o", "s")
+MARKERS = ("^", "o", "s")
 
 
 def plane_table(found: Mapping[str, Any]) -> Table:
@@ -80,8 +80,8 @@ def draw_plane(panel: Any, found: Mapping[str, Any], split: str) -> None:
     )
     middle = sum(ys[:3]) / 3
     for one, marker in zip(corners, MARKERS, strict=True):
-        size = 16 if marker == "*" else 8
-        panel.plot(one["x"], one["y"], marker, color="white", markeredgecolor="black", markersize=size, zorder=5)
+        style = {"marker": "*", "markersize": 16} if one["name"] == "star" else {"marker": marker, "markersize": 8}
+        panel.plot(one["x"], one["y"], color="white", markeredgecolor="black", zorder=5, **style)
         panel.annotate(
             f"{one['name']}\n{one[split]['loss']:.2g}",
             (one["x"], one["y"]),
