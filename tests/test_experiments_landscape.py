@@ -283,3 +283,19 @@ def test_a_run_of_a_network_data_and_loss_of_its_own(tmp_path: Path) -> None:
     assert list(found[0].results["splits"]["train"]) == ["loss"]
     with pytest.raises(FastarError, match=r"given from Python.*fastar\.load_run"):
         api.load_run(tmp_path / "run").plane()
+
+
+@pytest.mark.gpu
+def test_on_a_gpu(data: Path, tmp_path: Path) -> None:
+    """Bends are the same whether they were just trained or lay in their files."""
+    options = [one for one in SMALL if one != "device=cpu"]
+    options += ["sources.heldout=2", "dataset.limit=150", "evaluation.test_limit=60", f"dataset.directory={data}"]
+    options += ["train.precision=bf16", "train.graph=true", "device=cuda", "checkpoint.minutes=0"]
+    train_star(load_settings(dataset="digits", overrides=options), tmp_path / "run")
+    run = finished_run(RunFolder(tmp_path / "run"))
+    found = connecting_curves(run, epochs=2)
+    assert connecting_curves(run, epochs=2)["curves"] == found["curves"]
+    own = own_losses(run)["train"]
+    for one in loss_plane(run, points=3)["networks"]:
+        assert one["train"]["loss"] == pytest.approx(own[one["name"]], rel=1e-4)
+    assert barrier_graph(run)["hubs"]["star"]["train"]["loss"] == pytest.approx(own["star"], rel=1e-4)

@@ -39,8 +39,8 @@ def bend_file(run: FinishedRun, names: Sequence[str], kind: str) -> Path:
 def trained_bend(
     run: FinishedRun, names: Sequence[str], ends: Sequence[Tensor], kind: str, *, epochs: int | None = None
 ) -> Tensor:
-    """The bend [P] of a curve between two networks, trained by the run's recipe at uniform t, from half way between
-    them; or as it was trained before, by the same recipe between the same ends.
+    """The bend [P], on the CPU, of a curve between two networks: trained by the run's recipe at uniform t, from half
+    way between them; or as it was trained before, by the same recipe between the same ends.
 
     Args:
         names: of the two networks.
@@ -67,7 +67,7 @@ def trained_bend(
         session.progress.line(f"{path}: of another recipe ({difference(changed)}); training it anew")
     state = _trained(session, NamedNetworks(run)[names[0]], ends, wanted)
     save_checkpoint(path, state, {**wanted, "recipe": wanted, "between": list(names), "versions": versions()})
-    return session.network.layout.flatten(state)
+    return session.network.layout.flatten(state).cpu()
 
 
 def _trained(session: Session, first: Checkpoint, ends: Sequence[Tensor], wanted: dict[str, Any]) -> dict[str, Tensor]:
