@@ -5,16 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fastar.report.landscape import curve_picture
 from fastar.report.page.charts import Curve, chart, heat_map, panels
 from fastar.report.page.elements import Html, joined, table
 from fastar.report.results import ROWS, STYLES, shown, splits_of
 
-CURVES = {
-    "straight": ("straight, matched", ("#0072B2", "-.", "^")),
-    "star": ("through the star", ("#D55E00", "-", "o")),
-    "chain": ("through a bend of its own", ("#009E73", "--", "s")),
-    "bezier": ("Bezier curve of its own", ("#CC79A7", ":", "v")),
-}
+CURVES = {name: (label, (colour, dash, mark)) for name, (label, colour, dash, mark) in curve_picture.CURVES.items()}
 
 
 def plane(found: Mapping[str, Any]) -> Html:
