@@ -286,6 +286,7 @@ def test_a_run_of_a_network_data_and_loss_of_its_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_gpu(data: Path, tmp_path: Path) -> None:
     """Bends are the same whether they were just trained or lay in their files."""
     options = [one for one in SMALL if one != "device=cpu"]
