@@ -30,7 +30,7 @@ def barrier_graph(run: FinishedRun, *, models: int = 12, star_of_one: bool = Fal
 
     Args:
         models: the most sources, and the most heldouts; more are drawn from.
-        star_of_one: train a star of the run's first source alone (`star_of_one`), and compare it as a hub.
+        star_of_one: train a star of the run's first source alone (`star_of_first_source`), and compare it as a hub.
 
     Returns:
         names, in the order sources, heldouts, star, mean; splits: split -> loss of each network, and matrices `barrier`
@@ -42,7 +42,7 @@ def barrier_graph(run: FinishedRun, *, models: int = 12, star_of_one: bool = Fal
         largest losses on its paths to heldouts and to sources.
 
     Raises:
-        FastarError: models below 1, or as `star_of_one`.
+        FastarError: models below 1, or as `star_of_first_source`.
     """
     if models < 1:
         raise FastarError(f"models={models}: give at least 1")
