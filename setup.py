@@ -32,6 +32,7 @@ setup(
     package_dir={"fastar": "fastar", "fastar.kernels": "kernels", "fastar.configs": "configs"},
     package_data={
         "fastar": ["py.typed"],
+        "fastar.config": ["paper.yaml"],
         "fastar.configs": ["*.yaml"],
         "fastar.report.page": ["page.css", "page.js"],
     },

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from fastar._version import __version__
-from fastar.cli import after, geometry, match, show, sweep, theory, train
+from fastar.cli import after, geometry, match, reproduce, show, sweep, theory, train
 from fastar.cli.failure import failure
 from fastar.cli.options import run_folders
 from fastar.errors import FastarError, OldName, UserCodeError
@@ -36,6 +36,7 @@ COMMANDS = {
     "plane": geometry.plane,
     "curve": geometry.curve,
     "theory": theory.theory,
+    "reproduce": reproduce.reproduce,
     "report": show.report,
     "runs": show.runs,
     "verify": show.verify,

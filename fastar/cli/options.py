@@ -98,6 +98,7 @@ OPTIONS = {
     "plan": Option(bool, None, "Train nothing: say what the largest point takes, and how many trainings there are."),
     "picture": Option(Path, "FILE", "Write the curves to this PNG."),
     "html": Option(bool, None, "Write one HTML page, to FILE where that is given, and draw nothing."),
+    "list": Option(bool, None, "List what there is."),
     "json": Option(bool, None, "Print results as JSON on stdout, and nothing else there."),
     "quiet": Option(bool, None, "No progress."),
 }

@@ -82,14 +82,17 @@ def scaled(content: Mapping[str, Any], name: str, *, defaults: Mapping[str, Any]
         del most["dataset.limit"]  # it has fewer anyway
     if not dataset.variable_size:
         del most["dataset.resolution"]
-    if isinstance(old.get("evaluation.regular_pairs"), str):  # of fewer models anyway
-        del most["evaluation.regular_pairs"]
-    new: dict[str, Any] = {key: value if old.get(key) is None else min(old[key], value) for key, value in most.items()}
+    new: dict[str, Any] = {key: _at_most(old.get(key), value) for key, value in most.items()}
     if old["train.batch_size"] > new["train.batch_size"] and old["train.optimizer"] == "sgd":
         new["train.lr"] = old["train.lr"] * new["train.batch_size"] / old["train.batch_size"]
     new |= _shortened(old, new["train.epochs"], MOST["dataset.resolution"][column])
     new |= _narrowed(old, column)
     return merge(content, nested(new))
+
+
+def _at_most(old: Any, most: Any) -> Any:
+    """The smaller one; `most` for all there are, and for pairs of many (cross:5x5)."""
+    return most if old is None or isinstance(old, str) else min(old, most)
 
 
 def _shortened(old: Mapping[str, Any], after: int, resolution: int) -> dict[str, Any]:

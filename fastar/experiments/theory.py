@@ -6,6 +6,7 @@ from typing import Any, get_args
 
 import numpy as np
 
+from fastar.config.paper import parts_of
 from fastar.errors import FastarError
 from fastar.runs import versions
 from fastar.runtime.progress import SILENT, Progress
@@ -20,22 +21,7 @@ WIDTHS = (2, 4, 8, 32)
 HELDOUT = 20
 """Networks that the star is not trained on."""
 EPS = (1e-6, 1e-5, 1e-3, 1e-1)
-# Shares of empirical stars, by width, at the tolerances of EPS. ("Do Deep Neural Network Solutions Form a Star
-# Domain?", ICLR 2025: table 3, linear, and table 4, ELU; the poster's toy is table 3.) Figure 5 has no numbers.
-PAPER: dict[str, dict[int, tuple[float, ...]]] = {
-    "linear": {
-        2: (0.00, 0.01, 0.05, 0.12),
-        4: (0.03, 0.08, 0.25, 0.40),
-        8: (0.21, 0.38, 0.60, 0.72),
-        32: (0.86, 0.97, 1.00, 1.00),
-    },
-    "elu": {
-        2: (0.00, 0.00, 0.00, 0.00),
-        4: (0.00, 0.00, 0.00, 0.04),
-        8: (0.00, 0.00, 0.00, 0.71),
-        32: (0.93, 1.00, 1.00, 1.00),
-    },
-}
+TABLES = {"linear": "table3", "elu": "table4"}
 
 
 def run_certificate(
@@ -131,7 +117,8 @@ def run_two_layer(
             losses = two_layer.path_losses(star, two_layer.matched_to(star, others), *given)
             found[name] = float(two_layer.barriers(losses).max())
         result["star"].append(found)
-    paper = [list(PAPER[activation][width]) if width in PAPER[activation] else None for width in widths]
+    shares = parts_of(TABLES[activation], "full")[0]["rows"]
+    paper = [list(shares[str(width)]["figures"].values()) if str(width) in shares else None for width in widths]
     return {
         **{"kind": activation, "seed": seed, "draws": number, "heldout": HELDOUT, "widths": widths, "eps": list(EPS)},
         **{**result, "paper": paper, "versions": versions()},

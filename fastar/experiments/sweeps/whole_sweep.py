@@ -32,6 +32,7 @@ def sweep(
     *,
     seeds: int = 1,
     given: Given | None = None,
+    others: Sequence[Point] = (),
 ) -> dict[str, Any]:
     """Train and measure a star for each value of a setting, in run folders below `out`; what of them is the same is
     trained once. Points that are finished stay, and those of earlier values are in the results too.
@@ -42,6 +43,7 @@ def sweep(
         values: of it.
         seeds: stars of each point (`star.seed`).
         given: parts of the task that the settings do not name.
+        others: runs elsewhere, whose models are taken where they are the same.
 
     Returns:
         The content of `sweep.json` (`sweep_results`).
@@ -69,7 +71,7 @@ def sweep(
         found = []
         for number, point in enumerate(chosen):
             progress.line(f"sweep: {point.run.path.name} ({number + 1} of {len(chosen)})")
-            take_over(point, points, progress)
+            take_over(point, [*points, *others], progress)
             found.append(train_star(point.settings, point.run.path, progress, given=given))
 
         from fastar.experiments.sweeps.sweep_results import sweep_results  # imports torch

@@ -1,0 +1,100 @@
+"""The command that runs the paper's tables and figures."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from fastar.cli.options import Given, Option, takes
+from fastar.cli.output import print_json, print_lines, print_table
+from fastar.errors import FastarError
+
+
+@takes(
+    *("scale", "out", "list", "json", "quiet"),
+    out=Option(Path, "DIR", "Folder of all tables and figures. Default: runs/paper-SCALE."),
+    list=Option(bool, None, "List them: what each shows and trains, and what is done."),
+)
+def reproduce(
+    given: Given,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[ID|all] [KEY=VALUE]...", help="table1, figure4, ..., and settings of all runs."),
+    ] = None,
+) -> None:
+    """Run a table or figure of the paper, and print ours beside the paper's: `all`, or --list for what there is.
+
+    Runs what is missing; models of equal recipes are trained once for all of them. At --scale small many use
+    scikit-learn's digits, and compare orders, not numbers. Written into --out: ID.json, ID.md, ID.png. Exit code 1
+    where one of several could not be run.
+
+    Examples:
+
+        fastar reproduce --list --scale small
+
+        fastar reproduce figure4 --scale small
+    """
+    ids = [word for word in words or () if "=" not in word]
+    overrides = [word for word in words or () if "=" in word]
+    scale = given["scale"]
+    out = given["out"] or Path("runs") / f"paper-{scale}"
+
+    from fastar.config.paper import check_id, paper
+
+    for name in ids:
+        if name != "all":
+            check_id(name)
+    if given["list"]:
+        from fastar.experiments.reproduce import listed
+        from fastar.report.reproduction import list_table
+
+        entries = listed(out, scale=scale, overrides=overrides)
+        if given.json:
+            print_json(entries)
+        else:
+            print_table(list_table(entries, scale))
+        return
+    if not ids:
+        raise FastarError("no table or figure: name some, such as table1, or all; --list lists them")
+    wanted = list(paper()) if "all" in ids else list(dict.fromkeys(ids))
+    failed = [name for name in wanted if not _done(given, name, out, overrides, alone=len(wanted) == 1)]
+    if failed:
+        raise FastarError(f"not all could be run: {', '.join(failed)} (said above); the others are in {out}")
+
+
+def _done(given: Given, name: str, out: Path, overrides: list[str], *, alone: bool) -> bool:
+    """Run one and show it; False where it, or a row of it, could not be run, which is said (`alone`: raised)."""
+    from fastar.experiments.reproduce import reproduce
+    from fastar.report.reproduction import (
+        markdown,
+        reproduction_lines,
+        reproduction_pictures,
+        reproduction_tables,
+    )
+    from fastar.runs import write_atomically
+
+    try:
+        found: dict[str, Any] = reproduce(
+            name, out, scale=given["scale"], overrides=overrides, progress=given.progress()
+        )
+    except FastarError as error:
+        if alone:
+            raise
+        print(f"fastar: {name}: {error}", file=sys.stderr)
+        return False
+    scale = "" if given["scale"] == "full" else f" --scale {given['scale']}"
+    command = " ".join([f"fastar reproduce {name}{scale}", *overrides])
+    pictures = reproduction_pictures(found, out)
+    write_atomically(out / f"{name}.md", markdown(found, command).encode())
+    whole = not any(part["failed"] for part in found["parts"])
+    if given.json:
+        print_json(found)
+        return whole
+    for table in reproduction_tables(found):
+        print_table(table)
+    print_lines(reproduction_lines(found))
+    print_lines(f"written: {place}" for place in (out / f"{name}.json", out / f"{name}.md", *pictures))
+    return whole

@@ -1,0 +1,262 @@
+"""The kinds of parts of tables and figures: what each runs, and the figures of its rows."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from fastar.errors import FastarError
+from fastar.evaluation import Segment
+from fastar.evaluation.paths import barrier
+from fastar.experiments.averages import uncertainty
+from fastar.experiments.distances import distances
+from fastar.experiments.finished_run import finished_run
+from fastar.experiments.fusion import fuse
+from fastar.experiments.measure import endpoint, evaluated, match_to, path_result, spread
+from fastar.experiments.perturbed import perturbed_stars
+from fastar.experiments.reproduce.beside import figures_of, percent
+from fastar.experiments.reproduce.shelf import Shelf
+from fastar.experiments.session import Session, measuring, threads
+from fastar.experiments.sweeps.points import Point
+from fastar.experiments.theory import run_certificate, run_two_layer
+from fastar.runs import RunFolder, write_json
+from fastar.runs.model_files import Checkpoint
+
+Part = Mapping[str, Any]
+Rows = dict[str, dict[str, Any]]
+"""Figures by the names of rows."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a part found: the figures of its rows, JSON files by row that its picture (`draw`) is made of, and why rows
+    could not be run."""
+
+    rows: Rows
+    draw: str | None = None
+    files: dict[str, Path] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of part: the runs that it needs, and what it makes of them in a folder of its own."""
+
+    points: Callable[[Shelf, Part, Path], list[Point]]
+    run: Callable[[Shelf, Part, Path], Found]
+
+
+def _points_of_runs(shelf: Shelf, part: Part, folder: Path) -> list[Point]:
+    return [shelf.point({**part, **row}) for row in part["rows"].values()]
+
+
+def _runs(shelf: Shelf, part: Part, folder: Path) -> Found:
+    """The runs of rows that can be run: one may have data that another lacks."""
+    rows, files, failed = {}, {}, {}
+    for (name, _), point in zip(part["rows"].items(), _points_of_runs(shelf, part, folder), strict=True):
+        try:
+            rows[name] = figures_of(shelf.results(point), part.get("split", "train"))
+            files[name] = point.run.results
+        except FastarError as error:
+            failed[name] = str(error)
+    if not rows:
+        raise FastarError(next(iter(failed.values())))
+    return Found(rows, part.get("draw"), files, failed)
+
+
+def _sweep(shelf: Shelf, part: Part, folder: Path) -> Found:
+    found = shelf.swept(part, folder)
+    rows = {str(point["value"]): figures_of(point) for point in found["points"]}
+    return Found(rows, "sweep", {"": folder / "sweep.json"})
+
+
+def _fusion(shelf: Shelf, part: Part, folder: Path) -> Found:
+    part = {"of": "sources", **part}
+    rows: Rows = {}
+    for point in shelf.swept(part, folder)["points"]:
+        stars = []
+        for place in point["folders"]:
+            found = fuse(finished_run(RunFolder(folder / place), shelf.progress))
+            write_json(folder / place / "fusion.json", found)
+            stars.append(found["predictors"]["star"]["accuracy"])
+        of = found["predictors"]  # the same for each star, but for the star
+        one = {name: {"mean": of[key]["accuracy"], "std": None, "n": 1} for name, key in _PREDICTORS.items()}
+        one |= {"regular_accuracy": found["single"]["accuracy"], "star_accuracy": spread(stars)}
+        one["best_star_accuracy"] = {"mean": max(stars), "std": None, "n": 1}
+        rows[str(point["value"])] = {
+            **{key: percent(value) for key, value in one.items()},
+            "SR": figures_of(point)["SR"],
+        }
+    return Found(rows)
+
+
+_PREDICTORS = {"best_accuracy": "best source by test", "ensemble_accuracy": "ensemble", "soup_accuracy": "greedy soup"}
+
+
+def _points_of_fusion(shelf: Shelf, part: Part, folder: Path) -> list[Point]:
+    return shelf.points({"of": "sources", **part}, folder)
+
+
+def _sizes_point(shelf: Shelf, part: Part) -> Point:
+    most = max(part["values"])
+    return shelf.point(part, f"sources.heldout={most}", f"evaluation.regular_pairs=cross:{most}x{most}")
+
+
+def _sizes(shelf: Shelf, part: Part, folder: Path) -> Found:
+    """Barriers to the first heldouts, and of pairs of the first sources and heldouts that were measured."""
+    point, rows = _sizes_point(shelf, part), {}
+    paths = shelf.results(point)["paths"]
+    regular = [path for path in paths if path["kind"] == "regular_regular"]
+    firsts, seconds = (list(dict.fromkeys(path[end] for path in regular)) for end in ("first", "second"))
+    for size in part["values"]:
+        pairs = [p for p in regular if p["first"] in firsts[:size] and p["second"] in seconds[:size]]
+        stars = [path for path in paths if path["kind"] == "star_heldout"][:size]
+        row = {}
+        for name, some in (("RR", pairs), ("SR", stars)):
+            of = spread([barrier(path["t"], path["train_loss"]) for path in some])
+            row[name] = of
+            row |= {f"{name}_{end}": {"mean": of[end], "std": None, "n": of["n"]} for end in ("min", "max")}
+        rows[str(size)] = row
+    return Found(rows)
+
+
+def _perturbed(shelf: Shelf, part: Part, folder: Path) -> Found:
+    point = shelf.point(part)
+    found = perturbed_stars(shelf.finished(point), radii=part["values"])
+    place = point.run.path / "perturb.json"
+    write_json(place, found)
+    rows = {}
+    for at in found["points"]:
+        of = at["train"]
+        rows[f"{at['radius']:g}"] = {"star": of["star_loss"], "SR": of["barrier"], "RR": found["regular"]["train"]}
+    return Found(rows, "perturbed", {"": place})
+
+
+def _distances(shelf: Shelf, part: Part, folder: Path) -> Found:
+    found, rows = distances(shelf.finished(shelf.point(part))), {}
+    for name, kind in _PAIRS.items():
+        rows[name] = {way: found[kind][way]["distance"] for way in ("unmatched", "matched")}
+        rows[name]["cosine"] = found[kind]["matched"]["cosine"]
+    return Found(rows)
+
+
+_PAIRS = {"regular to regular": "regular_regular", "star to heldouts": "star_heldout", "star to sources": "star_source"}
+
+
+def _uncertainty(shelf: Shelf, part: Part, folder: Path) -> Found:
+    """Metrics of each family at its largest K."""
+    point = shelf.point(part)
+    found = uncertainty(shelf.finished(point), most=part["most"], repetitions=part["repetitions"])
+    place = point.run.path / "uncertainty.json"
+    write_json(place, found)
+    rows = {}
+    for family, of in found["families"].items():
+        last = {
+            key: {"mean": of[key]["mean"][-1], "std": of[key]["std"][-1], "n": of["repetitions"]} for key in _METRICS
+        }
+        rows[family] = {**last, "K": {"mean": of["k"][-1], "std": None, "n": 1}}
+    return Found(rows, "uncertainty", {"": place})
+
+
+_METRICS = ("nll", "ece", "auroc", "auroc_20", "auroc_entropy", "auroc_20_entropy")
+
+
+def _theory(shelf: Shelf, part: Part, folder: Path) -> Found:
+    given = {key: part[key] for key in ("most", "draws") if key in part}
+    what = part["what"]
+    if what == "certificate":
+        found = run_certificate(**given, progress=shelf.progress)
+        shares, name = found["q"], "Q"
+    else:
+        found = run_two_layer(what, **given, progress=shelf.progress)
+        shares, name = found["share"], "share"
+    place = folder / f"{what}.json"
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(place, found)
+    shown = range(len(found["eps"])) if what != "certificate" else (0, 11, 25, 49)
+    rows = {
+        str(width): {f"{name} {found['eps'][i]:.2g}": {"mean": row[i], "std": None, "n": found["draws"]} for i in shown}
+        for width, row in zip(found["widths"], shares, strict=True)
+    }
+    return Found(rows, "theory", {"": place})
+
+
+def _points_of_optimizers(shelf: Shelf, part: Part, folder: Path) -> list[Point]:
+    other = {**part, "set": [*part.get("set", ()), *part.get("other_set", ())]}
+    return [shelf.point(part), shelf.point(other, config=part["other"])]
+
+
+def _optimizers(shelf: Shelf, part: Part, folder: Path) -> Found:
+    """Barriers within the heldouts of two runs, and from the star of the first to both."""
+    first, second = (shelf.finished(point) for point in _points_of_optimizers(shelf, part, folder))
+    groups = {"sgd": first.heldouts[: part["count"]], "adam": second.heldouts[: part["count"]]}
+    pairs = []
+    for name, models in groups.items():
+        named = [(f"{name} {index}", model) for index, model in enumerate(models)]
+        pairs += [(f"{name} to {name}", one, other) for one, other in itertools.combinations(named, 2)]
+        pairs += [(f"star to {name}", ("star", first.star), one) for one in named]
+    return _paths(first.session, pairs, folder)
+
+
+def _methods(shelf: Shelf, part: Part, folder: Path) -> Found:
+    """Barriers of the run's pairs and from its star, the ends matched in several ways."""
+    run = shelf.finished(shelf.point(part))
+    ends = {f"heldout {index}": model for index, model in enumerate(run.heldouts)}
+    pairs = [("SR", ("star", run.star), one) for one in ends.items()]
+    named = [(f"source {index}", source) for index, source in enumerate(run.sources)]
+    pairs += [("RR", first, second) for first, second in zip(named, ends.items(), strict=False)]  # as many as both have
+    rows, files = {}, {}
+    for method in part["values"]:
+        session = shelf.point(part, f"matching.method={method}").settings
+        found = _paths(_matched_by(run.session, session.matching), pairs, folder, f"{method}.json")
+        rows[method] = {kind: figures["barrier"] for kind, figures in found.rows.items()}
+        files[method] = found.files[""]
+    return Found(rows, "methods", files)
+
+
+def _matched_by(session: Session, matching: Any) -> Session:
+    return replace(session, settings=session.settings.model_copy(update={"matching": matching}))
+
+
+Named = tuple[str, Checkpoint]
+
+
+def _paths(
+    session: Session, pairs: Sequence[tuple[str, Named, Named]], folder: Path, name: str = "paths.json"
+) -> Found:
+    """The barriers of pairs, by their kind: the second network of each is matched to the first."""
+    segments = []
+    with threads(session), measuring("paths"):
+        for kind, (first, one), (second, other) in pairs:
+            (matched,) = match_to(session, one, [other]) if session.settings.matching.method != "none" else (None,)
+            segments.append(Segment(kind, endpoint(session, first, one), endpoint(session, second, other, matched)))
+        measured, _ = evaluated(session, segments)
+    folder.mkdir(parents=True, exist_ok=True)
+    paths = [path_result(path) for path in measured]
+    write_json(folder / name, {"t": measured[0].t, "paths": paths})
+    kinds = dict.fromkeys(kind for kind, _, _ in pairs)
+    rows = {
+        kind: {"barrier": spread([path.barrier("train") for path in measured if path.kind == kind])} for kind in kinds
+    }
+    return Found(rows, "groups", {"": folder / name})
+
+
+def _one_point(shelf: Shelf, part: Part, folder: Path) -> list[Point]:
+    return [shelf.point(part)]
+
+
+KINDS = {
+    "runs": Kind(_points_of_runs, _runs),
+    "sweep": Kind(lambda shelf, part, folder: shelf.points(part, folder), _sweep),
+    "fusion": Kind(_points_of_fusion, _fusion),
+    "sizes": Kind(lambda shelf, part, folder: [_sizes_point(shelf, part)], _sizes),
+    "perturbed": Kind(_one_point, _perturbed),
+    "distances": Kind(_one_point, _distances),
+    "uncertainty": Kind(_one_point, _uncertainty),
+    "theory": Kind(lambda shelf, part, folder: [], _theory),
+    "optimizers": Kind(_points_of_optimizers, _optimizers),
+    "methods": Kind(_one_point, _methods),
+}
