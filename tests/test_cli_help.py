@@ -47,7 +47,7 @@ def test_commands_are_those_promised() -> None:
     assert set(COMMANDS) == {
         *("train-star", "plan", "sweep", "train-sources", "match", "match-many"),
         *("barrier", "uncertainty", "fuse", "perturb", "distances", "theory"),
-        *("graph", "plane", "curve"),
+        *("graph", "plane", "curve", "reproduce"),
         *("report", "runs", "verify", "configs", "doctor"),
     }
 

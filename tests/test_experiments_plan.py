@@ -148,7 +148,7 @@ def test_the_same_sizes_are_held_whatever_is_limited(tmp_path: Path) -> None:
 
 def test_work_is_all_epochs_and_all_models(tmp_path: Path) -> None:
     more = ("train.epochs=10", "sources.number=4", "sources.heldout=2", "gpu_memory=1GB", "star.match_every_epochs=2")
-    plan = plan_of(tmp_path, *more, "star.epochs=5", "evaluation.points=3")
+    plan = plan_of(tmp_path, *more, "star.epochs=5", "evaluation.points=3", "evaluation.regular_pairs=10")
     work = [(part["times"], part["seconds"]) for part in plan["work"]]
     # Paths: 4 + 2 from the star, 10 pairs twice; one inner point each; ends: the star, 6 matched, the pairs' own; and
     # 7 models when they are trained.

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from fastar._version import __version__
-from fastar.cli import after, geometry, match, reproduce, show, sweep, theory, train
+from fastar.cli import after, geometry, match, several_runs, show, theory, train
 from fastar.cli.failure import failure
 from fastar.cli.options import run_folders
 from fastar.errors import FastarError, OldName, UserCodeError
@@ -23,7 +23,7 @@ from fastar.runtime.user_code import users_traceback
 COMMANDS = {
     "train-star": train.train_star,
     "plan": train.plan,
-    "sweep": sweep.sweep,
+    "sweep": several_runs.sweep,
     "train-sources": train.train_sources,
     "match": match.match,
     "match-many": match.match_many,
@@ -36,7 +36,7 @@ COMMANDS = {
     "plane": geometry.plane,
     "curve": geometry.curve,
     "theory": theory.theory,
-    "reproduce": reproduce.reproduce,
+    "reproduce": several_runs.reproduce,
     "report": show.report,
     "runs": show.runs,
     "verify": show.verify,
