@@ -19,12 +19,14 @@ Finished = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a f
 
 
 def _opened(given: Given, folder: Path) -> FinishedRun:
-    """The run in a folder; the traceback of a defect is kept there."""
+    """The run in a folder, which is this process's until the command ends; the traceback of a defect is kept there."""
     from fastar.experiments.finished_run import finished_run
     from fastar.runs import RunFolder
 
     run_folders.append(folder)
-    return finished_run(RunFolder(folder), given.progress())
+    run = finished_run(RunFolder(folder), given.progress())
+    given.ending.enter_context(run.session.run.held(given.progress()))
+    return run
 
 
 def _show(given: Given, found: Mapping[str, Any], table: object, lines: Iterable[str], places: Iterable[Path]) -> None:

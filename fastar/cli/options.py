@@ -6,7 +6,8 @@ import functools
 import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -113,9 +114,14 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
 
 @dataclass(frozen=True)
 class Given:
-    """The values of a command's options, by their names."""
+    """The values of a command's options, by their names.
+
+    Args:
+        ending: closed when the command ends: what it holds until then.
+    """
 
     options: Mapping[str, Any]
+    ending: ExitStack = field(default_factory=ExitStack)
 
     def __getitem__(self, name: str) -> Any:
         return self.options[name]
@@ -206,7 +212,8 @@ def takes(*names: str, **others: str | Option) -> Callable[[Callable[..., None]]
         @functools.wraps(function)
         def command(**given: Any) -> None:
             shared = {name: given.pop(name) for name in names}
-            function(Given(shared), **given)
+            with ExitStack() as ending:
+                function(Given(shared, ending), **given)
 
         parameters = [
             *(one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in arguments),

@@ -15,7 +15,6 @@ from fastar.experiments.measure import permuted_row, regular_pairs, spread
 from fastar.experiments.session import Session, measuring, threads
 from fastar.runs import versions, write_json
 from fastar.runs.model_files import Checkpoint
-from fastar.runtime.json_files import sealed
 from fastar.symmetry import Permutations
 
 KINDS = ("regular_regular", "star_heldout", "star_source", "mean_star", "mean_heldout", "mean_source")
@@ -48,7 +47,7 @@ def distances(run: FinishedRun) -> dict[str, Any]:
         "pairs": pairs,
         "versions": versions(),
     }
-    write_json(session.run.distances, sealed(found))
+    write_json(session.run.distances, found)
     return found
 
 

@@ -34,7 +34,7 @@ class Subject:
 
     @property
     def kind(self) -> str:
-        """The model's kind: source, heldout or star."""
+        """The model's kind: source, heldout, star, swag or student."""
         return str(self.recipe["kind"])
 
     @property
@@ -43,7 +43,7 @@ class Subject:
 
     @property
     def name(self) -> str:
-        return "star" if self.kind == "star" else f"{self.kind} {self.index}"
+        return f"{self.kind} {self.index}" if self.kind in ("source", "heldout") else self.kind
 
     def entry(self, epoch: Mapping[str, Any]) -> dict[str, Any]:
         """An epoch as the log holds it."""

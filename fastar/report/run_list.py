@@ -18,6 +18,8 @@ from fastar.runs import CHECKPOINT, RunFolder, is_held
 
 GIVEN = (("source", "folder"), ("heldout", "heldout_folder"))
 """Kinds of models, and the settings that give them."""
+AFTER = ("swag", "student")
+"""Kinds of models that commands on finished runs train."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def overview(folder: Path) -> RunOverview:
     )
     log = run.log.read()
     written = max(_written(path) for path in (run.log.path, run.results, run.config, run.star))
-    losses = [entry["loss"] for entry in log if isinstance(entry.get("loss"), float)]
+    losses = [entry["loss"] for entry in log if isinstance(entry.get("loss"), float) and entry.get("kind") not in AFTER]
     return RunOverview(
         run=str(folder),
         state="running" if running else "finished" if finished else "stopped",
@@ -150,11 +152,12 @@ def _where(
     """The model in training: a running one's by the log, a stopped one's by its last checkpoint."""
     epochs = settings["train"].get("epochs")
     star_epochs = settings["star"].get("epochs") or epochs
+    wholes = {"star": star_epochs, "student": star_epochs, "swag": None}
     last = next((entry for entry in reversed(log) if "epoch" in entry and "model" in entry), None)
     if running and last is not None:
-        whole = star_epochs if last.get("kind") == "star" else epochs
+        whole = wholes.get(str(last.get("kind")), epochs)
         if last["epoch"] + 1 != whole:
-            return f"{last['model']}, epoch {last['epoch'] + 2} of {whole}"
+            return f"{last['model']}, epoch {last['epoch'] + 2}{_of(whole)}"
     saved = [
         (_written(path), kind, number, int(found[1]), int(found[2]))
         for folder, kind, number in run.trainings()
@@ -163,16 +166,21 @@ def _where(
     ]
     if saved:
         _, kind, number, done, steps = max(saved)
-        name = "star" if kind == "star" else f"{kind} {number}"
-        whole = star_epochs if kind == "star" else epochs
+        name = f"{kind} {number}" if kind in ("source", "heldout") else kind
+        whole = wholes.get(kind, epochs)
         step = f", step {steps + 1}" if steps else ""
         epoch = min(done + 1, whole or done + 1)
-        return f"{name}, epoch {epoch}{step} of {whole}"
+        return f"{name}, epoch {epoch}{step}{_of(whole)}"
     asked = settings["sources"]
     for (kind, folder), wanted in zip(GIVEN, ("number", "heldout"), strict=True):
         if asked.get(folder) is None and there[kind] < (asked.get(wanted) or 0):
             return f"{kind} {there[kind]}"
     return "star" if not run.star.is_file() else "results"
+
+
+def _of(whole: int | None) -> str:
+    """The epochs of the whole training, where they are known."""
+    return "" if whole is None else f" of {whole}"
 
 
 def _results(run: RunFolder, *, running: bool) -> dict[str, Any]:

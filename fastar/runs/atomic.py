@@ -12,6 +12,7 @@ from typing import Any
 
 from fastar.errors import refusal
 from fastar.runs.lock import check_held
+from fastar.runtime.json_files import sealed
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -39,8 +40,8 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write JSON atomically, numbers unrounded."""
-    write_atomically(path, (json.dumps(content, indent=1) + "\n").encode())
+    """Write JSON atomically, numbers unrounded, with a digest of the content: `fastar verify` sees damage."""
+    write_atomically(path, (json.dumps(sealed(content), indent=1) + "\n").encode())
 
 
 def delete(path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
+import os
 import re
 import shlex
 from collections.abc import Callable, Iterator, Mapping
@@ -19,7 +20,7 @@ from fastar.runs.lock import NAME as LOCK
 from fastar.runs.lock import hold, lost
 from fastar.runs.run_log import RunLog
 from fastar.runs.safetensors_file import read_metadata
-from fastar.runtime.json_files import read_file, read_object, sealed, unsealed
+from fastar.runtime.json_files import read_file, read_object, unsealed
 from fastar.runtime.progress import SILENT, Progress
 
 # Settings that say how or where work is done, or what is measured afterwards: a run may go on with others.
@@ -48,7 +49,7 @@ CHECKPOINT = re.compile(r"epoch-([0-9]{5,})-step-([0-9]{8,})\.safetensors")
 # File of how often a training has gone back, and where to.
 RETRY = "retry.json"
 _MODEL = re.compile(r"seed-([0-9]{4,})\.safetensors")
-_TRAINING = re.compile(r"(source|heldout|star)-([0-9]{4,})")
+_TRAINING = re.compile(r"(source|heldout|star|swag|student)-([0-9]{4,})")
 _TEMPORARY = re.compile(r"\..+\.[0-9]+(-[0-9a-f]{8})?\.tmp")
 _CONFIG_DIGEST = "# digest: "
 _FOLDERS = {"source": "sources", "heldout": "heldout"}
@@ -72,6 +73,9 @@ class RunFolder:
         # The permutations that results were measured with.
         self.matchings = path / "matchings.safetensors"
         self.distances = path / "distances.json"
+        # What commands on finished runs train: SWAG's moments, and the student of the ensemble.
+        self.swag = path / "swag.safetensors"
+        self.student = path / "student.safetensors"
 
     def is_drawn(self) -> bool:
         """Tell whether the picture is there, and no older than the results it shows."""
@@ -85,9 +89,10 @@ class RunFolder:
         return self.path / "profile" / name
 
     def model(self, kind: str, index: int) -> Path:
-        """File of source or heldout number `index`, or of the star."""
-        if kind == "star":
-            return self.star
+        """File of source or heldout number `index`, or of the star, SWAG's moments or the student."""
+        alone = {"star": self.star, "swag": self.swag, "student": self.student}
+        if kind in alone:
+            return alone[kind]
         return self.path / _FOLDERS[kind] / f"seed-{index:04d}.safetensors"
 
     def finished(self, kind: str, index: int) -> bool:
@@ -143,6 +148,20 @@ class RunFolder:
         finally:
             if nothing_done:  # leave no trace
                 self._remove_empty(made)
+
+    @contextmanager
+    def held(self, progress: Progress = SILENT) -> Iterator[None]:
+        """Keep other processes out of the folder until the block ends; nothing of it is changed. A folder that cannot
+        be written to is not held: nobody writes there.
+
+        Raises:
+            FastarError: it is in use.
+        """
+        with ExitStack() as lock:
+            if os.access(self.path, os.W_OK):
+                with self._usable():
+                    lock.enter_context(hold(self.path, progress.line))
+            yield
 
     def _usable(self) -> AbstractContextManager[None]:
         return refusal(f"{self.path}: cannot be used as run folder", "choose another run folder (out)")
@@ -215,7 +234,17 @@ class RunFolder:
     def _check_names(self) -> None:
         """Raise FastarError where something else has the name of a file or folder that a run writes."""
         models = (path for path, _, _ in self.models())
-        files = self.star, self.permutations, self.matchings, self.results, self.picture, self.log.path, *models
+        files = (
+            self.star,
+            self.swag,
+            self.student,
+            self.permutations,
+            self.matchings,
+            self.results,
+            self.picture,
+            self.log.path,
+            *models,
+        )
         folders = [self.path / name for name in ("sources", "heldout", IN_TRAINING, LAST_GOOD, "tensorboard")]
         wrong = [(path, "file") for path in files if path.exists() and not path.is_file()]
         wrong += [(path, "folder") for path in folders if path.exists() and not path.is_dir()]
@@ -264,7 +293,7 @@ class RunFolder:
 
     def write_results(self, results: Mapping[str, Any]) -> None:
         """Write `results.json`, atomically and unrounded, with a digest of it."""
-        write_json(self.results, sealed(results))
+        write_json(self.results, results)
 
     def read_results(self, say: Callable[[str], None] = lambda line: None) -> dict[str, Any]:
         """The results in `results.json`; `say` is told of results without a digest.

@@ -27,10 +27,12 @@ from fastar.runs import (
     stored_digest,
 )
 from fastar.runs.live_metrics import event_files, is_event_file_whole
+from fastar.runs.lock import NAME as LOCK
 from fastar.runs.model_files import load_checkpoint, state_digest
 from fastar.runtime.json_files import read_file, read_object, unsealed
 from fastar.runtime.progress import SILENT, Progress
 
+RESULTS = "results.json"
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -101,14 +103,16 @@ def _run(run: RunFolder, progress: Progress) -> Rechecked:
 
     checks: list[Callable[[], str | None]] = [partial(_config, run), partial(_picture, run)]
     checks += [partial(model, *named) for named in run.models()]
-    checks += [partial(model, run.star, "star", 0)] if run.star.exists() else []
+    alone = {"star": run.star, "swag": run.swag, "student": run.student}
+    checks += [partial(model, path, kind, 0) for kind, path in alone.items() if path.exists()]
     checks += [partial(_log, run, metadata)]
     checks += [partial(_permutations, run, metadata)] if run.permutations.is_file() else []
     checks += [partial(_matchings, run)] if run.matchings.is_file() else []
     checks += [partial(_training, path) for folder, _, _ in run.trainings() for path in sorted(folder.iterdir())]
     checks += [partial(_training, path) for path in sorted((run.path / LAST_GOOD).glob("*.safetensors"))]
     checks += [partial(_events, path) for path in event_files(run.path)]
-    checks += [partial(_sources, run, metadata, digests), partial(_results, run), partial(_distances, run)]
+    checks += [partial(_sources, run, metadata, digests), partial(_results, run)]
+    checks += [partial(_json, path) for path in sorted(run.path.glob("*.json")) if path.name not in (LOCK, RESULTS)]
     with progress.task("checking", total=len(checks), unit="files") as advance:
         for check in checks:
             try:
@@ -240,10 +244,10 @@ def _results(run: RunFolder) -> str | None:
     return said[0] if said else None
 
 
-def _distances(run: RunFolder) -> None:
-    if run.distances.exists():
-        try:
-            unsealed(read_object(run.distances))
-        except ValueError as error:
-            again = f"`fastar distances {run.path}` writes it again"
-            raise FastarError(f"{run.distances}: damaged ({error}); {again}") from error
+def _json(path: Path) -> str | None:
+    """Check a file that a command on a finished run wrote; in each there is a digest of its content."""
+    try:
+        _, checked = unsealed(read_object(path))
+    except ValueError as error:
+        raise FastarError(f"{path}: damaged ({error}); the command that wrote it writes it again") from error
+    return None if checked else f"{path}: without a digest (by an older fastar, or not by it): damage to it is not seen"
