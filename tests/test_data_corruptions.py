@@ -57,7 +57,7 @@ def test_a_severer_corruption_moves_images_further(kind: str) -> None:
 
 @pytest.mark.parametrize(("channels", "apart"), [(1, 0.4), (3, 1.5)])
 def test_jpeg_is_pillow_s(channels: int, apart: float) -> None:
-    """On average so many levels of 255 apart, a fraction of what the file changes: libjpeg computes in whole numbers."""
+    """On average so many levels of 255 apart, a fraction of what the file changes: libjpeg has whole numbers."""
     given = images(channels, 40)
     for severity, quality in enumerate(CORRUPTIONS["jpeg"], start=1):
         found, wanted = bytes_of(at("jpeg", severity, given)).astype(int), []

@@ -30,24 +30,27 @@ def _opened(given: Given, folder: Path) -> FinishedRun:
 
 
 def _show(given: Given, found: Mapping[str, Any], table: object, lines: Iterable[str], places: Iterable[Path]) -> None:
-    """Print results as they are wanted, and the files that were written."""
+    """Print results as they are wanted, a table or a list of them, and the files that were written."""
     if given.json:
         print_json(found)
         return
-    print_table(table)
+    for one in table if isinstance(table, list) else [table]:
+        print_table(one)
     print_lines([*lines, *(f"written: {place}" for place in places)])
 
 
-@takes("most", "repetitions", "radius", "json", "quiet")
+@takes("most", "repetitions", "radius", "swag", "corruptions", "ood", "json", "quiet")
 def uncertainty(given: Given, folder: Finished) -> None:
     """Measure how good the uncertainty of averages around the star is: star domain, ensemble, and controls.
 
     Each average is of K = 1 .. --most networks. Written into the run folder: uncertainty.json, uncertainty.png over K,
-    reliability.png.
+    reliability.png; with --corruptions corruptions.png over severity.
 
-    Example:
+    Examples:
 
         fastar uncertainty runs/digits-mlp-seed0
+
+        fastar uncertainty runs/digits-mlp-seed0 --swag --corruptions --ood noise,blocks
     """
     from fastar.experiments.averages import uncertainty
     from fastar.report.average_panels import (
@@ -56,15 +59,29 @@ def uncertainty(given: Given, folder: Finished) -> None:
         uncertainty_picture,
         uncertainty_table,
     )
+    from fastar.report.shift.corruption_panels import corruption_picture, corruption_tables
+    from fastar.report.shift.other_images import other_tables
     from fastar.runs import write_json
 
     run = _opened(given, folder)
-    found = uncertainty(run, most=given["most"], repetitions=given["repetitions"], radius=given["radius"])
+    found = uncertainty(
+        run,
+        most=given["most"],
+        repetitions=given["repetitions"],
+        radius=given["radius"],
+        swag=given["swag"],
+        corruptions=given["corruptions"],
+        ood=given["ood"].split(",") if given["ood"] else (),
+    )
     places = [folder / name for name in ("uncertainty.json", "uncertainty.png", "reliability.png")]
     write_json(places[0], found)
     uncertainty_picture(found, places[1])
     reliability_picture(found, places[2])
-    _show(given, found, uncertainty_table(found), uncertainty_lines(found), places)
+    if "corruptions" in found:
+        places.append(folder / "corruptions.png")
+        corruption_picture(found, places[-1])
+    tables = [uncertainty_table(found), *corruption_tables(found), *other_tables(found)]
+    _show(given, found, tables, uncertainty_lines(found), places)
 
 
 @takes("radii", "draws", "by_filter", "json", "quiet")
@@ -112,21 +129,23 @@ def distances(given: Given, folder: Finished) -> None:
     _show(given, found, distances_table(found), [], [run.session.run.distances])
 
 
-@takes("json", "quiet")
+@takes("student", "swag", "json", "quiet", swag="Add SWA, of one more training, which the run folder keeps.")
 def fuse(given: Given, folder: Finished) -> None:
     """Compare ways to make one predictor of the sources: star, mean, greedy soup, ensemble, the best source.
 
     Written into the run folder: fusion.json. A star for this is trained with `star.mu=1`.
 
-    Example:
+    Examples:
 
         fastar fuse runs/digits-mlp-seed0
+
+        fastar fuse runs/digits-mlp-seed0 --student --swag
     """
     from fastar.experiments.fusion import fuse
     from fastar.report.fusion_table import fusion_lines, fusion_table
     from fastar.runs import write_json
 
-    found = fuse(_opened(given, folder))
+    found = fuse(_opened(given, folder), student=given["student"], swag=given["swag"])
     place = folder / "fusion.json"
     write_json(place, found)
     _show(given, found, fusion_table(found), fusion_lines(found), [place])

@@ -70,6 +70,10 @@ class Dataset(ABC):
     def sequential(self, batch_size: int) -> Iterator[Batch]:
         """Batches in file order, not augmented, every sample exactly once; the last may be short. See `batches`."""
 
+    def order(self, seed: int, epoch: int) -> Tensor:
+        """The places in `sequential` of an epoch's samples, in their order: int64 [n]; of data that are `exact`."""
+        raise NotImplementedError
+
     def sample_number(self, seed: int, epoch: int, place: int) -> int:
         """The number, in the order of the file, of the sample at a place of an epoch; of data that are `exact`."""
         raise NotImplementedError
@@ -112,6 +116,9 @@ class OrderedDataset(Dataset):
         if drop_last and batch_size > len(self):
             raise FastarError(f"batch size {batch_size} exceeds the {len(self)} samples of the split; lower it")
 
+    def order(self, seed: int, epoch: int) -> Tensor:
+        return torch.as_tensor(self._order(seed, epoch))
+
     def sample_number(self, seed: int, epoch: int, place: int) -> int:
         return int(self._order(seed, epoch)[place])
 
@@ -151,6 +158,9 @@ class Taken(Dataset):
 
     def sequential(self, batch_size: int) -> Iterator[Batch]:
         return map(self._split, self._whole.sequential(batch_size))
+
+    def order(self, seed: int, epoch: int) -> Tensor:
+        return self._whole.order(seed, epoch)
 
     def sample_number(self, seed: int, epoch: int, place: int) -> int:
         return self._whole.sample_number(seed, epoch, place)

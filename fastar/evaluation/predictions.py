@@ -60,10 +60,7 @@ def probabilities(
         FastarError: outputs that are no logits of classes, one vector for each sample.
     """
     loss = find_loss() if loss is None else loss
-    if loss.function is not None or loss.name != "cross_entropy":
-        raise FastarError(
-            f"class probabilities need networks that are trained by cross_entropy; this one's loss is {loss.name}"
-        )
+    check_probabilities(loss)
     device, waiting = next(model.parameters()).device, iter(members)
     together = TOGETHER
     while some := list(islice(waiting, together)):
@@ -87,6 +84,14 @@ def probabilities(
         together = min(TOGETHER, resident_models(each, device, TOGETHER))
         while shown.of:  # each is let go when it is given
             yield {split: torch.cat(parts).numpy() for split, parts in shown.of.pop(0).items()}
+
+
+def check_probabilities(loss: Loss) -> None:
+    """Raise FastarError unless a loss makes outputs the logits of class probabilities."""
+    if loss.function is not None or loss.name != "cross_entropy":
+        raise FastarError(
+            f"class probabilities need networks that are trained by cross_entropy; this one's loss is {loss.name}"
+        )
 
 
 class _Shown:

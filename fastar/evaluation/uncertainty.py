@@ -6,7 +6,7 @@ predictions are right) is NaN. SciPy and scikit-learn are imported where they ar
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -52,26 +52,19 @@ def metrics(probabilities: NDArray[np.floating], labels: NDArray[np.integer]) ->
         probabilities: [n, C], each row sums to 1.
         labels: [n].
     """
-    p = probabilities.astype(np.float64)
-    p /= p.sum(1, keepdims=True)  # float32's rounding
+    p = _normalised(probabilities)
     confidence, right = p.max(1), p.argmax(1) == labels
-    uncertainty, accuracy = entropy(p), float(right.mean())
-    of_label = p[np.arange(len(p)), labels]
+    uncertainty = entropy(p)
     risk = np.cumsum(~right[np.argsort(-confidence, kind="stable")]) / np.arange(1, len(p) + 1)
     answered = np.flatnonzero(risk <= 0.05)
     aurc = float(risk.mean())
-    return {
-        "accuracy": accuracy,
-        "nll": float(-np.log(np.maximum(of_label, LEAST)).mean()),
-        "brier": float((np.square(p).sum(1) - 2 * of_label + 1).mean()),
-        "ece": ece(confidence, right),
+    found = {
+        **main_metrics(p, labels),
         "ece_adaptive": ece(confidence, right, adaptive=True),
-        "gap": float(confidence.mean()) - accuracy,
-        "auroc": auroc(confidence, right),
         "auroc_entropy": auroc(-uncertainty, right),
-        "aupr": _aupr(confidence, right),
-        "aupr_wrong": _aupr(-confidence, ~right),
-        "fpr_95": _fpr_95(confidence, right),
+        "aupr": aupr(confidence, right),
+        "aupr_wrong": aupr(-confidence, ~right),
+        "fpr_95": fpr_95(confidence, right),
         "aurc": aurc,
         "e_aurc": aurc - _best_aurc(right),
         "coverage_5": float(answered[-1] + 1) / len(p) if len(answered) else 0.0,
@@ -79,6 +72,28 @@ def metrics(probabilities: NDArray[np.floating], labels: NDArray[np.integer]) ->
         "auroc_20": auroc_20(confidence, right),
         "auroc_20_entropy": auroc_20(squashed(1 - uncertainty), right),
     }
+    return {name: found[name] for name in NAMES}
+
+
+def main_metrics(probabilities: NDArray[np.floating], labels: NDArray[np.integer]) -> dict[str, float]:
+    """Accuracy, NLL, Brier score, ECE, gap and AUROC: those of `metrics` that are taken many times."""
+    p = _normalised(probabilities)
+    confidence, right = p.max(1), p.argmax(1) == labels
+    of_label, accuracy = p[np.arange(len(p)), labels], float(right.mean())
+    return {
+        "accuracy": accuracy,
+        "nll": float(-np.log(np.maximum(of_label, LEAST)).mean()),
+        "brier": float((np.square(p).sum(1) - 2 * of_label + 1).mean()),
+        "ece": ece(confidence, right),
+        "gap": float(confidence.mean()) - accuracy,
+        "auroc": auroc(confidence, right),
+    }
+
+
+def _normalised(probabilities: NDArray[np.floating]) -> Array:
+    """The probabilities in float64, float32's rounding of their sums taken out."""
+    p = probabilities.astype(np.float64)
+    return p / p.sum(1, keepdims=True)
 
 
 @dataclass(frozen=True)
@@ -197,18 +212,23 @@ class Average:
         """The share of networks that predict each class [n, C]."""
         return self._votes / self.count
 
+    @property
+    def information(self) -> Array:
+        """The mutual information of prediction and network for each sample [n]: the entropy of the mean less the mean
+        entropy, nats."""
+        return entropy(self.mean) - self._entropy / self.count
+
     def diversity(self) -> dict[str, float]:
-        """Mean share of pairs of networks that predict another class, and the mutual information of prediction and
-        network: the entropy of the mean less the mean entropy, nats."""
+        """Mean share of pairs of networks that predict another class, and the mean of `information`."""
         k, votes = self.count, self._votes.astype(np.float64)
         alike = float((votes * (votes - 1)).sum(1).mean()) / (k * (k - 1)) if k > 1 else 1.0
         return {
             "disagreement": 1 - alike,
-            "mutual_information": float((entropy(self.mean) - self._entropy / k).mean()),
+            "mutual_information": float(self.information.mean()),
         }
 
 
-def spread(values: list[Mapping[str, float]]) -> dict[str, dict[str, float | None]]:
+def spread(values: Sequence[Mapping[str, float]]) -> dict[str, dict[str, float | None]]:
     """Mean and sample standard deviation (null: of one) of each metric over repetitions; null where one has none."""
     found: dict[str, dict[str, float | None]] = {}
     for name in values[0]:
@@ -219,13 +239,15 @@ def spread(values: list[Mapping[str, float]]) -> dict[str, dict[str, float | Non
     return found
 
 
-def _aupr(score: Array, wanted: NDArray[np.bool_]) -> float:
+def aupr(score: Array, wanted: NDArray[np.bool_]) -> float:
+    """Area under precision and recall (average precision) of `score` [n] for what is wanted [n]."""
     from sklearn.metrics import average_precision_score
 
     return float(average_precision_score(wanted, score)) if 0 < wanted.sum() < len(wanted) else float("nan")
 
 
-def _fpr_95(score: Array, right: NDArray[np.bool_]) -> float:
+def fpr_95(score: Array, right: NDArray[np.bool_]) -> float:
+    """The least share of the others that `score` [n] lets through where it lets 95 % of those that are right [n]."""
     if not 0 < right.sum() < len(right):
         return float("nan")
     from sklearn.metrics import roc_curve

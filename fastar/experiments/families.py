@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastar.errors import FastarError
 from fastar.evaluation import Endpoint
+from fastar.experiments.baselines.swag import Moments
 from fastar.experiments.finished_run import FinishedRun
 from fastar.experiments.measure import permuted_row
 from fastar.experiments.session import Session
@@ -24,10 +25,12 @@ from fastar.runs.model_files import Checkpoint
 from fastar.runtime.seeds import derive_seed
 from fastar.symmetry import Permutations
 
-SINGLE = ("star", "mean")
+SINGLE = ("star", "mean", "swa")
 """Families of one network."""
 FAMILIES = ("source", "ensemble", "star", "star domain", "pairs", "ball", "mean")
-"""All, in the order in which they are shown."""
+"""Those of every run, in the order in which they are shown."""
+SWAG = ("swa", "swag")
+"""Those of one more training."""
 
 
 class Families:
@@ -37,13 +40,22 @@ class Families:
         radius: of the ball around the star, as a share of the star's norm.
         t: of points of the star domain; None: uniform in [0, 1].
         replace: the star domain's sources are drawn with replacement.
+        moments: of the families `SWAG`.
     """
 
-    def __init__(self, run: FinishedRun, *, radius: float = 0.1, t: float | None = None, replace: bool = True):
+    def __init__(
+        self,
+        run: FinishedRun,
+        *,
+        radius: float = 0.1,
+        t: float | None = None,
+        replace: bool = True,
+        moments: Moments | None = None,
+    ):
         if len(run.sources) < 2:
             raise FastarError("families of networks need at least two sources; this run has one")
         self._run, self._radius, self._t, self._replace = run, radius, t, replace
-        self._layout = run.session.network.layout
+        self._layout, self._moments = run.session.network.layout, moments
         self._of_pairs: dict[tuple[int, int], Permutations] = {}
 
     def members(self, family: str, count: int, repetition: int = 0) -> Iterator[Endpoint]:
@@ -55,6 +67,7 @@ class Families:
         star domain: (1 - t) star + t matched source, source and t uniform.
         pairs: (1 - t) source + t another source matched to it: the control without a star.
         ball: the star and a step of one length in a random direction, over all parameters.
+        swa: the mean of a training's epochs. swag: draws from the Gaussian of their moments.
         """
         if family == "source":
             return iter([self.source(repetition)])
@@ -62,6 +75,8 @@ class Families:
             return iter([Endpoint("star", self._star_row)])
         if family == "mean":
             return iter([Endpoint("mean of the sources", self._mean_row)])
+        if family == "swa" and self._moments is not None:
+            return iter([Endpoint("SWA", self._moments.mean)])
         if family == "ensemble":
             return map(self.source, self.order(count, repetition))
         seed = derive_seed(self._run.session.settings.seed, "families", family.replace(" ", "_"), repetition)
@@ -70,6 +85,7 @@ class Families:
             "star domain": self._star_domain,
             "pairs": self._pairs,
             "ball": self._ball,
+            **({} if self._moments is None else {"swag": self._swag}),
         }
         if family not in drawn:
             raise FastarError(f"unknown family {family!r}: choose from {', '.join(FAMILIES)}")
@@ -105,6 +121,11 @@ class Families:
     def _ball(self, numbers: np.random.Generator, count: int) -> Iterator[Endpoint]:
         for k, seed in enumerate(numbers.integers(2**63, size=count).tolist()):
             yield Endpoint(f"point {k} at {self._radius:g} of the star's norm", partial(self._beside_star, seed))
+
+    def _swag(self, numbers: np.random.Generator, count: int) -> Iterator[Endpoint]:
+        assert self._moments is not None
+        for k, seed in enumerate(numbers.integers(2**63, size=count).tolist()):
+            yield Endpoint(f"draw {k} of SWAG", partial(self._moments.drawn, seed))
 
     def _star_row(self) -> Tensor:
         return permuted_row(self._run.session, self._run.star)

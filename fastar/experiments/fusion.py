@@ -8,11 +8,14 @@ import numpy as np
 from torch import Tensor
 
 from fastar.evaluation import Endpoint
-from fastar.evaluation.uncertainty import Average, metrics
+from fastar.evaluation.predictions import check_probabilities
+from fastar.evaluation.uncertainty import Average, best_temperature, cooled, metrics
+from fastar.experiments.baselines.student import student as ensemble_student
+from fastar.experiments.baselines.swag import swag_moments
 from fastar.experiments.families import Families
 from fastar.experiments.finished_run import FinishedRun
 from fastar.experiments.look import Look
-from fastar.experiments.measure import permuted_row, spread
+from fastar.experiments.measure import endpoint, permuted_row, spread
 from fastar.experiments.session import measuring, threads
 from fastar.runtime.progress import Advance
 from fastar.runtime.seeds import derive_seed
@@ -20,11 +23,16 @@ from fastar.runtime.seeds import derive_seed
 RESAMPLES = 2000
 
 
-def fuse(run: FinishedRun) -> dict[str, Any]:
+def fuse(run: FinishedRun, *, student: bool = False, swag: bool = False) -> dict[str, Any]:
     """Accuracy and NLL of each way to make one predictor of the sources, on the run's last split.
 
     What is chosen (the best source, the soup) is chosen on samples that are not tested on: validation samples where the
-    run keeps some, else training samples. The best by the test samples is there too, as the paper has it.
+    run keeps some, else training samples. The best by the test samples is there too, as the paper has it. With
+    validation samples the ensemble is also measured at the best temperature found there.
+
+    Args:
+        student: add a student of the ensemble (`fastar.experiments.baselines.student`).
+        swag: add SWA (`fastar.experiments.baselines.swag`).
 
     Returns:
         predictors: name -> networks that a prediction takes, accuracy, nll, difference of the accuracy from the star's
@@ -33,7 +41,14 @@ def fuse(run: FinishedRun) -> dict[str, Any]:
     Raises:
         FastarError: one source alone, or a loss that is not cross-entropy.
     """
-    session, around = run.session, Families(run)
+    session = run.session
+    check_probabilities(session.loss)
+    around, trained = Families(run), list[tuple[str, Endpoint]]()
+    with threads(session):
+        if student:
+            trained.append(("student", endpoint(session, "student", ensemble_student(run))))
+        if swag:
+            trained.append(("swa", Endpoint("SWA", swag_moments(run).mean)))
     names = session.data.names()
     tested, chosen_on = names[-1], "validation" if "validation" in names else "train"
     look = Look(session, (chosen_on, tested))
@@ -42,11 +57,12 @@ def fuse(run: FinishedRun) -> dict[str, Any]:
         measuring("fusion"),
         session.progress.task("predicting", total=2 * len(run.sources) - 1, unit="networks") as advance,
     ):
-        everyone, single, chosen = Average(), [], []
+        everyone, held, single, chosen = Average(), Average(), [], []
         best: dict[str, tuple[float, np.ndarray]] = {}
         for index, found in enumerate(look(map(around.source, range(len(run.sources))))):
             p = found[tested]
             everyone.add(p)
+            held.add(found[chosen_on])
             single.append(metrics(p, look.labels[tested]))
             chosen.append((look.accuracy(found, chosen_on), index))
             # The first of equals, by either split.
@@ -57,7 +73,7 @@ def fuse(run: FinishedRun) -> dict[str, Any]:
         made = [("star", next(around.members("star", 1))), ("mean", next(around.members("mean", 1)))]
         order = [index for _, index in sorted(chosen, key=lambda one: (-one[0], one[1]))]
         soup, in_soup = _greedy_soup(run, look, chosen_on, order, advance)
-        made.append(("greedy soup", soup))
+        made += [("greedy soup", soup), *trained]
         networks = {name: found[tested] for (name, _), found in zip(made, look(one for _, one in made), strict=True)}
     labels, sources = look.labels[tested], len(run.sources)
     predictors = {
@@ -65,10 +81,11 @@ def fuse(run: FinishedRun) -> dict[str, Any]:
         "best source by test": (1, best["best by test"][1]),
         "ensemble": (sources, everyone.mean),
         "vote": (sources, everyone.votes),
-        "star": (1, networks["star"]),
-        "mean": (1, networks["mean"]),
-        "greedy soup": (1, networks["greedy soup"]),
+        **{name: (1, p) for name, p in networks.items()},
     }
+    if chosen_on == "validation":
+        temperature = best_temperature(held.mean, look.labels[chosen_on])
+        predictors["ensemble at T"] = (sources, cooled(everyone.mean, temperature))
     return {
         **run.described(),
         "mu": session.settings.star.mu,

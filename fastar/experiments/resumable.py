@@ -10,6 +10,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from fastar.config import Settings, changes
+from fastar.data.dataset import Dataset
 from fastar.errors import FastarError
 from fastar.experiments.session import Session
 from fastar.runs import delete, remove_checkpoints, remove_if_empty
@@ -87,6 +88,7 @@ def trained(
     epochs: int | None = None,
     lr: float | None = None,
     profile: StepsProfile | None = None,
+    data: Dataset | None = None,
 ) -> Iterator[Trained[AnyStep]]:
     """Train a model, from its last checkpoint if it has one; its checkpoints go when the block ends well.
 
@@ -96,6 +98,7 @@ def trained(
     Args:
         make: model, optimizer and all, anew for an attempt (its number gives the seeds of draws).
         seed: of order and augmentation.
+        data: what it is trained on; None: the run's training data.
 
     Raises:
         FastarError: a loss that is not finite (what was left is saved and named), no memory left, a full disk, or a
@@ -118,7 +121,7 @@ def trained(
             step = make(number)
             history = fit(
                 step,
-                session.data.train,
+                session.data.train if data is None else data,
                 settings.train,
                 name=name,
                 seed=own,

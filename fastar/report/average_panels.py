@@ -23,6 +23,10 @@ STYLES = {
     "star": ("#000000", (0, (1, 1)), ""),
     "mean": ("#E69F00", (0, (5, 1)), ""),
     "source": ("#777777", (0, (3, 1, 1, 1)), ""),
+    "swag": ("#56B4E9", "-", "D"),
+    "swa": ("#56B4E9", (0, (3, 1)), ""),
+    "ensemble at T": ("#0072B2", ":", ""),
+    "star domain at T": ("#D55E00", ":", ""),
 }
 FEW = 5
 """Samples of a bin whose accuracy is worth showing."""
@@ -49,7 +53,8 @@ def uncertainty_table(found: Mapping[str, Any]) -> Table:
     table = Table(title=title, title_justify="left")
     for column in ("average of", "K", "n"):
         table.add_column(column, justify="left" if column == "average of" else "right")
-    columns = [*COLUMNS, *([("nll_t", "NLL at T")] if "nll_t" in next(iter(found["families"].values())) else [])]
+    cooled = "temperature" in next(iter(found["families"].values()))
+    columns = [*COLUMNS, *([("nll_t", "NLL at T"), ("temperature", "T")] if cooled else [])]
     for _, column in columns:
         table.add_column(column, justify="right")
     for family, of in found["families"].items():
@@ -57,7 +62,10 @@ def uncertainty_table(found: Mapping[str, Any]) -> Table:
             family,
             str(of["k"][-1]),
             str(of["repetitions"]),
-            *(shown({"mean": of[key]["mean"][-1], "std": of[key]["std"][-1]}) for key, _ in columns),
+            *(
+                shown({"mean": of[key]["mean"][-1], "std": of[key]["std"][-1]}) if key in of else ""
+                for key, _ in columns
+            ),
         )
     return table
 
@@ -71,6 +79,12 @@ def uncertainty_lines(found: Mapping[str, Any]) -> list[str]:
         "draws around one star: no standard error of the method.",
     ]
     families = found["families"]
+    if "temperature" in next(iter(families.values())):
+        lines.append("T: the temperature of the lowest NLL on the validation images; rows at T have all metrics at it.")
+    else:
+        lines.append(
+            "no temperatures: the run keeps no validation images; train one with --validation 0.1 for calibrated rows."
+        )
     accuracy = next(iter(families.values()))["accuracy"]["mean"][-1]
     noise = standard_error(accuracy, found["samples"])
     lines.append(

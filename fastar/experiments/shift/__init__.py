@@ -1,0 +1,1 @@
+"""Networks on other images than their own test images: corrupted ones, and ones of no class."""

@@ -1,0 +1,1 @@
+"""Tables and pictures of networks on other images than their own test images."""

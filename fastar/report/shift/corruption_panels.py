@@ -1,0 +1,63 @@
+"""Tables and picture of averages on corrupted images, from `uncertainty.json`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from fastar.report.average_panels import STYLES
+from fastar.report.figures import figure_of, plain
+from fastar.report.results import shown, task_name
+
+TABLES = (("accuracy", "accuracy"), ("nll", "NLL"), ("ece", "ECE"), ("auroc", "AUROC"))
+PANELS = (
+    ("accuracy", "accuracy"),
+    ("nll", "negative log likelihood, nats"),
+    ("ece", "expected calibration error"),
+    ("auroc", "AUROC of right against wrong, exact"),
+)
+
+
+def corruption_tables(found: Mapping[str, Any]) -> list[Table]:
+    """A table for each metric: families over severity, mean over kinds; none where images were not corrupted."""
+    if "corruptions" not in found:
+        return []
+    of, tables = found["corruptions"], []
+    for metric, name in TABLES:
+        title = f"{task_name(found)}: {name} over severity, mean of {len(of['kinds'])} corruptions"
+        table = Table(title=title, title_justify="left")
+        for column in ("average of", "n", *("clean" if s == 0 else str(s) for s in of["severities"])):
+            table.add_column(column, justify="left" if column == "average of" else "right")
+        for family, one in of["families"].items():
+            mean, std = (one["mean"][metric][key] for key in ("mean", "std"))
+            cells = [shown({"mean": m, "std": s}) for m, s in zip(mean, std, strict=True)]
+            table.add_row(family, str(one["repetitions"]), *cells)
+        tables.append(table)
+    return tables
+
+
+def corruption_picture(found: Mapping[str, Any], path: Path) -> None:
+    """Write a PNG of four metrics over severity: mean over kinds, and a standard deviation over repetitions."""
+    of = found["corruptions"]
+    with figure_of(path, (9.5, 7.0)) as figure:
+        panels = figure.subplots(2, 2).ravel()
+        for panel, (metric, name) in zip(panels, PANELS, strict=True):
+            for family, one in of["families"].items():
+                mean, std = (one["mean"][metric][key] for key in ("mean", "std"))
+                some = [(s, m, d or 0.0) for s, m, d in zip(of["severities"], mean, std, strict=True) if m is not None]
+                if some:
+                    colour, dashes, marker = STYLES[family]
+                    style = {"color": colour, "linestyle": dashes, "marker": marker or ".", "linewidth": 1.7}
+                    severities, means, stds = zip(*some, strict=True)
+                    panel.errorbar(severities, means, yerr=stds, **style, markersize=5, capsize=2, label=family)
+            panel.set_xlabel("severity of the corruption, 0: clean")
+            panel.set_title(name, fontsize=10)
+            panel.set_xticks(of["severities"])
+            plain(panel)
+        handles, labels = panels[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+        title = f"{task_name(found)}: corrupted {found['split']} images, mean of {len(of['kinds'])} kinds"
+        figure.suptitle(title, fontsize=11)
