@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -119,9 +121,14 @@ def test_temperature_is_found_on_validation_samples(data: Path, tmp_path: Path) 
     assert found["split"] == "test"
     assert of["temperature"]["mean"][0] > 0
     assert of["nll_t"]["mean"][0] <= of["nll"]["mean"][0] + 0.02
+    before, at = (found["families"][name] for name in ("ensemble", "ensemble at T"))
+    assert at["k"] == before["k"] == [1, 2]
+    assert at["nll"] == before["nll_t"]
+    assert at["accuracy"] == before["accuracy"]
+    assert at["ece"] == before["ece_t"] != before["ece"]
 
 
-def test_from_python_the_same(tmp_path: Path) -> None:
+def test_from_python_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     inputs = torch.randn(90, 4)
     data = inputs, (inputs[:, 0] > 0).long() + (inputs[:, 1] > 0).long()
@@ -134,6 +141,16 @@ def test_from_python_the_same(tmp_path: Path) -> None:
     assert found.value > 0
     assert repr(found).startswith("Uncertainty(NLL on train: source ")
     assert len(found.plot(metric="ece").get_lines()) == len(FAMILIES)
+    run = api.load_run(tmp_path, build, data)
+    fused = run.fuse(student=True)
+    assert fused.value == fused.results["predictors"]["star"]["accuracy"]
+    assert "student" in fused.table()
+    monkeypatch.setitem(sys.modules, "pandas", SimpleNamespace(DataFrame=dict))
+    assert fused.to_frame()["predictor"] == list(fused.results["predictors"])
+    with pytest.raises(FastarError, match="has no heldouts"):
+        run.perturb()
+    with pytest.raises(FastarError, match=r"its inputs are \[4\], no images"):
+        run.uncertainty(corruptions=True)
     with pytest.raises(FastarError, match="was given from Python"):
         finished_run(RunFolder(tmp_path))
 

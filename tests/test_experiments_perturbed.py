@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from cli_cases import fastar
 from run_cases import small
 
+from fastar import load_run
+from fastar.errors import FastarError
 from fastar.experiments import train_star
 from fastar.experiments.families import beside
 from fastar.experiments.finished_run import FinishedRun, finished_run
 from fastar.experiments.perturbed import perturbed_stars
-from fastar.runs import RunFolder
+from fastar.runs import RunFolder, hold, is_held
 
 
 @pytest.fixture(scope="module")
@@ -63,6 +67,25 @@ def test_radius_0_is_the_star_itself(run: FinishedRun) -> None:
     json.dumps(found, allow_nan=False)
 
 
+def test_from_python_the_same(run: FinishedRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = load_run(run.session.run.path).perturb(radii=[0.1], draws=1)
+    assert found.value == found.results["points"][1]["train"]["barrier"]["mean"]
+    assert repr(found).startswith("Perturbation(barrier to heldouts: ")
+    assert len(found.plot().get_lines()) >= 3
+    monkeypatch.setitem(sys.modules, "pandas", SimpleNamespace(DataFrame=dict))
+    assert found.to_frame()["split"] == ["train", "test"] * 2
+    assert "of its norm" in found.table()
+
+
+def test_a_folder_in_use_is_not_written_to(run: FinishedRun) -> None:
+    with hold(run.session.run.path):
+        done = fastar("perturb", run.session.run.path, "--radii", "0.1", "--draws", "1", "--quiet")
+        with pytest.raises(FastarError, match="in use by another fastar"):
+            load_run(run.session.run.path).perturb()
+    assert (done.code, done.err.count("\n"), "in use by another fastar" in done.err) == (2, 1, True)
+    assert not is_held(run.session.run.path)
+
+
 def test_the_command_writes_a_table_and_a_picture(run: FinishedRun) -> None:
     folder = run.session.run.path
     done = fastar("perturb", folder, "--radii", "0.1", "--draws", "1", "--by-filter", "--quiet")
@@ -70,6 +93,7 @@ def test_the_command_writes_a_table_and_a_picture(run: FinishedRun) -> None:
     assert "barrier, regular to regular: " in done.out
     assert json.loads((folder / "perturb.json").read_text())["by_filter"]
     assert (folder / "perturb.png").read_bytes().startswith(b"\x89PNG")
+    assert not is_held(folder)
 
 
 @pytest.mark.parametrize(

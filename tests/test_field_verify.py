@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from run_cases import Killed, at_call, kill, small
 from fastar.experiments import train_star
 from fastar.experiments.files.verify_files import recheck
 from fastar.report.results import barrier_picture
-from fastar.runs import RETRY, RunFolder, hold
+from fastar.runs import RETRY, RunFolder, hold, write_json
 from fastar.runs.live_metrics import EventFile
 from fastar.runs.model_files import load_checkpoint, save_checkpoint
 from fastar.training import StarStep
@@ -49,6 +50,15 @@ def flipped(path: Path, bit: int) -> None:
     path.write_bytes(data)
 
 
+def test_what_commands_write_is_checked_too(run: RunFolder) -> None:
+    """Whatever `write_json` writes, by any command; another's JSON without a digest is named."""
+    for name in ("uncertainty.json", "graph.json"):
+        write_json(run.path / name, {"families": {"star": [0.5, None]}})
+        assert damage(run, name, list(range(0, 8 * (run.path / name).stat().st_size, 211))) == []
+    (run.path / "mine.json").write_text("{}")
+    assert [line.split(":")[0] for line in recheck(run.path).notes] == [str(run.path / "mine.json")]
+
+
 def test_a_run_that_is_well(finished: Path) -> None:
     before = contents(finished)
     outcome = fastar("verify", finished, "--quiet")
@@ -67,7 +77,11 @@ def damage(run: RunFolder, name: str, bits: list[int]) -> list[int]:
     Another way to spell the same number (1e-05, 1E-05) is no damage.
     """
     path, missed = run.path / name, []
-    read = {"log.jsonl": run.log.lines, "results.json": run.read_results}.get(name, path.read_bytes)
+    read: Callable[[], object] = {"log.jsonl": run.log.lines, "results.json": run.read_results}.get(
+        name, path.read_bytes
+    )
+    if name.endswith(".json"):
+        read = partial(content, path)
     whole, wanted = path.read_bytes(), read()
     for bit in bits:
         flipped(path, bit)
@@ -84,6 +98,13 @@ def test_a_bit_of_any_file_is_found(run: RunFolder) -> None:
     for name, content in contents(run.path).items():
         bits = [draw.randrange(8 * len(content)) for _ in range(2)] + [8 * len(content) - 1]
         assert damage(run, name, bits) == [], name
+
+
+def content(path: Path) -> object:
+    try:
+        return json.loads(path.read_text())
+    except ValueError:
+        return None
 
 
 @pytest.mark.slow

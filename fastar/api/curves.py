@@ -77,9 +77,9 @@ class Barrier:
         axes.plot([0, 1], [self.loss[0], self.loss[-1]], linestyle="--", color="0.6")
         return labelled(axes, self.loss_name)
 
-    def to_frame(self) -> Any:
+    def toframe(self) -> Any:
         """A pandas DataFrame: t, loss and the metrics, a row for each t."""
-        return _frame({"t": self.t, "loss": self.loss, **self.metrics})
+        return frame({"t": self.t, "loss": self.loss, **self.metrics})
 
 
 @dataclass(frozen=True, repr=False)
@@ -88,7 +88,7 @@ class Uncertainty:
 
     Args:
         results: what `uncertainty.json` holds: for each family K, and every metric's mean and standard deviation over
-            repetitions at each K.
+            repetitions at each K; `corruptions` and `ood` where they were asked for.
     """
 
     results: Mapping[str, Any]
@@ -112,7 +112,7 @@ class Uncertainty:
         axes.legend(frameon=False)
         return axes
 
-    def to_frame(self) -> Any:
+    def toframe(self) -> Any:
         """A pandas DataFrame of the means: a row for each family and K, a column for each metric."""
         columns: dict[str, list[Any]] = {}
         for name, of in self.results["families"].items():
@@ -121,7 +121,7 @@ class Uncertainty:
             for metric, found in of.items():
                 if metric not in ("k", "repetitions"):
                     columns.setdefault(metric, []).extend(found["mean"])
-        return _frame(columns)
+        return frame(columns)
 
 
 def paths_frame(results: Mapping[str, Any]) -> Any:
@@ -136,10 +136,11 @@ def paths_frame(results: Mapping[str, Any]) -> Any:
         }
         for path in results["paths"]
     ]
-    return _frame({key: [row[key] for row in rows] for key in rows[0]})
+    return frame({key: [row[key] for row in rows] for key in rows[0]})
 
 
-def _frame(columns: Mapping[str, Sequence[Any]]) -> Any:
+def frame(columns: Mapping[str, Sequence[Any]]) -> Any:
+    """A pandas DataFrame of these columns; FastarError where pandas is missing."""
     try:
         import pandas
     except ImportError as error:

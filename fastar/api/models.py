@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeAlias, Union
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from fastar.api.curves import Barrier, Uncertainty, paths_frame
 from fastar.api.landscape import Curve, Graph, Plane
+from fastar.api.studies import Fusion, Perturbation
 from fastar.data.generators import generators_kept
 from fastar.errors import FastarError
 from fastar.evaluation import Segment
@@ -20,7 +22,9 @@ from fastar.experiments.finished_run import FinishedRun, finished_run
 from fastar.experiments.landscape.barrier_graph import barrier_graph
 from fastar.experiments.landscape.connecting_curves import PAIR, connecting_curves
 from fastar.experiments.landscape.loss_plane import CORNERS, loss_plane
+from fastar.experiments.fusion import fuse
 from fastar.experiments.measure import check_endpoint, endpoint, evaluated, match_to
+from fastar.experiments.perturbed import RADII, perturbed_stars
 from fastar.experiments.session import Session, measuring, new_session, threads
 from fastar.report.notebook_curves import plot_paths
 from fastar.report.page import write_page
@@ -188,7 +192,15 @@ class Run(WithResults):
         return float(split["star_heldout" if split["star_heldout"]["n"] else "star_source"]["mean"])
 
     def uncertainty(
-        self, *, most: int = 19, repetitions: int = 10, radius: float = 0.1, progress: Progress | bool = False
+        self,
+        *,
+        most: int = 19,
+        repetitions: int = 10,
+        radius: float = 0.1,
+        swag: bool = False,
+        corruptions: bool = False,
+        ood: str | Sequence[str] = (),
+        progress: Progress | bool = False,
     ) -> Uncertainty:
         """Scores of averages around the star and of their uncertainty: the star domain, the ensemble, and controls.
 
@@ -196,15 +208,73 @@ class Run(WithResults):
             most: networks of the largest average.
             repetitions: sequences of draws.
             radius: of the ball around the star, as a share of its norm.
+            swag: add SWA and SWAG, of one more training, which the run folder keeps.
+            corruptions: also measure on corrupted images.
+            ood: also tell its images from another data set's, or from made ones: noise, gaussian, phase, blocks.
 
         Raises:
-            FastarError: a run that was loaded without its network and data, or whose loss is not cross_entropy.
+            FastarError: a run that was loaded without its network and data, whose loss is not cross_entropy, or (for
+                other images) whose inputs are no images.
+
+        Example:
+            >>> import fastar, torch
+            >>> from torch import nn
+            >>> build = lambda: nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+            >>> train = torch.randn(60, 4), torch.randint(3, (60,))
+            >>> recipe = fastar.Recipe(epochs=1, batch_size=20)
+            >>> sources = fastar.train_sources(build, train, recipe, number=2, out="runs/averaged", progress=False)
+            >>> star = fastar.train_star(build, sources, train, recipe, out="runs/averaged", progress=False)
+            >>> run = fastar.load_run("runs/averaged", build, train)
+            >>> found = run.uncertainty(most=2, repetitions=2)
+            >>> found.results["families"]["star domain"]["k"], run.fuse().results["predictors"]["ensemble"]["networks"]
+            ([1, 2], 2)
         """
-        session = None if self.star is None else self.star._session
-        if session is None:
-            raise FastarError("predictions need a star, its network and data: give build and train to fastar.load_run")
-        run = finished_run(session.run, session=replace(session, progress=shown(progress)))
-        return Uncertainty(measured_uncertainty(run, most=most, repetitions=repetitions, radius=radius))
+        others = [ood] if isinstance(ood, str) else list(ood)
+        with self._finished(progress) as run:
+            found = measured_uncertainty(
+                run,
+                most=most,
+                repetitions=repetitions,
+                radius=radius,
+                swag=swag,
+                corruptions=corruptions,
+                ood=others,
+            )
+        return Uncertainty(found)
+
+    def fuse(self, *, student: bool = False, swag: bool = False, progress: Progress | bool = False) -> Fusion:
+        """Compare ways to make one predictor of the sources: star, mean, greedy soup, ensemble, the best source.
+
+        Args:
+            student: add a student of the ensemble: one network, trained once, which the run folder keeps.
+            swag: add SWA, of one more training, which the run folder keeps.
+
+        Raises:
+            FastarError: as of `uncertainty`.
+        """
+        with self._finished(progress) as run:
+            return Fusion(fuse(run, student=student, swag=swag))
+
+    def perturb(
+        self,
+        *,
+        radii: Sequence[float] = RADII,
+        draws: int = 3,
+        by_filter: bool = False,
+        progress: Progress | bool = False,
+    ) -> Perturbation:
+        """Perturb the star at random: its loss, and the barriers from it to the heldouts, matched anew.
+
+        Args:
+            radii: lengths of the steps, as shares of the star's norm.
+            draws: directions for each radius.
+            by_filter: perturb each filter by its own norm.
+
+        Raises:
+            FastarError: no heldouts, or a run that was loaded without its network and data.
+        """
+        with self._finished(progress) as run:
+            return Perturbation(perturbed_stars(run, radii=radii, draws=draws, by_filter=by_filter))
 
     def distances(self, *, progress: Progress | bool = False) -> dict[str, Any]:
         """L2 distances, cosines and norms of its models, without and with permutation: what `distances.json` holds,
@@ -266,6 +336,14 @@ class Run(WithResults):
         known = None if self.star is None else self.star._session
         session = None if known is None else replace(known, progress=shown(progress))
         return finished_run(RunFolder(self.path), shown(progress), session)
+        with self._finished(progress) as run:
+            return distances(run)
+    @contextmanager
+    def _finished(self, progress: Progress | bool) -> Iterator[FinishedRun]:
+        """The run for experiments on it; its folder is this process's until the block ends."""
+        run = finished_run(RunFolder(self.path), shown(progress), session)
+        with run.session.run.held(shown(progress)):
+            yield run
 
     def report_html(self, path: Path | str | None = None) -> Path:
         """Write everything that its folder holds as one HTML page; the file that was written.

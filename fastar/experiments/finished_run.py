@@ -112,7 +112,10 @@ def finished_run(run: RunFolder, progress: Progress = SILENT, session: Session |
         named = settings.dataset.name, settings.model.arch, settings.loss, *(settings.metrics or ())
         given = [name for name in named if not can_be_found(name)]
         if given:
-            raise FastarError(f"{run.path}: its {given[0]} was given from Python; open it there, with fastar.load_run")
+            raise FastarError(
+                f"{run.path}: its {given[0]} was given from Python: open it there, and give build and train to "
+                "fastar.load_run"
+            )
         session = new_session(settings, run, progress)
         use_device(session)
         check_network(session)

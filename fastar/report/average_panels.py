@@ -115,15 +115,17 @@ def _compared(ours: Mapping[str, Any], other: Mapping[str, Any]) -> str:
 
 
 def uncertainty_picture(found: Mapping[str, Any], path: Path) -> None:
-    """Write a PNG of four metrics over K: mean, and a band of one standard deviation over repetitions."""
+    """Write a PNG of four metrics over K: mean, and a band of one standard deviation over repetitions. What is measured
+    at a temperature stands in the table alone."""
     from matplotlib.ticker import MaxNLocator
 
+    families = {name: of for name, of in found["families"].items() if not name.endswith(" at T")}
     with figure_of(path, (9.5, 7.0)) as figure:
         panels = figure.subplots(2, 2).ravel()
         for panel, (key, name) in zip(panels, PANELS, strict=True):
-            low, high = shown_range(found["families"], key)
+            low, high = shown_range(families, key)
             outside = []
-            for family, of in found["families"].items():
+            for family, of in families.items():
                 value = of[key]["mean"][-1]
                 if value is not None and not low <= value <= high:
                     outside.append(f"{family} {value:.2f}")

@@ -50,19 +50,24 @@ def perturbed_picture(found: Mapping[str, Any], path: Path) -> None:
     """Write a PNG of train losses and barriers over the radius, with the regular models' barrier."""
     with figure_of(path, (6.4, 4.6)) as figure:
         panel = figure.subplots()
-        radii = [point["radius"] for point in found["points"]]
-        for key, label, colour, dashes, marker in CURVES:
-            spreads = [point["train"][key] for point in found["points"]]
-            mean, std = [one["mean"] for one in spreads], [one["std"] or 0.0 for one in spreads]
-            style = {"color": colour, "linestyle": dashes, "marker": marker, "markersize": 5, "capsize": 3}
-            panel.errorbar(radii, mean, yerr=std, label=label, **style)
-        if "train" in found["regular"]:
-            regular = found["regular"]["train"]
-            label = "barrier, regular to regular"
-            panel.axhline(regular["mean"], color="black", linestyle=":", linewidth=1.5, label=label)
-        panel.set_xlabel("radius of the perturbation, as a share of the star's norm")
-        panel.set_ylabel("train loss")
-        panel.set_ylim(bottom=0)
+        draw_perturbed(panel, found)
         plain(panel)
         figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
         figure.suptitle(f"{task_name(found)}: star of {found['sources']} sources, perturbed", fontsize=11)
+
+
+def draw_perturbed(panel: Any, found: Mapping[str, Any]) -> None:
+    """Draw train losses and barriers over the radius, with the regular models' barrier."""
+    radii = [point["radius"] for point in found["points"]]
+    for key, label, colour, dashes, marker in CURVES:
+        spreads = [point["train"][key] for point in found["points"]]
+        mean, std = [one["mean"] for one in spreads], [one["std"] or 0.0 for one in spreads]
+        style = {"color": colour, "linestyle": dashes, "marker": marker, "markersize": 5, "capsize": 3}
+        panel.errorbar(radii, mean, yerr=std, label=label, **style)
+    if "train" in found["regular"]:
+        regular = found["regular"]["train"]
+        label = "barrier, regular to regular"
+        panel.axhline(regular["mean"], color="black", linestyle=":", linewidth=1.5, label=label)
+    panel.set_xlabel("radius of the perturbation, as a share of the star's norm")
+    panel.set_ylabel("train loss")
+    panel.set_ylim(bottom=0)

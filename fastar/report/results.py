@@ -112,7 +112,12 @@ def results_table(results: Mapping[str, Any]) -> Table:
 
 def results_text(results: Mapping[str, Any]) -> str:
     """The same as lines of text, without colours."""
-    written, table = StringIO(), results_table(results)
+    return table_text(results_table(results))
+
+
+def table_text(table: Table) -> str:
+    """A table as lines of text, without colours."""
+    written = StringIO()
     if plus_minus().isascii():  # stdout cannot encode lines either
         table.box = ASCII2
     Console(file=written, width=100, color_system=None, legacy_windows=False).print(table)

@@ -45,9 +45,14 @@ def corruption_picture(found: Mapping[str, Any], path: Path) -> None:
     with figure_of(path, (9.5, 7.0)) as figure:
         panels = figure.subplots(2, 2).ravel()
         for panel, (metric, name) in zip(panels, PANELS, strict=True):
-            for family, one in of["families"].items():
+            for number, (family, one) in enumerate(of["families"].items()):
                 mean, std = (one["mean"][metric][key] for key in ("mean", "std"))
-                some = [(s, m, d or 0.0) for s, m, d in zip(of["severities"], mean, std, strict=True) if m is not None]
+                aside = 0.04 * (number - len(of["families"]) / 2)  # bars beside each other
+                some = [
+                    (s + aside, m, d or 0.0)
+                    for s, m, d in zip(of["severities"], mean, std, strict=True)
+                    if m is not None
+                ]
                 if some:
                     colour, dashes, marker = STYLES[family]
                     style = {"color": colour, "linestyle": dashes, "marker": marker or ".", "linewidth": 1.7}
