@@ -22,6 +22,8 @@ from fastar.runtime.memory import resident_models
 
 # Networks that share each batch: more save little, since data are made while networks run.
 TOGETHER = 8
+# Samples that the first networks are shown in all: how many classes there are is known after them.
+FIRST = 2_000_000
 
 Probabilities = dict[str, np.ndarray]
 """Split -> class probabilities float32 [samples, classes]."""
@@ -62,7 +64,7 @@ def probabilities(
     loss = find_loss() if loss is None else loss
     check_probabilities(loss)
     device, waiting = next(model.parameters()).device, iter(members)
-    together = TOGETHER
+    together = min(TOGETHER, max(FIRST // max(samples, 1), 1))
     while some := list(islice(waiting, together)):
         shown = _Shown(len(some), list(splits), whole=loss.whole)
         rows = torch.stack([member.row_on(device) for member in some])

@@ -73,7 +73,7 @@ def uncertainty(
     wrong = next((name for name in families if name not in (*FAMILIES, *SWAG)), None)
     if wrong is not None:
         raise FastarError(f"unknown family {wrong!r}: choose from {', '.join(FAMILIES)}")
-    session = run.session
+    session, ood = run.session, list(dict.fromkeys(ood))
     check_probabilities(session.loss)
     around = Families(run, radius=radius)  # first: it refuses one source
     more: dict[str, dict[str, Split]] = {"corruptions": {}, "ood": {}}
