@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -27,20 +29,12 @@ from fastar.training.moments import MomentsStep
 
 
 @pytest.fixture(scope="module")
-def folder(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with validation samples, whose trainings save themselves after every step."""
+def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
+    """A run with validation samples."""
     folder = tmp_path_factory.mktemp("baselines") / "run"
     more = ["dataset.limit=null", "dataset.validation=0.2", "train.batch_size=200", "train.epochs=8", "star.epochs=30"]
-    train_star(small(data, *more), folder)
-    return folder
-
-
-@pytest.fixture
-def run(folder: Path) -> FinishedRun:
-    run = finished_run(RunFolder(folder))
-    for path in (run.session.run.swag, run.session.run.student):
-        path.unlink(missing_ok=True)
-    return run
+    train_star(small(data, *more, "checkpoint.minutes=0"), folder)
+    return finished_run(RunFolder(folder))
 
 
 def test_moments_are_those_of_what_was_collected(run: FinishedRun) -> None:
@@ -84,13 +78,19 @@ def test_swag_is_trained_once_and_kept(run: FinishedRun, monkeypatch: pytest.Mon
     assert not torch.equal(rows[0], rows[1])
 
 
+@pytest.mark.slow
 def test_swag_that_is_killed_goes_on_to_the_same_bits(run: FinishedRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within an epoch, with moments of those before: it saves itself after every step."""
     whole = swag_moments(run)
     run.session.run.swag.unlink()
+    settings = run.session.settings
+    often = settings.checkpoint.model_copy(update={"minutes": 1e-7})
+    saving = FinishedRun(replace(run.session, settings=settings.model_copy(update={"checkpoint": often})))
     with monkeypatch.context() as patch:
         at_call(patch, MomentsStep, 47, kill)
         with pytest.raises(Killed):
-            swag_moments(run)
+            swag_moments(saving)
+    assert list(run.session.run.in_training("swag", 0).glob("epoch-*"))
     again = swag_moments(run)
     for name, value in vars(whole).items():
         assert torch.equal(getattr(again, name), value), name
@@ -138,10 +138,13 @@ def test_targets_belong_to_their_images(run: FinishedRun) -> None:
 
 def test_another_training_is_not_taken_for_it(run: FinishedRun) -> None:
     swag_moments(run)
-    run.session.run.swag.rename(run.session.run.student)
+    path = run.session.run.student
+    path.unlink(missing_ok=True)
+    shutil.copy(run.session.run.swag, path)
     with pytest.raises(FastarError, match="is another model"):
         student(run)
     assert any("is swag 0 by what it says" in line for line in recheck_damage(run))
+    path.unlink()
 
 
 def recheck_damage(run: FinishedRun) -> list[str]:

@@ -86,6 +86,13 @@ def test_a_folder_in_use_is_not_written_to(run: FinishedRun) -> None:
     assert not is_held(run.session.run.path)
 
 
+def test_a_folder_that_cannot_be_written_to_is_not_held(run: FinishedRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From Python nothing is written: a run on a read-only disk is studied as ever."""
+    monkeypatch.setattr("fastar.runs.folder.os.access", lambda path, mode: False)
+    monkeypatch.setattr("fastar.runs.folder.hold", lambda *arguments: pytest.fail("held"))
+    assert load_run(run.session.run.path).perturb(radii=[0.1], draws=1).value >= 0
+
+
 def test_the_command_writes_a_table_and_a_picture(run: FinishedRun) -> None:
     folder = run.session.run.path
     done = fastar("perturb", folder, "--radii", "0.1", "--draws", "1", "--by-filter", "--quiet")
