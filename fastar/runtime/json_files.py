@@ -74,8 +74,9 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
-    """`content` and a digest of it, for a file; `unsealed` is the way back."""
+    """`content` and a digest of it, for a file; `unsealed` is the way back. Of what is sealed already: the same."""
     whole = json.loads(json.dumps({"format": FORMAT, **content}))  # as it will be read
+    whole.pop("digest", None)
     return {**whole, "digest": content_digest(whole)}
 
 

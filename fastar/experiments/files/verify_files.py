@@ -32,7 +32,8 @@ from fastar.runs.model_files import load_checkpoint, state_digest
 from fastar.runtime.json_files import read_file, read_object, unsealed
 from fastar.runtime.progress import SILENT, Progress
 
-RESULTS = "results.json"
+NOT_OF_COMMANDS = ("results.json", LOCK, "wandb.json")
+"""JSON files of a run folder that are checked by themselves, or hold no results."""
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
@@ -112,7 +113,7 @@ def _run(run: RunFolder, progress: Progress) -> Rechecked:
     checks += [partial(_training, path) for path in sorted((run.path / LAST_GOOD).glob("*.safetensors"))]
     checks += [partial(_events, path) for path in event_files(run.path)]
     checks += [partial(_sources, run, metadata, digests), partial(_results, run)]
-    checks += [partial(_json, path) for path in sorted(run.path.glob("*.json")) if path.name not in (LOCK, RESULTS)]
+    checks += [partial(_json, path) for path in sorted(run.path.glob("*.json")) if path.name not in NOT_OF_COMMANDS]
     with progress.task("checking", total=len(checks), unit="files") as advance:
         for check in checks:
             try:

@@ -14,6 +14,8 @@ from fastar.report import average_panels, distances_table, fusion_table, perturb
 from fastar.report.page import landscapes
 from fastar.report.page.charts import Curve, chart, heat_map, panels
 from fastar.report.page.elements import Html, joined, lines, of_rich, table, tag
+from fastar.report.shift.corruption_panels import corruption_tables
+from fastar.report.shift.other_images import other_tables
 from fastar.runtime.json_files import read_file, read_object
 
 OTHER = ("results.json", "lock.json", "wandb.json")
@@ -66,7 +68,8 @@ def _uncertainty(found: Mapping[str, Any]) -> Html:
     figures.append(chart("share of wrong answers", "share that is answered, most confident first", risk))
     drawn = panels(figures, [*named.values(), reliability[0]])
     said = lines(average_panels.uncertainty_lines(found))
-    return joined([of_rich(average_panels.uncertainty_table(found)), said, drawn])
+    more = [of_rich(one) for one in (*corruption_tables(found), *other_tables(found))]
+    return joined([of_rich(average_panels.uncertainty_table(found)), said, drawn, *more])
 
 
 def _fusion(found: Mapping[str, Any]) -> Html:
