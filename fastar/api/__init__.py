@@ -1,5 +1,6 @@
 """The names that `import fastar` gives."""
 
+from fastar.api.after_runs import Fusion, Perturbation
 from fastar.api.barriers import barrier
 from fastar.api.curves import Barrier, Uncertainty
 from fastar.api.landscape import Curve, Graph, Plane

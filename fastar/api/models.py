@@ -10,6 +10,7 @@ from typing import Any, TypeAlias, Union
 
 from torch import Tensor, nn
 
+from fastar.api.after_runs import Fusion, Perturbation
 from fastar.api.curves import Barrier, Uncertainty, paths_frame
 from fastar.api.landscape import Curve, Graph, Plane
 from fastar.api.studies import Fusion, Perturbation
