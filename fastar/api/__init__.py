@@ -8,7 +8,5 @@ from fastar.api.matching import ManyMatched, Matched, apply, match, match_many
 from fastar.api.models import Run, Star, TrainedModel
 from fastar.api.recipe import Recipe
 from fastar.api.training import load_run, sweep, train_sources, train_star
-from fastar.api.studies import Fusion, Perturbation
-from fastar.api.training import load_run, train_sources, train_star
 from fastar.data.user_data import UserSplits as Data
 from fastar.errors import FastarError

@@ -13,17 +13,16 @@ from torch import Tensor, nn
 from fastar.api.after_runs import Fusion, Perturbation
 from fastar.api.curves import Barrier, Uncertainty, paths_frame
 from fastar.api.landscape import Curve, Graph, Plane
-from fastar.api.studies import Fusion, Perturbation
 from fastar.data.generators import generators_kept
 from fastar.errors import FastarError
 from fastar.evaluation import Segment
 from fastar.experiments.averages import uncertainty as measured_uncertainty
 from fastar.experiments.distances import distances
 from fastar.experiments.finished_run import FinishedRun, finished_run
+from fastar.experiments.fusion import fuse
 from fastar.experiments.landscape.barrier_graph import barrier_graph
 from fastar.experiments.landscape.connecting_curves import PAIR, connecting_curves
 from fastar.experiments.landscape.loss_plane import CORNERS, loss_plane
-from fastar.experiments.fusion import fuse
 from fastar.experiments.measure import check_endpoint, endpoint, evaluated, match_to
 from fastar.experiments.perturbed import RADII, perturbed_stars
 from fastar.experiments.session import Session, measuring, new_session, threads
@@ -284,7 +283,8 @@ class Run(WithResults):
         Raises:
             FastarError: no star yet, or a network, data or a loss of Python's that were not given to `load_run`.
         """
-        return distances(self._finished(progress))
+        with self._finished(progress) as run:
+            return distances(run)
 
     def graph(self, *, models: int = 12, star_of_one: bool = False, progress: Progress | bool = False) -> Graph:
         """Barriers between all pairs of sources, heldouts, the star and the mean of the sources; hubs compared.
@@ -296,7 +296,8 @@ class Run(WithResults):
         Raises:
             FastarError: as `distances`; `star_of_one` without heldouts.
         """
-        return Graph(barrier_graph(self._finished(progress), models=models, star_of_one=star_of_one))
+        with self._finished(progress) as run:
+            return Graph(barrier_graph(run, models=models, star_of_one=star_of_one))
 
     def plane(
         self,
@@ -317,8 +318,8 @@ class Run(WithResults):
         Raises:
             FastarError: as `distances`; networks that are not there or lie on one line.
         """
-        run = self._finished(progress)
-        return Plane(loss_plane(run, networks or CORNERS, points=points, margin=margin, split=split))
+        with self._finished(progress) as run:
+            return Plane(loss_plane(run, networks or CORNERS, points=points, margin=margin, split=split))
 
     def curve(self, *networks: str, epochs: int | None = None, progress: Progress | bool = False) -> Curve:
         """Losses along curves between two networks: straight, through the star, and trained for this pair. The trained
@@ -331,17 +332,14 @@ class Run(WithResults):
         Raises:
             FastarError: as `distances`; networks that are not there or the same.
         """
-        return Curve(connecting_curves(self._finished(progress), networks or PAIR, epochs=epochs))
-
-    def _finished(self, progress: Progress | bool) -> FinishedRun:
-        known = None if self.star is None else self.star._session
-        session = None if known is None else replace(known, progress=shown(progress))
-        return finished_run(RunFolder(self.path), shown(progress), session)
         with self._finished(progress) as run:
-            return distances(run)
+            return Curve(connecting_curves(run, networks or PAIR, epochs=epochs))
+
     @contextmanager
     def _finished(self, progress: Progress | bool) -> Iterator[FinishedRun]:
         """The run for experiments on it; its folder is this process's until the block ends."""
+        known = None if self.star is None else self.star._session
+        session = None if known is None else replace(known, progress=shown(progress))
         run = finished_run(RunFolder(self.path), shown(progress), session)
         with run.session.run.held(shown(progress)):
             yield run

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 Finished = Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")]
 
 
-def _opened(given: Given, folder: Path) -> FinishedRun:
+def opened(given: Given, folder: Path) -> FinishedRun:
     """The run in a folder, which is this process's until the command ends; the traceback of a defect is kept there."""
     from fastar.experiments.finished_run import finished_run
     from fastar.runs import RunFolder
@@ -29,7 +29,9 @@ def _opened(given: Given, folder: Path) -> FinishedRun:
     return run
 
 
-def _show(given: Given, found: Mapping[str, Any], table: object, lines: Iterable[str], places: Iterable[Path]) -> None:
+def show_study(
+    given: Given, found: Mapping[str, Any], table: object, lines: Iterable[str], places: Iterable[Path]
+) -> None:
     """Print results as they are wanted, a table or a list of them, and the files that were written."""
     if given.json:
         print_json(found)
@@ -63,7 +65,7 @@ def uncertainty(given: Given, folder: Finished) -> None:
     from fastar.report.shift.other_images import other_tables
     from fastar.runs import write_json
 
-    run = _opened(given, folder)
+    run = opened(given, folder)
     found = uncertainty(
         run,
         most=given["most"],
@@ -81,7 +83,7 @@ def uncertainty(given: Given, folder: Finished) -> None:
         places.append(folder / "corruptions.png")
         corruption_picture(found, places[-1])
     tables = [uncertainty_table(found), *corruption_tables(found), *other_tables(found)]
-    _show(given, found, tables, uncertainty_lines(found), places)
+    show_study(given, found, tables, uncertainty_lines(found), places)
 
 
 @takes("radii", "draws", "by_filter", "json", "quiet")
@@ -102,12 +104,12 @@ def perturb(given: Given, folder: Finished) -> None:
         radii = [float(one) for one in given["radii"].split(",")]
     except ValueError as error:
         raise FastarError(f"--radii {given['radii']}: write numbers joined by commas, such as 0.1,0.4") from error
-    run = _opened(given, folder)
+    run = opened(given, folder)
     found = perturbed_stars(run, radii=radii, draws=given["draws"], by_filter=given["by_filter"])
     places = [folder / name for name in ("perturb.json", "perturb.png")]
     write_json(places[0], found)
     perturbed_picture(found, places[1])
-    _show(given, found, perturbed_table(found), perturbed_lines(found), places)
+    show_study(given, found, perturbed_table(found), perturbed_lines(found), places)
 
 
 @takes("json", "quiet")
@@ -124,9 +126,9 @@ def distances(given: Given, folder: Finished) -> None:
     from fastar.experiments.distances import distances
     from fastar.report.distances_table import distances_table
 
-    run = _opened(given, folder)
+    run = opened(given, folder)
     found = distances(run)
-    _show(given, found, distances_table(found), [], [run.session.run.distances])
+    show_study(given, found, distances_table(found), [], [run.session.run.distances])
 
 
 @takes("student", "swag", "json", "quiet", swag="Add SWA, of one more training, which the run folder keeps.")
@@ -145,7 +147,7 @@ def fuse(given: Given, folder: Finished) -> None:
     from fastar.report.fusion_table import fusion_lines, fusion_table
     from fastar.runs import write_json
 
-    found = fuse(_opened(given, folder), student=given["student"], swag=given["swag"])
+    found = fuse(opened(given, folder), student=given["student"], swag=given["swag"])
     place = folder / "fusion.json"
     write_json(place, found)
-    _show(given, found, fusion_table(found), fusion_lines(found), [place])
+    show_study(given, found, fusion_table(found), fusion_lines(found), [place])

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fastar.cli.after import Finished, _opened, _show
+from fastar.cli.after import Finished, opened, show_study
 from fastar.cli.options import Given, Option, takes
 
 Names = Annotated[list[str] | None, typer.Argument(metavar="[A B C]", help="star, mean, source:0, heldout:1.")]
@@ -29,12 +29,12 @@ def plane(given: Given, folder: Finished, names: Names = None) -> None:
     from fastar.report.landscape.plane_picture import plane_lines, plane_picture, plane_table
     from fastar.runs import write_json
 
-    run = _opened(given, folder)
+    run = opened(given, folder)
     found = loss_plane(run, names or CORNERS, points=given["points"], margin=given["margin"], split=given["split"])
     places = [folder / name for name in ("plane.json", "plane.png")]
     write_json(places[0], found)
     plane_picture(found, places[1])
-    _show(given, found, plane_table(found), plane_lines(found), places)
+    show_study(given, found, plane_table(found), plane_lines(found), places)
 
 
 @takes("epochs", "json", "quiet")
@@ -53,12 +53,12 @@ def curve(given: Given, folder: Finished, names: Pair = None) -> None:
     from fastar.report.landscape.curve_picture import curve_picture, curve_table
     from fastar.runs import write_json
 
-    found = connecting_curves(_opened(given, folder), names or PAIR, epochs=given["epochs"])
+    found = connecting_curves(opened(given, folder), names or PAIR, epochs=given["epochs"])
     places = [folder / name for name in ("curve.json", "curve.png")]
     write_json(places[0], found)
     curve_picture(found, places[1])
     bends = [folder / bend for bend in found["bends"].values()]
-    _show(given, found, curve_table(found), [], [*places, *bends])
+    show_study(given, found, curve_table(found), [], [*places, *bends])
 
 
 @takes("models", "star_of_one", "json", "quiet")
@@ -76,8 +76,8 @@ def graph(given: Given, folder: Finished) -> None:
     from fastar.report.landscape.graph_picture import graph_lines, graph_picture, graph_tables
     from fastar.runs import write_json
 
-    found = barrier_graph(_opened(given, folder), models=given["models"], star_of_one=given["star_of_one"])
+    found = barrier_graph(opened(given, folder), models=given["models"], star_of_one=given["star_of_one"])
     places = [folder / name for name in ("graph.json", "graph.png")]
     write_json(places[0], found)
     graph_picture(found, places[1])
-    _show(given, found, graph_tables(found), graph_lines(found), places)
+    show_study(given, found, graph_tables(found), graph_lines(found), places)

@@ -13,7 +13,7 @@ from fastar.evaluation import Segment
 from fastar.evaluation.paths import barrier
 from fastar.experiments.averages import uncertainty
 from fastar.experiments.distances import distances
-from fastar.experiments.finished_run import finished_run
+from fastar.experiments.finished_run import FinishedRun
 from fastar.experiments.fusion import fuse
 from fastar.experiments.measure import endpoint, evaluated, match_to, path_result, spread
 from fastar.experiments.perturbed import perturbed_stars
@@ -79,8 +79,9 @@ def _fusion(shelf: Shelf, part: Part, folder: Path) -> Found:
     for point in shelf.swept(part, folder)["points"]:
         stars = []
         for place in point["folders"]:
-            found = fuse(finished_run(RunFolder(folder / place), shelf.progress))
-            write_json(folder / place / "fusion.json", found)
+            with shelf.opened(RunFolder(folder / place)) as run:
+                found = fuse(run)
+                write_json(folder / place / "fusion.json", found)
             stars.append(found["predictors"]["star"]["accuracy"])
         of = found["predictors"]  # the same for each star, but for the star
         one = {name: {"mean": of[key]["accuracy"], "std": None, "n": 1} for name, key in _PREDICTORS.items()}
@@ -125,9 +126,10 @@ def _sizes(shelf: Shelf, part: Part, folder: Path) -> Found:
 
 def _perturbed(shelf: Shelf, part: Part, folder: Path) -> Found:
     point = shelf.point(part)
-    found = perturbed_stars(shelf.finished(point), radii=part["values"])
-    place = point.run.path / "perturb.json"
-    write_json(place, found)
+    with shelf.finished(point) as run:
+        found = perturbed_stars(run, radii=part["values"])
+        place = point.run.path / "perturb.json"
+        write_json(place, found)
     rows = {}
     for at in found["points"]:
         of = at["train"]
@@ -136,7 +138,9 @@ def _perturbed(shelf: Shelf, part: Part, folder: Path) -> Found:
 
 
 def _distances(shelf: Shelf, part: Part, folder: Path) -> Found:
-    found, rows = distances(shelf.finished(shelf.point(part))), {}
+    rows = {}
+    with shelf.finished(shelf.point(part)) as run:
+        found = distances(run)
     for name, kind in _PAIRS.items():
         rows[name] = {way: found[kind][way]["distance"] for way in ("unmatched", "matched")}
         rows[name]["cosine"] = found[kind]["matched"]["cosine"]
@@ -149,9 +153,10 @@ _PAIRS = {"regular to regular": "regular_regular", "star to heldouts": "star_hel
 def _uncertainty(shelf: Shelf, part: Part, folder: Path) -> Found:
     """Metrics of each family at its largest K."""
     point = shelf.point(part)
-    found = uncertainty(shelf.finished(point), most=part["most"], repetitions=part["repetitions"])
-    place = point.run.path / "uncertainty.json"
-    write_json(place, found)
+    with shelf.finished(point) as run:
+        found = uncertainty(run, most=part["most"], repetitions=part["repetitions"])
+        place = point.run.path / "uncertainty.json"
+        write_json(place, found)
     rows = {}
     for family, of in found["families"].items():
         last = {
@@ -191,8 +196,13 @@ def _points_of_optimizers(shelf: Shelf, part: Part, folder: Path) -> list[Point]
 
 def _optimizers(shelf: Shelf, part: Part, folder: Path) -> Found:
     """Barriers within the heldouts of two runs, and from the star of the first to both."""
-    first, second = (shelf.finished(point) for point in _points_of_optimizers(shelf, part, folder))
-    groups = {"sgd": first.heldouts[: part["count"]], "adam": second.heldouts[: part["count"]]}
+    points = _points_of_optimizers(shelf, part, folder)
+    with shelf.finished(points[0]) as first, shelf.finished(points[1]) as second:
+        return _between_groups(first, second, part["count"], folder)
+
+
+def _between_groups(first: FinishedRun, second: FinishedRun, count: int, folder: Path) -> Found:
+    groups = {"sgd": first.heldouts[:count], "adam": second.heldouts[:count]}
     pairs = []
     for name, models in groups.items():
         named = [(f"{name} {index}", model) for index, model in enumerate(models)]
@@ -203,22 +213,19 @@ def _optimizers(shelf: Shelf, part: Part, folder: Path) -> Found:
 
 def _methods(shelf: Shelf, part: Part, folder: Path) -> Found:
     """Barriers of the run's pairs and from its star, the ends matched in several ways."""
-    run = shelf.finished(shelf.point(part))
-    ends = {f"heldout {index}": model for index, model in enumerate(run.heldouts)}
-    pairs = [("SR", ("star", run.star), one) for one in ends.items()]
-    named = [(f"source {index}", source) for index, source in enumerate(run.sources)]
-    pairs += [("RR", first, second) for first, second in zip(named, ends.items(), strict=False)]  # as many as both have
     rows, files = {}, {}
-    for method in part["values"]:
-        session = shelf.point(part, f"matching.method={method}").settings
-        found = _paths(_matched_by(run.session, session.matching), pairs, folder, f"{method}.json")
-        rows[method] = {kind: figures["barrier"] for kind, figures in found.rows.items()}
-        files[method] = found.files[""]
+    with shelf.finished(shelf.point(part)) as run:
+        ends = [(f"heldout {index}", model) for index, model in enumerate(run.heldouts)]
+        named = [(f"source {index}", source) for index, source in enumerate(run.sources)]
+        pairs = [("SR", ("star", run.star), one) for one in ends]
+        pairs += [("RR", first, second) for first, second in zip(named, ends, strict=False)]  # as many as both have
+        for method in part["values"]:
+            matching = shelf.settings(part, f"matching.method={method}").matching
+            session = replace(run.session, settings=run.session.settings.model_copy(update={"matching": matching}))
+            found = _paths(session, pairs, folder, f"{method}.json")
+            rows[method] = {kind: figures["barrier"] for kind, figures in found.rows.items()}
+            files[method] = found.files[""]
     return Found(rows, "methods", files)
-
-
-def _matched_by(session: Session, matching: Any) -> Session:
-    return replace(session, settings=session.settings.model_copy(update={"matching": matching}))
 
 
 Named = tuple[str, Checkpoint]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,10 +54,19 @@ class Shelf:
         take_over(point, self._known(), self.progress)
         return train_star(point.settings, point.run.path, self.progress)
 
-    def finished(self, point: Point) -> FinishedRun:
+    @contextmanager
+    def finished(self, point: Point) -> Iterator[FinishedRun]:
         """A run, trained where it is not there, for experiments on it."""
         self.results(point)
-        return finished_run(point.run, self.progress)
+        with self.opened(point.run) as run:
+            yield run
+
+    @contextmanager
+    def opened(self, folder: RunFolder) -> Iterator[FinishedRun]:
+        """A finished run, whose folder is this process's until the block ends."""
+        run = finished_run(folder, self.progress)
+        with folder.held(self.progress):
+            yield run
 
     def swept(self, part: Mapping[str, Any], folder: Path) -> dict[str, Any]:
         """The results of a sweep in `folder`."""
