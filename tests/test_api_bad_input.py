@@ -313,7 +313,7 @@ def test_on_the_command_line_a_users_traceback_is_above_our_line(
     given = {"--model": "own:build", "--data": "own:data", "--loss": "cross_entropy", option: f"own:{function}"}
     options = [part for pair in given.items() for part in pair]
     settings = [one for one in SMALL if not one.startswith("dataset.")]
-    done = fastar_command("train-star", *options, "--out", "run", "--quiet", *settings)
+    done = fastar_command("train-star", *options, "--out", "run", "--quiet", *settings, "train.batch_size=20")
     assert done.code == 2, done.err
     assert done.out == ""
     *above, last = done.err.rstrip("\n").split("\n")

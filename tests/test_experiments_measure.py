@@ -206,4 +206,5 @@ def test_pairs_with_heldouts_need_some(tmp_path: Path) -> None:
     assert "evaluation.regular_pairs=cross pairs sources with heldouts, and there are no heldouts; give some" in said
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("{dataset: {name: digits}, model: {arch: mlp}, evaluation: {regular_pairs: cross}}")
-    assert load_settings(file=recipe, scale="smoke").evaluation.cross == (None, None)
+    assert load_settings(file=recipe).evaluation.cross == (None, None)
+    assert load_settings(file=recipe, scale="smoke").evaluation.regular_pairs == 1  # cut, as numbers are

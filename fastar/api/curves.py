@@ -77,7 +77,7 @@ class Barrier:
         axes.plot([0, 1], [self.loss[0], self.loss[-1]], linestyle="--", color="0.6")
         return labelled(axes, self.loss_name)
 
-    def toframe(self) -> Any:
+    def to_frame(self) -> Any:
         """A pandas DataFrame: t, loss and the metrics, a row for each t."""
         return frame({"t": self.t, "loss": self.loss, **self.metrics})
 
@@ -112,7 +112,7 @@ class Uncertainty:
         axes.legend(frameon=False)
         return axes
 
-    def toframe(self) -> Any:
+    def to_frame(self) -> Any:
         """A pandas DataFrame of the means: a row for each family and K, a column for each metric."""
         columns: dict[str, list[Any]] = {}
         for name, of in self.results["families"].items():

@@ -117,7 +117,7 @@ class OrderedDataset(Dataset):
             raise FastarError(f"batch size {batch_size} exceeds the {len(self)} samples of the split; lower it")
 
     def order(self, seed: int, epoch: int) -> Tensor:
-        return torch.as_tensor(self._order(seed, epoch))
+        return torch.as_tensor(self._order(seed, epoch), device="cpu")
 
     def sample_number(self, seed: int, epoch: int, place: int) -> int:
         return int(self._order(seed, epoch)[place])

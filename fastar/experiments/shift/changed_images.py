@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -166,7 +167,7 @@ def _images_of(session: Session, pixels: Pixels, name: str) -> Tensor:
         raise FastarError(f"ood={name}: its images are of any size; name a data set of one size, or made images")
     other = settings.dataset.model_copy(update={"name": name, "limit": None, "own_name": None, "encoding": None})
     data = RunData(settings.model_copy(update={"dataset": other}), session.device, session.progress)
-    levels, _, _ = data.files.read("test", lambda labels: torch.arange(len(labels)).numpy(), session.progress, name)
+    levels, _, _ = data.files.read("test", lambda labels: np.arange(len(labels)), session.progress, name)
     images = torch.from_numpy(levels).to(session.device).permute(0, 3, 1, 2)
     return torch.cat([_levels(as_images_of(some.double() / LEVELS, pixels.shape)) for some in images.split(1000)])
 
