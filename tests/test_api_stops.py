@@ -36,8 +36,17 @@ def streamed() -> Any:
     return DataLoader(Streamed(36), 12)
 
 
-@pytest.mark.parametrize("kind", [RegularStep, StarStep])
-@pytest.mark.parametrize("make", [tensors, Noisy, streamed])
+@pytest.mark.parametrize(
+    ("make", "kind"),
+    [
+        (tensors, StarStep),
+        (Noisy, RegularStep),
+        (streamed, StarStep),
+        pytest.param(tensors, RegularStep, marks=pytest.mark.slow),
+        pytest.param(Noisy, StarStep, marks=pytest.mark.slow),
+        pytest.param(streamed, RegularStep, marks=pytest.mark.slow),
+    ],
+)
 def test_ctrl_c_saves_and_the_same_call_goes_on_to_the_same_bits(
     make: Any, kind: type, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

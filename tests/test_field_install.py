@@ -224,6 +224,7 @@ def test_digits_without_ffcv_are_the_same_to_the_bit(python: Path, data: Path, t
     assert found.returncode == 0, found.stderr
 
 
+@pytest.mark.slow
 def test_what_needs_ffcv_says_how_to_get_it(python: Path, tmp_path: Path) -> None:
     (tmp_path / "images").mkdir()
     options = ("--dataset", "imagenet", "--data-root", "images", "--out", "run")

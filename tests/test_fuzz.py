@@ -24,7 +24,7 @@ def fuzz(seed: int, seconds: int) -> None:
 
 
 def test_damaged_files_for_some_seconds() -> None:
-    fuzz(seed=0, seconds=8)
+    fuzz(seed=0, seconds=5)
 
 
 @pytest.mark.slow
