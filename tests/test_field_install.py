@@ -242,6 +242,7 @@ def test_modules_are_imported_on_other_systems(python: Path, tmp_path: Path) -> 
     assert found.returncode == 0, found.stderr
     failed = json.loads(found.stdout)
     assert {name for name, text in failed.items() if "FFCV" not in text and "triton" not in text} == set()
+    assert "pip install 'fastar[ffcv]'" in failed["fastar.data.ffcv"]
     assert {name for name in failed if not name.startswith("fastar.kernels.")} == {
         "fastar.data.convert",
         "fastar.data.ffcv",
