@@ -10,8 +10,8 @@ from typing import Any
 
 from rich.table import Table
 
-from fastar.report.figures import figure_of, plain
-from fastar.report.results import shown, task_name
+from fastar.report.figures import figure_of, legend_below, plain
+from fastar.report.results import new_table, shown, task_name
 from fastar.runtime.standard_streams import plus_minus
 
 # Okabe-Ito colours; markers and dashes tell the curves apart in grey print.
@@ -50,13 +50,9 @@ PANELS = (
 def uncertainty_table(found: Mapping[str, Any]) -> Table:
     """A row for each family at its largest K: mean and standard deviation over repetitions."""
     title = f"{task_name(found)}: predictions of {found['samples']:,} {found['split']} samples"
-    table = Table(title=title, title_justify="left")
-    for column in ("average of", "K", "n"):
-        table.add_column(column, justify="left" if column == "average of" else "right")
     cooled = "temperature" in next(iter(found["families"].values()))
     columns = [*COLUMNS, *([("nll_t", "NLL at T"), ("temperature", "T")] if cooled else [])]
-    for _, column in columns:
-        table.add_column(column, justify="right")
+    table = new_table(title, "average of", "K", "n", *(column for _, column in columns))
     for family, of in found["families"].items():
         table.add_row(
             family,
@@ -139,8 +135,7 @@ def uncertainty_picture(found: Mapping[str, Any], path: Path) -> None:
             panel.set_title(name, fontsize=10)
             panel.xaxis.set_major_locator(MaxNLocator(integer=True))
             plain(panel)
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+        legend_below(figure, panels[0])
         figure.suptitle(f"{task_name(found)}: averages around a star of {found['sources']} sources", fontsize=11)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from fastar.report.results import shown, task_name
+from fastar.report.results import new_table, shown, task_name
 
 ROWS = (
     ("regular_regular", "regular to regular"),
@@ -21,11 +21,7 @@ ROWS = (
 
 def distances_table(found: Mapping[str, Any]) -> Table:
     """Distances and cosines of each kind of pair, without and with permutation, and norms."""
-    title = f"{task_name(found)}: L2 distances of parameters"
-    table = Table(title=title, title_justify="left")
-    table.add_column("", overflow="fold")
-    for column in ("n", "unmatched", "matched"):
-        table.add_column(column, justify="right")
+    table = new_table(f"{task_name(found)}: L2 distances of parameters", "", "n", "unmatched", "matched")
     for key, digits in (("distance", 2), ("cosine", 3)):
         for kind, name in ROWS:
             n = found[kind]["matched"][key]["n"]

@@ -37,6 +37,12 @@ def figure_of(path: Path, size: tuple[float, float]) -> Iterator[Any]:
     write_atomically(path, buffer.getvalue())
 
 
+def legend_below(figure: Any, *panels: Any, ncols: int = 4, fontsize: int = 9) -> None:
+    """A legend of what these panels have, below all of them, where it hides nothing."""
+    handles = [one for panel in panels for one in panel.get_legend_handles_labels()[0]]
+    figure.legend(handles=handles, loc="outside lower center", ncols=ncols, frameon=False, fontsize=fontsize)
+
+
 def plain(panel: Any) -> None:
     """Give a panel a faint grid, and lines below and to the left alone."""
     panel.grid(alpha=0.3)

@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from fastar.report.average_panels import standard_error
-from fastar.report.results import shown, task_name
+from fastar.report.results import new_table, shown, task_name
 from fastar.runtime.standard_streams import plus_minus
 
 
@@ -18,9 +18,7 @@ def fusion_table(found: Mapping[str, Any]) -> Table:
     title = (
         f"{task_name(found)}: fusion of {found['sources']} sources{mu}, {found['samples']:,} {found['split']} samples"
     )
-    table = Table(title=title, title_justify="left")
-    for column in ("", "networks", "accuracy", "NLL", "accuracy above the star's"):
-        table.add_column(column, justify="right" if column else "left")
+    table = new_table(title, "", "networks", "accuracy", "NLL", "accuracy above the star's")
     single = found["single"]
     table.add_row("one source", "1", shown(single["accuracy"], 4), shown(single["nll"], 4), "")
     for name, of in found["predictors"].items():

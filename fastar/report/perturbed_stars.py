@@ -8,8 +8,8 @@ from typing import Any
 
 from rich.table import Table
 
-from fastar.report.figures import figure_of, plain
-from fastar.report.results import shown, task_name
+from fastar.report.figures import figure_of, legend_below, plain
+from fastar.report.results import new_table, shown, task_name
 
 CURVES = (
     ("largest_loss", "largest loss on the path", "#0072B2", "--", "s"),
@@ -22,9 +22,8 @@ CURVES = (
 def perturbed_table(found: Mapping[str, Any]) -> Table:
     """A row for each radius: train loss of the star, barriers and largest losses on the paths to heldouts."""
     title = f"{task_name(found)}: star of {found['sources']} sources, perturbed ({found['draws']} draws)"
-    table = Table(title=title, title_justify="left")
-    for column in ("of its norm", "length", "n", "star's loss", "barrier to heldouts", "largest loss on the path"):
-        table.add_column(column, justify="right")
+    columns = ("of its norm", "length", "n", "star's loss", "barrier to heldouts", "largest loss on the path")
+    table = new_table(title, *columns, words=())
     for point in found["points"]:
         train = point["train"]
         table.add_row(
@@ -52,7 +51,7 @@ def perturbed_picture(found: Mapping[str, Any], path: Path) -> None:
         panel = figure.subplots()
         draw_perturbed(panel, found)
         plain(panel)
-        figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+        legend_below(figure, panel, ncols=2)
         figure.suptitle(f"{task_name(found)}: star of {found['sources']} sources, perturbed", fontsize=11)
 
 

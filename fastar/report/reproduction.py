@@ -9,8 +9,8 @@ from typing import Any
 
 from rich.table import Table
 
-from fastar.report.figures import figure_of, plain
-from fastar.report.results import shown
+from fastar.report.figures import figure_of, legend_below, plain
+from fastar.report.results import new_table, shown
 from fastar.runtime.progress import count_text
 
 LABELS = {
@@ -38,9 +38,7 @@ OURS, PAPER = "#D55E00", "#0072B2"
 
 def list_table(entries: Iterable[Mapping[str, Any]], scale: str) -> Table:
     """A row for each table and figure: what it shows, what it trains, whether it is done."""
-    table = Table(title=f"tables and figures at --scale {scale}", title_justify="left")
-    for column in ("id", "shows", "networks", "trains", ""):
-        table.add_column(column)
+    table = new_table(f"tables and figures at --scale {scale}", "id", "shows", "networks", "trains", "", words=range(5))
     for one in entries:
         trains = f"{one['regular']:,} + {count_text(one['stars'], 'star')}" if one["regular"] else "-"
         table.add_row(one["id"], one["title"], ", ".join(one["networks"]), trains, "done" if one["done"] else "")
@@ -52,9 +50,8 @@ def reproduction_tables(found: Mapping[str, Any]) -> list[Table]:
     tables = []
     for part in found["parts"]:
         name = "" if part["name"] is None else f", {part['name']}"
-        table = Table(title=f"{found['id']}: {found['title']}{name}", title_justify="left")
-        for column in ("", "figure", "ours", "n", "paper", "z"):
-            table.add_column(column, justify="left" if column in ("", "figure") else "right")
+        title = f"{found['id']}: {found['title']}{name}"
+        table = new_table(title, "", "figure", "ours", "n", "paper", "z", words=(0, 1))
         for cells in _lines_of(part):
             table.add_row(*cells)
         tables.append(table)
@@ -179,9 +176,7 @@ def _beside_picture(part: Mapping[str, Any], title: str, place: Path) -> None:
             panel.set_yticks(range(len(rows)), rows, fontsize=8)
             panel.set_ylim(len(rows) - 0.5, -0.5)
             plain(panel)
-        picture.legend(
-            *axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=9
-        )
+        legend_below(picture, axes[0], ncols=2)
         picture.suptitle(title, fontsize=10)
 
 
@@ -215,9 +210,7 @@ def _paths_picture(part: Mapping[str, Any], contents: Mapping[str, Any], title: 
                     panel.set_ylim(bottom=0)
                 plain(panel)
             axes[row][0].set_title(name, loc="left", fontsize=9)
-        picture.legend(
-            *axes[0][0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False, fontsize=8
-        )
+        legend_below(picture, axes[0][0], ncols=2, fontsize=8)
         picture.suptitle(f"{title}; thin dots: the paper's" if part["curves"] else title, fontsize=10)
 
 

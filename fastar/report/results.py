@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fastar.errors import FastarError
-from fastar.report.figures import figure_of, plain
+from fastar.report.figures import figure_of, legend_below, plain
 from fastar.runtime.progress import count_text, size_text
 from fastar.runtime.standard_streams import plus_minus
 
@@ -80,16 +80,26 @@ def shown(value: Mapping[str, Any] | float | None, digits: int = 3) -> str:
     return f"{value:.{digits}f}"
 
 
+def new_table(title: str, *columns: str, words: Sequence[int] = (0,)) -> Table:
+    """A table without rows.
+
+    Args:
+        columns: their headers.
+        words: those whose cells are words, at the left and folded where there is no space; the others are numbers.
+    """
+    table = Table(title=title, title_justify="left")
+    for number, column in enumerate(columns):
+        is_word = number in words
+        table.add_column(column, justify="left" if is_word else "right", overflow="fold" if is_word else "ellipsis")
+    return table
+
+
 def results_table(results: Mapping[str, Any]) -> Table:
     """Losses, accuracies and barriers of a run on each split."""
     title = f"{task_name(results)}: star model of {count_text(results['sources'], 'source')}"
-    table = Table(title=title, title_justify="left")
-    table.add_column("", overflow="fold")
-    table.add_column("n", justify="right")
     regular = results["train"]["regular_loss"]
     splits = splits_of(results)
-    for split in splits:
-        table.add_column(split, justify="right")
+    table = new_table(title, "", "n", *splits)
     table.add_row("loss, regular", str(regular["n"]), *(shown(results[s]["regular_loss"]) for s in splits))
     table.add_row("loss, star", "1", *(shown(results[s]["star_loss"]) for s in splits))
     for name, found in metrics_of(results).items():
@@ -151,11 +161,8 @@ def statistics_lines(results: Mapping[str, Any]) -> list[str]:
 
 def plan_table(plan: Mapping[str, Any]) -> Table:
     """Bytes that a run will take in each place, phase by phase."""
-    table = Table(title=f"{plan['title']}, on {plan['device']}", title_justify="left")
-    table.add_column("", overflow="fold")
     phases = list(next(iter(plan["needed"].values())))
-    for phase in phases:
-        table.add_column(phase, justify="right")
+    table = new_table(f"{plan['title']}, on {plan['device']}", "", *phases)
     for place, limit in plan["limits"].items():
         items: dict[str, dict[str | None, str]] = {}
         for item in plan["items"]:
@@ -190,12 +197,10 @@ def barriers_table(paths: Sequence[Mapping[str, Any]]) -> Table:
     What all names start and end with is said once."""
     shared = {f" {second.parent}/*{second.suffix}" for second in (Path(path["second"]) for path in paths)}
     where = shared.pop() if len(shared) == 1 else ""
-    table = Table(title=f"Barriers from {paths[0]['first']} to{where}", title_justify="left")
-    table.add_column("", overflow="fold")
     splits = [split for split in ("train", "validation", "test") if f"{split}_barrier" in paths[0]]
     accuracy = "train_accuracy_barrier" in paths[0]
-    for column in (*splits, "loss at\nt=0", "at\nt=1", "largest\nloss", *(["accuracy\nbarrier"] if accuracy else [])):
-        table.add_column(column, justify="right")
+    columns = (*splits, "loss at\nt=0", "at\nt=1", "largest\nloss", *(["accuracy\nbarrier"] if accuracy else []))
+    table = new_table(f"Barriers from {paths[0]['first']} to{where}", "", *columns)
     for path in paths:
         table.add_row(
             Path(path["second"]).stem if where else path["second"],
@@ -215,10 +220,8 @@ def many_table(result: Mapping[str, Any]) -> Table:
     folders = {path.parent for path in names}
     where = f" in {folders.pop()}/" if len(folders) == 1 else ""
     to = {"mean": "to their mean", "star": "to the centre", "pairwise": "to each other"}[result["to"]]
-    table = Table(title=f"Checkpoints{where}, matched {to}", title_justify="left")
-    table.add_column("", overflow="fold")
-    for column in ("objective", "without 1-D", "distance before", "matched (L2)"):
-        table.add_column(column, justify="right")
+    columns = ("objective", "without 1-D", "distance before", "matched (L2)")
+    table = new_table(f"Checkpoints{where}, matched {to}", "", *columns)
     for row in rows:
         shown_names = [Path(row[key]).stem if where else row[key] for key in ("file", "first", "second") if key in row]
         numbers = [f"{row[key]:.6g}" for key in ("objective", "objective_weights", "distance_start", "distance")]
@@ -244,10 +247,7 @@ def barrier_picture(results: Mapping[str, Any], path: Path) -> None:
         for panel, key in zip(panels, keys, strict=True):
             draw_paths(panel, results, key)
         panels[0].set_ylim(bottom=0)
-        # Below the panels, where it hides nothing.
-        figure.legend(
-            *panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False, fontsize=9
-        )
+        legend_below(figure, panels[0])
         star = any(path["kind"].startswith("star") for path in results["paths"])
         title = task_name(results)
         figure.suptitle(f"{title}: {count_text(results['sources'], 'source')}" if star else title, fontsize=11)

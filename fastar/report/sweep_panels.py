@@ -8,8 +8,8 @@ from typing import Any
 
 from rich.table import Table
 
-from fastar.report.figures import figure_of, plain
-from fastar.report.results import STYLES, shown, task_name
+from fastar.report.figures import figure_of, legend_below, plain
+from fastar.report.results import STYLES, new_table, shown, task_name
 
 BARRIERS = (
     ("star_source", "star to sources"),
@@ -29,13 +29,9 @@ DECADE = 8.0
 def sweep_table(found: Mapping[str, Any]) -> Table:
     """A row for each point: losses and barriers on the train set, the accuracy of the star on the last split."""
     accuracy, tested = _metric(found), _splits(found)[-1]
-    table = Table(title=f"{task_name(found)}: sweep of {found['kind']}, train set", title_justify="left")
-    table.add_column(found["kind"], justify="right")
-    for column in ("stars", "loss, regular", "loss, star", *(f"barrier, {name}" for _, name in BARRIERS)):
-        table.add_column(column, justify="right")
-    table.add_column("largest loss, star to heldouts", justify="right")
-    if accuracy:
-        table.add_column(f"{tested} {accuracy}, star", justify="right")
+    columns = ["stars", "loss, regular", "loss, star", *(f"barrier, {name}" for _, name in BARRIERS)]
+    columns += ["largest loss, star to heldouts", *([f"{tested} {accuracy}, star"] if accuracy else [])]
+    table = new_table(f"{task_name(found)}: sweep of {found['kind']}, train set", found["kind"], *columns, words=())
     for point in found["points"]:
         train = point["train"]
         table.add_row(
@@ -80,11 +76,7 @@ def sweep_picture(found: Mapping[str, Any], path: Path) -> None:
             _draw_scatter(panels[1], found)
         else:
             _draw_star(panels[1], panels[2] if count == 3 else None, found)
-        handles, labels = panels[0].get_legend_handles_labels()
-        if not scatter:
-            others, names = panels[1].get_legend_handles_labels()
-            handles, labels = [*handles, *others], [*labels, *names]
-        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+        legend_below(figure, *panels[: 1 if scatter else 2])
         title = f"{task_name(found)}: sweep of {found['kind']} (bars, band: one standard deviation)"
         figure.suptitle(title, fontsize=11)
 

@@ -8,9 +8,9 @@ from typing import Any
 
 from rich.table import Table
 
-from fastar.report.figures import figure_of, plain
+from fastar.report.figures import figure_of, legend_below, plain
 from fastar.report.landscape.plane_picture import loss_name
-from fastar.report.results import shown, splits_of, task_name
+from fastar.report.results import new_table, shown, splits_of, task_name
 
 CURVES = {
     "straight": ("straight, matched", "#0072B2", "-.", "^"),
@@ -24,12 +24,9 @@ CURVES = {
 def curve_table(found: Mapping[str, Any]) -> Table:
     """A row for each curve: its largest loss, barrier and mean loss on each split."""
     title = f"{task_name(found)}: curves from {found['first']} to {found['second']}"
-    table = Table(title=title, title_justify="left")
-    table.add_column("curve")
     splits = splits_of(found["curves"]["straight"])
-    for split in splits:
-        for figure in ("largest loss", "barrier", "mean loss"):
-            table.add_column(f"{split}\n{figure}", justify="right")
+    columns = (f"{split}\n{figure}" for split in splits for figure in ("largest loss", "barrier", "mean loss"))
+    table = new_table(title, "curve", *columns)
     for name, of in found["curves"].items():
         figures = (of[split][key] for split in splits for key in ("largest_loss", "barrier", "mean_loss"))
         table.add_row(CURVES[name][0], *map(shown, figures))
@@ -43,8 +40,7 @@ def curve_picture(found: Mapping[str, Any], path: Path) -> None:
         panels = figure.subplots(1, len(splits), squeeze=False)[0]
         for panel, split in zip(panels, splits, strict=True):
             draw_curves(panel, found, split)
-        handles = panels[0].get_legend_handles_labels()
-        figure.legend(*handles, loc="outside lower center", ncols=2 * len(splits), frameon=False, fontsize=9)
+        legend_below(figure, panels[0], ncols=2 * len(splits))
         figure.suptitle(f"{task_name(found)}: curves from {found['first']} to {found['second']}", fontsize=11)
 
 

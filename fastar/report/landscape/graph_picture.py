@@ -11,7 +11,7 @@ from rich.table import Table
 
 from fastar.report.figures import figure_of
 from fastar.report.landscape.plane_picture import loss_name
-from fastar.report.results import shown, task_name
+from fastar.report.results import new_table, shown, task_name
 
 FEW = 14
 """Networks up to which the cells have their values written in them."""
@@ -32,10 +32,8 @@ def graph_tables(found: Mapping[str, Any]) -> Group:
 
 def _shares_table(found: Mapping[str, Any]) -> Table:
     below = found["below"]["train"]
-    table = Table(title=f"{task_name(found)}: share of train barriers below eps", title_justify="left")
-    table.add_column("")
-    for eps in below["eps"]:
-        table.add_column(f"{eps:g}", justify="right")
+    title = f"{task_name(found)}: share of train barriers below eps"
+    table = new_table(title, "", *(f"{eps:g}" for eps in below["eps"]))
     for key, name in SHARES:
         table.add_row(name, *(shown(share, 2) for share in below[key]))
     return table
@@ -43,12 +41,8 @@ def _shares_table(found: Mapping[str, Any]) -> Table:
 
 def _hubs_table(found: Mapping[str, Any]) -> Table:
     kinds = [kind for kind in ("heldouts", "sources") if found["hubs"]["mean"]["train"][kind]["barrier"]["n"]]
-    table = Table(title="hubs: paths to all others here, train", title_justify="left")
-    table.add_column("hub")
-    table.add_column("loss", justify="right")
-    for kind in kinds:
-        for figure in ("barrier", "largest loss"):
-            table.add_column(f"{figure}\nto {kind}", justify="right")
+    columns = (f"{figure}\nto {kind}" for kind in kinds for figure in ("barrier", "largest loss"))
+    table = new_table("hubs: paths to all others here, train", "hub", "loss", *columns)
     for hub, of in found["hubs"].items():
         name = hub if hub == of["network"] else f"{hub}, {of['network']}"
         figures = (of["train"][kind][key] for kind in kinds for key in ("barrier", "largest_loss"))

@@ -10,7 +10,7 @@ from typing import Any
 from rich.table import Table
 
 from fastar.report.figures import figure_of
-from fastar.report.results import shown, splits_of, task_name
+from fastar.report.results import new_table, shown, splits_of, task_name
 
 FEW = 6
 """Levels that are enough."""
@@ -21,11 +21,9 @@ MARKERS = ("^", "o", "s")
 
 def plane_table(found: Mapping[str, Any]) -> Table:
     """The three networks: where they lie, and their losses there."""
-    table = Table(title=f"{task_name(found)}: the plane through three networks", title_justify="left")
-    table.add_column("network")
     splits = splits_of(found["splits"])
-    for column in ("x", "y", *(f"{split} loss" for split in splits)):
-        table.add_column(column, justify="right")
+    columns = ("x", "y", *(f"{split} loss" for split in splits))
+    table = new_table(f"{task_name(found)}: the plane through three networks", "network", *columns)
     for one in found["networks"]:
         place = (shown(one[key], 2) for key in ("x", "y"))
         table.add_row(one["name"], *place, *(shown(one[split]["loss"]) for split in splits))

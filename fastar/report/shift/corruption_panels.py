@@ -9,8 +9,8 @@ from typing import Any
 from rich.table import Table
 
 from fastar.report.average_panels import STYLES
-from fastar.report.figures import figure_of, plain
-from fastar.report.results import shown, task_name
+from fastar.report.figures import figure_of, legend_below, plain
+from fastar.report.results import new_table, shown, task_name
 
 TABLES = (("accuracy", "accuracy"), ("nll", "NLL"), ("ece", "ECE"), ("auroc", "AUROC"))
 PANELS = (
@@ -28,9 +28,7 @@ def corruption_tables(found: Mapping[str, Any]) -> list[Table]:
     of, tables = found["corruptions"], []
     for metric, name in TABLES:
         title = f"{task_name(found)}: {name} over severity, mean of {len(of['kinds'])} corruptions"
-        table = Table(title=title, title_justify="left")
-        for column in ("average of", "n", *("clean" if s == 0 else str(s) for s in of["severities"])):
-            table.add_column(column, justify="left" if column == "average of" else "right")
+        table = new_table(title, "average of", "n", *("clean" if s == 0 else str(s) for s in of["severities"]))
         for family, one in of["families"].items():
             mean, std = (one["mean"][metric][key] for key in ("mean", "std"))
             cells = [shown({"mean": m, "std": s}) for m, s in zip(mean, std, strict=True)]
@@ -62,7 +60,6 @@ def corruption_picture(found: Mapping[str, Any], path: Path) -> None:
             panel.set_title(name, fontsize=10)
             panel.set_xticks(of["severities"])
             plain(panel)
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+        legend_below(figure, panels[0])
         title = f"{task_name(found)}: corrupted {found['split']} images, mean of {len(of['kinds'])} kinds"
         figure.suptitle(title, fontsize=11)

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.table import Table
 
-from fastar.report.results import shown, task_name
+from fastar.report.results import new_table, shown, task_name
 
 SCORES = (("confidence", "1 - confidence"), ("entropy", "entropy"), ("mutual information", "mutual information"))
 METRICS = (("auroc", "AUROC"), ("aupr", "AUPR"), ("fpr_95", "FPR at 95 %"))
@@ -17,12 +17,9 @@ def other_tables(found: Mapping[str, Any]) -> list[Table]:
     """A table for each set of other images: AUROC, AUPR and FPR of three scores, other images being what is found."""
     tables = []
     for name, of in found.get("ood", {}).items():
-        title = (
-            f"{task_name(found)}: {of['samples']:,} images of {name} told from {found['samples']:,} {found['split']}"
-        )
-        table = Table(title=f"{title} images", title_justify="left")
-        for column in ("average of", "n", "by", *(name for _, name in METRICS)):
-            table.add_column(column, justify="left" if column in ("average of", "by") else "right")
+        told = f"{of['samples']:,} images of {name} told from {found['samples']:,} {found['split']} images"
+        columns = ("average of", "n", "by", *(name for _, name in METRICS))
+        table = new_table(f"{task_name(found)}: {told}", *columns, words=(0, 2))
         for family, one in of["families"].items():
             for score, said in SCORES:
                 if score in one:
