@@ -30,15 +30,33 @@ def opened(given: Given, folder: Path) -> FinishedRun:
 
 
 def show_study(
-    given: Given, found: Mapping[str, Any], table: object, lines: Iterable[str], places: Iterable[Path]
+    given: Given,
+    folder: Path,
+    name: str,
+    found: Mapping[str, Any],
+    *,
+    kept: bool = False,
+    more: Iterable[Path] = (),
 ) -> None:
-    """Print results as they are wanted, a table or a list of them, and the files that were written."""
+    """Write what was found, and its pictures, into a folder, and print it as is wanted.
+
+    Args:
+        name: of the JSON file, and of its forms (`fastar.report.study_forms`).
+        kept: the JSON file is there.
+        more: other files that were written.
+    """
+    from fastar.report.study_forms import FORMS
+    from fastar.runs import write_json
+
+    if not kept:
+        write_json(folder / f"{name}.json", found)
+    places = [folder / f"{name}.json", *FORMS[name].draw(found, folder), *more]
     if given.json:
         print_json(found)
         return
-    for one in table if isinstance(table, list) else [table]:
-        print_table(one)
-    print_lines([*lines, *(f"written: {place}" for place in places)])
+    for table in FORMS[name].tables(found):
+        print_table(table)
+    print_lines([*FORMS[name].lines(found), *(f"written: {place}" for place in places)])
 
 
 @takes("most", "repetitions", "radius", "swag", "corruptions", "ood", "json", "quiet")
@@ -55,19 +73,9 @@ def uncertainty(given: Given, folder: Finished) -> None:
         fastar uncertainty runs/digits-mlp-seed0 --swag --corruptions --ood noise,blocks
     """
     from fastar.experiments.averages import uncertainty
-    from fastar.report.average_panels import (
-        reliability_picture,
-        uncertainty_lines,
-        uncertainty_picture,
-        uncertainty_table,
-    )
-    from fastar.report.shift.corruption_panels import corruption_picture, corruption_tables
-    from fastar.report.shift.other_images import other_tables
-    from fastar.runs import write_json
 
-    run = opened(given, folder)
     found = uncertainty(
-        run,
+        opened(given, folder),
         most=given["most"],
         repetitions=given["repetitions"],
         radius=given["radius"],
@@ -75,15 +83,7 @@ def uncertainty(given: Given, folder: Finished) -> None:
         corruptions=given["corruptions"],
         ood=given["ood"].split(",") if given["ood"] else (),
     )
-    places = [folder / name for name in ("uncertainty.json", "uncertainty.png", "reliability.png")]
-    write_json(places[0], found)
-    uncertainty_picture(found, places[1])
-    reliability_picture(found, places[2])
-    if "corruptions" in found:
-        places.append(folder / "corruptions.png")
-        corruption_picture(found, places[-1])
-    tables = [uncertainty_table(found), *corruption_tables(found), *other_tables(found)]
-    show_study(given, found, tables, uncertainty_lines(found), places)
+    show_study(given, folder, "uncertainty", found)
 
 
 @takes("radii", "draws", "by_filter", "json", "quiet")
@@ -97,8 +97,6 @@ def perturb(given: Given, folder: Finished) -> None:
         fastar perturb runs/digits-mlp-seed0 --radii 0.1,0.4
     """
     from fastar.experiments.perturbed import perturbed_stars
-    from fastar.report.perturbed_stars import perturbed_lines, perturbed_picture, perturbed_table
-    from fastar.runs import write_json
 
     try:
         radii = [float(one) for one in given["radii"].split(",")]
@@ -106,10 +104,7 @@ def perturb(given: Given, folder: Finished) -> None:
         raise FastarError(f"--radii {given['radii']}: write numbers joined by commas, such as 0.1,0.4") from error
     run = opened(given, folder)
     found = perturbed_stars(run, radii=radii, draws=given["draws"], by_filter=given["by_filter"])
-    places = [folder / name for name in ("perturb.json", "perturb.png")]
-    write_json(places[0], found)
-    perturbed_picture(found, places[1])
-    show_study(given, found, perturbed_table(found), perturbed_lines(found), places)
+    show_study(given, folder, "perturb", found)
 
 
 @takes("json", "quiet")
@@ -124,11 +119,8 @@ def distances(given: Given, folder: Finished) -> None:
         fastar distances runs/digits-mlp-seed0
     """
     from fastar.experiments.distances import distances
-    from fastar.report.distances_table import distances_table
 
-    run = opened(given, folder)
-    found = distances(run)
-    show_study(given, found, distances_table(found), [], [run.session.run.distances])
+    show_study(given, folder, "distances", distances(opened(given, folder)), kept=True)
 
 
 @takes("student", "swag", "json", "quiet", swag="Add SWA, of one more training, which the run folder keeps.")
@@ -144,10 +136,6 @@ def fuse(given: Given, folder: Finished) -> None:
         fastar fuse runs/digits-mlp-seed0 --student --swag
     """
     from fastar.experiments.fusion import fuse
-    from fastar.report.fusion_table import fusion_lines, fusion_table
-    from fastar.runs import write_json
 
     found = fuse(opened(given, folder), student=given["student"], swag=given["swag"])
-    place = folder / "fusion.json"
-    write_json(place, found)
-    show_study(given, found, fusion_table(found), fusion_lines(found), [place])
+    show_study(given, folder, "fusion", found)

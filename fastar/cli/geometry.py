@@ -26,15 +26,10 @@ def plane(given: Given, folder: Finished, names: Names = None) -> None:
         fastar plane runs/digits-mlp-seed0 star heldout:0 heldout:1
     """
     from fastar.experiments.landscape.loss_plane import CORNERS, loss_plane
-    from fastar.report.landscape.plane_picture import plane_lines, plane_picture, plane_table
-    from fastar.runs import write_json
 
     run = opened(given, folder)
     found = loss_plane(run, names or CORNERS, points=given["points"], margin=given["margin"], split=given["split"])
-    places = [folder / name for name in ("plane.json", "plane.png")]
-    write_json(places[0], found)
-    plane_picture(found, places[1])
-    show_study(given, found, plane_table(found), plane_lines(found), places)
+    show_study(given, folder, "plane", found)
 
 
 @takes("epochs", "json", "quiet")
@@ -50,15 +45,9 @@ def curve(given: Given, folder: Finished, names: Pair = None) -> None:
         fastar curve runs/digits-mlp-seed0 heldout:0 heldout:1
     """
     from fastar.experiments.landscape.connecting_curves import PAIR, connecting_curves
-    from fastar.report.landscape.curve_picture import curve_picture, curve_table
-    from fastar.runs import write_json
 
     found = connecting_curves(opened(given, folder), names or PAIR, epochs=given["epochs"])
-    places = [folder / name for name in ("curve.json", "curve.png")]
-    write_json(places[0], found)
-    curve_picture(found, places[1])
-    bends = [folder / bend for bend in found["bends"].values()]
-    show_study(given, found, curve_table(found), [], [*places, *bends])
+    show_study(given, folder, "curve", found, more=[folder / bend for bend in found["bends"].values()])
 
 
 @takes("models", "star_of_one", "json", "quiet")
@@ -73,11 +62,6 @@ def graph(given: Given, folder: Finished) -> None:
         fastar graph runs/digits-mlp-seed0 --models 6
     """
     from fastar.experiments.landscape.barrier_graph import barrier_graph
-    from fastar.report.landscape.graph_picture import graph_lines, graph_picture, graph_tables
-    from fastar.runs import write_json
 
     found = barrier_graph(opened(given, folder), models=given["models"], star_of_one=given["star_of_one"])
-    places = [folder / name for name in ("graph.json", "graph.png")]
-    write_json(places[0], found)
-    graph_picture(found, places[1])
-    show_study(given, found, graph_tables(found), graph_lines(found), places)
+    show_study(given, folder, "graph", found)

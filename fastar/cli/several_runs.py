@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fastar.cli.after import show_study
 from fastar.cli.options import RUN, Given, Option, Overrides, takes
 from fastar.cli.output import print_json, print_lines, print_table
 from fastar.errors import FastarError
@@ -56,15 +57,8 @@ def sweep(given: Given, kind: Kind, values: Values, overrides: Overrides = None)
             raise typer.Exit(1)
         return
 
-    from fastar.report.sweep_panels import sweep_lines, sweep_picture, sweep_table
-
     found = sweep(settings, kind, wanted, folder, given.progress(), seeds=given["seeds"])
-    sweep_picture(found, folder / "sweep.png")
-    if given.json:
-        print_json(found)
-        return
-    print_table(sweep_table(found))
-    print_lines([*sweep_lines(found), *(f"written: {folder / name}" for name in ("sweep.json", "sweep.png"))])
+    show_study(given, folder, "sweep", found, kept=True)
 
 
 @takes(

@@ -9,8 +9,12 @@ from typing import Any
 
 from rich.table import Table
 
+from fastar.report.average_panels import uncertainty_picture
 from fastar.report.figures import figure_of, legend_below, plain
+from fastar.report.perturbed_stars import perturbed_picture
 from fastar.report.results import new_table, shown
+from fastar.report.sweep_panels import sweep_picture
+from fastar.report.theory import theory_picture
 from fastar.runtime.progress import count_text
 
 LABELS = {
@@ -34,6 +38,13 @@ LABELS = {
     "matched": "distance, permuted",
 }
 OURS, PAPER = "#D55E00", "#0072B2"
+DRAWN = {
+    "sweep": sweep_picture,
+    "uncertainty": uncertainty_picture,
+    "perturbed": perturbed_picture,
+    "theory": theory_picture,
+}
+"""Pictures of parts that are drawn as the command of their kind draws them."""
 
 
 def list_table(entries: Iterable[Mapping[str, Any]], scale: str) -> Table:
@@ -62,13 +73,10 @@ def _lines_of(part: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
     for row, figures in part["rows"].items():
         named = row
         for figure, of in figures.items():
+            paper = "" if of["paper"] is None else shown(of["paper"])
             z = "" if of["z"] is None else f"{of['z']:+.1f}"
-            yield named, LABELS.get(figure, figure), shown(of["ours"]), str(of["ours"]["n"]), _paper(of["paper"]), z
+            yield named, LABELS.get(figure, figure), shown(of["ours"]), str(of["ours"]["n"]), paper, z
             named = ""
-
-
-def _paper(number: Mapping[str, Any] | None) -> str:
-    return "" if number is None else shown(number)
 
 
 def reproduction_lines(found: Mapping[str, Any]) -> list[str]:
@@ -117,8 +125,8 @@ def markdown(found: Mapping[str, Any], command: str) -> str:
         lines += [_row(cells[: len(titles)]) for cells in _lines_of(part)]
         lines.append("")
     lines += [f"- {line}" for line in reproduction_lines(found)]
-    if (n := len(picture_names(found))) and found["parts"]:
-        lines += ["", *(f"![{found['title']}]({name})" for name in picture_names(found)[:n])]
+    if found["parts"]:
+        lines += ["", *(f"![{found['title']}]({name})" for name in picture_names(found))]
     return "\n".join(lines) + "\n"
 
 
@@ -138,7 +146,7 @@ def reproduction_pictures(found: Mapping[str, Any], folder: Path) -> list[Path]:
         title = f"{found['id']}: {found['title']}{_of(part)}"
         contents = {row: json.loads((folder / file).read_text()) for row, file in part["files"].items()}
         if part["draw"] in DRAWN:
-            DRAWN[part["draw"]](contents, place)
+            DRAWN[part["draw"]](contents[""], place)
         elif part["draw"] in ("paths", "groups", "methods"):
             _paths_picture(part, contents, title, place)
         else:
@@ -212,30 +220,3 @@ def _paths_picture(part: Mapping[str, Any], contents: Mapping[str, Any], title: 
             axes[row][0].set_title(name, loc="left", fontsize=9)
         legend_below(picture, axes[0][0], ncols=2, fontsize=8)
         picture.suptitle(f"{title}; thin dots: the paper's" if part["curves"] else title, fontsize=10)
-
-
-def _sweep(contents: Mapping[str, Any], place: Path) -> None:
-    from fastar.report.sweep_panels import sweep_picture
-
-    sweep_picture(contents[""], place)
-
-
-def _uncertainty(contents: Mapping[str, Any], place: Path) -> None:
-    from fastar.report.average_panels import uncertainty_picture
-
-    uncertainty_picture(contents[""], place)
-
-
-def _perturbed(contents: Mapping[str, Any], place: Path) -> None:
-    from fastar.report.perturbed_stars import perturbed_picture
-
-    perturbed_picture(contents[""], place)
-
-
-def _theory(contents: Mapping[str, Any], place: Path) -> None:
-    from fastar.report.theory import theory_picture
-
-    theory_picture(contents[""], place)
-
-
-DRAWN = {"sweep": _sweep, "uncertainty": _uncertainty, "perturbed": _perturbed, "theory": _theory}

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Group
 from rich.table import Table
 
 from fastar.report.figures import figure_of
@@ -25,9 +24,9 @@ SHARES = (
 )
 
 
-def graph_tables(found: Mapping[str, Any]) -> Group:
+def graph_tables(found: Mapping[str, Any]) -> list[Table]:
     """Shares of barriers below each eps, and the hubs beside each other, on the train split."""
-    return Group(_shares_table(found), _hubs_table(found))
+    return [_shares_table(found), _hubs_table(found)]
 
 
 def _shares_table(found: Mapping[str, Any]) -> Table:
