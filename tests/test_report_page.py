@@ -244,8 +244,11 @@ SPREAD = {"mean": 0.25, "std": 0.125, "min": 0.125, "max": 0.375, "n": 2}
 HUB = {"loss": 0.5, **{kind: {"barrier": SPREAD, "largest_loss": SPREAD} for kind in ("heldouts", "sources")}}
 BEND = {"largest_loss": 0.75, "barrier": 0.5, "mean_loss": 0.25, "loss": [0.5, 0.75, 0.5], "accuracy": [1.0, 0.5, 1.0]}
 KINDS = ("star_heldout", "star_source", "regular_regular")
+TASK = {"dataset": "digits", "arch": "mlp"}
+NO_LINE = {"slope": None, "intercept": None, "r2": None, "slope_interval": None, "reason": "needs 3 points"}
 LANDSCAPES: dict[str, dict[str, Any]] = {
     "plane": {
+        **TASK,
         "networks": [
             {"name": name, "x": x, "y": y, "train": {"loss": 0.5}} for name, x, y in (("star", 0, 0), ("b", 2, 1))
         ],
@@ -254,20 +257,34 @@ LANDSCAPES: dict[str, dict[str, Any]] = {
         "splits": {"train": {"loss": [[0.01, 1.0, 2.0, 3.0], [4.0, 5.0, 6.0, 700.0]]}},
     },
     "curve": {
+        **TASK,
         "first": "heldout:0",
         "second": "heldout:1",
         "t": [0.0, 0.5, 1.0],
         "curves": {name: {"train": BEND} for name in ("straight", "star", "chain", "bezier")},
     },
     "graph": {
+        **TASK,
+        "sources": 1,
+        "heldout": 0,
+        "below": {"train": {key: [0.5] for key in ("eps", "regular", "star", "mean", "stars")}},
         "names": ["source:0", "star"],
         "splits": {"train": {"barrier": [[None, 0.5], [0.5, None]], "largest_loss": [[None, 1.5], [1.5, None]]}},
         "hubs": {name: {"network": name, "train": HUB} for name in ("star", "mean")},
     },
     "sweep": {
+        **TASK,
         "kind": "sources",
+        "fits": {"train": {"line": NO_LINE}},
         "points": [
-            {"value": n, "seeds": [0], "train": {key: SPREAD for key in (*KINDS, "regular_loss", "star_loss")}}
+            {
+                "value": n,
+                "seeds": [0],
+                "train": {
+                    **{key: SPREAD for key in (*KINDS, "regular_loss", "star_loss")},
+                    "largest_loss": {"star_heldout": SPREAD},
+                },
+            }
             for n in (2, 5)
         ],
     },
@@ -289,9 +306,11 @@ def test_planes_curves_graphs_and_sweeps(run: Path) -> None:
         "train loss barrier",
     }
     assert rows(text, "train barrier")[1:] == [["source:0", "", "0.5"], ["star", "0.5", ""]]
-    assert ["through the star", "0.750", "0.500", "0.250"] in rows(text, "curves from heldout:0 to heldout:1")
-    assert rows(text, "sweep of sources, train")[1][:3] == ["2", "1", "0.250 ± 0.125"]
-    assert rows(text, "hubs: paths to all others here, train")[1][:3] == ["star", "star", "0.500"]
+    assert ["through the star", "0.750", "0.500", "0.250"] in rows(
+        text, "digits, mlp: curves from heldout:0 to heldout:1"
+    )
+    assert rows(text, "digits, mlp: sweep of sources, train set")[1][:3] == ["2", "1", "0.250 ± 0.125"]
+    assert rows(text, "hubs: paths to all others here, train")[1][:2] == ["star", "0.500"]
     # Up is up: the row of the largest y comes first, and each network is written in its cell.
     grid = re.findall(r"<tr><th scope=\"row\">(\S+)</th><td>([\d.]+)</td><td>([\d.]+)</td><td>", text)
     assert ("1", "4", "5") in grid
