@@ -1,9 +1,8 @@
 """The names that `import fastar` gives."""
 
-from fastar.api.after_runs import Fusion, Perturbation
+from fastar.api.after_runs import Curve, Fusion, Graph, Perturbation, Plane, Uncertainty
 from fastar.api.barriers import barrier
-from fastar.api.curves import Barrier, Uncertainty
-from fastar.api.landscape import Curve, Graph, Plane
+from fastar.api.curves import Barrier
 from fastar.api.matching import ManyMatched, Matched, apply, match, match_many
 from fastar.api.models import Run, Star, TrainedModel
 from fastar.api.recipe import Recipe

@@ -9,7 +9,6 @@ from typing import Any
 from fastar.errors import FastarError
 from fastar.evaluation import PathLosses
 from fastar.evaluation.paths import accuracy_barrier, accuracy_name, barrier
-from fastar.report.average_panels import draw_family
 from fastar.report.notebook_curves import axes_or_new, labelled
 
 
@@ -82,61 +81,15 @@ class Barrier:
         return frame({"t": self.t, "loss": self.loss, **self.metrics})
 
 
-@dataclass(frozen=True, repr=False)
-class Uncertainty:
-    """Metrics of averages of K networks of families around a star.
-
-    Args:
-        results: what `uncertainty.json` holds: for each family K, and every metric's mean and standard deviation over
-            repetitions at each K; `corruptions` and `ood` where they were asked for.
-    """
-
-    results: Mapping[str, Any]
-
-    @property
-    def value(self) -> float:
-        """The negative log likelihood of the star domain's largest average, nats."""
-        return float(self.results["families"]["star domain"]["nll"]["mean"][-1])
-
-    def __repr__(self) -> str:
-        families = ", ".join(f"{name} {of['nll']['mean'][-1]:.3g}" for name, of in self.results["families"].items())
-        return f"Uncertainty(NLL on {self.results['split']}: {families})"
-
-    def plot(self, axes: Any = None, *, metric: str = "nll") -> Any:
-        """Draw a metric over K, a curve for each family; the matplotlib Axes."""
-        axes = axes_or_new(axes)
-        for family, of in self.results["families"].items():
-            draw_family(axes, family, of, metric)
-        axes.set_xlabel("networks in the average, K")
-        axes.set_ylabel(metric)
-        axes.legend(frameon=False)
-        return axes
-
-    def to_frame(self) -> Any:
-        """A pandas DataFrame of the means: a row for each family and K, a column for each metric."""
-        columns: dict[str, list[Any]] = {}
-        for name, of in self.results["families"].items():
-            columns.setdefault("family", []).extend([name] * len(of["k"]))
-            columns.setdefault("k", []).extend(of["k"])
-            for metric, found in of.items():
-                if metric not in ("k", "repetitions"):
-                    columns.setdefault(metric, []).extend(found["mean"])
-        return frame(columns)
-
-
 def paths_frame(results: Mapping[str, Any]) -> Any:
     """A pandas DataFrame of a run's results: a row for each path, with its barrier on each split."""
     splits = [key.removesuffix("_loss") for key in results["paths"][0] if key.endswith("_loss")]
-    rows = [
+    return frame(
         {
-            "kind": path["kind"],
-            "first": path["first"],
-            "second": path["second"],
-            **{f"{split}_barrier": barrier(path["t"], path[f"{split}_loss"]) for split in splits},
+            **{key: [path[key] for path in results["paths"]] for key in ("kind", "first", "second")},
+            **{f"{s}_barrier": [barrier(path["t"], path[f"{s}_loss"]) for path in results["paths"]] for s in splits},
         }
-        for path in results["paths"]
-    ]
-    return frame({key: [row[key] for row in rows] for key in rows[0]})
+    )
 
 
 def frame(columns: Mapping[str, Sequence[Any]]) -> Any:

@@ -10,9 +10,8 @@ from typing import Any, TypeAlias, Union
 
 from torch import Tensor, nn
 
-from fastar.api.after_runs import Fusion, Perturbation
-from fastar.api.curves import Barrier, Uncertainty, paths_frame
-from fastar.api.landscape import Curve, Graph, Plane
+from fastar.api.after_runs import Curve, Fusion, Graph, Perturbation, Plane, Uncertainty
+from fastar.api.curves import Barrier, paths_frame
 from fastar.data.generators import generators_kept
 from fastar.errors import FastarError
 from fastar.evaluation import Segment
