@@ -11,11 +11,7 @@ from rich.table import Table
 from fastar.report.figures import figure_of, legend_below, plain
 from fastar.report.results import STYLES, new_table, shown, task_name
 
-BARRIERS = (
-    ("star_source", "star to sources"),
-    ("star_heldout", "star to heldouts"),
-    ("regular_regular", "regular to regular"),
-)
+BARRIERS = ("star_source", "star_heldout", "regular_regular")
 NAMES = {"sources": "number of sources", "t": "distribution of t", "mu": "weight of the star's own loss (mu)"}
 OVER = "regular_regular", "star_heldout"
 """Kinds of barriers of the right panel: x, y."""
@@ -29,7 +25,7 @@ DECADE = 8.0
 def sweep_table(found: Mapping[str, Any]) -> Table:
     """A row for each point: losses and barriers on the train set, the accuracy of the star on the last split."""
     accuracy, tested = _metric(found), _splits(found)[-1]
-    columns = ["stars", "loss, regular", "loss, star", *(f"barrier, {name}" for _, name in BARRIERS)]
+    columns = ["stars", "loss, regular", "loss, star", *(f"barrier, {STYLES[kind][0]}" for kind in BARRIERS)]
     columns += ["largest loss, star to heldouts", *([f"{tested} {accuracy}, star"] if accuracy else [])]
     table = new_table(f"{task_name(found)}: sweep of {found['kind']}, train set", found["kind"], *columns, words=())
     for point in found["points"]:
@@ -37,7 +33,7 @@ def sweep_table(found: Mapping[str, Any]) -> Table:
         table.add_row(
             str(point["value"]),
             str(len(point["seeds"])),
-            *(shown(train[key]) for key in ("regular_loss", "star_loss", *(kind for kind, _ in BARRIERS))),
+            *(shown(train[key]) for key in ("regular_loss", "star_loss", *BARRIERS)),
             shown(train["largest_loss"]["star_heldout"]),
             *([shown(point[tested]["metrics"][accuracy]["star"])] if accuracy else []),
         )
@@ -129,8 +125,8 @@ def _bars(panel: Any, x: Sequence[float], spreads: Sequence[Mapping[str, Any]], 
 def _draw_barriers(panel: Any, found: Mapping[str, Any]) -> None:
     """Means, and bars (regular models: a band) of one standard deviation over pairs."""
     x = _positions(panel, found)
-    for shift, (kind, label) in zip((-3, 3, 0), BARRIERS, strict=True):
-        _, colour, dashes, marker = STYLES[kind]
+    for shift, kind in zip((-3, 3, 0), BARRIERS, strict=True):
+        label, colour, dashes, marker = STYLES[kind]
         spreads = [point["train"][kind] for point in found["points"]]
         style = {"color": colour, "linestyle": dashes, "marker": marker, "label": label}
         if kind != "regular_regular":
