@@ -200,6 +200,14 @@ def spread(values: Sequence[float]) -> dict[str, float | int | None]:
     return {"mean": statistics.fmean(values), "std": std, "min": min(values), "max": max(values), "n": len(values)}
 
 
+def spreads_of(paths: Sequence[PathLosses], split: str) -> dict[str, Any]:
+    """The spreads of the barriers, and of the largest losses, over paths."""
+    return {
+        "barrier": spread([path.barrier(split) for path in paths]),
+        "largest_loss": spread([path.largest_loss(split) for path in paths]),
+    }
+
+
 def evaluated(
     session: Session, segments: Sequence[Segment], *, points: int | None = None, splits: Sequence[str] | None = None
 ) -> tuple[list[PathLosses], dict[str, Any] | None]:

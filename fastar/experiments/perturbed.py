@@ -10,7 +10,7 @@ from fastar.errors import FastarError
 from fastar.evaluation import PathLosses, Segment
 from fastar.experiments.families import beside
 from fastar.experiments.finished_run import FinishedRun
-from fastar.experiments.measure import endpoint, evaluated, match_to, permuted_row, spread
+from fastar.experiments.measure import endpoint, evaluated, match_to, permuted_row, spread, spreads_of
 from fastar.experiments.session import measuring, threads
 from fastar.runs.model_files import Checkpoint
 from fastar.runtime.seeds import derive_seed
@@ -83,8 +83,7 @@ def _splits(paths: Sequence[PathLosses], each: int) -> dict[str, Any]:
     return {
         split: {
             "star_loss": spread([path.loss[split][0] for path in paths[::each]]),
-            "barrier": spread([path.barrier(split) for path in paths]),
-            "largest_loss": spread([path.largest_loss(split) for path in paths]),
+            **spreads_of(paths, split),
         }
         for split in paths[0].loss
     }

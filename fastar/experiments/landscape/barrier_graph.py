@@ -10,7 +10,7 @@ from fastar.errors import FastarError
 from fastar.evaluation import PathLosses, Segment
 from fastar.experiments.finished_run import FinishedRun
 from fastar.experiments.landscape.named_networks import NamedNetworks
-from fastar.experiments.measure import choose, evaluated, spread
+from fastar.experiments.measure import choose, evaluated, spreads_of
 from fastar.experiments.reuse import model_paths
 from fastar.experiments.session import measuring, threads
 from fastar.experiments.whole_run import train_star
@@ -167,8 +167,4 @@ def _below(pairs: Pairs, regular: Sequence[str], split: str) -> dict[str, Any]:
 
 def _spokes(pairs: Pairs, hub: str, others: Sequence[str], split: str) -> dict[str, Any]:
     """Spreads over the paths between a hub and others."""
-    paths = [pairs[hub, one] for one in others if one != hub]
-    return {
-        "barrier": spread([path.barrier(split) for path in paths]),
-        "largest_loss": spread([path.largest_loss(split) for path in paths]),
-    }
+    return spreads_of([pairs[hub, one] for one in others if one != hub], split)

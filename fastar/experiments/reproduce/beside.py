@@ -20,7 +20,7 @@ ROUNDING = 1e-6
 def figures_of(results: Mapping[str, Any], split: str = "train") -> dict[str, Any]:
     """The figures of a run's results, or of a point of a sweep: losses, barriers, and accuracies in percent."""
     of = results[split]
-    found = {"regular": of["regular_loss"], "star": _as_spread(of["star_loss"])}
+    found = {"regular": of["regular_loss"], "star": as_spread(of["star_loss"])}
     for name, kind in KINDS.items():
         if of.get(kind, {"n": 0})["n"]:
             found[name] = of[kind]
@@ -30,7 +30,7 @@ def figures_of(results: Mapping[str, Any], split: str = "train") -> dict[str, An
         found["largest"] = of["largest_loss"]["star_heldout"]
     accuracy = results["accuracy"][split] if "accuracy" in results else of.get("metrics", {}).get("accuracy")
     if accuracy is not None:
-        found |= {f"{kind}_accuracy": percent(_as_spread(accuracy[kind])) for kind in ("regular", "star")}
+        found |= {f"{kind}_accuracy": percent(as_spread(accuracy[kind])) for kind in ("regular", "star")}
     return found
 
 
@@ -39,7 +39,8 @@ def percent(value: Mapping[str, Any]) -> dict[str, Any]:
     return {key: one if key == "n" or one is None else 100 * one for key, one in value.items() if key != "interval"}
 
 
-def _as_spread(value: Mapping[str, Any] | float) -> Mapping[str, Any]:
+def as_spread(value: Mapping[str, Any] | float) -> Mapping[str, Any]:
+    """A spread, or a single value as one."""
     return value if isinstance(value, Mapping) else {"mean": value, "std": None, "n": 1}
 
 

@@ -17,7 +17,7 @@ from fastar.experiments.finished_run import FinishedRun
 from fastar.experiments.fusion import fuse
 from fastar.experiments.measure import endpoint, evaluated, match_to, path_result, spread
 from fastar.experiments.perturbed import perturbed_stars
-from fastar.experiments.reproduce.beside import figures_of, percent
+from fastar.experiments.reproduce.beside import as_spread, figures_of, percent
 from fastar.experiments.reproduce.shelf import Shelf
 from fastar.experiments.session import Session, measuring, threads
 from fastar.experiments.sweeps.points import Point
@@ -84,9 +84,9 @@ def _fusion(shelf: Shelf, part: Part, folder: Path) -> Found:
                 write_json(folder / place / "fusion.json", found)
             stars.append(found["predictors"]["star"]["accuracy"])
         of = found["predictors"]  # the same for each star, but for the star
-        one = {name: {"mean": of[key]["accuracy"], "std": None, "n": 1} for name, key in _PREDICTORS.items()}
+        one = {name: as_spread(of[key]["accuracy"]) for name, key in _PREDICTORS.items()}
         one |= {"regular_accuracy": found["single"]["accuracy"], "star_accuracy": spread(stars)}
-        one["best_star_accuracy"] = {"mean": max(stars), "std": None, "n": 1}
+        one["best_star_accuracy"] = as_spread(max(stars))
         rows[str(point["value"])] = {
             **{key: percent(value) for key, value in one.items()},
             "SR": figures_of(point)["SR"],
@@ -95,10 +95,6 @@ def _fusion(shelf: Shelf, part: Part, folder: Path) -> Found:
 
 
 _PREDICTORS = {"best_accuracy": "best source by test", "ensemble_accuracy": "ensemble", "soup_accuracy": "greedy soup"}
-
-
-def _points_of_fusion(shelf: Shelf, part: Part, folder: Path) -> list[Point]:
-    return shelf.points({"of": "sources", **part}, folder)
 
 
 def _sizes_point(shelf: Shelf, part: Part) -> Point:
@@ -162,7 +158,7 @@ def _uncertainty(shelf: Shelf, part: Part, folder: Path) -> Found:
         last = {
             key: {"mean": of[key]["mean"][-1], "std": of[key]["std"][-1], "n": of["repetitions"]} for key in _METRICS
         }
-        rows[family] = {**last, "K": {"mean": of["k"][-1], "std": None, "n": 1}}
+        rows[family] = {**last, "K": as_spread(of["k"][-1])}
     return Found(rows, "uncertainty", {"": place})
 
 
@@ -258,7 +254,7 @@ def _one_point(shelf: Shelf, part: Part, folder: Path) -> list[Point]:
 KINDS = {
     "runs": Kind(_points_of_runs, _runs),
     "sweep": Kind(lambda shelf, part, folder: shelf.points(part, folder), _sweep),
-    "fusion": Kind(_points_of_fusion, _fusion),
+    "fusion": Kind(lambda shelf, part, folder: shelf.points({"of": "sources", **part}, folder), _fusion),
     "sizes": Kind(lambda shelf, part, folder: [_sizes_point(shelf, part)], _sizes),
     "perturbed": Kind(_one_point, _perturbed),
     "distances": Kind(_one_point, _distances),
