@@ -15,8 +15,7 @@ from fastar.report.landscape.curve_picture import curve_picture, curve_table
 from fastar.report.landscape.graph_picture import graph_lines, graph_picture, graph_tables
 from fastar.report.landscape.plane_picture import plane_lines, plane_picture, plane_table
 from fastar.report.perturbed_stars import perturbed_lines, perturbed_picture, perturbed_table
-from fastar.report.shift.corruption_panels import corruption_picture, corruption_tables
-from fastar.report.shift.other_images import other_tables
+from fastar.report.shifted_images import corruption_picture, corruption_tables, other_tables
 from fastar.report.sweep_panels import sweep_lines, sweep_picture, sweep_table
 
 Found = Mapping[str, Any]

@@ -1,4 +1,5 @@
-"""Tables and picture of averages on corrupted images, from `uncertainty.json`."""
+"""Tables and picture of averages on corrupted images, and of how well they tell other images from their own, from
+`uncertainty.json`."""
 
 from __future__ import annotations
 
@@ -19,6 +20,8 @@ PANELS = (
     ("ece", "expected calibration error"),
     ("auroc", "AUROC of right against wrong, exact"),
 )
+SCORES = (("confidence", "1 - confidence"), ("entropy", "entropy"), ("mutual information", "mutual information"))
+TOLD_BY = (("auroc", "AUROC"), ("aupr", "AUPR"), ("fpr_95", "FPR at 95 %"))
 
 
 def corruption_tables(found: Mapping[str, Any]) -> list[Table]:
@@ -63,3 +66,20 @@ def corruption_picture(found: Mapping[str, Any], path: Path) -> None:
         legend_below(figure, panels[0])
         title = f"{task_name(found)}: corrupted {found['split']} images, mean of {len(of['kinds'])} kinds"
         figure.suptitle(title, fontsize=11)
+
+
+def other_tables(found: Mapping[str, Any]) -> list[Table]:
+    """A table for each set of other images: AUROC, AUPR and FPR of three scores, other images being what is found."""
+    tables = []
+    for name, of in found.get("ood", {}).items():
+        told = f"{of['samples']:,} images of {name} told from {found['samples']:,} {found['split']} images"
+        columns = ("average of", "n", "by", *(name for _, name in TOLD_BY))
+        table = new_table(f"{task_name(found)}: {told}", *columns, words=(0, 2))
+        for family, one in of["families"].items():
+            for score, said in SCORES:
+                if score in one:
+                    first = score == "confidence"
+                    start = (family, str(one["repetitions"])) if first else ("", "")
+                    table.add_row(*start, said, *(shown(one[score][metric]) for metric, _ in TOLD_BY))
+        tables.append(table)
+    return tables

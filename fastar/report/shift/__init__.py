@@ -1,1 +1,0 @@
-"""Tables and pictures of networks on other images than their own test images."""
