@@ -19,7 +19,7 @@ from fastar.config import Settings, load_settings
 from fastar.errors import FastarError
 from fastar.experiments import train_star
 from fastar.experiments.sweeps import plan_sweep, sweep
-from fastar.experiments.sweeps.points import points_of, read_values, take_over
+from fastar.experiments.sweeps.points import points_of, read_values, take_over, trainings
 from fastar.report.sweep_panels import sweep_lines, sweep_picture, sweep_table
 from fastar.runs import hold
 from fastar.runtime.progress import SILENT
@@ -279,6 +279,7 @@ def test_the_plan_counts_what_is_shared_once(data: Path, tmp_path: Path) -> None
     assert (plan["point"], plan["trainings"]) == ("sources=5", {"regular": 5 + 2, "star": 6})
     assert planned("width", [4, 8])["trainings"] == {"regular": 2 * 4, "star": 2}
     assert planned("t", ["uniform", "constant"], 3)["trainings"] == {"regular": 4, "star": 6}
+    assert trainings(points_of(settings, "sources", [2, 10**9], tmp_path, 1)) == (10**9 + 2, 2)  # not one by one
     assert planned("evaluation.points", [3, 11])["trainings"] == {"regular": 4, "star": 1}
     small = ["matching.method=none", "device=cpu", "--heldout", 2, "--images-per-second", 1000]
     outcome = fastar("sweep", "sources", "2,5", "--dataset", "digits", *small, "--plan", "--out", tmp_path / "sweep")

@@ -252,3 +252,33 @@ def test_what_is_none_of_them_is_bad_input(tmp_path: Path) -> None:
     (tmp_path / "letter.txt").write_text("dear")
     for path in (tmp_path, tmp_path / "letter.txt", tmp_path / "nowhere"):
         assert str(path) in refused("verify", path)
+
+
+def test_what_commands_train_in_the_run_folder_is_checked_too(run: RunFolder) -> None:
+    """Bends of curves, and the run of one source."""
+    shutil.copytree(run.path, run.star_of_one)
+    run.curves.mkdir()
+    bend = Path(shutil.copy(run.star, run.curves / "heldout-0_star_chain.safetensors"))
+    assert recheck(run.path).damaged == []
+    for path in (bend, run.star_of_one / "sources" / "seed-0001.safetensors"):
+        os.truncate(path, 1000)
+    said = recheck(run.path).damaged
+    assert [any(str(path) in line for line in said) for path in (bend, run.star_of_one)] == [True, True]
+
+
+def test_a_folder_of_runs_is_checked_whole(run: RunFolder) -> None:
+    """As a sweep's or a reproduction's: all runs in it, and what commands have written about them."""
+    folder = run.path.parent
+    (folder / "sweep.yaml").write_text("kind: sources\n")
+    (folder / "inner").mkdir()
+    for path in (folder / "sweep.json", folder / "inner" / "paths.json"):
+        write_json(path, {"points": [1, 2, 3]})
+    outcome = fastar("verify", folder, "--quiet")
+    assert (outcome.code, outcome.out) == (0, f"{folder}: folder of runs, all well\n")
+    for path in (folder / "sweep.json", folder / "inner" / "paths.json", run.star):
+        os.truncate(path, 20)
+    (folder / "sweep.yaml").write_text("kind: [")
+    outcome = fastar("verify", folder, "--quiet")
+    assert outcome.code == 1
+    for name in ("sweep.json: damaged", "paths.json: damaged", "sweep.yaml: damaged", "star.safetensors"):
+        assert name in outcome.out

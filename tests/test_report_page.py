@@ -204,6 +204,8 @@ def test_what_is_damaged_is_named_and_the_rest_is_shown(run: Path) -> None:
     (run / "results.json").write_text('{"format": 2}')
     (run / "uncertainty.json").write_text("{}")
     (run / "fusion.json").write_text("{")
+    write_json(run / "mine.json", {"values": 5})
+    (run / "mine.json").write_text((run / "mine.json").read_text().replace("5", "6", 1))
     (run / "sources" / "seed-0000.safetensors").write_bytes(b"x" * 100)
     outcome = fastar("report", run, "--html")
     assert outcome.code == 0
@@ -212,6 +214,7 @@ def test_what_is_damaged_is_named_and_the_rest_is_shown(run: Path) -> None:
     assert any("results.json: holds no results" in text for text in said)
     assert any("uncertainty.json: damaged" in text for text in said)
     assert any("fusion.json: damaged" in text for text in said)
+    assert any("mine.json: damaged" in text for text in said)
     assert "damaged: see `fastar verify`" in Elements(run / "report.html").texts("td")
 
 

@@ -76,8 +76,8 @@ def reproduce(
     """Run a table or figure of the paper, and print ours beside the paper's: `all`, or --list for what there is.
 
     Runs what is missing; models of equal recipes are trained once for all of them. At --scale small many use
-    scikit-learn's digits, and compare orders, not numbers. Written into --out: ID.json, ID.md, ID.png. Exit code 1
-    where one of several could not be run.
+    scikit-learn's digits, and compare orders, not numbers. Written into --out: ID.json, ID.md, ID.png. Exit code 2
+    where one of several could not be run: the others are.
 
     Examples:
 

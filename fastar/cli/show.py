@@ -101,9 +101,9 @@ def runs(
 @takes("json", "quiet")
 def verify(
     given: Given,
-    path: Annotated[Path, typer.Argument(metavar="RUN|DATA|MODEL", help="A run folder, a data set's, or a model.")],
+    path: Annotated[Path, typer.Argument(metavar="DIR|DATA|MODEL", help="A folder of runs, a data set's, or a model.")],
 ) -> None:
-    """Read all that is on disk of a run, a data set or a model again, and say what is damaged, a line for each thing.
+    """Read all that is on disk of runs, a data set or a model again, and say what is damaged, a line for each thing.
 
     Models, permutations, results, settings, the log and images are compared with the digests that were written with
     them; what has none is named. Exit code 1 where something is damaged.

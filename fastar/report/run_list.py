@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from rich import box
 from rich.table import Table
 
 from fastar.errors import FastarError
-from fastar.runs import CHECKPOINT, RunFolder, is_held
+from fastar.runs import CHECKPOINT, RunFolder, is_held, run_folders_below
 
 GIVEN = (("source", "folder"), ("heldout", "heldout_folder"))
 """Kinds of models, and the settings that give them."""
@@ -55,23 +55,7 @@ def runs_below(folder: Path) -> list[RunOverview]:
     """
     if not folder.is_dir():
         raise FastarError(f"{folder}: no such folder; give the one that holds your run folders")
-    return sorted((_told(path) for path in _run_folders(folder)), key=lambda run: run.age)
-
-
-def _run_folders(folder: Path) -> Iterator[Path]:
-    """All run folders in `folder`, and itself if it is one. Other programs call their files config.yaml too."""
-    for name, inner, files in os.walk(folder):
-        run = RunFolder(Path(name))
-        if "config.yaml" not in files or not run.config.is_file():
-            continue
-        try:
-            saved = run.saved_settings()
-            found = isinstance(saved.get("sources"), Mapping) and isinstance(saved.get("train"), Mapping)
-        except FastarError:
-            found = False
-        if found or run.log.path.is_file() or run.star.is_file():
-            yield run.path
-            inner.clear()  # a run holds no runs
+    return sorted((_told(path) for path in run_folders_below(folder)), key=lambda run: run.age)
 
 
 def _told(folder: Path) -> RunOverview:

@@ -13,6 +13,7 @@ from fastar.runs.folder import (
     default_run_folder,
     remove_checkpoints,
     remove_if_empty,
+    run_folders_below,
 )
 from fastar.runs.lock import hold, is_held, read_holder
 from fastar.runs.model_names import checkpoint_files, is_checkpoint, stem_of

@@ -76,6 +76,9 @@ class RunFolder:
         # What commands on finished runs train: SWAG's moments, and the student of the ensemble.
         self.swag = path / "swag.safetensors"
         self.student = path / "student.safetensors"
+        # The trained bends of curves, and a run of the first source alone.
+        self.curves = path / "curves"
+        self.star_of_one = path / "star-of-one"
 
     def is_drawn(self) -> bool:
         """Tell whether the picture is there, and no older than the results it shows."""
@@ -321,6 +324,22 @@ def default_run_folder(settings: Settings, *, recipe: str | None = None, scale: 
     other than the full one is named too."""
     name = re.sub(r"[^\w.-]+", "_", recipe or f"{settings.dataset.label}-{settings.model.arch}")
     return Path("runs") / "-".join([name, *([] if scale == "full" else [scale]), f"seed{settings.seed}"])
+
+
+def run_folders_below(folder: Path) -> Iterator[Path]:
+    """All run folders in `folder`, and itself if it is one. Other programs call their files config.yaml too."""
+    for name, inner, files in os.walk(folder):
+        run = RunFolder(Path(name))
+        if "config.yaml" not in files or not run.config.is_file():
+            continue
+        try:
+            saved = run.saved_settings()
+            found = isinstance(saved.get("sources"), Mapping) and isinstance(saved.get("train"), Mapping)
+        except FastarError:
+            found = False
+        if found or run.log.path.is_file() or run.star.is_file():
+            yield run.path
+            inner.clear()  # what is in it is its own
 
 
 def remove_checkpoints(folder: Path) -> None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import zlib
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from fastar.config.strict_yaml import read_yaml
 from fastar.errors import FastarError
 from fastar.experiments.matchings import Matchings, star_permutations
 from fastar.experiments.resumable import Subject
@@ -24,6 +25,7 @@ from fastar.runs import (
     is_held,
     read_holder,
     read_metadata,
+    run_folders_below,
     stored_digest,
 )
 from fastar.runs.live_metrics import event_files, is_event_file_whole
@@ -42,15 +44,31 @@ class Rechecked:
     """The outcome of checking a folder or file."""
 
     kind: str
-    """run, data set or model."""
+    """run, folder of runs, data set or model."""
     damaged: list[str] = field(default_factory=list)
     """A line for each thing that is not as it was written."""
     notes: list[str] = field(default_factory=list)
     """A line for each thing that could not be checked, and why."""
 
+    def check(self, path: Path, check: Callable[[], str | None]) -> None:
+        """Take in what a check of `path` finds."""
+        try:
+            note = check()
+            self.notes += [note] if note else []
+        except FastarError as error:
+            self.damaged.append(str(error))
+        except OSError as error:
+            self.damaged.append(f"{error.filename or path}: cannot be read ({error.strerror})")
+
+    def take(self, other: Rechecked) -> None:
+        """Take in what was found of another."""
+        self.damaged += other.damaged
+        self.notes += other.notes
+
 
 def recheck(path: Path, progress: Progress = SILENT) -> Rechecked:
-    """Read and check all of a run folder, a data set's folder or a model's file.
+    """Read and check all of a run folder, a folder of runs (a sweep's, a reproduction's), a data set's folder or a
+    model's file.
 
     Raises:
         FastarError: it is none of them.
@@ -64,6 +82,9 @@ def recheck(path: Path, progress: Progress = SILENT) -> Rechecked:
         return Rechecked("data set", verify_folder(path, progress))
     if path.exists() and _is_model(path):
         return _model(path)
+    below = sorted(run_folders_below(path))
+    if below:
+        return _runs(path, below, progress)
     what = "neither a run, a data set nor a model" if path.exists() else "no such folder or file"
     raise FastarError(f"{path}: {what}; give a run folder, a data set's folder or a checkpoint")
 
@@ -82,6 +103,19 @@ def _model(path: Path) -> Rechecked:
             found.notes.append(f"{path}: not by fastar, so without a digest: readable, and all values are finite")
     except FastarError as error:
         found.damaged.append(str(error))
+    return found
+
+
+def _runs(folder: Path, below: Sequence[Path], progress: Progress) -> Rechecked:
+    """Check the runs in a folder, and what commands have written about all of them."""
+    found = Rechecked("folder of runs")
+    for one in below:
+        found.take(_run(RunFolder(one), progress))
+    inside = set(below)
+    files = [file for name in ("*.json", "sweep.yaml") for file in sorted(folder.rglob(name))]
+    for file in files:
+        if not inside.intersection(file.parents) and file.name not in NOT_OF_COMMANDS:
+            found.check(file, partial(_yaml if file.suffix == ".yaml" else _json, file))
     return found
 
 
@@ -111,20 +145,16 @@ def _run(run: RunFolder, progress: Progress) -> Rechecked:
     checks += [partial(_matchings, run)] if run.matchings.is_file() else []
     checks += [partial(_training, path) for folder, _, _ in run.trainings() for path in sorted(folder.iterdir())]
     checks += [partial(_training, path) for path in sorted((run.path / LAST_GOOD).glob("*.safetensors"))]
+    checks += [partial(_bend, path) for path in sorted(run.curves.glob("*.safetensors"))]
     checks += [partial(_events, path) for path in event_files(run.path)]
     checks += [partial(_sources, run, metadata, digests), partial(_results, run)]
     checks += [partial(_json, path) for path in sorted(run.path.glob("*.json")) if path.name not in NOT_OF_COMMANDS]
     with progress.task("checking", total=len(checks), unit="files") as advance:
         for check in checks:
-            try:
-                note = check()
-                found.notes += [note] if note else []
-            except FastarError as error:
-                found.damaged.append(str(error))
-            except OSError as error:
-                found.damaged.append(f"{error.filename or run.path}: cannot be read ({error.strerror})")
-            finally:
-                advance(1)
+            found.check(run.path, check)
+            advance(1)
+    if run.star_of_one.is_dir():
+        found.take(_run(RunFolder(run.star_of_one), progress))
     return found
 
 
@@ -209,6 +239,11 @@ def _training(path: Path) -> None:
         raise FastarError(f"{path}: damaged ({error}); delete it") from error
 
 
+def _bend(path: Path) -> None:
+    """Check a trained bend of a curve."""
+    load_checkpoint(path, own=True)
+
+
 def _events(path: Path) -> str | None:
     if not is_event_file_whole(path):
         raise FastarError(f"{path}: damaged; TensorBoard shows what is before that place; the log has all figures")
@@ -252,3 +287,11 @@ def _json(path: Path) -> str | None:
     except ValueError as error:
         raise FastarError(f"{path}: damaged ({error}); the command that wrote it writes it again") from error
     return None if checked else f"{path}: without a digest (by an older fastar, or not by it): damage to it is not seen"
+
+
+def _yaml(path: Path) -> None:
+    """Check that a sweep's settings can be read."""
+    try:
+        read_yaml(read_file(path).decode())
+    except (FastarError, UnicodeDecodeError) as error:
+        raise FastarError(f"{path}: damaged ({error}); the sweep's command says what to do") from error

@@ -106,7 +106,7 @@ def star_of_first_source(run: FinishedRun) -> Checkpoint:
         FastarError: no heldouts, or another run in that folder.
     """
     session = run.session
-    settings, folder = session.settings, session.run.path / "star-of-one"
+    settings, folder = session.settings, session.run.star_of_one
     if not run.heldouts:
         raise FastarError(f"{session.run.path}: has no heldouts that a star of one source could be measured to")
     given = {

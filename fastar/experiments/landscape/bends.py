@@ -33,7 +33,7 @@ STEPS = {"chain": StarStep, "bezier": BezierStep}
 
 def bend_file(run: FinishedRun, names: Sequence[str], kind: str) -> Path:
     """The file of the bend between two networks of a run."""
-    return run.session.run.path / "curves" / ("_".join([*names, kind]).replace(":", "-") + ".safetensors")
+    return run.session.run.curves / ("_".join([*names, kind]).replace(":", "-") + ".safetensors")
 
 
 def trained_bend(

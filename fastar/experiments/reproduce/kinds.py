@@ -77,16 +77,17 @@ def _fusion(shelf: Shelf, part: Part, folder: Path) -> Found:
     part = {"of": "sources", **part}
     rows: Rows = {}
     for point in shelf.swept(part, folder)["points"]:
-        stars = []
+        stars, soups = [], []
         for place in point["folders"]:
             with shelf.opened(RunFolder(folder / place)) as run:
                 found = fuse(run)
                 write_json(folder / place / "fusion.json", found)
             stars.append(found["predictors"]["star"]["accuracy"])
-        of = found["predictors"]  # the same for each star, but for the star
+            soups.append(found["predictors"]["greedy soup"]["accuracy"])
+        of = found["predictors"]  # the same for each star, but for it and the soup of sources matched to it
         one = {name: as_spread(of[key]["accuracy"]) for name, key in _PREDICTORS.items()}
         one |= {"regular_accuracy": found["single"]["accuracy"], "star_accuracy": spread(stars)}
-        one["best_star_accuracy"] = as_spread(max(stars))
+        one |= {"soup_accuracy": spread(soups), "best_star_accuracy": as_spread(max(stars))}
         rows[str(point["value"])] = {
             **{key: percent(value) for key, value in one.items()},
             "SR": figures_of(point)["SR"],
@@ -94,7 +95,7 @@ def _fusion(shelf: Shelf, part: Part, folder: Path) -> Found:
     return Found(rows)
 
 
-_PREDICTORS = {"best_accuracy": "best source by test", "ensemble_accuracy": "ensemble", "soup_accuracy": "greedy soup"}
+_PREDICTORS = {"best_accuracy": "best source by test", "ensemble_accuracy": "ensemble"}
 
 
 def _sizes_point(shelf: Shelf, part: Part) -> Point:

@@ -100,11 +100,13 @@ def points_of(base: Settings, kind: str, values: Sequence[Any], folder: Path, se
 
 def trainings(points: Sequence[Point]) -> tuple[int, int]:
     """The regular models and the stars that points need, those that several share counted once."""
-    regular, stars = set(), set()
+    regular, stars = dict[tuple[str, str], int](), set()
     for point in points:
         stars.add(repr(point.star_recipe))
-        regular |= {(repr(point.regular_recipe), kind, index) for kind, index in _own_models(point)}
-    return len(regular), len(stars)
+        for kind, number in _own_models(point).items():
+            of = repr(point.regular_recipe), kind
+            regular[of] = max(number, regular.get(of, 0))
+    return sum(regular.values()), len(stars)
 
 
 def take_over(point: Point, others: Sequence[Point], progress: Progress) -> None:
@@ -121,22 +123,22 @@ def take_over(point: Point, others: Sequence[Point], progress: Progress) -> None
                 _link(source, target)
 
 
-def _own_models(point: Point) -> Iterator[tuple[str, int]]:
-    """Sources and heldouts that the point trains, by kind and number."""
-    for kind in ("source", "heldout"):
-        number, folder = point.settings.sources.of_kind(kind)
-        yield from ((kind, index) for index in range(number) if folder is None)
+def _own_models(point: Point) -> dict[str, int]:
+    """The numbers of sources and of heldouts that the point trains, by kind."""
+    of_kind = {kind: point.settings.sources.of_kind(kind) for kind in ("source", "heldout")}
+    return {kind: number for kind, (number, folder) in of_kind.items() if folder is None}
 
 
 def _files_to_take(point: Point, others: Sequence[Point]) -> Iterator[tuple[Path, Path]]:
     """Files of other points that the point lacks, each with its place in it."""
-    recipe, star = point.regular_recipe, point.star_recipe
+    recipe, star, numbers = point.regular_recipe, point.star_recipe, _own_models(point)
     others = [other for other in others if other is not point]
-    alike = [other for other in others if other.regular_recipe == recipe]
-    for kind, index in _own_models(point):
-        if not point.run.finished(kind, index):
-            files = (other.run.model(kind, index) for other in alike if other.run.finished(kind, index))
-            yield from ((file, point.run.model(kind, index)) for file in list(files)[:1])
+    there = dict[Path, tuple[Path, bool]]()
+    for other in others:
+        if other.regular_recipe == recipe:
+            for file, kind, index in other.run.models():
+                there.setdefault(point.run.model(kind, index), (file, index < numbers.get(kind, 0)))
+    yield from ((file, place) for place, (file, wanted) in there.items() if wanted and not place.is_file())
     same = [other.run for other in others if other.star_recipe == star and other.run.finished("star", 0)]
     if same and not point.run.finished("star", 0):
         yield same[0].permutations, point.run.permutations

@@ -16,7 +16,7 @@ from fastar.report.page.charts import Curve, chart, heat_map, panels
 from fastar.report.page.elements import Html, joined, lines, of_rich, table, tag
 from fastar.report.results import ROWS, STYLES, splits_of
 from fastar.report.study_forms import FORMS
-from fastar.runtime.json_files import read_file, read_object
+from fastar.runtime.json_files import read_file, read_object, unsealed
 
 OTHER = ("results.json", "lock.json", "wandb.json")
 """JSON files of a run folder that no such command writes."""
@@ -34,7 +34,7 @@ def studies(folder: Path) -> dict[str, Html]:
 def _study(path: Path) -> Html:
     try:
         with refusal(f"{path.name}: cannot be read", "make it readable"):
-            found = read_object(path)
+            found, _ = unsealed(read_object(path))
             return _known(path.stem, found) if path.stem in FORMS else _any(path, found)
     except FastarError as error:
         return tag("p", str(error), class_="warn")
