@@ -18,10 +18,11 @@ from run_cases import Killed, around_calls, at_call, kill, tensors
 from fastar.config import Settings, load_settings
 from fastar.errors import FastarError
 from fastar.experiments import train_star
+from fastar.experiments.files.verify_files import recheck
 from fastar.experiments.sweeps import plan_sweep, sweep
 from fastar.experiments.sweeps.points import points_of, read_values, take_over, trainings
 from fastar.report.sweep_panels import sweep_lines, sweep_picture, sweep_table
-from fastar.runs import hold
+from fastar.runs import RunLog, hold
 from fastar.runtime.progress import SILENT
 from fastar.training import RegularStep, StarStep
 
@@ -103,6 +104,12 @@ def test_regular_models_are_trained_once_and_stars_of_other_seeds_are_others(swe
     assert [len(list((point / "sources").iterdir())) for point in every] == [1, 1, 2, 2, 4, 4]
     stars = [tensors(point)["star.safetensors"] for point in every[:2]]
     assert not any(torch.equal(value, stars[1][name]) for name, value in stars[0].items() if value.ndim > 1)
+
+
+def test_points_are_well_and_their_logs_have_the_models_that_were_taken(swept: Swept) -> None:
+    assert recheck(swept[0]).damaged == []
+    epochs = [{entry["model"] for entry in RunLog(run / "log.jsonl").read()} for run in (swept[0] / "points").iterdir()]
+    assert all({"source 0", "heldout 0", "heldout 1", "star"} <= models for models in epochs)
 
 
 def test_figures_are_those_of_the_runs(swept: Swept) -> None:
@@ -226,6 +233,7 @@ def test_a_folder_of_another_sweep_is_refused_by_name(
         (["width", "[4"], "write values joined by commas, such as 2,5,10"),
         (["depth", "1,2", "--arch", "resnet8"], "unknown architecture 'resnet1'"),
         (["mu", "0,1", "--seeds", "0"], "--seeds 0: give the number of stars of each point, 1 or more"),
+        (["mu", "0,1,1.0"], "mu: 1.0 is another spelling of a value before it; leave one out"),
         (["star.seed", "0,1", "--seeds", "2"], "the sweep is one of star.seed itself; leave --seeds out"),
         (["sources", "1,2", "--heldout", "0"], "a barrier between regular models needs two of them"),
     ],

@@ -6,7 +6,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,12 @@ class RunLog:
         if list(kept.values()) == wanted and len(others) + len(kept) == len(lines):  # each once, and none damaged
             return
         write_atomically(self.path, b"".join(_line(entry) for entry in [*others, *wanted]))
+
+    def take(self, models: Collection[str], other: RunLog) -> None:
+        """Take the epochs of models from another log, in place of those that are here."""
+        epochs = [entry for entry in other.read() if entry.get("model") in models and "epoch" in entry]
+        kept = [entry for entry in self.read() if entry.get("model") not in models or "epoch" not in entry]
+        write_atomically(self.path, b"".join(map(_line, [*kept, *epochs])))
 
 
 def _checksum(text: bytes) -> bytes:

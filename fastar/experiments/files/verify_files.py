@@ -56,7 +56,7 @@ class Rechecked:
             note = check()
             self.notes += [note] if note else []
         except FastarError as error:
-            self.damaged.append(str(error))
+            self.damaged += [line for line in [str(error)] if line not in self.damaged]  # several read the same file
         except OSError as error:
             self.damaged.append(f"{error.filename or path}: cannot be read ({error.strerror})")
 

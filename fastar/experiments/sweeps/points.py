@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -94,7 +94,10 @@ def points_of(base: Settings, kind: str, values: Sequence[Any], folder: Path, se
             own = overrides | ({"star.seed": base.star.seed + seed} if seed else {})
             content = merge(base.model_dump(mode="json"), nested(own))
             place = folder / "points" / (f"{name},seed={base.star.seed + seed}" if seed else name)
-            points[place.name] = Point(value, own, validate(content, f"sweep of {kind}"), RunFolder(place))
+            point = Point(value, own, validate(content, f"sweep of {kind}"), RunFolder(place))
+            if any(point.settings == other.settings for other in points.values()):
+                raise FastarError(f"{kind}: {value} is another spelling of a value before it; leave one out")
+            points[place.name] = point
     return list(points.values())
 
 
@@ -111,16 +114,22 @@ def trainings(points: Sequence[Point]) -> tuple[int, int]:
 
 def take_over(point: Point, others: Sequence[Point], progress: Progress) -> None:
     """Put models that the point lacks, and that were trained for others, into its run folder: regular models of the
-    same recipe, and the star where it is the same too. By hard links, or copies where there are none.
+    same recipe, and the star where it is the same too; and the lines of their epochs into its log. By hard links, or
+    copies where there are none.
 
     Raises:
         FastarError: the folder is another run's, in use, or cannot be written.
     """
-    found = list(_files_to_take(point, others))
+    found = _models_to_take(point, others)
     if found:
         with point.run.open(point.settings, progress):
-            for source, target in found:
-                _link(source, target)
+            for run in {other.path: other for other, _, _ in found}.values():
+                taken = [(kind, index) for other, kind, index in found if other.path == run.path]
+                point.run.log.take([kind if kind == "star" else f"{kind} {index}" for kind, index in taken], run.log)
+                for kind, index in taken:
+                    if kind == "star":
+                        _link(run.permutations, point.run.permutations)
+                    _link(run.model(kind, index), point.run.model(kind, index))
 
 
 def _own_models(point: Point) -> dict[str, int]:
@@ -129,20 +138,20 @@ def _own_models(point: Point) -> dict[str, int]:
     return {kind: number for kind, (number, folder) in of_kind.items() if folder is None}
 
 
-def _files_to_take(point: Point, others: Sequence[Point]) -> Iterator[tuple[Path, Path]]:
-    """Files of other points that the point lacks, each with its place in it."""
+def _models_to_take(point: Point, others: Sequence[Point]) -> list[tuple[RunFolder, str, int]]:
+    """Models that the point lacks: a run that has each, its kind and number; the star last."""
     recipe, star, numbers = point.regular_recipe, point.star_recipe, _own_models(point)
     others = [other for other in others if other is not point]
-    there = dict[Path, tuple[Path, bool]]()
+    found = dict[tuple[str, int], RunFolder]()
     for other in others:
         if other.regular_recipe == recipe:
-            for file, kind, index in other.run.models():
-                there.setdefault(point.run.model(kind, index), (file, index < numbers.get(kind, 0)))
-    yield from ((file, place) for place, (file, wanted) in there.items() if wanted and not place.is_file())
+            for _, kind, index in other.run.models():
+                if index < numbers.get(kind, 0) and not point.run.finished(kind, index):
+                    found.setdefault((kind, index), other.run)
     same = [other.run for other in others if other.star_recipe == star and other.run.finished("star", 0)]
     if same and not point.run.finished("star", 0):
-        yield same[0].permutations, point.run.permutations
-        yield same[0].star, point.run.star
+        found["star", 0] = same[0]
+    return [(run, kind, index) for (kind, index), run in found.items()]
 
 
 def _link(source: Path, target: Path) -> None:
