@@ -114,6 +114,8 @@ def test_unknown_ones_are_refused(tmp_path: Path) -> None:
     assert "did you mean table1" in refused("reproduce", "tabel1", "--out", tmp_path)
     assert "--list" in refused("reproduce", "--out", tmp_path)
     assert "smoke, small or full" in refused("reproduce", "toy", "--scale", "tiny", "--out", tmp_path)
+    options = ["sources.heldout=0", "--scale", "smoke", "--quiet"]
+    assert "give some" in refused("reproduce", "table2", *options, "--out", tmp_path / "x")
     file = tmp_path / "file"
     file.touch()
     assert "choose another (--out)" in refused("reproduce", "toy", "--scale", "smoke", "--out", file)

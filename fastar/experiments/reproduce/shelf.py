@@ -33,12 +33,19 @@ class Shelf:
     progress: Progress = field(default=SILENT)
 
     def settings(self, part: Mapping[str, Any], *more: str, config: str | None = None) -> Settings:
-        """The settings of a part: its configuration at its scale, what it sets, and `more`."""
-        return load_settings(
+        """The settings of a part: its configuration at its scale, what it sets, and `more`.
+
+        Raises:
+            FastarError: settings that there are not, or no heldouts.
+        """
+        settings = load_settings(
             file=Path(config or part["config"]),
             scale=part.get("at", self.scale),
             overrides=[*part.get("set", ()), *more, *self.overrides],
         )
+        if not settings.sources.heldout:
+            raise FastarError("sources.heldout=0: tables and figures show barriers to heldouts; give some")
+        return settings
 
     def point(self, part: Mapping[str, Any], *more: str, config: str | None = None) -> Point:
         """The run of a part, in the folder that is named by its configuration and by what is set."""
