@@ -65,8 +65,9 @@ def test_what_is_not_kept_is_made_again(run: FinishedRun, monkeypatch: pytest.Mo
     assert all(torch.equal(next(iter(again()))[0], kept) for _ in range(2))
 
 
-def test_every_family_is_measured_at_every_severity(run: FinishedRun) -> None:
+def test_every_family_is_measured_at_every_severity(run: FinishedRun, monkeypatch: pytest.MonkeyPatch) -> None:
     """By the command, which also writes tables and a picture."""
+    monkeypatch.delenv("COLUMNS", raising=False)  # of the terminal that tests run in, which may fold names
     folder = run.session.run.path
     options = ["--most", "2", "--repetitions", "2", "--corruptions", "--ood", "noise,blocks"]
     done = fastar("uncertainty", folder, *options, "--quiet")
