@@ -1,4 +1,4 @@
-"""What commands on finished runs find, as the methods of `fastar.Run` return it."""
+"""Results of commands on finished runs, as the methods of `fastar.Run` return them."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fastar.report.study_forms import FORMS
 
 @dataclass(frozen=True, repr=False)
 class Study:
-    """What a command found.
+    """Results of a command.
 
     Args:
         results: what its JSON file holds.
@@ -30,7 +30,7 @@ class Study:
     """The JSON file's name, without its end."""
 
     def table(self) -> str:
-        """What the command prints, as tables."""
+        """The tables that the command prints."""
         return "\n".join(table_text(one) for one in FORMS[self.file].tables(self.results))
 
 

@@ -64,7 +64,7 @@ def power_law(n: Sequence[float], y: Sequence[float], resampled: Sequence[np.nda
 
 
 def no_line(reason: str) -> dict[str, Any]:
-    """What `line` returns where there is none."""
+    """The result of `line` where there is no line."""
     return {**dict.fromkeys(("slope", "intercept", "r2", "slope_interval")), "reason": reason}
 
 

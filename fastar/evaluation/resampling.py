@@ -9,7 +9,7 @@ import numpy as np
 from fastar.runtime.seeds import derive_seed
 
 RESAMPLES = 2000
-# Of the bootstrap's means, the interval has these percentiles.
+# The interval's ends, as percentiles of the bootstrap's means.
 PERCENTILES = (2.5, 97.5)
 
 Networks = Sequence[tuple[str, str]]

@@ -1,1 +1,1 @@
-"""What star and ensemble are compared with that takes a training of its own: SWAG, a student."""
+"""Rivals of star and ensemble that take a training of their own: SWAG, a student."""
