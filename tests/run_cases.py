@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import load_file
 
 from fastar.config import Settings, load_settings
+from fastar.experiments import train_star
+from fastar.experiments.finished_run import FinishedRun, finished_run
 from fastar.runs import RunFolder
 from fastar.runtime.progress import SilentProgress
 from fastar.training import SourcesStore
@@ -60,6 +62,12 @@ def assert_log_is_whole(found: Path, wanted: Path) -> None:
 def small(data: Path, *overrides: str) -> Settings:
     """A small run; its .beton files go to `data`."""
     return load_settings(dataset="digits", overrides=[*SMALL, f"dataset.directory={data}", *overrides])
+
+
+def trained_run(data: Path, folder: Path, *overrides: str) -> FinishedRun:
+    """A small run that is trained, and saves nothing on the way, for experiments on it."""
+    train_star(small(data, *overrides, "checkpoint.minutes=0"), folder)
+    return finished_run(RunFolder(folder))
 
 
 class Killed(BaseException):

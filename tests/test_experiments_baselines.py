@@ -11,19 +11,17 @@ import numpy as np
 import pytest
 import torch
 from cli_cases import fastar
-from run_cases import Killed, at_call, kill, small
+from run_cases import Killed, at_call, kill, trained_run
 from torch.nn import functional as F
 
 from fastar.data.dataset import Dataset
 from fastar.errors import FastarError
-from fastar.experiments import train_star
 from fastar.experiments.averages import uncertainty
 from fastar.experiments.baselines.student import Taught, student
 from fastar.experiments.baselines.swag import RANK, Moments, swag_epochs, swag_moments
 from fastar.experiments.families import Families
-from fastar.experiments.finished_run import FinishedRun, finished_run
+from fastar.experiments.finished_run import FinishedRun
 from fastar.experiments.look import Look
-from fastar.runs import RunFolder
 from fastar.runs.model_files import load_checkpoint
 from fastar.training.moments import MomentsStep
 
@@ -33,8 +31,7 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     """A run with validation samples."""
     folder = tmp_path_factory.mktemp("baselines") / "run"
     more = ["dataset.limit=null", "dataset.validation=0.2", "train.batch_size=200", "train.epochs=8", "star.epochs=30"]
-    train_star(small(data, *more, "checkpoint.minutes=0"), folder)
-    return finished_run(RunFolder(folder))
+    return trained_run(data, folder, *more)
 
 
 def test_moments_are_those_of_what_was_collected(run: FinishedRun) -> None:

@@ -8,14 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 from cli_cases import fastar
-from run_cases import small
+from run_cases import trained_run
 
-from fastar.experiments import train_star
 from fastar.experiments.families import Families
-from fastar.experiments.finished_run import FinishedRun, finished_run
+from fastar.experiments.finished_run import FinishedRun
 from fastar.experiments.fusion import fuse
 from fastar.experiments.look import Look
-from fastar.runs import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -23,8 +21,7 @@ def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     """Three sources that have learned something, and validation samples."""
     folder = tmp_path_factory.mktemp("fusion") / "run"
     more = ["sources.number=3", "train.epochs=8", "dataset.validation=0.2", "dataset.limit=null", "star.mu=1"]
-    train_star(small(data, *more, "checkpoint.minutes=0"), folder)
-    return finished_run(RunFolder(folder))
+    return trained_run(data, folder, *more)
 
 
 def test_every_predictor_is_what_it_says(run: FinishedRun) -> None:
@@ -56,8 +53,7 @@ def test_a_soup_of_copies_takes_them_all(data: Path, tmp_path: Path, run: Finish
     for n in range(3):
         (copies / f"{n}.safetensors").write_bytes(run.session.run.model("source", 0).read_bytes())
     given = [f"sources.folder={copies}", "sources.number=3", "dataset.validation=0.2", "dataset.limit=null"]
-    train_star(small(data, *given, "train.epochs=8", "sources.heldout=1", "checkpoint.minutes=0"), tmp_path / "run")
-    found = fuse(finished_run(RunFolder(tmp_path / "run")))
+    found = fuse(trained_run(data, tmp_path / "run", *given, "train.epochs=8", "sources.heldout=1"))
     of = {name: one["accuracy"] for name, one in found["predictors"].items()}
     assert sorted(found["in_soup"]) == [0, 1, 2]
     assert of["greedy soup"] == of["mean"] == of["ensemble"] == of["vote"] == of["best source"]

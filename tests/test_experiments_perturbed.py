@@ -10,22 +10,20 @@ from types import SimpleNamespace
 import pytest
 import torch
 from cli_cases import fastar
-from run_cases import small
+from run_cases import trained_run
 
 from fastar import load_run
 from fastar.errors import FastarError
-from fastar.experiments import train_star
 from fastar.experiments.families import beside
-from fastar.experiments.finished_run import FinishedRun, finished_run
+from fastar.experiments.finished_run import FinishedRun
 from fastar.experiments.perturbed import perturbed_stars
-from fastar.runs import RunFolder, hold, is_held
+from fastar.runs import hold, is_held
 
 
 @pytest.fixture(scope="module")
 def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     folder = tmp_path_factory.mktemp("perturbed") / "run"
-    train_star(small(data, "sources.heldout=2", "checkpoint.minutes=0"), folder)
-    return finished_run(RunFolder(folder))
+    return trained_run(data, folder, "sources.heldout=2")
 
 
 def test_a_step_has_its_length_and_touches_parameters_alone(run: FinishedRun) -> None:

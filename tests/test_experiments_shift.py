@@ -10,28 +10,25 @@ import numpy as np
 import pytest
 import torch
 from cli_cases import fastar
-from run_cases import small
+from run_cases import trained_run
 
 import fastar as api
 from fastar.data.corruptions import CORRUPTIONS, corrupted
 from fastar.errors import FastarError
 from fastar.evaluation.uncertainty import Average, auroc
-from fastar.experiments import train_star
 from fastar.experiments.families import FAMILIES, Families
-from fastar.experiments.finished_run import FinishedRun, finished_run
+from fastar.experiments.finished_run import FinishedRun
 from fastar.experiments.look import Look
 from fastar.experiments.shift import changed_images
 from fastar.experiments.shift.changed_images import Pixels, as_images_of, corrupted_splits, other_splits
 from fastar.experiments.shift.shift_scores import OtherScores
-from fastar.runs import RunFolder
 
 
 @pytest.fixture(scope="module")
 def run(data: Path, tmp_path_factory: pytest.TempPathFactory) -> FinishedRun:
     folder = tmp_path_factory.mktemp("shift") / "run"
     more = ["sources.number=3", "train.epochs=5", "dataset.limit=500", "dataset.validation=0.2", "star.epochs=4"]
-    train_star(small(data, *more, "evaluation.test_limit=60", "checkpoint.minutes=0", "checkpoint.seconds=10"), folder)
-    return finished_run(RunFolder(folder))
+    return trained_run(data, folder, *more, "evaluation.test_limit=60", "checkpoint.seconds=10")
 
 
 def test_networks_see_the_corrupted_pixels(run: FinishedRun) -> None:
