@@ -345,6 +345,16 @@ class Settings(Section):
         return any(":" in name for name in (self.dataset.name, self.model.arch, self.loss, *(self.metrics or ())))
 
     @property
+    def star_epochs(self) -> int:
+        """Epochs of the star's training."""
+        return self.star.epochs or self.train.epochs
+
+    @property
+    def star_lr(self) -> float:
+        """The learning rate of the star's training."""
+        return self.star.lr or self.train.lr
+
+    @property
     def star_matched_every(self) -> int:
         """Epochs from one matching of the sources to the next; 0: they are never matched."""
         return 0 if self.matching.method == "none" else self.star.match_every_epochs

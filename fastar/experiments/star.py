@@ -205,7 +205,7 @@ def steps_profile(session: Session, steps: int) -> StepsProfile:
     Raises:
         FastarError: the star is trained already, too short a training, or a folder that cannot be written.
     """
-    run, train, star = session.run, session.settings.train, session.settings.star
+    run, train = session.run, session.settings.train
     if run.star.is_file():
         raise FastarError(f"profile: {run.star} is trained already; choose another run folder (out) to train one")
     if run.in_training("star", 0).exists():  # too few steps may be left
@@ -213,7 +213,7 @@ def steps_profile(session: Session, steps: int) -> StepsProfile:
             f"profile: {run.star} is in training already; finish it without, or choose another run folder (out)"
         )
     found = StepsProfile(steps, Profile(session.device, trace=run.profile("trace.json")))
-    found.check(star.epochs or train.epochs, session.data.train.batch_count(train.batch_size, train.drop_last))
+    found.check(session.settings.star_epochs, session.data.train.batch_count(train.batch_size, train.drop_last))
     with refusal(f"{run.profile('')}: cannot be made", "choose another run folder (out)"):
         run.profile("").mkdir(exist_ok=True)
     return found

@@ -12,7 +12,7 @@ from rich.table import Table
 from fastar.report.average_panels import uncertainty_picture
 from fastar.report.figures import figure_of, legend_below, plain
 from fastar.report.perturbed_stars import perturbed_picture
-from fastar.report.results import new_table, shown
+from fastar.report.results import STYLES, new_table, shown
 from fastar.report.sweep_panels import sweep_picture
 from fastar.report.theory import theory_picture
 from fastar.runtime.progress import count_text
@@ -188,7 +188,7 @@ def _beside_picture(part: Mapping[str, Any], title: str, place: Path) -> None:
         picture.suptitle(title, fontsize=10)
 
 
-STYLE = (("#D55E00", "-", "o"), ("#009E73", "--", "s"), ("#0072B2", "-.", "^"), ("#CC79A7", ":", "v"))
+STYLE = (*(STYLES[kind][1:] for kind in ("star_heldout", "star_source", "regular_regular")), ("#CC79A7", ":", "v"))
 
 
 def _paths_picture(part: Mapping[str, Any], contents: Mapping[str, Any], title: str, place: Path) -> None:

@@ -69,7 +69,7 @@ def student(run: FinishedRun) -> Checkpoint:
     """
     session, settings = run.session, run.session.settings
     path, data = session.run.student, session.data.train
-    epochs, lr = settings.star.epochs or settings.train.epochs, settings.star.lr or settings.train.lr
+    epochs, lr = settings.star_epochs, settings.star_lr
     sources = [state_digest(source) for source in run.sources]
     wanted = {**recipe(session, "student", 0), "epochs": epochs, "lr": lr, "sources": sources}
     seed = derive_seed(settings.seed, "student")

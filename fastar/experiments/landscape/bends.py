@@ -57,8 +57,8 @@ def trained_bend(
         **recipe(session, "bend", 0),
         "curve": kind,
         "ends": tensors_digest({"first": ends[0], "second": ends[1]}),
-        "epochs": epochs or settings.star.epochs or settings.train.epochs,
-        "lr": settings.star.lr or settings.train.lr,
+        "epochs": epochs or settings.star_epochs,
+        "lr": settings.star_lr,
     }
     if path.is_file():
         changed = changes(read_metadata(path, own=True).get("recipe", {}), wanted)

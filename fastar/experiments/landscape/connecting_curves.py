@@ -65,7 +65,7 @@ def connecting_curves(run: FinishedRun, names: Sequence[str] = PAIR, *, epochs: 
         "loss": session.loss.name,
         "first": names[0],
         "second": names[1],
-        "epochs": epochs or session.settings.star.epochs or session.settings.train.epochs,
+        "epochs": epochs or session.settings.star_epochs,
         "t": ts,
         "curves": {
             name: {

@@ -56,13 +56,11 @@ def loss_plane(
         raise FastarError(f"split={split}: this run has {', '.join(session.data.names())}")
     networks = NamedNetworks(run)
     with threads(session), measuring("a plane"):
-        corners = [networks.row(names[0])]
-        for name, permutation in zip(names[1:], networks.matched(names[0], names[1:]), strict=True):
-            corners.append(networks.row(name, permutation))
-        places = _coordinates([one.to(session.device) for one in corners], names)
+        permutations = [None, *networks.matched(names[0], names[1:])]
+        rows = [networks.row(*one).to(session.device) for one in zip(names, permutations, strict=True)]
+        places = _coordinates(rows, names)
         axes = [_axis([place[k] for place in places], points, margin) for k in (0, 1)]
         at = [(x, y) for y in axes[1] for x in axes[0]]
-        rows = [one.to(session.device) for one in corners]
         ends = [
             Endpoint(f"the point ({x:.3g}, {y:.3g})", partial(_point, rows, places, x, y)) for x, y in [*places, *at]
         ]

@@ -261,7 +261,7 @@ def work_of(session: Session, counts: DataCounts, speed: float | None, matching:
     """
     settings, train, evaluation = session.settings, session.settings.train, session.settings.evaluation
     regular = settings.sources.heldout + (settings.sources.number if settings.sources.folder is None else 0)
-    epochs, every = settings.star.epochs or train.epochs, settings.star_matched_every
+    epochs, every = settings.star_epochs, settings.star_matched_every
     limits = (evaluation.limit, evaluation.limit, evaluation.test_limit)
     splits = (counts.train, counts.validation, counts.test)
     measured = sum(min(n, limit or n) for n, limit in zip(splits, limits, strict=True))

@@ -41,10 +41,10 @@ def evaluated_models(settings: Settings) -> int:
 
 def training_sides(settings: Settings) -> list[int]:
     """The side of the images of each epoch of training, where it changes; else nothing."""
-    train, star = settings.train, settings.star
+    train = settings.train
     if not train.resolutions:
         return []
-    epochs = max(train.epochs, star.epochs or 0)
+    epochs = max(train.epochs, settings.star_epochs)
     return [resolution(train, epoch) or settings.dataset.side for epoch in range(epochs)]
 
 

@@ -74,7 +74,6 @@ def _sweep(shelf: Shelf, part: Part, folder: Path) -> Found:
 
 
 def _fusion(shelf: Shelf, part: Part, folder: Path) -> Found:
-    part = {"of": "sources", **part}
     rows: Rows = {}
     for point in shelf.swept(part, folder)["points"]:
         stars, soups = [], []
@@ -254,8 +253,8 @@ def _one_point(shelf: Shelf, part: Part, folder: Path) -> list[Point]:
 
 KINDS = {
     "runs": Kind(_points_of_runs, _runs),
-    "sweep": Kind(lambda shelf, part, folder: shelf.points(part, folder), _sweep),
-    "fusion": Kind(lambda shelf, part, folder: shelf.points({"of": "sources", **part}, folder), _fusion),
+    "sweep": Kind(Shelf.points, _sweep),
+    "fusion": Kind(Shelf.points, _fusion),
     "sizes": Kind(lambda shelf, part, folder: [_sizes_point(shelf, part)], _sizes),
     "perturbed": Kind(_one_point, _perturbed),
     "distances": Kind(_one_point, _distances),
