@@ -18,7 +18,7 @@ from fastar.experiments.fusion import fuse
 from fastar.experiments.measure import endpoint, evaluated, match_to, path_result, spread
 from fastar.experiments.perturbed import perturbed_stars
 from fastar.experiments.reproduce.beside import as_spread, figures_of, percent
-from fastar.experiments.reproduce.shelf import Shelf
+from fastar.experiments.reproduce.shared_runs import SharedRuns
 from fastar.experiments.session import Session, measuring, threads
 from fastar.experiments.sweeps.points import Point
 from fastar.experiments.theory import run_certificate, run_two_layer
@@ -45,20 +45,20 @@ class Found:
 class Kind:
     """A kind of part: the runs that it needs, and what it makes of them in a folder of its own."""
 
-    points: Callable[[Shelf, Part, Path], list[Point]]
-    run: Callable[[Shelf, Part, Path], Found]
+    points: Callable[[SharedRuns, Part, Path], list[Point]]
+    run: Callable[[SharedRuns, Part, Path], Found]
 
 
-def _points_of_runs(shelf: Shelf, part: Part, folder: Path) -> list[Point]:
-    return [shelf.point({**part, **row}) for row in part["rows"].values()]
+def _points_of_runs(runs: SharedRuns, part: Part, folder: Path) -> list[Point]:
+    return [runs.point({**part, **row}) for row in part["rows"].values()]
 
 
-def _runs(shelf: Shelf, part: Part, folder: Path) -> Found:
+def _runs(runs: SharedRuns, part: Part, folder: Path) -> Found:
     """The runs of rows that can be run: one may have data that another lacks."""
     rows, files, failed = {}, {}, {}
-    for (name, _), point in zip(part["rows"].items(), _points_of_runs(shelf, part, folder), strict=True):
+    for (name, _), point in zip(part["rows"].items(), _points_of_runs(runs, part, folder), strict=True):
         try:
-            rows[name] = figures_of(shelf.results(point), part.get("split", "train"))
+            rows[name] = figures_of(runs.results(point), part.get("split", "train"))
             files[name] = point.run.results
         except FastarError as error:
             failed[name] = str(error)
@@ -67,18 +67,18 @@ def _runs(shelf: Shelf, part: Part, folder: Path) -> Found:
     return Found(rows, part.get("draw"), files, failed)
 
 
-def _sweep(shelf: Shelf, part: Part, folder: Path) -> Found:
-    found = shelf.swept(part, folder)
+def _sweep(runs: SharedRuns, part: Part, folder: Path) -> Found:
+    found = runs.swept(part, folder)
     rows = {str(point["value"]): figures_of(point) for point in found["points"]}
     return Found(rows, "sweep", {"": folder / "sweep.json"})
 
 
-def _fusion(shelf: Shelf, part: Part, folder: Path) -> Found:
+def _fusion(runs: SharedRuns, part: Part, folder: Path) -> Found:
     rows: Rows = {}
-    for point in shelf.swept(part, folder)["points"]:
+    for point in runs.swept(part, folder)["points"]:
         stars, soups = [], []
         for place in point["folders"]:
-            with shelf.opened(RunFolder(folder / place)) as run:
+            with runs.opened(RunFolder(folder / place)) as run:
                 found = fuse(run)
                 write_json(folder / place / "fusion.json", found)
             stars.append(found["predictors"]["star"]["accuracy"])
@@ -97,15 +97,15 @@ def _fusion(shelf: Shelf, part: Part, folder: Path) -> Found:
 _PREDICTORS = {"best_accuracy": "best source by test", "ensemble_accuracy": "ensemble"}
 
 
-def _sizes_point(shelf: Shelf, part: Part) -> Point:
+def _sizes_point(runs: SharedRuns, part: Part) -> Point:
     most = max(part["values"])
-    return shelf.point(part, f"sources.heldout={most}", f"evaluation.regular_pairs=cross:{most}x{most}")
+    return runs.point(part, f"sources.heldout={most}", f"evaluation.regular_pairs=cross:{most}x{most}")
 
 
-def _sizes(shelf: Shelf, part: Part, folder: Path) -> Found:
+def _sizes(runs: SharedRuns, part: Part, folder: Path) -> Found:
     """Barriers to the first heldouts, and of pairs of the first sources and heldouts that were measured."""
-    point, rows = _sizes_point(shelf, part), {}
-    paths = shelf.results(point)["paths"]
+    point, rows = _sizes_point(runs, part), {}
+    paths = runs.results(point)["paths"]
     regular = [path for path in paths if path["kind"] == "regular_regular"]
     firsts, seconds = (list(dict.fromkeys(path[end] for path in regular)) for end in ("first", "second"))
     for size in part["values"]:
@@ -120,9 +120,9 @@ def _sizes(shelf: Shelf, part: Part, folder: Path) -> Found:
     return Found(rows)
 
 
-def _perturbed(shelf: Shelf, part: Part, folder: Path) -> Found:
-    point = shelf.point(part)
-    with shelf.finished(point) as run:
+def _perturbed(runs: SharedRuns, part: Part, folder: Path) -> Found:
+    point = runs.point(part)
+    with runs.finished(point) as run:
         found = perturbed_stars(run, radii=part["values"])
         place = point.run.path / "perturb.json"
         write_json(place, found)
@@ -133,9 +133,9 @@ def _perturbed(shelf: Shelf, part: Part, folder: Path) -> Found:
     return Found(rows, "perturbed", {"": place})
 
 
-def _distances(shelf: Shelf, part: Part, folder: Path) -> Found:
+def _distances(runs: SharedRuns, part: Part, folder: Path) -> Found:
     rows = {}
-    with shelf.finished(shelf.point(part)) as run:
+    with runs.finished(runs.point(part)) as run:
         found = distances(run)
     for name, kind in _PAIRS.items():
         rows[name] = {way: found[kind][way]["distance"] for way in ("unmatched", "matched")}
@@ -146,10 +146,10 @@ def _distances(shelf: Shelf, part: Part, folder: Path) -> Found:
 _PAIRS = {"regular to regular": "regular_regular", "star to heldouts": "star_heldout", "star to sources": "star_source"}
 
 
-def _uncertainty(shelf: Shelf, part: Part, folder: Path) -> Found:
+def _uncertainty(runs: SharedRuns, part: Part, folder: Path) -> Found:
     """Metrics of each family at its largest K."""
-    point = shelf.point(part)
-    with shelf.finished(point) as run:
+    point = runs.point(part)
+    with runs.finished(point) as run:
         found = uncertainty(run, most=part["most"], repetitions=part["repetitions"])
         place = point.run.path / "uncertainty.json"
         write_json(place, found)
@@ -165,14 +165,14 @@ def _uncertainty(shelf: Shelf, part: Part, folder: Path) -> Found:
 _METRICS = ("nll", "ece", "auroc", "auroc_20", "auroc_entropy", "auroc_20_entropy")
 
 
-def _theory(shelf: Shelf, part: Part, folder: Path) -> Found:
+def _theory(runs: SharedRuns, part: Part, folder: Path) -> Found:
     given = {key: part[key] for key in ("most", "draws") if key in part}
     what = part["what"]
     if what == "certificate":
-        found = run_certificate(**given, progress=shelf.progress)
+        found = run_certificate(**given, progress=runs.progress)
         shares, name = found["q"], "Q"
     else:
-        found = run_two_layer(what, **given, progress=shelf.progress)
+        found = run_two_layer(what, **given, progress=runs.progress)
         shares, name = found["share"], "share"
     place = folder / f"{what}.json"
     folder.mkdir(parents=True, exist_ok=True)
@@ -185,15 +185,15 @@ def _theory(shelf: Shelf, part: Part, folder: Path) -> Found:
     return Found(rows, "theory", {"": place})
 
 
-def _points_of_optimizers(shelf: Shelf, part: Part, folder: Path) -> list[Point]:
+def _points_of_optimizers(runs: SharedRuns, part: Part, folder: Path) -> list[Point]:
     other = {**part, "set": [*part.get("set", ()), *part.get("other_set", ())]}
-    return [shelf.point(part), shelf.point(other, config=part["other"])]
+    return [runs.point(part), runs.point(other, config=part["other"])]
 
 
-def _optimizers(shelf: Shelf, part: Part, folder: Path) -> Found:
+def _optimizers(runs: SharedRuns, part: Part, folder: Path) -> Found:
     """Barriers within the heldouts of two runs, and from the star of the first to both."""
-    points = _points_of_optimizers(shelf, part, folder)
-    with shelf.finished(points[0]) as first, shelf.finished(points[1]) as second:
+    points = _points_of_optimizers(runs, part, folder)
+    with runs.finished(points[0]) as first, runs.finished(points[1]) as second:
         return _between_groups(first, second, part["count"], folder)
 
 
@@ -207,16 +207,16 @@ def _between_groups(first: FinishedRun, second: FinishedRun, count: int, folder:
     return _paths(first.session, pairs, folder)
 
 
-def _methods(shelf: Shelf, part: Part, folder: Path) -> Found:
+def _methods(runs: SharedRuns, part: Part, folder: Path) -> Found:
     """Barriers of the run's pairs and from its star, the ends matched in several ways."""
     rows, files = {}, {}
-    with shelf.finished(shelf.point(part)) as run:
+    with runs.finished(runs.point(part)) as run:
         ends = [(f"heldout {index}", model) for index, model in enumerate(run.heldouts)]
         named = [(f"source {index}", source) for index, source in enumerate(run.sources)]
         pairs = [("SR", ("star", run.star), one) for one in ends]
         pairs += [("RR", first, second) for first, second in zip(named, ends, strict=False)]  # as many as both have
         for method in part["values"]:
-            matching = shelf.settings(part, f"matching.method={method}").matching
+            matching = runs.settings(part, f"matching.method={method}").matching
             session = replace(run.session, settings=run.session.settings.model_copy(update={"matching": matching}))
             found = _paths(session, pairs, folder, f"{method}.json")
             rows[method] = {kind: figures["barrier"] for kind, figures in found.rows.items()}
@@ -247,19 +247,19 @@ def _paths(
     return Found(rows, "groups", {"": folder / name})
 
 
-def _one_point(shelf: Shelf, part: Part, folder: Path) -> list[Point]:
-    return [shelf.point(part)]
+def _one_point(runs: SharedRuns, part: Part, folder: Path) -> list[Point]:
+    return [runs.point(part)]
 
 
 KINDS = {
     "runs": Kind(_points_of_runs, _runs),
-    "sweep": Kind(Shelf.points, _sweep),
-    "fusion": Kind(Shelf.points, _fusion),
-    "sizes": Kind(lambda shelf, part, folder: [_sizes_point(shelf, part)], _sizes),
+    "sweep": Kind(SharedRuns.points, _sweep),
+    "fusion": Kind(SharedRuns.points, _fusion),
+    "sizes": Kind(lambda runs, part, folder: [_sizes_point(runs, part)], _sizes),
     "perturbed": Kind(_one_point, _perturbed),
     "distances": Kind(_one_point, _distances),
     "uncertainty": Kind(_one_point, _uncertainty),
-    "theory": Kind(lambda shelf, part, folder: [], _theory),
+    "theory": Kind(lambda runs, part, folder: [], _theory),
     "optimizers": Kind(_points_of_optimizers, _optimizers),
     "methods": Kind(_one_point, _methods),
 }

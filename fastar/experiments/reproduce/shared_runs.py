@@ -19,7 +19,7 @@ from fastar.runtime.progress import SILENT, Progress
 
 
 @dataclass
-class Shelf:
+class SharedRuns:
     """The folder of a reproduction at one scale.
 
     Args:
