@@ -15,7 +15,7 @@ from fastar.experiments.plan import check_network, use_device
 from fastar.experiments.regular import device_name, given_models
 from fastar.experiments.session import Session, new_session
 from fastar.runs import RunFolder, versions
-from fastar.runs.model_files import Checkpoint, load_checkpoint
+from fastar.runs.model_files import Checkpoint, load_checkpoint, state_digest
 from fastar.runtime.progress import SILENT, Progress
 from fastar.runtime.user_code import can_be_found
 from fastar.symmetry import Permutations
@@ -75,6 +75,7 @@ class FinishedRun:
             "arch": settings.model.arch,
             "sources": settings.sources.number,
             "seed": settings.seed,
+            "star_digest": state_digest(self.star),
             "versions": versions(),
             "device": device_name(self.session.device),
         }
