@@ -62,6 +62,10 @@ def test_a_line_is_the_least_squares_one() -> None:
     noisy = [(a, b + np.random.default_rng(i).normal(size=5)) for i, (a, b) in enumerate(exact)]
     again = [np.polyfit(x, [b[r] for _, b in noisy], 1)[0] for r in range(5)]
     assert line(x, y, noisy)["slope_interval"] == pytest.approx(np.percentile(again, [2.5, 97.5]).tolist())
+    at, *ends = line(x, y, noisy)["band"][-1]
+    heights = [np.polyval(np.polyfit(x, [b[r] for _, b in noisy], 1), at) for r in range(5)]
+    assert at == max(x)
+    assert ends == pytest.approx(np.percentile(heights, [2.5, 97.5]).tolist())
 
 
 @pytest.mark.parametrize(
@@ -79,6 +83,9 @@ def test_a_power_law_is_found_again() -> None:
     found = power_law(n, y, [np.full(5, one) for one in y])
     assert [found[key] for key in ("a", "b", "c", "r2")] == pytest.approx([0.3, 0.7, 0.05, 1.0], rel=1e-3)
     assert found["b_interval"] == pytest.approx([0.7, 0.7], rel=1e-3)
+    higher = power_law(n, y, [np.array([one, 2 * one]) for one in y])["band"]
+    assert higher[0] == pytest.approx([1, 0.35 * 1.025, 0.35 * 1.975], rel=1e-3)
+    assert higher[-1] == pytest.approx([50, y[-1] * 1.025, y[-1] * 1.975], rel=1e-3)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,8 @@ LINE_POINTS, POWER_POINTS = 3, 4
 # Resamples that a power law is fitted to: each takes milliseconds.
 POWER_RESAMPLES = 200
 STEEPEST = 10.0
+# Places that a band is given at.
+BAND_POINTS = 33
 
 
 def line(x: Sequence[float], y: Sequence[float], resampled: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, Any]:
@@ -24,17 +26,19 @@ def line(x: Sequence[float], y: Sequence[float], resampled: Sequence[tuple[np.nd
         resampled: x and y of each point, resampled (`resampled_means`); the slope's interval is from them.
 
     Returns:
-        slope, intercept, r2 (None: y is the same everywhere), slope_interval; or what they lack, under reason.
+        slope, intercept, r2 (None: y is the same everywhere), slope_interval, band (`_band`); or what they lack, under
+        reason.
     """
     if len(x) < LINE_POINTS:
         return no_line(f"needs {LINE_POINTS} points, there are {len(x)}")
     if np.ptp(x) <= 1e-9 * max(map(abs, x)):
         return no_line("x is the same at all points")
     slope, intercept = _line(np.asarray(x)[:, None], np.asarray(y)[:, None])
-    slopes, _ = _line(np.stack([one for one, _ in resampled]), np.stack([one for _, one in resampled]))
+    slopes, heights = _line(np.stack([one for one, _ in resampled]), np.stack([one for _, one in resampled]))
     found = {"slope": float(slope[0]), "intercept": float(intercept[0])}
     r2 = _r2(y, slope[0] * np.asarray(x) + intercept[0])
-    return {**found, "r2": r2, "slope_interval": interval(slopes), "reason": None}
+    band = _band(np.linspace(min(x), max(x), BAND_POINTS), lambda at: slopes * at + heights)
+    return {**found, "r2": r2, "slope_interval": interval(slopes), "band": band, "reason": None}
 
 
 def power_law(n: Sequence[float], y: Sequence[float], resampled: Sequence[np.ndarray]) -> dict[str, Any]:
@@ -44,9 +48,9 @@ def power_law(n: Sequence[float], y: Sequence[float], resampled: Sequence[np.nda
         resampled: y of each point, resampled (`resampled_means`); the intervals are from the first 200.
 
     Returns:
-        a, b, c, r2, b_interval, c_interval; or what they lack, under reason.
+        a, b, c, r2, b_interval, c_interval, band (`_band`); or what they lack, under reason.
     """
-    nothing = dict.fromkeys(("a", "b", "c", "r2", "b_interval", "c_interval"))
+    nothing = dict.fromkeys(("a", "b", "c", "r2", "b_interval", "c_interval", "band"))
     if len(n) < POWER_POINTS:
         return {**nothing, "reason": f"needs {POWER_POINTS} points, there are {len(n)}"}
     found = _power(n, y)
@@ -60,12 +64,24 @@ def power_law(n: Sequence[float], y: Sequence[float], resampled: Sequence[np.nda
     columns = np.array(others).reshape(-1, 3)
     r2 = _r2(y, a * np.asarray(n, float) ** -b + c)
     intervals = {"b_interval": interval(columns[:, 1]), "c_interval": interval(columns[:, 2])}
-    return {"a": a, "b": b, "c": c, "r2": r2, **intervals, "reason": None}
+    factors, powers, floors = columns.T
+    band = _band(np.geomspace(min(n), max(n), BAND_POINTS), lambda at: factors * at**-powers + floors)
+    return {"a": a, "b": b, "c": c, "r2": r2, **intervals, "band": band, "reason": None}
 
 
 def no_line(reason: str) -> dict[str, Any]:
     """The result of `line` where there is no line."""
-    return {**dict.fromkeys(("slope", "intercept", "r2", "slope_interval")), "reason": reason}
+    return {**dict.fromkeys(("slope", "intercept", "r2", "slope_interval", "band")), "reason": reason}
+
+
+def _band(x: np.ndarray, curves: Callable[[float], np.ndarray]) -> list[list[float]] | None:
+    """The 95 % band of a fit: [x, low, high] at each of `x`; None: nothing can be drawn.
+
+    Args:
+        curves: the heights [R] of the resampled fits at a place.
+    """
+    ends = [(float(at), interval(curves(at))) for at in x]
+    return None if any(end is None for _, end in ends) else [[at, *end] for at, end in ends if end is not None]
 
 
 def _line(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

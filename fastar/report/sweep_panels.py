@@ -73,7 +73,8 @@ def sweep_picture(found: Mapping[str, Any], path: Path) -> None:
         else:
             _draw_star(panels[1], panels[2] if count == 3 else None, found)
         legend_below(figure, *panels[: 1 if scatter else 2])
-        title = f"{task_name(found)}: sweep of {found['kind']} (bars, band: one standard deviation)"
+        meanings = "bars, filled band: one standard deviation; hatched: 95 % of the fit"
+        title = f"{task_name(found)}: sweep of {found['kind']} ({meanings})"
         figure.suptitle(title, fontsize=11)
 
 
@@ -142,6 +143,7 @@ def _draw_barriers(panel: Any, found: Mapping[str, Any]) -> None:
         law = [power["a"] * one ** -power["b"] + power["c"] for one in n]
         label = f"power law {power['a']:.2f} n^-{power['b']:.2f} + {power['c']:.2f}"
         panel.plot(n, law, color="black", linestyle=":", linewidth=1.5, label=label)
+        _draw_band(panel, power)
     panel.set_ylabel("train loss barrier")
     panel.set_ylim(bottom=0)
     plain(panel)
@@ -171,6 +173,7 @@ def _draw_scatter(panel: Any, found: Mapping[str, Any]) -> None:
     straight = [(at, height) for at in line if (height := fit["intercept"] + fit["slope"] * at) > 0]
     panel.plot(*zip(*straight, strict=True), color="black", linewidth=1.2)
     panel.plot(line, line, color="grey", linestyle="--", linewidth=1)
+    _draw_band(panel, fit)
     if log:
         panel.set_xscale("log")
         panel.set_yscale("log")
@@ -180,6 +183,13 @@ def _draw_scatter(panel: Any, found: Mapping[str, Any]) -> None:
     panel.set_ylabel("train loss barrier, star to heldouts")
     panel.set_title(f"line of slope {fit['slope']:.2f}; bars: 95 %; dashed: equal", fontsize=10)
     plain(panel)
+
+
+def _draw_band(panel: Any, fit: Mapping[str, Any]) -> None:
+    """The 95 % band of a fit, hatched: other bands are filled. Files of older versions have none."""
+    if fit.get("band") is not None:
+        x, low, high = zip(*fit["band"], strict=True)
+        panel.fill_between(x, low, high, facecolor="none", edgecolor="black", alpha=0.3, hatch="////", linewidth=0)
 
 
 def _draw_star(losses: Any, accuracies: Any | None, found: Mapping[str, Any]) -> None:
