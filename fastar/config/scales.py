@@ -34,7 +34,7 @@ MOST = {
     "evaluation.bn_batches": (2, 8),
 }
 # Layers are narrower by so much, but not below their width of `WIDTHS`.
-NARROWER = (8, 4)
+NARROWER = 8
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class Width:
 WIDTHS = {
     "mlp": Width("width", 32, (8, 32)),
     "vit": Width("dim", 64, (16, 64)),
-    "densenet*": Width("growth", 12, (4, 6)),
+    "densenet*": Width("growth", 12, (4, 4)),
     "wrn*": Width("width", 1.0, (0.25, 0.5)),
-    "*": Width("width", 1.0, (0.125, 0.25)),
+    "*": Width("width", 1.0, (0.125, 0.125)),
 }
 
 
@@ -118,5 +118,5 @@ def _narrowed(old: Mapping[str, Any], column: int) -> dict[str, Any]:
     value = old.get(f"model.{width.key}", width.default)
     if not isinstance(value, int | float):  # validation says so
         return {}
-    narrow = max(value / NARROWER[column], min(value, width.least[column]))
+    narrow = max(value / NARROWER, min(value, width.least[column]))
     return {f"model.{width.key}": round(narrow) if isinstance(width.default, int) else narrow}
