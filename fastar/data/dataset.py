@@ -36,6 +36,8 @@ class Dataset(ABC):
     device: torch.device
     exact = True
     """A batch is a function of (seed, epoch, its place), so that a pass can begin at any of them."""
+    in_memory = False
+    """Samples lie in memory: several passes can be gone through side by side, for as little as one after the other."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -145,7 +147,7 @@ class Taken(Dataset):
 
     def __init__(self, whole: Dataset, split: Callable[[Any], tuple[Any, Any]]):
         self._whole, self._split = whole, split
-        self.device, self.exact = whole.device, whole.exact
+        self.device, self.exact, self.in_memory = whole.device, whole.exact, whole.in_memory
 
     def __len__(self) -> int:
         return len(self._whole)

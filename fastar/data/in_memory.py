@@ -38,6 +38,8 @@ class DeviceDataset(OrderedDataset):
     larger tensors: read them, do not write into them.
     """
 
+    in_memory = True
+
     def __init__(
         self,
         images: torch.Tensor,

@@ -99,6 +99,8 @@ class TensorData(_Held):
         FastarError: tensors of several lengths, or none.
     """
 
+    in_memory = True
+
     def __init__(self, name: str, tensors: Any, device: torch.device, index: Tensor | None = None):
         leaves = tree_leaves(tensors)
         lengths = {len(one) if one.ndim else 0 for one in leaves}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,10 @@ from fastar.config import changes
 from fastar.errors import FastarError
 from fastar.evaluation import Measured, evaluate_rows
 from fastar.evaluation.batch_norm import own_statistics
-from fastar.experiments.resumable import Subject, Trained, difference, trained
+from fastar.experiments.resumable import Subject, difference, trained
 from fastar.experiments.reuse import model_paths
 from fastar.experiments.session import Session, measuring
+from fastar.experiments.together import train_together
 from fastar.experiments.user_task import loss_recipe, metrics_digest
 from fastar.runs import commit, read_metadata, versions
 from fastar.runs.model_files import Checkpoint, load_checkpoint, load_into, save_checkpoint
@@ -25,7 +26,7 @@ from fastar.runtime.json_files import content_digest
 from fastar.runtime.progress import Progress
 from fastar.runtime.seeds import derive_seed
 from fastar.runtime.user_code import is_reference
-from fastar.training import RegularStep, resolve_precision
+from fastar.training import Epoch, RegularStep, resolve_precision
 
 # Keys of `train` that say how, not what.
 HOW = {"compile", "graph", "on_nonfinite"}
@@ -89,30 +90,48 @@ def regular_models(session: Session, kind: str, count: int) -> Iterator[Checkpoi
     paths = [session.run.model(kind, index) for index in range(count)]
     missing = [index for index, path in enumerate(paths) if not path.is_file()]
     with session.progress.task(f"{kind} models", total=len(missing), unit="models") as advance:
-        for index in missing:
-            train_regular(session, kind, index)
+
+        def done(subject: Subject, state: dict[str, Tensor], history: list[Epoch]) -> None:
+            finish_regular(session, subject, state, history)
             advance(1)
+
+        together = train_together(session, [planned(session, kind, index) for index in missing], done)
+        for index in missing:
+            if index not in together:
+                train_regular(session, kind, index)
+                advance(1)
     return map(partial(load_checkpoint, own=True), paths)
+
+
+def planned(session: Session, kind: str, index: int) -> tuple[Subject, Callable[[], nn.Module], int]:
+    """A regular model by its recipe, a function that builds its network, and the seed of its order and augmentation."""
+    seed = derive_seed(session.settings.seed, kind, index)
+    return Subject(recipe(session, kind, index)), partial(session.network.build, seed=seed), derive_seed(seed, "data")
 
 
 def train_regular(session: Session, kind: str, index: int) -> None:
     """Train one regular model, from where it was left if it was, and save it into the run folder."""
-    settings = session.settings
-    seed = derive_seed(settings.seed, kind, index)
-    wanted = recipe(session, kind, index)
+    subject, build, seed = planned(session, kind, index)
 
     def make(attempt: int) -> RegularStep:
-        return RegularStep(session.network.build(seed=seed), settings.train, loss=session.loss)
+        return RegularStep(build(), session.settings.train, loss=session.loss)
 
-    subject = Subject(wanted)
-    with trained(session, subject, make, seed=derive_seed(seed, "data")) as done:
+    with trained(session, subject, make, seed=seed) as done:
         state = done.step.state()
         done.step.release()  # the optimizer, a graph: the memory is measuring's now
-        model = session.network.build(seed=seed)
-        load_into(model, Checkpoint(state))
-        with measuring(subject.name):
-            measured = measured_alone(session, model, subject.name)
-        save_model(session, subject, state, measured, done)
+        finish_regular(session, subject, state, done.history, done.retries)
+
+
+def finish_regular(
+    session: Session, subject: Subject, state: Mapping[str, Tensor], history: list[Epoch], retries: int = 0
+) -> None:
+    """Measure a trained regular model, and save it into the run folder."""
+    _, build, _ = planned(session, subject.kind, subject.index)
+    model = build()
+    load_into(model, Checkpoint(state))
+    with measuring(subject.name):
+        measured = measured_alone(session, model, subject.name)
+    save_model(session, subject, state, measured, history, retries)
 
 
 def measured_alone(session: Session, model: nn.Module, name: str) -> Mapping[str, Measured]:
@@ -129,7 +148,8 @@ def save_model(
     subject: Subject,
     state: Mapping[str, Tensor],
     measured: Mapping[str, Measured],
-    done: Trained[Any],
+    history: Sequence[Epoch],
+    retries: int,
 ) -> None:
     """Write a trained model into the run folder, with what it is and `measured` on the splits."""
     save_checkpoint(
@@ -138,9 +158,9 @@ def save_model(
         {
             **recipe(session, subject.kind, subject.index),
             "recipe": dict(subject.recipe),
-            "epochs": len(done.history),
-            "retries": done.retries,
-            "training_loss": done.history[-1].loss,
+            "epochs": len(history),
+            "retries": retries,
+            "training_loss": history[-1].loss,
             **{
                 f"{split}_{name}": float(m[name][0])
                 for name in session.loss.measures()

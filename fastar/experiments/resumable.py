@@ -128,7 +128,7 @@ def trained(
                 epochs=epochs,
                 lr=lr,
                 rate="star.lr" if subject.kind == "star" else "train.lr",
-                on_epoch=lambda epoch: _record(session, subject, epoch),
+                on_epoch=lambda epoch: record(session, subject, epoch),
                 checkpoints=checkpoints,
                 saved=saved,
                 profile=profile,
@@ -156,7 +156,7 @@ def _with_retries(
     """The attempt that succeeds: from the newest checkpoint, then from those that `checkpoints` goes back to."""
     log, progress, name = session.run.log, session.progress, subject.name
     saved = checkpoints.newest()
-    if saved is not None and not _same_recipe(session, subject, saved):
+    if saved is not None and not same_recipe(session, subject, saved):
         remove_checkpoints(checkpoints.folder)
         saved = None
     if saved is not None:
@@ -181,14 +181,14 @@ def _with_retries(
                 session.metrics.forget(subject.kind, subject.index, saved.epoch if saved is not None else 0)
 
 
-def _record(session: Session, subject: Subject, epoch: Epoch) -> None:
+def record(session: Session, subject: Subject, epoch: Epoch) -> None:
     """Write an epoch into the log, and show it."""
     session.run.log.append(**subject.entry(vars(epoch)))
     if session.metrics is not None:
         session.metrics.add(subject.kind, subject.index, epoch.epoch + 1, live_figures(epoch))
 
 
-def _same_recipe(session: Session, subject: Subject, saved: Saved) -> bool:
+def same_recipe(session: Session, subject: Subject, saved: Saved) -> bool:
     """True where training may go on from `saved`; False where it ended in losses that were not finite, and another
     recipe is tried now.
 

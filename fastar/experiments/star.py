@@ -196,7 +196,7 @@ def _train(
             {**permutations, "matched": torch.tensor(int(matched), dtype=torch.int64, device="cpu")},
             {"kind": "matching", "star": tensors_digest(model.state_dict()), "sources": wanted["sources"]},
         )
-        save_model(session, subject, model.state_dict(), measured, done)
+        save_model(session, subject, model.state_dict(), measured, done.history, done.retries)
 
 
 def steps_profile(session: Session, steps: int) -> StepsProfile:

@@ -28,6 +28,9 @@ from fastar.runtime.json_files import read_file, read_object
 _EVENTS = "events.out.tfevents."
 _NUMBERED = re.compile(r"events\.out\.tfevents\.([0-9]{10,})")
 
+# Files that are open at a time: of models that are trained together.
+OPEN_FILES = 64
+
 
 class EventFile:
     """The metrics of one model as TensorBoard reads them, one point per epoch.
@@ -165,29 +168,33 @@ class LiveMetrics:
     def __init__(self, folder: Path, settings: LoggingSettings, resolved: Mapping[str, Any]):
         self._folder = folder
         self._settings = settings
-        self._model, self._file = "", EventFile(folder)
+        self._files: dict[str, EventFile] = {}
         self._wandb = WandbRun(folder, settings.wandb, resolved) if settings.wandb else None
 
     def add(self, kind: str, index: int, step: int, metrics: Mapping[str, float]) -> None:
         """Show the metrics of epoch number `step` (from 1) of a model."""
         model = f"{kind}-{index:04d}"
         if self._settings.tensorboard:
-            if self._model != model:
-                self._file.close()
-                self._model, self._file = model, EventFile(self._folder / "tensorboard" / model)
-            self._file.add(step, metrics)
+            if model not in self._files:
+                while len(self._files) >= OPEN_FILES:
+                    self._files.pop(next(iter(self._files))).close()
+                self._files[model] = EventFile(self._folder / "tensorboard" / model)
+            self._files[model].add(step, metrics)
         if self._wandb is not None:
             self._wandb.add(model, step, metrics)
 
     def forget(self, kind: str, index: int, step: int) -> None:
         """The points of a model after number `step` are made again, and will differ."""
-        self._file.close()  # the next point begins a new one, which makes void what this one has
+        file = self._files.pop(f"{kind}-{index:04d}", None)
+        if file is not None:
+            file.close()  # the next point begins a new one, which makes void what this one has
         if self._wandb is not None:
             self._wandb.forget(f"{kind}-{index:04d}", step)
 
     def close(self) -> None:
         """After the last."""
-        self._file.close()
+        for file in self._files.values():
+            file.close()
         if self._wandb is not None:
             self._wandb.close()
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import asdict, replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from fastar.runtime.timing import SpanClock, span
 from fastar.training.amp import resolve_precision
 from fastar.training.epochs import Epoch, Good, NonFiniteLoss, SoFar, check_batch
 from fastar.training.profiling import StepsProfile
-from fastar.training.resume import Saved, TrainingCheckpoints
+from fastar.training.resume import Resumable, Saved, TrainingCheckpoints
 from fastar.training.schedule import learning_rate, resolution
 from fastar.training.steps import Step, StepDraws
 
@@ -44,6 +45,12 @@ def timed_batches(batches: Iterable[tuple[Tensor, Tensor]], clock: SpanClock) ->
     finally:
         if isinstance(iterator, Generator):
             iterator.close()
+
+
+def learning_rates(settings: TrainSettings, epoch: int, steps: int, epochs: int, base: float) -> Tensor:
+    """The learning rate of each step of an epoch: fp32 [steps], on the CPU."""
+    found = [learning_rate(settings, epoch * steps + i, steps, epochs, base) for i in range(steps)]
+    return torch.tensor(found, dtype=torch.float32, device="cpu")
 
 
 def fit(
@@ -92,7 +99,7 @@ def fit(
     advice = f"lower {rate} (it is {base:g})"
     if resolve_precision(settings.precision, data.device) != torch.float32:
         advice += " or use train.precision=fp32"
-    training = _Training(step, data, settings, name, seed, checkpoints, epochs or settings.epochs, advice, clock)
+    training = ModelTraining(step, data, settings, name, seed, checkpoints, epochs or settings.epochs, advice, clock)
     steps = training.steps
     device = data.device
     lr_now = torch.zeros((), device=device, dtype=torch.float32)
@@ -116,11 +123,7 @@ def fit(
                 found = step.begin_epoch(epoch, steps)
                 synchronize(device)
                 training.so_far = SoFar(begin_seconds=clock() - start, figures=found)
-            rates = torch.tensor(
-                [learning_rate(settings, epoch * steps + i, steps, training.epochs, base) for i in range(steps)],
-                dtype=torch.float32,
-                device="cpu",
-            ).to(device)
+            rates = learning_rates(settings, epoch, steps, training.epochs, base).to(device)
             batches = training.batches(begin)
             training.clock_steps()
             for i, (inputs, targets) in enumerate(timed_batches(batches, training.clock), start=begin):
@@ -134,27 +137,45 @@ def fit(
                     profile.step_done()
                 if checkpoints is not None and i + 1 < steps and (requested() or checkpoints.due_within()):
                     if data.exact:
-                        training.save_within(i + 1)
+                        synchronize(device)  # what is queued is the steps' time
+                        saving = clock()
+                        saved_last = training.save_within(i + 1)
+                        training.saving += clock() - saving
                     else:  # a pass over these data cannot be begun here again
-                        training.stop_if_asked("")
+                        saved_last = ""
+                    stop_if_asked(saved_last)
             begin = 0
             del inputs, targets  # not for as long as the next epoch's matching takes
             done = training.end_epoch(float(rates[-1]))
             on_epoch(done)
             if checkpoints is not None and (requested() or checkpoints.due_after(epoch + 1)):
-                training.save_after()
+                stop_if_asked(training.save_after())
             advance(1, note=done.note())
             if done.seconds >= WORTH_A_LINE:
                 progress.line(f"{name}, epoch {epoch + 1} of {training.epochs}: {done.note()}")
     return training.history
 
 
-class _Training:
-    """State of a training that `fit` does: the losses of the epoch, the epochs before, the last good state."""
+class OfModel(Resumable, Protocol):
+    """The part of a step that belongs to one model: as of `Step`."""
+
+    def parts(self) -> Mapping[str, Resumable]: ...
+
+    def state(self) -> dict[str, Tensor]: ...
+
+    def describe(self, step: int) -> str: ...
+
+
+class ModelTraining:
+    """State of one model's training: the losses of the epoch, the epochs before, the last good state.
+
+    Args:
+        share: models whose steps are done at once; each counts that part of their seconds as its own.
+    """
 
     def __init__(
         self,
-        step: Step,
+        step: OfModel,
         data: Dataset,
         settings: TrainSettings,
         name: str,
@@ -163,6 +184,7 @@ class _Training:
         epochs: int,
         advice: str,
         clock: Callable[[], float],
+        share: int = 1,
     ):
         check_batch(settings, len(data))
         self.steps = data.batch_count(settings.batch_size, settings.drop_last)
@@ -180,6 +202,7 @@ class _Training:
         self._checkpoints = checkpoints
         self._advice = advice
         self._now = clock
+        self._share = share
         self._good: Good | None = None
 
     def go_on(self, saved: Saved) -> int:
@@ -209,27 +232,28 @@ class _Training:
             size=resolution(settings, epoch),
         )
 
-    def clock_steps(self) -> None:
-        """Begin to time steps."""
-        self.clock = SpanClock(self._device)
+    def clock_steps(self, clock: SpanClock | None = None) -> None:
+        """Begin to time steps, by a clock of its own or by `clock`."""
+        self.clock = SpanClock(self._device) if clock is None else clock
         self._begun = self._now()
-        self._saving = 0.0
+        self.saving = 0.0
 
-    def save_within(self, steps: int) -> None:
-        """Save after so many steps of the epoch, and stop if that is asked for."""
-        synchronize(self._device)  # what is queued is the steps' time
+    def save_within(self, steps: int) -> str:
+        """Save after so many steps of the epoch; what was saved, in words.
+
+        The seconds that it takes are no steps': the caller adds them to `saving`.
+        """
         start = self._now()
         self._check(steps)
-        written = self._save(steps, self._until(start))
-        if written:
-            self._keep(steps)
-        self._saving += self._now() - start
-        self.stop_if_asked(f"epoch {len(self.history) + 1}, step {steps + 1} of {self._name}" if written else "")
+        if not self._save(steps, self._until(start)):
+            return ""
+        self._keep(steps)
+        return f"epoch {len(self.history) + 1}, step {steps + 1} of {self._name}"
 
-    def save_after(self) -> None:
-        """Save after the last whole epoch, and stop if that is asked for."""
+    def save_after(self) -> str:
+        """Save after the last whole epoch; what was saved, in words."""
         written = self._save(0, SoFar(), loss=self.history[-1].loss)
-        self.stop_if_asked(f"epoch {len(self.history)} of {self._name}, which is whole" if written else "")
+        return f"epoch {len(self.history)} of {self._name}, which is whole" if written else ""
 
     def _save(self, steps: int, so_far: SoFar, **loss: float) -> bool:
         assert self._checkpoints is not None
@@ -273,8 +297,8 @@ class _Training:
         return float((losses.double() * images).sum() / images.sum())
 
     def _until(self, now: float) -> SoFar:
-        seconds = now - self._begun - self._saving
-        spans = self.clock.seconds()
+        seconds = (now - self._begun - self.saving) / self._share
+        spans = {name: took / self._share for name, took in self.clock.seconds().items()}
         return self.so_far.then(seconds, {**spans, "other": max(seconds - sum(spans.values()), 0.0)})
 
     def _keep(self, steps: int) -> None:
@@ -315,12 +339,13 @@ class _Training:
         number = self._data.sample_number(self._seed, len(self.history), step * self._settings.batch_size + index[0])
         return f"tensor {place} of sample {number} of the training data holds {value}: replace it, or leave that out"
 
-    def stop_if_asked(self, saved: str) -> None:
-        """Raise a request to stop, if there is one; `saved` says what was saved."""
-        request = requested()
-        if request is not None:
-            request.saved = saved
-            raise request
+
+def stop_if_asked(saved: str) -> None:
+    """Raise a request to stop, if there is one; `saved` says what was saved."""
+    request = requested()
+    if request is not None:
+        request.saved = saved
+        raise request
 
 
 def _in_words(name: str) -> str:

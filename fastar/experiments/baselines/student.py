@@ -92,7 +92,7 @@ def student(run: FinishedRun) -> Checkpoint:
             load_into(model, Checkpoint(state))
             with measuring("the student"):
                 measured = measured_alone(session, model, "the student")
-            save_model(session, subject, state, measured, done)
+            save_model(session, subject, state, measured, done.history, done.retries)
     found = load_checkpoint(path, own=True)
     check_recipe(path, found.metadata.get("recipe", {}), wanted)
     return found
