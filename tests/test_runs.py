@@ -262,13 +262,13 @@ def test_a_log_is_brought_back_to_where_its_model_goes_on(run: RunFolder) -> Non
     first = epochs(("source 0", 0), ("source 0", 1), ("source 1", 0), ("source 1", 1), ("source 1", 2))
     for entry in first:
         run.log.append(**entry)
-    run.log.repair("source 1", epochs(("source 1", 0), ("source 1", 1), loss=9.0))
+    run.log.repair({"source 1": epochs(("source 1", 0), ("source 1", 1), loss=9.0)})
     assert run.log.read() == first[:4]  # what was done after the checkpoint goes; what is there stays as it is
     data = run.log.path.read_bytes()
     run.log.path.write_bytes(data[: data.rindex(b'{"kind"')])  # a power cut
-    run.log.repair("source 1", epochs(("source 1", 0), ("source 1", 1), loss=9.0))
+    run.log.repair({"source 1": epochs(("source 1", 0), ("source 1", 1), loss=9.0)})
     assert run.log.read() == [*first[:3], *epochs(("source 1", 1), loss=9.0)]
-    run.log.repair("source 1", [])
+    run.log.repair({"source 1": []})
     assert run.log.read() == first[:2]
 
 
@@ -276,11 +276,11 @@ def test_a_log_that_says_the_same_is_not_written_again(run: RunFolder) -> None:
     for entry in epochs(("source 0", 0), ("source 0", 1)):
         run.log.append(**entry)
     before = run.log.path.stat()
-    run.log.repair("source 0", epochs(("source 0", 0), ("source 0", 1)))
-    run.log.repair("source 1", [])
+    run.log.repair({"source 0": epochs(("source 0", 0), ("source 0", 1))})
+    run.log.repair({"source 1": []})
     assert run.log.path.stat().st_ino == before.st_ino
     run.log.append(**epochs(("source 0", 1))[0])  # twice, as an interrupted attempt of old left it
-    run.log.repair("source 0", epochs(("source 0", 0), ("source 0", 1)))
+    run.log.repair({"source 0": epochs(("source 0", 0), ("source 0", 1))})
     assert [entry["epoch"] for entry in run.log.read()] == [0, 1]
 
 

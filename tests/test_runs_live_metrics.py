@@ -142,7 +142,7 @@ def test_wandb_goes_on_with_its_run_and_sends_no_epoch_twice(tmp_path: Path, mon
     for first in (1, 2):
         figures = LiveMetrics(tmp_path, settings, {"seed": 3})
         for step in range(first, 4):
-            figures.add("source", 1, step, {"loss": step / 2})
+            figures.add([("source", 1, step, {"loss": step / 2})])
         figures.close()
     assert [(b["project"], b["id"], b["resume"], b["config"]) for b in wandb.begun] == [
         ("stars", None, "allow", {"seed": 3}),
@@ -152,8 +152,8 @@ def test_wandb_goes_on_with_its_run_and_sends_no_epoch_twice(tmp_path: Path, mon
     assert wandb.finished == 2
     figures = LiveMetrics(tmp_path, settings, {})
     figures.forget("source", 1, 2)  # a retry: these will be others
-    figures.add("source", 1, 2, {"loss": 9.0})
-    figures.add("source", 1, 3, {"loss": 9.0})
+    figures.add([("source", 1, 2, {"loss": 9.0})])
+    figures.add([("source", 1, 3, {"loss": 9.0})])
     assert [entry["source-0001/epoch"] for entry in wandb.logged[3:]] == [3]
     assert json.loads((tmp_path / "wandb.json").read_text())["sent"] == {"source-0001": 3}
 

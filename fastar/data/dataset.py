@@ -1,14 +1,14 @@
 """The one form in which training and evaluation take data, wherever the samples live."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
-from fastar.data.sampling import epoch_order
+from fastar.data.sampling import epoch_order, epoch_orders
 from fastar.errors import FastarError
 from fastar.runtime.seeds import derive_seed
 
@@ -72,6 +72,13 @@ class Dataset(ABC):
     def sequential(self, batch_size: int) -> Iterator[Batch]:
         """Batches in file order, not augmented, every sample exactly once; the last may be short. See `batches`."""
 
+    def side_by_side(
+        self, batch_size: int, *, seeds: Sequence[int], epoch: int, drop_last: bool = True, begin: int = 0
+    ) -> Iterator[Batch]:
+        """The batches of an epoch of trainings with these seeds, of data `in_memory`; each tensor [seeds, batch, ...],
+        and each row what `batches` gives."""
+        raise NotImplementedError
+
     def order(self, seed: int, epoch: int) -> Tensor:
         """The places in `sequential` of an epoch's samples, in their order: int64 [n]; of data that are `exact`."""
         raise NotImplementedError
@@ -111,6 +118,27 @@ class OrderedDataset(Dataset):
     def sequential(self, batch_size: int) -> Iterator[Batch]:
         self._check_batch_size(batch_size, drop_last=False)
         return self._made(None, batch_size, None, None)
+
+    def side_by_side(
+        self, batch_size: int, *, seeds: Sequence[int], epoch: int, drop_last: bool = True, begin: int = 0
+    ) -> Iterator[Batch]:
+        if self._augments:
+            passes = [
+                self.batches(batch_size, seed=seed, epoch=epoch, drop_last=drop_last, begin=begin) for seed in seeds
+            ]
+            for some in zip(*passes, strict=True):
+                yield tree_map(lambda *ones: torch.stack(ones), *some)
+            return
+        count = self.batch_count(batch_size, drop_last)
+        orders = epoch_orders(len(self), seeds, epoch, self.device)[:, begin * batch_size : count * batch_size]
+        for chosen in orders.split(batch_size, dim=1) if orders.numel() else ():
+            batch = next(iter(self._made(chosen.flatten(), chosen.numel(), None, None)))
+            yield tree_map(lambda one, shape=chosen.shape: one.unflatten(0, shape), batch)
+
+    @property
+    def _augments(self) -> bool:
+        """What is drawn for a sample depends on a training's seed."""
+        return False
 
     def _check_batch_size(self, batch_size: int, drop_last: bool) -> None:
         if batch_size < 1:
@@ -160,6 +188,9 @@ class Taken(Dataset):
 
     def sequential(self, batch_size: int) -> Iterator[Batch]:
         return map(self._split, self._whole.sequential(batch_size))
+
+    def side_by_side(self, batch_size: int, **how: Any) -> Iterator[Batch]:
+        return map(self._split, self._whole.side_by_side(batch_size, **how))
 
     def order(self, seed: int, epoch: int) -> Tensor:
         return self._whole.order(seed, epoch)

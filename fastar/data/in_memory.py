@@ -70,6 +70,10 @@ class DeviceDataset(OrderedDataset):
         if (size, size) != (height, width):
             raise FastarError(f"images of {size}x{size} asked for, the data set's are {height}x{width} and stay so")
 
+    @property
+    def _augments(self) -> bool:
+        return bool(self.augmentation)
+
     def _made(self, order: torch.Tensor | None, batch_size: int, key: int | None, size: int | None) -> Iterator[Batch]:
         if not self.augmentation:
             key = None

@@ -5,6 +5,7 @@ The arithmetic stays inside 63 bits of int64, so NumPy, and PyTorch on any devic
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -27,10 +28,11 @@ def _mix(x: Integers) -> Integers:
     return x ^ (x >> 15)
 
 
-def draw(key: int, index: Integers, stream: int = 0) -> Integers:
+def draw(key: int | Integers, index: Integers, stream: int = 0) -> Integers:
     """Uniform 32-bit words (int64, same shape as `index`) for the samples `index` (int64, in 0..2^32-1).
 
-    `key` is a 63-bit seed; `stream` separates several draws for one sample. Distinct indices give distinct words.
+    `key` is a 63-bit seed, or several that broadcast with `index`; `stream` separates several draws for one sample.
+    Distinct indices give distinct words.
     """
     first = _mix(index ^ (key & _WORD))
     return _mix((first + ((key >> 32) + stream * _GOLDEN & _WORD)) & _WORD)
@@ -47,6 +49,14 @@ def epoch_order(count: int, seed: int, epoch: int, device: torch.device) -> torc
 
     index = torch.arange(count, device=device)
     return torch.argsort(draw(derive_seed(seed, "order", epoch), index))
+
+
+def epoch_orders(count: int, seeds: Sequence[int], epoch: int, device: torch.device) -> torch.Tensor:
+    """`epoch_order` of each of some seeds: int64 [seeds, count]."""
+    import torch
+
+    keys = torch.tensor([[derive_seed(seed, "order", epoch)] for seed in seeds], dtype=torch.int64, device=device)
+    return torch.argsort(draw(keys, torch.arange(count, device=device)[None]), dim=1)
 
 
 def paged_order(pages: np.ndarray, window: int, seed: int, epoch: int) -> np.ndarray:

@@ -90,21 +90,31 @@ def regular_models(session: Session, kind: str, count: int) -> Iterator[Checkpoi
     paths = [session.run.model(kind, index) for index in range(count)]
     missing = [index for index, path in enumerate(paths) if not path.is_file()]
     with session.progress.task(f"{kind} models", total=len(missing), unit="models") as advance:
-
-        def done(subject: Subject, state: dict[str, Tensor], history: list[Epoch]) -> None:
-            finish_regular(session, subject, state, history)
-            advance(1)
-
-        together = train_together(session, [planned(session, kind, index) for index in missing], done)
         for index in missing:
-            if index not in together:
-                train_regular(session, kind, index)
-                advance(1)
+            train_regular(session, kind, index)
+            advance(1)
     return map(partial(load_checkpoint, own=True), paths)
 
 
+def train_small(session: Session, numbers: Mapping[str, int]) -> None:
+    """Train the sources and heldouts that are missing and can be trained together; `regular_models` trains others.
+
+    Args:
+        numbers: of each kind.
+    """
+    for kind, count in numbers.items():
+        check_regular(session, kind, count)
+    missing = [
+        planned(session, kind, index)
+        for kind, count in numbers.items()
+        for index in range(count)
+        if not session.run.finished(kind, index)
+    ]
+    train_together(session, missing, partial(finish_regular, session))
+
+
 def planned(session: Session, kind: str, index: int) -> tuple[Subject, Callable[[], nn.Module], int]:
-    """A regular model by its recipe, a function that builds its network, and the seed of its order and augmentation."""
+    """A regular model: its recipe, a function that builds its network, and the seed of its order and augmentation."""
     seed = derive_seed(session.settings.seed, kind, index)
     return Subject(recipe(session, kind, index)), partial(session.network.build, seed=seed), derive_seed(seed, "data")
 

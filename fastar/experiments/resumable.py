@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -128,7 +128,7 @@ def trained(
                 epochs=epochs,
                 lr=lr,
                 rate="star.lr" if subject.kind == "star" else "train.lr",
-                on_epoch=lambda epoch: record(session, subject, epoch),
+                on_epoch=lambda epoch: record(session, [(subject, epoch)]),
                 checkpoints=checkpoints,
                 saved=saved,
                 profile=profile,
@@ -140,8 +140,13 @@ def trained(
     with users, training(settings, name):
         done = _with_retries(session, subject, checkpoints, attempt)
     yield done
-    remove_checkpoints(checkpoints.folder)
-    last_good = run.last_good(subject.kind, subject.index)
+    remove_what_is_left(session, subject)
+
+
+def remove_what_is_left(session: Session, subject: Subject) -> None:
+    """Delete what the training of a model that is saved now left: its checkpoints, and those of failed attempts."""
+    remove_checkpoints(session.run.in_training(subject.kind, subject.index))
+    last_good = session.run.last_good(subject.kind, subject.index)
     if last_good.exists():
         delete(last_good)
         remove_if_empty(last_good.parent)
@@ -164,7 +169,7 @@ def _with_retries(
     checkpoints.recall(saved)
     furthest: Good | None = None
     while True:
-        log.repair(name, [subject.entry(epoch) for epoch in saved.history] if saved is not None else [])
+        log.repair({name: [subject.entry(epoch) for epoch in saved.history] if saved is not None else []})
         try:
             return attempt(saved)
         except NonFiniteLoss as error:
@@ -181,11 +186,11 @@ def _with_retries(
                 session.metrics.forget(subject.kind, subject.index, saved.epoch if saved is not None else 0)
 
 
-def record(session: Session, subject: Subject, epoch: Epoch) -> None:
-    """Write an epoch into the log, and show it."""
-    session.run.log.append(**subject.entry(vars(epoch)))
+def record(session: Session, epochs: Sequence[tuple[Subject, Epoch]]) -> None:
+    """Write epochs into the log, and show them."""
+    session.run.log.extend([subject.entry(vars(epoch)) for subject, epoch in epochs])
     if session.metrics is not None:
-        session.metrics.add(subject.kind, subject.index, epoch.epoch + 1, live_figures(epoch))
+        session.metrics.add([(one.kind, one.index, epoch.epoch + 1, live_figures(epoch)) for one, epoch in epochs])
 
 
 def same_recipe(session: Session, subject: Subject, saved: Saved) -> bool:

@@ -10,7 +10,7 @@ from fastar.config import Settings
 from fastar.errors import FastarError
 from fastar.experiments.measure import measure, speed
 from fastar.experiments.plan import check_network, prepare_data, use_device
-from fastar.experiments.regular import check_regular, device_name, models_of, regular_models, task_digest
+from fastar.experiments.regular import device_name, models_of, regular_models, task_digest, train_small
 from fastar.experiments.reuse import measured_digest
 from fastar.experiments.session import Session, measuring, new_session, opened, threads
 from fastar.experiments.star import star_model, steps_profile
@@ -70,6 +70,7 @@ def train_sources(
         except FastarError as error:  # they may be wanted for something else
             progress.line(f"a star of these networks will be refused as it stands: {error}")
     with opened(session) as session, threads(session):
+        train_small(session, numbers)
         for kind, number in numbers.items():
             for _ in regular_models(session, kind, number):  # read, and so checked
                 pass
@@ -105,8 +106,8 @@ def do_run(
     _ = session.network.symmetry  # units that cannot be matched are named before anything is trained
     with opened(session) as session, threads(session):
         looking = None if profile is None else steps_profile(session, profile)
-        if settings.sources.heldout_folder is None:
-            check_regular(session, "heldout", settings.sources.heldout)
+        own = {kind: settings.sources.of_kind(kind) for kind in ("source", "heldout")}
+        train_small(session, {kind: number for kind, (number, folder) in own.items() if folder is None})
         star, sources, permutations = star_model(session, models_of(session, "source"), profile=looking)
         heldouts = [one.released() for one in models_of(session, "heldout")]
         with measuring("barriers"):

@@ -15,15 +15,16 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 
-from fastar.experiments.resumable import Subject, record, same_recipe, training
+from fastar.errors import FastarError
+from fastar.experiments.resumable import Subject, record, remove_what_is_left, same_recipe, training
 from fastar.experiments.session import Session
 from fastar.losses.side_by_side import of_network
 from fastar.runtime.device import synchronize
 from fastar.runtime.user_code import users_code
 from fastar.training import Epoch, RegularStep, resolve_precision
 from fastar.training.resume import Saved, TrainingCheckpoints
+from fastar.training.stack_loop import fit_together
 from fastar.training.stacked import StackedStep
-from fastar.training.together import fit_together, stacked_batches
 
 # Networks above this are busy with their products alone (measured: nothing is gained from 85,000 parameters on).
 MOST_PARAMETERS = 100_000
@@ -37,7 +38,7 @@ MOST_BYTES = 256 << 20
 TRIED_MODELS, TRIED_STEPS = 3, 3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Planned:
     """A model that is to be trained.
 
@@ -64,10 +65,10 @@ def train_together(
     session: Session,
     models: Sequence[tuple[Subject, Callable[[], nn.Module], int]],
     finish: Callable[[Subject, dict[str, Tensor], list[Epoch]], None],
-) -> set[int]:
-    """Train those of some models that can be trained together; the numbers of those that are finished.
+) -> None:
+    """Train those of some models that can be trained together.
 
-    The others are to be trained alone, which gives the same bits: too few, too large, of layers that
+    The others are left, to be trained alone, which gives the same bits: too few, too large, of layers that
     `torch.func.vmap` does not take or rounds otherwise, with draws (dropout), or no longer finite.
 
     Args:
@@ -75,14 +76,12 @@ def train_together(
         finish: is given each one's state and records at the end of its training, to measure and save it.
     """
     if len(models) < FEWEST_MODELS or not _may(session, models[0][1]()):
-        return set()
+        return
     planned = [one for model in models if (one := _plan(session, *model)) is not None]
-    finished: set[int] = set()
     for place in sorted({one.place for one in planned}):
         here = [one for one in planned if one.place == place]
         for group in _parts(here, _most_models(session, here[0].build())):
-            finished |= _train_group(session, group, finish)
-    return finished
+            _train_group(session, group, finish)
 
 
 def _may(session: Session, model: nn.Module) -> bool:
@@ -136,7 +135,7 @@ def _parts(models: Sequence[Planned], most: int) -> Iterator[Sequence[Planned]]:
 
 def _train_group(
     session: Session, group: Sequence[Planned], finish: Callable[[Subject, dict[str, Tensor], list[Epoch]], None]
-) -> set[int]:
+) -> None:
     generators = [session.device] if session.device.type == "cuda" else []
     with torch.random.fork_rng(generators), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # vmap's own, of what it does slowly
@@ -145,13 +144,12 @@ def _train_group(
         except Exception:  # noqa: BLE001  # of users' layers, or of vmap's rules for them: alone they are asked again
             way = None
     if way is None:
-        return set()
+        return
     settings, run = session.settings.train, session.run
     names = [one.subject.name for one in group]
     what = f"{names[0]} and {len(group) - 1} others together"
-    for one in group:
-        epochs = [] if one.saved is None else one.saved.history
-        run.log.repair(one.subject.name, [one.subject.entry(epoch) for epoch in epochs])
+    begun = {one: [] if one.saved is None else one.saved.history for one in group}
+    run.log.repair({one.subject.name: [one.subject.entry(epoch) for epoch in begun[one]] for one in group})
     if group[0].saved is not None:
         session.progress.line(f"training {what}: going on from {group[0].saved.place}")
     users = users_code(f"training {what}") if session.runs_user_code else nullcontext()
@@ -165,15 +163,23 @@ def _train_group(
             seeds=[one.seed for one in group],
             checkpoints=[one.checkpoints for one in group],
             saved=[one.saved for one in group],
-            on_epoch=lambda k, epoch: record(session, group[k].subject, epoch),
+            on_epoch=lambda epochs: record(session, [(group[k].subject, one) for k, one in epochs.items()]),
             progress=session.progress,
         )
-    finished = set()
-    for k, (one, history) in enumerate(zip(group, histories, strict=True)):
-        if history is not None:
-            finish(one.subject, step.of(k).state(), history)
-            finished.add(one.subject.index)
-    return finished
+    refused: list[FastarError] = []
+    with session.progress.task("models trained together", total=len(group), unit="models") as advance:
+        for k, (one, history) in enumerate(zip(group, histories, strict=True)):
+            if history is None:
+                continue
+            try:
+                finish(one.subject, step.of(k).state(), history)
+            except FastarError as error:  # such as a loss on the test data that is not finite: the others are good
+                refused.append(error)
+                continue
+            remove_what_is_left(session, one.subject)
+            advance(1)
+    if refused:
+        raise refused[0]
 
 
 def _best_way(session: Session, group: Sequence[Planned]) -> int | None:
@@ -214,10 +220,10 @@ def _best_way(session: Session, group: Sequence[Planned]) -> int | None:
 def _tried(session: Session, group: Sequence[Planned]) -> Iterator[tuple[Any, Any]]:
     """Batches [K, ...] of the first epoch: some from its beginning, and its last."""
     settings, data = session.settings.train, session.data.train
-    seeds = [one.seed for one in group]
-    yield from islice(stacked_batches(data, settings, seeds, 0), TRIED_STEPS)
-    last = data.batch_count(settings.batch_size, settings.drop_last) - 1
-    yield from stacked_batches(data, settings, seeds, 0, begin=last)
+    size, seeds = settings.batch_size, [one.seed for one in group]
+    last = data.batch_count(size, settings.drop_last) - 1
+    yield from islice(data.side_by_side(size, seeds=seeds, epoch=0, drop_last=settings.drop_last), TRIED_STEPS)
+    yield from data.side_by_side(size, seeds=seeds, epoch=0, drop_last=settings.drop_last, begin=last)
 
 
 def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:

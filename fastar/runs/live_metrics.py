@@ -7,7 +7,7 @@ import math
 import re
 import struct
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from io import FileIO
 from pathlib import Path
@@ -53,6 +53,10 @@ class EventFile:
             FastarError: the file cannot be written.
         """
         check_held(self._folder)
+        self.write(step, metrics)
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """`add`, where it was asked whether the folder is still held."""
         values = [Summary.Value(tag=tag, simple_value=value) for tag, value in metrics.items()]
         with refusal(f"{self._folder}: metrics cannot be written", "free space or set logging.tensorboard=false"):
             if self._file is None:
@@ -171,17 +175,22 @@ class LiveMetrics:
         self._files: dict[str, EventFile] = {}
         self._wandb = WandbRun(folder, settings.wandb, resolved) if settings.wandb else None
 
-    def add(self, kind: str, index: int, step: int, metrics: Mapping[str, float]) -> None:
-        """Show the metrics of epoch number `step` (from 1) of a model."""
-        model = f"{kind}-{index:04d}"
-        if self._settings.tensorboard:
-            if model not in self._files:
-                while len(self._files) >= OPEN_FILES:
-                    self._files.pop(next(iter(self._files))).close()
-                self._files[model] = EventFile(self._folder / "tensorboard" / model)
-            self._files[model].add(step, metrics)
-        if self._wandb is not None:
-            self._wandb.add(model, step, metrics)
+    def add(self, points: Sequence[tuple[str, int, int, Mapping[str, float]]]) -> None:
+        """Show points: each a model's kind and index, the number of an epoch (from 1) and its metrics."""
+        check_held(self._folder)
+        for kind, index, step, metrics in points:
+            model = f"{kind}-{index:04d}"
+            if self._settings.tensorboard:
+                self._file_of(model).write(step, metrics)
+            if self._wandb is not None:
+                self._wandb.add(model, step, metrics)
+
+    def _file_of(self, model: str) -> EventFile:
+        if model not in self._files:
+            while len(self._files) >= OPEN_FILES:
+                self._files.pop(next(iter(self._files))).close()
+            self._files[model] = EventFile(self._folder / "tensorboard" / model)
+        return self._files[model]
 
     def forget(self, kind: str, index: int, step: int) -> None:
         """The points of a model after number `step` are made again, and will differ."""

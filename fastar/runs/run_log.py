@@ -33,20 +33,24 @@ class RunLog:
         self.path = path
 
     def append(self, **entry: Any) -> None:
-        """Append one line, with a checksum as its last value.
+        """Append one line, as `extend`."""
+        self.extend([entry])
+
+    def extend(self, entries: Sequence[Mapping[str, Any]]) -> None:
+        """Append lines, each with a checksum as its last value.
 
         Raises:
-            FastarError: it cannot be written, or the folder is another process's by now.
+            FastarError: they cannot be written, or the folder is another process's by now.
         """
         check_held(self.path)
-        line = _line(entry)
+        lines = b"".join(map(_line, entries))
         cannot = refusal(f"{self.path}: cannot be written", "free space or choose another folder")
         with cannot, self.path.open("ab+") as file:
             if file.seek(0, os.SEEK_END):
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":  # cut by a kill: that line is lost, not this one too
-                    line = b"\n" + line
-            file.write(line)
+                    lines = b"\n" + lines
+            file.write(lines)
 
     def lines(self) -> list[dict[str, Any] | None]:
         """All lines that are not empty; None: one that was cut by a kill, or is damaged.
@@ -66,17 +70,22 @@ class RunLog:
         """Tell whether a kill has cut the last line: its end is missing."""
         return not _LINE_END.search(read_file(self.path))
 
-    def repair(self, model: str, epochs: Sequence[Mapping[str, Any]]) -> None:
-        """Make the epochs of `model` those that its training goes on from: lines of epochs that were done after its
-        last checkpoint go (they are done again), lines that a power cut took come back."""
+    def repair(self, epochs: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
+        """Make the epochs of some models, by their names, those that their trainings go on from: lines of epochs that
+        were done after the last checkpoint go (they are done again), lines that a power cut took come back."""
         lines = self.lines()
         entries = [entry for entry in lines if entry is not None]
-        others = [entry for entry in entries if entry.get("model") != model or "epoch" not in entry]
-        kept = {entry["epoch"]: entry for entry in entries if entry.get("model") == model and "epoch" in entry}
-        wanted = [kept.get(entry["epoch"], dict(entry)) for entry in epochs]
-        if list(kept.values()) == wanted and len(others) + len(kept) == len(lines):  # each once, and none damaged
+        of_models = [entry for entry in entries if entry.get("model") in epochs and "epoch" in entry]
+        others = [entry for entry in entries if entry.get("model") not in epochs or "epoch" not in entry]
+        kept = {(entry["model"], entry["epoch"]): entry for entry in of_models}
+        found: dict[str, list[int]] = {model: [] for model in epochs}
+        for model, epoch in kept:
+            found[model].append(epoch)
+        as_wanted = found == {model: [entry["epoch"] for entry in some] for model, some in epochs.items()}
+        if as_wanted and len(others) + len(kept) == len(lines):  # each once, and none damaged
             return
-        write_atomically(self.path, b"".join(_line(entry) for entry in [*others, *wanted]))
+        wanted = [kept.get((model, entry["epoch"]), entry) for model, some in epochs.items() for entry in some]
+        write_atomically(self.path, b"".join(map(_line, [*others, *wanted])))
 
     def take(self, models: Collection[str], other: RunLog) -> None:
         """Take the epochs of models from another log, in place of those that are here."""

@@ -170,7 +170,8 @@ class ModelTraining:
     """State of one model's training: the losses of the epoch, the epochs before, the last good state.
 
     Args:
-        share: models whose steps are done at once; each counts that part of their seconds as its own.
+        share: models whose steps are done at once; each counts that part of their seconds as its own. Above 1 the
+            caller looks whether what steps move is finite.
     """
 
     def __init__(
@@ -270,8 +271,9 @@ class ModelTraining:
 
     def end_epoch(self, lr: float) -> Epoch:
         """The epoch, whose steps are all done."""
-        moved, finite = self._finite()  # queued before the epoch's one wait, which is for the losses
-        losses = self._check(self.steps)
+        alone = self._share == 1  # else all that steps move is looked at together, and nothing is asked for if it fails
+        moved, finite = self._finite() if alone else ([], self.losses.new_ones(0))
+        losses = self._check(self.steps)  # the epoch's one wait
         spoiled = [name for name, good in zip(moved, finite.tolist(), strict=True) if not good]
         if spoiled:  # the loss is of before the update: nothing else would tell of the last step's
             raise self._not_finite(_in_words(spoiled[0]), self.steps - 1)
@@ -284,7 +286,7 @@ class ModelTraining:
             **asdict(so_far),
         )
         self.history.append(done)
-        if len(self.history) < self.epochs:
+        if alone and len(self.history) < self.epochs:
             self._keep(0)
         return done
 

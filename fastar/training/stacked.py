@@ -78,6 +78,14 @@ class StackedStep:
                 own.copy_(moved.detach())
         return losses.detach()
 
+    def finite(self) -> Tensor:
+        """Whether all that steps move is finite, of each network: bool [K]; not waited for."""
+        moved = [*self._views(self.theta).values(), *self._buffers.values()]
+        for one in self.optimizer.state():
+            moved += self._views(one).values() if one.numel() == self.theta.numel() else ()
+        floats = [one.flatten(1) for one in moved if one.is_floating_point()]
+        return torch.isfinite(torch.cat(floats, 1)).all(1)
+
     def of(self, k: int) -> OneOfStack:
         """Network number `k`."""
         return OneOfStack(self, k)

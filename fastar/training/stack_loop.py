@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map
 
 from fastar.config import TrainSettings
-from fastar.data.dataset import Batch, Dataset
+from fastar.data.dataset import Dataset
 from fastar.losses import sample_count
 from fastar.losses.side_by_side import of_network
 from fastar.runtime.device import synchronize
@@ -24,20 +23,6 @@ from fastar.training.resume import Saved, TrainingCheckpoints
 from fastar.training.stacked import StackedStep
 
 
-def stacked_batches(
-    data: Dataset, settings: TrainSettings, seeds: Sequence[int], epoch: int, begin: int = 0
-) -> Iterator[Batch]:
-    """The batches of an epoch for a training with each of the seeds, tensors [K, batch, ...]."""
-    passes = [
-        data.batches(
-            settings.batch_size, seed=seed, epoch=epoch, augment=True, drop_last=settings.drop_last, begin=begin
-        )
-        for seed in seeds
-    ]
-    for batches in zip(*passes, strict=True):
-        yield tree_map(lambda *ones: torch.stack(ones), *batches)
-
-
 def fit_together(
     step: StackedStep,
     data: Dataset,
@@ -47,7 +32,7 @@ def fit_together(
     seeds: Sequence[int],
     checkpoints: Sequence[TrainingCheckpoints],
     saved: Sequence[Saved | None],
-    on_epoch: Callable[[int, Epoch], None],
+    on_epoch: Callable[[Mapping[int, Epoch]], None],
     progress: Progress = SILENT,
     clock: Callable[[], float] = time.perf_counter,
 ) -> list[list[Epoch] | None]:
@@ -60,7 +45,7 @@ def fit_together(
         data: what is trained on, `in_memory`.
         names, seeds, checkpoints: of each model, as of `fit`.
         saved: what each goes on from, all at the same place, or all None.
-        on_epoch: told (number of the model, record).
+        on_epoch: told the record of each model, by its number.
 
     Raises:
         FastarError: a disk that is full.
@@ -109,7 +94,9 @@ def fit_together(
             spans = SpanClock(device)
             for training in trainings.values():
                 training.clock_steps(spans)
-            batches = stacked_batches(data, settings, seeds, epoch, begin)
+            batches = data.side_by_side(
+                settings.batch_size, seeds=seeds, epoch=epoch, drop_last=settings.drop_last, begin=begin
+            )
             for i, (inputs, targets) in enumerate(timed_batches(batches, spans), start=begin):
                 with spans:
                     lr_now.copy_(rates[i])
@@ -125,11 +112,12 @@ def fit_together(
                         training.saving += clock() - now
                     stop_if_asked(saved_last(places))
             begin = 0
+            for k in (~step.finite()).nonzero().flatten().tolist():
+                trainings.pop(k, None)
             ended = each(partial(ModelTraining.end_epoch, lr=float(rates[-1])))
-            for k, record in ended.items():
-                on_epoch(k, record)
             if not ended:
                 break
+            on_epoch(ended)
             if requested() or checkpoints[0].due_after(epoch + 1):
                 stop_if_asked(saved_last(each(ModelTraining.save_after)))
             advance(1, note=next(iter(ended.values())).note())
