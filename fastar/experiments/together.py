@@ -38,6 +38,10 @@ MOST_BYTES = 256 << 20
 TRIED_MODELS, TRIED_STEPS = 3, 3
 
 
+Finish = Callable[[Subject, dict[str, Tensor], list[Epoch]], None]
+"""Measures and saves a model, of its state and its records."""
+
+
 @dataclass(frozen=True, eq=False)
 class Planned:
     """A model that is to be trained.
@@ -64,7 +68,9 @@ class Planned:
 def train_together(
     session: Session,
     models: Sequence[tuple[Subject, Callable[[], nn.Module], int]],
-    finish: Callable[[Subject, dict[str, Tensor], list[Epoch]], None],
+    finish: Finish,
+    *,
+    clock: Callable[[], float] = time.process_time,
 ) -> None:
     """Train those of some models that can be trained together.
 
@@ -74,6 +80,7 @@ def train_together(
     Args:
         models: (what it is, what builds it, the seed of its data) of each.
         finish: is given each one's state and records at the end of its training, to measure and save it.
+        clock: seconds, by which the trial judges.
     """
     if len(models) < FEWEST_MODELS or not _may(session, models[0][1]()):
         return
@@ -81,7 +88,7 @@ def train_together(
     for place in sorted({one.place for one in planned}):
         here = [one for one in planned if one.place == place]
         for group in _parts(here, _most_models(session, here[0].build())):
-            _train_group(session, group, finish)
+            _train_group(session, group, finish, clock)
 
 
 def _may(session: Session, model: nn.Module) -> bool:
@@ -133,14 +140,13 @@ def _parts(models: Sequence[Planned], most: int) -> Iterator[Sequence[Planned]]:
             yield group
 
 
-def _train_group(
-    session: Session, group: Sequence[Planned], finish: Callable[[Subject, dict[str, Tensor], list[Epoch]], None]
-) -> None:
+def _train_group(session: Session, group: Sequence[Planned], finish: Finish, clock: Callable[[], float]) -> None:
+    """Train these models together, if a trial says so."""
     generators = [session.device] if session.device.type == "cuda" else []
     with torch.random.fork_rng(generators), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # vmap's own, of what it does slowly
         try:
-            way = _best_way(session, group)
+            way = _best_way(session, group, clock)
         except Exception:  # noqa: BLE001  # of users' layers, or of vmap's rules for them: alone they are asked again
             way = None
     if way is None:
@@ -170,6 +176,8 @@ def _train_group(
     with session.progress.task("models trained together", total=len(group), unit="models") as advance:
         for k, (one, history) in enumerate(zip(group, histories, strict=True)):
             if history is None:
+                if session.metrics is not None:  # it is shown again by its training alone
+                    session.metrics.forget(one.subject.kind, one.subject.index, settings.epochs)
                 continue
             try:
                 finish(one.subject, step.of(k).state(), history)
@@ -182,38 +190,42 @@ def _train_group(
         raise refused[0]
 
 
-def _best_way(session: Session, group: Sequence[Planned]) -> int | None:
+def _best_way(session: Session, group: Sequence[Planned], clock: Callable[[], float]) -> int | None:
     """The way to take the losses in which steps of a stack of these models give the bits that they give alone; None:
     there is none, or one after the other is as fast.
 
     Some steps are tried, of full batches and of an epoch's last, in the stack and of some of its models alone.
     """
     settings, device = session.settings.train, session.device
-    clock = time.process_time if device.type == "cpu" else time.perf_counter
     batches = list(_tried(session, group))
     lr = torch.tensor(settings.lr, device=device, dtype=torch.float32)
 
-    def timed(step: Callable[..., Tensor], k: int | None = None) -> float:
-        took = []
+    def tried(step: Callable[..., Tensor], k: int | None = None) -> tuple[float, Tensor]:
+        """The least seconds of a step, and the losses of all [steps, ...]."""
+        took, losses = [], []
         for inputs, targets in batches:
             given = (inputs, targets) if k is None else (of_network(inputs, k), of_network(targets, k))
             synchronize(device)
             begin = clock()
-            step(*given, lr)
+            losses.append(step(*given, lr))
             synchronize(device)
             took.append(clock() - begin)
-        return min(took)
+        return min(took), torch.stack(losses)
 
     chosen = sorted({round(i * (len(group) - 1) / (TRIED_MODELS - 1)) for i in range(TRIED_MODELS)})
     alone = {k: RegularStep(group[k].build(), settings, loss=session.loss) for k in chosen}
-    seconds = min(timed(step, k) for k, step in alone.items()) * len(group)
+    found = {k: tried(step, k) for k, step in alone.items()}
+    seconds = min(took for took, _ in found.values()) * len(group)
     way, ways = 0, 1
     while way < ways:
-        step = StackedStep([one.build() for one in group], settings, loss=session.loss, way=way)
-        stacked = timed(step)
-        if all(_same(one.save(), step.of(k).save()) for k, one in alone.items()):
-            return way if stacked < seconds else None
-        way, ways = way + 1, step.ways
+        stack = StackedStep([one.build() for one in group], settings, loss=session.loss, way=way)
+        took, losses = tried(stack)
+        pairs = [
+            ({"loss": found[k][1], **alone[k].save()}, {"loss": losses[:, k], **stack.of(k).save()}) for k in alone
+        ]
+        if all(torch.equal(value, other[name]) for one, other in pairs for name, value in one.items()):
+            return way if took < seconds else None
+        way, ways = way + 1, stack.ways
     return None
 
 
@@ -224,7 +236,3 @@ def _tried(session: Session, group: Sequence[Planned]) -> Iterator[tuple[Any, An
     last = data.batch_count(size, settings.drop_last) - 1
     yield from islice(data.side_by_side(size, seeds=seeds, epoch=0, drop_last=settings.drop_last), TRIED_STEPS)
     yield from data.side_by_side(size, seeds=seeds, epoch=0, drop_last=settings.drop_last, begin=last)
-
-
-def _same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(value, other[name]) for name, value in one.items())

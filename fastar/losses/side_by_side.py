@@ -14,8 +14,9 @@ from fastar.losses.loss import Loss
 from fastar.losses.targets import sample_count
 from fastar.losses.terms import IGNORED
 
-StackedLoss = Callable[[Any, Any, float], Tensor]
-"""(outputs [K, b, ...], targets [K, b, ...], label smoothing) -> the loss of each network, [K]."""
+StackedLoss = Callable[[Any, Any, float], tuple[Tensor, Tensor]]
+"""(outputs [K, b, ...], targets [K, b, ...], label smoothing) -> the loss of each network, [K], for gradients and as
+it is told of: both are the same to rounding."""
 
 
 def stacked_losses(loss: Loss, outputs: Any, targets: Any) -> list[StackedLoss]:
@@ -25,9 +26,10 @@ def stacked_losses(loss: Loss, outputs: Any, targets: Any) -> list[StackedLoss]:
         outputs, targets: such as it will be taken of.
     """
 
-    def one_by_one(outputs: Any, targets: Any, smoothing: float) -> Tensor:
+    def one_by_one(outputs: Any, targets: Any, smoothing: float) -> tuple[Tensor, Tensor]:
         pairs = ((of_network(outputs, k), of_network(targets, k)) for k in range(sample_count(outputs)))
-        return torch.stack([loss.mean(*pair, smoothing) for pair in pairs])
+        found = torch.stack([loss.mean(*pair, smoothing) for pair in pairs])
+        return found, found.detach()
 
     named = loss.function is None and not loss.whole and loss.name == "cross_entropy"
     plain = isinstance(outputs, Tensor) and isinstance(targets, Tensor) and outputs.ndim == 3 and targets.ndim == 2
@@ -41,7 +43,7 @@ def of_network(batch: Any, k: int) -> Any:
     return tree_map_only(Tensor, lambda one: one[k], batch)
 
 
-def _classes_first(outputs: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+def _classes_first(outputs: Tensor, targets: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
     """Cross-entropy with the samples innermost: few classes are no whole vector, a batch is several."""
     if outputs.requires_grad:  # in the order of its axes, as that of a batch alone: sums over it are the same then
         outputs.register_hook(lambda gradient: gradient.contiguous())
@@ -49,13 +51,17 @@ def _classes_first(outputs: Tensor, targets: Tensor, smoothing: float) -> Tensor
     return _means(found, targets)
 
 
-def _classes_last(outputs: Tensor, targets: Tensor, smoothing: float) -> Tensor:
+def _classes_last(outputs: Tensor, targets: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
     """Cross-entropy of all samples of all networks, as of one batch."""
     given = outputs.flatten(0, 1), targets.flatten()
     found = F.cross_entropy(*given, reduction="none", label_smoothing=smoothing)
     return _means(found.view(targets.shape), targets)
 
 
-def _means(found: Tensor, targets: Tensor) -> Tensor:
-    """The mean over each network's samples that are not ignored."""
-    return found.sum(1) / (targets != IGNORED).sum(1)
+def _means(found: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """The mean over each network's samples that are not ignored; and summed in the order of one network's loss."""
+    ignored = targets == IGNORED
+    places = ignored * IGNORED  # as if there were one class: its number, 0
+    rows = found.detach().neg().unsqueeze(2)
+    told = [F.nll_loss(row, place) for row, place in zip(rows.unbind(), places.unbind(), strict=True)]
+    return found.sum(1) / (~ignored).sum(1), torch.stack(told)

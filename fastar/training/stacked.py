@@ -68,7 +68,7 @@ class StackedStep:
             outputs, buffers = self._forward(inputs, self._weights, list(self._buffers.values()))
             ways = stacked_losses(self.loss, outputs, targets)
             self.ways = len(ways)
-            losses = ways[self.way](outputs, targets, self.settings.label_smoothing)
+            losses, told = ways[self.way](outputs, targets, self.settings.label_smoothing)
         with span("backward"):
             found = torch.autograd.grad(losses.sum(), self._weights, allow_unused=True, materialize_grads=True)
         with span("update"):
@@ -76,7 +76,7 @@ class StackedStep:
             self.optimizer.update((self._gradient,), lr=lr, scale=self._one, loss_scale=self.loss_scale)
             for own, moved in zip(self._buffers.values(), buffers, strict=True):
                 own.copy_(moved.detach())
-        return losses.detach()
+        return told
 
     def finite(self) -> Tensor:
         """Whether all that steps move is finite, of each network: bool [K]; not waited for."""
