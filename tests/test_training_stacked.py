@@ -48,28 +48,29 @@ def products_agree() -> bool:
 needs_equal_products = pytest.mark.skipif(not products_agree(), reason="batched products round otherwise here")
 
 
-def mlp(seed: int) -> nn.Module:
-    return build_model("mlp", input_shape=(1, 8, 8), classes=10, seed=seed, width=8, depth=2)
+def mlp(seed: int, side: int = 8) -> nn.Module:
+    return build_model("mlp", input_shape=(1, side, side), classes=10, seed=seed, width=8, depth=2)
 
 
 @needs_equal_products
 @pytest.mark.parametrize("count", [1, 2, MANY])
 @pytest.mark.parametrize(
-    ("way", "settings"),
+    ("way", "side", "settings"),
     [
-        *[(way, {}) for way in (0, 1, 2)],
-        (0, {"optimizer": "adamw", "decay_1d": False, "weight_decay": 0.1}),
-        (2, {"label_smoothing": 0.1}),
+        *[(way, 8, {}) for way in (0, 1, 2)],
+        (0, 8, {"optimizer": "adamw", "decay_1d": False, "weight_decay": 0.1}),
+        (2, 8, {"label_smoothing": 0.1}),
+        (0, 28, {}),  # so many inputs are summed in parts
     ],
 )
-def test_steps_are_those_of_each_network_alone(count: int, way: int, settings: dict[str, Any]) -> None:
-    """Whatever their number; batches of one network's bits do not depend on the others."""
+def test_steps_are_those_of_each_network_alone(count: int, way: int, side: int, settings: dict[str, Any]) -> None:
+    """Whatever their number: a network's bits do not depend on the others."""
     chosen = TrainSettings(precision="fp32", **settings)
-    stack = StackedStep([mlp(seed) for seed in range(count)], chosen, way=way)
-    alone = [RegularStep(mlp(seed), chosen) for seed in range(count)]
+    stack = StackedStep([mlp(seed, side) for seed in range(count)], chosen, way=way)
+    alone = [RegularStep(mlp(seed, side), chosen) for seed in range(count)]
     generator, lr = torch.Generator().manual_seed(0), torch.tensor(0.1)
     for _ in range(5):
-        images = torch.randn(count, 64, 1, 8, 8, generator=generator)
+        images = torch.randn(count, 64, 1, side, side, generator=generator)
         labels = torch.randint(10, (count, 64), generator=generator)
         labels[:, 3] = -100  # an ignored one
         losses = stack(images, labels, lr)
@@ -98,6 +99,27 @@ class Counting(Net):
         hidden = F.gelu(self.hidden(x))
         self.seen = 0.5 * self.seen + hidden.detach().mean(0)
         return self.again(F.gelu(self.out(hidden)))[:, :3]
+
+
+@needs_equal_products
+@pytest.mark.parametrize("norm", [nn.LayerNorm, nn.BatchNorm1d])
+def test_normalised_layers_are_those_of_each_network_alone(norm: Callable[[int], nn.Module]) -> None:
+    def built(seed: int) -> nn.Module:
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Linear(4, 16), norm(16), nn.Tanh(), nn.Linear(16, 16), norm(16), nn.Linear(16, 3))
+
+    settings = TrainSettings(precision="fp32")
+    stack, alone = (
+        StackedStep([built(k) for k in range(3)], settings),
+        [RegularStep(built(k), settings) for k in range(3)],
+    )
+    for _ in range(5):
+        x, y = torch.randn(3, 64, 4), torch.randint(3, (3, 64))
+        stack(x, y, torch.tensor(0.1))
+        for k, step in enumerate(alone):
+            step(x[k], y[k], torch.tensor(0.1))
+    for k, step in enumerate(alone):
+        assert_equal(stack.of(k).state(), step.state())
 
 
 @needs_equal_products

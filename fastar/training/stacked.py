@@ -21,6 +21,7 @@ from fastar.runtime.timing import span
 from fastar.training.amp import LossScale
 from fastar.training.optimizers import flat_optimizer
 from fastar.training.resume import Resumable, copy_into
+from fastar.training.stacked_layers import round_as_alone
 
 
 class StackedStep:
@@ -176,6 +177,7 @@ class _Interchangeable:
 
     def __init__(self, model: nn.Module, layout: FlatLayout, buffers: Sequence[str]):
         self._model = model
+        round_as_alone(model)
         modules = dict(model.named_modules(remove_duplicate=False))
 
         def place(name: str, table: str) -> tuple[dict[str, Any], str]:
