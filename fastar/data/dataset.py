@@ -11,6 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from fastar.data.sampling import epoch_order, epoch_orders
 from fastar.errors import FastarError
 from fastar.runtime.seeds import derive_seed
+from fastar.runtime.timing import span
 
 Batch = Any
 """One batch, on the data set's device. Of image sets: (images fp32 [b, C, H, W] channels-last and
@@ -130,7 +131,8 @@ class OrderedDataset(Dataset):
                 yield tree_map(lambda *ones: torch.stack(ones), *some)
             return
         count = self.batch_count(batch_size, drop_last)
-        orders = epoch_orders(len(self), seeds, epoch, self.device)[:, begin * batch_size : count * batch_size]
+        with span("augment"):
+            orders = epoch_orders(len(self), seeds, epoch, self.device)[:, begin * batch_size : count * batch_size]
         for chosen in orders.split(batch_size, dim=1) if orders.numel() else ():
             batch = next(iter(self._made(chosen.flatten(), chosen.numel(), None, None)))
             yield tree_map(lambda one, shape=chosen.shape: one.unflatten(0, shape), batch)
