@@ -309,3 +309,13 @@ def test_a_user_s_network_takes_turns_with_the_registered_one(
     with pytest.raises(SystemExit):
         run_tool("bench_step.py", [*small[:2], "--width", "9", *small[4:], *theirs], monkeypatch)
     assert "its parameters have other shapes than those of mlp" in capsys.readouterr().err
+
+
+def test_networks_together_and_apart(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    small = ["--width", "4", "--size", "6", "--batch", "32", "--device", "cpu", "--rounds", "2", "--numbers", "2", "3"]
+    run_tool("bench_stacked.py", small, monkeypatch)
+    lines = [json.loads(text) for text in capsys.readouterr().out.splitlines()]
+    assert [(one["case"], one["networks"]) for one in lines] == [
+        (case, number) for number in (2, 3) for case in ("apart", "together")
+    ]
+    assert all(one["apart_of_together"]["median"] > 0 and "same_bits" in one for one in lines[1::2])

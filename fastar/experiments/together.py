@@ -26,7 +26,7 @@ from fastar.training.resume import Saved, TrainingCheckpoints
 from fastar.training.stack_loop import fit_together
 from fastar.training.stacked import StackedStep
 
-# Networks above this are busy with their products alone (measured: nothing is gained from 85,000 parameters on).
+# Larger networks are busy with their products alone (measured on MLPs: 1.0 to 1.2 times at 85,000 parameters).
 MOST_PARAMETERS = 100_000
 # Fewer models, or steps, are not worth the trial.
 FEWEST_MODELS, FEWEST_STEPS = 3, 200
