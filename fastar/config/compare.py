@@ -52,13 +52,15 @@ def put(settings: dict[str, Any], key: str, value: object) -> None:
 def changes(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
     """The keys whose values differ between two nested settings, or parts of them, each with its old and new value.
 
-    `old` may be of an older version: a key that it lacks has its default, which does what that version did.
+    A key that one of them lacks has its default: an older version did what that does, and some are recorded only where
+    they differ from it.
 
     >>> changes({"train": {"lr": 0.5}}, {"train": {"lr": 0.1, "label_smoothing": 0.0}})
     {'train.lr': (0.5, 0.1)}
     """
     a, b = (flatten(renewed(one, told=False)) for one in (old, new))
-    a = {**{key: value for key, value in default_values().items() if key in b}, **a}
+    known = default_values()
+    a, b = ({**{key: known[key] for key in other if key in known}, **own} for own, other in ((a, b), (b, a)))
     return {key: (a.get(key), b.get(key)) for key in {**a, **b} if a.get(key) != b.get(key)}
 
 

@@ -145,8 +145,16 @@ class SourcesSettings(Section):
 
 
 class StarSettings(Section):
-    """Algorithm 1: how t is drawn, how often sources are matched, and what differs from `train`."""
+    """Algorithm 1: where the star starts, how t is drawn, how often sources are matched, what differs from `train`."""
 
+    start: Literal["random", "mean", "source"] = "random"
+    """Parameters that the star starts with. Near its sources it is trained in a fraction of the epochs, at a lower
+    learning rate (`star.epochs`, `star.lr`).
+
+    - random: those of a new network, as in the paper.
+    - mean: the mean of the sources, matched to the first of them; where sources are never matched, as they are.
+    - source: those of the first source.
+    """
     t: Literal["uniform", "beta", "constant"] = "uniform"
     """Distribution of t, the place on the path from the star (0) to a source (1)."""
     alpha: PositiveFloat = 2.0
@@ -166,6 +174,15 @@ class StarSettings(Section):
     """Epochs of the star. null: `train.epochs`."""
     lr: PositiveFloat | None = None
     """Learning rate of the star. null: `train.lr`."""
+    schedule: Literal["cosine", "linear"] | None = None
+    """Schedule of the star's learning rate, over its epochs. null: `train.schedule`; its `milestones` stay those of
+    `train.epochs`."""
+
+    def recorded(self) -> dict[str, Any]:
+        """All that a star depends on, as it is recorded; what older versions did not know only where it is set."""
+        new = ("start", "schedule")
+        unset = {name for name in new if getattr(self, name) == type(self).model_fields[name].default}
+        return self.model_dump(mode="json", exclude=unset)
 
 
 class SinkhornSettings(Section):
@@ -353,6 +370,13 @@ class Settings(Section):
     def star_lr(self) -> float:
         """The learning rate of the star's training."""
         return self.star.lr or self.train.lr
+
+    @property
+    def star_train(self) -> TrainSettings:
+        """`train`, with the schedule of the star's training."""
+        if self.star.schedule is None:
+            return self.train
+        return self.train.model_copy(update={"schedule": self.star.schedule, "milestones": ()})
 
     @property
     def star_matched_every(self) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from fastar.experiments.families import mean_row
+from fastar.experiments.families import mean_of
 from fastar.experiments.finished_run import FinishedRun
 from fastar.experiments.matchings import star_permutations
 from fastar.experiments.measure import permuted_row, regular_pairs, spread
@@ -78,7 +78,7 @@ def _compared_pairs(run: FinishedRun) -> tuple[list[dict[str, Any]], dict[str, A
             compare("regular_regular", dict([regular[first]]), dict(regular[second] for _, second in group))
         compare("star_heldout", star, heldouts)
         matched = compare("star_source", star, sources, star_permutations(session.run.permutations) or None)
-        mean = {"mean": Checkpoint(session.network.layout.unflatten(mean_row(session, run.sources, matched)))}
+        mean = {"mean": Checkpoint(session.network.layout.unflatten(mean_of(session, run.sources, matched)))}
         for kind, others in (("mean_star", star), ("mean_heldout", heldouts), ("mean_source", sources)):
             compare(kind, mean, others)
 

@@ -19,7 +19,7 @@ from fastar.experiments.baselines.swag import Moments
 from fastar.experiments.finished_run import FinishedRun
 from fastar.experiments.measure import permuted_row
 from fastar.experiments.session import Session
-from fastar.flat import FlatLayout
+from fastar.flat import FlatLayout, mean_row
 from fastar.kernels import interpolate
 from fastar.runs.model_files import Checkpoint
 from fastar.runtime.seeds import derive_seed
@@ -136,7 +136,7 @@ class Families:
 
     @cached_property
     def _mean_row(self) -> Tensor:
-        return mean_row(self._run.session, self._run.sources, self._run.permutations)
+        return mean_of(self._run.session, self._run.sources, self._run.permutations)
 
     def _between_star(self, index: int, t: float) -> Tensor:
         return point(self._star_row(), self._row(index, True), t)
@@ -156,12 +156,9 @@ class Families:
         return beside(self._star_row(), self._layout, seed, self._radius)
 
 
-def mean_row(session: Session, models: Sequence[Checkpoint], permutations: Sequence[Permutations | None]) -> Tensor:
+def mean_of(session: Session, models: Sequence[Checkpoint], permutations: Sequence[Permutations | None]) -> Tensor:
     """The mean of models' parameters [P], their units permuted."""
-    total = torch.zeros(session.network.layout.numel, dtype=torch.float64, device="cpu")
-    for one, permutation in zip(models, permutations, strict=True):
-        total += permuted_row(session, one, permutation)
-    return (total / len(models)).float()
+    return mean_row(permuted_row(session, *one) for one in zip(models, permutations, strict=True))
 
 
 def beside(star: Tensor, layout: FlatLayout, seed: int, radius: float, *, by_filter: bool = False) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from fastar.config import Settings, changes
+from fastar.config import Settings, TrainSettings, changes
 from fastar.data.dataset import Dataset
 from fastar.errors import FastarError
 from fastar.experiments.session import Session
@@ -87,6 +87,7 @@ def trained(
     seed: int,
     epochs: int | None = None,
     lr: float | None = None,
+    train: TrainSettings | None = None,
     profile: StepsProfile | None = None,
     data: Dataset | None = None,
 ) -> Iterator[Trained[AnyStep]]:
@@ -98,6 +99,7 @@ def trained(
     Args:
         make: model, optimizer and all, anew for an attempt (its number gives the seeds of draws).
         seed: of order and augmentation.
+        train: how it is trained; None: as the run's settings say.
         data: what it is trained on; None: the run's training data.
 
     Raises:
@@ -122,7 +124,7 @@ def trained(
             history = fit(
                 step,
                 session.data.train if data is None else data,
-                settings.train,
+                settings.train if train is None else train,
                 name=name,
                 seed=own,
                 epochs=epochs,

@@ -44,7 +44,7 @@ def star_recipe(session: Session, sources: Sequence[Checkpoint]) -> dict[str, An
     settings = session.settings
     return {
         **recipe(session, "star", 0),
-        "star": settings.star.model_dump(mode="json"),
+        "star": settings.star.recorded(),
         "matching": with_old_names("matching", settings.matching.recorded()),
         "sources": [state_digest(source) for source in sources],
     }
@@ -170,6 +170,7 @@ def _train(
         seed=derive_seed(seed, "data"),
         epochs=settings.star.epochs,
         lr=settings.star.lr,
+        train=settings.star_train,
         profile=profile,
     ) as done:
         if profile is not None:

@@ -5,5 +5,5 @@ in such a row (fp32 training in place), and `WorkingWeights` makes it live in a 
 step (the star step, and AMP), while the caller keeps the fp32 master row.
 """
 
-from fastar.flat.layout import FlatEntry, FlatLayout
+from fastar.flat.layout import FlatEntry, FlatLayout, mean_row
 from fastar.flat.parameters import FlatParameters, WorkingWeights, check_kernels

@@ -1,6 +1,6 @@
 """Layouts: the place of each parameter of an architecture in a flat buffer."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from math import prod
 
@@ -115,6 +115,19 @@ class FlatLayout:
             for name, view in self.views(buffer).items()
         }
         return {**copies, **{alias: copies[name] for alias, name in self.aliases}}
+
+
+def mean_row(rows: Iterable[torch.Tensor]) -> torch.Tensor:
+    """The mean of rows [P], summed in float64, one after the other; fp32.
+
+    >>> mean_row([torch.tensor([1.0, 2.0]), torch.tensor([3.0, 6.0])])
+    tensor([2., 4.])
+    """
+    total, count = None, 0
+    for row in rows:
+        total, count = row.to(torch.float64, copy=True) if total is None else total.add_(row), count + 1
+    assert total is not None, "no rows"
+    return (total / count).float()
 
 
 def _view(buffer: torch.Tensor, entry: FlatEntry, offset: int) -> torch.Tensor:

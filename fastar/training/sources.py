@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastar.errors import FastarError, refusal
-from fastar.flat import FlatLayout
+from fastar.flat import FlatLayout, mean_row
 from fastar.runtime.memory import free_bytes
 from fastar.training.prefetch import FetchedRows, RowFeed, Slots
 
@@ -109,6 +109,11 @@ class SourcesStore:
             there = whole[: len(here)].copy_(here)
             yield self.layout.views(there)
             here.copy_(there)
+
+    def mean(self) -> Tensor:
+        """The mean [P] of the rows as they are now, on the device."""
+        self._settle()
+        return mean_row(row.to(self.device) for row in self.rows)
 
     def make_beside(self, width: int, dtype: torch.dtype) -> Tensor:
         """Zeros [N, width] that live where the rows do; the caller's own."""

@@ -1,5 +1,6 @@
 """Algorithm 1: a star model theta of source models Z (paper, section 3).
 
+Theta starts as a new network does, or where `star.start` says                                `StarStep._near_sources`
 Each epoch, the sources are matched to theta:
     1. theta_n <- pi_n(theta_n) for all n in Z, pi_n the best permutation of hidden units    `match_store`, `Matcher`
 and each step moves theta by the loss at a random point of the path to a random source:
@@ -204,7 +205,7 @@ class StarStep(Step):
     Args:
         model: gives the architecture and the initial theta.
         settings: the recipe, as of a regular model.
-        star: how t is drawn.
+        star: where theta starts, and how t is drawn.
         sources: Z, permuted in place by `match`.
         seed: of the draws of (source, t).
         match: step 1, given theta, the store and the epoch's number; its metrics. None: sources are never matched.
@@ -243,12 +244,23 @@ class StarStep(Step):
         self._graph = self._graph_of(self._body)
 
     def begin_epoch(self, epoch: int, steps: int) -> dict[str, float]:
+        if epoch == 0 and self.star.start != "random":
+            with span("matching"):
+                self._near_sources()
         every, found = self._match_every, {}
         if self._match is not None and every and epoch % every == 0:  # (k - 1) mod m == 0: the first epoch too
             with span("matching"):
                 found = self._match(self.theta, self.sources, epoch)
         self.resume_epoch(epoch, steps, 0)
         return found
+
+    def _near_sources(self) -> None:
+        """Theta becomes the first source, or the mean of the sources, matched to the first."""
+        self.theta.copy_(self.sources.rows[0])
+        if self.star.start == "mean":
+            if self._match is not None and self._match_every:
+                self._match(self.theta, self.sources, 0)
+            self.theta.copy_(self.sources.mean())
 
     def resume_epoch(self, epoch: int, steps: int, begin: int) -> None:
         indices, ts = draw(self.star, len(self.sources), steps, derive_seed(self._seed, "draws", epoch))

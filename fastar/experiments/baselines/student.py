@@ -72,6 +72,7 @@ def student(run: FinishedRun) -> Checkpoint:
     epochs, lr = settings.star_epochs, settings.star_lr
     sources = [state_digest(source) for source in run.sources]
     wanted = {**recipe(session, "student", 0), "epochs": epochs, "lr": lr, "sources": sources}
+    wanted |= {} if settings.star.schedule is None else {"schedule": settings.star.schedule}
     seed = derive_seed(settings.seed, "student")
 
     def make(attempt: int) -> RegularStep:
@@ -85,7 +86,8 @@ def student(run: FinishedRun) -> Checkpoint:
             )
         taught = Taught(data, _taught(run), whole=session.loss.whole)
         seeds, subject = derive_seed(seed, "data"), Subject(wanted)
-        with trained(session, subject, make, seed=seeds, epochs=epochs, lr=lr, data=taught) as done:
+        train = settings.star_train
+        with trained(session, subject, make, seed=seeds, epochs=epochs, lr=lr, train=train, data=taught) as done:
             state = done.step.state()
             done.step.release()
             model = session.network.build(seed=seed)

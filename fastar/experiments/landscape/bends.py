@@ -59,6 +59,7 @@ def trained_bend(
         "ends": tensors_digest({"first": ends[0], "second": ends[1]}),
         "epochs": epochs or settings.star_epochs,
         "lr": settings.star_lr,
+        **({} if settings.star.schedule is None else {"schedule": settings.star.schedule}),
     }
     if path.is_file():
         changed = changes(read_metadata(path, own=True).get("recipe", {}), wanted)
@@ -88,7 +89,7 @@ def _trained(session: Session, first: Checkpoint, ends: Sequence[Tensor], wanted
         fit(
             step,
             session.data.train,
-            settings.train,
+            settings.star_train,
             name=f"the {kind}'s bend",
             seed=derive_seed(seed, "data"),
             epochs=wanted["epochs"],

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from fastar.errors import FastarError
 from fastar.evaluation import Endpoint, Segment
-from fastar.experiments.families import mean_row
+from fastar.experiments.families import mean_of
 from fastar.experiments.finished_run import FinishedRun
 from fastar.experiments.measure import endpoint, evaluated, permuted_row
 from fastar.experiments.session import Session
@@ -72,7 +72,7 @@ class NamedNetworks:
     def _mean(self) -> Checkpoint:
         """With the star's buffers, since a state is permuted whole; its batch-norm statistics are always estimated."""
         session, run = self._run.session, self._run
-        row = mean_row(session, run.sources, run.permutations)
+        row = mean_of(session, run.sources, run.permutations)
         return Checkpoint({**run.star.state, **session.network.layout.unflatten(row)})
 
 

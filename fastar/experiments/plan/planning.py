@@ -271,7 +271,8 @@ def work_of(session: Session, counts: DataCounts, speed: float | None, matching:
     epoch, model = (None if speed is None else images / speed for images in (counts.train, measured))
     parts = [("epoch of a regular model", regular * train.epochs, epoch), ("epoch of the star", epochs, epoch)]
     if every:
-        parts.append((MATCHING, settings.sources.number * -(-epochs // every), matching))
+        times = -(-epochs // every) + (settings.star.start == "mean")
+        parts.append((MATCHING, settings.sources.number * times, matching))
     parts.append(("model or point of a path measured", regular + 1 + sizes.evaluated_models(settings), model))
     return [dict(zip(("what", "times", "seconds"), part, strict=True)) for part in parts]
 
