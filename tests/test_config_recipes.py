@@ -100,6 +100,18 @@ def test_a_recipe_says_only_how_it_differs_from_its_base() -> None:
             assert not repeated, f"{name}: {section} repeats {', '.join(repeated)}"
 
 
+def test_fast_stars_take_a_tenth_of_their_recipes_epochs() -> None:
+    """From the mean of its sources, whose own recipe stays the paper's; the rate ends at 0."""
+    fast = [f"cifar10-{arch}-fast" for arch in ("vgg11", "vgg19", "densenet40")]
+    for name in (*fast, "cifar100-resnet18-fast", "cifar100-densenet40-fast"):
+        settings, paper = (load_settings(file=Path(one)) for one in (name, name.removesuffix("-fast")))
+        assert settings == paper.model_copy(update={"star": settings.star})
+        assert settings.star.start == "mean"
+        assert settings.star_epochs * 10 == paper.train.epochs
+        assert settings.star_lr * 2 == paper.train.lr
+        assert settings.star_train.schedule == "cosine"
+
+
 @pytest.mark.parametrize("scale", SCALES)
 @pytest.mark.parametrize("name", names())
 def test_scales_make_every_recipe_smaller_and_leave_what_it_is(name: str, scale: str) -> None:
@@ -131,7 +143,7 @@ def test_epochs_and_learning_rate_shrink_in_proportion() -> None:
             "warmup_epochs": 10,
             "resolutions": [[60, 160], [65, 192], [90, 224]],
         },
-        "star": {"epochs": 40},
+        "star": {"epochs": 40, "lr": 0.2},
     }
     out = scaled(content, "small", defaults={"train.optimizer": "sgd"})
     assert out["train"] == {
@@ -143,7 +155,7 @@ def test_epochs_and_learning_rate_shrink_in_proportion() -> None:
         "warmup_epochs": pytest.approx(1.0),
         "resolutions": [[6, 96], [9, 96]],
     }
-    assert out["star"]["epochs"] == 4
+    assert out["star"] == {"epochs": 4, "lr": pytest.approx(0.05)}
     assert out["dataset"]["resolution"] == 96
     assert content["train"]["epochs"] == 120  # the settings given are not changed
     adam = scaled(content, "small", defaults={"train.optimizer": "adam"})

@@ -84,7 +84,9 @@ def scaled(content: Mapping[str, Any], name: str, *, defaults: Mapping[str, Any]
         del most["dataset.resolution"]
     new: dict[str, Any] = {key: _at_most(old.get(key), value) for key, value in most.items()}
     if old["train.batch_size"] > new["train.batch_size"] and old["train.optimizer"] == "sgd":
-        new["train.lr"] = old["train.lr"] * new["train.batch_size"] / old["train.batch_size"]
+        for key in ("train.lr", "star.lr"):
+            if old.get(key) is not None:
+                new[key] = old[key] * new["train.batch_size"] / old["train.batch_size"]
     new |= _shortened(old, new["train.epochs"], MOST["dataset.resolution"][column])
     new |= _narrowed(old, column)
     return merge(content, nested(new))
