@@ -319,3 +319,24 @@ def test_networks_together_and_apart(monkeypatch: pytest.MonkeyPatch, capsys: py
         (case, number) for number in (2, 3) for case in ("apart", "together")
     ]
     assert all(one["apart_of_together"]["median"] > 0 and "same_bits" in one for one in lines[1::2])
+
+
+def test_quality_is_told_of_star_by_star(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    small = ["dataset.limit=200", f"dataset.directory={tmp_path}", "train.epochs=2", "sources.number=2"]
+    small += ["sources.heldout=1", "evaluation.points=3", "workers=1", "device=cpu"]
+    picture = tmp_path / "quality.png"
+    chosen = ["--ways", "random", "mean", "--shares", "0.5", "--seeds", "2", "--picture", str(picture)]
+    run_tool("bench_quality.py", [*small, *chosen], monkeypatch)
+    out = capsys.readouterr().out
+    stars = [json.loads(text) for text in out.splitlines() if text.startswith("{")]
+    told = [(one["seed"], one["epochs"], one["case"]) for one in stars]
+    assert told == [(seed, 1, way) for seed in (0, 1) for way in ("random", "mean")]
+    assert all(one["largest_loss"] >= one["star_loss"] > 0 and one["cpu_s"] > 0 for one in stars)
+    assert len({one["star_loss"] for one in stars}) == len(stars)
+    first, second = (one["largest_loss"] for one in stars if one["case"] == "mean")
+    assert f"| mean | 1 | {(first + second) / 2:.3f} ± {abs(first - second) / 2**0.5:.3f} |" in out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(SystemExit, match="--ways 'nowhere': choose of random; source; mean; "):
+        run_tool("bench_quality.py", ["--ways", "nowhere"], monkeypatch)
