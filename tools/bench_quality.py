@@ -54,6 +54,7 @@ WAYS: dict[str, list[str]] = {
     "mean, matched every 3 epochs": ["star.start=mean", "star.match_every_epochs=3", HALF],
 }
 COLOURS = ("#000000", "#56B4E9", "#D55E00", "#009E73")
+STYLE: dict[str, Any] = {"marker": "o", "markersize": 4, "capsize": 2, "alpha": 0.8}
 SHARES = (0.1, 0.25, 0.5, 1.0)
 KEYS = ("largest_loss", "barrier", "star_loss", "largest_loss_sources", "largest_loss_test", "cpu_s")
 PANELS = {"largest_loss": "largest loss, star to heldouts", "star_loss": "loss, star"}
@@ -129,6 +130,8 @@ def table(found: Sequence[dict[str, Any]]) -> str:
 
 def draw(found: Sequence[dict[str, Any]], path: Path) -> None:
     """Write a PNG: each loss (a row) over epochs and over CPU seconds, a line for each way."""
+    from matplotlib.ticker import LogLocator, NullFormatter
+
     with figure_of(path, (9.0, 6.4)) as figure:
         panels = figure.subplots(len(PANELS), 2, sharey="row")
         for (key, name), row in zip(PANELS.items(), panels, strict=True):
@@ -139,8 +142,11 @@ def draw(found: Sequence[dict[str, Any]], path: Path) -> None:
                         continue
                     x = [one[over] if over == "epochs" else one[over][0] for one in here]
                     y, deviation = ([one[key][i] for one in here] for i in (0, 1))
-                    panel.errorbar(x, y, deviation, color=colour, marker="o", markersize=4, capsize=2, label=way)
+                    panel.errorbar(x, y, deviation, color=colour, label=way, **STYLE)
                 panel.set_xscale("log")
+                panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+                panel.xaxis.set_major_formatter("{x:g}")
+                panel.xaxis.set_minor_formatter(NullFormatter())
                 panel.set_xlabel("epochs of the star" if over == "epochs" else "CPU seconds of the star")
                 plain(panel)
             row[0].set_ylabel(name)
