@@ -172,7 +172,7 @@ def main() -> None:
         raise FastarError("--seeds must be at least 1, --shares above 0 and at most 1")
     if options.picture is not None:
         check_picture(options.picture)
-    records = []
+    records: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="fastar-quality-") as temporary:
         for seed in range(options.seeds):
             recipe = settings_of(options.arch, seed, options.settings, options.directory)
