@@ -10,14 +10,13 @@ import yaml
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from fastar.config.datasets import DATASETS, DatasetSpec, dataset_spec, variable_size_names
-from fastar.config.train_settings import TrainSettings
+from fastar.config.train_settings import StarSettings, TrainSettings
 from fastar.config.types import (
     CROSS,
     MOST,
     BelowOne,
     Count,
     Folder,
-    Fraction,
     NotNegative,
     Pairs,
     Positive,
@@ -142,47 +141,6 @@ class SourcesSettings(Section):
     def of_kind(self, kind: str) -> tuple[int, Path | None]:
         """The number of sources or heldouts, and where they are given."""
         return (self.number, self.folder) if kind == "source" else (self.heldout, self.heldout_folder)
-
-
-class StarSettings(Section):
-    """Algorithm 1: where the star starts, how t is drawn, how often sources are matched, what differs from `train`."""
-
-    start: Literal["random", "mean", "source"] = "random"
-    """Parameters that the star starts with. Near its sources it is trained in a fraction of the epochs, at a lower
-    learning rate (`star.epochs`, `star.lr`).
-
-    - random: those of a new network, as in the paper.
-    - mean: the mean of the sources, matched to the first of them; where sources are never matched, as they are.
-    - source: those of the first source.
-    """
-    t: Literal["uniform", "beta", "constant"] = "uniform"
-    """Distribution of t, the place on the path from the star (0) to a source (1)."""
-    alpha: PositiveFloat = 2.0
-    """t=beta only: first parameter of the beta distribution."""
-    beta: PositiveFloat = 2.0
-    """t=beta only: second parameter of the beta distribution."""
-    value: Fraction = 0.5
-    """t=constant only: t itself."""
-    mu: NotNegative = 0.0
-    """Weight of the star's own loss: the objective is (L_path + mu L_star) / (1 + mu). 1: the modified objective of the
-    paper's table 2. A step then takes about twice the time. 0: the path's loss alone."""
-    seed: Count = 0
-    """Another star of the same sources for each number: its initialisation, draws and data order derive from it."""
-    match_every_epochs: Count = 1
-    """Match the sources every so many epochs, from the first on. 0: never."""
-    epochs: UpToAMillion | None = None
-    """Epochs of the star. null: `train.epochs`."""
-    lr: PositiveFloat | None = None
-    """Learning rate of the star. null: `train.lr`."""
-    schedule: Literal["cosine", "linear"] | None = None
-    """Schedule of the star's learning rate, over its epochs. null: `train.schedule`; its `milestones` stay those of
-    `train.epochs`."""
-
-    def recorded(self) -> dict[str, Any]:
-        """All that a star depends on, as it is recorded; what older versions did not know only where it is set."""
-        new = ("start", "schedule")
-        unset = {name for name in new if getattr(self, name) == type(self).model_fields[name].default}
-        return self.model_dump(mode="json", exclude=unset)
 
 
 class SinkhornSettings(Section):
