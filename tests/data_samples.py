@@ -17,8 +17,8 @@ from PIL import Image
 from fastar.config import DATASETS
 from fastar.data.dataset import Batch, Dataset
 from fastar.data.raw.raw_split import ArraySplit, ImageSplit, RawDataset
+from fastar.data.sampling import augmentation_keys
 from fastar.errors import FastarError
-from fastar.runtime.seeds import derive_seed
 
 
 def arrays(count: int, shape: tuple[int, int, int], classes: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -30,7 +30,7 @@ def arrays(count: int, shape: tuple[int, int, int], classes: int, seed: int = 0)
 
 def augmented_in_order(data: Dataset, batch_size: int, seed: int, epoch: int) -> Iterator[Batch]:
     """The augmented batches of an epoch, in the order of the file."""
-    return data._made(None, batch_size, derive_seed(seed, "augmentation", epoch), None)
+    return data._made(None, batch_size, augmentation_keys(seed, epoch), None)
 
 
 def raw_dataset(name: str, train: int = 60, test: int = 30) -> RawDataset:

@@ -12,7 +12,7 @@ from fastar.config import Augmentation
 from fastar.data.augment import augmented, crop_and_mirror, draw_augmentation
 from fastar.data.convert import prepare
 from fastar.data.in_memory import DeviceDataset, load
-from fastar.data.sampling import draw, draw_below
+from fastar.data.sampling import augmentation_keys, draw, draw_below
 from fastar.errors import FastarError
 from fastar.runtime.seeds import derive_seed
 
@@ -140,11 +140,38 @@ def test_augmentation_follows_the_sample_into_a_subset():
 
 def test_compiled_loop_and_torch_give_the_same_bits():
     data = dataset(500)
-    key = derive_seed(0, "augmentation", 0)
+    keys = augmentation_keys(0, 0)
     chosen = torch.arange(499, -1, -1)
-    draws = draw_augmentation(CROP_AND_FLIP, key, chosen)
+    draws = draw_augmentation(CROP_AND_FLIP, keys, chosen)
     compiled = augmented(data.images, chosen, draws, data._normalise)
     assert torch.equal(compiled, data._normalise(crop_and_mirror(data.images, chosen, *draws)))
+
+
+def test_alternate_mirroring_is_turned_round_each_epoch_and_begins_as_at_random():
+    plain, turned = (dataset(augmentation=Augmentation(flip=True), alternate=alternate) for alternate in (False, True))
+
+    def epochs(data, seed, begin=0):
+        parts = [list(data.batches(10, seed=seed, epoch=epoch, drop_last=False, begin=begin)) for epoch in range(3)]
+        return [by_sample(part)[0] for part in parts] if not begin else parts
+
+    (first, second, third), at_random = epochs(turned, 3), epochs(plain, 3)
+    assert torch.equal(first, at_random[0])
+    assert torch.equal(second, first.flip(3))
+    assert torch.equal(third, first)
+    assert not torch.equal(at_random[1], second)
+    assert not torch.equal(epochs(turned, 4)[0], first)
+    rest = epochs(turned, 3, begin=7)[1]  # where a training goes on
+    assert torch.equal(torch.cat([images for images, _ in rest]), second[torch.cat([labels for _, labels in rest])])
+
+
+def test_alternate_mirroring_leaves_the_crops():
+    here, there = (list(dataset(alternate=alternate).batches(10, seed=1, epoch=1)) for alternate in (False, True))
+    mirrored = 0
+    for (images, _), (others, _) in zip(here, there, strict=True):
+        for one, other in zip(images, others, strict=True):
+            mirrored += not torch.equal(one, other)
+            assert torch.equal(one, other) or torch.equal(one.flip(2), other)
+    assert 20 < mirrored < 80  # of 100, each with probability 1/2
 
 
 @pytest.mark.gpu

@@ -155,9 +155,12 @@ def test_epochs_are_permutations_with_keyed_mirroring(tmp_path: Path) -> None:
         path = root / ("train" if number < 16 else "val") / f"n{number % 2}" / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(image).save(path)
-    data = StreamingDataset(prepared(root, RAW), "train", "cpu", size=24, threads=1)
+    data, turned = (
+        StreamingDataset(prepared(root, RAW), "train", "cpu", size=24, threads=1, alternate=alternate)
+        for alternate in (False, True)
+    )
 
-    def epoch(number: int, batch: int = 16) -> list[tuple[int, bool]]:
+    def epoch(number: int, batch: int = 16, data: StreamingDataset = data) -> list[tuple[int, bool]]:
         found = []
         for images, _ in data.batches(batch, seed=1, epoch=number, drop_last=False):
             for image in pixels(images):
@@ -171,6 +174,8 @@ def test_epochs_are_permutations_with_keyed_mirroring(tmp_path: Path) -> None:
     assert first != second
     assert dict(first) != dict(second)  # mirrored anew
     assert {m for _, m in first} == {True, False}
+    assert epoch(0, data=turned) == first
+    assert dict(epoch(1, data=turned)) == {k: not m for k, m in first}
     assert epoch(0, batch=5) == first
     assert sum(len(labels) for _, labels in data.batches(5, seed=1, epoch=0)) == 15  # the last, short one dropped
     still = StreamingDataset(prepared(root, RAW), "train", "cpu", size=24, threads=1, limit=4)

@@ -47,6 +47,13 @@ class DatasetSettings(Section):
     """Share of the training images that is kept out of training (0.1: a tenth). Losses, accuracies and barriers are
     measured on them too. Each class keeps its share. The dataset's name alone determines the images: they are the same
     in every run, whatever its seed. `limit` chooses among the rest. The normalisation of pixels does not change."""
+    flip: Literal["random", "alternate"] = "random"
+    """Mirroring of training images (cifar10, cifar100 and sets of images of any size; others are not mirrored).
+
+    - random: each image with probability 1/2, drawn anew in each epoch.
+    - alternate: drawn in the first epoch; each later one mirrors the images that the one before did not
+      (arXiv:2404.00498, section 3.6).
+    """
     own_name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")] | None = None
     """imagefolder only: the name of your set, and of the folder of its files (`--name`)."""
     val_share: Annotated[float, Field(gt=0, lt=1)] | None = None
@@ -101,6 +108,8 @@ class DatasetSettings(Section):
             raise ValueError(f"own_name={self.own_name!r} is another dataset's name; choose one of your own")
         if self.val_share is not None and self.name != "imagefolder":
             raise ValueError(f"val_share belongs to imagefolder; {self.name} has test images of its own: leave it out")
+        if self.flip == "alternate" and not (self.spec.variable_size or self.spec.augmentation.flip):
+            raise ValueError(f"flip=alternate is of images that are mirrored in training; {self.name}'s are not")
         for key in ("resolution", "crop", "order", "encoding", "exif", "threads"):
             if not self.spec.variable_size and getattr(self, key) != type(self).model_fields[key].default:
                 raise ValueError(

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from fastar.config import Augmentation
-from fastar.data.sampling import draw, draw_below
+from fastar.data.sampling import AugmentationKeys, draw_below, draw_mirrored
 
 
 class Normalisation:
@@ -34,15 +34,15 @@ class Normalisation:
 Draws = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
-def draw_augmentation(augmentation: Augmentation, key: int, index: torch.Tensor) -> Draws:
+def draw_augmentation(augmentation: Augmentation, keys: AugmentationKeys, index: torch.Tensor) -> Draws:
     """(rows down, columns right, mirrored) of each sample: int64 in -pad..pad, int64 in -pad..pad, bool; all [b].
 
-    The crop starts that far from the unpadded image's corner. Streams 0, 1 and 2 of `key`, at the samples `index`.
+    The crop starts that far from the unpadded image's corner. Streams 0, 1 and 2 of the keys, at the samples `index`.
     """
     span = 2 * augmentation.pad + 1
-    down = draw_below(span, key, index, 0) - augmentation.pad
-    right = draw_below(span, key, index, 1) - augmentation.pad
-    mirrored = draw(key, index, 2) >> 31 == 1
+    down = draw_below(span, keys.crop, index, 0) - augmentation.pad
+    right = draw_below(span, keys.crop, index, 1) - augmentation.pad
+    mirrored = draw_mirrored(keys, index)
     return down, right, mirrored if augmentation.flip else torch.zeros_like(mirrored)
 
 

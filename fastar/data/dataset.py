@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from fastar.data.sampling import epoch_order, epoch_orders
+from fastar.data.sampling import AugmentationKeys, augmentation_keys, epoch_order, epoch_orders
 from fastar.errors import FastarError
-from fastar.runtime.seeds import derive_seed
 from fastar.runtime.timing import span
 
 Batch = Any
@@ -94,6 +93,9 @@ class OrderedDataset(Dataset):
     decodes them as they are read, and `user_data` has tensors and map-style datasets. A further form is a subclass with
     the abstract methods."""
 
+    alternate = False
+    """Images are mirrored in every other epoch (`augmentation_keys`)."""
+
     def batches(
         self,
         batch_size: int,
@@ -114,7 +116,8 @@ class OrderedDataset(Dataset):
         if size is not None:
             self._check_size(size)
         order = self._order(seed, epoch)[begin * batch_size : count * batch_size]
-        return self._made(order, batch_size, derive_seed(seed, "augmentation", epoch) if augment else None, size)
+        keys = augmentation_keys(seed, epoch, alternate=self.alternate) if augment else None
+        return self._made(order, batch_size, keys, size)
 
     def sequential(self, batch_size: int) -> Iterator[Batch]:
         self._check_batch_size(batch_size, drop_last=False)
@@ -163,8 +166,10 @@ class OrderedDataset(Dataset):
         return epoch_order(len(self), seed, epoch, self.device)
 
     @abstractmethod
-    def _made(self, order: Any | None, batch_size: int, key: int | None, size: int | None) -> Iterator[Batch]:
-        """Batches of the samples `order` (None: all, in the order of the file), augmented by `key` if there is one."""
+    def _made(
+        self, order: Any | None, batch_size: int, keys: AugmentationKeys | None, size: int | None
+    ) -> Iterator[Batch]:
+        """Batches of the samples `order` (None: all, in the order of the file), augmented by `keys` if given."""
 
 
 class Taken(Dataset):

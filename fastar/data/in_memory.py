@@ -9,6 +9,7 @@ import torch
 from fastar.config import Augmentation
 from fastar.data.augment import Normalisation, augmented, draw_augmentation
 from fastar.data.dataset import Batch, OrderedDataset
+from fastar.data.sampling import AugmentationKeys
 from fastar.data.splits import chosen_images, stored_in
 from fastar.errors import FastarError
 from fastar.runtime.progress import SILENT, Progress
@@ -48,6 +49,7 @@ class DeviceDataset(OrderedDataset):
         mean: tuple[float, ...],
         std: tuple[float, ...],
         augmentation: Augmentation,
+        alternate: bool = False,
         index: torch.Tensor | None = None,
         normalised_bytes: int = NORMALISED_BYTES,
         block_bytes: int | None = None,
@@ -57,6 +59,7 @@ class DeviceDataset(OrderedDataset):
         if len(images) != len(labels) or len(mean) != images.shape[3] or len(std) != images.shape[3]:
             raise ValueError(f"{len(images)} images, {len(labels)} labels, {len(mean)} means do not fit together")
         self.images, self.labels, self.device, self.augmentation = images, labels, images.device, augmentation
+        self.alternate = alternate
         self.index = torch.arange(len(labels), device=labels.device) if index is None else index
         self._normalise = Normalisation(mean, std, images.shape[1], images.shape[2], images.device)
         self._normalised = self._normalise(images) if images.numel() * 4 <= normalised_bytes else None
@@ -74,21 +77,23 @@ class DeviceDataset(OrderedDataset):
     def _augments(self) -> bool:
         return bool(self.augmentation)
 
-    def _made(self, order: torch.Tensor | None, batch_size: int, key: int | None, size: int | None) -> Iterator[Batch]:
+    def _made(
+        self, order: torch.Tensor | None, batch_size: int, keys: AugmentationKeys | None, size: int | None
+    ) -> Iterator[Batch]:
         if not self.augmentation:
-            key = None
-        if order is None and key is None and self._normalised is not None:
+            keys = None
+        if order is None and keys is None and self._normalised is not None:
             images = self._normalised.permute(0, 3, 1, 2)
             return zip(images.split(batch_size), self.labels.split(batch_size), strict=True)
-        return self._blocks(torch.arange(len(self), device=self.device) if order is None else order, batch_size, key)
+        return self._blocks(torch.arange(len(self), device=self.device) if order is None else order, batch_size, keys)
 
-    def _blocks(self, order: torch.Tensor, batch_size: int, key: int | None) -> Iterator[Batch]:
+    def _blocks(self, order: torch.Tensor, batch_size: int, keys: AugmentationKeys | None) -> Iterator[Batch]:
         sample_bytes = 4 * self.images[0].numel()
         block = max(1, self._block_bytes // (sample_bytes * batch_size)) * batch_size
         for chosen in order.split(block) if len(order) else ():
             with span("augment"):
-                if key is not None:
-                    draws = draw_augmentation(self.augmentation, key, self.index[chosen])
+                if keys is not None:
+                    draws = draw_augmentation(self.augmentation, keys, self.index[chosen])
                     pixels = augmented(self.images, chosen, draws, self._normalise)
                 elif self._normalised is not None:
                     pixels = self._normalised.index_select(0, chosen)
@@ -105,12 +110,14 @@ def load(
     *,
     limit: int | None = None,
     validation: float = 0.0,
+    alternate: bool = False,
     progress: Progress = SILENT,
 ) -> DeviceDataset:
     """Read a split ("train", "validation" or "test") into memory of `device`, from .beton files or raw arrays.
 
     `limit` keeps at most so many samples, classes balanced, in file order; `validation` is the share of the training
-    images that are the split "validation" and not in "train" (`fastar.data.splits`).
+    images that are the split "validation" and not in "train" (`fastar.data.splits`); `alternate` mirrors them in every
+    other epoch (`fastar.data.sampling.augmentation_keys`).
     """
     # Chosen before any is read: what is left out takes no memory.
     choose = partial(
@@ -124,6 +131,7 @@ def load(
             mean=files.mean,
             std=files.std,
             augmentation=files.augmentation,
+            alternate=alternate,
             index=torch.from_numpy(index).to(device),
         )
     except torch.OutOfMemoryError as error:

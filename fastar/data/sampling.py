@@ -6,7 +6,7 @@ The arithmetic stays inside 63 bits of int64, so NumPy, and PyTorch on any devic
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -19,6 +19,7 @@ Integers = TypeVar("Integers", np.ndarray, "torch.Tensor")
 
 _WORD = 0xFFFFFFFF
 _GOLDEN = 0x9E3779B9  # 2^32 / golden ratio: spreads the stream numbers
+_MIRROR = 2  # the stream of mirroring
 
 
 def _mix(x: Integers) -> Integers:
@@ -41,6 +42,33 @@ def draw(key: int | Integers, index: Integers, stream: int = 0) -> Integers:
 def draw_below(bound: int | Integers, key: int, index: Integers, stream: int = 0) -> Integers:
     """Uniform integers in 0..bound-1 (bound < 2^31, one or one for each), int64, same shape as `index`."""
     return (draw(key, index, stream) * bound) >> 32
+
+
+class AugmentationKeys(NamedTuple):
+    """Keys of an epoch's augmentation: of its crops, and of its mirroring, whose draws are turned round where
+    `opposite`."""
+
+    crop: int
+    mirror: int
+    opposite: bool
+
+
+def augmentation_keys(seed: int, epoch: int, *, alternate: bool = False) -> AugmentationKeys:
+    """The keys of epoch number `epoch` (from 0).
+
+    Args:
+        alternate: mirrorings are drawn for the first epoch alone; each later one mirrors the samples that the one
+            before did not (Jordan, arXiv:2404.00498, section 3.6). false: each epoch draws its own.
+    """
+    key = derive_seed(seed, "augmentation", epoch)
+    if not alternate:
+        return AugmentationKeys(key, key, False)
+    return AugmentationKeys(key, derive_seed(seed, "augmentation", 0), epoch % 2 == 1)
+
+
+def draw_mirrored(keys: AugmentationKeys, index: Integers) -> Integers:
+    """Which of the samples `index` (int64) are mirrored: bool, same shape; each with probability 1/2."""
+    return (draw(keys.mirror, index, _MIRROR) >> 31 == 1) ^ keys.opposite
 
 
 def epoch_order(count: int, seed: int, epoch: int, device: torch.device) -> torch.Tensor:

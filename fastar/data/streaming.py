@@ -14,7 +14,7 @@ from fastar.data.dataset import Batch, OrderedDataset
 from fastar.data.ffcv.decode import Plan
 from fastar.data.ffcv.folder import DatasetFiles
 from fastar.data.ffcv.read import ImageReader
-from fastar.data.sampling import draw, epoch_order, paged_order
+from fastar.data.sampling import AugmentationKeys, draw_mirrored, epoch_order, paged_order
 from fastar.data.splits import chosen_images, stored_in
 from fastar.errors import FastarError
 from fastar.runtime.device import cpus
@@ -26,7 +26,6 @@ Batches = Generator[Batch, None, None]
 
 WINDOW = 64
 """Pages of 8 MiB that order "pages" shuffles together: half a gigabyte of memory, some 2,000 images."""
-_MIRROR = 2  # the stream of draws, as for images of one size
 
 
 class StreamingDataset(OrderedDataset):
@@ -48,6 +47,7 @@ class StreamingDataset(OrderedDataset):
         limit: at most so many samples, classes balanced.
         validation: the share of the training images that are the split "validation" and not in "train"
             (`fastar.data.splits`).
+        alternate: mirror in every other epoch (`fastar.data.sampling.augmentation_keys`).
         progress: told where checksums of the images must be made first (`DatasetFiles.checksums`).
         window: pages that order "pages" shuffles together.
     """
@@ -64,6 +64,7 @@ class StreamingDataset(OrderedDataset):
         threads: int | None = None,
         limit: int | None = None,
         validation: float = 0.0,
+        alternate: bool = False,
         progress: Progress = SILENT,
         window: int = WINDOW,
     ):
@@ -76,7 +77,7 @@ class StreamingDataset(OrderedDataset):
                 "use dataset.order=random, or write it again shuffled"
             )
         self._size, self._crop, self._paged, self._window = size, crop, order == "pages", window
-        self.device = torch.device(device)
+        self.device, self.alternate = torch.device(device), alternate
         place = self.device
         self._normalisation = cache(lambda side: Normalisation(files.mean, files.std, side, side, place))
         stored = stored_in(split)
@@ -99,11 +100,13 @@ class StreamingDataset(OrderedDataset):
             return paged_order(self._pages[self._index], self._window, seed, epoch)
         return epoch_order(len(self), seed, epoch, torch.device("cpu")).numpy()
 
-    def _made(self, order: np.ndarray | None, batch_size: int, key: int | None, size: int | None) -> Batches:
+    def _made(
+        self, order: np.ndarray | None, batch_size: int, keys: AugmentationKeys | None, size: int | None
+    ) -> Batches:
         order, size = self._index[slice(None) if order is None else order], size or self._size
         if len(order) == 0:
             return
-        boxes = centre if key is None else random_boxes(self._crop, key)
+        boxes = centre if keys is None else random_boxes(self._crop, keys.crop)
         plan = Plan(size, boxes, pinned=self.device.type == "cuda")
         normalise, start = self._normalisation(size), 0
         with closing(self._reader.epoch(order, batch_size, plan)) as batches:
@@ -112,8 +115,8 @@ class StreamingDataset(OrderedDataset):
                 start += len(pixels)
                 with span("augment"):
                     mirrored = None
-                    if key is not None:
-                        mirrored = self._moved(torch.from_numpy(draw(key, index, _MIRROR) >> 31 == 1))
+                    if keys is not None:
+                        mirrored = self._moved(torch.from_numpy(draw_mirrored(keys, index)))
                     images = mirrored_and_normalised(self._moved(pixels), mirrored, normalise)
                     labels = self._moved(torch.from_numpy(self._labels[index]))
                 yield images.permute(0, 3, 1, 2), labels

@@ -23,7 +23,7 @@ from torch.utils.data.sampler import BatchSampler
 from fastar.data.dataset import Dataset, OrderedDataset, first_not_finite
 from fastar.data.generators import generators_kept, seed_all, set_states, states
 from fastar.data.sample_reading import BatchOrder, Collated, SeededSamples, WorkerBegins
-from fastar.data.sampling import epoch_order
+from fastar.data.sampling import AugmentationKeys, epoch_order
 from fastar.errors import FastarError, UserCodeError
 from fastar.runtime.seeds import derive_seed
 from fastar.runtime.user_code import users_code
@@ -130,7 +130,9 @@ class TensorData(_Held):
         batch = tree_map(lambda one: one[index[0] : index[0] + 1].expand(2, *one.shape[1:]), self._tensors)
         return batch, f"{self.name}: tensor {place} holds {value} at {index}"
 
-    def _made(self, order: Any | None, batch_size: int, key: int | None, size: int | None) -> Iterator[Any]:
+    def _made(
+        self, order: Any | None, batch_size: int, keys: AugmentationKeys | None, size: int | None
+    ) -> Iterator[Any]:
         chosen = self._index if order is None else self._index[order]
         for some in chosen.split(batch_size) if len(chosen) else ():
             yield tree_map(lambda one, some=some: one.index_select(0, some), self._tensors)
@@ -192,12 +194,14 @@ class SampleData(_Held):
         """Check each batch from now on, when it is read."""
         self._checks[:] = [check]
 
-    def _made(self, order: Any | None, batch_size: int, key: int | None, size: int | None) -> Iterator[Any]:
+    def _made(
+        self, order: Any | None, batch_size: int, keys: AugmentationKeys | None, size: int | None
+    ) -> Iterator[Any]:
         now = _length(self._samples, self.name)
         if now != self._whole:
             raise FastarError(f"{self.name}: had {self._whole} samples and has {now} now: its length must not change")
         chosen = (self._index if order is None else self._index[order]).tolist()
-        seeds = [(place, derive_seed(key or 0, "sample", place)) for place in chosen]
+        seeds = [(place, derive_seed(keys.crop if keys else 0, "sample", place)) for place in chosen]
         return self._read([seeds[i : i + batch_size] for i in range(0, len(seeds), batch_size)])
 
     def _read(self, batches: list[list[tuple[int, int]]]) -> Iterator[Any]:

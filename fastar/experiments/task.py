@@ -31,7 +31,10 @@ from fastar.symmetry import Symmetry, symmetry_by_settings
 if TYPE_CHECKING:
     from fastar.data.ffcv.folder import DatasetFiles
 
-DATA_KEYS = {"called": "own_name", "crop": "crop", "limit": "limit", "order": "order", "validation": "validation"}
+DATA_KEYS = {
+    **{"called": "own_name", "crop": "crop", "flip": "flip"},
+    **{"limit": "limit", "order": "order", "validation": "validation"},
+}
 """Settings of the dataset, each by its name in a model's metadata."""
 
 
@@ -251,6 +254,7 @@ class RunData(TaskData):
     def _load(self, split: str, limit: int | None) -> Dataset:
         files, chosen = self.files, self._chosen
         more: dict[str, Any] = {"limit": limit, "validation": chosen.validation, "progress": self._progress}
+        more["alternate"] = chosen.flip == "alternate"
         if isinstance(files, RawArrays) or not files.variable_size:
             return self._taken(load(files, split, self._device, **more))
         order = chosen.order if split == "train" else "random"
@@ -278,6 +282,8 @@ class RunData(TaskData):
         found: dict[str, Any] = {"dataset": chosen.name, "dataset_digest": self.files.digest, "limit": chosen.limit}
         if chosen.validation:  # without, models are what they were before there was such a setting
             found["validation"] = chosen.validation
+        if chosen.flip != "random":
+            found["flip"] = chosen.flip
         if chosen.spec.variable_size:
             found |= {"called": chosen.own_name, "crop": chosen.crop, "order": chosen.order}
         return found
