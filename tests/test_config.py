@@ -88,6 +88,7 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
         (["seed=-1"], ["seed=-1"]),
         (["workers=0"], ["workers=0"]),
         (["dataset.limit=0"], ["dataset.limit=0"]),
+        (["dataset.flip=alternate"], ["flip=alternate", "digits's are not"]),
         (["train.lr"], ["'train.lr'", "key=value"]),
         (["=3"], ["key=value"]),
         (["train.lr=["], ["'train.lr=['", "YAML"]),

@@ -8,12 +8,14 @@ import pytest
 import torch
 from data_samples import arrays, augmented_in_order, raw_dataset
 
-from fastar.config import Augmentation
+from fastar.config import Augmentation, load_settings
 from fastar.data.augment import augmented, crop_and_mirror, draw_augmentation
 from fastar.data.convert import prepare
 from fastar.data.in_memory import DeviceDataset, load
 from fastar.data.sampling import augmentation_keys, draw, draw_below
 from fastar.errors import FastarError
+from fastar.experiments.task import RunData
+from fastar.runtime.progress import SILENT
 from fastar.runtime.seeds import derive_seed
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.25, 0.3)
@@ -225,6 +227,17 @@ def test_load_with_a_limit_keeps_classes_balanced_and_draws(files):
         load(written, "train", "cpu", limit=201)
     with pytest.raises(FastarError, match="below one image per class"):
         load(written, "train", "cpu", limit=9)
+
+
+def test_a_recipe_tells_of_alternate_mirroring_and_not_of_the_default(files, tmp_path):
+    def data(*overrides):
+        settings = load_settings(dataset="cifar10", overrides=[f"dataset.directory={tmp_path}", *overrides])
+        return RunData(settings, torch.device("cpu"), SILENT)
+
+    plain, turned = data(), data("dataset.flip=alternate")
+    assert "flip" not in plain.recipe()  # older models have no such key
+    assert turned.recipe() == {**plain.recipe(), "flip": "alternate"}
+    assert (plain.train.alternate, turned.train.alternate) == (False, True)
 
 
 @pytest.mark.parametrize("limit", [None, 50])

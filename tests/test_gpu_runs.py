@@ -53,7 +53,7 @@ PLAIN = ("train.precision=fp32", "sources.heldout=1", "star.epochs=3", "star.mat
     [
         ["sources.store=device"],
         ["sources.store=host", "train.graph=true", "evaluation.graph=true"],
-        ["sources.store=file", "train.graph=true"],
+        ["sources.store=file", "train.graph=auto", "train.compile=auto"],
     ],
     ids=lambda more: " ".join(more),
 )

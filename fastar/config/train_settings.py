@@ -72,10 +72,12 @@ class TrainSettings(Section):
     """
     drop_last: bool = True
     """Leave out the short last batch of an epoch. The order is drawn anew each epoch."""
-    compile: bool = False
-    """Run the network through torch.compile (needs a C++ compiler). Tested on CPUs; not yet run on a GPU."""
-    graph: bool = False
-    """Replay each step as one CUDA graph. Not yet run on a GPU: compare a short run's losses with graph=false."""
+    compile: bool | Literal["auto"] = False
+    """Run the network through torch.compile (needs a C++ compiler). Tested on CPUs; not yet run on a GPU. auto: where a
+    trial of some steps on the GPU is faster for the whole training, compiling included; on a CPU false."""
+    graph: bool | Literal["auto"] = False
+    """Replay each step as one CUDA graph. Not yet run on a GPU: compare a short run's losses with graph=false. auto:
+    where a trial of some steps is faster; on a CPU false."""
     on_nonfinite: Literal["stop", "retry"] = "stop"
     """Reaction to a loss, or to parameters after an epoch, that are not finite. retry: go back to the last checkpoint,
     or to the beginning, with other random draws; three times at most. Where the data themselves hold such numbers it

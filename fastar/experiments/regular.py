@@ -124,7 +124,7 @@ def train_regular(session: Session, kind: str, index: int) -> None:
     subject, build, seed = planned(session, kind, index)
 
     def make(attempt: int) -> RegularStep:
-        return RegularStep(build(), session.settings.train, loss=session.loss)
+        return RegularStep(build(), session.train, loss=session.loss)
 
     with trained(session, subject, make, seed=seed) as done:
         state = done.step.state()

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
-from fastar.config import Settings
+from fastar.config import Settings, TrainSettings
 from fastar.experiments.task import Network, RunData, TaskData
 from fastar.experiments.user_task import Given, NoData, UserData, UserNetwork, find_splits, task_loss
 from fastar.flat.forward import on_device
@@ -20,6 +21,7 @@ from fastar.runtime.memory import within_memory
 from fastar.runtime.progress import SILENT, Progress
 from fastar.runtime.user_code import find_function, is_reference
 from fastar.training import suitable_threads
+from fastar.training.step_trial import time_steps, with_fastest_steps
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,19 @@ class Session:
         given = self.given
         chosen = (given.build, given.data, given.loss, *(given.metrics or ()))
         return self.settings.names_code or any(one is not None and not isinstance(one, str) for one in chosen)
+
+    @cached_property
+    def train(self) -> TrainSettings:
+        """The recipe that steps are made of: `settings.train`, `auto` decided by a trial when first asked for."""
+        train, data = self.settings.train, self.data
+
+        def trial(way: TrainSettings) -> tuple[float, float]:
+            return time_steps(way, self.network.build(seed=0), data.made(train.batch_size), self.loss)
+
+        if "auto" not in (train.graph, train.compile):
+            return train
+        steps = train.epochs * data.train.batch_count(train.batch_size, train.drop_last)
+        return with_fastest_steps(train, self.device, trial, steps, self.progress.line)
 
 
 def new_session(

@@ -153,7 +153,7 @@ def _train(
             )
         return StarStep(
             session.network.build(seed=seed),
-            settings.train,
+            session.train,
             settings.star,
             store,
             seed=attempt_seed(derive_seed(seed, "star"), attempt),

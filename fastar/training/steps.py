@@ -70,7 +70,7 @@ class Step:
             self._flat = FlatParameters(model)
             self.layout, self.theta = self._flat.layout, self._flat.buffer
             self.optimizer = flat_optimizer(settings, self.theta, lambda buffer: (buffer,), self.layout.matrices)
-        self._network: Callable[..., Any] = CompiledNetwork(model) if settings.compile else model
+        self._network: Callable[..., Any] = CompiledNetwork(model) if settings.compile is True else model
         model.train()
 
     def state(self) -> dict[str, Tensor]:
@@ -122,7 +122,7 @@ class Step:
 
     def _graph_of(self, body: Callable[[Tensor, Tensor, Tensor], Tensor]) -> CallGraph | None:
         """`body` as a CUDA graph, where `train.graph` asks for it."""
-        if not self.settings.graph:
+        if self.settings.graph is not True:  # auto is decided before (`step_trial`)
             return None
         working = () if self._working is None else self._working.values
         moved = [self.theta, *working, *self.optimizer.state(), *self.loss_scale.state(), *self.model.buffers()]

@@ -76,7 +76,7 @@ def student(run: FinishedRun) -> Checkpoint:
     seed = derive_seed(settings.seed, "student")
 
     def make(attempt: int) -> RegularStep:
-        return RegularStep(session.network.build(seed=seed), settings.train, loss=session.loss)
+        return RegularStep(session.network.build(seed=seed), session.train, loss=session.loss)
 
     if not path.is_file():
         if not data.exact:

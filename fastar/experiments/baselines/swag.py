@@ -74,7 +74,7 @@ def swag_moments(run: FinishedRun) -> Moments:
     def make(attempt: int) -> MomentsStep:
         model = session.network.build(seed=seed)
         load_into(model, source)
-        return MomentsStep(model, train, rank=RANK, loss=session.loss)
+        return MomentsStep(model, session.train, rank=RANK, loss=session.loss)
 
     if not path.is_file():
         with trained(session, Subject(wanted), make, seed=derive_seed(seed, "data")) as done:

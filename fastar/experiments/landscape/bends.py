@@ -85,7 +85,7 @@ def _trained(session: Session, first: Checkpoint, ends: Sequence[Tensor], wanted
     users = users_code("training a curve") if session.runs_user_code else nullcontext()
     with users, training(settings, "a curve"):
         store = SourcesStore(layout, map(layout.unflatten, ends), ("A", "B"), session.device, store="device")
-        step = STEPS[kind](model, settings.train, StarSettings(), store, seed=seed, loss=session.loss)
+        step = STEPS[kind](model, session.train, StarSettings(), store, seed=seed, loss=session.loss)
         fit(
             step,
             session.data.train,

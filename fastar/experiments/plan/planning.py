@@ -143,7 +143,7 @@ def _items_by_settings(
         batch, wanted = settings.train.batch_size, sizes.evaluated_models(settings)
         some, step = f"{batch} {samples}", running(batch, training=True)
         what, most = (f"a step on {some}", step) if step >= matching else (MATCHING, matching)
-        if settings.train.graph:  # its memory stays while there is matching
+        if settings.train.graph and device == "gpu":  # its memory stays while there is matching
             what, most = f"a graph on {some}, and {MATCHING}", step + matching
         # Losses are measured in one batch size, batch-norm statistics in the other.
         batches = [settings.evaluation.batch_size, *([batch] if statistics else [])]
