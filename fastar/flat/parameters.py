@@ -35,7 +35,8 @@ class _BoundModule:
         """Copy every parameter's gradient into the gradient buffers and drop it; one that has none counts as zero.
 
         Autograd makes gradients afresh. Keeping `.grad` as views of the buffers saves this copy, but then they must be
-        zeroed, and autograd adds into them: the same time to 2 % on a CPU.
+        zeroed, and autograd adds into them: the same time to 2 % on a CPU, and on a GPU more than is saved: in bf16 8
+        bytes a parameter (zeros, then a sum) for 4, and a launch for each tensor.
         """
         if all(parameter.grad is None for parameter in self._parameters):
             raise FastarError("no parameter has a gradient; run backward first, and collect once per backward")
