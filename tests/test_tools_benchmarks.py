@@ -8,8 +8,9 @@ import runpy
 import sys
 import time
 from collections.abc import Iterator
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -18,6 +19,7 @@ import pytest
 import torch
 from bench import CannotRun, Case, Timing, built_when_run, failing_alone, in_one_graph, line, time_in_turns
 from bench.trained import digits
+from scipy.optimize import linear_sum_assignment
 
 from fastar.config import TrainSettings
 from fastar.flat import FlatLayout
@@ -261,6 +263,35 @@ def test_matching_is_told_of_case_by_case(monkeypatch: pytest.MonkeyPatch, capsy
     assert lines["floor"]["warm_over_floor"]["median"] > 0
     for pair in lines["objective"]["pairs"]:
         assert pair["fastar"] >= pair["unmatched"]
+
+
+def test_assignments_are_compared_with_another_package(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tool = runpy.run_path(str(TOOLS / "bench_matching.py"))
+    arguments = SimpleNamespace(sources=3, seed=0, repeats=2)
+    lines: list[dict[str, Any]] = []
+
+    def compare() -> list[dict[str, Any]]:
+        lines.clear()
+        tool["compare_assignments"]([4, 9], arguments, torch.device("cpu"), lambda **line: lines.append(line))
+        return lines
+
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "pip install torch-linear-assignment" in compare()[0]["missing"]
+    monkeypatch.undo()
+    # The other package's interface, by the definition of what it solves: costs to minimise, [batch, n, n].
+    other = ModuleType("torch_linear_assignment")
+    other.__spec__ = ModuleSpec("torch_linear_assignment", None)
+    other.batch_linear_assignment = lambda costs: torch.stack(  # type: ignore[attr-defined]
+        [torch.from_numpy(linear_sum_assignment(one.numpy())[1]) for one in costs]
+    )
+    monkeypatch.setitem(sys.modules, "torch_linear_assignment", other)
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0")
+    found = {line["case"]: line for line in compare()}
+    for size in (4, 9):
+        assert found[f"assignment of {size}, total"]["total_over"] == pytest.approx(1)
+        assert found[f"assignment of {size}, threads"]["n"] == found[f"assignment of {size}, device"]["n"] == 2
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -16,6 +16,11 @@ one sweep's matrix products alone, fp32, which is what this machine allows a swe
 of the model. On a GPU `work` counts what a call launches, and the GPU's own time. Ways out of local optima:
 tools/bench_escapes.py.
 
+--assignment: also the assignments of all sources alone, of each size of a group, of random scores, in turns: by lapjv on
+CPU threads, the copy from the device included, as matching does it, and all at once on the device by
+torch-linear-assignment (`pip install torch-linear-assignment`, 0.1 or newer). `total_over` is the second's total score
+over the first's: 1 where both are optimal.
+
 rebasin is not a dependency: `pip install fastar[bench]`, or put it on PYTHONPATH from a folder of its own.
 """
 
@@ -42,6 +47,7 @@ from fastar.config import MatchingSettings
 from fastar.errors import FastarError
 from fastar.flat import FlatLayout
 from fastar.matching import match, solver_name
+from fastar.matching.assignment import solve_assignment
 from fastar.runtime.device import resolve_device
 from fastar.runtime.seeds import derive_seed
 from fastar.symmetry import Permutations, Symmetry, derive_symmetry
@@ -225,6 +231,10 @@ def bench(args: argparse.Namespace) -> None:
             base["versions"] = {**base["versions"], "rebasin": metadata.version("rebasin")}
             with failing_alone("matching", "rebasin", device, arch=args.arch, sources=args.sources):
                 against_rebasin(fastar, args, device, report)
+    if args.assignment:
+        sizes = sorted({group.size for group in fastar.symmetry.groups})
+        with failing_alone("matching", "assignment", device, sources=args.sources):
+            compare_assignments(sizes, args, device, report)
     if device.type == "cuda" and profiler_sees_gpu():
         for name in ("warm", "warm, theta moved", "cold"):  # last: reading many events takes the profiler long
             with failing_alone("matching", f"work {name}", device):
@@ -270,6 +280,40 @@ def against_rebasin(
     report(case="objective beside rebasin's", pairs=pairs)
 
 
+def compare_assignments(
+    sizes: list[int], args: argparse.Namespace, device: torch.device, report: Callable[..., None]
+) -> None:
+    """Assignments of `args.sources` tables of each size, one by one on CPU threads, and at once on the device."""
+    if util.find_spec("torch_linear_assignment") is None:
+        report(case="assignment", missing="pip install torch-linear-assignment, or put it on PYTHONPATH")
+        return
+    from torch_linear_assignment import batch_linear_assignment
+
+    generator = torch.Generator(device).manual_seed(args.seed)
+    version = metadata.version("torch-linear-assignment")
+    with ThreadPoolExecutor(matching_threads(device)) as pool:
+        for size in sizes:
+            scores = torch.randn(args.sources, size, size, generator=generator, dtype=torch.float32, device=device)
+            ways: dict[str, Callable[[], Tensor]] = {
+                "threads": lambda scores=scores: torch.stack(
+                    [torch.from_numpy(found) for found in pool.map(solve_assignment, scores.cpu())]
+                ),
+                "device": lambda scores=scores: batch_linear_assignment(-scores),
+            }
+            for way in ways.values():
+                way()  # what is compiled is compiled now
+            seconds: dict[str, list[float]] = {name: [] for name in ways}
+            totals: dict[str, float] = {}
+            for _ in range(args.repeats):
+                for name, way in ways.items():
+                    took, found = timed(way, device)
+                    seconds[name].append(took / args.sources)
+                    totals[name] = float(scores.double().gather(2, found.to(device).long()[..., None]).sum())
+            for name, values in seconds.items():
+                report(case=f"assignment of {size}, {name}", **summary(values), torch_linear_assignment=version)
+            report(case=f"assignment of {size}, total", total_over=totals["device"] / totals["threads"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", default="resnet18")
@@ -279,6 +323,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3, help="repetitions of fastar's cases")
     parser.add_argument("--restarts", type=int, default=1)
     parser.add_argument("--against", choices=["rebasin", "nothing"], default="nothing")
+    parser.add_argument("--assignment", action="store_true", help="also the assignments alone")
     parser.add_argument("--rebasin-seconds", type=float, help="stop before that; default: after all sources")
     parser.add_argument("--cache", type=Path, help="folder in which trained networks are kept")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

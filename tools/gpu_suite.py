@@ -85,6 +85,7 @@ def gpu_tests(workers: int, names: str = "test_*.py") -> tuple[str, ...]:
 
 STEP = "--arch resnet18 --batch 128 --precision bf16"
 SMALL = "--arch resnet8 --width 0.25 --batch 8 --size 16"
+SMALL_MATCHING = "--arch resnet8 --width 0.25 --sources 3 --steps 2 --repeats 2"
 SMALL_STEP = f"{SMALL} --rounds 2 --repeats 2"
 # The most valuable first. A limit is half as much again as a part is thought to take on an H100 with 16 cores: 15 s
 # until Python, torch and CUDA are there, 1 s for each kernel that Triton compiles, 40 to 60 s for each of two networks
@@ -98,8 +99,8 @@ PARTS = (
         "bench_matching",
         1,
         120,
-        "--arch resnet18 --sources 50 --repeats 3 --against rebasin --rebasin-seconds 30",
-        "--arch resnet8 --width 0.25 --sources 3 --steps 2 --repeats 2 --against rebasin --rebasin-seconds 5",
+        "--arch resnet18 --sources 50 --repeats 3 --assignment --against rebasin --rebasin-seconds 30",
+        f"{SMALL_MATCHING} --assignment --against rebasin --rebasin-seconds 5",
     ),
     _tool(
         "bench_epoch",
