@@ -28,8 +28,9 @@ from fastar.kernels import adam_update, backend, find_nonfinite, interpolate, sg
 SGD = {"weight_decay": 5e-4, "momentum": 0.9, "nesterov": True}
 ADAM = {"weight_decay": 5e-4, "betas": (0.9, 0.999), "eps": 1e-8, "decoupled": True}
 COPIES = ("copy", "copy, by a kernel")
-# Compiled for an H100 (by Triton 3.8, which needs no GPU for that), an update with a bf16 gradient changes layouts through
-# shared memory at block 1024 with 4 warps, the default (4 KiB, 3 barriers), and at 2048; not at 512, nor at 1024 with 8.
+# Compiled for an H100 (by Triton 3.8, which needs no GPU for that), an update with a bf16 gradient changes layouts
+# through shared memory at block 1024 with 4 warps, the default (4 KiB, 3 barriers), and at 2048; not at 512, nor at
+# 1024 with 8 warps.
 BLOCKS, WARPS = (512, 1024, 2048), (4, 8)
 # What --sweep varies: the module that holds a kernel and its block size, and the kernel.
 KERNELS = {

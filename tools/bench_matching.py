@@ -16,8 +16,8 @@ one sweep's matrix products alone, fp32, which is what this machine allows a swe
 of the model. On a GPU `work` counts what a call launches, and the GPU's own time. Ways out of local optima:
 tools/bench_escapes.py.
 
---assignment: also the assignments of all sources alone, of each size of a group, of random scores, in turns: by lapjv on
-CPU threads, the copy from the device included, as matching does it, and all at once on the device by
+--assignment: also the assignments of all sources alone, of each size of a group, of random scores, in turns: by lapjv
+on CPU threads, the copy from the device included, as matching does it, and all at once on the device by
 torch-linear-assignment (`pip install torch-linear-assignment`, 0.1 or newer). `total_over` is the second's total score
 over the first's: 1 where both are optimal.
 
