@@ -93,7 +93,7 @@ def train_together(
 
 def _may(session: Session, model: nn.Module) -> bool:
     """Tell whether the settings, the data and the size of the network allow it."""
-    settings, data = session.settings.train, session.data.train
+    settings, data = session.train, session.data.train
     parameters, device = list(model.parameters()), session.device
     names = {name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers())}
     return (
@@ -123,7 +123,7 @@ def _plan(session: Session, subject: Subject, build: Callable[[], nn.Module], se
 
 
 def _most_models(session: Session, model: nn.Module) -> int:
-    inputs, _ = next(iter(session.data.train.sequential(session.settings.train.batch_size)))
+    inputs, _ = next(iter(session.data.train.sequential(session.train.batch_size)))
     batch = sum(one.nbytes for one in tree_leaves(inputs) if isinstance(one, Tensor))
     own = 4 * sum(one.numel() for one in model.parameters())
     return min(MOST_MODELS, MOST_BYTES // (4 * batch + 8 * own))
@@ -151,7 +151,7 @@ def _train_group(session: Session, group: Sequence[Planned], finish: Finish, clo
             way = None
     if way is None:
         return
-    settings, run = session.settings.train, session.run
+    settings, run = session.train, session.run
     names = [one.subject.name for one in group]
     what = f"{names[0]} and {len(group) - 1} others together"
     begun = {one: [] if one.saved is None else one.saved.history for one in group}
@@ -196,7 +196,7 @@ def _best_way(session: Session, group: Sequence[Planned], clock: Callable[[], fl
 
     Some steps are tried, of full batches and of an epoch's last, in the stack and of some of its models alone.
     """
-    settings, device = session.settings.train, session.device
+    settings, device = session.train, session.device
     batches = list(_tried(session, group))
     lr = torch.tensor(settings.lr, device=device, dtype=torch.float32)
 
@@ -231,7 +231,7 @@ def _best_way(session: Session, group: Sequence[Planned], clock: Callable[[], fl
 
 def _tried(session: Session, group: Sequence[Planned]) -> Iterator[tuple[Any, Any]]:
     """Batches [K, ...] of the first epoch: some from its beginning, and its last."""
-    settings, data = session.settings.train, session.data.train
+    settings, data = session.train, session.data.train
     size, seeds = settings.batch_size, [one.seed for one in group]
     last = data.batch_count(size, settings.drop_last) - 1
     yield from islice(data.side_by_side(size, seeds=seeds, epoch=0, drop_last=settings.drop_last), TRIED_STEPS)
