@@ -47,4 +47,6 @@ def printable(text: str) -> str:
     >>> printable("caf\udce9\n.jpg")
     'caf\\udce9\\n.jpg'
     """
+    if text.isprintable():
+        return text
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii") for c in text)

@@ -416,7 +416,12 @@ def test_report_draws_again_what_is_there(copied: Path) -> None:
     assert outcome.code == 0
     assert "barrier, star to sources" in outcome.out
     assert (copied / "barrier.png").read_bytes().startswith(b"\x89PNG")
+    (copied / "barrier.png").write_bytes(b"as it is")
     assert json.loads(fastar("report", copied, "--json").out) == results_of(copied)
+    assert (copied / "barrier.png").read_bytes() == b"as it is"
+    os.utime(copied / "barrier.png", (0, 0))  # older than the results
+    assert fastar("report", copied).code == 0
+    assert (copied / "barrier.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("options", [[], ["--json"]], ids=["table", "json"])

@@ -10,8 +10,8 @@ import pytest
 import torch
 from cli_cases import refused
 
-from fastar.config import as_override, load_settings, parse_overrides
-from fastar.config.recipes import read_recipe
+from fastar.config import as_override, load_settings, parse_overrides, strict_yaml
+from fastar.config.recipes import CONFIGS, read_recipe
 from fastar.config.strict_yaml import read_yaml
 from fastar.errors import FastarError
 from fastar.models import build_model
@@ -86,6 +86,24 @@ def test_aliases_count_as_what_they_stand_for() -> None:
 def test_plain_values_are_read_as_they_were(text: str, value: Any) -> None:
     assert read_yaml(text) == value
     assert type(read_yaml(text)) is type(value)
+
+
+# The last four are read differently by libyaml, or not by PyYAML's own parser.
+ALIKE = [*("a:b", "[a:1, {b}]", "- 'it''s'\n- [1,2,]\n", "a: b: c", "[1, 2"), *("? a", "a: !", "a\t-", "k: |#\n  b")]
+
+
+def test_libyaml_reads_what_pyyaml_reads(monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(text: str) -> Any:
+        try:
+            return read_yaml(text)
+        except FastarError as error:
+            return str(error)
+
+    texts = [*(path.read_text() for path in CONFIGS.glob("*.yaml")), *ALIKE]
+    both = [found(text) for text in texts]
+    assert strict_yaml._C_PARSER is not None or pytest.skip("PyYAML was built without libyaml")
+    monkeypatch.setattr(strict_yaml, "_C_PARSER", None)
+    assert [found(text) for text in texts] == both
 
 
 def test_a_recipe_with_a_key_twice_is_refused_with_its_line(tmp_path: Path) -> None:

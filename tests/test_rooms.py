@@ -82,6 +82,9 @@ def test_only_these_rooms_import(package: str, rooms: set[str]) -> None:
         "import fastar.cli.main; fastar.cli.main.main(['train-star', '--help'])",
         "import fastar.cli.main; fastar.cli.main.main(['train-star', '--dataset', 'digits', 'train.lrr=1'])",
         "import fastar.runs, fastar.experiments.reuse, fastar.report.results, fastar.report.page",
+        "import fastar.cli.main; fastar.cli.main.main(['configs'])",
+        "import fastar.cli.main; fastar.cli.main.main(['verify', '--help'])",
+        "import fastar.cli.main; fastar.cli.main.main(['reproduce', '--list'])",
     ],
 )
 def test_settings_and_help_do_not_wait_for_torch(code: str) -> None:

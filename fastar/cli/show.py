@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from fastar.runs import RunFolder
 
 
-def show_results(given: Given, results: dict[str, Any], run: RunFolder, *, draw: bool) -> None:
-    """The results of a run, and where they and their picture are; it is drawn last, since it may not be writable."""
+def show_results(given: Given, results: dict[str, Any], run: RunFolder) -> None:
+    """The results of a run, and where they and their picture are. A picture that is missing or older than they are is
+    drawn: last, since it may not be writable."""
     from fastar.report.results import barrier_picture, results_table, speed_lines, statistics_lines
 
     if given.json:
@@ -25,7 +26,7 @@ def show_results(given: Given, results: dict[str, Any], run: RunFolder, *, draw:
         print_table(results_table(results))
         print_lines([*speed_lines(results), *statistics_lines(results)])
         print(f"results: {run.results}")
-    if draw:
+    if not run.is_drawn():
         barrier_picture(results, run.picture)
     if not given.json:
         print(f"picture: {run.picture}")
@@ -40,10 +41,10 @@ def report(
         typer.Argument(metavar="[FILE]", help="With --html: the page. Default: DIR/report.html.", show_default=False),
     ] = None,
 ) -> None:
-    """Show the results of a finished run again, and draw its picture anew; or write all it holds as one HTML page.
+    """Show the results of a finished run again; or write all it holds as one HTML page.
 
-    The page (--html) needs no server and no network, and is of an unfinished run too. Of a folder of runs, it lists
-    them.
+    The picture is drawn where it is missing, or older than the results. The page (--html) needs no server and no
+    network, and is of an unfinished run too. Of a folder of runs, it lists them.
 
     Examples:
 
@@ -73,7 +74,7 @@ def report(
     check_results(results, run.results)
     for line in said:
         say(line)
-    show_results(given, results, run, draw=True)
+    show_results(given, results, run)
 
 
 @takes("json")

@@ -30,7 +30,7 @@ def train_star(given: Given, overrides: Overrides = None) -> None:
     run = RunFolder(given.run_folder(settings))
     results = train_star(settings, run.path, given.progress(), profile=given["profile"])
     check_results(results, run.results)
-    show_results(given, results, run, draw=not run.is_drawn())
+    show_results(given, results, run)
     if given["profile"] is not None and not given.json:
         print(run.profile("parts.txt").read_text(), end="")
         print(f"profile: {run.profile('')}")

@@ -21,7 +21,8 @@ OF_CONFIG = {"regular": "regular_loss", "star": "star_loss", "RR": "regular_regu
 @cache
 def paper() -> dict[str, Any]:
     """All ids in the paper's order, each with its title and its parts."""
-    found: dict[str, Any] = yaml.safe_load(FILE.read_text(encoding="utf-8"))
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # the C one is ten times faster, where PyYAML has it
+    found: dict[str, Any] = yaml.load(FILE.read_text(encoding="utf-8"), loader)
     return found
 
 

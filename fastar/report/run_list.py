@@ -87,21 +87,33 @@ def overview(folder: Path) -> RunOverview:
         and run.star.is_file()
         and ("heldout" in given or there["heldout"] >= heldout)
     )
-    log = run.log.read()
+    last, loss = _newest(run)
     written = max(_written(path) for path in (run.log.path, run.results, run.config, run.star))
-    losses = [entry["loss"] for entry in log if isinstance(entry.get("loss"), float) and entry.get("kind") not in AFTER]
     return RunOverview(
         run=str(folder),
         state="running" if running else "finished" if finished else "stopped",
-        where="" if finished and not running else _where(run, settings, log, there, running=running),
+        where="" if finished and not running else _where(run, settings, last, there, running=running),
         age=max(time.time() - written, 0.0),
         sources="given" if "source" in given else f"{there['source']}/{sources.get('number')}",
         heldout="given" if "heldout" in given else f"{there['heldout']}/{heldout}",
-        loss=losses[-1] if losses else None,
+        loss=loss,
         barrier=_barrier(results),
         star_accuracy=_number(results, "accuracy", "test", "star"),
         metrics=_metrics(results),
     )
+
+
+def _newest(run: RunFolder) -> tuple[dict[str, Any] | None, float | None]:
+    """The last epoch in the log, and the last loss of a source, heldout or star; None: there is none."""
+    last, loss = None, None
+    for entry in run.log.newest_first():
+        if last is None and "epoch" in entry and "model" in entry:
+            last = entry
+        if loss is None and isinstance(entry.get("loss"), float) and entry.get("kind") not in AFTER:
+            loss = entry["loss"]
+        if last is not None and loss is not None:
+            break
+    return last, loss
 
 
 def _settings(run: RunFolder) -> dict[str, Any]:
@@ -128,16 +140,15 @@ def _written(path: Path) -> float:
 def _where(
     run: RunFolder,
     settings: Mapping[str, Any],
-    log: Sequence[Mapping[str, Any]],
+    last: Mapping[str, Any] | None,
     there: Mapping[str, int],
     *,
     running: bool,
 ) -> str:
-    """The model in training: a running one's by the log, a stopped one's by its last checkpoint."""
+    """The model in training: a running one's by the last epoch in the log, a stopped one's by its last checkpoint."""
     epochs = settings["train"].get("epochs")
     star_epochs = settings["star"].get("epochs") or epochs
     wholes = {"star": star_epochs, "student": star_epochs, "swag": None}
-    last = next((entry for entry in reversed(log) if "epoch" in entry and "model" in entry), None)
     if running and last is not None:
         whole = wholes.get(str(last.get("kind")), epochs)
         if last["epoch"] + 1 != whole:

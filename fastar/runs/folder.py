@@ -83,7 +83,7 @@ class RunFolder:
     def is_drawn(self) -> bool:
         """Tell whether the picture is there, and no older than the results it shows."""
         try:
-            return self.picture.stat().st_mtime_ns >= self.results.stat().st_mtime_ns
+            return self.picture.is_file() and self.picture.stat().st_mtime_ns >= self.results.stat().st_mtime_ns
         except OSError:
             return False
 

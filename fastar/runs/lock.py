@@ -13,11 +13,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Annotated
 
 import pydantic
-from filelock import lock_descriptor
 
 from fastar.errors import FastarError, refusal
 from fastar.runtime.json_files import read_file
@@ -30,7 +30,7 @@ TOUCH_SECONDS = 20.0
 DEAD_SECONDS = 120.0
 
 
-@pydantic.dataclasses.dataclass(frozen=True, config={"strict": True})
+@pydantic.dataclasses.dataclass(frozen=True, config={"strict": True, "defer_build": True})
 class Holder:
     """A process that holds, or held, a run folder."""
 
@@ -70,7 +70,10 @@ class Holder:
         return (self.device, self.inode) != (there.st_dev, there.st_ino)
 
 
-_HOLDER = pydantic.TypeAdapter(Holder)
+@cache
+def _holder() -> pydantic.TypeAdapter[Holder]:
+    """Of JSON; built when a lock file is met."""
+    return pydantic.TypeAdapter(Holder)
 
 
 def _start_of(pid: int) -> int | None:
@@ -87,7 +90,7 @@ def _start_of(pid: int) -> int | None:
 def read_holder(folder: Path) -> Holder | None:
     """The process that the lock file of `folder` names; None: no such file, a damaged one, or one copied here."""
     try:
-        holder = _HOLDER.validate_json(read_file(folder / NAME))
+        holder = _holder().validate_json(read_file(folder / NAME))
         return None if holder.of_another(folder) else holder
     except (OSError, ValueError):
         return None
@@ -218,6 +221,8 @@ def hold(
 
 def _take(folder: Path, handle: int, say: Callable[[str], None], dead_seconds: float) -> None:
     """Take the kernel's lock, and make sure that nobody else holds the folder without it."""
+    from filelock import lock_descriptor  # only here: what reads runs takes no lock, and the import 20 ms
+
     try:
         locked: bool | None = lock_descriptor(handle, blocking=False)
     except OSError:  # the file system has no locks
@@ -244,7 +249,7 @@ def _write(folder: Path, holder: Holder) -> None:
         path.unlink(missing_ok=True)
         try:
             with path.open("xb") as file:  # where two come at once, it is there for one of them
-                file.write(_HOLDER.dump_json(holder) + b"\n")
+                file.write(_holder().dump_json(holder) + b"\n")
         except FileExistsError as error:
             raise FastarError(f"{folder}: in use by another fastar ({read_holder(folder)}); wait for it") from error
 

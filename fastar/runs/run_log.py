@@ -6,7 +6,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +58,19 @@ class RunLog:
         Raises:
             FastarError: it cannot be read.
         """
-        with refusal(f"{self.path}: cannot be read", "make it readable"):
-            lines = read_file(self.path).splitlines() if self.path.exists() else []
-        return [_entry(line) for line in lines if line.strip()]
+        return [_entry(line) for line in self._lines()]
 
     def read(self) -> list[dict[str, Any]]:
         """All whole lines (what a kill cut is left out)."""
         return [entry for entry in self.lines() if entry is not None]
+
+    def newest_first(self) -> Iterator[dict[str, Any]]:
+        """The whole lines, the last one first, each taken apart when it is asked for: of what ends early.
+
+        Raises:
+            FastarError: it cannot be read.
+        """
+        return (entry for line in reversed(self._lines()) if (entry := _entry(line)) is not None)
 
     def is_cut(self) -> bool:
         """Tell whether a kill has cut the last line: its end is missing."""
@@ -92,6 +98,11 @@ class RunLog:
         epochs = [entry for entry in other.read() if entry.get("model") in models and "epoch" in entry]
         kept = [entry for entry in self.read() if entry.get("model") not in models or "epoch" not in entry]
         write_atomically(self.path, b"".join(map(_line, [*kept, *epochs])))
+
+    def _lines(self) -> list[bytes]:
+        with refusal(f"{self.path}: cannot be read", "make it readable"):
+            lines = read_file(self.path).splitlines() if self.path.exists() else []
+        return [line for line in lines if line.strip()]
 
 
 def _checksum(text: bytes) -> bytes:

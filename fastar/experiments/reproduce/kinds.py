@@ -1,9 +1,9 @@
-"""The kinds of parts of tables and figures: what each runs, and the figures of its rows."""
+"""The kinds of parts of tables and figures: the figures of their rows, from runs that are done where missing."""
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,13 @@ from fastar.experiments.fusion import fuse
 from fastar.experiments.measure import endpoint, evaluated, match_to, path_result, spread
 from fastar.experiments.perturbed import perturbed_stars
 from fastar.experiments.reproduce.beside import as_spread, figures_of, percent
+from fastar.experiments.reproduce.needed_runs import Part, points_of_optimizers, points_of_rows, sizes_point
 from fastar.experiments.reproduce.shared_runs import SharedRuns
 from fastar.experiments.session import Session, measuring, threads
-from fastar.experiments.sweeps.points import Point
 from fastar.experiments.theory import run_certificate, run_two_layer
 from fastar.runs import RunFolder, write_json
 from fastar.runs.model_files import Checkpoint
 
-Part = Mapping[str, Any]
 Rows = dict[str, dict[str, Any]]
 """Figures by the names of rows."""
 
@@ -41,22 +40,10 @@ class Found:
     failed: dict[str, str] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Kind:
-    """A kind of part: the runs that it needs, and what it makes of them in a folder of its own."""
-
-    points: Callable[[SharedRuns, Part, Path], list[Point]]
-    run: Callable[[SharedRuns, Part, Path], Found]
-
-
-def _points_of_runs(runs: SharedRuns, part: Part, folder: Path) -> list[Point]:
-    return [runs.point({**part, **row}) for row in part["rows"].values()]
-
-
 def _runs(runs: SharedRuns, part: Part, folder: Path) -> Found:
     """The runs of rows that can be run: one may have data that another lacks."""
     rows, files, failed = {}, {}, {}
-    for (name, _), point in zip(part["rows"].items(), _points_of_runs(runs, part, folder), strict=True):
+    for (name, _), point in zip(part["rows"].items(), points_of_rows(runs, part, folder), strict=True):
         try:
             rows[name] = figures_of(runs.results(point), part.get("split", "train"))
             files[name] = point.run.results
@@ -97,14 +84,9 @@ def _fusion(runs: SharedRuns, part: Part, folder: Path) -> Found:
 _PREDICTORS = {"best_accuracy": "best source by test", "ensemble_accuracy": "ensemble"}
 
 
-def _sizes_point(runs: SharedRuns, part: Part) -> Point:
-    most = max(part["values"])
-    return runs.point(part, f"sources.heldout={most}", f"evaluation.regular_pairs=cross:{most}x{most}")
-
-
 def _sizes(runs: SharedRuns, part: Part, folder: Path) -> Found:
     """Barriers to the first heldouts, and of pairs of the first sources and heldouts that were measured."""
-    point, rows = _sizes_point(runs, part), {}
+    point, rows = sizes_point(runs, part), {}
     paths = runs.results(point)["paths"]
     regular = [path for path in paths if path["kind"] == "regular_regular"]
     firsts, seconds = (list(dict.fromkeys(path[end] for path in regular)) for end in ("first", "second"))
@@ -185,14 +167,9 @@ def _theory(runs: SharedRuns, part: Part, folder: Path) -> Found:
     return Found(rows, "theory", {"": place})
 
 
-def _points_of_optimizers(runs: SharedRuns, part: Part, folder: Path) -> list[Point]:
-    other = {**part, "set": [*part.get("set", ()), *part.get("other_set", ())]}
-    return [runs.point(part), runs.point(other, config=part["other"])]
-
-
 def _optimizers(runs: SharedRuns, part: Part, folder: Path) -> Found:
     """Barriers within the heldouts of two runs, and from the star of the first to both."""
-    points = _points_of_optimizers(runs, part, folder)
+    points = points_of_optimizers(runs, part, folder)
     with runs.finished(points[0]) as first, runs.finished(points[1]) as second:
         return _between_groups(first, second, part["count"], folder)
 
@@ -247,19 +224,16 @@ def _paths(
     return Found(rows, "groups", {"": folder / name})
 
 
-def _one_point(runs: SharedRuns, part: Part, folder: Path) -> list[Point]:
-    return [runs.point(part)]
-
-
-KINDS = {
-    "runs": Kind(_points_of_runs, _runs),
-    "sweep": Kind(SharedRuns.points, _sweep),
-    "fusion": Kind(SharedRuns.points, _fusion),
-    "sizes": Kind(lambda runs, part, folder: [_sizes_point(runs, part)], _sizes),
-    "perturbed": Kind(_one_point, _perturbed),
-    "distances": Kind(_one_point, _distances),
-    "uncertainty": Kind(_one_point, _uncertainty),
-    "theory": Kind(lambda runs, part, folder: [], _theory),
-    "optimizers": Kind(_points_of_optimizers, _optimizers),
-    "methods": Kind(_one_point, _methods),
+KINDS: dict[str, Callable[[SharedRuns, Part, Path], Found]] = {
+    "runs": _runs,
+    "sweep": _sweep,
+    "fusion": _fusion,
+    "sizes": _sizes,
+    "perturbed": _perturbed,
+    "distances": _distances,
+    "uncertainty": _uncertainty,
+    "theory": _theory,
+    "optimizers": _optimizers,
+    "methods": _methods,
 }
+"""The figures of a part of each kind; what it writes lies in a folder of its own."""

@@ -6,16 +6,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastar.config import Settings, load_settings, validate
 from fastar.errors import FastarError
-from fastar.experiments.finished_run import FinishedRun, finished_run
 from fastar.experiments.sweeps import sweep
 from fastar.experiments.sweeps.points import Point, points_of, take_over
 from fastar.experiments.whole_run import train_star
 from fastar.runs import RunFolder
 from fastar.runtime.progress import SILENT, Progress
+
+if TYPE_CHECKING:
+    from fastar.experiments.finished_run import FinishedRun
 
 
 @dataclass
@@ -71,6 +73,8 @@ class SharedRuns:
     @contextmanager
     def opened(self, folder: RunFolder) -> Iterator[FinishedRun]:
         """A finished run, whose folder is this process's until the block ends."""
+        from fastar.experiments.finished_run import finished_run  # imports torch, which lists do not need
+
         run = finished_run(folder, self.progress)
         with folder.held(self.progress):
             yield run

@@ -10,7 +10,7 @@ from typing import Any
 from fastar.config.paper import paper, parts_of
 from fastar.errors import refusal
 from fastar.experiments.reproduce.beside import as_paper, order_held, z_of
-from fastar.experiments.reproduce.kinds import KINDS
+from fastar.experiments.reproduce.needed_runs import POINTS
 from fastar.experiments.reproduce.shared_runs import SharedRuns
 from fastar.experiments.sweeps.points import trainings
 from fastar.runs import versions, write_json
@@ -35,13 +35,15 @@ def reproduce(
     Raises:
         FastarError: as the runs raise it; what is finished stays.
     """
+    from fastar.experiments.reproduce.kinds import KINDS  # imports torch, which `listed` does not need
+
     runs, parts, begin = SharedRuns(out, scale, overrides, progress), [], time.perf_counter()
     with refusal(f"{out}: cannot be used as the folder of a reproduction", "choose another (--out)"):
         out.mkdir(parents=True, exist_ok=True)
     for part in parts_of(name, scale):
         folder = out / "-".join([name, *([part["name"]] if "name" in part else [])])
         progress.line(f"{folder.name}: {part['kind']}")
-        found = KINDS[part["kind"]].run(runs, part, folder)
+        found = KINDS[part["kind"]](runs, part, folder)
         parts.append(
             {
                 "kind": part["kind"],
@@ -88,7 +90,7 @@ def listed(out: Path, *, scale: str = "full", overrides: Sequence[str] = ()) -> 
     for name, of in paper().items():
         runs, points, configs = SharedRuns(out, scale, overrides), [], dict[str, None]()
         for part in parts_of(name, scale):
-            some = KINDS[part["kind"]].points(runs, part, out / name)
+            some = POINTS[part["kind"]](runs, part, out / name)
             points += some
             configs |= dict.fromkeys(f"{one.settings.dataset.name} {one.settings.model.arch}" for one in some)
         regular, stars = trainings(points)
