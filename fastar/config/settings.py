@@ -31,6 +31,12 @@ OF_ONE_SIDE = ("mlp", "vit")
 DATA_FOLDER = "~/.cache/fastar/data"
 
 
+def cache_folder() -> Path | None:
+    """The folder of what any process can make again, and is kept to save time (FASTAR_CACHE); None: nothing is kept."""
+    chosen = os.environ.get("FASTAR_CACHE", "~/.cache/fastar")
+    return None if chosen == "off" else Path(chosen).expanduser()
+
+
 class DatasetSettings(Section):
     """The images, and their files."""
 

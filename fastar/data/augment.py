@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from fastar.config import Augmentation
+from fastar.data.compiled import compiled
 from fastar.data.sampling import AugmentationKeys, draw_below, draw_mirrored
 
 
@@ -52,8 +53,10 @@ def augmented(images: torch.Tensor, chosen: torch.Tensor, draws: Draws, normalis
         return normalisation(crop_and_mirror(images, chosen, *draws))
     out = torch.empty(len(chosen), *images.shape[1:], dtype=torch.float32, device="cpu")
     tensors = (chosen, *draws, normalisation.mean, normalisation.scale, out.view(len(chosen), -1))
-    arrays = [tensor.numpy() for tensor in tensors]
-    _compiled()(images.numpy().reshape(len(images), -1), *arrays, *images.shape[1:])
+    arrays = [
+        np.ascontiguousarray(one) for one in (images.reshape(len(images), -1).numpy(), *(t.numpy() for t in tensors))
+    ]
+    _compiled()(*arrays, *images.shape[1:])
     return out
 
 
@@ -84,9 +87,9 @@ def crop_and_mirror(
 
 @cache
 def _compiled() -> Callable[..., Any]:
-    import numba  # only here: it takes half a second
-
-    return numba.njit(nogil=True)(_crop_mirror_normalise)  # no fastmath: it would round differently
+    flat, indices = "float32[::1]", "int64[::1]"
+    types = ("uint8[:, ::1]", *3 * [indices], "boolean[::1]", flat, flat, "float32[:, ::1]", *3 * ["int64"])
+    return compiled(_crop_mirror_normalise, f"void({', '.join(types)})")
 
 
 def _crop_mirror_normalise(

@@ -20,7 +20,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import platform
 from dataclasses import asdict
 from functools import cache
@@ -33,6 +32,7 @@ from torch import Tensor, nn
 from torch.nn.modules import module as hooks
 from torch.utils._pytree import tree_map
 
+from fastar.config.settings import cache_folder
 from fastar.errors import FastarError
 from fastar.flat.forward import Batch
 from fastar.runs import write_atomically
@@ -49,8 +49,8 @@ def record_of(name: object, model: nn.Module, example_inputs: Batch, **options: 
     Args:
         name: what builds the architecture: its name, options and shape; JSON.
     """
-    chosen = os.environ.get("FASTAR_CACHE", "~/.cache/fastar")
-    if chosen == "off" or not _runs_own_code(model):
+    kept = cache_folder()
+    if kept is None or not _runs_own_code(model):
         return None
     what = {
         "name": name,
@@ -61,7 +61,7 @@ def record_of(name: object, model: nn.Module, example_inputs: Batch, **options: 
         "sources": [_sources(room) for room in ("symmetry", "models")],
         "versions": [platform.python_version(), torch.__version__],
     }
-    return Path(chosen).expanduser() / "symmetries" / f"{content_digest(what)}.json"
+    return kept / "symmetries" / f"{content_digest(what)}.json"
 
 
 def _runs_own_code(model: nn.Module) -> bool:
