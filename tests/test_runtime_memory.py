@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import gc
 import os
+import platform
+import resource
 import weakref
 from collections.abc import Iterator
 from functools import partial
@@ -128,3 +130,23 @@ def test_rows_are_brought_when_their_paths_turn_comes() -> None:
     assert measured([Endpoint(str(n), partial(lazy, n)) for n in range(len(models))]) == held
     assert sorted(asked) == list(range(len(models)))
     assert most <= 5  # four that may be asked for again, and the one just made
+
+
+def page_faults() -> int:
+    """Of taking and giving back a buffer of 36 MiB three times."""
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(3):
+        torch.ones(9 << 20, dtype=torch.float32, device="cpu")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="of glibc's malloc")
+def test_freed_memory_is_kept_inside_and_given_back_after(monkeypatch: pytest.MonkeyPatch) -> None:
+    with memory.freed_memory_kept():
+        page_faults()
+        inside = page_faults()
+    assert page_faults() > 4 * inside
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "4")  # the user has set the allocator
+    with memory.freed_memory_kept():
+        page_faults()
+        assert page_faults() > 4 * inside

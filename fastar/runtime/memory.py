@@ -1,11 +1,16 @@
-"""Free memory, and the number of models that may therefore be held at once."""
+"""Free memory, the number of models that may be held at once, and whether freed memory is kept."""
 
 from __future__ import annotations
 
+import ctypes
+import os
+import platform
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
+from typing import Any
 
 import psutil
 import torch
@@ -104,6 +109,40 @@ def _left_in_container(cgroup: Path) -> int | None:
         return max(int(limit) - used + int(statistics.get("inactive_file", 0)), 0)
     except (OSError, ValueError):  # no container limit of this kind
         return None
+
+
+# Parameters of glibc's mallopt, and the values that glibc comes to by itself after 32 MiB were freed at once.
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3
+_GLIBC_OWN = {_MMAP_THRESHOLD: 32 << 20, _TRIM_THRESHOLD: 64 << 20}
+
+
+@contextmanager
+def freed_memory_kept() -> Iterator[None]:
+    """Inside, the process keeps memory that is freed, for the next buffer; at the end it gives back what is free.
+
+    Large buffers are otherwise given back to the system at each training step and taken anew, each page zeroed: 17,000
+    page faults a step of a ResNet-18 of width 0.25, a tenth of its CPU time. Has an effect on Linux with glibc
+    alone, and none where the user has set the allocator: MALLOC_* or GLIBC_TUNABLES in the environment.
+    """
+    libc = _glibc()
+    if libc is None or "GLIBC_TUNABLES" in os.environ or any(name.startswith("MALLOC_") for name in os.environ):
+        yield
+        return
+    if not libc.mallopt(_MMAP_THRESHOLD, 1 << 30):
+        libc.mallopt(_MMAP_THRESHOLD, 32 << 20)  # the most that older ones take
+    libc.mallopt(_TRIM_THRESHOLD, -1)  # never
+    try:
+        yield
+    finally:
+        for parameter, value in _GLIBC_OWN.items():
+            libc.mallopt(parameter, value)
+        libc.malloc_trim(0)
+
+
+@cache
+def _glibc() -> Any:
+    """The C library, if it is glibc; else None."""
+    return ctypes.CDLL(None) if sys.platform == "linux" and platform.libc_ver()[0] == "glibc" else None
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from fastar.data.dataset import Batch, Dataset, first_not_finite
 from fastar.errors import FastarError
 from fastar.losses import sample_count
 from fastar.runtime.device import synchronize
-from fastar.runtime.memory import peak_bytes
+from fastar.runtime.memory import freed_memory_kept, peak_bytes
 from fastar.runtime.progress import SILENT, Progress
 from fastar.runtime.signals import deferred, requested
 from fastar.runtime.timing import SpanClock, span
@@ -108,6 +108,7 @@ def fit(
         progress.task(f"training {name}", total=training.epochs, unit="epochs") as advance,
         closing(profile) if profile is not None else nullcontext(),
         deferred() if checkpoints is not None else nullcontext(),
+        freed_memory_kept(),
     ):
         begin = 0 if saved is None else training.go_on(saved)
         if training.history:

@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
 from fastar.config import TrainSettings
 from fastar.errors import FastarError
@@ -276,6 +275,8 @@ class StepDraws:
 
 def forward_flops(model: nn.Module, inputs: Batch) -> int:
     """Floating-point operations of one forward pass of `model` over a batch of `inputs` (products only)."""
+    from torch.utils.flop_counter import FlopCounterMode  # only here: it imports Triton
+
     training = model.training
     try:
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
