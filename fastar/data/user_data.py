@@ -7,21 +7,20 @@ of (seed, epoch, the sample's index). Other iterables are gone through as they c
 from __future__ import annotations
 
 import hashlib
-import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler, default_collate
 from torch.utils.data import Dataset as SampleSet
 from torch.utils.data.sampler import BatchSampler
 
-from fastar.data.dataset import Dataset, OrderedDataset, first_not_finite
-from fastar.data.generators import generators_kept, seed_all, set_states, states
+from fastar.data.dataset import OrderedDataset, first_not_finite
+from fastar.data.iterable_data import BatchCheck, IterableData, moved_to, passed
 from fastar.data.sample_reading import BatchOrder, Collated, SeededSamples, WorkerBegins
 from fastar.data.sampling import AugmentationKeys, epoch_order
 from fastar.errors import FastarError, UserCodeError
@@ -30,8 +29,6 @@ from fastar.runtime.user_code import users_code
 
 # Samples that a map-style dataset is told by, beside its length.
 DIGESTED = 8
-BatchCheck = Callable[[Any, Sequence[int] | None], None]
-"""Raises FastarError for a batch that does not fit; it is given the numbers of the samples, where they are known."""
 
 _WANTED = "give tensors, a torch Dataset, a DataLoader, or a function that begins a pass over batches"
 
@@ -211,85 +208,13 @@ class SampleData(_Held):
                 for batch, asked in zip(self._loader, batches, strict=True):
                     for check in self._checks:
                         check(batch, [place for place, _ in asked])
-                    yield _to(batch, self.device)
+                    yield moved_to(batch, self.device)
         except UserCodeError as error:
             if error.__cause__ is not None:
                 raise
             # From a worker there is but a text: the traceback, whose last line is ours.
             text, _, line = str(error).strip().rpartition(f"{UserCodeError.__name__}: ")
             raise UserCodeError(" ".join(line.split())) from RuntimeError(f"in a worker\n{text}")
-
-
-class IterableData(Dataset):
-    """Any other iterable of batches: its own order and batch sizes. A pass cannot be begun in its middle.
-
-    Args:
-        again: begins a pass.
-        count: batches of a pass.
-        batch_size: samples of a batch, as the recipe says.
-    """
-
-    exact = False
-    digest = ""
-
-    def __init__(
-        self,
-        name: str,
-        again: Callable[[], Iterable[Any]],
-        count: int,
-        batch_size: int,
-        device: torch.device,
-    ):
-        if not count:
-            raise FastarError(f"{name}: holds no batch")
-        self.name, self.device = name, device
-        self._again, self._count, self._batch_size = again, count, batch_size
-        self._checks = list[BatchCheck]()
-
-    def check_batches(self, check: BatchCheck) -> None:
-        """Check each batch from now on, when it comes."""
-        self._checks[:] = [check]
-
-    def __len__(self) -> int:
-        return self._count * self._batch_size
-
-    def batch_count(self, batch_size: int, drop_last: bool = True) -> int:
-        return self._count
-
-    def batches(self, batch_size: int, *, seed: int, epoch: int, begin: int = 0, **_: Any) -> Iterator[Any]:
-        assert not begin, "a pass over an iterable begins at its beginning"
-        return self._pass(derive_seed(seed, "pass", epoch))
-
-    def sequential(self, batch_size: int) -> Iterator[Any]:
-        return self._pass(0)
-
-    def _pass(self, seed: int) -> Iterator[Any]:
-        done = 0
-        for batch in passed(self._again, self.name, seed):
-            done += 1
-            if done > self._count:
-                break
-            for check in self._checks:
-                check(batch, None)
-            yield _to(batch, self.device)
-        if done != self._count:
-            more = "more" if done > self._count else f"{done}"
-            raise FastarError(f"{self.name}: had {self._count} batches and gave {more} now: a pass must not change")
-
-
-def passed(again: Callable[[], Iterable[Any]], name: str, seed: int) -> Iterator[Any]:
-    """A pass over a user's batches, whose draws follow from `seed`; generators are left as they were."""
-    with generators_kept(), users_code(f"{name}: beginning a pass"):
-        seed_all(seed)
-        begun, now = iter(again()), states()
-    for number in itertools.count():
-        with generators_kept(), users_code(f"{name}: batch {number}"):
-            set_states(now)
-            batch = next(begun, None)
-            now = states()
-        if batch is None:
-            return
-        yield batch
 
 
 UserDataset = TensorData | SampleData | IterableData
@@ -376,10 +301,6 @@ def some_of(data: UserDataset, count: int | None, *, begin: int = 0, seed: str =
     twin.__dict__.update(data.__dict__)
     twin._index = data._index[chosen.to(data._index.device)]
     return twin
-
-
-def _to(batch: Any, device: torch.device) -> Any:
-    return tree_map_only(Tensor, lambda one: one.to(device, non_blocking=True), batch)
 
 
 def _length(samples: Any, name: str) -> int:
