@@ -28,15 +28,14 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 BEGIN = time.perf_counter()  # before torch, which takes long where the disk is cold: it is part of the budget
 
@@ -48,6 +47,7 @@ ROOT = TOOLS.parent
 sys.path.insert(0, str(ROOT))
 
 from bench import where  # noqa: E402
+from bench.parts import run_part  # noqa: E402
 
 from fastar.errors import FastarError  # noqa: E402
 from fastar.runs import write_atomically  # noqa: E402
@@ -197,80 +197,6 @@ def host_facts() -> dict[str, Any]:
         if found is not None:
             return {"cpu": found.group(1), "cores": len(os.sched_getaffinity(0))}
     return {"cpu": platform.machine(), "cores": os.cpu_count()}
-
-
-def run_part(
-    part: Part,
-    arguments: tuple[str, ...],
-    limit: float,
-    on_line: Callable[[list[dict[str, Any]]], None] = lambda lines: None,
-) -> dict[str, Any]:
-    """Run one part; its JSON lines, how it ended, and the end of what it printed if it did not end well.
-
-    Args:
-        on_line: told of all lines so far after each.
-    """
-    start = time.perf_counter()
-    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
-    process = subprocess.Popen(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        errors="replace",
-        env=environment,
-        start_new_session=True,  # so that it can be ended with all that it started
-    )
-    printed: dict[str, list[str]] = {"stdout": [], "stderr": []}
-    lines: list[dict[str, Any]] = []
-
-    def read(stream: IO[str], into: list[str]) -> None:
-        for text in stream:
-            into.append(text)
-            if stream is process.stdout and text.startswith("{") and text.rstrip().endswith("}"):
-                with suppress(ValueError):  # a line that only looks like one
-                    lines.append(json.loads(text))
-                    on_line(lines)
-
-    assert process.stdout is not None
-    assert process.stderr is not None
-    streams = {"stdout": process.stdout, "stderr": process.stderr}
-    readers = [
-        threading.Thread(target=read, args=(stream, printed[name]), daemon=True) for name, stream in streams.items()
-    ]
-    for reader in readers:
-        reader.start()
-    outcome: dict[str, Any] = {}
-    try:
-        outcome["exit_code"] = process.wait(timeout=limit)
-    except subprocess.TimeoutExpired:
-        outcome = {"exit_code": None, "stopped_after_seconds": limit}
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-        for reader in readers:
-            reader.join(timeout=10)  # what left the group may hold the pipes open
-    out, errors = "".join(printed["stdout"]), "".join(printed["stderr"])
-    result = {
-        "part": part.name,
-        "arguments": [str(a).replace(str(ROOT) + os.sep, "") for a in arguments],
-        **outcome,
-        "seconds": round(time.perf_counter() - start, 1),
-        "lines": lines,
-    }
-    # As pytest ends, with a rule of = around it or without.
-    summary = re.findall(r"^=*[ ]?(\d+ (?:passed|failed|skipped|error).*?)[ ]?=*$", out, re.MULTILINE)
-    if summary:
-        result["summary"] = summary[-1]
-    failed = re.findall(r"^(?:.* )?(?:FAILED|ERROR)(?: .*)?$", out, re.MULTILINE)
-    if failed:
-        result["failed"] = [text[:300] for text in failed if "tests/" in text]
-    if outcome["exit_code"] != 0 or any("error" in line for line in lines):
-        result["end_of_output"] = (out + errors).strip().replace(str(ROOT) + os.sep, "")[-6000:]
-    return result
 
 
 def results_file(folder: Path, device: str, date: str, call: int | None = None) -> Path:
