@@ -3,7 +3,8 @@
     python tools/bench_loader.py [--pipeline cifar10 imagenet] [--data-root DIR] [--images N] [--workers 2] [--rounds 3]
 
 Both give shuffled, augmented and normalised fp32 batches of the same shape: digits (8x8, none), cifar10 (pad by 4,
-crop, mirror), imagenet (random resized crop to --size, mirror). DataLoader reads the image files as they are;
+crop, mirror), imagenet (random resized crop to --size, mirror). DataLoader reads the image files as they are; of digits
+and cifar10 also decoded images in memory, by its workers or without any, the fastest of which is the claim's peer.
 ImageNet's .beton is of --preset, and the rate at which it was written is told. --workers is DataLoader's processes, and
 fastar's writer processes and decoding threads (imagenet) or torch's threads (digits and cifar10, which lie in memory
 once they are read).
@@ -19,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -28,7 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from bench import quantiles, where
+from bench import claim, quantiles, where
 from bench.fake_images import link_images, make_images
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
@@ -43,6 +45,7 @@ from fastar.data.streaming import StreamingDataset
 from fastar.errors import FastarError
 
 Epoch = Callable[[int], Iterable[tuple[torch.Tensor, torch.Tensor]]]
+FILES, MEMORY = "DataLoader and Pillow", "DataLoader, in memory"
 PIPELINES = ("digits", "cifar10", "imagenet")
 IMAGES = {"digits": 1500, "cifar10": 4000, "imagenet": 400}
 DIFFERENT = 400  # images of ImageNet's size that are made; more are these again
@@ -67,6 +70,34 @@ class Files(Dataset):
         with Image.open(self.paths[index]) as image:
             pixels: np.ndarray = np.asarray(self.change(image.convert(self.mode)), dtype=np.float32)
         pixels = (pixels.reshape(*pixels.shape[:2], -1) / 255 - self.mean) / self.std
+        return torch.from_numpy(pixels).permute(2, 0, 1), self.labels[index]
+
+
+class InMemory(Dataset):
+    """The same images, decoded once: cropped and mirrored as arrays, one at a time."""
+
+    def __init__(self, files: Files, pad: int, flip: bool):
+        self.labels, self.mean, self.std, self.pad, self.flip = files.labels, files.mean, files.std, pad, flip
+        images = []
+        for path in files.paths:
+            with Image.open(path) as image:
+                images.append(np.asarray(image.convert(files.mode)))
+        pixels = np.stack(images)
+        self.size = pixels.shape[1:3]
+        around = ((0, 0), (pad, pad), (pad, pad), *([(0, 0)] * (pixels.ndim - 3)))
+        self.pixels = np.pad(pixels, around).reshape(len(pixels), *(side + 2 * pad for side in self.size), -1)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, int]:
+        pixels = self.pixels[index]
+        if self.pad:
+            top, left = (int(v) for v in torch.randint(0, 2 * self.pad + 1, (2,)))
+            pixels = pixels[top : top + self.size[0], left : left + self.size[1]]
+        if self.flip and torch.rand(()) < 0.5:
+            pixels = pixels[:, ::-1]
+        pixels = (pixels.astype(np.float32) / 255 - self.mean) / self.std
         return torch.from_numpy(pixels).permute(2, 0, 1), self.labels[index]
 
 
@@ -168,32 +199,55 @@ def images_per_second(batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> f
 def measure(name: str, arguments: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         epoch, files, count, facts = pipeline(name, Path(folder), arguments)
-        loader = DataLoader(
-            files, arguments.batch, shuffle=True, num_workers=arguments.workers, persistent_workers=True
-        )
-        rates: dict[str, list[float]] = {"fastar": [], "DataLoader and Pillow": []}
+        batch, workers = arguments.batch, arguments.workers
+        ways: dict[str, Epoch] = {"fastar": epoch, FILES: loader(files, batch, workers)}
+        if name != "imagenet":
+            held = DATASETS[name].augmentation
+            memory = InMemory(files, held.pad, held.flip)
+            ways |= {MEMORY: loader(memory, batch, workers), f"{MEMORY}, no workers": loader(memory, batch, 0)}
+        rates: dict[str, list[float]] = {way: [] for way in ways}
+        cpu: dict[str, list[float]] = {way: [] for way in ways}
         for number in range(1 + arguments.rounds):  # the first is a warm-up: compiling, starting processes
-            found = {"fastar": images_per_second(epoch(number)), "DataLoader and Pillow": images_per_second(loader)}
-            for case, rate in found.items():
-                rates[case] += [rate] if number else []
-        speed_up = [a / b for a, b in zip(*rates.values(), strict=True)]
-    for case, values in rates.items():
+            for way in ways if number % 2 else reversed(ways):
+                used = time.process_time()
+                rate = images_per_second(ways[way](number))
+                rates[way] += [rate] if number else []
+                cpu[way] += [time.process_time() - used] if number else []
+    common = {
+        "data": "random images" if arguments.data_root is None else "images of --data-root",
+        "batch": batch,
+        "workers": workers,
+        "threads": torch.get_num_threads(),
+        **facts,
+        "load": os.getloadavg()[0],
+        **where(torch.device("cpu")),
+    }
+    counts = {way: count if way == "fastar" else len(files) for way in ways}
+    for way, values in rates.items():
         record = {
             "bench": "loader",
             "pipeline": name,
-            "case": case,
+            "case": way,
             "images_per_s": quantiles(values),
-            "speed_up": quantiles(speed_up),
+            "speed_up": quantiles([ours / theirs for ours, theirs in zip(rates["fastar"], values, strict=True)]),
             "n": arguments.rounds,
-            "images": count if case == "fastar" else len(files),  # type: ignore[arg-type]
-            "data": "random images" if arguments.data_root is None else "images of --data-root",
-            "batch": arguments.batch,
-            "workers": arguments.workers,
-            **facts,
-            "load": os.getloadavg()[0],
-            **where(torch.device("cpu")),
+            "images": counts[way],
+            **common,
         }
         print(json.dumps(record), flush=True)
+    peer = max((way for way in ways if way != "fastar"), key=lambda way: statistics.median(rates[way]))
+    both = {"ours": "fastar", "peer": peer}
+    wall = {side: [1000 / rate for rate in rates[way]] for side, way in both.items()}
+    processor = {side: [1000 * used / counts[way] for used in cpu[way]] for side, way in both.items()}
+    known = peer.endswith("no workers")  # the time of workers' processors is not this one's
+    text = f"1,000 images loaded and augmented ({name})"
+    print(claim("loader", text, peer, wall, processor if known else None, **common), flush=True)
+
+
+def loader(images: Dataset, batch: int, workers: int) -> Epoch:
+    """Epochs of a DataLoader, whose workers stay."""
+    made: DataLoader = DataLoader(images, batch, shuffle=True, num_workers=workers, persistent_workers=workers > 0)
+    return lambda number: made
 
 
 def main() -> None:

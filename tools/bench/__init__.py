@@ -1,6 +1,6 @@
 """What the scripts in tools/ share: cases timed in turns, one JSON line each, and what is timed."""
 
-from bench.lines import CannotRun, failing_alone, failure, line, where
+from bench.lines import CannotRun, claim, failing_alone, failure, line, where
 from bench.problem import EPOCH, Problem, add_problem_arguments, matching_threads, problem_of
 from bench.timing import Case, Timing, built_when_run, in_one_graph, quantiles, ratio, time_in_turns, timed
 from bench.work import gpu_work, profile, profiler_sees_gpu
@@ -13,6 +13,7 @@ __all__ = [
     "Timing",
     "add_problem_arguments",
     "built_when_run",
+    "claim",
     "failing_alone",
     "failure",
     "gpu_work",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,6 +34,34 @@ def line(bench: str, timing: Timing, device: torch.device, **facts: Any) -> str:
         **where(device),
     }
     return json.dumps(record)
+
+
+def claim(
+    bench: str,
+    text: str,
+    peer: str,
+    seconds: Mapping[str, Sequence[float]],
+    cpu: Mapping[str, Sequence[float]] | None = None,
+    **facts: Any,
+) -> str:
+    """The JSON line of a claim, a row of the table in docs/benchmarks.md: fastar beside a peer that took turns with it.
+
+    `times` is the peer's time over fastar's, within each round; `cpu_times` the same of CPU time.
+
+    Args:
+        text: what was done.
+        peer: by whom else.
+        seconds: of each round, `ours` and `peer`'s.
+        cpu: the same of all processors.
+        facts: device, versions, threads, and what else is to be recorded (`where`).
+    """
+    record: dict[str, Any] = {"bench": bench, "claim": text, "peer": peer, "n": len(seconds["ours"])}
+    for unit, key, found in (("s", "times", seconds), ("cpu_s", "cpu_times", cpu)):
+        if found is not None:
+            pairs = zip(found["peer"], found["ours"], strict=True)
+            record[unit] = {side: quantiles(values) for side, values in found.items()}
+            record[key] = quantiles([theirs / ours for theirs, ours in pairs])
+    return json.dumps({**record, **facts})
 
 
 def failure(bench: str, case: str, error: Exception, device: torch.device, **facts: Any) -> str:

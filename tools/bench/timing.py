@@ -141,7 +141,9 @@ def ratio(first: Timing, second: Timing, *, cpu: bool = False) -> dict[str, floa
 
 
 def quantiles(values: Sequence[float]) -> dict[str, float]:
-    """Median, quartiles and smallest of at least two values."""
+    """Median, quartiles and smallest; of one value it alone."""
+    if len(values) == 1:
+        return dict.fromkeys(("median", "q25", "q75", "min"), values[0])
     low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
     return {"median": middle, "q25": low, "q75": high, "min": min(values)}
 
