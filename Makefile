@@ -5,7 +5,7 @@ VENV := .venv$(if $(PYTHON),-$(shell $(PYTHON) -c 'import sys; print("%d.%d" % s
 BIN := $(VENV)/bin
 PINS := requirements.txt setup.py tools/install.sh tools/build_ffcv.sh
 
-.PHONY: star install quick test test-all rehearse smoke check docs format bench clean
+.PHONY: star install quick test test-all rehearse smoke check docs format bench-all clean
 
 star: $(VENV)/.installed
 	$(BIN)/fastar train-star --dataset digits
@@ -54,11 +54,10 @@ format: $(VENV)/.dev
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(VENV)/.bench
-	$(BIN)/python tools/bench_kernels.py
-	$(BIN)/python tools/bench_step.py --arch resnet8 --batch 128
-	$(BIN)/python tools/bench_epoch.py --arch resnet8 --sources 4 --images 2560
-	$(BIN)/python tools/bench_matching.py --arch resnet18 --sources 2 --against rebasin
+# Every claim of speed beside its peer, in under 20 minutes on two idle cores: the table of docs/benchmarks.md.
+# `make bench-all PARTS="matching step-2"` measures some of them again.
+bench-all: $(VENV)/.bench
+	$(BIN)/python tools/bench_all.py $(if $(PARTS),--only $(PARTS))
 
 # An environment of its own: the site's tools are no part of what the tests run with.
 $(VENV)-docs/.installed: requirements-docs.txt

@@ -345,7 +345,9 @@ def test_a_user_s_network_takes_turns_with_the_registered_one(
 def test_networks_together_and_apart(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     small = ["--width", "4", "--size", "6", "--batch", "32", "--device", "cpu", "--rounds", "2", "--numbers", "2", "3"]
     run_tool("bench_stacked.py", small, monkeypatch)
-    lines = [json.loads(text) for text in capsys.readouterr().out.splitlines()]
+    found = [json.loads(text) for text in capsys.readouterr().out.splitlines()]
+    lines = [one for one in found if "case" in one]
+    assert len(found) - len(lines) == sum(one["same_bits"] for one in lines[1::2])  # claims
     assert [(one["case"], one["networks"]) for one in lines] == [
         (case, number) for number in (2, 3) for case in ("apart", "together")
     ]

@@ -286,11 +286,14 @@ def test_benchmarks_print_a_line_per_case(
     lines: list[dict[str, Any]] = [
         json.loads(text) for text in run_tool(name, arguments, monkeypatch, capsys).splitlines()
     ]
+    claimed = [found.pop("claim") for found in lines if "claim" in found]
+    lines = [found for found in lines if "case" in found]
     if name == "bench_epoch.py":  # told at once, before any epoch
         first = lines.pop(0)
         assert first["case"] == "first matching"
         assert 0 < first["cold_seconds"] < first["setup_seconds"]
     assert [line["case"] for line in lines] == cases
+    assert len(claimed) == (1 if name == "bench_epoch.py" else sum(f"plain {case}" in cases for case in cases))
     for line in lines:
         assert line["n"] == 2
         assert line["ms"]["min"] <= line["ms"]["q25"] <= line["ms"]["median"] <= line["ms"]["q75"]

@@ -19,7 +19,7 @@ from dataclasses import replace
 from typing import Any, get_args
 
 import torch
-from bench import Case, Problem, Timing, add_problem_arguments, line, problem_of, quantiles, ratio, where
+from bench import Case, Problem, Timing, add_problem_arguments, claim, line, problem_of, quantiles, ratio, where
 from bench.problem import Method
 
 from fastar.data.dataset import Dataset
@@ -74,14 +74,19 @@ def main() -> None:
             begin = time.perf_counter()
         del states
         taken: dict[str, list[float]] = {"regular": []}
+        cpu: dict[str, list[float]] = {name: [] for name in ("regular", *stars)}
         moved_by: dict[str, list[float]] = {}
         for number in range(1, 1 + arguments.rounds):
             if number > 2 and arguments.seconds is not None and time.perf_counter() - begin > arguments.seconds:
                 break
+            used = time.process_time()
             taken["regular"].append(epoch_of(regular, problem, data, number).seconds)
+            cpu["regular"].append(time.process_time() - used)
             for method, star in stars.items():
                 before = star.theta.clone()
+                used = time.process_time()
                 its = epoch_of(star, problem, data, number)
+                cpu[method].append(time.process_time() - used)
                 moved_by.setdefault(method, []).append(float((star.theta - before).norm() / before.norm()))
                 parts = {"star": its.begin_seconds + its.seconds, "matching": its.begin_seconds, "steps": its.seconds}
                 for name, seconds in parts.items():
@@ -104,6 +109,12 @@ def main() -> None:
             more["cold_ms_per_source"] = cold[of_method[name]] * 1e3 / problem.sources
             more["moved_by"] = quantiles(moved_by[of_method[name]])
         print(line("epoch", timing, problem.device, **more), flush=True)
+    size = f"{arguments.arch}, N={arguments.sources}, {arguments.images:,} images"
+    for method in stars:
+        name = named("star", method)
+        found = ({"ours": of[own], "peer": of["regular"]} for of, own in ((taken, name), (cpu, method)))
+        text = f"an epoch of a {name}, matching included ({size})"
+        print(claim("epoch", text, "fastar, regular", *found, **facts, **where(problem.device)), flush=True)
 
 
 if __name__ == "__main__":

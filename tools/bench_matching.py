@@ -13,8 +13,8 @@ cold: sources as they were trained. warm: sources that an earlier call has alrea
 theta moved: to a theta that has since been trained for another epoch of the digits, as between a run's epochs. floor:
 one sweep's matrix products alone, fp32, which is what this machine allows a sweep over all groups to take at the least;
 `warm_over_floor` is warm's time over it. `with_tracing` adds what rebasin does anew for every pair: building its graph
-of the model. On a GPU `work` counts what a call launches, and the GPU's own time. Ways out of local optima:
-tools/bench_escapes.py.
+of the model; claims are without. On a GPU `work` counts what a call launches, and the GPU's own time. Ways out of local
+optima: tools/bench_escapes.py.
 
 --assignment: also the assignments of all sources alone, of each size of a group, of random scores, in turns: by lapjv
 on CPU threads, the copy from the device included, as matching does it, and all at once on the device by
@@ -33,13 +33,14 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from importlib import metadata, util
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from bench import failing_alone, gpu_work, matching_threads, profiler_sees_gpu, timed, where
+from bench import claim, failing_alone, gpu_work, matching_threads, profiler_sees_gpu, timed, where
 from bench.trained import BATCH, EXAMPLE, digits, train, trained
 from torch import Tensor, nn
 
@@ -70,21 +71,27 @@ def spread(values: list[float]) -> dict[str, float]:
     return {"median": middle, "q25": low, "q75": high}
 
 
-class Rebasin:
-    """PyPI rebasin on one pair: seconds of its search, seconds with the tracing before it, and the permuted model."""
+@dataclass(frozen=True)
+class Searched:
+    """One pair matched by rebasin: seconds of its search (and of the CPU), of the tracing before it, and the result."""
 
-    def __init__(self, theta: nn.Module, device: torch.device):
-        from rebasin import PermutationCoordinateDescent
+    seconds: float
+    cpu: float
+    tracing: float
+    permuted: nn.Module
 
-        self.descent, self.theta, self.device = PermutationCoordinateDescent, theta, device
 
-    def __call__(self, source: nn.Module, seed: int) -> tuple[float, float, nn.Module]:
-        torch.manual_seed(seed)  # it draws its orders from the global generator
-        theta, permuted = copy.deepcopy(self.theta).eval(), copy.deepcopy(source).eval()
-        example = EXAMPLE.to(self.device)
-        tracing, search = timed(lambda: self.descent(theta, permuted, example, device_b=self.device), self.device)
-        seconds, _ = timed(search.rebasin, self.device)
-        return seconds, tracing + seconds, permuted
+def by_rebasin(theta: nn.Module, source: nn.Module, seed: int, device: torch.device) -> Searched:
+    """Match a copy of `source` to theta by PyPI's rebasin."""
+    from rebasin import PermutationCoordinateDescent
+
+    torch.manual_seed(seed)  # it draws its orders from the global generator
+    theta, permuted = copy.deepcopy(theta).eval(), copy.deepcopy(source).eval()
+    example = EXAMPLE.to(device)
+    tracing, search = timed(lambda: PermutationCoordinateDescent(theta, permuted, example, device_b=device), device)
+    cpu = time.process_time()
+    seconds, _ = timed(search.rebasin, device)
+    return Searched(seconds, time.process_time() - cpu, tracing, permuted)
 
 
 class Fastar:
@@ -106,9 +113,9 @@ class Fastar:
         # As a run's sources are from its second epoch on.
         self.aligned = self.layout.views(store.rows.clone())
         self.symmetry.apply_rows(self.first.permutations, self.aligned)
-        moved = copy.deepcopy(self.theta_model)
-        train(moved, len(digits()[0]) // BATCH, derive_seed(args.seed, "moved"))
-        flat = self.layout.flatten(moved.state_dict())
+        self.moved_model = copy.deepcopy(self.theta_model)
+        train(self.moved_model, len(digits()[0]) // BATCH, derive_seed(args.seed, "moved"))
+        flat = self.layout.flatten(self.moved_model.state_dict())
         self.moved = self.layout.views(flat)
         start = self.layout.flatten(self.theta_model.state_dict())
         self.moved_by = float((flat - start).norm() / start.norm())
@@ -245,32 +252,38 @@ def against_rebasin(
     fastar: Fastar, args: argparse.Namespace, device: torch.device, report: Callable[..., None]
 ) -> None:
     """rebasin and fastar in turns: rebasin on one pair, fastar on all sources; told of after every pair."""
-    other = Rebasin(fastar.theta_model, device)
     theta = {name: value.detach() for name, value in fastar.theta_model.state_dict().items()}
     seconds: dict[str, list[float]] = {}
+    cpu: dict[str, list[float]] = {}
     pairs: list[dict[str, float]] = []
     begin = time.perf_counter()
     for n, model in enumerate(fastar.models):
         spent = time.perf_counter() - begin
         if args.rebasin_seconds is not None and n and spent * (n + 1) / n > args.rebasin_seconds:
             break  # another pair would take longer than that
-        search, whole, permuted = other(model, derive_seed(args.seed, "rebasin", n) % 2**31)
-        again, again_whole, _ = other(permuted, derive_seed(args.seed, "rebasin", n, "warm") % 2**31)
-        taken = {
-            "rebasin cold": search,
-            "rebasin cold with_tracing": whole,
-            "rebasin warm": again,
-            "rebasin warm with_tracing": again_whole,
-            **{f"fastar {name}": fastar.ways[name]()[0] / args.sources for name in ("cold", "warm")},
-        }
-        for name, value in taken.items():
-            seconds.setdefault(name, []).append(value)
+        found: dict[str, Searched] = {}
+        for name in fastar.ways:  # the first as it was trained, the others as permuted by the first
+            centre = fastar.moved_model if name.endswith("moved") else fastar.theta_model
+            given, seed = found["cold"].permuted if found else model, derive_seed(args.seed, "rebasin", n, name) % 2**31
+            found[name] = one = by_rebasin(centre, given, seed, device)
+            used = time.process_time()
+            ours = fastar.ways[name]()[0] / args.sources
+            used = (time.process_time() - used) / args.sources
+            taken = {f"fastar {name}": (ours, used), f"rebasin {name}": (one.seconds, one.cpu)}
+            taken[f"rebasin {name} with_tracing"] = (one.seconds + one.tracing, one.cpu)
+            for who, (wall, processor) in taken.items():
+                seconds.setdefault(who, []).append(wall)
+                cpu.setdefault(who, []).append(processor)
         pair = fastar.pair(n)
-        pair["rebasin"], pair["rebasin_weights"] = objectives(fastar.symmetry, theta, permuted.state_dict())
+        state = found["cold"].permuted.state_dict()
+        pair["rebasin"], pair["rebasin_weights"] = objectives(fastar.symmetry, theta, state)
         pairs.append(pair)
         ratio = {
-            name: float(np.median(np.divide(seconds[f"rebasin {name}"], seconds[f"fastar {name.split()[0]}"])))
-            for name in ("cold", "warm", "cold with_tracing", "warm with_tracing")
+            f"{name}{tracing}": float(
+                np.median(np.divide(seconds[f"rebasin {name}{tracing}"], seconds[f"fastar {name}"]))
+            )
+            for tracing in ("", " with_tracing")
+            for name in fastar.ways
         }
         at_least = sum(one["fastar"] >= one["rebasin"] for one in pairs)
         told = f"{at_least} of {len(pairs)} pairs"
@@ -278,6 +291,14 @@ def against_rebasin(
     for name, values in seconds.items():
         report(case=f"{name}, in turns" if name.startswith("fastar") else name, **summary(values))
     report(case="objective beside rebasin's", pairs=pairs)
+    facts = {"arch": args.arch, "threads": matching_threads(device), "objective_at_least_equal": told, **where(device)}
+    for name, text in {
+        "cold": "matching a source, from the start",
+        "warm, theta moved": "matching a source again, theta an epoch further",
+        "warm": "matching a source again, theta as it was",
+    }.items():
+        both = ({"ours": of[f"fastar {name}"], "peer": of[f"rebasin {name}"]} for of in (seconds, cpu))
+        print(claim("matching", f"{text} ({args.arch})", "rebasin", *both, **facts), flush=True)
 
 
 def compare_assignments(

@@ -17,7 +17,7 @@ import argparse
 from collections.abc import Callable
 
 import torch
-from bench import Case, Problem, add_problem_arguments, line, problem_of, ratio, time_in_turns
+from bench import Case, Problem, add_problem_arguments, claim, line, problem_of, ratio, time_in_turns, where
 
 from fastar.errors import FastarError
 from fastar.training import RegularStep
@@ -73,6 +73,11 @@ def main() -> None:
                 found["apart_of_together_cpu"] = ratio(apart, together, cpu=True)
             print(line("stacked", apart, problem.device), flush=True)
             print(line("stacked", together, problem.device, same_bits=same, **found), flush=True)
+            if same:
+                text = f"a step of {number} {arguments.arch}s of {problem.parameters:,} parameters at once, same bits"
+                times = [(together.seconds, apart.seconds), (together.cpu, apart.cpu)]
+                both = [{"ours": ours, "peer": peer} for ours, peer in times]
+                print(claim("stacked", text, "fastar, one by one", *both, **where(problem.device)), flush=True)
     except FastarError as error:
         parser.error(str(error))
 

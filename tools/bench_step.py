@@ -49,11 +49,13 @@ from bench import (
     Timing,
     add_problem_arguments,
     built_when_run,
+    claim,
     failure,
     line,
     problem_of,
     ratio,
     time_in_turns,
+    where,
 )
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -306,6 +308,12 @@ def main() -> None:
             told.add(timing.case.name)
             images = arguments.batch / timing.median
             print(line("step", timing, device, images_per_s=images, **ratios(timing, found)), flush=True)
+        for name in ("regular", "star"):
+            if mode == "eager" and {name, f"plain {name}"} <= found.keys():
+                ours, peer, size = found[name], found[f"plain {name}"], f"{arguments.arch}, batch {arguments.batch}"
+                seconds, cpu = ({"ours": a, "peer": b} for a, b in ((ours.seconds, peer.seconds), (ours.cpu, peer.cpu)))
+                facts = {**problem.facts(), "threads": torch.get_num_threads(), **where(device)}
+                print(claim("step", f"a {name} step ({size})", "plain PyTorch", seconds, cpu, **facts), flush=True)
 
 
 if __name__ == "__main__":

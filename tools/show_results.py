@@ -40,7 +40,8 @@ def table(record: Mapping[str, Any]) -> Iterator[str]:
         for line in part.get("lines", []):
             facts = ", ".join(f"{name} {line[name]}" for name in FACTS if name in line)
             told = line["error"] if "error" in line else "; ".join(figures(line))
-            yield f"| {line.get('bench', '')} | {line.get('case', '')} | {facts} | {line.get('n', '')} | {told} |"
+            case = line.get("case", line.get("claim", ""))
+            yield f"| {line.get('bench', '')} | {case} | {facts} | {line.get('n', '')} | {told} |"
     failed = [part["part"] for part in record["parts"] if part.get("exit_code") != 0]
     if failed:
         yield f"\nFailed or not finished: {', '.join(failed)}."
