@@ -75,6 +75,7 @@ SMALL_MATCHING = f"bench_matching.py {SMALL} --steps 2 --repeats 2 --against reb
 SMALL_STEP = f"bench_step.py {SMALL} --batch 8 --size 16 --rounds 2"
 LOADER = "bench_loader.py --pipeline cifar10"
 STACKED = "bench_stacked.py"
+QUALITY = "--seeds 3 --ways random mean --shares 0.1 0.25 1"
 PARTS = (
     Part("job", 1, 540, f"{REFERENCE} {FROM_MEAN}", SMALL_JOB),
     Part("job-mlp", 1, 120, f"{REFERENCE} {DIGITS} {FROM_MEAN}", f"{SMALL_JOB} --dataset digits"),
@@ -84,6 +85,9 @@ PARTS = (
     Part("matching-2", 2, 240, f"{MATCHING} --sources 2", SMALL_MATCHING),
     Part("loader", 1, 60, f"{LOADER} --images 1500", f"{LOADER} --images 64 --batch 16 --rounds 2"),
     Part("stacked", 1, 60, f"{STACKED} --width 32 --numbers 10 35", f"{STACKED} --width 8 --numbers 3 --rounds 2"),
+    Part(
+        "quality", 1, 240, f"bench_quality.py {QUALITY}", f"bench_quality.py train.epochs=4 sources.number=2 {QUALITY}"
+    ),
     Part("barrier", 1, 90, "bench_barrier.py --images 400", "bench_barrier.py --images 20 --size 16 --batch 8"),
 )
 
