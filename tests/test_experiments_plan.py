@@ -300,7 +300,7 @@ def test_memory_of_matching_is_what_is_taken(count: int, ways: dict[str, int]) -
         match_weights(groups, theta, sources, chunk=count, threads=1, **ways)
     planned = count * bytes_of_one(groups, ways.get("perturbations", 0))
     # Which parts a step moves differs from source to source; what is planned is enough.
-    assert 0.8 * planned < live.peak <= planned
+    assert 0.75 * planned < live.peak <= planned
 
 
 def test_sizes() -> None:

@@ -20,7 +20,7 @@ from fastar.matching import MatchResult
 from fastar.matching import blocks as blocks_module
 from fastar.matching.blocks import solve_rows, solve_tree
 from fastar.matching.checks import check_networks
-from fastar.matching.weight import descent as descent_module
+from fastar.matching.weight import permuted_sources as sources_module
 from fastar.matching.weight.descent import Descent
 from fastar.matching.weight.problem import Problem
 from fastar.matching.weight.unit_products import dots
@@ -118,7 +118,7 @@ def operations_of_visits(
         copies += 1
         return download(tensor)
 
-    monkeypatch.setattr(descent_module, "download", counted)
+    monkeypatch.setattr(sources_module, "download", counted)
     monkeypatch.setattr(blocks_module, "download", counted)
 
     def record(descent: Descent, t: int, visit: Callable[[], None]) -> None:

@@ -197,7 +197,7 @@ def test_scores_kept_up_to_date_equal_fresh_ones_and_going_back_restores(name: s
             torch.testing.assert_close(descent.score(g), fresh, rtol=1e-4, atol=1e-5 * float(fresh.abs().max()) + 1e-9)
 
     check_scores()
-    before, mark = {n: t.clone() for n, t in descent.sources.data.items()}, descent.mark()
+    before, mark = {n: t.clone() for n, t in descent.sources.permuted()}, descent.mark()
     random = symmetry.random(5, count=2)
     for t, tree in enumerate(symmetry.trees):
         for g in tree:
@@ -207,15 +207,13 @@ def test_scores_kept_up_to_date_equal_fresh_ones_and_going_back_restores(name: s
     symmetry.check(
         Permutations({g.name: torch.from_numpy(p) for g, p in zip(symmetry.groups, descent.permutations, strict=True)})
     )
-    now = {n: t.clone() for n, t in descent.sources.data.items()}
+    now = {n: t.clone() for n, t in descent.sources.permuted()}
     assert all(any(not torch.equal(now[n][k], t[k]) for n, t in before.items()) for k in range(2))
     descent.go_back(mark, np.array([1]))
-    assert all(
-        torch.equal(t[0], now[n][0]) and torch.equal(t[1], before[n][1]) for n, t in descent.sources.data.items()
-    )
+    assert all(torch.equal(t[0], now[n][0]) and torch.equal(t[1], before[n][1]) for n, t in descent.sources.permuted())
     check_scores()
     descent.go_back(mark, np.array([0]))
-    assert all(torch.equal(descent.sources.data[n], t) for n, t in before.items())
+    assert all(torch.equal(t, before[n]) for n, t in descent.sources.permuted())
     check_scores()
 
 

@@ -96,7 +96,7 @@ def test_going_back_restores_the_very_numbers(name: str, count: int, symmetries:
     start = [np.tile(np.arange(group.size), (count, 1)) for group in symmetry.groups]
     descent = Descent(problem, data, start, "auto", None)
     descent.run(lambda sweep: range(len(symmetry.trees)), 100)
-    before = {n: t.clone() for n, t in descent.sources.data.items()}
+    before = {n: t.clone() for n, t in descent.sources.permuted()}
     mark, (values, _) = descent.mark(), descent.sources.objectives()
     random = symmetry.random(5, count=count)
     for t, tree in enumerate(symmetry.trees):
@@ -106,7 +106,7 @@ def test_going_back_restores_the_very_numbers(name: str, count: int, symmetries:
     assert (descent.sources.objectives()[0] < values).all()
     descent.go_back(mark, np.arange(count))
     assert descent.sources.objectives()[0].tolist() == values.tolist()
-    assert all(torch.equal(descent.sources.data[n], t) for n, t in before.items())
+    assert all(torch.equal(t, before[n]) for n, t in descent.sources.permuted())
     for g in range(len(symmetry.groups)):
         # Restored, not computed again: to the rounding of the corrections before the mark.
         fresh = descent._full_score(g)

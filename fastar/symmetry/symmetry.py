@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fastar.errors import FastarError
 from fastar.flat.state_check import check_state, tensors_of, ties_of
 from fastar.runtime.seeds import derive_seed
-from fastar.symmetry.batched_index import Rows, along, chosen, memory_order
+from fastar.symmetry.batched_index import Rows, along, chosen, memory_order, selected
 from fastar.symmetry.permutations import Permutations
 
 
@@ -261,13 +261,13 @@ def _permute(sources: Tensor, rows: Rows, positions: Tensor, member: Member, one
 
     On a GPU as many rows at a time as make a copy of at most `one` numbers, a network's.
     """
-    x = sources.narrow(member.axis + 1, member.offset, positions.shape[1])
+    order = memory_order(sources[0])
+    x = sources.narrow(member.axis + 1, member.offset, positions.shape[1]).permute(0, *(axis + 1 for axis in order))
+    axis = order.index(member.axis)
     if x.device.type == "cpu":
         for n, at in zip(rows.numbers.tolist(), positions, strict=True):
-            x[n].copy_(x[n].index_select(member.axis, at))
+            x[n].copy_(selected(x[n], axis, at))
         return
-    order = memory_order(sources[0])
-    x, axis = x.permute(0, *(axis + 1 for axis in order)), order.index(member.axis)
     for some, part in rows.split(max(1, one // x[0].numel())):
         part.put(x, along(part.of(x), axis, positions[some]))
 

@@ -118,7 +118,8 @@ def bytes_of_one(symmetry: Symmetry, perturbations: int = 0) -> int:
     """Bytes that a source takes while it is matched, beside itself; `perturbations` as of the settings."""
     sizes = [4 * math.prod(shape) for name, shape in symmetry.parameters.items() if name not in symmetry.tied]
     tables = [4 * group.size**2 for group in symmetry.groups]
-    scores = 2 * sum(tables)  # S_g, and a copy of it
-    if perturbations:  # S_g to go back to; of the tree that is perturbed S_g with noise, and the noise of a group
-        scores += sum(tables) + 2 * max((sum(tables[g] for g in tree) for tree in symmetry.trees), default=0)
-    return sum(sizes) + LARGEST_HELD * max(sizes, default=0) + scores  # as permuted so far; what a step holds
+    largest = max((sum(tables[g] for g in tree) for tree in symmetry.trees), default=0)
+    scores = sum(tables) + largest  # T_g, and S_g of the tree that is solved
+    if perturbations:  # T_g to go back to; S_g with noise, and the noise of a group
+        scores += sum(tables) + largest
+    return int(LARGEST_HELD * max(sizes, default=0)) + scores

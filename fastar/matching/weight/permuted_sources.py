@@ -1,190 +1,250 @@
-"""A chunk's sources as permuted so far: their parameters on the device, and how a step changes them."""
+"""A chunk's sources under permutations: their parameters as they were given, and what a permutation makes of them."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastar.matching.blocks import Answers
-from fastar.matching.weight.problem import Problem
-from fastar.matching.weight.unit_products import dot, dots
-from fastar.symmetry.batched_index import Rows, along, chosen, download, put_along
+from fastar.matching.weight.problem import Problem, Site
+from fastar.matching.weight.unit_products import add_products, dot, dots
+from fastar.symmetry.batched_index import Rows, along, chosen, download
 
 # From this share of moved units on, gathering them apart costs more than taking them all.
 _MOST = 0.6
 
-# Copies of a source's largest parameter that a step holds beside it: what it becomes, and the difference.
-LARGEST_HELD = 2
+# Copies of a source's largest parameter that are held beside it: what it becomes and what it was; or, of the part that
+# moves, a difference and its terms in float64.
+LARGEST_HELD = 2.5
 
-
-@dataclass(frozen=True)
-class Change:
-    """One parameter of some sources, as a step makes it.
-
-    Args:
-        rows: the sources.
-        axis: that moves, in memory order; where several do, the last of them.
-        positions: [m, length] on the axis that may change; None: all.
-        new: [m, ...], what is at `positions` afterwards.
-        theta: [1, ...] or [m, ...], theta there; None unless asked for, like `difference`.
-        difference: `new` less what is there.
-    """
-
-    name: str
-    rows: Rows
-    axis: int
-    positions: Tensor | None
-    new: Tensor
-    theta: Tensor | None
-    difference: Tensor | None
+Indices = Sequence[NDArray[np.int64]]
+"""An index [m, size] for each group."""
 
 
 class PermutedSources:
-    """Parameters of n sources in memory order, name -> [n, ...], all sources of a step moved together.
+    """Parameters of n sources in memory order, name -> [n, ...], and where their units are now.
 
-    On a GPU an operation costs its launch, so none is made for a source by itself. What is given is not written to: a
-    parameter is copied when it is first moved.
+    What is given is never moved nor written to: `permutations` say which of a source's units is at each place, and a
+    parameter is gathered when it is needed. On a GPU an operation costs its launch, so none is made for a source by
+    itself.
     """
 
-    def __init__(self, problem: Problem, sources: Mapping[str, Tensor], permutations: Sequence[NDArray[np.int64]]):
-        """`permutations`: an [n, size] index per group, to begin with."""
-        self.problem = problem
-        self.data = dict(sources)
-        self.owned: set[str] = set()
+    def __init__(self, problem: Problem, sources: dict[str, Tensor], permutations: Indices):
+        """`permutations`: to begin with."""
+        self.problem, self.data = problem, sources
+        self.permutations = [np.array(index) for index in permutations]
         self.count = next(iter(sources.values())).shape[0] if sources else 0
         self.device = next(iter(problem.theta.values())).device
-        for t, tree in enumerate(problem.trees):
-            self.permute(t, np.arange(self.count), tuple(permutations[g] for g in tree))
+
+    def now(self, numbers: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """The permutations of the sources `numbers`."""
+        if len(numbers) == self.count:
+            return self.permutations
+        return [index[numbers] for index in self.permutations]
+
+    def permuted(self) -> Iterator[tuple[str, Tensor]]:
+        """Name and [n, ...] of each parameter, with the units where they are now."""
+        everyone = np.arange(self.count)
+        # Sources with the same indices on an axis are not gathered apart; above all the identity is no gather.
+        plans = {name: _full(self.problem, name, None, self.permutations) for name in self.data}
+        _, *arrays = chosen(
+            everyone, self.count, *(at for plan in plans.values() for _, at in plan), device=self.device
+        )
+        place = iter(arrays)
+        for name, rows in self.data.items():
+            new = rows
+            for axis, _ in plans[name]:
+                new = along(new, axis, next(place))
+            yield name, new
 
     def objectives(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """[n] <theta, permuted source> over all parameters, and over those of at least two axes."""
-        theta, data = self.problem.theta, self.data
-        products = []
-        if self.device.type == "cpu":
-            products = [np.array([dot(theta[name], row) for row in rows]) for name, rows in data.items()]
-        elif data:
-            products = list(download(torch.stack([dots(theta[name], rows) for name, rows in data.items()])))
-        weights = [values for values, rows in zip(products, data.values(), strict=True) if rows.ndim > 2]
+        theta = self.problem.theta
+        products, matrices = [], []
+        for name, rows in self.permuted():
+            if self.device.type == "cpu":
+                products.append([dot(theta[name], row) for row in rows])
+            else:
+                products.append(dots(theta[name], rows))
+            matrices.append(rows.ndim > 2)
+        if self.device.type != "cpu" and products:
+            products = list(download(torch.stack(products)))
+        weights = [values for values, matrix in zip(products, matrices, strict=True) if matrix]
         return _sums(products, self.count), _sums(weights, self.count)
 
-    def permute(self, t: int, numbers: NDArray[np.int64], answers: Answers) -> None:
-        """Permute tree t of the sources `numbers` by `answers`, [m, size] of each group."""
-        numbers, answers = those_that_move(numbers, answers)
-        if len(numbers):
-            for change in Step(self, t, numbers, answers).changes(lambda name: False):
-                self.write(change)
-                del change  # before the next is made
+    def add(self, score: Tensor, name: str, g: int) -> None:
+        """Add what one parameter contributes to a table T_g of every source (see `correct`)."""
+        self._add(score, np.arange(self.count), [s for s in self.problem.sites[name] if s.group == g], name, None)
 
-    def write(self, change: Change) -> None:
-        """Let a change happen. `new` is kept where it is all of a parameter of all sources."""
-        name, rows = change.name, change.rows
-        if rows.everything and change.positions is None:
-            self.data[name] = change.new
-            self.owned.add(name)
-            return
-        if name not in self.owned:
-            self.data[name] = self.data[name].clone()
-            self.owned.add(name)
-        values = change.new
-        if change.positions is not None:
-            values = rows.of(self.data[name])
-            put_along(values, change.axis, change.positions, change.new)
-            if rows.index is None:
-                return
-        rows.put(self.data[name], values)
+    def correct(self, score: Tensor, g: int, numbers: NDArray[np.int64], seen: Indices) -> None:
+        """Bring T_g [n, size, size] of the sources `numbers` from the permutations `seen` [m, size] to those of now.
+
+        T_g[i, j] is the inner product of what unit i of theta and unit j of the source own, the source's other axes
+        permuted, its units of g numbered as they were given. Only what the other groups have moved is multiplied.
+        """
+        for name in self.problem.tensors[g]:
+            sites = [s for s in self.problem.sites[name] if s.group == g and len(self.problem.axes_of[name]) > 1]
+            if sites:
+                self._add(score, numbers, sites, name, seen)
+
+    def gains(self, t: int, numbers: NDArray[np.int64], answers: Indices) -> NDArray[np.float64]:
+        """[2, m]: the change of the objective if tree t of the sources `numbers` is permuted by `answers`, computed
+        from the parameters, and the sum of the squares of its terms."""
+        before = self.now(numbers)
+        after = list(before)
+        for g, answer in zip(self.problem.trees[t], answers, strict=True):
+            after[g] = np.take_along_axis(before[g], answer, 1)
+        totals: Tensor | None = None
+        for name in self.problem.touched[t]:
+            difference = self._difference(name, None, numbers, before, after, 0, None)
+            if difference is None:
+                continue
+            _, theta, change = difference
+            terms = change.double().mul_(theta).flatten(1)
+            found = torch.stack([terms.sum(1), terms.square_().sum(1)])
+            totals = found if totals is None else totals.add_(found)
+        return np.zeros((2, len(numbers))) if totals is None else download(totals)
+
+    def _add(
+        self, score: Tensor, numbers: NDArray[np.int64], sites: Sequence[Site], name: str, seen: Indices | None
+    ) -> None:
+        """Add to the tables of `numbers` what the sites' parameter contributes now, less what it did at `seen`."""
+        size = score.shape[1]
+        for site in sites:
+            member, axis = site.member, site.axis
+            length = size * member.inner * member.outer
+            stretch = None
+            if length < self.data[name].shape[axis + 1]:  # of an axis that holds several groups only its own part
+                stretch, member = (axis, member.offset, length), replace(member, offset=0)
+            difference = self._difference(name, axis, numbers, seen, self.now(numbers), site.group, stretch)
+            if difference is not None:
+                rows, theta, change = difference
+                add_products(score, theta, change, member, axis, size, rows)
+
+    def _difference(
+        self,
+        name: str,
+        but: int | None,
+        numbers: NDArray[np.int64],
+        before: Indices | None,
+        after: Indices,
+        g: int,
+        stretch: tuple[int, int, int] | None,
+    ) -> tuple[Rows, Tensor, Tensor] | None:
+        """Rows, theta and a parameter of the sources `numbers` permuted by `after`, less the same by `before` (None:
+        as it is), along all axes but one; None if there is no difference. Of the axis that changes only what moves is
+        taken, of theta likewise.
+        """
+        problem = self.problem
+        moves: tuple[int, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]] | None = None
+        fixed = _full(problem, name, but, after)
+        old = fixed
+        if before is not None:
+            changed = [
+                axis
+                for axis, sites in problem.axes_of[name].items()
+                if axis != but and any(_differ(before[s.group], after[s.group]) for s in sites)
+            ]
+            if not changed:
+                return None
+            if len(changed) == 1:
+                (axis,) = changed
+                moves = self._moves(name, axis, before, after)
+            if moves is None:
+                old = _full(problem, name, but, before)
+            else:
+                fixed = old = [(axis, at) for axis, at in fixed if axis != moves[0]]
+        arrays = [at for _, at in fixed]
+        if moves is not None:
+            arrays += moves[1:]
+        elif before is not None:
+            arrays += [at for _, at in old]
+        rows, *places = chosen(numbers, self.count, *arrays, device=self.device)
+        theta, mine = problem.theta[name][None], rows.of(self.data[name])
+        if stretch is not None:
+            axis, begin, length = stretch
+            theta, mine = theta.narrow(axis + 1, begin, length), mine.narrow(axis + 1, begin, length)
+        fix, rest = places[: len(fixed)], places[len(fixed) :]
+        if moves is not None:
+            axis = moves[0]
+            theta = along(theta.expand(len(rows), *theta.shape[1:]), axis, rest[0])
+            was, new = along(mine, axis, rest[1]), along(mine, axis, rest[2])
+            for (axis, _), at in zip(fixed, fix, strict=True):
+                was, new = along(was, axis, at), along(new, axis, at)
+            return rows, theta, new.sub_(was)
+        new = mine
+        for (axis, _), at in zip(fixed, fix, strict=True):
+            new = along(new, axis, at)
+        if before is None:
+            return rows, theta, new
+        was = mine
+        for (axis, _), at in zip(old, rest, strict=True):
+            was = along(was, axis, at)
+        return rows, theta, new.sub_(was) if fix else new - was
+
+    def _moves(
+        self, name: str, axis: int, before: Indices, after: Indices
+    ) -> tuple[int, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]] | None:
+        """Positions [m, k] on an axis whose units change, and where each was and is taken from; None: most change."""
+        parts = []
+        for site in self.problem.axes_of[name][axis]:
+            old, new = before[site.group], after[site.group]
+            moved = old != new
+            most = int(moved.sum(1).max())
+            if most:
+                units = np.argsort(~moved, axis=1, kind="stable")[:, :most]
+                size = old.shape[1]
+                three = (units, np.take_along_axis(old, units, 1), np.take_along_axis(new, units, 1))
+                parts.append([site.member.positions(one, size) for one in three])
+        if sum(part[0].shape[1] for part in parts) > _MOST * self.data[name].shape[axis + 1]:
+            return None
+        if len(parts) == 1:
+            return (axis, *parts[0])
+        to, old, new = (np.concatenate(one, axis=1) for one in zip(*parts, strict=True))
+        return axis, to, old, new
 
 
-class Step:
-    """A tree of some sources permuted, a parameter after the other: indices are made on the host, and uploaded once.
-
-    Only units that move are gathered, as many of each source as of the one with the most (others add some that stay).
-    A parameter that the tree permutes along several axes is gathered whole. Nothing changes before `write`.
-
-    Args:
-        answers: [m, size] of each group, of the m sources `numbers`.
-    """
-
-    def __init__(self, sources: PermutedSources, t: int, numbers: NDArray[np.int64], answers: Answers):
-        self.sources = sources
-        problem = sources.problem
-        units = {g: _moving_units(answer) for g, answer in zip(problem.trees[t], answers, strict=True)}
-        arrays = list(answers)
-        self._axes: dict[str, list[tuple[int, int | None, int]]] = {}  # name -> axis, positions, where from
-        for name in problem.touched[t]:
-            axes = problem.axes(t, name)
-            for axis, sites in axes.items():
-                length = sources.data[name].shape[axis + 1]
-                to, origin = (
-                    np.concatenate(
-                        [s.member.positions(units[s.group][k], problem.groups[s.group].size) for s in sites], axis=1
-                    )
-                    for k in range(2)
-                )
-                if len(axes) > 1:
-                    every = np.tile(np.arange(length), (len(numbers), 1))
-                    np.put_along_axis(every, to, origin, 1)
-                    to, origin = np.arange(length)[None], every
-                whole = to.shape[1] == length and bool((to[0] == np.arange(length)).all())
-                arrays += [origin] if whole else [to, origin]
-                at = (axis, None if whole else len(arrays) - 2, len(arrays) - 1)
-                self._axes.setdefault(name, []).append(at)
-        self.rows, *self._arrays = chosen(numbers, sources.count, *arrays, device=sources.device)
-        self.answers: list[Tensor] = self._arrays[: len(answers)]
-
-    def changes(self, differs: Callable[[str], bool]) -> Iterator[Change]:
-        """The changes of all parameters; with differences where `differs(name)`. Write each before the next."""
-        for name in self._axes:
-            yield self._change(name, differs(name))
-
-    def _change(self, name: str, differs: bool) -> Change:
-        mine = self.rows.of(self.sources.data[name])
-        new, positions, axis = mine, None, 0
-        for axis, to, origin in self._axes[name]:
-            new = along(new, axis, self._arrays[origin])
-            positions = None if to is None else self._arrays[to]
-        if not differs:
-            return Change(name, self.rows, axis, positions, new, None, None)
-        theta = self.sources.problem.theta[name][None]
-        if positions is not None:
-            theta = along(theta.expand(len(self.rows), *theta.shape[1:]), axis, positions)
-            mine = along(mine, axis, positions)
-        return Change(name, self.rows, axis, positions, new, theta, new - mine)
+def _full(problem: Problem, name: str, but: int | None, indices: Indices) -> list[tuple[int, NDArray[np.int64]]]:
+    """The axes of a parameter, but one, that `indices` [m, size] permute, and the position [m, length] each is taken
+    from."""
+    found = []
+    for axis, sites in problem.axes_of[name].items():
+        if axis == but:
+            continue
+        every: NDArray[np.int64] | None = None
+        for site in sites:
+            index, units = indices[site.group], problem.units[site.group]
+            if not _differ(index, units):
+                continue
+            size, length = index.shape[1], problem.theta[name].shape[axis]
+            if every is None:
+                if index.shape[1] == length and len(sites) == 1:
+                    every = index
+                    break
+                every = np.tile(np.arange(length), (len(index), 1))
+            to = site.member.positions(units[None], size)
+            every[:, to[0]] = site.member.positions(index, size)
+        if every is not None:
+            found.append((axis, every))
+    return found
 
 
-def those_that_move(numbers: NDArray[np.int64], answers: Answers) -> tuple[NDArray[np.int64], Answers]:
+def _differ(one: NDArray[np.int64], other: NDArray[np.int64]) -> bool:
+    return one is not other and bool((one != other).any())
+
+
+def those_that_move(
+    numbers: NDArray[np.int64], answers: Sequence[NDArray[np.int64]]
+) -> tuple[NDArray[np.int64], tuple[NDArray[np.int64], ...]]:
     """Those of the sources `numbers` that `answers` [m, size] move any unit of, and their answers."""
     moving = np.any([(index != np.arange(index.shape[1])).any(1) for index in answers], axis=0)
     return numbers[moving], tuple(index[moving] for index in answers)
 
 
-def _moving_units(answer: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Units [m, most] that may change, as many of each source, and what they become: all where most do."""
-    moved = answer != np.arange(answer.shape[1])
-    most = int(moved.sum(1).max())
-    if most > _MOST * answer.shape[1]:
-        return np.tile(np.arange(answer.shape[1]), (len(answer), 1)), answer
-    units = np.argsort(~moved, axis=1, kind="stable")[:, :most]
-    return units, np.take_along_axis(answer, units, 1)
-
-
-def gains(changes: Iterator[Change]) -> Tensor:
-    """[2, m] float64: the sum over changes of <theta, difference>, and of the squares of its terms."""
-    totals: Tensor | None = None
-    for change in changes:
-        assert change.theta is not None
-        assert change.difference is not None
-        terms = change.difference.double().mul_(change.theta).flatten(1)
-        found = torch.stack([terms.sum(1), terms.square_().sum(1)])
-        totals = found if totals is None else totals.add_(found)
-    assert totals is not None
-    return totals
-
-
-def _sums(values: Sequence[NDArray[np.float64]], count: int) -> NDArray[np.float64]:
+def _sums(values: Sequence[Sequence[float]], count: int) -> NDArray[np.float64]:
     return np.array([math.fsum(value[n] for value in values) for n in range(count)], dtype=np.float64)

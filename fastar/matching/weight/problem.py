@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 from torch import Tensor
 
 from fastar.symmetry.batched_index import memory_order
@@ -23,7 +24,8 @@ class Site:
 class Problem:
     """The networks' parameters and the sites of their groups; all chunks share it. Read-only.
 
-    `tensors` of a group and `touched` of a tree are the names of the parameters that it permutes.
+    `tensors` of a group and `touched` of a tree are the names of the parameters that it permutes, `axes_of` a parameter
+    the sites on each of its axes, and `corrected` of a tree the groups whose S_g change when it is permuted.
     """
 
     def __init__(self, symmetry: Symmetry, theta: Mapping[str, Tensor], sources: Mapping[str, Tensor]):
@@ -38,27 +40,30 @@ class Problem:
                 if member.tensor in self.sites:
                     axis = self.orders[member.tensor].index(member.axis)
                     self.sites[member.tensor].append(Site(g, member, axis))
+        self.units = [np.arange(group.size) for group in self.groups]
+        self.axes_of: dict[str, dict[int, list[Site]]] = {name: {} for name in self.names}
+        for name, sites in self.sites.items():
+            for site in sites:
+                self.axes_of[name].setdefault(site.axis, []).append(site)
         self.tensors = [sorted({m.tensor for m in group.members if m.tensor in self.sites}) for group in self.groups]
         self.touched = [sorted({name for g in tree for name in self.tensors[g]}) for tree in self.trees]
         # On a tensor that a tree permutes along two axes at once the objective is quadratic, and S_g only its slope.
         self.quadratic = [any(self.twice(t, name) for name in touched) for t, touched in enumerate(self.touched)]
-
-    def axes(self, t: int, name: str) -> dict[int, list[Site]]:
-        """The axes of a parameter that tree t permutes, each with the sites of its groups."""
-        found: dict[int, list[Site]] = {}
-        for site in self.sites[name]:
-            if site.group in self.trees[t]:
-                found.setdefault(site.axis, []).append(site)
-        return found
+        self.corrected = [sorted(self._corrected(t)) for t in range(len(self.trees))]
 
     def twice(self, t: int, name: str) -> bool:
         """Tell whether tree t lies on two axes of this parameter."""
-        return len(self.axes(t, name)) > 1
+        return len(self._axes(t, name)) > 1
 
-    def corrected(self, t: int, name: str) -> list[Site]:
-        """The sites of other trees on this parameter whose S_g change when tree t is permuted."""
-        axes = self.axes(t, name)
-        return [s for s in self.sites[name] if s.group not in self.trees[t] and axes.keys() != {s.axis}]
+    def _axes(self, t: int, name: str) -> set[int]:
+        """The axes of a parameter that tree t permutes."""
+        return {site.axis for site in self.sites[name] if site.group in self.trees[t]}
+
+    def _corrected(self, t: int) -> set[int]:
+        """The groups whose S_g change when tree t is permuted: those on another axis of a parameter of its."""
+        return {
+            site.group for name in self.touched[t] for site in self.sites[name] if self._axes(t, name) != {site.axis}
+        }
 
     def part(self, sources: Mapping[str, Tensor], begin: int, end: int) -> dict[str, Tensor]:
         """The sources `begin` to `end` - 1, [n, ...] in memory order; views where nothing has to be converted."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -19,7 +19,7 @@ from fastar.matching.weight.descent import Descent, OrderOfSweep, stacked
 from fastar.matching.weight.problem import Problem
 from fastar.runtime.seeds import derive_seed
 from fastar.symmetry import Permutations
-from fastar.symmetry.batched_index import along, upload
+from fastar.symmetry.batched_index import upload
 
 # Noise on S_g, in standard deviations of its entries, one after the other: units whose partners are nearly as good as
 # another's change them, sure ones stay. On ResNet-18, 5 perturbations at 0.25 throughout gained as much, at 0.15 a
@@ -56,7 +56,7 @@ def better(one: MatchResult, other: MatchResult) -> MatchResult:
 
 def best_ends(
     problem: Problem,
-    data: Mapping[str, Tensor],
+    data: dict[str, Tensor],
     starts: Sequence[Sequence[NDArray[np.int64]] | None],
     settings: MatchingSettings,
     seed: int,
@@ -119,28 +119,28 @@ def align_backward(descent: Descent) -> None:
     before, mark = descent.sources.objectives()[0], descent.mark()
     done: set[int] = set()
     for t, tree in reversed(list(enumerate(problem.trees))):
-        scores = []
         for g in tree:
             size = problem.groups[g].size
-            score = torch.zeros(count, size, size, device=device, dtype=torch.float32)
+            table = torch.zeros(count, size, size, device=device, dtype=torch.float32)
             for name in problem.tensors[g]:
                 if {p.group for p in problem.sites[name]} - done <= set(tree) and not problem.twice(t, name):
-                    descent.add(score, name, g)
-            scores.append(score)
+                    descent.sources.add(table, name, g)
+            descent.tables[g] = table
         done |= set(tree)
-        answers = stacked(descent.solve(t, scores, descent.everyone))
-        descent.sources.permute(t, descent.everyone, answers)
+        # No unit of the tree has moved yet: its S_g are the tables.
+        answers = stacked(
+            descent.solve(t, [known for g in tree if (known := descent.tables[g]) is not None], descent.everyone)
+        )
         descent.note(t, descent.everyone, answers)
-        for g, score, index in zip(tree, scores, upload(answers, device), strict=True):
-            descent.scores[g] = along(score, 1, index)
         for name in problem.touched[t]:
             others = {p.group for p in problem.sites[name]}
             if others <= done:
                 late = others if problem.twice(t, name) else others - set(tree)
                 for h in sorted(late):
-                    known = descent.scores[h]
+                    known = descent.tables[h]
                     assert known is not None
-                    descent.add(known, name, h)
+                    descent.sources.add(known, name, h)
+    descent.seen = [[index.copy() for index in descent.permutations] for _ in problem.groups]
     after, _ = descent.sources.objectives()
     descent.go_back(mark, np.flatnonzero(after < before))
 
