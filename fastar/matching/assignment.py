@@ -15,6 +15,10 @@ from fastar.errors import FastarError
 
 Solver = Literal["auto", "lapjv", "scipy"]
 
+Duals = NDArray[np.float32]
+"""Dual variables of an assignment's columns, [n]: costs (the best score of a row less a score) less these have the same
+best assignment."""
+
 # float32 rounding of one row, relative to the largest cost: answers this close to the bound, per row, are optimal.
 _OPTIMALITY = 2.0**-22
 
@@ -44,7 +48,7 @@ def solve_assignment(score: Tensor | NDArray[Any], *, solver: Solver = "auto") -
 
     lapjv aborts the process on rows that are not finite, is silently wrong on single ones, and works in float32.
     So scores are checked and freed of their offset, and its answer is checked to be a bijection and, through the dual
-    variables in float64, optimal; where it is not, SciPy solves the problem again. Safe to call from several threads.
+    variables, optimal; where it is not, SciPy solves the problem again. Safe to call from several threads.
 
     Args:
         score: [n, n]. Among totals that float32 cannot tell apart, any may be returned.
@@ -56,6 +60,18 @@ def solve_assignment(score: Tensor | NDArray[Any], *, solver: Solver = "auto") -
     >>> solve_assignment(np.array([[1.0, 5.0], [2.0, 3.0]])).tolist()
     [1, 0]
     """
+    return solve_again(score, None, solver=solver)[0]
+
+
+def solve_again(
+    score: Tensor | NDArray[Any], duals: Duals | None, *, solver: Solver = "auto"
+) -> tuple[NDArray[np.int64], Duals | None]:
+    """`solve_assignment`, from the dual variables that an assignment of nearly the same scores has ended with; and
+    those of this one, None where it needed none.
+
+    Costs less the columns' duals have the same best assignment, and nearly every row its own cheapest column: lapjv
+    is left with the few others (on the tables of a ResNet-18 between two epochs it took a third of the time).
+    """
     table = score.detach().cpu().numpy() if isinstance(score, Tensor) else np.asarray(score)
     if table.ndim != 2 or table.shape[0] != table.shape[1]:
         raise FastarError(f"an assignment needs a square table of scores, this one has shape {list(table.shape)}")
@@ -65,20 +81,36 @@ def solve_assignment(score: Tensor | NDArray[Any], *, solver: Solver = "auto") -
     if solver == "lapjv" and _lapjv() is None:
         raise FastarError("the assignment solver lapjv is not installed: pip install lapjv, or set the solver to scipy")
     if n == 0:
-        return np.zeros(0, dtype=np.int64)
-    if not np.isfinite(table).all():
+        return np.zeros(0, dtype=np.int64), None
+    best = table.max(axis=1, keepdims=True)
+    # A maximum is NaN or infinite if one of its row is; but for minus infinity.
+    if not (np.isfinite(best).all() and np.isfinite(table.min())):
         row, column = np.argwhere(~np.isfinite(table))[0]
         raise ScoresNotFinite(
             f"score[{row}, {column}] of an assignment is {table[row, column]}: scores must be finite numbers"
         )
-    cost = _centred_cost(table)
-    for favourites, of_columns in ((cost.argmin(axis=1), False), (cost.argmin(axis=0), True)):
-        # Everybody gets what suits them best: no assignment can do better. Common once networks are aligned.
-        if len(np.unique(favourites)) == n:
-            return np.asarray(np.argsort(favourites) if of_columns else favourites, dtype=np.int64)
-    if solver == "scipy" or _lapjv() is None:
-        return _scipy(cost)
-    return _guarded_lapjv(cost)
+    cost = _centred_cost(table, best, duals)
+    favourites = cost.argmin(axis=1)
+    # Everybody gets what suits them best: no assignment can do better. Common once networks are aligned.
+    if is_bijection(favourites):
+        return np.asarray(favourites, dtype=np.int64), duals
+    if duals is None:
+        favourites = cost.argmin(axis=0)
+        if is_bijection(favourites):
+            return np.asarray(np.argsort(favourites), dtype=np.int64), None
+    if solver != "scipy" and _lapjv() is not None:
+        found = _guarded_lapjv(cost, duals)
+        if found is not None:
+            return found
+        cost = _centred_cost(table, best, None)
+    return _scipy(cost), duals
+
+
+def is_bijection(index: NDArray[np.integer[Any]]) -> bool:
+    """Tell whether `index` [n], of numbers below n, holds each of them."""
+    seen = np.zeros(len(index), dtype=bool)
+    seen[index] = True
+    return bool(seen.all())
 
 
 def _scipy(cost: NDArray[Any]) -> NDArray[np.int64]:
@@ -87,34 +119,44 @@ def _scipy(cost: NDArray[Any]) -> NDArray[np.int64]:
     return np.asarray(linear_sum_assignment(cost)[1], dtype=np.int64)
 
 
-def _centred_cost(table: NDArray[Any]) -> NDArray[Any]:
-    """Costs to minimise, in the table's precision, each row shifted by its best so that large offsets cost no digits.
+def _centred_cost(table: NDArray[Any], best: NDArray[Any], duals: Duals | None) -> NDArray[Any]:
+    """Costs to minimise, in the table's precision, each row shifted by its best so that large offsets cost no digits;
+    less the columns' duals, and each row shifted once more. A new array.
 
-    A shift of a whole row changes no assignment. The subtraction is exact to the last digit of the difference.
+    A shift of a whole row or column changes no assignment. The first subtraction is exact to the last digit of the
+    difference.
     """
     floating = table if table.dtype in (np.float32, np.float64) else table.astype(np.float64)
-    return floating.max(axis=1, keepdims=True) - floating
+    cost = np.ascontiguousarray(best - floating)
+    if duals is not None:
+        cost -= duals
+        cost -= cost.min(axis=1, keepdims=True)
+    return cost
 
 
-def _guarded_lapjv(cost: NDArray[Any]) -> NDArray[np.int64]:
-    """lapjv's answer if it is proven right, else SciPy's. `cost` is finite, each row's minimum is 0."""
+def _guarded_lapjv(cost: NDArray[Any], duals: Duals | None) -> tuple[NDArray[np.int64], Duals] | None:
+    """lapjv's answer if it is proven right, and its columns' duals on top of `duals`. `cost` is finite, each row's
+    minimum is 0; it is overwritten."""
     solve = _lapjv()
     assert solve is not None
     columns_too = cost.min(axis=0, keepdims=True)  # columns that are expensive for everyone carry an offset as well
-    reduced = cost - columns_too
-    largest = float(reduced.max())
+    cost -= columns_too
+    largest = float(cost.max())
     if not 0 < largest < float("inf"):
-        return _scipy(cost)  # all equal, or differences that overflow
-    small = np.ascontiguousarray(reduced / largest, dtype=np.float32)
+        return None  # all equal, or differences that overflow
+    cost /= largest
+    small = cost.astype(np.float32, copy=False)
     rows, _, (_, _, v) = solve(small, force_doubles=False)
     answer = np.asarray(rows, dtype=np.int64)
     n = len(answer)
     if not np.array_equal(np.bincount(answer, minlength=n), np.ones(n)):
-        return _scipy(cost)
+        return None
     # Weak duality: given v, u_i = min_j (c_ij - v_j) is feasible, so sum(u) + sum(v) is below every assignment's cost.
-    dual = v.astype(np.float64)
-    slack = (reduced / largest).astype(np.float64) - dual
-    gap = float((slack[np.arange(n), answer] - slack.min(axis=1)).sum())
+    # In float32 a row's slack is off by its last digit, of which the bound allows four.
+    of_columns = np.asarray(v, dtype=cost.dtype)
+    cost -= of_columns
+    gap = float((cost[np.arange(n), answer] - cost.min(axis=1)).sum(dtype=np.float64))
     if not gap <= n * _OPTIMALITY:
-        return _scipy(cost)
-    return answer
+        return None
+    own = of_columns.astype(np.float64) * largest + columns_too[0]
+    return answer, (own if duals is None else duals + own).astype(np.float32)

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastar.matching.assignment import Solver, solve_assignment
+from fastar.matching.assignment import Duals, Solver, is_bijection, solve_again, solve_assignment
 from fastar.symmetry.batched_index import Rows, chosen, download
 
 Floats = NDArray[np.float32]
@@ -86,12 +86,14 @@ class Solved:
         answers: an index for each group.
         gain: what they add to the objective, as the scores say it; 0 where nothing moves.
         scale: the sum of the sizes of the terms of `gain`, for what its rounding may be.
+        duals: of a group alone, for `solve_again`; None where there are none.
     """
 
     answers: Answers
     gain: float
     scale: float
     moves: bool
+    duals: Duals | None = None
 
 
 def solve_rows(
@@ -100,6 +102,7 @@ def solve_rows(
     rows: Rows,
     solver: Solver,
     pool: ThreadPoolExecutor | None,
+    duals: Sequence[Duals | None] | None = None,
 ) -> list[Solved]:
     """The best assignments of a tree for each of `rows`.
 
@@ -110,6 +113,7 @@ def solve_rows(
         scores: S_g [N, size, size] of each group of the tree.
         blank: whether a group's S_g is 0 throughout, since it has no parameters.
         pool: threads that solve side by side.
+        duals: of each of `rows`, if the tree is a group alone, those that nearly the same scores have ended with.
     """
     found: list[Solved | None] = [None] * len(rows)
     if len(rows) > 1 or scores[0].device.type != "cpu":
@@ -119,13 +123,18 @@ def solve_rows(
         some = rows if len(left) == len(rows) else chosen(rows.numbers[left], rows.count, device=scores[0].device)[0]
         tables = _tables(scores, some)
 
-        def solve(tables: Sequence[Floats]) -> Solved:
-            answers = solve_tree(tables, solver=solver)
+        def solve(k: int, tables: Sequence[Floats]) -> Solved:
+            ended = None
+            if len(tables) == 1:
+                answer, ended = solve_again(tables[0], None if duals is None else duals[k], solver=solver)
+                answers: Answers = (answer,)
+            else:
+                answers = solve_tree(tables, solver=solver)
             now = [np.diagonal(table) for table in tables]
             then = [table[np.arange(len(answer)), answer] for table, answer in zip(tables, answers, strict=True)]
-            return _solved(answers, now, then)
+            return _solved(answers, now, then, ended)
 
-        solved = pool.map(solve, tables) if pool is not None and len(left) > 1 else map(solve, tables)
+        solved = pool.map(solve, left, tables) if pool is not None and len(left) > 1 else map(solve, left, tables)
         for k, one in zip(left, solved, strict=True):
             found[k] = one
     return [one for one in found if one is not None]
@@ -137,7 +146,7 @@ def _tables(scores: Sequence[Tensor], rows: Rows) -> list[list[Floats]]:
     return [[table[k] for table in of_groups] for k in range(len(rows))]
 
 
-def _solved(answers: Answers, now: Sequence[Floats], then: Sequence[Floats]) -> Solved:
+def _solved(answers: Answers, now: Sequence[Floats], then: Sequence[Floats], duals: Duals | None = None) -> Solved:
     """`now`, `then`: [size] of each group, the scores of where its units are and of where they would be."""
     gain, scale, moves = 0.0, 0.0, False
     for answer, before, after in zip(answers, now, then, strict=True):
@@ -146,7 +155,7 @@ def _solved(answers: Answers, now: Sequence[Floats], then: Sequence[Floats]) -> 
             a, b = before[moved].astype(np.float64), after[moved].astype(np.float64)
             gain, scale = gain + float((b - a).sum()), scale + float(np.abs(b).sum() + np.abs(a).sum())
             moves = True
-    return Solved(answers, gain, scale, moves)
+    return Solved(answers, gain, scale, moves, duals)
 
 
 def _aligned(scores: Sequence[Tensor], blank: Sequence[bool], rows: Rows) -> list[Solved | None]:
@@ -175,17 +184,11 @@ def _together(best: Sequence[NDArray[np.int64]], blank: Sequence[bool]) -> Answe
     """`best` [size] of each group of a tree if they permute it: bijections, and blocks move as the parent's units."""
     parent, *children = best
     if not children:
-        return (parent,) if _bijection(parent) else None
+        return (parent,) if is_bijection(parent) else None
     blocks = [child.reshape(len(parent), -1) for child in children]
     sigmas = [block[:, 0] // block.shape[1] for block in blocks]
     sigma = sigmas[0] if blank[0] else parent
     for child, block, own in zip(children, blocks, sigmas, strict=True):
-        if not (np.array_equal(own, sigma) and (block // block.shape[1] == own[:, None]).all() and _bijection(child)):
+        if not (np.array_equal(own, sigma) and (block // block.shape[1] == own[:, None]).all() and is_bijection(child)):
             return None
-    return (sigma, *children) if _bijection(sigma) else None
-
-
-def _bijection(index: NDArray[np.int64]) -> bool:
-    seen = np.zeros(len(index), dtype=bool)
-    seen[index] = True
-    return bool(seen.all())
+    return (sigma, *children) if is_bijection(sigma) else None

@@ -23,7 +23,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fastar.matching.assignment import Solver
+from fastar.matching.assignment import Duals, Solver
 from fastar.matching.blocks import Answers, Solved, solve_rows
 from fastar.matching.weight.permuted_sources import PermutedSources, those_that_move
 from fastar.matching.weight.problem import Problem
@@ -60,6 +60,8 @@ class Descent:
         # T_g: S_g with its columns in the order in which units were given, and the permutations that it stands at.
         self.tables: list[Tensor | None] = [None] * len(problem.groups)
         self.seen: list[list[NDArray[np.int64]]] = [[] for _ in problem.groups]
+        # Of a group and a source, in the order in which units were given: what the next assignment starts from.
+        self.duals: dict[tuple[int, int], Duals] = {}
         self.unsolved = np.ones((len(problem.groups), self.count), dtype=bool)
         self.solves = 0
         self.sweeps = np.zeros(self.count, dtype=np.int64)
@@ -88,7 +90,19 @@ class Descent:
         """The best assignments of tree t for the sources `numbers`, given their S_g [m, size, size] of its groups."""
         self.solves += len(numbers)
         blank = [not self.problem.tensors[g] for g in self.problem.trees[t]]
-        return solve_rows(scores, blank, Rows.every(len(numbers)), self.solver, self.pool)
+        g = self.problem.trees[t][0]
+        known = [self.duals.get((g, n)) for n in numbers.tolist()]
+        offered = [
+            None if duals is None else duals[index]
+            for duals, index in zip(known, self.permutations[g][numbers], strict=True)
+        ]
+        found = solve_rows(scores, blank, Rows.every(len(numbers)), self.solver, self.pool, offered)
+        for n, one in zip(numbers.tolist(), found, strict=True):
+            if one.duals is not None:
+                kept = np.empty_like(one.duals)
+                kept[self.permutations[g][n]] = one.duals
+                self.duals[g, n] = kept
+        return found
 
     def score(self, g: int, numbers: Numbers | None = None) -> Tensor:
         """S_g [m, size, size] of the sources `numbers` (None: all), brought up to date. Not to be written to."""
@@ -195,7 +209,8 @@ class Descent:
         numbers, answers = those_that_move(numbers, answers)
         if len(numbers):
             self.note(t, numbers, answers)
-            self.unsolved[np.ix_(self.problem.corrected[t], numbers)] = True
+            for g in self.problem.corrected[t]:
+                self.unsolved[g, numbers] = True
 
 
 @dataclass(frozen=True)

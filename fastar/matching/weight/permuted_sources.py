@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -24,6 +25,9 @@ LARGEST_HELD = 2.5
 
 Indices = Sequence[NDArray[np.int64]]
 """An index [m, size] for each group."""
+
+Moves = tuple[int, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
+"""An axis, positions [m, k] on it whose units change, and where each was and is taken from."""
 
 
 class PermutedSources:
@@ -65,15 +69,12 @@ class PermutedSources:
     def objectives(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """[n] <theta, permuted source> over all parameters, and over those of at least two axes."""
         theta = self.problem.theta
-        products, matrices = [], []
-        for name, rows in self.permuted():
-            if self.device.type == "cpu":
-                products.append([dot(theta[name], row) for row in rows])
-            else:
-                products.append(dots(theta[name], rows))
-            matrices.append(rows.ndim > 2)
-        if self.device.type != "cpu" and products:
-            products = list(download(torch.stack(products)))
+        matrices = [rows.ndim > 2 for rows in self.data.values()]
+        products: list[Any] = []
+        if self.device.type == "cpu":
+            products = [[dot(theta[name], row) for row in rows] for name, rows in self.permuted()]
+        elif self.data:
+            products = list(download(torch.stack([dots(theta[name], rows) for name, rows in self.permuted()])))
         weights = [values for values, matrix in zip(products, matrices, strict=True) if matrix]
         return _sums(products, self.count), _sums(weights, self.count)
 
@@ -141,7 +142,7 @@ class PermutedSources:
         taken, of theta likewise.
         """
         problem = self.problem
-        moves: tuple[int, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]] | None = None
+        moves: Moves | None = None
         fixed = _full(problem, name, but, after)
         old = fixed
         if before is not None:
@@ -187,9 +188,7 @@ class PermutedSources:
             was = along(was, axis, at)
         return rows, theta, new.sub_(was) if fix else new - was
 
-    def _moves(
-        self, name: str, axis: int, before: Indices, after: Indices
-    ) -> tuple[int, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]] | None:
+    def _moves(self, name: str, axis: int, before: Indices, after: Indices) -> Moves | None:
         """Positions [m, k] on an axis whose units change, and where each was and is taken from; None: most change."""
         parts = []
         for site in self.problem.axes_of[name][axis]:
@@ -203,10 +202,10 @@ class PermutedSources:
                 parts.append([site.member.positions(one, size) for one in three])
         if sum(part[0].shape[1] for part in parts) > _MOST * self.data[name].shape[axis + 1]:
             return None
-        if len(parts) == 1:
-            return (axis, *parts[0])
-        to, old, new = (np.concatenate(one, axis=1) for one in zip(*parts, strict=True))
-        return axis, to, old, new
+        to, was, new = (
+            parts[0] if len(parts) == 1 else (np.concatenate(one, axis=1) for one in zip(*parts, strict=True))
+        )
+        return axis, to, was, new
 
 
 def _full(problem: Problem, name: str, but: int | None, indices: Indices) -> list[tuple[int, NDArray[np.int64]]]:
