@@ -22,6 +22,14 @@ best assignment."""
 # float32 rounding of one row, relative to the largest cost: answers this close to the bound, per row, are optimal.
 _OPTIMALITY = 2.0**-22
 
+# The identity is near the best assignment where it costs less than this, relative to a random one: of the tables of a
+# ResNet-18 it costs 0.05 to 0.32 between two epochs, 0.9 and more in the beginning.
+_NEAR = 0.4
+# Rounds of duals from the identity: each costs a pass over the table, of which lapjv makes dozens.
+_ROUNDS = 8
+# Units from which on these rounds take less than lapjv.
+_LARGE = 200
+
 
 @functools.cache
 def _lapjv() -> Callable[..., Any] | None:
@@ -98,12 +106,37 @@ def solve_again(
         favourites = cost.argmin(axis=0)
         if is_bijection(favourites):
             return np.asarray(np.argsort(favourites), dtype=np.int64), None
+        duals, stays = _near_identity(cost)
+        if stays:
+            return np.arange(n), duals
+        if duals is not None:
+            cost = _centred_cost(table, best, duals)
     if solver != "scipy" and _lapjv() is not None:
         found = _guarded_lapjv(cost, duals)
         if found is not None:
             return found
         cost = _centred_cost(table, best, None)
     return _scipy(cost), duals
+
+
+def _near_identity(cost: NDArray[Any]) -> tuple[Duals | None, bool]:
+    """Columns' duals under which the identity is nearly the best assignment, and whether it is; None where it is far.
+
+    Between the epochs of a star few units move. Duals v with v_j <= v_i + c_ij - c_ii for all i and j prove that none
+    should; each round brings them nearer, as Bellman and Ford's shortest paths do.
+    """
+    own = np.diagonal(cost).copy()
+    if len(own) < _LARGE or float(own.mean()) >= _NEAR * float(cost.mean()):
+        return None, False
+    duals = np.zeros(len(cost), dtype=cost.dtype)
+    lengths = np.empty_like(cost)
+    for _ in range(_ROUNDS):
+        np.add(cost, (duals - own)[:, None], out=lengths)
+        shorter = np.minimum(duals, lengths.min(axis=0))
+        if np.array_equal(shorter, duals):
+            return duals.astype(np.float32), True
+        duals = shorter
+    return duals.astype(np.float32), False
 
 
 def is_bijection(index: NDArray[np.integer[Any]]) -> bool:
