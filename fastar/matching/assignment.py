@@ -125,8 +125,10 @@ def _near_identity(cost: NDArray[Any]) -> tuple[Duals | None, bool]:
     Between the epochs of a star few units move. Duals v with v_j <= v_i + c_ij - c_ii for all i and j prove that none
     should; each round brings them nearer, as Bellman and Ford's shortest paths do.
     """
+    if len(cost) < _LARGE:
+        return None, False
     own = np.diagonal(cost).copy()
-    if len(own) < _LARGE or float(own.mean()) >= _NEAR * float(cost.mean()):
+    if float(own.mean()) >= _NEAR * float(cost.mean()):
         return None, False
     duals = np.zeros(len(cost), dtype=cost.dtype)
     lengths = np.empty_like(cost)
@@ -141,9 +143,7 @@ def _near_identity(cost: NDArray[Any]) -> tuple[Duals | None, bool]:
 
 def is_bijection(index: NDArray[np.integer[Any]]) -> bool:
     """Tell whether `index` [n], of numbers below n, holds each of them."""
-    seen = np.zeros(len(index), dtype=bool)
-    seen[index] = True
-    return bool(seen.all())
+    return bool(np.bincount(index).max(initial=1) == 1)
 
 
 def _scipy(cost: NDArray[Any]) -> NDArray[np.int64]:
@@ -182,7 +182,7 @@ def _guarded_lapjv(cost: NDArray[Any], duals: Duals | None) -> tuple[NDArray[np.
     rows, _, (_, _, v) = solve(small, force_doubles=False)
     answer = np.asarray(rows, dtype=np.int64)
     n = len(answer)
-    if not np.array_equal(np.bincount(answer, minlength=n), np.ones(n)):
+    if not is_bijection(answer):
         return None
     # Weak duality: given v, u_i = min_j (c_ij - v_j) is feasible, so sum(u) + sum(v) is below every assignment's cost.
     # In float32 a row's slack is off by its last digit, of which the bound allows four.

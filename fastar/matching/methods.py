@@ -152,7 +152,7 @@ def _objectives(request: Request, permutations: Permutations) -> tuple[Tensor, T
     copy is made."""
     symmetry, count = request.symmetry, request.count
     problem = Problem(symmetry, request.theta, request.sources)
-    size = request.settings.chunk or chunk_size(symmetry, request.device, count)
+    size = request.settings.chunk or chunk_size(symmetry, request.device, count, request.threads)
     found = []
     for begin in range(0, count, size):
         end = min(begin + size, count)

@@ -21,6 +21,12 @@ from fastar.runtime.full_precision import full_precision
 from fastar.runtime.memory import free_bytes
 from fastar.symmetry import Permutations, Symmetry
 
+# On a CPU, bytes of a source (`bytes_of_one`) up to which several are matched together: at 2 MB (ResNet-18 of width
+# 0.25) 4 took 0.8 of the time, at 6 MB (an MLP of 512 units) 1.1.
+_SMALL = 3 << 20
+# Bytes of all sources from which on threads gain more than calls cost, and of a chunk at most.
+_SHARED, _TOGETHER = 4 << 20, 64 << 20
+
 
 def match_weights(request: Request, starts: Sequence[Permutations | None]) -> MatchResult:
     """Permutations pi_n that raise <theta, pi_n(theta_n)> to a fixed point of coordinate descent over the groups.
@@ -42,7 +48,7 @@ def match_weights(request: Request, starts: Sequence[Permutations | None]) -> Ma
     symmetry, settings, count = request.symmetry, request.settings, request.count
     problem = Problem(symmetry, request.theta, request.sources)
     indices = [None if one is None else _indices(symmetry, one, count) for one in starts]
-    size = settings.chunk or chunk_size(symmetry, request.device, count, settings.perturbations)
+    size = settings.chunk or chunk_size(symmetry, request.device, count, request.threads, settings.perturbations)
     bounds = [(begin, min(begin + size, count)) for begin in range(0, count, size)]
 
     def run_chunk(begin: int, end: int, pool: ThreadPoolExecutor | None) -> MatchResult:
@@ -106,12 +112,20 @@ def _indices(symmetry: Symmetry, start: Permutations, count: int) -> list[NDArra
     return [start[g.name].cpu().expand(count, g.size).contiguous().numpy() for g in symmetry.groups]
 
 
-def chunk_size(symmetry: Symmetry, device: torch.device, count: int, perturbations: int = 0) -> int:
-    """CPU: one source per chunk, chunks side by side on the threads. GPU: what fits half of the free memory, since two
-    chunks are in flight: the assignments of one are solved while the other's products are computed."""
-    if device.type != "cuda":
+def chunk_size(symmetry: Symmetry, device: torch.device, count: int, threads: int, perturbations: int = 0) -> int:
+    """Sources of a chunk.
+
+    CPU: of a small network as many as there are, since each call takes longer than what it computes; from `_SHARED`
+    bytes on the threads share them out. Of larger ones one, whose tables stay in the cache. GPU: what fits half of the
+    free memory, since two chunks are in flight: the assignments of one are solved while the other's products are
+    computed.
+    """
+    one = bytes_of_one(symmetry, perturbations)
+    if device.type == "cuda":
+        return max(1, min(-(-count // 2), free_bytes(device) // 4 // one))
+    if one > _SMALL:
         return 1
-    return max(1, min(-(-count // 2), free_bytes(device) // 4 // bytes_of_one(symmetry, perturbations)))
+    return min(count if count * one <= _SHARED else -(-count // threads), max(1, _TOGETHER // one))
 
 
 def bytes_of_one(symmetry: Symmetry, perturbations: int = 0) -> int:

@@ -72,7 +72,9 @@ class PermutedSources:
         matrices = [rows.ndim > 2 for rows in self.data.values()]
         products: list[Any] = []
         if self.device.type == "cpu":
-            products = [[dot(theta[name], row) for row in rows] for name, rows in self.permuted()]
+            for name, rows in self.permuted():
+                own = theta[name].reshape(-1)
+                products.append([dot(own, row.reshape(-1)) for row in rows])
         elif self.data:
             products = list(download(torch.stack([dots(theta[name], rows) for name, rows in self.permuted()])))
         weights = [values for values, matrix in zip(products, matrices, strict=True) if matrix]

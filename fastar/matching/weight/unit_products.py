@@ -45,8 +45,10 @@ def _per_unit(x: Tensor, before: int, size: int, after: int) -> Tensor:
 
 
 def dot(first: Tensor, second: Tensor) -> float:
-    """Inner product of two contiguous tensors on a CPU, accumulated in float64."""
-    blocks = zip(first.reshape(-1).split(_DOT_BLOCK), second.reshape(-1).split(_DOT_BLOCK), strict=True)
+    """Inner product of two contiguous tensors [length] on a CPU, accumulated in float64."""
+    if len(first) <= _DOT_BLOCK:
+        return float(torch.dot(first, second))
+    blocks = zip(first.split(_DOT_BLOCK), second.split(_DOT_BLOCK), strict=True)
     return math.fsum(float(torch.dot(x, y)) for x, y in blocks)
 
 
