@@ -79,6 +79,24 @@ def test_matrices_are_doubly_stochastic_and_move_whole_blocks() -> None:
     assert torch.equal(sinkhorn(torch.tensor([[1000.0, 0.0], [0.0, 1000.0]]), 3), torch.eye(2))
 
 
+@pytest.mark.parametrize("shape", [(1, 1), (7, 7), (2, 3, 5, 5)])
+@pytest.mark.parametrize("spread", [3.0, 500.0])
+def test_scaling_is_normalising_logarithms_in_turn(shape: tuple[int, ...], spread: float) -> None:
+    """And so is its gradient; in float64, to its rounding. Logits that float64 could not hold are left as they are."""
+    generator = torch.Generator().manual_seed(len(shape))
+    logits, weights = (torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(2))
+    logits = (spread * logits).requires_grad_()
+    wanted_from = logits.detach().clone().requires_grad_()
+    plain = wanted_from
+    for _ in range(4):
+        plain = plain - plain.logsumexp(-1, keepdim=True)
+        plain = plain - plain.logsumexp(-2, keepdim=True)
+    found = sinkhorn(logits, 4)
+    torch.testing.assert_close(found, plain.exp())
+    ((found * weights).sum() + (plain.exp() * weights).sum()).backward()
+    torch.testing.assert_close(logits.grad, wanted_from.grad)
+
+
 @pytest.mark.parametrize("name", ["resnet", "attention", "concatenated"])
 def test_gradients_reach_all_groups_at_once(name: str) -> None:
     model, symmetry, _ = case(name)

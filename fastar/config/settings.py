@@ -207,8 +207,8 @@ class MatchingSettings(Section):
     allow_partial: bool = False
     """Hold in place the units of operations whose symmetry cannot be proven, and go on. false: say which, and stop."""
     chunk: Positive | None = None
-    """Sources that are matched together: fewer take less memory. null: on a CPU all of a small network, of a large one one
-    a thread; on a GPU what fits."""
+    """Sources that are matched together: fewer take less memory. null: on a CPU all of a small network, of a large one
+    one a thread; on a GPU what fits."""
 
     def recorded(self) -> dict[str, Any]:
         """All that permutations depend on, as it is recorded; what older versions did not know only where it is set."""

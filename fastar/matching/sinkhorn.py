@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +19,9 @@ from fastar.matching.blocks import solve_tree
 from fastar.matching.request import Request
 from fastar.runtime.seeds import derive_seed
 from fastar.symmetry import Member, Permutations, Symmetry
+
+# Logarithm of what a column's largest entry may be below that of its row in `_Scaling`: scales stay within float64.
+_RANGE = 100.0
 
 Loss = Callable[[Mapping[str, Tensor], int], Tensor]
 """(parameters, step) -> mean loss of that network on a batch."""
@@ -63,14 +67,14 @@ def match_sinkhorn(request: Request) -> Permutations:
             for step in range(settings.steps):
                 optimizer.zero_grad(set_to_none=True)
                 moved = soft.apply(source)
-                if loss is None:
-                    value = -torch.stack([(theta[name] * one).sum() for name, one in moved.items()]).sum()
+                if loss is None:  # of minus the inner product the gradient is known
+                    pairs = [(one, -theta[name]) for name, one in moved.items() if one.requires_grad]
+                    torch.autograd.backward([one for one, _ in pairs], [gradient for _, gradient in pairs])
                 else:
                     t = 0.5
                     if settings.objective == "random":
                         t = float(torch.rand((), generator=draw, dtype=torch.float32, device="cpu"))
-                    value = loss({name: torch.lerp(one, moved[name], t) for name, one in theta.items()}, step)
-                value.backward()
+                    loss({name: torch.lerp(one, moved[name], t) for name, one in theta.items()}, step).backward()
                 optimizer.step()
                 advance()
             found.append(soft.hard(request.settings.solver))
@@ -119,22 +123,32 @@ class SoftPermutations:
 
     def matrices(self) -> dict[str, Tensor]:
         """Group -> doubly stochastic [size, size]: row i says which of the source's units become unit i."""
+        own: dict[str, Tensor] = {}
+        alike: dict[torch.Size, list[str]] = {}
+        for name, logits in self.logits.items():
+            alike.setdefault(logits.shape, []).append(name)
+        for names in alike.values():  # those of one size together
+            logits = torch.stack([self.logits[name] for name in names]) / self._settings.temperature
+            own |= zip(names, sinkhorn(logits, self._settings.iterations), strict=True)
         out: dict[str, Tensor] = {}
         for group in self._symmetry.groups:
-            own = sinkhorn(self.logits[group.name] / self._settings.temperature, self._settings.iterations)
-            if group.parent is None:
-                out[group.name] = own
-            else:
+            out[group.name] = own[group.name]
+            if group.parent is not None:
                 of_blocks = out[group.parent][:, :, None, None]
-                out[group.name] = (of_blocks * own).transpose(1, 2).reshape(group.size, group.size)
+                out[group.name] = (of_blocks * own[group.name]).transpose(1, 2).reshape(group.size, group.size)
         return out
 
     def apply(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A network's parameters, multiplied by the matrices along every axis that a group permutes."""
         out, matrices = dict(state), self.matrices()
         for group in self._symmetry.groups:
-            for member in group.members:
-                if member.tensor in out:
+            members = [member for member in group.members if member.tensor in out]
+            vectors = [member.tensor for member in members if out[member.tensor].shape == (group.size,)]
+            if vectors:  # together
+                moved = matrices[group.name] @ torch.stack([out[name] for name in vectors], 1)
+                out |= zip(vectors, moved.unbind(1), strict=True)
+            for member in members:
+                if member.tensor not in vectors:
                     out[member.tensor] = _multiplied(out[member.tensor], member, matrices[group.name])
         return out
 
@@ -162,16 +176,62 @@ def sinkhorn(logits: Tensor, iterations: int) -> Tensor:
     >>> sinkhorn(torch.tensor([[0.0, 0.0], [0.0, 0.0]]), 1).tolist()
     [[0.5, 0.5], [0.5, 0.5]]
     """
+    with torch.no_grad():
+        lowest = (logits - logits.amax(-1, keepdim=True)).amax(-2).amin()
+    if bool(lowest > -_RANGE):
+        scaled: Tensor = _Scaling.apply(logits, iterations)
+        return scaled
     for _ in range(iterations):
         logits = logits - logits.logsumexp(-1, keepdim=True)
         logits = logits - logits.logsumexp(-2, keepdim=True)
     return logits.exp()
 
 
+class _Scaling(torch.autograd.Function):
+    """The same as u K v' with K = exp(logits): u = 1 / (K v) and v = 1 / (K' u) in turn, in float64.
+
+    An iteration is two products of a matrix and a vector, and so is its gradient; what all of them add to the gradient
+    of K is one product in the end.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, iterations: int) -> Tensor:
+        wide = logits.double()
+        kernel = (wide - wide.amax(-1, keepdim=True)).exp_()
+        u, v = torch.ones_like(kernel[..., :1]), torch.ones_like(kernel[..., :1])
+        us, vs = [], [v]
+        for _ in range(iterations):
+            u = (kernel @ v).reciprocal_()
+            v = (kernel.mT @ u).reciprocal_()
+            us.append(u)
+            vs.append(v)
+        ctx.save_for_backward(kernel, torch.cat(us, -1), torch.cat(vs, -1))
+        return (u * kernel * v.mT).to(logits.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        kernel, us, vs = ctx.saved_tensors
+        wide, u, v = gradient.double(), us[..., -1:], vs[..., -1:]
+        through = wide * kernel
+        of_u, of_v = through @ v, through.mT @ u
+        left, right = [], []
+        for k in range(us.shape[-1] - 1, -1, -1):
+            of_sums = -of_v * vs[..., k + 1 : k + 2].square()  # of K' u
+            left.append(us[..., k : k + 1])
+            right.append(of_sums)
+            of_sums = -(of_u + kernel @ of_sums) * us[..., k : k + 1].square()  # of K v
+            left.append(of_sums)
+            right.append(vs[..., k : k + 1])
+            of_u, of_v = torch.zeros_like(of_u), kernel.mT @ of_sums
+        of_kernel = wide * (u * v.mT) + torch.cat(left, -1) @ torch.cat(right, -1).mT
+        return of_kernel.mul_(kernel).to(gradient.dtype), None
+
+
 def _multiplied(tensor: Tensor, member: Member, matrix: Tensor) -> Tensor:
     """`tensor` with the member's stretch of its axis multiplied by `matrix`."""
     x = tensor.movedim(member.axis, 0)
     end = member.offset + len(matrix) * member.inner * member.outer
-    stretch = x[member.offset : end].reshape(member.outer, len(matrix), -1)
+    whole = end - member.offset == len(x)
+    stretch = (x if whole else x[member.offset : end]).reshape(member.outer, len(matrix), -1)
     moved = (matrix @ stretch).reshape(-1, *x.shape[1:])
-    return torch.cat([x[: member.offset], moved, x[end:]]).movedim(0, member.axis)
+    return (moved if whole else torch.cat([x[: member.offset], moved, x[end:]])).movedim(0, member.axis)
