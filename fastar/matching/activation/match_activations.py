@@ -14,13 +14,14 @@ from fastar.matching.activation.activation_cache import CACHED
 from fastar.matching.activation.statistics import Tables, UnitActivations, resampled
 from fastar.matching.blocks import solve_rows
 from fastar.matching.request import Request
+from fastar.matching.weight.match_weights import SMALL
 from fastar.matching.weight.problem import Problem
 from fastar.runtime.full_precision import full_precision
 from fastar.runtime.memory import free_bytes
 from fastar.symmetry import Permutations, Symmetry
 from fastar.symmetry.batched_index import chosen
 
-# Sources at a time on a GPU, where they fit: enough for batched products, whatever N is.
+# Sources at a time on a GPU, where they fit, and of small networks: enough for batched products, whatever N is.
 PART = 16
 
 
@@ -54,7 +55,10 @@ def correlate_units(request: Request) -> tuple[Permutations, tuple[str, ...]]:
     count, threads, device = request.count, request.threads, measure.device
     problem = Problem(symmetry, theta, sources)
     one = bytes_of_one(symmetry, CACHED.itemsize * sum(table.numel() for table in own.values()))
-    most = max(1, min(PART, free_bytes(device) // 4 // one)) if device.type == "cuda" else threads
+    if device.type == "cuda":
+        most = max(1, min(PART, free_bytes(device) // 4 // one))
+    else:
+        most = max(threads, PART if one <= SMALL else 1)
     size = request.settings.chunk or min(count, most)
     indices = {group.name: np.zeros((count, group.size), dtype=np.int64) for group in symmetry.groups}
     solving = ThreadPoolExecutor(threads) if threads > 1 else nullcontext()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -28,12 +29,16 @@ def classes(tables: Mapping[str, Tensor]) -> Classes:
     """Units that do the same, of tables [samples, size] or [N, samples, size]."""
     out: Classes = {}
     for group, table in tables.items():
-        generator = torch.Generator().manual_seed(derive_seed(0, "ties", group))
-        probes = torch.randn(_PROBES, table.shape[-2], generator=generator, dtype=torch.float32, device="cpu")
-        values = (probes.to(table.device) @ table).mT.cpu().numpy()  # [..., size, probes]
+        values = (_probes(group, table.shape[-2]).to(table.device) @ table).mT.cpu().numpy()  # [..., size, probes]
         flat = values.reshape(-1, *values.shape[-2:])
         out[group] = np.stack([_first_alike(one) for one in flat]).reshape(values.shape[:-1])
     return out
+
+
+@functools.lru_cache(maxsize=256)  # networks have dozens of groups, which are probed once for each source
+def _probes(group: str, samples: int) -> Tensor:
+    generator = torch.Generator().manual_seed(derive_seed(0, "ties", group))
+    return torch.randn(_PROBES, samples, generator=generator, dtype=torch.float32, device="cpu")
 
 
 def _first_alike(values: NDArray[np.float32]) -> NDArray[np.int64]:

@@ -23,7 +23,7 @@ from fastar.symmetry import Permutations, Symmetry
 
 # On a CPU, bytes of a source (`bytes_of_one`) up to which several are matched together: at 2 MB (ResNet-18 of width
 # 0.25) 4 took 0.8 of the time, at 6 MB (an MLP of 512 units) 1.1.
-_SMALL = 3 << 20
+SMALL = 3 << 20
 # Bytes of all sources from which on threads gain more than calls cost, and of a chunk at most.
 _SHARED, _TOGETHER = 4 << 20, 64 << 20
 
@@ -123,7 +123,7 @@ def chunk_size(symmetry: Symmetry, device: torch.device, count: int, threads: in
     one = bytes_of_one(symmetry, perturbations)
     if device.type == "cuda":
         return max(1, min(-(-count // 2), free_bytes(device) // 4 // one))
-    if one > _SMALL:
+    if one > SMALL:
         return 1
     return min(count if count * one <= _SHARED else -(-count // threads), max(1, _TOGETHER // one))
 
