@@ -12,9 +12,10 @@ found so far.
 cold: sources as they were trained. warm: sources that an earlier call has already permuted, to the same theta. warm,
 theta moved: to a theta that has since been trained for another epoch of the digits, as between a run's epochs. floor:
 one sweep's matrix products alone, fp32, which is what this machine allows a sweep over all groups to take at the least;
-`warm_over_floor` is warm's time over it. `with_tracing` adds what rebasin does anew for every pair: building its graph
-of the model; claims are without. On a GPU `work` counts what a call launches, and the GPU's own time. Ways out of local
-optima: tools/bench_escapes.py.
+`warm_over_floor`, `moved_over_floor` and `cold_over_floor` are the others' times over it. `chunk=1`: source by source,
+where a network is so small that several are matched together (`chunk` says how many). `with_tracing` adds what rebasin
+does anew for every pair: building its graph of the model; claims are without. On a GPU `work` counts what a call
+launches, and the GPU's own time. Ways out of local optima: tools/bench_escapes.py.
 
 --assignment: also the assignments of all sources alone, of each size of a group, of random scores, in turns: by lapjv
 on CPU threads, the copy from the device included, as matching does it, and all at once on the device by
@@ -49,6 +50,7 @@ from fastar.errors import FastarError
 from fastar.flat import FlatLayout
 from fastar.matching import match, solver_name
 from fastar.matching.assignment import solve_assignment
+from fastar.matching.weight.match_weights import chunk_size
 from fastar.runtime.device import resolve_device
 from fastar.runtime.seeds import derive_seed
 from fastar.symmetry import Permutations, Symmetry, derive_symmetry
@@ -125,11 +127,18 @@ class Fastar:
             "warm": lambda: self.match(self.theta, self.aligned, identity),
             "warm, theta moved": lambda: self.match(self.moved, self.aligned, identity),
         }
+        threads = matching_threads(device)
+        self.chunk = chunk_size(self.symmetry, device, args.sources, threads)
+        if self.chunk > 1:
+            self.ways |= {
+                "cold, chunk=1": lambda: self.match(self.theta, self.sources, None, chunk=1),
+                "warm, theta moved, chunk=1": lambda: self.match(self.moved, self.aligned, identity, chunk=1),
+            }
 
     def match(
-        self, theta: dict[str, Tensor], given: dict[str, Tensor], start: Permutations | None
+        self, theta: dict[str, Tensor], given: dict[str, Tensor], start: Permutations | None, chunk: int | None = None
     ) -> tuple[float, Any]:
-        settings, seed = MatchingSettings(restarts=self.args.restarts), self.args.seed
+        settings, seed = MatchingSettings(restarts=self.args.restarts, chunk=chunk), self.args.seed
         return timed(lambda: match(settings, self.symmetry, theta, given, start=start, seed=seed), self.device)
 
     def pair(self, n: int) -> dict[str, float]:
@@ -199,6 +208,7 @@ def bench(args: argparse.Namespace) -> None:
         "trained_on": digits()[2],
         "parameters": sum(entry.numel for entry in fastar.layout.entries),
         "threads": matching_threads(device),
+        "chunk": fastar.chunk,
         "solver": solver_name(),
         **where(device),
     }
@@ -224,11 +234,21 @@ def bench(args: argparse.Namespace) -> None:
             took, last[name] = way()
             seconds[name].append(took / args.sources)
     for name in fastar.ways:
-        more: dict[str, Any] = {"moved_by": fastar.moved_by} if name.endswith("moved") else {}
+        more: dict[str, Any] = {"moved_by": fastar.moved_by} if "moved" in name else {}
         more |= {"sweeps_mean": float(last[name].sweeps.double().mean()), "solves": last[name].solves}
         report(case=f"fastar {name}", **summary(seconds[name]), **more)
-    over = [warm / least for warm, least in zip(seconds["warm"], seconds["floor"], strict=True)]
-    report(case="floor", **summary(seconds["floor"]), gflop_per_source=floor.flops / 1e9, warm_over_floor=spread(over))
+    over = {
+        name: spread([one / least for one, least in zip(seconds[name], seconds["floor"], strict=True)])
+        for name in ("warm", "warm, theta moved", "cold")
+    }
+    report(
+        case="floor",
+        **summary(seconds["floor"]),
+        gflop_per_source=floor.flops / 1e9,
+        warm_over_floor=over["warm"],
+        moved_over_floor=over["warm, theta moved"],
+        cold_over_floor=over["cold"],
+    )
     pairs = [fastar.pair(n) for n in range(min(args.sources, 8))]
     report(case="objective", pairs=pairs, sweeps=fastar.first.sweeps.tolist(), solves=fastar.first.solves)
     if args.against == "rebasin":
