@@ -252,7 +252,8 @@ def test_matching_is_told_of_case_by_case(monkeypatch: pytest.MonkeyPatch, capsy
     run_tool("bench_matching.py", small, monkeypatch)
     lines = {found["case"]: found for found in map(json.loads, capsys.readouterr().out.splitlines())}
     assert list(lines)[1:] == [
-        *("fastar cold, first call", "fastar cold", "fastar warm", "fastar warm, theta moved", "floor", "objective")
+        *("fastar cold, first call", "fastar cold", "fastar warm", "fastar warm, theta moved"),
+        *("fastar cold, chunk=1", "fastar warm, theta moved, chunk=1", "floor", "objective"),
     ]
     assert lines["fastar warm"]["solves"] <= lines["fastar cold"]["solves"]
     assert lines["fastar warm, theta moved"]["moved_by"] > 0
