@@ -134,6 +134,6 @@ def bytes_of_one(symmetry: Symmetry, perturbations: int = 0) -> int:
     tables = [4 * group.size**2 for group in symmetry.groups]
     largest = max((sum(tables[g] for g in tree) for tree in symmetry.trees), default=0)
     scores = sum(tables) + largest  # T_g, and S_g of the tree that is solved
-    if perturbations:  # T_g to go back to; S_g with noise, and the noise of a group
-        scores += sum(tables) + largest
+    if perturbations:  # T_g to go back to; S_g with noise, and the noise
+        scores += sum(tables) + 2 * largest
     return int(LARGEST_HELD * max(sizes, default=0)) + scores
