@@ -140,3 +140,13 @@ def test_several_threads_get_what_one_gets() -> None:
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(solve_assignment, many))
     assert all((a == solve_assignment(b)).all() for a, b in zip(together, many, strict=True))
+
+
+def test_duals_of_other_scores_do_no_harm() -> None:
+    generator = np.random.default_rng(0)
+    table = generator.standard_normal((64, 64)).astype(np.float32)
+    best = table[np.arange(64), solve_assignment(table, solver="scipy")].sum()
+    for size in (1e-3, 1.0, 1e6, np.inf):
+        duals = (generator.standard_normal(64) * size).astype(np.float32)
+        answer, _ = assignment.solve_again(table, duals)
+        assert table[np.arange(64), answer].sum() == pytest.approx(best, rel=1e-6)

@@ -352,6 +352,28 @@ class Asking(Net):
         return super().forward(x) * (2.0 if float(x.sum()) > 0 else 1.0)
 
 
+class Scalars(Net):
+    """A parameter and a buffer without axes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.5))
+        self.register_buffer("temperature", torch.tensor(2.0))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * self.scale / self.temperature
+
+
+class AskingLate(Asking):
+    """After some steps, values decide."""
+
+    steps = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps += 1
+        return super().forward(x) if self.steps > 30 and float(x.sum()) > 1e9 else Net.forward(self, x)
+
+
 def users_session(folder: Path, build: Callable[[], nn.Module], loss: Any = "cross_entropy", **changes: Any) -> Session:
     small: Recipe = recipe(**{"epochs": 100, "batch_size": 24, "sources": {"number": 3}, **changes})
     given = Given(build=build, data=UserSplits(tensors(), tensors(20, seed=1)), loss=loss)
@@ -360,13 +382,27 @@ def users_session(folder: Path, build: Callable[[], nn.Module], loss: Any = "cro
 
 
 @needs_equal_products
-def test_a_users_network_and_loss(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with opened(users_session(tmp_path / "alone", Net, weighted)) as session:
+@pytest.mark.parametrize("build", [Net, Scalars])
+def test_a_users_network_and_loss(
+    build: Callable[[], nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with opened(users_session(tmp_path / "alone", build, weighted)) as session:
         list(regular_models(session, "source", 3))
     made = stacks(monkeypatch)
-    with opened(users_session(tmp_path / "all", Net, weighted)) as session:
+    with opened(users_session(tmp_path / "all", build, weighted)) as session:
         together(session, range(3))
     assert set(made) == {3}
+    assert_as_alone(tmp_path / "all", tmp_path / "alone", range(3))
+
+
+@needs_equal_products
+def test_a_network_that_cannot_go_on_in_a_stack_goes_on_alone(tmp_path: Path) -> None:
+    with opened(users_session(tmp_path / "alone", AskingLate)) as session:
+        list(regular_models(session, "source", 3))
+    with opened(users_session(tmp_path / "all", AskingLate)) as session:
+        together(session, range(3))
+        assert not session.run.finished("source", 0)
+        list(regular_models(session, "source", 3))
     assert_as_alone(tmp_path / "all", tmp_path / "alone", range(3))
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.utils._pytree import tree_leaves
 
-from fastar.errors import FastarError
+from fastar.errors import FastarError, UserCodeError
 from fastar.experiments.resumable import Subject, record, remove_what_is_left, same_recipe, training
 from fastar.experiments.session import Session
 from fastar.losses.side_by_side import of_network
@@ -159,25 +159,30 @@ def _train_group(session: Session, group: Sequence[Planned], finish: Finish, clo
     if group[0].saved is not None:
         session.progress.line(f"training {what}: going on from {group[0].saved.place}")
     users = users_code(f"training {what}") if session.runs_user_code else nullcontext()
-    with users, training(session.settings, what), torch.random.fork_rng(generators):
-        step = StackedStep([one.build() for one in group], settings, loss=session.loss, way=way)
-        histories = fit_together(
-            step,
-            session.data.train,
-            settings,
-            names=names,
-            seeds=[one.seed for one in group],
-            checkpoints=[one.checkpoints for one in group],
-            saved=[one.saved for one in group],
-            on_epoch=lambda epochs: record(session, [(group[k].subject, one) for k, one in epochs.items()]),
-            progress=session.progress,
-        )
+    try:
+        with users, training(session.settings, what), torch.random.fork_rng(generators):
+            step = StackedStep([one.build() for one in group], settings, loss=session.loss, way=way)
+            histories = fit_together(
+                step,
+                session.data.train,
+                settings,
+                names=names,
+                seeds=[one.seed for one in group],
+                checkpoints=[one.checkpoints for one in group],
+                saved=[one.saved for one in group],
+                on_epoch=lambda epochs: record(session, [(group[k].subject, one) for k, one in epochs.items()]),
+                progress=session.progress,
+            )
+    except UserCodeError as why:  # such as a branch on values that is reached later
+        session.progress.line(f"{why}; each goes on alone")
+        for one in group:
+            _forget(session, one.subject)
+        return
     refused: list[FastarError] = []
     with session.progress.task("models trained together", total=len(group), unit="models") as advance:
         for k, (one, history) in enumerate(zip(group, histories, strict=True)):
             if history is None:
-                if session.metrics is not None:  # it is shown again by its training alone
-                    session.metrics.forget(one.subject.kind, one.subject.index, settings.epochs)
+                _forget(session, one.subject)
                 continue
             try:
                 finish(one.subject, step.of(k).state(), history)
@@ -188,6 +193,12 @@ def _train_group(session: Session, group: Sequence[Planned], finish: Finish, clo
             advance(1)
     if refused:
         raise refused[0]
+
+
+def _forget(session: Session, subject: Subject) -> None:
+    """Take back a model's live metrics: its training alone shows them again."""
+    if session.metrics is not None:
+        session.metrics.forget(subject.kind, subject.index, session.settings.train.epochs)
 
 
 def _best_way(session: Session, group: Sequence[Planned], clock: Callable[[], float]) -> int | None:

@@ -25,6 +25,8 @@ _OPTIMALITY = 2.0**-22
 # The identity is near the best assignment where it costs less than this, relative to a random one: of the tables of a
 # ResNet-18 it costs 0.05 to 0.32 between two epochs, 0.9 and more in the beginning.
 _NEAR = 0.4
+# Duals that span more than so many times what the scores span are of others: they would eat the scores' digits.
+_DUALS = 16
 # Rounds of duals from the identity: each costs a pass over the table, of which lapjv makes dozens.
 _ROUNDS = 8
 # Units from which on these rounds take less than lapjv.
@@ -97,6 +99,8 @@ def solve_again(
         raise ScoresNotFinite(
             f"score[{row}, {column}] of an assignment is {table[row, column]}: scores must be finite numbers"
         )
+    if duals is not None and not np.ptp(duals) <= _DUALS * float(best.max() - table.min()):
+        duals = None
     cost = _centred_cost(table, best, duals)
     favourites = cost.argmin(axis=1)
     # Everybody gets what suits them best: no assignment can do better. Common once networks are aligned.

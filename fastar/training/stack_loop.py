@@ -78,6 +78,10 @@ def fit_together(
                 del trainings[k]
         return results
 
+    def due(ask: Callable[[TrainingCheckpoints], bool]) -> bool:
+        """Whether the models that are left are to be saved; they were saved last at one time."""
+        return any(ask(checkpoints[k]) for k in list(trainings)[:1])
+
     def saved_last(places: dict[int, str]) -> str:
         place = next((one for one in places.values() if one), "")
         return f"{place}, and of {len(places) - 1} others" if place else ""
@@ -104,7 +108,7 @@ def fit_together(
                 images = sample_count(of_network(inputs, 0))
                 for training in trainings.values():
                     training.so_far.images += images
-                if i + 1 < steps and (requested() or checkpoints[0].due_within()):
+                if i + 1 < steps and (requested() or due(TrainingCheckpoints.due_within)):
                     synchronize(device)
                     now = clock()
                     places = each(partial(ModelTraining.save_within, steps=i + 1))
@@ -118,7 +122,7 @@ def fit_together(
             if not ended:
                 break
             on_epoch(ended)
-            if requested() or checkpoints[0].due_after(epoch + 1):
+            if requested() or due(partial(TrainingCheckpoints.due_after, epochs=epoch + 1)):
                 stop_if_asked(saved_last(each(ModelTraining.save_after)))
             advance(1, note=next(iter(ended.values())).note())
     return [trainings[k].history if k in trainings else None for k in range(count)]

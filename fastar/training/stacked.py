@@ -84,7 +84,7 @@ class StackedStep:
         moved = [*self._views(self.theta).values(), *self._buffers.values()]
         for one in self.optimizer.state():
             moved += self._views(one).values() if one.numel() == self.theta.numel() else ()
-        floats = [one.flatten(1) for one in moved if one.is_floating_point()]
+        floats = [one.reshape(len(one), -1) for one in moved if one.is_floating_point()]
         return torch.isfinite(torch.cat(floats, 1)).all(1)
 
     def of(self, k: int) -> OneOfStack:
