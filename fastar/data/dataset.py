@@ -142,7 +142,7 @@ class OrderedDataset(Dataset):
 
     @property
     def _augments(self) -> bool:
-        """What is drawn for a sample depends on a training's seed."""
+        """True where draws for a sample depend on a training's seed."""
         return False
 
     def _check_batch_size(self, batch_size: int, drop_last: bool) -> None:

@@ -69,7 +69,7 @@ def fit_together(
     done = len(trainings[0].history)
 
     def each(act: Callable[[ModelTraining], Any]) -> dict[int, Any]:
-        """What `act` returns for each model; those for which it finds numbers that are not finite go."""
+        """The results of `act` by model; models for which it finds numbers that are not finite go."""
         results = {}
         for k, training in list(trainings.items()):
             try:
@@ -79,7 +79,7 @@ def fit_together(
         return results
 
     def due(ask: Callable[[TrainingCheckpoints], bool]) -> bool:
-        """Whether the models that are left are to be saved; they were saved last at one time."""
+        """Tell whether the models that are left are to be saved; they were saved last at one time."""
         return any(ask(checkpoints[k]) for k in list(trainings)[:1])
 
     def saved_last(places: dict[int, str]) -> str:

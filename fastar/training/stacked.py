@@ -80,7 +80,7 @@ class StackedStep:
         return told
 
     def finite(self) -> Tensor:
-        """Whether all that steps move is finite, of each network: bool [K]; not waited for."""
+        """True for each network whose moving parts are all finite: bool [K]; not waited for."""
         moved = [*self._views(self.theta).values(), *self._buffers.values()]
         for one in self.optimizer.state():
             moved += self._views(one).values() if one.numel() == self.theta.numel() else ()
