@@ -39,7 +39,7 @@ MANY = 7
 
 
 def products_agree() -> bool:
-    """Whether this machine's libraries round a batch of products as each alone. Where not, nothing is stacked."""
+    """True where this machine's libraries round a batch of products as each alone; elsewhere nothing is stacked."""
     x, w, b = torch.randn(3, 64, 64), torch.randn(3, 8, 64), torch.randn(3, 8)
     batched = torch.bmm(x, w.transpose(1, 2)) + b[:, None]
     return all(torch.equal(batched[k], F.linear(x[k], w[k], b[k])) for k in range(3))

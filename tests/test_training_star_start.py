@@ -1,4 +1,4 @@
-"""Where a star starts (`star.start`): at a new network, at the first source, or at the matched mean of its sources."""
+"""The start of a star (`star.start`): a new network, the first source, or the matched mean of its sources."""
 
 from __future__ import annotations
 

@@ -191,7 +191,7 @@ def replaced(kept: Sequence[dict[str, Any]], part: str, new: Sequence[dict[str, 
 
 
 def kept_lines(part: Part, result: Mapping[str, Any], facts: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """What is kept of a part's result: its claims, and how it failed."""
+    """The kept lines of a part's result: its claims, and how it failed."""
     of_part = {"part": part.name, "cores": part.cores, **facts}
     for line in result["lines"]:
         if "claim" in line:

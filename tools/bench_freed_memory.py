@@ -25,7 +25,7 @@ WAYS = ("default", "kept")
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, float]:
-    """Of one step in this process: milliseconds of CPU time, those of the system, page faults; peak memory in MB."""
+    """The cost of a step in this process: ms of CPU time, those of the system, page faults; peak memory in MB."""
     import resource  # of Unix alone
 
     problem = problem_of(arguments)

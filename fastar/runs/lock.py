@@ -72,7 +72,7 @@ class Holder:
 
 @cache
 def _holder() -> pydantic.TypeAdapter[Holder]:
-    """Of JSON; built when a lock file is met."""
+    """The reader of a lock file's JSON; built when one is met."""
     return pydantic.TypeAdapter(Holder)
 
 

@@ -60,7 +60,7 @@ class Descent:
         # T_g: S_g with its columns in the order in which units were given, and the permutations that it stands at.
         self.tables: list[Tensor | None] = [None] * len(problem.groups)
         self.seen: list[list[NDArray[np.int64]]] = [[] for _ in problem.groups]
-        # Of a group and a source, in the order in which units were given: what the next assignment starts from.
+        # Duals of a group and a source, units in the order as given: the next assignment starts from them.
         self.duals: dict[tuple[int, int], Duals] = {}
         self.unsolved = np.ones((len(problem.groups), self.count), dtype=bool)
         self.solves = 0
