@@ -38,14 +38,22 @@ from fastar.training.stacked import StackedStep
 MANY = 7
 
 
-def products_agree() -> bool:
-    """True where this machine's libraries round a batch of products as each alone; elsewhere nothing is stacked."""
-    x, w, b = torch.randn(3, 64, 64), torch.randn(3, 8, 64), torch.randn(3, 8)
-    batched = torch.bmm(x, w.transpose(1, 2)) + b[:, None]
-    return all(torch.equal(batched[k], F.linear(x[k], w[k], b[k])) for k in range(3))
+def products_agree(batch: int, inputs: int, outputs: int) -> bool:
+    """True where this machine's libraries round a batch of a layer's products, forward and backward, as each alone;
+    elsewhere nothing is stacked."""
+    x, w, b, g = (torch.randn(9, *size) for size in ((batch, inputs), (outputs, inputs), (outputs,), (batch, outputs)))
+    batched = torch.bmm(x, w.transpose(1, 2)) + b[:, None], torch.bmm(g.transpose(1, 2), x), torch.bmm(g, w)
+    alone = ((F.linear(x[k], w[k], b[k]), g[k].t() @ x[k], g[k] @ w[k]) for k in range(9))
+    return all(
+        torch.equal(one[k], other) for k, row in enumerate(alone) for one, other in zip(batched, row, strict=True)
+    )
 
 
-needs_equal_products = pytest.mark.skipif(not products_agree(), reason="batched products round otherwise here")
+needs_equal_products = pytest.mark.skipif(not products_agree(64, 64, 8), reason="batched products round otherwise here")
+# Of the users' networks here, batches of 24.
+needs_equal_small_products = pytest.mark.skipif(
+    not (products_agree(24, 4, 6) and products_agree(24, 6, 3)), reason="small batched products round otherwise here"
+)
 
 
 def mlp(seed: int, side: int = 8) -> nn.Module:
@@ -381,7 +389,7 @@ def users_session(folder: Path, build: Callable[[], nn.Module], loss: Any = "cro
     return new_session(small.settings(PYTHON, "tests:build", name), RunFolder(folder), given=given)
 
 
-@needs_equal_products
+@needs_equal_small_products
 @pytest.mark.parametrize("build", [Net, Scalars])
 def test_a_users_network_and_loss(
     build: Callable[[], nn.Module], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
