@@ -137,8 +137,9 @@ def table(lines: Iterable[Mapping[str, Any]]) -> str:
         "",
     ]
     made = {(line["date"], line["cpu"], line["versions"]["torch"], line["versions"]["commit"]) for line in claims}
-    for date, cpu, torch, commit in sorted(made):
-        text.append(f"{date}: {cpu}, torch {torch}, commit {commit.removesuffix('+changes')}.")
+    text += sorted(
+        {f"{date}: {cpu}, torch {torch}, commit {of.removesuffix('+changes')}." for date, cpu, torch, of in made}
+    )
     failed = [f"{line['part']} ({line['failed']})" for line in known if "failed" in line]
     if failed:
         text.append(f"\nNot finished: {'; '.join(failed)}.")
