@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +12,8 @@ from cli_cases import contents, fastar, refused, tiny
 from safetensors.torch import load_file, save_file
 from test_runs_model_files import Malicious, files_at_most
 
+from fastar.config import load_settings
+from fastar.runs import RunFolder
 from fastar.runs.model_files import load_checkpoint, save_checkpoint
 
 
@@ -216,14 +216,11 @@ def test_sources_of_others_are_taken(tmp_path: Path, data: Path, trained: Path, 
     assert all(torch.equal(a[key], b[key]) for key in a)
 
 
-def test_output_in_use_by_another_process(tmp_path: Path, data: Path) -> None:
-    handle = os.open(tmp_path, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX)
+def test_output_in_use_with_other_settings(tmp_path: Path, data: Path) -> None:
+    run = RunFolder(tmp_path)
+    with run.open(load_settings(dataset="digits", arch="mlp", values={})):
         assert "in use by another fastar" in refused("train-star", *tiny(data), "--out", tmp_path)
-    finally:
-        os.close(handle)
-    assert list(tmp_path.iterdir()) == []
+        assert (tmp_path / "config.yaml").is_file()
 
 
 @pytest.mark.parametrize("where", ["file", "file/below"])

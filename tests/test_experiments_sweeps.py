@@ -22,7 +22,8 @@ from fastar.experiments.files.verify_files import recheck
 from fastar.experiments.sweeps import plan_sweep, sweep
 from fastar.experiments.sweeps.points import points_of, read_values, take_over, trainings
 from fastar.report.sweep_panels import sweep_lines, sweep_picture, sweep_table
-from fastar.runs import RunLog, hold
+from fastar.runs import RunLog
+from fastar.runs.claims import Processes
 from fastar.runtime.progress import SILENT
 from fastar.training import RegularStep, StarStep
 
@@ -259,8 +260,8 @@ def test_folders_that_hold_something_else_are_refused(swept: Swept, data: Path, 
         sweep(settings_of(data), "sources", [1], damaged)
 
 
-def test_two_at_once_are_refused(data: Path, tmp_path: Path) -> None:
-    with hold(tmp_path), pytest.raises(FastarError, match="in use by another fastar"):
+def test_two_of_other_values_at_once_are_refused(data: Path, tmp_path: Path) -> None:
+    with Processes(tmp_path).joined(), pytest.raises(FastarError, match="in use by another fastar"):
         sweep(unmatched(data), "sources", [1], tmp_path)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
+import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,16 @@ import yaml
 
 from fastar.config import Settings, load_settings
 from fastar.errors import FastarError
-from fastar.runs import RunFolder, commit, versions
+from fastar.runs import RunFolder, commit, hold, versions
 from fastar.runs.model_files import save_checkpoint
+from fastar.runtime.progress import SilentProgress
+
+
+class Said(SilentProgress):
+    """Gives lines to a function."""
+
+    def __init__(self, line: Callable[[str], object]):
+        self.line = line  # type: ignore[method-assign,assignment]
 
 
 def settings(*overrides: str) -> Settings:
@@ -193,30 +202,48 @@ def test_a_read_only_folder(tmp_path: Path) -> None:
         pass
 
 
-def test_one_process_at_a_time(run: RunFolder) -> None:
+def test_two_processes_share_it(run: RunFolder) -> None:
+    """As two `RunFolder`s do."""
+    other = RunFolder(run.path)
+    with run.open(settings()), other.open(settings()):
+        assert [str(one) for one in run.processes.others()] == [f"process {os.getpid()} on {socket.gethostname()}"]
+        with run.claim("source", 5) as first, other.claim("source", 5) as second, other.claim("source", 6) as third:
+            assert (first, second, third) == (True, False, True)
+        with pytest.raises(FastarError, match="in use by another fastar"), RunFolder(run.path).held():
+            pytest.fail("held")
+        assert "with other settings (sources.number is 30 there, 7 here)" in refusal(other, settings("sources.number=7"))
+        with RunFolder(run.path).open(settings("evaluation.points=3")):  # not what models depend on
+            pass
+    assert run.processes.others() == []
+    assert not (run.path / "processes").exists()
+
+
+def test_it_is_waited_for_while_a_command_on_finished_runs_holds_it(run: RunFolder) -> None:
     code = (
         "import fcntl, os, sys\n"
         "fcntl.flock(os.open(sys.argv[1], os.O_RDONLY), fcntl.LOCK_EX)\n"
         "print('held', flush=True)\nsys.stdin.read()"
     )
+    said: list[str] = []
     with subprocess.Popen(
         [sys.executable, "-c", code, str(run.path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as other:
+        assert other.stdin is not None
         assert other.stdout is not None
         assert other.stdout.readline() == "held\n"
-        assert "in use by another fastar" in refusal(run, settings())
-        other.communicate("")
-    with run.open(settings()):  # the lock went with the process
-        pass
+        stdin = other.stdin
+        with run.open(settings(), Said(lambda line: (said.append(line), stdin.close()))):
+            pass
+    assert said == [f"waiting: {run.path}: in use by another fastar"]
 
 
-def test_the_lock_is_held_inside_and_released_after_an_error(run: RunFolder) -> None:
+def test_the_folder_is_held_by_nobody_inside_and_after_an_error(run: RunFolder) -> None:
     with pytest.raises(RuntimeError), run.open(settings()):  # noqa: PT012 (what holds inside is the test)
-        assert "in use" in refusal(run, settings())
+        with hold(run.path):
+            pass
         raise RuntimeError
-    handle = os.open(run.path, os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    os.close(handle)
+    with hold(run.path):
+        pass
 
 
 def test_debris_of_a_killed_process_is_removed(run: RunFolder) -> None:
@@ -226,12 +253,15 @@ def test_debris_of_a_killed_process_is_removed(run: RunFolder) -> None:
     with run.open(settings()):
         assert not any(path.exists() for path in debris)
         assert run.model("source", 0).is_file()
+        debris[0].write_bytes(b"half")
+        with RunFolder(run.path).open(settings()):  # another's, which is writing
+            assert debris[0].exists()
 
 
 def test_a_process_killed_before_its_config_was_written_blocks_nothing(tmp_path: Path) -> None:
     (tmp_path / ".config.yaml.123.tmp").write_text("half")
     with RunFolder(tmp_path).open(settings()):
-        assert {p.name for p in tmp_path.iterdir()} == {"config.yaml", "lock.json"}
+        assert {p.name for p in tmp_path.iterdir()} == {"config.yaml", "processes"}
 
 
 def test_log_is_a_line_per_entry_unrounded(run: RunFolder) -> None:

@@ -64,6 +64,7 @@ OPTIONS = {
     "bn_batches": Option(int, "N", "Batch-norm statistics from N batches. Default: all.", "evaluation.bn_batches"),
     "points": Option(int, "N", "Equispaced values of t, ends included.", "evaluation.points", default=11),
     "gpu_memory": Option(str, "SIZE", "The most memory of the GPU that is taken, such as 40GB.", "gpu_memory"),
+    "only": Option(str, "A-B", "Only these: numbers from 0, sources before heldouts, such as 3-7."),
     "profile": Option(int, "N", "Time N steps of the star's training, part by part, into OUT/profile."),
     "images_per_second": Option(float, "SPEED", "Speed of training, instead of measuring it here."),
     "model": Option(str, "MODULE:FUNCTION", "Your own network: a function that returns it; MODULE may be a file."),

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import typer
 
 from fastar.cli.options import RUN, Given, Overrides, takes
 from fastar.cli.output import print_json, print_lines, print_table
 from fastar.cli.show import show_results
+from fastar.errors import FastarError
 
 
 @takes(*RUN, "profile", "json", "quiet")
@@ -65,16 +68,31 @@ def plan(given: Given, overrides: Overrides = None) -> None:
         raise typer.Exit(1)
 
 
-@takes(*RUN, "quiet")
+@takes(*RUN, "only", "quiet")
 def train_sources(given: Given, overrides: Overrides = None) -> None:
     """Train the source and held-out models of a run that are missing; `train-star` goes on from there.
 
-    Example:
+    Several processes may do so at once, on all machines that share the folder: each takes a model that nobody has.
+
+    Examples:
 
         fastar train-sources --dataset digits --sources 5 --heldout 2 --out runs/five
+
+        fastar train-sources --dataset digits --out runs/many --only 3-7
     """
-    settings = given.settings(overrides)
+    settings, only = given.settings(overrides), _numbers(given["only"])
 
     from fastar.experiments.star_domain import train_sources
 
-    print_lines(str(path) for path in train_sources(settings, given.run_folder(settings), given.progress()))
+    folder = given.run_folder(settings)
+    print_lines(str(path) for path in train_sources(settings, folder, given.progress(), only=only))
+
+
+def _numbers(text: str | None) -> range | None:
+    """The numbers of --only: 3, or 3-7."""
+    if text is None:
+        return None
+    found = re.fullmatch(r"([0-9]+)(?:-([0-9]+))?", text)
+    if found is None:
+        raise FastarError(f"--only {text}: write a number or two joined by a dash, such as 3 or 3-7")
+    return range(int(found[1]), int(found[2] or found[1]) + 1)

@@ -25,6 +25,12 @@ ENDS = 4
 MEASURED_BATCHES = 2
 
 
+Values = dict[str, dict[str, float]]
+"""Of one network: split -> "loss" or a metric's name -> its value."""
+Share = Callable[[int, int, Callable[[range], list[Values]]], list[Values]]
+"""Of so many points, of which so many are held at once, and a function that measures some: the values of all."""
+
+
 @dataclass(frozen=True, eq=False)
 class Endpoint:
     """One end of a path: a model's parameters as a row [P], already permuted to match the other end.
@@ -129,6 +135,7 @@ def evaluate_paths(
     loss: Loss | None = None,
     resident: int | None = None,
     graph: bool = False,
+    share: Share | None = None,
     progress: Progress = SILENT,
 ) -> list[PathLosses]:
     """Evaluate every path at `points` equispaced t, ends included, sharing each batch among all models.
@@ -147,6 +154,7 @@ def evaluate_paths(
         loss: as of `evaluate_rows`.
         resident: models held at once; None: as many as free memory holds.
         graph: replay the work of each batch as a CUDA graph.
+        share: shares the points out to processes; None: all are done here.
 
     Raises:
         FastarError: kernels are asked for that cannot run (FASTAR_KERNELS).
@@ -188,13 +196,22 @@ def evaluate_paths(
         measure(todo[:1], row_of(todo[0].first)[None], MEASURED_BATCHES)
 
     chunk = resident or _models_at_once(model, layout, len(todo), trial)
-    measured: dict[_Point, dict[str, dict[str, float]]] = {}
     with progress.task("evaluating", total=len(todo), unit="models") as advance:
-        for some, rows in _interpolated(todo, chunk, layout.numel, row_of, device):
-            results = measure(some, rows).items()
-            for k, point in enumerate(some):
-                measured[point] = {split: {name: float(one[k]) for name, one in m.items()} for split, m in results}
-            advance(len(some))
+
+        def values_of(part: range) -> list[Values]:
+            """The losses and metrics of the points of these numbers."""
+            found: list[Values] = []
+            for some, rows in _interpolated(todo[part.start : part.stop], chunk, layout.numel, row_of, device):
+                results = measure(some, rows).items()
+                found += [
+                    {split: {name: float(one[k]) for name, one in m.items()} for split, m in results}
+                    for k in range(len(some))
+                ]
+                advance(len(some))
+            return found
+
+        every = values_of(range(len(todo))) if share is None else share(len(todo), chunk, values_of)
+    measured = dict(zip(todo, every, strict=True))
     found = []
     for path, here in zip(paths, of_paths, strict=True):
         values = {

@@ -19,6 +19,7 @@ from fastar.config import Settings
 from fastar.evaluation import Endpoint, PathLosses, Segment, evaluate_paths, evaluate_rows
 from fastar.evaluation.batch_norm import batch_norm_layers
 from fastar.evaluation.ends import check_end
+from fastar.evaluation.paths import Share
 from fastar.experiments.matchings import Matchings
 from fastar.experiments.regular import device_name
 from fastar.experiments.session import Session
@@ -209,13 +210,19 @@ def spreads_of(paths: Sequence[PathLosses], split: str) -> dict[str, Any]:
 
 
 def evaluated(
-    session: Session, segments: Sequence[Segment], *, points: int | None = None, splits: Sequence[str] | None = None
+    session: Session,
+    segments: Sequence[Segment],
+    *,
+    points: int | None = None,
+    splits: Sequence[str] | None = None,
+    share: Share | None = None,
 ) -> tuple[list[PathLosses], dict[str, Any] | None]:
     """Losses and accuracies along paths on the session's data, and `statistics_error`.
 
     Args:
         points: of a path; None: `evaluation.points`.
         splits: those to measure on; None: all.
+        share: as of `evaluate_paths`.
     """
     evaluation = session.settings.evaluation
     found = evaluate_paths(
@@ -228,6 +235,7 @@ def evaluated(
         method=evaluation.batch_norm,
         loss=session.loss,
         graph=evaluation.graph,
+        share=share,
         progress=session.progress,
     )
     return found, statistics_error(session, segments)
@@ -239,16 +247,18 @@ def measure(
     sources: Sequence[Checkpoint],
     heldouts: Sequence[Checkpoint],
     permutations: Permutations | None,
+    share: Share | None = None,
 ) -> tuple[dict[str, Any], Matchings]:
     """The content of `results.json`, and the permutations that its paths were measured with.
 
     Args:
         permutations: of the sources, that the star was trained with (None: never matched).
+        share: as of `evaluate_paths`.
     """
     settings = session.settings
     start = time.perf_counter()
     segments, matchings = paths_of_run(session, star, sources, heldouts, permutations)
-    measured, error = evaluated(session, segments)
+    measured, error = evaluated(session, segments, share=share)
     seconds = time.perf_counter() - start
     log = session.run.log.read()
     results = {

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from fastar.experiments.reuse import model_paths
 from fastar.experiments.session import Session, measuring
 from fastar.experiments.together import train_together
 from fastar.experiments.user_task import loss_recipe, metrics_digest
+from fastar.experiments.work_list import Model, train_missing
 from fastar.runs import commit, read_metadata, versions
 from fastar.runs.model_files import Checkpoint, load_checkpoint, load_into, save_checkpoint
 from fastar.runtime.json_files import content_digest
@@ -71,46 +74,44 @@ def check_recipe(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]
         )
 
 
-def check_regular(session: Session, kind: str, count: int) -> None:
+def check_regular(session: Session, kind: str, indices: Iterable[int]) -> None:
     """Raise FastarError where a source or heldout that is there was made otherwise."""
-    for index in range(count):
+    for index in indices:
         path = session.run.model(kind, index)
         if path.is_file():
             check_recipe(path, read_metadata(path, own=True).get("recipe", {}), recipe(session, kind, index))
 
 
 def regular_models(session: Session, kind: str, count: int) -> Iterator[Checkpoint]:
-    """Sources (`kind` "source") or heldouts number 0 .. count - 1, trained where they are not there yet. They are read
-    one at a time, each when it is asked for.
+    """Sources (`kind` "source") or heldouts number 0 .. count - 1, trained where they are not there yet, here or by
+    other processes. They are read one at a time, each when it is asked for.
 
     Raises:
         FastarError: one that is there was made otherwise, or cannot be read.
     """
-    check_regular(session, kind, count)  # all checks before any training
-    paths = [session.run.model(kind, index) for index in range(count)]
-    missing = [index for index, path in enumerate(paths) if not path.is_file()]
-    with session.progress.task(f"{kind} models", total=len(missing), unit="models") as advance:
-        for index in missing:
-            train_regular(session, kind, index)
-            advance(1)
-    return map(partial(load_checkpoint, own=True), paths)
+    check_regular(session, kind, range(count))  # all checks before any training
+    train_regulars(session, [(kind, index) for index in range(count)])
+    return map(partial(load_checkpoint, own=True), [session.run.model(kind, index) for index in range(count)])
 
 
-def train_small(session: Session, numbers: Mapping[str, int]) -> None:
-    """Train the sources and heldouts that are missing and can be trained together; `regular_models` trains others.
+def train_regulars(session: Session, models: Sequence[Model]) -> None:
+    """Train the sources and heldouts among `models` that are missing, or wait for the processes that do."""
+    missing = [model for model in models if not session.run.finished(*model)]
+    kinds = " and ".join(dict.fromkeys(kind for kind, _ in models))
+    with session.progress.task(f"{kinds} models", total=len(missing), unit="models") as advance:
+        train_missing(session, missing, lambda model: train_regular(session, *model), advance)
 
-    Args:
-        numbers: of each kind.
-    """
-    for kind, count in numbers.items():
-        check_regular(session, kind, count)
-    missing = [
-        planned(session, kind, index)
-        for kind, count in numbers.items()
-        for index in range(count)
-        if not session.run.finished(kind, index)
-    ]
-    train_together(session, missing, partial(finish_regular, session))
+
+def train_small(session: Session, models: Sequence[Model]) -> None:
+    """Train the sources and heldouts that are missing, that no other process trains, and that can be trained together;
+    `train_regulars` trains others."""
+    run = session.run
+    for kind, indices in itertools.groupby(models, key=lambda model: model[0]):
+        check_regular(session, kind, [index for _, index in indices])
+    with ExitStack() as claims:
+        free = [model for model in models if not run.finished(*model) and claims.enter_context(run.claim(*model))]
+        here = [planned(session, *model) for model in free if not run.finished(*model)]
+        train_together(session, here, partial(finish_regular, session))
 
 
 def planned(session: Session, kind: str, index: int) -> tuple[Subject, Callable[[], nn.Module], int]:

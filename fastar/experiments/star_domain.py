@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +12,19 @@ from fastar.config import Settings
 from fastar.errors import FastarError
 from fastar.experiments.measure import measure, speed
 from fastar.experiments.plan import check_network, prepare_data, use_device
-from fastar.experiments.regular import device_name, models_of, regular_models, task_digest, train_small
-from fastar.experiments.reuse import measured_digest
+from fastar.experiments.regular import device_name, models_of, task_digest, train_regulars, train_small
+from fastar.experiments.reuse import finished_results, measured_digest
 from fastar.experiments.session import Session, measuring, new_session, opened, threads
+from fastar.experiments.shared_measuring import SharedMeasuring, remove_measured
 from fastar.experiments.star import star_model, steps_profile
 from fastar.experiments.user_task import Given
+from fastar.experiments.work_list import Model, alone_at
 from fastar.runs import RunFolder, delete, stored_digest
 from fastar.runs.live_metrics import import_wandb
+from fastar.runs.model_files import Checkpoint, load_checkpoint
 from fastar.runtime.memory import peak_bytes
 from fastar.runtime.progress import SILENT, Progress, size_text
+from fastar.symmetry import Permutations
 
 
 def prepare_session(settings: Settings, out: Path, progress: Progress = SILENT, given: Given | None = None) -> Session:
@@ -41,44 +47,54 @@ def train_sources(
     progress: Progress = SILENT,
     *,
     kinds: Sequence[str] = ("source", "heldout"),
+    only: range | None = None,
     given: Given | None = None,
 ) -> list[Path]:
-    """Train the sources and heldouts of a run that are missing; the files of all of them. `progress` is told of speed
-    and memory.
+    """Train the sources and heldouts of a run that are missing, with other processes that do the same; the files of all
+    of them. `progress` is told of speed and memory.
 
     Args:
         kinds: which of the two.
+        only: numbers of those that are wanted, counted from 0, sources before heldouts; None: all.
         given: parts of the task that the settings do not name.
 
     Raises:
         FastarError: bad input, or models that are given and not to be trained.
     """
-    run, numbers = RunFolder(out), {}
+    run, models = RunFolder(out), list[Model]()
     for kind in kinds:
-        numbers[kind], folder = settings.sources.of_kind(kind)
+        number, folder = settings.sources.of_kind(kind)
+        models += [(kind, index) for index in range(number)]
         if folder is not None:
             name = "sources.folder" if kind == "source" else "sources.heldout_folder"
             raise FastarError(
                 f"{name} gives the {kind}s, so none are to be trained; leave it out, or choose another run folder (out)"
             )
+    if only is not None:
+        if not only or only[-1] >= len(models):
+            raise FastarError(
+                f"--only {only.start}-{only.stop - 1}: the run's sources and heldouts have the numbers 0 to "
+                f"{len(models) - 1}; give some of them"
+            )
+        models = models[only.start : only.stop]
     run.check(settings)
     session = prepare_session(settings, out, progress, given)
     prepare_data(session)
-    if session.runs_user_code and not all(run.finished(kind, n) for kind, many in numbers.items() for n in range(many)):
+    if session.runs_user_code and not all(run.finished(*model) for model in models):
         try:
             _ = session.network.symmetry
         except FastarError as error:  # they may be wanted for something else
             progress.line(f"a star of these networks will be refused as it stands: {error}")
     with opened(session) as session, threads(session):
-        train_small(session, numbers)
-        for kind, number in numbers.items():
-            for _ in regular_models(session, kind, number):  # read, and so checked
-                pass
+        train_small(session, models)
+        train_regulars(session, models)
+        for model in models:  # read, and so checked
+            load_checkpoint(run.model(*model), own=True)
     found = speed(run.log.read())["regular"]
     if found is not None:
         progress.line(f"training: {found['images_per_second']:,.0f} samples/s, {found['limited']}")
     progress.line(f"peak memory: {size_text(peak_bytes(session.device))} ({device_name(session.device)})")
-    return [run.model(kind, index) for kind, number in numbers.items() for index in range(number)]
+    return [run.model(*model) for model in models]
 
 
 def do_run(
@@ -107,18 +123,52 @@ def do_run(
     with opened(session) as session, threads(session):
         looking = None if profile is None else steps_profile(session, profile)
         own = {kind: settings.sources.of_kind(kind) for kind in ("source", "heldout")}
-        train_small(session, {kind: number for kind, (number, folder) in own.items() if folder is None})
-        star, sources, permutations = star_model(session, models_of(session, "source"), profile=looking)
+        numbers = {kind: number for kind, (number, folder) in own.items() if folder is None}
+        train_small(session, [(kind, index) for kind, number in numbers.items() for index in range(number)])
+        found = models_of(session, "source")
+        with star_claimed(session):
+            star, sources, permutations = star_model(session, found, profile=looking)
         heldouts = [one.released() for one in models_of(session, "heldout")]
-        with measuring("barriers"):
-            found, matchings = measure(session, star, sources, heldouts, permutations)
-        run = session.run
+        return measured_run(session, star, sources, heldouts, permutations)
+
+
+@contextmanager
+def star_claimed(session: Session) -> Iterator[None]:
+    """Hold the star until the block ends; while another process trains it, train heldouts, or wait."""
+    with session.run.claim("star") as ours:
+        if ours:
+            yield
+            return
+    for _ in models_of(session, "heldout"):
+        pass
+    with alone_at(session, "star"):
+        yield
+
+
+def measured_run(
+    session: Session,
+    star: Checkpoint,
+    sources: Sequence[Checkpoint],
+    heldouts: Sequence[Checkpoint],
+    permutations: Permutations | None,
+) -> dict[str, Any]:
+    """Measure a run's barriers, with the other processes at work on it, and write its results; the results."""
+    run, settings = session.run, session.settings
+    digest = measured_digest(settings, run, task_digest(session))
+    with measuring("barriers"):
+        found, matchings = measure(session, star, sources, heldouts, permutations, SharedMeasuring(session, digest))
+    with alone_at(session, "results"):
+        results = finished_results(settings, run, session.progress, task=partial(task_digest, session))
+        if results is not None:  # of another
+            return results
         delete(run.results)  # of other permutations than those that are written first
         kept = matchings.save(run.matchings)
         results = {
             **found,
-            "measured": measured_digest(settings, run, task_digest(session)),
+            "measured": digest,
             "matchings": {"file": run.matchings.name, "digest": stored_digest(run.matchings)} if kept else None,
         }
         run.write_results(results)
+        if not run.processes.others():
+            remove_measured(run)
     return results

@@ -79,7 +79,7 @@ def overview(folder: Path) -> RunOverview:
     sources, heldout = settings["sources"], settings["sources"].get("heldout", 0)
     there = Counter(kind for _, kind, _ in run.models())
     given = {kind for kind, key in GIVEN if sources.get(key) is not None}
-    running = is_held(folder)
+    running = is_held(folder) or bool(run.processes.others())
     results = _results(run, running=running)
     finished = (
         results.get("sources") == sources.get("number")

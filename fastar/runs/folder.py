@@ -16,8 +16,9 @@ from fastar.config import Settings, as_override, changes
 from fastar.config.strict_yaml import read_yaml
 from fastar.errors import FastarError, refusal
 from fastar.runs.atomic import delete, write_atomically, write_json
+from fastar.runs.claims import PROCESSES, Processes, claim
 from fastar.runs.lock import NAME as LOCK
-from fastar.runs.lock import hold, lost
+from fastar.runs.lock import Holder, InUse, hold, lost
 from fastar.runs.run_log import RunLog
 from fastar.runs.safetensors_file import read_metadata
 from fastar.runtime.json_files import read_file, read_object, unsealed
@@ -79,13 +80,14 @@ class RunFolder:
         # The trained bends of curves, and a run of the first source alone.
         self.curves = path / "curves"
         self.star_of_one = path / "star-of-one"
+        self.processes = Processes(path)
+        self.measured = path / "measured"  # by several processes
 
     def is_drawn(self) -> bool:
         """Tell whether the picture is there, and no older than the results it shows."""
-        try:
+        with suppress(OSError):
             return self.picture.is_file() and self.picture.stat().st_mtime_ns >= self.results.stat().st_mtime_ns
-        except OSError:
-            return False
+        return False
 
     def profile(self, name: str) -> Path:
         """File `name` of what `--profile` found."""
@@ -122,35 +124,48 @@ class RunFolder:
 
     @contextmanager
     def open(self, settings: Settings, progress: Progress = SILENT) -> Iterator[RunFolder]:
-        """Create the folder or go on with it, and keep other processes out until the block ends.
+        """Create the folder or go on with it, with other processes that do the same; what each works on it claims.
 
         Raises:
             FastarError: the folder belongs to another run (the differing settings are named), holds something
-                else, cannot be written, or is in use.
+                else, or cannot be written.
         """
         self.check(settings)
-        made = not self.path.exists()
-        lock = ExitStack()
+        made, nothing_done = not self.path.exists(), False
         with self._usable():
             self.path.mkdir(parents=True, exist_ok=True)
-            lock.enter_context(hold(self.path, progress.line))
-        nothing_done = False
         try:
-            with lock:
-                self.check(settings)  # again: another process may have finished in between
-                self._remove_debris()
-                new = not self.config.exists()
-                try:
+            with ExitStack() as seat:
+                with self._held_shortly(progress):
+                    self.check(settings)  # again: another process may have finished in between
+                    seat.enter_context(self.processes.joined())
+                    others = self.processes.others()
+                    if others:
+                        self._check_together(settings, others[0])
+                    else:
+                        self._remove_debris()
+                    new = not self.config.exists()
                     text = settings.to_yaml()
                     write_atomically(self.config, f"{text}{_CONFIG_DIGEST}{_digest(text.encode())}\n".encode())
+                try:
                     yield self
                 except BaseException:
-                    undone = new and not self.log.path.exists() and not self._has_models()
-                    nothing_done = undone and lost(self.path) is None
+                    nothing_done = new and lost(self.path) is None and self._is_undone(seat, progress)
                     raise
         finally:
-            if nothing_done:  # leave no trace
-                self._remove_empty(made)
+            if made and nothing_done:  # leave no trace
+                remove_if_empty(self.path)
+
+    def _is_undone(self, seat: ExitStack, progress: Progress) -> bool:
+        """Take back what an empty run has made; tell whether it has: something may be there, or others be at it."""
+        with ExitStack() as lock:
+            with suppress(FastarError):  # a full disk
+                lock.enter_context(self._held_shortly(progress))
+            if self.processes.others() or self.log.path.exists() or self._has_models():
+                return False
+            seat.close()
+            self._remove_empty()
+        return True
 
     @contextmanager
     def held(self, progress: Progress = SILENT) -> Iterator[None]:
@@ -164,7 +179,33 @@ class RunFolder:
             if os.access(self.path, os.W_OK):
                 with self._usable():
                     lock.enter_context(hold(self.path, progress.line))
+                for other in self.processes.others():
+                    raise InUse(f"{self.path}: in use by another fastar ({other}); wait for it")
             yield
+
+    def claim(self, kind: str, index: int = 0) -> AbstractContextManager[bool]:
+        """Take a model that is to be trained, or the `results` that are to be measured, until the block ends; False:
+        another process has it."""
+        written = {"star": [self.star, self.permutations], "results": [self.results, self.matchings]}
+        return claim(self.in_training(kind, index), written.get(kind) or [self.model(kind, index)])
+
+    @contextmanager
+    def _held_shortly(self, progress: Progress) -> Iterator[None]:
+        """Wait until nobody holds the folder, and hold it."""
+        with ExitStack() as lock:
+            with self._usable():
+                lock.enter_context(hold(self.path, progress.line, wait=True))
+            yield
+
+    def _check_together(self, settings: Settings, other: Holder) -> None:
+        """Raise FastarError unless this process may work on the run beside another, by the settings of both."""
+        for key, (was, now) in changes(self.saved_settings(), settings.model_dump(mode="json")).items():
+            grown = key == "sources.heldout" and self._may_grow(key, (was, now))
+            if not key.startswith(FREE_KEYS) and not grown:
+                raise InUse(
+                    f"{self.path}: in use by another fastar ({other}) with other settings ({key} is {was!r} there, "
+                    f"{now!r} here); wait for it, or choose another run folder (out)"
+                )
 
     def _usable(self) -> AbstractContextManager[None]:
         return refusal(f"{self.path}: cannot be used as run folder", "choose another run folder (out)")
@@ -187,21 +228,24 @@ class RunFolder:
         return ended >= saved and all(kept.get(key) == value for key, value in found.get("recipe", {}).items())
 
     def _remove_debris(self) -> None:
-        """Delete what killed processes left: of atomic writes (the lock is held: nobody is writing now), and the
-        checkpoints of models that were finished meanwhile."""
+        """Delete what killed processes left: of atomic writes (nobody else is at it now), locks, and the checkpoints of
+        models that were finished meanwhile."""
         for path in self.path.rglob(".*.tmp"):
             if _TEMPORARY.fullmatch(path.name) and path.is_file():
                 delete(path)
         for folder, kind, number in self.trainings():
             if self.finished(kind, number):
                 remove_checkpoints(folder)
+        measured = self.measured.glob("*") if self.results.is_file() else ()
+        for path in (*self.path.glob(f"{IN_TRAINING}/*/{LOCK}"), *self.processes.locks(), *measured):
+            delete(path)
+            remove_if_empty(path.parent)
 
-    def _remove_empty(self, made: bool) -> None:
+    def _remove_empty(self) -> None:
         self.config.unlink(missing_ok=True)
         folders = [path for name in ("sources", "heldout", IN_TRAINING) for path in self.path.glob(f"{name}/**/")]
-        for folder in [*sorted(folders, reverse=True), *([self.path] if made else [])]:
-            with suppress(OSError):  # not empty: then it stays
-                folder.rmdir()
+        for folder in sorted(folders, reverse=True):
+            remove_if_empty(folder)
 
     def check(self, settings: Settings) -> None:
         """Raise FastarError unless the folder is empty, missing, or a run with these settings; writes nothing."""
@@ -211,7 +255,9 @@ class RunFolder:
                     raise FastarError(f"{path}: is a file; choose another run folder (out)")
             if not self.config.is_file():
                 foreign = [p.name for p in self.path.iterdir()] if self.path.is_dir() else []
-                foreign = sorted(name for name in foreign if not name.endswith(".tmp") and name not in (LOCK, GIVEN))
+                foreign = sorted(
+                    name for name in foreign if not name.endswith(".tmp") and name not in (LOCK, GIVEN, PROCESSES)
+                )
                 if foreign:
                     raise FastarError(
                         f"{self.path}: holds {foreign[0]} but no config.yaml: no run folder; choose another (out)"
@@ -278,9 +324,8 @@ class RunFolder:
         except OSError as error:
             raise FastarError(f"{self.path}: is no run folder (config.yaml: {error.strerror})") from error
         except (FastarError, UnicodeDecodeError) as error:
-            raise FastarError(
-                f"{self.config}: not valid YAML ({error}); restore it or choose another run folder (out)"
-            ) from error
+            what = f"{self.config}: not valid YAML ({error}); restore it or choose another run folder (out)"
+            raise FastarError(what) from error
         if not isinstance(content, dict):
             raise FastarError(f"{self.config}: holds no settings; restore it or choose another run folder (out)")
         return content

@@ -1,4 +1,4 @@
-"""One process at a time in a run folder: the kernel's lock (filelock), and a file that says who has it.
+"""One process at a time in a folder: the kernel's lock (filelock), and a file that says who has it.
 
 The kernel's lock decides where the file system has one; it goes with the process. The file, `lock.json`, says who holds
 the folder, to people and to hosts that do not share the kernel's lock, and is all where there is none.
@@ -10,7 +10,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
@@ -28,6 +28,12 @@ HANDLE = ".lock" if os.name == "nt" else ""
 # A living holder touches its file this often; one on another host that has not for so long is taken for dead.
 TOUCH_SECONDS = 20.0
 DEAD_SECONDS = 120.0
+# Between two looks at a folder that is waited for, at first and at last.
+FIRST_LOOK_SECONDS, LOOK_SECONDS = 0.02, 1.0
+
+
+class InUse(FastarError):
+    """Another process holds a folder."""
 
 
 @pydantic.dataclasses.dataclass(frozen=True, config={"strict": True, "defer_build": True})
@@ -96,13 +102,24 @@ def read_holder(folder: Path) -> Holder | None:
         return None
 
 
-def is_held(folder: Path) -> bool:
-    """Tell whether a living process holds `folder`, as far as its lock file says; takes no lock, and writes nothing."""
+def is_held(folder: Path, now: float | None = None) -> bool:
+    """Tell whether a living process holds `folder`, as far as its lock file says; takes no lock, and writes nothing.
+
+    Args:
+        now: seconds since 1970 by the file system's clock; None: by this host's.
+    """
     holder, stamp = read_holder(folder), _stamp(folder)
     if holder is None or stamp is None:
         return False
     gone = holder.gone()
-    return time.time() - stamp[1] / 1e9 < DEAD_SECONDS if gone is None else not gone
+    return (time.time() if now is None else now) - stamp[1] / 1e9 < DEAD_SECONDS if gone is None else not gone
+
+
+def touched(folder: Path) -> float | None:
+    """When the lock file of `folder` was touched last, in seconds since 1970 by the file system's clock; None: no
+    such file. Of a folder that this process holds, that is at most `TOUCH_SECONDS` ago."""
+    stamp = _stamp(folder)
+    return None if stamp is None else stamp[1] / 1e9
 
 
 def _stamp(folder: Path) -> tuple[int, int] | None:
@@ -135,6 +152,8 @@ class _Lease:
     handle: int
     """The file descriptor of the folder, or of the file in it, that is locked."""
     holder: Holder
+    guards: tuple[Path, ...]
+    """Files and folders, absolute, that are written to only while it is held."""
 
     def lost(self) -> str | None:
         """Say what became of it, for users; None: it is still held."""
@@ -161,13 +180,14 @@ _leases: list[_Lease] = []
 
 
 def lost(path: Path) -> str | None:
-    """Say what became of the folder around `path` that this process began to hold; None: held, or none of its own."""
+    """Say what became of the folder that this process began to hold, and that guards `path`; None: it is still held,
+    or there is none. The one that was begun last counts."""
     whole = Path(os.path.abspath(path))
-    return next((lease.lost() for lease in reversed(_leases) if whole.is_relative_to(lease.folder)), None)
+    return next((lease.lost() for lease in reversed(_leases) if any(map(whole.is_relative_to, lease.guards))), None)
 
 
 def check_held(path: Path) -> None:
-    """Raise FastarError if `path` lies in a folder that this process has begun to hold, and has lost.
+    """Raise FastarError if `path` is guarded by a folder that this process has begun to hold, and has lost.
 
     Asked before anything there is written or deleted: a process that stood still (a suspended machine, a network file
     system that hangs) does not know that another one has taken its folder over.
@@ -182,6 +202,8 @@ def hold(
     folder: Path,
     say: Callable[[str], None] = lambda line: None,
     *,
+    guards: Sequence[Path] = (),
+    wait: bool = False,
     touch_seconds: float = TOUCH_SECONDS,
     dead_seconds: float = DEAD_SECONDS,
 ) -> Iterator[None]:
@@ -191,36 +213,100 @@ def hold(
 
     Args:
         folder: it exists.
-        say: told when another host's lock is watched, and when one is taken over.
+        say: told when another host's lock is watched, when one is taken over, and when one is waited for.
+        guards: what is written to only while it is held, beside the folder itself.
+        wait: until another process lets it go.
 
     Raises:
-        FastarError: another process holds it (named), or the lock cannot be written.
+        InUse: another process holds it (named), and `wait` is not set.
+        FastarError: the lock cannot be written.
         OSError: the folder cannot be opened.
     """
-    handle = os.open(folder / HANDLE, os.O_RDWR | os.O_CREAT if HANDLE else os.O_RDONLY)
+    handle = _waited_for(folder, say, dead_seconds) if wait else taken(folder, say, dead_seconds)
+    with held_as_taken(folder, handle, guards, touch_seconds):
+        yield
+
+
+@contextmanager
+def held_as_taken(folder: Path, handle: int, guards: Sequence[Path], touch_seconds: float) -> Iterator[None]:
+    """Keep what was taken until the block ends; then the lock file goes, and the kernel's lock."""
+    whole = tuple(Path(os.path.abspath(path)) for path in (folder, *guards))
+    lease = _Lease(whole[0], handle, read_holder(folder) or Holder.here(folder), whole)
+    _leases.append(lease)
+    done = threading.Event()
+    thread = threading.Thread(target=_touch, args=(lease, touch_seconds, done), name="lock", daemon=True)
+    thread.start()
     try:
-        _take(folder, handle, say, dead_seconds)
-        lease = _Lease(Path(os.path.abspath(folder)), handle, Holder.here(folder))
-        _write(folder, lease.holder)
-        _leases.append(lease)
-        done = threading.Event()
-        thread = threading.Thread(target=_touch, args=(lease, touch_seconds, done), name="lock", daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()
-            _leases.remove(lease)
-            if lease.lost() is None:
-                with suppress(OSError):  # a folder that has become read-only
-                    (folder / NAME).unlink()
+        yield
     finally:
+        done.set()
+        thread.join()
+        _leases.remove(lease)
+        if lease.lost() is None:
+            with suppress(OSError):  # a folder that has become read-only
+                (folder / NAME).unlink()
         os.close(handle)
 
 
-def _take(folder: Path, handle: int, say: Callable[[str], None], dead_seconds: float) -> None:
-    """Take the kernel's lock, and make sure that nobody else holds the folder without it."""
+def _waited_for(folder: Path, say: Callable[[str], None], dead_seconds: float) -> int:
+    """The locked handle of `folder`, once nobody else holds it."""
+    seconds, said = FIRST_LOOK_SECONDS, False
+    while True:
+        try:
+            return taken(folder, say if said else None, dead_seconds)
+        except InUse as error:
+            if seconds >= LOOK_SECONDS and not said:
+                say(f"waiting: {str(error).partition(';')[0]}")
+                said = True
+        time.sleep(seconds)
+        seconds = min(2 * seconds, LOOK_SECONDS)
+
+
+def taken(folder: Path, say: Callable[[str], None] | None, dead_seconds: float) -> int:
+    """The handle of `folder`, locked, its lock file written.
+
+    Args:
+        say: as of `hold`; None: another host's lock is not watched here, but from one call to the next.
+
+    Raises:
+        InUse, FastarError, OSError: as `hold`; nothing is held then.
+    """
+    handle = os.open(folder / HANDLE, os.O_RDWR | os.O_CREAT if HANDLE else os.O_RDONLY)
+    try:
+        holder = _take(folder, handle, say, dead_seconds)
+        if not os.path.samestat(os.fstat(handle), (folder / HANDLE).stat()):
+            raise InUse(f"{folder}: in use by another fastar (it was replaced just now); run it again")
+        _write(folder, Holder.here(folder), holder)
+    except BaseException:
+        os.close(handle)
+        raise
+    return handle
+
+
+# Locks of other hosts that are watched: the folder, when its file was touched, and when that was seen by this process.
+_watched: dict[Path, tuple[tuple[int, int] | None, float]] = {}
+
+
+def _is_alive(folder: Path, say: Callable[[str], None] | None, holder: Holder, seconds: float) -> bool:
+    """Tell whether the holder of `folder`, on another host, touches it within so many seconds; watched from one call to
+    the next where nobody is told."""
+    if say is not None:
+        say(f"{folder}: watching for {seconds:.0f} s whether {holder} is still there")
+        return _is_touched_within(folder, seconds)
+    stamp, now = _stamp(folder), time.monotonic()
+    if stamp is None:
+        return False
+    before, since = _watched.get(folder, (None, now))
+    if before == stamp and now - since >= seconds:
+        del _watched[folder]
+        return False
+    if before != stamp:
+        _watched[folder] = stamp, now
+    return True
+
+
+def _take(folder: Path, handle: int, say: Callable[[str], None] | None, dead_seconds: float) -> Holder | None:
+    """Take the kernel's lock, and make sure that nobody else holds the folder without it; who held it and is gone."""
     from filelock import lock_descriptor  # only here: what reads runs takes no lock, and the import 20 ms
 
     try:
@@ -232,26 +318,28 @@ def _take(folder: Path, handle: int, say: Callable[[str], None], dead_seconds: f
     if holder is not None and not held:
         gone = holder.gone()
         if gone is None:
-            say(f"{folder}: watching for {dead_seconds:.0f} s whether {holder} is still there")
-            held = _is_touched_within(folder, dead_seconds)
+            held = _is_alive(folder, say, holder, dead_seconds)
         else:
             held = not gone and locked is None and holder.pid != os.getpid()
     if held:
         who = f" ({holder})" if holder else ""
-        raise FastarError(f"{folder}: in use by another fastar{who}; wait for it or choose another run folder (out)")
-    if holder is not None:
+        raise InUse(f"{folder}: in use by another fastar{who}; wait for it or choose another run folder (out)")
+    if holder is not None and say is not None:
         say(f"{folder}: {holder} held it and is gone; going on")
+    return holder
 
 
-def _write(folder: Path, holder: Holder) -> None:
+def _write(folder: Path, holder: Holder, gone: Holder | None) -> None:
+    """Write the lock file, in place of that of a holder that is `gone`, or of a damaged one."""
     path = folder / NAME
     with refusal(f"{path}: cannot be written", "free space or choose another folder"):
-        path.unlink(missing_ok=True)
+        if read_holder(folder) == gone:  # else another came just now
+            path.unlink(missing_ok=True)
         try:
             with path.open("xb") as file:  # where two come at once, it is there for one of them
                 file.write(_holder().dump_json(holder) + b"\n")
         except FileExistsError as error:
-            raise FastarError(f"{folder}: in use by another fastar ({read_holder(folder)}); wait for it") from error
+            raise InUse(f"{folder}: in use by another fastar ({read_holder(folder)}); wait for it") from error
 
 
 def _touch(lease: _Lease, seconds: float, done: threading.Event) -> None:

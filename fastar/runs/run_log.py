@@ -1,4 +1,8 @@
-"""A run's `log.jsonl`: a line for each epoch, each with a checksum, that a kill can cut and a resumed run repairs."""
+"""A run's `log.jsonl`: a line for each epoch, each with a checksum, that a kill can cut and a resumed run repairs.
+
+Several processes may write to it. Each locks the file while it does; where the file system has no locks, lines that two
+hosts write at one moment can be lost.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,9 @@ import os
 import re
 import zlib
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fastar.errors import refusal
 from fastar.runs.atomic import write_atomically
@@ -44,8 +49,7 @@ class RunLog:
         """
         check_held(self.path)
         lines = b"".join(map(_line, entries))
-        cannot = refusal(f"{self.path}: cannot be written", "free space or choose another folder")
-        with cannot, self.path.open("ab+") as file:
+        with refusal(f"{self.path}: cannot be written", "free space or choose another folder"), self._locked() as file:
             if file.seek(0, os.SEEK_END):
                 file.seek(-1, os.SEEK_END)
                 if file.read(1) != b"\n":  # cut by a kill: that line is lost, not this one too
@@ -79,6 +83,11 @@ class RunLog:
     def repair(self, epochs: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
         """Make the epochs of some models, by their names, those that their trainings go on from: lines of epochs that
         were done after the last checkpoint go (they are done again), lines that a power cut took come back."""
+        if self.path.exists() or any(epochs.values()):
+            with self._locked():
+                self._repair(epochs)
+
+    def _repair(self, epochs: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
         lines = self.lines()
         entries = [entry for entry in lines if entry is not None]
         of_models = [entry for entry in entries if entry.get("model") in epochs and "epoch" in entry]
@@ -96,8 +105,22 @@ class RunLog:
     def take(self, models: Collection[str], other: RunLog) -> None:
         """Take the epochs of models from another log, in place of those that are here."""
         epochs = [entry for entry in other.read() if entry.get("model") in models and "epoch" in entry]
-        kept = [entry for entry in self.read() if entry.get("model") not in models or "epoch" not in entry]
-        write_atomically(self.path, b"".join(map(_line, [*kept, *epochs])))
+        with self._locked():
+            kept = [entry for entry in self.read() if entry.get("model") not in models or "epoch" not in entry]
+            write_atomically(self.path, b"".join(map(_line, [*kept, *epochs])))
+
+    @contextmanager
+    def _locked(self) -> Iterator[IO[bytes]]:
+        """The file, made where it is not there, for this process alone; open to be read and appended to."""
+        from filelock import lock_descriptor  # only here: what reads logs takes no lock, and the import 20 ms
+
+        while True:
+            with self.path.open("ab+") as file:
+                with suppress(OSError):  # the file system has no locks
+                    lock_descriptor(file.fileno(), poll_interval=0.005)
+                if os.path.samestat(os.fstat(file.fileno()), self.path.stat()):  # else it was written anew meanwhile
+                    yield file
+                    return
 
     def _lines(self) -> list[bytes]:
         with refusal(f"{self.path}: cannot be read", "make it readable"):

@@ -121,8 +121,8 @@ def _runs(folder: Path, below: Sequence[Path], progress: Progress) -> Rechecked:
 
 def _run(run: RunFolder, progress: Progress) -> Rechecked:
     found = Rechecked("run")
-    if is_held(run.path):
-        found.notes.append(f"{run.path}: in use ({read_holder(run.path)}); what it writes meanwhile may be missed")
+    for holder in [read_holder(run.path)] if is_held(run.path) else run.processes.others():
+        found.notes.append(f"{run.path}: in use ({holder}); what it writes meanwhile may be missed")
     metadata: dict[Path, dict[str, Any]] = {}
     digests: dict[Path, str] = {}
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import re
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,6 +47,11 @@ class Point:
     def star_recipe(self) -> dict[str, Any]:
         """All settings that its star depends on."""
         return {k: value for k, value in self._flat.items() if not k.startswith(_FREE) and k != "sources.heldout"}
+
+    def own_models(self) -> list[tuple[str, int]]:
+        """Kinds and numbers of the sources and heldouts that it trains."""
+        of_kind = {kind: self.settings.sources.of_kind(kind) for kind in ("source", "heldout")}
+        return [(kind, i) for kind, (number, folder) in of_kind.items() if folder is None for i in range(number)]
 
     @property
     def _flat(self) -> dict[str, Any]:
@@ -106,7 +113,7 @@ def trainings(points: Sequence[Point]) -> tuple[int, int]:
     regular, stars = dict[tuple[str, str], int](), set()
     for point in points:
         stars.add(repr(point.star_recipe))
-        for kind, number in _own_models(point).items():
+        for kind, number in Counter(kind for kind, _ in point.own_models()).items():
             of = repr(point.regular_recipe), kind
             regular[of] = max(number, regular.get(of, 0))
     return sum(regular.values()), len(stars)
@@ -122,9 +129,11 @@ def take_over(point: Point, others: Sequence[Point], progress: Progress) -> None
     """
     found = _models_to_take(point, others)
     if found:
-        with point.run.open(point.settings, progress):
-            for run in {other.path: other for other, _, _ in found}.values():
-                taken = [(kind, index) for other, kind, index in found if other.path == run.path]
+        with point.run.open(point.settings, progress), ExitStack() as claims:
+            ours = [one for one in found if claims.enter_context(point.run.claim(*one[1:]))]
+            for run in {other.path: other for other, _, _ in ours}.values():
+                of_run = [(kind, index) for other, kind, index in ours if other.path == run.path]
+                taken = [model for model in of_run if not point.run.finished(*model)]
                 point.run.log.take([kind if kind == "star" else f"{kind} {index}" for kind, index in taken], run.log)
                 for kind, index in taken:
                     if kind == "star":
@@ -132,21 +141,15 @@ def take_over(point: Point, others: Sequence[Point], progress: Progress) -> None
                     _link(run.model(kind, index), point.run.model(kind, index))
 
 
-def _own_models(point: Point) -> dict[str, int]:
-    """The numbers of sources and of heldouts that the point trains, by kind."""
-    of_kind = {kind: point.settings.sources.of_kind(kind) for kind in ("source", "heldout")}
-    return {kind: number for kind, (number, folder) in of_kind.items() if folder is None}
-
-
 def _models_to_take(point: Point, others: Sequence[Point]) -> list[tuple[RunFolder, str, int]]:
     """Models that the point lacks: a run that has each, its kind and number; the star last."""
-    recipe, star, numbers = point.regular_recipe, point.star_recipe, _own_models(point)
+    recipe, star, wanted = point.regular_recipe, point.star_recipe, set(point.own_models())
     others = [other for other in others if other is not point]
     found = dict[tuple[str, int], RunFolder]()
     for other in others:
         if other.regular_recipe == recipe:
             for _, kind, index in other.run.models():
-                if index < numbers.get(kind, 0) and not point.run.finished(kind, index):
+                if (kind, index) in wanted and not point.run.finished(kind, index):
                     found.setdefault((kind, index), other.run)
     same = [other.run for other in others if other.star_recipe == star and other.run.finished("star", 0)]
     if same and not point.run.finished("star", 0):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,8 +15,10 @@ from fastar.errors import FastarError, refusal
 from fastar.experiments.sweeps.points import Point, overrides_of, points_of, take_over, trainings
 from fastar.experiments.whole_run import check_whole, train_star
 from fastar.runs import hold, write_atomically, write_json
+from fastar.runs.claims import PROCESSES, Processes
 from fastar.runs.folder import FREE_KEYS
 from fastar.runs.lock import NAME as LOCK
+from fastar.runs.lock import InUse
 from fastar.runtime.json_files import read_file
 from fastar.runtime.progress import SILENT, Progress
 
@@ -65,20 +68,52 @@ def sweep(
     _check(chosen, given)
     with refusal(f"{out}: cannot be used as the folder of a sweep", "choose another (--out)"):
         out.mkdir(parents=True, exist_ok=True)
-    with hold(out, progress.line):
-        content = {"kind": kind, "values": every, "seeds": most, "settings": settings.model_dump(mode="json")}
-        write_atomically(out / "sweep.yaml", yaml.safe_dump(content, sort_keys=False).encode())
-        found = []
-        for number, point in enumerate(chosen):
-            progress.line(f"sweep: {point.run.path.name} ({number + 1} of {len(chosen)})")
-            take_over(point, [*points, *others], progress)
-            found.append(train_star(point.settings, point.run.path, progress, given=given))
+    processes = Processes(out)
+    with ExitStack() as seat:
+        with hold(out, progress.line, wait=True):
+            seat.enter_context(processes.joined())
+            known = _recorded(out, settings, kind)  # again: another process may have added to them
+            if (every, most) != (known["values"], known["seeds"]):
+                for other in processes.others():
+                    raise InUse(f"{out}: in use by another fastar ({other}) with other values; wait for it")
+            content = {"kind": kind, "values": every, "seeds": most, "settings": settings.model_dump(mode="json")}
+            write_atomically(out / "sweep.yaml", yaml.safe_dump(content, sort_keys=False).encode())
+        found = _trained(chosen, [*points, *others], progress, given, processes)
+        with hold(out, progress.line, wait=True):
+            from fastar.experiments.sweeps.sweep_results import sweep_results  # imports torch
 
-        from fastar.experiments.sweeps.sweep_results import sweep_results  # imports torch
-
-        results = sweep_results(kind, chosen, found, out)
-        write_json(out / "sweep.json", results)
+            results = sweep_results(kind, chosen, found, out)
+            write_json(out / "sweep.json", results)
     return results
+
+
+def _trained(
+    points: Sequence[Point], known: Sequence[Point], progress: Progress, given: Given | None, processes: Processes
+) -> list[dict[str, Any]]:
+    """The results of points: those that another process works on are left to the end, or to it."""
+    found, left = dict[Path, dict[str, Any]](), list(points)
+    while left:
+        if processes.others():  # together, so that what points share is trained once
+            for point in left:
+                _train_regular(point, known, progress, given)
+        free = [point for point in left if not point.run.processes.others()]
+        point = (free or left)[0]  # where there are others at all of them, it shares their models, and waits
+        progress.line(f"sweep: {point.run.path.name} ({len(found) + 1} of {len(points)})")
+        take_over(point, known, progress)
+        found[point.run.path] = train_star(point.settings, point.run.path, progress, given=given)
+        left.remove(point)
+    return [found[point.run.path] for point in points]
+
+
+def _train_regular(point: Point, known: Sequence[Point], progress: Progress, given: Given | None) -> None:
+    """Train the sources and heldouts that a point lacks."""
+    if all(point.run.finished(*model) for model in point.own_models()):
+        return
+    from fastar.experiments.star_domain import train_sources  # imports torch
+
+    take_over(point, known, progress)
+    kinds = list(dict.fromkeys(kind for kind, _ in point.own_models()))
+    train_sources(point.settings, point.run.path, progress, kinds=kinds, given=given)
 
 
 def plan_sweep(
@@ -111,7 +146,7 @@ def _recorded(out: Path, settings: Settings, kind: str) -> dict[str, Any]:
     """
     path, new = out / "sweep.yaml", {"values": [], "seeds": 1}
     with refusal(f"{out}: cannot be used as the folder of a sweep", "choose another (--out)"):
-        there = sorted(one.name for one in out.iterdir() if one.name != LOCK) if out.exists() else []
+        there = sorted(one.name for one in out.iterdir() if one.name not in (LOCK, PROCESSES)) if out.exists() else []
         if not path.is_file():
             foreign = [name for name in there if not name.endswith(".tmp")]
             if foreign:

@@ -1,0 +1,75 @@
+"""A run folder as a list of work that processes share: each takes what is missing, and waits for what others do."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+
+from fastar.experiments.session import Session
+from fastar.runs import read_holder
+
+# Seconds between two looks at what other processes do.
+LOOK_SECONDS = 1.0
+
+Model = tuple[str, int]
+"""Kind and number of a source, a heldout or the star."""
+
+
+def train_missing(
+    session: Session, models: Iterable[Model], train: Callable[[Model], object], done: Callable[[int], object]
+) -> None:
+    """Train those of some models that are missing, but for those that other processes finish meanwhile.
+
+    One that another process lets go unfinished, or dies with, is trained here: from its last checkpoint.
+
+    Args:
+        train: trains and saves a model, which is this process's while it does.
+        done: told of the number of models that were finished since, by anybody.
+    """
+    run = session.run
+    missing, wait = [model for model in models if not run.finished(*model)], Wait(session)
+    while missing:
+        trained = False
+        for model in list(missing):
+            with run.claim(*model) as ours:
+                if ours and not run.finished(*model):
+                    train(model)
+                    trained = True
+            if run.finished(*model):
+                missing.remove(model)
+                done(1)
+        if missing and not trained:
+            wait(missing)
+
+
+@contextmanager
+def alone_at(session: Session, kind: str) -> Iterator[None]:
+    """Wait until no other process works on a part of the run (the star, its results), and hold it."""
+    wait = Wait(session)
+    while True:
+        with session.run.claim(kind) as ours:
+            if ours:
+                yield
+                return
+        wait([(kind, 0)])
+
+
+class Wait:
+    """Waits for what other processes work on, a little at a time, and says for whom whenever that changes."""
+
+    def __init__(self, session: Session):
+        self._session = session
+        self._said = ""
+
+    def __call__(self, models: list[Model]) -> None:
+        run = self._session.run
+        holders = {str(one) for model in models if (one := read_holder(run.in_training(*model))) is not None}
+        kind, index = models[0]
+        first = f"{kind} {index}" if kind in ("source", "heldout") else kind
+        others = f" and {len(models) - 1} more" if len(models) > 1 else ""
+        text = f"waiting for {first}{others} ({', '.join(sorted(holders))})"
+        if holders and text != self._said:
+            self._session.progress.line(text)
+            self._said = text
+        time.sleep(LOOK_SECONDS)
