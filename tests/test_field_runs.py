@@ -76,9 +76,26 @@ def replaced(folder: Path) -> None:
     shutil.copytree(folder.with_name("elsewhere"), folder)
 
 
+def locks_of(folder: Path) -> list[Path]:
+    """The lock files of the process that works on a run, and of what it works on."""
+    found = [path for name in ("processes", "in-training") for path in folder.glob(f"{name}/*/{lock.NAME}")]
+    assert len(found) == 2
+    return found
+
+
+def all_taken_over(folder: Path) -> None:
+    for path in locks_of(folder):
+        taken_over(path.parent)
+
+
+def finished_by_another(folder: Path) -> None:
+    for path in locks_of(folder):
+        path.unlink()
+
+
 LOSSES: dict[str, Callable[[Path], None]] = {
-    "taken over": taken_over,
-    "finished by another": lambda folder: (folder / lock.NAME).unlink(),
+    "taken over": all_taken_over,
+    "finished by another": finished_by_another,
     "moved": moved,
     "deleted": shutil.rmtree,
     "replaced": replaced,
@@ -98,7 +115,7 @@ def test_a_run_that_lost_its_folder_writes_nothing_more(tmp_path: Path, data: Pa
         with pytest.raises(FastarError) as caught:
             train_star(small(data), folder)
     message = str(caught.value)
-    assert message.startswith(f"{folder}: ")
+    assert message.startswith(str(folder))
     assert "\n" not in message
     assert {"taken over": "process 7 on elsewhere", "finished by another": "is gone"}.get(how, "moved") in message
     assert contents(tmp_path) == after

@@ -211,7 +211,9 @@ def test_two_processes_share_it(run: RunFolder) -> None:
             assert (first, second, third) == (True, False, True)
         with pytest.raises(FastarError, match="in use by another fastar"), RunFolder(run.path).held():
             pytest.fail("held")
-        assert "with other settings (sources.number is 30 there, 7 here)" in refusal(other, settings("sources.number=7"))
+        assert "with other settings (sources.number is 30 there, 7 here)" in refusal(
+            other, settings("sources.number=7")
+        )
         with RunFolder(run.path).open(settings("evaluation.points=3")):  # not what models depend on
             pass
     assert run.processes.others() == []

@@ -158,6 +158,24 @@ def test_wandb_goes_on_with_its_run_and_sends_no_epoch_twice(tmp_path: Path, mon
     assert json.loads((tmp_path / "wandb.json").read_text())["sent"] == {"source-0001": 3}
 
 
+def test_processes_at_once_have_a_run_each_at_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wandb = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    settings = LoggingSettings(tensorboard=False, wandb="stars")
+    first, second = (LiveMetrics(tmp_path, settings, {}) for _ in range(2))
+    first.add([("source", 1, 1, {"loss": 0.5})])
+    second.add([("source", 2, 1, {"loss": 0.5})])
+    first.close()
+    second.close()
+    assert [(b["name"], b["group"]) for b in wandb.begun] == [
+        (tmp_path.name, tmp_path.name),
+        (f"{tmp_path.name} 2", tmp_path.name),
+    ]
+    sent = [json.loads((tmp_path / name).read_text())["sent"] for name in ("wandb.json", "wandb-1.json")]
+    assert sent == [{"source-0001": 1}, {"source-0002": 1}]
+    assert not (tmp_path / "in-training").exists()
+
+
 def test_wandb_that_does_not_begin_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wandb = FakeWandb()
     monkeypatch.setattr(wandb, "init", lambda **arguments: (_ for _ in ()).throw(RuntimeError("no\nlogin")))

@@ -61,25 +61,25 @@ def train_sources(
     Raises:
         FastarError: bad input, or models that are given and not to be trained.
     """
-    run, models = RunFolder(out), list[Model]()
+    run, numbers = RunFolder(out), dict[str, int]()
     for kind in kinds:
-        number, folder = settings.sources.of_kind(kind)
-        models += [(kind, index) for index in range(number)]
+        numbers[kind], folder = settings.sources.of_kind(kind)
         if folder is not None:
             name = "sources.folder" if kind == "source" else "sources.heldout_folder"
             raise FastarError(
                 f"{name} gives the {kind}s, so none are to be trained; leave it out, or choose another run folder (out)"
             )
-    if only is not None:
-        if not only or only[-1] >= len(models):
-            raise FastarError(
-                f"--only {only.start}-{only.stop - 1}: the run's sources and heldouts have the numbers 0 to "
-                f"{len(models) - 1}; give some of them"
-            )
-        models = models[only.start : only.stop]
+    whole = sum(numbers.values())
+    if only is not None and (not only or only[-1] >= whole):
+        raise FastarError(
+            f"--only {only.start}-{only.stop - 1}: the run's sources and heldouts have the numbers 0 to {whole - 1}; "
+            "give some of them"
+        )
     run.check(settings)
     session = prepare_session(settings, out, progress, given)
     prepare_data(session)
+    models: list[Model] = [(kind, index) for kind, number in numbers.items() for index in range(number)]
+    models = models if only is None else models[only.start : only.stop]
     if session.runs_user_code and not all(run.finished(*model) for model in models):
         try:
             _ = session.network.symmetry

@@ -3,7 +3,7 @@
 What needs torch, reading and writing models, is `fastar.runs.model_files`.
 """
 
-from fastar.runs.atomic import delete, write_atomically, write_json
+from fastar.runs.atomic import delete, remove_if_empty, write_atomically, write_json
 from fastar.runs.folder import (
     CHECKPOINT,
     IN_TRAINING,
@@ -12,7 +12,6 @@ from fastar.runs.folder import (
     RunFolder,
     default_run_folder,
     remove_checkpoints,
-    remove_if_empty,
     run_folders_below,
 )
 from fastar.runs.lock import hold, is_held, read_holder

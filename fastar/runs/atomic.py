@@ -53,3 +53,9 @@ def delete(path: Path) -> None:
     check_held(path)
     with refusal(f"{path}: cannot be deleted", "delete it or move it away"):
         path.unlink(missing_ok=True)
+
+
+def remove_if_empty(folder: Path) -> None:
+    """Delete a folder unless something is in it."""
+    with suppress(OSError):
+        folder.rmdir()

@@ -15,7 +15,7 @@ from typing import Any
 from fastar.config import Settings, as_override, changes
 from fastar.config.strict_yaml import read_yaml
 from fastar.errors import FastarError, refusal
-from fastar.runs.atomic import delete, write_atomically, write_json
+from fastar.runs.atomic import delete, remove_if_empty, write_atomically, write_json
 from fastar.runs.claims import PROCESSES, Processes, claim
 from fastar.runs.lock import NAME as LOCK
 from fastar.runs.lock import Holder, InUse, hold, lost
@@ -150,17 +150,21 @@ class RunFolder:
                 try:
                     yield self
                 except BaseException:
-                    nothing_done = new and lost(self.path) is None and self._is_undone(seat, progress)
+                    nothing_done = new and lost(self.path) is None and self._is_undone(seat)
                     raise
         finally:
             if made and nothing_done:  # leave no trace
                 remove_if_empty(self.path)
 
-    def _is_undone(self, seat: ExitStack, progress: Progress) -> bool:
+    def _is_undone(self, seat: ExitStack) -> bool:
         """Take back what an empty run has made; tell whether it has: something may be there, or others be at it."""
         with ExitStack() as lock:
-            with suppress(FastarError):  # a full disk
-                lock.enter_context(self._held_shortly(progress))
+            try:
+                lock.enter_context(hold(self.path, None))
+            except InUse:
+                return False
+            except (FastarError, OSError):  # a full disk
+                pass
             if self.processes.others() or self.log.path.exists() or self._has_models():
                 return False
             seat.close()
@@ -394,9 +398,3 @@ def remove_checkpoints(folder: Path) -> None:
             delete(path)
     remove_if_empty(folder)
     remove_if_empty(folder.parent)
-
-
-def remove_if_empty(folder: Path) -> None:
-    """Delete a folder unless something is in it."""
-    with suppress(OSError):
-        folder.rmdir()

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
 import struct
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from io import FileIO
 from pathlib import Path
 from types import ModuleType
@@ -21,6 +22,7 @@ from tensorboardX.record_writer import masked_crc32c
 from fastar.config import LoggingSettings
 from fastar.errors import FastarError, refusal
 from fastar.runs.atomic import write_atomically
+from fastar.runs.claims import claim
 from fastar.runs.lock import check_held
 from fastar.runtime.json_files import read_file, read_object
 
@@ -113,7 +115,8 @@ def is_event_file_whole(path: Path) -> bool:
 
 
 class WandbRun:
-    """A run folder's run at Weights & Biases; an epoch that was sent is not sent again.
+    """A run folder's run at Weights & Biases; an epoch that was sent is not sent again. Processes at work on the folder
+    have a run each, all in one group.
 
     Args:
         folder: where its id, and what was sent, are kept.
@@ -126,7 +129,10 @@ class WandbRun:
 
     def __init__(self, folder: Path, project: str, settings: Mapping[str, Any]):
         wandb = import_wandb(project)
-        self._file = folder / "wandb.json"
+        self._held = ExitStack()
+        claims = ((n, claim(folder / "in-training" / f"wandb-{n:04d}")) for n in itertools.count())
+        number = next(n for n, free in claims if self._held.enter_context(free))
+        self._file = folder / (f"wandb-{number}.json" if number else "wandb.json")
         self._sent: dict[str, int] = {}
         identity = None
         with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
@@ -134,9 +140,16 @@ class WandbRun:
             identity, self._sent = str(kept["id"]), {str(name): int(step) for name, step in kept["sent"].items()}
         try:
             self._run = wandb.init(
-                project=project, name=folder.name, dir=str(folder), id=identity, resume="allow", config=dict(settings)
+                project=project,
+                name=f"{folder.name} {number + 1}" if number else folder.name,
+                group=folder.name,
+                dir=str(folder),
+                id=identity,
+                resume="allow",
+                config=dict(settings),
             )
         except Exception as error:  # its own kinds of errors: no login, no network
+            self._held.close()
             reason = " ".join(str(error).split())
             raise FastarError(f"logging.wandb={project}: {reason}; set logging.wandb=null to go on without") from error
 
@@ -154,7 +167,8 @@ class WandbRun:
 
     def close(self) -> None:
         """Wait for what is being sent."""
-        self._run.finish()
+        with self._held:
+            self._run.finish()
 
 
 class LiveMetrics:

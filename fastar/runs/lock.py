@@ -157,13 +157,14 @@ class _Lease:
 
     def lost(self) -> str | None:
         """Say what became of it, for users; None: it is still held."""
+        shown = next((path for path in self.guards[1:] if self.folder.is_relative_to(path)), self.folder)
         try:
             same = os.path.samestat(os.fstat(self.handle), (self.folder / HANDLE).stat())
         except OSError:
             same = False
         if not same:
             return (
-                f"{self.folder}: moved, deleted or replaced while it was in use; nothing more is written; move it back "
+                f"{shown}: moved, deleted or replaced while it was in use; nothing more is written; move it back "
                 "and run it again, or choose another run folder (out)"
             )
         now = read_holder(self.folder)
@@ -171,7 +172,7 @@ class _Lease:
             return None
         who = f"taken over by another fastar ({now})" if now else f"its {NAME} is gone: taken over, or deleted by hand"
         return (
-            f"{self.folder}: {who} while this one stood still; this one writes nothing more; wait, or choose another "
+            f"{shown}: {who} while this one stood still; this one writes nothing more; wait, or choose another "
             "run folder (out)"
         )
 
@@ -200,7 +201,7 @@ def check_held(path: Path) -> None:
 @contextmanager
 def hold(
     folder: Path,
-    say: Callable[[str], None] = lambda line: None,
+    say: Callable[[str], None] | None = lambda line: None,
     *,
     guards: Sequence[Path] = (),
     wait: bool = False,
@@ -213,7 +214,8 @@ def hold(
 
     Args:
         folder: it exists.
-        say: told when another host's lock is watched, when one is taken over, and when one is waited for.
+        say: told when another host's lock is watched, when one is taken over, and when one is waited for; None: another
+            host's lock counts at once.
         guards: what is written to only while it is held, beside the folder itself.
         wait: until another process lets it go.
 
@@ -248,14 +250,14 @@ def held_as_taken(folder: Path, handle: int, guards: Sequence[Path], touch_secon
         os.close(handle)
 
 
-def _waited_for(folder: Path, say: Callable[[str], None], dead_seconds: float) -> int:
+def _waited_for(folder: Path, say: Callable[[str], None] | None, dead_seconds: float) -> int:
     """The locked handle of `folder`, once nobody else holds it."""
     seconds, said = FIRST_LOOK_SECONDS, False
     while True:
         try:
-            return taken(folder, say if said else None, dead_seconds)
+            return taken(folder, None, dead_seconds)
         except InUse as error:
-            if seconds >= LOOK_SECONDS and not said:
+            if seconds >= LOOK_SECONDS and say is not None and not said:
                 say(f"waiting: {str(error).partition(';')[0]}")
                 said = True
         time.sleep(seconds)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -48,10 +47,11 @@ class Point:
         """All settings that its star depends on."""
         return {k: value for k, value in self._flat.items() if not k.startswith(_FREE) and k != "sources.heldout"}
 
-    def own_models(self) -> list[tuple[str, int]]:
-        """Kinds and numbers of the sources and heldouts that it trains."""
+    @property
+    def own_models(self) -> dict[str, int]:
+        """The numbers of sources and of heldouts that it trains, by kind."""
         of_kind = {kind: self.settings.sources.of_kind(kind) for kind in ("source", "heldout")}
-        return [(kind, i) for kind, (number, folder) in of_kind.items() if folder is None for i in range(number)]
+        return {kind: number for kind, (number, folder) in of_kind.items() if folder is None}
 
     @property
     def _flat(self) -> dict[str, Any]:
@@ -113,7 +113,7 @@ def trainings(points: Sequence[Point]) -> tuple[int, int]:
     regular, stars = dict[tuple[str, str], int](), set()
     for point in points:
         stars.add(repr(point.star_recipe))
-        for kind, number in Counter(kind for kind, _ in point.own_models()).items():
+        for kind, number in point.own_models.items():
             of = repr(point.regular_recipe), kind
             regular[of] = max(number, regular.get(of, 0))
     return sum(regular.values()), len(stars)
@@ -143,13 +143,13 @@ def take_over(point: Point, others: Sequence[Point], progress: Progress) -> None
 
 def _models_to_take(point: Point, others: Sequence[Point]) -> list[tuple[RunFolder, str, int]]:
     """Models that the point lacks: a run that has each, its kind and number; the star last."""
-    recipe, star, wanted = point.regular_recipe, point.star_recipe, set(point.own_models())
+    recipe, star, numbers = point.regular_recipe, point.star_recipe, point.own_models
     others = [other for other in others if other is not point]
     found = dict[tuple[str, int], RunFolder]()
     for other in others:
         if other.regular_recipe == recipe:
             for _, kind, index in other.run.models():
-                if (kind, index) in wanted and not point.run.finished(kind, index):
+                if index < numbers.get(kind, 0) and not point.run.finished(kind, index):
                     found.setdefault((kind, index), other.run)
     same = [other.run for other in others if other.star_recipe == star and other.run.finished("star", 0)]
     if same and not point.run.finished("star", 0):

@@ -107,13 +107,13 @@ def _trained(
 
 def _train_regular(point: Point, known: Sequence[Point], progress: Progress, given: Given | None) -> None:
     """Train the sources and heldouts that a point lacks."""
-    if all(point.run.finished(*model) for model in point.own_models()):
+    numbers = point.own_models
+    if all(point.run.finished(kind, index) for kind, number in numbers.items() for index in range(number)):
         return
     from fastar.experiments.star_domain import train_sources  # imports torch
 
     take_over(point, known, progress)
-    kinds = list(dict.fromkeys(kind for kind, _ in point.own_models()))
-    train_sources(point.settings, point.run.path, progress, kinds=kinds, given=given)
+    train_sources(point.settings, point.run.path, progress, kinds=list(numbers), given=given)
 
 
 def plan_sweep(
