@@ -188,10 +188,11 @@ class RunFolder:
             yield
 
     def claim(self, kind: str, index: int = 0) -> AbstractContextManager[bool]:
-        """Take a model that is to be trained, or the `results` that are to be measured, until the block ends; False:
-        another process has it."""
+        """Take a model that is to be trained, or another part of the work, until the block ends; False: another process
+        has it."""
         written = {"star": [self.star, self.permutations], "results": [self.results, self.matchings]}
-        return claim(self.in_training(kind, index), written.get(kind) or [self.model(kind, index)])
+        model = [self.model(kind, index)] if kind in _FOLDERS else []
+        return claim(self.in_training(kind, index), written.get(kind, model))
 
     @contextmanager
     def _held_shortly(self, progress: Progress) -> Iterator[None]:
