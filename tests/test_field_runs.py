@@ -21,7 +21,7 @@ from run_cases import Heard, at_call, small
 from fastar.config import load_settings
 from fastar.errors import FastarError
 from fastar.experiments import train_star
-from fastar.experiments.measure import epoch_seconds, speed
+from fastar.experiments.epoch_times import epoch_seconds, speed
 from fastar.experiments.reuse import finished_results
 from fastar.report.results import check_results
 from fastar.report.run_list import overview, runs_below

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fastar.errors import FastarError
-from fastar.experiments.measure import speed
+from fastar.experiments.epoch_times import speed
 from fastar.report.figures import check_picture
 from fastar.report.results import (
     STYLES,

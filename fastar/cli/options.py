@@ -182,15 +182,13 @@ class Given:
 
     def run_folder(self, settings: Settings) -> Path:
         """The folder of a run. Without --out, it is named by what was named on the command line."""
-        from fastar.runs import default_run_folder
-
         folder: Path | None = self["out"]
         if folder is None:
             dataset, arch = self.either("dataset", "data"), self.either("arch", "model")
             named = [None if dataset is None else settings.dataset.label, arch]
             config = self["config"]
             parts = [] if config is None else [config.stem, *(part for part in named if part)]
-            folder = default_run_folder(settings, recipe="-".join(parts) or None, scale=self["scale"])
+            folder = _default_run_folder(settings, recipe="-".join(parts) or None, scale=self["scale"])
         run_folders.append(folder)
         return folder
 
@@ -199,6 +197,13 @@ class Given:
         from fastar.runtime.progress import SILENT, TerminalProgress
 
         return SILENT if self.json or self.options.get("quiet") else TerminalProgress()
+
+
+def _default_run_folder(settings: Settings, *, recipe: str | None, scale: str) -> Path:
+    """`runs/<dataset>-<arch>-seed<seed>`, or for a configuration that was named `runs/<its name>-seed<seed>`; a scale
+    other than the full one is named too."""
+    name = re.sub(r"[^\w.-]+", "_", recipe or f"{settings.dataset.label}-{settings.model.arch}")
+    return Path("runs") / "-".join([name, *([] if scale == "full" else [scale]), f"seed{settings.seed}"])
 
 
 def takes(*names: str, **others: str | Option) -> Callable[[Callable[..., None]], Callable[..., None]]:

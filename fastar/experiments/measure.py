@@ -20,6 +20,7 @@ from fastar.evaluation import Endpoint, PathLosses, Segment, evaluate_paths, eva
 from fastar.evaluation.batch_norm import batch_norm_layers
 from fastar.evaluation.ends import check_end
 from fastar.evaluation.paths import Share
+from fastar.experiments.epoch_times import epoch_seconds, speed
 from fastar.experiments.matchings import Matchings
 from fastar.experiments.regular import device_name
 from fastar.experiments.session import Session
@@ -31,9 +32,8 @@ from fastar.runs.model_files import Checkpoint, load_into
 from fastar.runtime.memory import peak_bytes, resident_models
 from fastar.runtime.progress import SILENT, Progress
 from fastar.runtime.seeds import derive_seed
-from fastar.runtime.timing import shares
 from fastar.symmetry import Permutations
-from fastar.training import PART_ROWS, limited
+from fastar.training import PART_ROWS
 
 # How many times `evaluation.bn_batches` it is compared with.
 TIMES = 8
@@ -356,52 +356,3 @@ def path_result(path: PathLosses) -> dict[str, Any]:
         "t": path.t,
         **{f"{split}_{name}": path.values[name][split] for split in path.loss for name in path.values},
     }
-
-
-def epoch_seconds(log: Sequence[Mapping[str, Any]]) -> dict[str, float | None]:
-    """Median seconds of a regular epoch, and mean seconds of a star epoch (matching included) and of matching alone.
-
-    Means, since not every epoch need match. Of the star's last attempt, where earlier ones were interrupted.
-    """
-    regular = [entry["seconds"] for entry in _epochs(log, "regular", {"seconds"})]
-    star = _epochs(log, "star", {"seconds", "begin_seconds"})
-    return {
-        "regular_epoch": statistics.median(regular) if regular else None,
-        "star_epoch": spread([e["seconds"] + e["begin_seconds"] for e in star])["mean"],
-        "matching_per_epoch": spread([e["begin_seconds"] for e in star])["mean"],
-    }
-
-
-def _epochs(log: Sequence[Mapping[str, Any]], kind: str, needed: set[str]) -> list[Mapping[str, Any]]:
-    """The epochs of regular models, or of the star's last attempt, of which the log knows what is needed."""
-    kinds = ("star",) if kind == "star" else ("source", "heldout")
-    found = [entry for entry in log if entry.get("kind") in kinds and needed <= entry.keys()]
-    if kind == "star":
-        found = [entry for entry in found if "epoch" in entry]
-        found = found[max((i for i, entry in enumerate(found) if entry["epoch"] == 0), default=0) :]
-    return found
-
-
-def speed(log: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The speed of training regular models and the star: images per second, the share of time that each span took
-    (matching, load, augment, interpolate, forward, backward, update, other), and what limits the steps. Null where the
-    log does not know."""
-    found: dict[str, Any] = {}
-    for kind in ("regular", "star"):
-        known = [entry for entry in _epochs(log, kind, {"images", "begin_seconds"}) if entry.get("parts")]
-        took: dict[str, float] = {"matching": sum(e["begin_seconds"] for e in known)} if kind == "star" else {}
-        for entry in known:
-            for name, seconds in entry["parts"].items():
-                took[name] = took.get(name, 0.0) + seconds
-        whole = sum(took.values())
-        images = sum(entry["images"] for entry in known)
-        if whole <= 0:
-            found[kind] = None
-            continue
-        steps = shares({name: seconds for name, seconds in took.items() if name != "matching"})
-        found[kind] = {
-            "images_per_second": images / whole,
-            "shares": shares(took),
-            "limited": limited(steps.get("load", 0.0)),
-        }
-    return found

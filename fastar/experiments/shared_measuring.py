@@ -9,7 +9,7 @@ from typing import Any
 from fastar.evaluation.paths import Values
 from fastar.experiments.session import Session
 from fastar.experiments.work_list import Wait, alone_at
-from fastar.runs import RunFolder, delete, remove_if_empty, write_json
+from fastar.runs import delete, write_json
 from fastar.runtime.json_files import read_object, unsealed
 
 # So many parts for each process at the beginning: one that is slower, or comes later, finds some too.
@@ -61,7 +61,8 @@ class SharedMeasuring:
             if (kept.get("of"), kept.get("count")) == (self._of, count):
                 size = int(kept["size"])
             else:
-                remove_measured(self._run)
+                for path in self._run.measured.glob("*"):
+                    delete(path)
                 write_json(file, {"of": self._of, "count": count, "size": size})
         return [range(begin, min(begin + size, count)) for begin in range(0, count, size)]
 
@@ -72,13 +73,6 @@ class SharedMeasuring:
         """The values of a part; None: they are not there, damaged, or of something else."""
         kept = _read(self._file(number))
         return _as_numbers(kept["values"]) if kept.get("of") == self._of else None
-
-
-def remove_measured(run: RunFolder) -> None:
-    """Delete what was measured for all processes."""
-    for path in run.measured.glob("*.json"):
-        delete(path)
-    remove_if_empty(run.measured)
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -10,12 +10,13 @@ from typing import Any
 
 from fastar.config import Settings
 from fastar.errors import FastarError
-from fastar.experiments.measure import measure, speed
+from fastar.experiments.epoch_times import speed
+from fastar.experiments.measure import measure
 from fastar.experiments.plan import check_network, prepare_data, use_device
 from fastar.experiments.regular import device_name, models_of, task_digest, train_regulars, train_small
 from fastar.experiments.reuse import finished_results, measured_digest
 from fastar.experiments.session import Session, measuring, new_session, opened, threads
-from fastar.experiments.shared_measuring import SharedMeasuring, remove_measured
+from fastar.experiments.shared_measuring import SharedMeasuring
 from fastar.experiments.star import star_model, steps_profile
 from fastar.experiments.user_task import Given
 from fastar.experiments.work_list import Model, alone_at
@@ -169,6 +170,4 @@ def measured_run(
             "matchings": {"file": run.matchings.name, "digest": stored_digest(run.matchings)} if kept else None,
         }
         run.write_results(results)
-        if not run.processes.others():
-            remove_measured(run)
     return results

@@ -10,7 +10,6 @@ from fastar.runs.folder import (
     LAST_GOOD,
     RETRY,
     RunFolder,
-    default_run_folder,
     remove_checkpoints,
     run_folders_below,
 )

@@ -54,10 +54,8 @@ _TRAINING = re.compile(r"(source|heldout|star|swag|student)-([0-9]{4,})")
 _TEMPORARY = re.compile(r"\..+\.[0-9]+(-[0-9a-f]{8})?\.tmp")
 _CONFIG_DIGEST = "# digest: "
 _FOLDERS = {"source": "sources", "heldout": "heldout"}
-
-
+# Folder of networks that were given from Python.
 GIVEN = "given"
-"""Folder of networks that were given from Python."""
 
 
 class RunFolder:
@@ -155,6 +153,8 @@ class RunFolder:
         finally:
             if made and nothing_done:  # leave no trace
                 remove_if_empty(self.path)
+        if not self.processes.others():
+            self._remove_measured()
 
     def _is_undone(self, seat: ExitStack) -> bool:
         """Take back what an empty run has made; tell whether it has: something may be there, or others be at it."""
@@ -241,8 +241,14 @@ class RunFolder:
         for folder, kind, number in self.trainings():
             if self.finished(kind, number):
                 remove_checkpoints(folder)
-        measured = self.measured.glob("*") if self.results.is_file() else ()
-        for path in (*self.path.glob(f"{IN_TRAINING}/*/{LOCK}"), *self.processes.locks(), *measured):
+        for path in (*self.path.glob(f"{IN_TRAINING}/*/{LOCK}"), *self.processes.locks()):
+            delete(path)
+            remove_if_empty(path.parent)
+        self._remove_measured()
+
+    def _remove_measured(self) -> None:
+        """Delete what was measured for several processes, once it is in the results."""
+        for path in self.measured.glob("*") if self.results.is_file() else ():
             delete(path)
             remove_if_empty(path.parent)
 
@@ -367,13 +373,6 @@ class RunFolder:
 
 def _digest(text: bytes) -> str:
     return hashlib.sha256(text).hexdigest()
-
-
-def default_run_folder(settings: Settings, *, recipe: str | None = None, scale: str = "full") -> Path:
-    """`runs/<dataset>-<arch>-seed<seed>`, or for a configuration that was named `runs/<its name>-seed<seed>`; a scale
-    other than the full one is named too."""
-    name = re.sub(r"[^\w.-]+", "_", recipe or f"{settings.dataset.label}-{settings.model.arch}")
-    return Path("runs") / "-".join([name, *([] if scale == "full" else [scale]), f"seed{settings.seed}"])
 
 
 def run_folders_below(folder: Path) -> Iterator[Path]:
