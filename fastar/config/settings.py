@@ -33,7 +33,7 @@ DATA_FOLDER = "~/.cache/fastar/data"
 
 def cache_folder() -> Path | None:
     """The folder of what any process can make again, and is kept to save time (FASTAR_CACHE); None: nothing is kept."""
-    chosen = os.environ.get("FASTAR_CACHE", "~/.cache/fastar")
+    chosen = os.environ.get("FASTAR_CACHE") or "~/.cache/fastar"
     return None if chosen == "off" else Path(chosen).expanduser()
 
 
