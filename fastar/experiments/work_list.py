@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
+from fastar.errors import FastarError
 from fastar.experiments.session import Session
 from fastar.runs import read_holder
 
@@ -21,26 +22,39 @@ def train_missing(
 ) -> None:
     """Train those of some models that are missing, but for those that other processes finish meanwhile.
 
-    One that another process lets go unfinished, or dies with, is trained here: from its last checkpoint.
+    One that another process lets go unfinished, or dies with, is trained here: from its last checkpoint. Where one
+    fails and other processes are at work, as much is left to nobody: the others are trained first.
 
     Args:
         train: trains and saves a model, which is this process's while it does.
         done: told of the number of models that were finished since, by anybody.
+
+    Raises:
+        FastarError: as the first that failed.
     """
-    run = session.run
+    run, failed = session.run, list[FastarError]()
     missing, wait = [model for model in models if not run.finished(*model)], Wait(session)
     while missing:
         trained = False
         for model in list(missing):
-            with run.claim(*model) as ours:
-                if ours and not run.finished(*model):
-                    train(model)
-                    trained = True
-            if run.finished(*model):
+            if not run.finished(*model):
+                with run.claim(*model) as ours:
+                    if ours and not run.finished(*model):
+                        trained = True
+                        try:
+                            train(model)
+                        except FastarError as error:
+                            if not run.processes.others():
+                                raise
+                            failed.append(error)
+                            missing.remove(model)
+            if model in missing and run.finished(*model):
                 missing.remove(model)
                 done(1)
         if missing and not trained:
             wait(missing)
+    if failed:
+        raise failed[0]
 
 
 @contextmanager

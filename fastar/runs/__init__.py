@@ -10,6 +10,7 @@ from fastar.runs.folder import (
     LAST_GOOD,
     RETRY,
     RunFolder,
+    files_below,
     remove_checkpoints,
     run_folders_below,
 )

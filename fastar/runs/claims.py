@@ -17,6 +17,7 @@ from fastar.runs.lock import (
     TOUCH_SECONDS,
     Holder,
     InUse,
+    Taken,
     held_as_taken,
     is_held,
     lost,
@@ -45,13 +46,13 @@ def claim(folder: Path, guards: Sequence[Path] = (), *, dead_seconds: float = DE
     with refusal(f"{folder}: cannot be made", "free space or choose another folder"):
         _make(folder)
     try:
-        handle: int | None = taken(folder, None, dead_seconds)
+        own: Taken | None = taken(folder, None, dead_seconds)
     except (InUse, FileNotFoundError):  # or removed by another, which is done with it
-        handle = None
-    if handle is None:
+        own = None
+    if own is None:
         yield False
         return
-    with held_as_taken(folder, handle, guards, TOUCH_SECONDS):
+    with held_as_taken(folder, own, guards, TOUCH_SECONDS):
         try:
             yield True
         finally:
@@ -104,6 +105,6 @@ def _make(folder: Path) -> None:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             return
-        except FileNotFoundError:
+        except (FileNotFoundError, FileExistsError):  # the latter: it was removed before it was seen to be a folder
             if not left:
                 raise

@@ -145,31 +145,34 @@ class RunFolder:
                     new = not self.config.exists()
                     text = settings.to_yaml()
                     write_atomically(self.config, f"{text}{_CONFIG_DIGEST}{_digest(text.encode())}\n".encode())
+                finished = False
                 try:
                     yield self
-                except BaseException:
-                    nothing_done = new and lost(self.path) is None and self._is_undone(seat)
-                    raise
+                    finished = True
+                finally:
+                    if lost(self.path) is None:
+                        nothing_done = self._leave(seat, progress, finished=finished, undo=new and not finished)
         finally:
             if made and nothing_done:  # leave no trace
                 remove_if_empty(self.path)
-        if not self.processes.others():
-            self._remove_measured()
 
-    def _is_undone(self, seat: ExitStack) -> bool:
-        """Take back what an empty run has made; tell whether it has: something may be there, or others be at it."""
+    def _leave(self, seat: ExitStack, progress: Progress, *, finished: bool, undo: bool) -> bool:
+        """Give up the seat. The last one to do so removes what killed processes left, and (`undo`) what an empty run
+        has made; tell whether it was empty. One that failed waits for nobody."""
         with ExitStack() as lock:
             try:
-                lock.enter_context(hold(self.path, None))
+                lock.enter_context(hold(self.path, progress.line if finished else None, wait=finished))
+                if not self.processes.others():
+                    self._remove_debris()
             except InUse:
                 return False
             except (FastarError, OSError):  # a full disk
                 pass
-            if self.processes.others() or self.log.path.exists() or self._has_models():
-                return False
+            empty = undo and not (self.processes.others() or self.log.path.exists() or self._has_models())
             seat.close()
-            self._remove_empty()
-        return True
+            if empty:
+                self._remove_empty()
+        return empty
 
     @contextmanager
     def held(self, progress: Progress = SILENT) -> Iterator[None]:
@@ -216,7 +219,8 @@ class RunFolder:
         return refusal(f"{self.path}: cannot be used as run folder", "choose another run folder (out)")
 
     def _has_models(self) -> bool:
-        return any(path.parent.name != LAST_GOOD and not self.failed(path) for path in self.path.rglob("*.safetensors"))
+        found = (path for path in files_below(self.path) if path.suffix == ".safetensors")
+        return any(path.parent.name != LAST_GOOD and not self.failed(path) for path in found)
 
     def failed(self, path: Path) -> bool:
         """Tell whether `path` is a checkpoint of a training that ended where it became NaN or infinite, and did not go
@@ -235,22 +239,19 @@ class RunFolder:
     def _remove_debris(self) -> None:
         """Delete what killed processes left: of atomic writes (nobody else is at it now), locks, and the checkpoints of
         models that were finished meanwhile."""
-        for path in self.path.rglob(".*.tmp"):
+        for path in files_below(self.path):
             if _TEMPORARY.fullmatch(path.name) and path.is_file():
                 delete(path)
         for folder, kind, number in self.trainings():
             if self.finished(kind, number):
                 remove_checkpoints(folder)
-        for path in (*self.path.glob(f"{IN_TRAINING}/*/{LOCK}"), *self.processes.locks()):
+        measured = self.measured.glob("*") if self.results.is_file() else ()
+        for path in (*self.path.glob(f"{IN_TRAINING}/*/{LOCK}"), *self.processes.locks(), *measured):
             delete(path)
             remove_if_empty(path.parent)
-        self._remove_measured()
-
-    def _remove_measured(self) -> None:
-        """Delete what was measured for several processes, once it is in the results."""
-        for path in self.measured.glob("*") if self.results.is_file() else ():
-            delete(path)
-            remove_if_empty(path.parent)
+        for folder, _, _ in self.trainings():
+            remove_if_empty(folder)
+        remove_if_empty(self.path / IN_TRAINING)
 
     def _remove_empty(self) -> None:
         self.config.unlink(missing_ok=True)
@@ -373,6 +374,11 @@ class RunFolder:
 
 def _digest(text: bytes) -> str:
     return hashlib.sha256(text).hexdigest()
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """All files in a folder and in those in it. Others may delete some meanwhile, which `Path.rglob` does not take."""
+    return (Path(place) / name for place, _, names in os.walk(folder) for name in names)
 
 
 def run_folders_below(folder: Path) -> Iterator[Path]:

@@ -7,11 +7,12 @@ the folder, to people and to hosts that do not share the kernel's lock, and is a
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -108,7 +109,7 @@ def is_held(folder: Path, now: float | None = None) -> bool:
     Args:
         now: seconds since 1970 by the file system's clock; None: by this host's.
     """
-    holder, stamp = read_holder(folder), _stamp(folder)
+    holder, stamp = read_holder(folder), _stamp(folder / NAME)
     if holder is None or stamp is None:
         return False
     gone = holder.gone()
@@ -118,29 +119,48 @@ def is_held(folder: Path, now: float | None = None) -> bool:
 def touched(folder: Path) -> float | None:
     """When the lock file of `folder` was touched last, in seconds since 1970 by the file system's clock; None: no
     such file. Of a folder that this process holds, that is at most `TOUCH_SECONDS` ago."""
-    stamp = _stamp(folder)
+    stamp = _stamp(folder / NAME)
     return None if stamp is None else stamp[1] / 1e9
 
 
-def _stamp(folder: Path) -> tuple[int, int] | None:
-    """The lock file's number and the nanoseconds of its last touch; None: there is none."""
+_Stamp = tuple[int, int, int]
+"""A lock file's number, the nanoseconds of its last touch, and its size."""
+
+
+def _stamp(path: Path) -> _Stamp | None:
+    """The stamp of a lock file; None: there is none."""
     try:
-        with (folder / NAME).open("rb") as file:  # opened: a network file system may answer `stat` from what it knew
+        with path.open("rb") as file:  # opened: a network file system may answer `stat` from what it knew
             there = os.fstat(file.fileno())
     except OSError:
         return None
-    return there.st_ino, there.st_mtime_ns
+    return there.st_ino, there.st_mtime_ns, there.st_size
 
 
-def _is_touched_within(folder: Path, seconds: float) -> bool:
-    """Wait for the lock file to be touched, so long by this process's own clock: those of hosts differ."""
-    end, first = time.monotonic() + seconds, _stamp(folder)
+def _is_touched_within(path: Path, seconds: float) -> bool:
+    """Wait for a lock file to be touched, so long by this process's own clock: those of hosts differ."""
+    end, first = time.monotonic() + seconds, _stamp(path)
     while first is not None and time.monotonic() < end:
         time.sleep(seconds / 40)
-        now = _stamp(folder)
+        now = _stamp(path)
         if now != first:
             return now is not None
     return False
+
+
+# Files that are watched: each one's stamp, and when that was first seen by this process.
+_watched: dict[Path, tuple[_Stamp, float]] = {}
+
+
+def _is_seen_alive(path: Path, seconds: float) -> bool:
+    """Tell whether a lock file has been touched, or is new, within so many seconds; watched from one call to the
+    next."""
+    stamp, now = _stamp(path), time.monotonic()
+    before, since = _watched.pop(path, (None, now))
+    if stamp is None or (before == stamp and now - since >= seconds):
+        return False
+    _watched[path] = stamp, since if before == stamp else now
+    return True
 
 
 @dataclass(frozen=True)
@@ -224,16 +244,16 @@ def hold(
         FastarError: the lock cannot be written.
         OSError: the folder cannot be opened.
     """
-    handle = _waited_for(folder, say, dead_seconds) if wait else taken(folder, say, dead_seconds)
-    with held_as_taken(folder, handle, guards, touch_seconds):
+    own = _waited_for(folder, say, dead_seconds) if wait else taken(folder, say, dead_seconds)
+    with held_as_taken(folder, own, guards, touch_seconds):
         yield
 
 
 @contextmanager
-def held_as_taken(folder: Path, handle: int, guards: Sequence[Path], touch_seconds: float) -> Iterator[None]:
+def held_as_taken(folder: Path, own: Taken, guards: Sequence[Path], touch_seconds: float) -> Iterator[None]:
     """Keep what was taken until the block ends; then the lock file goes, and the kernel's lock."""
     whole = tuple(Path(os.path.abspath(path)) for path in (folder, *guards))
-    lease = _Lease(whole[0], handle, read_holder(folder) or Holder.here(folder), whole)
+    lease = _Lease(whole[0], *own, whole)
     _leases.append(lease)
     done = threading.Event()
     thread = threading.Thread(target=_touch, args=(lease, touch_seconds, done), name="lock", daemon=True)
@@ -247,11 +267,15 @@ def held_as_taken(folder: Path, handle: int, guards: Sequence[Path], touch_secon
         if lease.lost() is None:
             with suppress(OSError):  # a folder that has become read-only
                 (folder / NAME).unlink()
-        os.close(handle)
+        os.close(lease.handle)
 
 
-def _waited_for(folder: Path, say: Callable[[str], None] | None, dead_seconds: float) -> int:
-    """The locked handle of `folder`, once nobody else holds it."""
+Taken = tuple[int, Holder]
+"""The locked handle of a folder, and what its lock file says."""
+
+
+def _waited_for(folder: Path, say: Callable[[str], None] | None, dead_seconds: float) -> Taken:
+    """What is taken of `folder`, once nobody else holds it."""
     seconds, said = FIRST_LOOK_SECONDS, False
     while True:
         try:
@@ -264,8 +288,8 @@ def _waited_for(folder: Path, say: Callable[[str], None] | None, dead_seconds: f
         seconds = min(2 * seconds, LOOK_SECONDS)
 
 
-def taken(folder: Path, say: Callable[[str], None] | None, dead_seconds: float) -> int:
-    """The handle of `folder`, locked, its lock file written.
+def taken(folder: Path, say: Callable[[str], None] | None, dead_seconds: float) -> Taken:
+    """The handle of `folder`, locked, and what was written into its lock file.
 
     Args:
         say: as of `hold`; None: another host's lock is not watched here, but from one call to the next.
@@ -275,52 +299,34 @@ def taken(folder: Path, say: Callable[[str], None] | None, dead_seconds: float) 
     """
     handle = os.open(folder / HANDLE, os.O_RDWR | os.O_CREAT if HANDLE else os.O_RDONLY)
     try:
-        holder = _take(folder, handle, say, dead_seconds)
+        gone = _take(folder, handle, say, dead_seconds)
         if not os.path.samestat(os.fstat(handle), (folder / HANDLE).stat()):
             raise InUse(f"{folder}: in use by another fastar (it was replaced just now); run it again")
-        _write(folder, Holder.here(folder), holder)
+        holder = Holder.here(folder)
+        _write(folder, holder, gone, dead_seconds)
     except BaseException:
         os.close(handle)
         raise
-    return handle
+    return handle, holder
 
 
-# Locks of other hosts that are watched: the folder, when its file was touched, and when that was seen by this process.
-_watched: dict[Path, tuple[tuple[int, int] | None, float]] = {}
-
-
-def _is_alive(folder: Path, say: Callable[[str], None] | None, holder: Holder, seconds: float) -> bool:
-    """Tell whether the holder of `folder`, on another host, touches it within so many seconds; watched from one call to
-    the next where nobody is told."""
-    if say is not None:
-        say(f"{folder}: watching for {seconds:.0f} s whether {holder} is still there")
-        return _is_touched_within(folder, seconds)
-    stamp, now = _stamp(folder), time.monotonic()
-    if stamp is None:
-        return False
-    before, since = _watched.get(folder, (None, now))
-    if before == stamp and now - since >= seconds:
-        del _watched[folder]
-        return False
-    if before != stamp:
-        _watched[folder] = stamp, now
-    return True
-
-
-def _take(folder: Path, handle: int, say: Callable[[str], None] | None, dead_seconds: float) -> Holder | None:
-    """Take the kernel's lock, and make sure that nobody else holds the folder without it; who held it and is gone."""
+def _take(folder: Path, handle: int, say: Callable[[str], None] | None, dead_seconds: float) -> _Stamp | None:
+    """Take the kernel's lock, and make sure that nobody else holds the folder without it; the stamp of the lock file
+    of one that held it and is gone, or of a damaged one."""
     from filelock import lock_descriptor  # only here: what reads runs takes no lock, and the import 20 ms
 
     try:
         locked: bool | None = lock_descriptor(handle, blocking=False)
     except OSError:  # the file system has no locks
         locked = None
-    holder = read_holder(folder)
+    stamp, holder = _stamp(folder / NAME), read_holder(folder)  # in this order: a file that comes between is another's
     held = locked is False
     if holder is not None and not held:
         gone = holder.gone()
         if gone is None:
-            held = _is_alive(folder, say, holder, dead_seconds)
+            if say is not None:
+                say(f"{folder}: watching for {dead_seconds:.0f} s whether {holder} is still there")
+            held = (_is_seen_alive if say is None else _is_touched_within)(folder / NAME, dead_seconds)
         else:
             held = not gone and locked is None and holder.pid != os.getpid()
     if held:
@@ -328,20 +334,56 @@ def _take(folder: Path, handle: int, say: Callable[[str], None] | None, dead_sec
         raise InUse(f"{folder}: in use by another fastar{who}; wait for it or choose another run folder (out)")
     if holder is not None and say is not None:
         say(f"{folder}: {holder} held it and is gone; going on")
-    return holder
+    return stamp
 
 
-def _write(folder: Path, holder: Holder, gone: Holder | None) -> None:
-    """Write the lock file, in place of that of a holder that is `gone`, or of a damaged one."""
-    path = folder / NAME
+def _write(folder: Path, holder: Holder, gone: _Stamp | None, dead_seconds: float) -> None:
+    """Write the lock file, whole at once, in place of the one with the stamp `gone`: of all that come at one moment,
+    on hosts that share no lock, one does."""
+    path, own = folder / NAME, folder / f".{NAME}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
     with refusal(f"{path}: cannot be written", "free space or choose another folder"):
-        if read_holder(folder) == gone:  # else another came just now
-            path.unlink(missing_ok=True)
         try:
-            with path.open("xb") as file:  # where two come at once, it is there for one of them
+            with own.open("xb") as file:
                 file.write(_holder().dump_json(holder) + b"\n")
-        except FileExistsError as error:
+            with nullcontext() if gone is None else _taking_over(folder, dead_seconds):
+                if gone is not None and _stamp(path) == gone:
+                    path.unlink()
+                _link(own, path)
+        except (FileExistsError, FileNotFoundError) as error:  # another was first, or has removed the folder
             raise InUse(f"{folder}: in use by another fastar ({read_holder(folder)}); wait for it") from error
+        finally:
+            with suppress(OSError):
+                own.unlink()
+
+
+@contextmanager
+def _taking_over(folder: Path, dead_seconds: float) -> Iterator[None]:
+    """Be the only one to remove the lock file of `folder`, or raise FileExistsError. One that dies inside is waited for
+    as the holder of a folder is."""
+    path = folder / f".{NAME}.0.tmp"
+    try:
+        path.open("xb").close()
+    except FileExistsError:
+        if _stamp(path) is not None and not _is_seen_alive(path, dead_seconds):
+            path.unlink(missing_ok=True)
+        raise
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _link(file: Path, path: Path) -> None:
+    """Give a whole file another name, or raise FileExistsError where something has it."""
+    try:
+        os.link(file, path)
+    except FileExistsError:
+        if file.stat().st_nlink == 1:  # else it was done, and a network file system asked for it twice
+            raise
+    except OSError:  # the file system has no links
+        content = file.read_bytes()
+        with path.open("xb") as copy:
+            copy.write(content)
 
 
 def _touch(lease: _Lease, seconds: float, done: threading.Event) -> None:

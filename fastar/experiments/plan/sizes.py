@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -13,6 +14,7 @@ from fastar.data.counts import DataCounts
 from fastar.data.in_memory import BLOCK_BYTES
 from fastar.experiments.session import Session
 from fastar.flat import FlatLayout
+from fastar.runs import files_below
 from fastar.runtime.memory import free_bytes, gpu_bytes
 from fastar.runtime.progress import size_text
 from fastar.training import resolution
@@ -54,13 +56,20 @@ def limits_of(session: Session, *, here: bool) -> dict[str, int]:
     """
     path, cap = session.run.path.absolute(), session.settings.gpu_memory
     there = next(folder for folder in (path, *path.parents) if folder.exists())
-    own = sum(f.stat().st_size for f in there.rglob("*") if f.is_file()) if session.run.config.is_file() else 0
+    own = sum(map(_size, files_below(there))) if session.run.config.is_file() else 0
     sizes = [] if cap is None or (here and session.device.type == "cpu") else [parse_bytes(cap)]
     if session.device.type == "cuda":
         sizes.append(gpu_bytes(session.device))
     held = 0 if sizes else session.data.held_bytes()
     limits = {"host": free_bytes(torch.device("cpu")) + held, "disk": shutil.disk_usage(there).free + own}
     return {"gpu": min(sizes), **limits} if sizes else limits
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:  # another process has deleted it, or its target is gone
+        return 0
 
 
 @dataclass(frozen=True)
