@@ -101,6 +101,8 @@ OPTIONS = {
     "adversarial": Option(bool, None, "Add the theta that no permutation brings near."),
     "seed": Option(int, "N", "Seed of all that is drawn.", default=0),
     "seeds": Option(int, "N", "Stars of each point, from different seeds (star.seed).", default=1),
+    "gpus": Option(int, "N", "GPUs of a node, each with a process of its own.", default=1),
+    "nodes": Option(int, "N", "Nodes that share the run folder.", default=1),
     "plan": Option(bool, None, "Train nothing: say what the largest point takes, and how many trainings there are."),
     "picture": Option(Path, "FILE", "Write the curves to this PNG."),
     "html": Option(bool, None, "Write one HTML page, to FILE where that is given, and draw nothing."),

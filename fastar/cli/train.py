@@ -39,18 +39,21 @@ def train_star(given: Given, overrides: Overrides = None) -> None:
         print(f"profile: {run.profile('')}")
 
 
-@takes(*RUN, "images_per_second", "json", "quiet")
+@takes(*RUN, "images_per_second", "gpus", "nodes", "json", "quiet")
 def plan(given: Given, overrides: Overrides = None) -> None:
     """Say what a run will take before anything runs: memory of the GPU and the host, disk, and hours.
 
     Bytes follow from the network, the recipe and the number of sources; seconds are measured on this machine, or
-    follow from the speed that you state. Exit code 1 where something does not fit; it says which setting makes it fit.
+    follow from the speed that you state. With --gpus and --nodes sources, heldouts and what is measured are shared out,
+    and one GPU trains the star. Exit code 1 where something does not fit; it says which setting makes it fit.
 
     Examples:
 
         fastar plan --dataset imagenet --sources 30 --gpu-memory 40GB --images-per-second 3000
 
         fastar plan --dataset cifar10 --sources 50
+
+        fastar plan --config imagenet-resnet18-fast --sources 500 --gpus 8 --nodes 4 --gpu-memory 40GB
     """
     settings = given.settings(overrides)
 
@@ -58,7 +61,8 @@ def plan(given: Given, overrides: Overrides = None) -> None:
     from fastar.report.results import plan_lines, plan_table
 
     folder = given.run_folder(settings)
-    plan = plan_run(settings, folder, given["images_per_second"], given.progress())
+    speed, gpus, nodes = given["images_per_second"], given["gpus"], given["nodes"]
+    plan = plan_run(settings, folder, speed, given.progress(), gpus=gpus, nodes=nodes)
     if given.json:
         print_json(plan)
     else:

@@ -182,8 +182,17 @@ def plan_lines(plan: Mapping[str, Any]) -> list[str]:
     for work in plan["work"]:
         if work["seconds"] is not None:
             whole = _duration(work["times"] * work["seconds"])
+            if plan["gpus"] > 1:
+                shared = "one GPU" if work["rounds"] == work["times"] else f"{plan['gpus']} GPUs"
+                whole += f" of a GPU, {_duration(work['rounds'] * work['seconds'])} on {shared}"
             lines.append(f"time: {work['times']:,} x {work['what']}, {work['seconds']:,.3g} s each: {whole}")
-    known = "not known" if plan["seconds"] is None else f"{_duration(plan['seconds'])} in all"
+    known = "not known"
+    if plan["seconds"] is not None:
+        known = f"{_duration(plan['seconds'])} in all"
+        if plan["gpus"] > 1:
+            most = max(plan["work"], key=lambda work: work["rounds"] * work["seconds"])
+            share = most["rounds"] * most["seconds"] / plan["seconds"]
+            known += f" on {plan['gpus']} GPUs, {share:.0%} of it: {most['what']}"
     lines.append(f"time: {known} ({plan['rates']})")
     return [*lines, *plan["notes"], *(f"does not fit: {problem}" for problem in plan["problems"])]
 

@@ -85,8 +85,8 @@ class Processes:
         return found
 
     def locks(self) -> list[Path]:
-        """The lock files of others."""
-        return [path for path in self._seats.glob(f"*/{NAME}") if path.parent != self._own]
+        """The lock files of others, where they are: one that was killed early has none in its folder."""
+        return [path / NAME for path in self._seats.glob("*") if path != self._own]
 
 
 def _remove_empty(folder: Path) -> None:

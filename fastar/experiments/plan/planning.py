@@ -46,11 +46,22 @@ SLOWEST, FASTEST = 0.001, 1e9
 STEPS, CPU_VALUES = 3, 1 << 20
 
 
-def plan_run(settings: Settings, out: Path, speed: float | None = None, progress: Progress = SILENT) -> dict[str, Any]:
-    """Plan the run of `settings` in the folder `out`; nothing is written, and the data need not be there.
+def plan_run(
+    settings: Settings,
+    out: Path,
+    speed: float | None = None,
+    progress: Progress = SILENT,
+    *,
+    gpus: int = 1,
+    nodes: int = 1,
+) -> dict[str, Any]:
+    """Plan the run of `settings` in the folder `out`; nothing is written, and the data need not be there. Long, since
+    all of a plan stands in one place.
 
     Args:
-        speed: images per second, stated; None: measured here, where the run would be here.
+        speed: images per second of a GPU, stated; None: measured here, where the run would be here.
+        gpus: of a node, each with a process of its own.
+        nodes: they share the run folder.
 
     Returns:
         What the report shows: the `items` that take memory or disk, bytes that are `needed` of the `limits` of each
@@ -62,6 +73,9 @@ def plan_run(settings: Settings, out: Path, speed: float | None = None, progress
     """
     if speed is not None and not SLOWEST <= speed <= FASTEST:
         raise FastarError(f"--images-per-second={speed} must be from {SLOWEST} to {FASTEST:.0f}")
+    for name, number in (("gpus", gpus), ("nodes", nodes)):
+        if number < 1:
+            raise FastarError(f"--{name}={number} must be at least 1")
     session, chosen = new_session(settings, RunFolder(out), progress), settings.dataset
     counts = session.data.counts()
     if counts is None:
@@ -74,20 +88,27 @@ def plan_run(settings: Settings, out: Path, speed: float | None = None, progress
         for path in model_paths(settings, session.run, kind) if settings.sources.of_kind(kind)[1] is not None else ():
             check_header(session.network.build(seed=0, device="cpu"), path)
     progress.line("planning: counting bytes")
-    limits = sizes.limits_of(session, here=False)
+    limits, processes = sizes.limits_of(session, here=False), gpus * nodes
+    if processes > 1 and "gpu" not in limits:
+        raise FastarError(f"--gpus={gpus} --nodes={nodes}: there is no GPU here; say how large each is (--gpu-memory)")
     notes = [
         "~: estimated, from batches of tensors without memory; all other sizes are exact; memory of CUDA and "
         "its libraries comes on top, and a GPU matches more sources at a time, in up to half of what is left"
     ]
-    items_of = _items_by_settings(session, counts, limits, notes.append)
+    items_of = _items_by_settings(session, counts, limits, notes.append, processes)
     items = items_of(settings)
     memory = {place: limit for place, limit in limits.items() if place != "disk"}
     lacking = sizes.shortages(items, memory)
     remedy = _remedy(settings, items_of, memory) if lacking else ""
     problems = [f"{line}; {remedy}" for line in lacking] + sizes.shortages(items, {"disk": limits["disk"]})
     speed, matching, rates = _speeds(session, speed, fits=not problems)
-    work = work_of(session, counts, speed, matching)
+    work = work_of(session, counts, speed, matching, processes)
     seconds = [part["seconds"] for part in work]
+    if processes > 1:
+        notes.append(
+            "bytes are those of one process with a GPU of its own, but for the disk; only the one that trains the star "
+            "holds its sources; a node's processes share its cores and its disk when they load"
+        )
     if chosen.spec.variable_size and not counts.written:
         preset = chosen.encoding or "rn50"
         size = chosen.spec.gigabytes.get(preset)
@@ -97,11 +118,12 @@ def plan_run(settings: Settings, out: Path, speed: float | None = None, progress
         "title": f"{chosen.label}, {settings.model.arch}: "
         f"{count_text(settings.sources.number, 'source')}, {count_text(settings.sources.heldout, 'heldout')}",
         "device": f"a GPU of {size_text(limits['gpu'])}" if "gpu" in limits else "this machine's CPU",
+        "gpus": processes,
         "items": [asdict(item) for item in items],
         "limits": limits,
         "needed": {place: {when: sizes.total(items, place, when) for when in sizes.MOMENTS} for place in limits},
         "work": work,
-        "seconds": None if None in seconds else sum(part["times"] * part["seconds"] for part in work),
+        "seconds": None if None in seconds else sum(part["rounds"] * part["seconds"] for part in work),
         "rates": rates,
         "notes": list(dict.fromkeys(notes)),
         "problems": problems,
@@ -109,7 +131,7 @@ def plan_run(settings: Settings, out: Path, speed: float | None = None, progress
 
 
 def _items_by_settings(
-    session: Session, counts: DataCounts, limits: dict[str, int], say: Callable[[str], None]
+    session: Session, counts: DataCounts, limits: dict[str, int], say: Callable[[str], None], processes: int
 ) -> Callable[[Settings], list[Item]]:
     """Count the run's network once; what is returned says all that the run takes, with other batches and stores too.
 
@@ -149,7 +171,7 @@ def _items_by_settings(
         batches = [settings.evaluation.batch_size, *([batch] if statistics else [])]
         measured = max(running(size, training=False) for size in batches)
         items = [
-            *sizes.exact_items(settings, counts, limits, model, dtype, kept),
+            *sizes.exact_items(settings, counts, limits, model, dtype, kept, processes),
             Item(device, what, most, "training", exact=False),
             Item(device, f"{samples} and activations", measured, "evaluation", exact=False),
             Item(device, "ends of paths, and one model", (ENDS + 1) * row, "evaluation"),
@@ -252,12 +274,16 @@ def matching_seconds(session: Session) -> float:
     return first if session.device.type == "cpu" and first > 1 else min(first, matched(examples=examples).seconds)
 
 
-def work_of(session: Session, counts: DataCounts, speed: float | None, matching: float | None) -> list[dict[str, Any]]:
-    """All parts of the run, in order: what, how many times, and seconds of each time (None: no speed is known).
+def work_of(
+    session: Session, counts: DataCounts, speed: float | None, matching: float | None, processes: int = 1
+) -> list[dict[str, Any]]:
+    """All parts of the run, in order: what, how many times, how many of these one after the other (`rounds`), and
+    seconds of each time (None: no speed is known).
 
     Args:
         speed: images per second, of training and of evaluation.
         matching: seconds of matching a source.
+        processes: that share regular models, and points that are measured; the star is one's.
     """
     settings, train, evaluation = session.settings, session.settings.train, session.settings.evaluation
     regular = settings.sources.heldout + (settings.sources.number if settings.sources.folder is None else 0)
@@ -269,12 +295,14 @@ def work_of(session: Session, counts: DataCounts, speed: float | None, matching:
         batches = evaluation.bn_batches
         measured += counts.train if batches is None else min(counts.train, batches * train.batch_size)
     epoch, model = (None if speed is None else images / speed for images in (counts.train, measured))
-    parts = [("epoch of a regular model", regular * train.epochs, epoch), ("epoch of the star", epochs, epoch)]
+    longest, points = -(-regular // processes) * train.epochs, regular + 1 + sizes.evaluated_models(settings)
+    parts = [("epoch of a regular model", regular * train.epochs, longest, epoch)]
+    parts.append(("epoch of the star", epochs, epochs, epoch))
     if every:
-        times = -(-epochs // every) + (settings.star.start == "mean")
-        parts.append((MATCHING, settings.sources.number * times, matching))
-    parts.append(("model or point of a path measured", regular + 1 + sizes.evaluated_models(settings), model))
-    return [dict(zip(("what", "times", "seconds"), part, strict=True)) for part in parts]
+        times = settings.sources.number * (-(-epochs // every) + (settings.star.start == "mean"))
+        parts.append((MATCHING, times, times, matching))
+    parts.append(("model or point of a path measured", points, -(-points // processes), model))
+    return [dict(zip(("what", "times", "rounds", "seconds"), part, strict=True)) for part in parts]
 
 
 def _remedy(settings: Settings, items_of: Callable[[Settings], list[Item]], memory: dict[str, int]) -> str:

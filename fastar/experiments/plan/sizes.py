@@ -84,13 +84,20 @@ class Item:
 
 
 def exact_items(
-    settings: Settings, counts: DataCounts, limits: dict[str, int], model: nn.Module, dtype: torch.dtype, kept: int = 0
+    settings: Settings,
+    counts: DataCounts,
+    limits: dict[str, int],
+    model: nn.Module,
+    dtype: torch.dtype,
+    kept: int = 0,
+    processes: int = 1,
 ) -> list[Item]:
     """All that is known without running anything.
 
     Args:
         model: of the architecture; it is trained in `dtype`.
         kept: bytes that are kept of each source to match by activations.
+        processes: that train models at once.
     """
     sources, on_gpu, numel = settings.sources, "gpu" in limits, FlatLayout.from_module(model).numel
     device, store, number = "gpu" if on_gpu else "host", sources.store, sources.number
@@ -119,7 +126,8 @@ def exact_items(
         items.append(Item("disk", "sources in a file", number * (row + kept)))
     models = sources.heldout + 1 + (number if sources.folder is None else 0)
     items.append(Item("disk", f"{models} models", models * (row + buffers)))
-    items.append(Item("disk", "checkpoints of a training", KEPT_FILES * (row + moments + buffers)))
+    trainings = "a training" if processes == 1 else f"{processes} trainings"
+    items.append(Item("disk", f"checkpoints of {trainings}", processes * KEPT_FILES * (row + moments + buffers)))
     if counts.unwritten:
         items.append(Item("disk", "data set (.beton files)", counts.unwritten))
     return items

@@ -1,0 +1,128 @@
+"""Several `fastar` commands at work on one run folder: killed and restarted, started at one moment, and at odds."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from cli_cases import tiny
+from forked_commands import SECONDS, Commands
+from run_cases import assert_log_is_whole, assert_same_models
+
+from fastar.runs import RunFolder
+
+TIMES = ("seconds", "speed", "peak_bytes", "digest")
+"""In results: what differs from run to run, and the digest of all."""
+
+
+@pytest.fixture
+def commands(tmp_path: Path) -> Iterator[Commands]:
+    folder = tmp_path / "stderr"
+    folder.mkdir()
+    with Commands(folder) as commands:
+        yield commands
+
+
+def results(folder: Path) -> dict[str, Any]:
+    found = json.loads((folder / "results.json").read_text())
+    return {key: value for key, value in found.items() if key not in TIMES}
+
+
+def lines_of(run: Path) -> int:
+    """Epochs that were logged."""
+    return (run / "log.jsonl").read_bytes().count(b"\n") if (run / "log.jsonl").is_file() else 0
+
+
+def wait_for(what: Callable[[], object]) -> None:
+    end = time.monotonic() + SECONDS
+    while not what():
+        assert time.monotonic() < end, "no progress"
+        time.sleep(0.01)
+
+
+def assert_nothing_is_left(run: Path) -> None:
+    names = {path.name for path in run.iterdir()}
+    assert not names & {"processes", "in-training", "measured", "lock.json", "last-good"}
+    assert not [path for path in run.rglob("*") if path.name.endswith((".tmp", "lock.json"))]
+
+
+@pytest.mark.parametrize("most", [5, pytest.param(50, marks=pytest.mark.slow)])
+def test_kills_of_processes_that_share_a_run_change_no_bit(tmp_path: Path, commands: Commands, most: int) -> None:
+    """Three of them, each killed at random moments, or asked to stop, and started again."""
+    epochs = 12 if most == 5 else 60
+    options = [
+        *("train-star", *tiny(tmp_path / "data", sources=4, heldout=2), f"train.epochs={epochs}"),
+        *(f"star.epochs={epochs}", "star.match_every_epochs=3", "evaluation.points=7"),
+        *("checkpoint.seconds=0", "checkpoint.minutes=0.001"),
+    ]
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    commands.begin(*options, "--out", whole)
+    assert commands.wait() == [0]
+    seed = random.randrange(1 << 32)
+    draws, killed, codes = random.Random(seed), dict[int, int](), list[int]()
+    for _ in range(3):
+        commands.begin(*options, "--out", cut)
+    lines, next_kill = lines_of(whole), 1.0
+    while commands.running:
+        for pid, code in commands.ended().items():
+            codes += [] if pid in killed else [code]
+            if pid in killed:
+                # A request to stop may come before there is anybody to take it, or where all is done.
+                assert code in (-killed[pid], 75, 0), (seed, commands.stderr(pid))
+                commands.begin(*options, "--out", cut)
+        if commands.running and len(killed) < most and lines_of(cut) >= next_kill:
+            pid = draws.choice(sorted(commands.running))
+            if pid not in killed:
+                time.sleep(draws.uniform(0, 0.2))
+                killed[pid] = draws.choice([signal.SIGKILL, signal.SIGTERM])
+                os.kill(pid, killed[pid])
+                next_kill = lines_of(cut) + draws.uniform(0, lines / (most + 1))
+        time.sleep(0.01)
+    assert set(codes) == {0}, (seed, [path.read_text() for path in commands.folder.iterdir()])
+    assert len(killed) == most, seed
+    assert_same_models(cut, whole)
+    assert_log_is_whole(cut, whole)
+    assert results(cut) == results(whole), seed
+    assert_nothing_is_left(cut)
+
+
+def test_twenty_that_start_at_one_moment_train_each_model_once(tmp_path: Path, commands: Commands) -> None:
+    """On a new folder, with data that are not written yet."""
+    run, data = tmp_path / "run", tmp_path / "data"
+    options = [one for one in tiny(data, sources=12, heldout=8) if one != "--quiet"]
+    pids = [commands.begin("train-sources", *options, "--out", run) for _ in range(20)]
+    assert commands.wait() == [0] * 20, [commands.stderr(pid) for pid in pids]
+    log = Counter((entry["model"], entry["epoch"]) for entry in RunFolder(run).log.read())
+    models = [f"source {index}" for index in range(12)] + [f"heldout {index}" for index in range(8)]
+    assert log == {(model, epoch): 1 for model in models for epoch in range(2)}
+    said = [commands.stderr(pid) for pid in pids]
+    assert sum("writing" in text for text in said) == 1, said
+    assert_nothing_is_left(run)
+    assert sorted(path.name for path in data.iterdir()) == ["digits"]
+
+
+def test_processes_with_other_settings_are_refused_and_change_nothing(tmp_path: Path, commands: Commands) -> None:
+    run, options = tmp_path / "run", [*tiny(tmp_path / "data", sources=3), "train.epochs=100"]
+    first = commands.begin("train-star", *options, "--out", run)
+    wait_for(lambda: lines_of(run) > 3)
+    config = (run / "config.yaml").read_text()
+    for other in ("train.lr=0.01", "sources.number=2", "seed=3"):
+        pid = commands.begin("train-star", *options, other, "--out", run)
+        wait_for(lambda: pid in (ended := commands.ended()) and ended[pid] == 2)
+        text = commands.stderr(pid)
+        assert text.startswith(f"fastar: {run}: "), text
+        assert text.count("\n") == 1
+        assert other.partition("=")[0] in text
+    assert (run / "config.yaml").read_text() == config
+    os.kill(first, signal.SIGKILL)
+    commands.wait()
