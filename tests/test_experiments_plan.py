@@ -25,6 +25,7 @@ from fastar.experiments.plan.planning import batch_bytes
 from fastar.losses import find_loss
 from fastar.matching.weight.match_weights import bytes_of_one
 from fastar.models import build_model
+from fastar.report.results import plan_lines
 from fastar.runtime.live_bytes import LiveBytes
 from fastar.symmetry import Symmetry, derive_symmetry
 
@@ -110,11 +111,11 @@ def counted_once() -> Iterator[None]:
         yield
 
 
-def plan_of(tmp_path: Path, *overrides: str, speed: float | None = 1000) -> dict[str, Any]:
+def plan_of(tmp_path: Path, *overrides: str, speed: float | None = 1000, **processes: int) -> dict[str, Any]:
     """Of a ResNet-18 an eighth as wide, on CIFAR-10, which is not there."""
     own = ["device=cpu", f"dataset.directory={tmp_path}", f"model.width={WIDTH}"]
     settings = load_settings(dataset="cifar10", arch="resnet18", overrides=[*own, *overrides])
-    return plan_run(settings, tmp_path / "run", speed)
+    return plan_run(settings, tmp_path / "run", speed, **processes)
 
 
 def bytes_of(plan: dict[str, Any], what: str) -> int:
@@ -156,6 +157,7 @@ def test_work_is_all_epochs_and_all_models(tmp_path: Path) -> None:
     # 50,000 images for statistics, 50,000 and 10,000 for losses.
     matching = plan["work"][2]["seconds"]  # measured
     assert work == [(60, 50.0), (5, 50.0), (3 * 4, matching), (measured, 110.0)]
+    assert [part["rounds"] for part in plan["work"]] == [part["times"] for part in plan["work"]]
     assert plan["seconds"] == 60 * 50 + 5 * 50 + 3 * 4 * matching + measured * 110
     crossed = plan_of(tmp_path, *more, "star.epochs=5", "evaluation.points=3", "evaluation.regular_pairs=cross:3x9")
     # 3 x 2 pairs twice, and their ends: 6 as they are, and each second one matched.
@@ -164,6 +166,28 @@ def test_work_is_all_epochs_and_all_models(tmp_path: Path) -> None:
     assert few["work"][0]["seconds"] == 100.0
     assert few["work"][3]["seconds"] == pytest.approx((1000 + 10_000 + 10 * 128) / 500)
     assert plan_of(tmp_path, *more, speed=None)["seconds"] is None
+
+
+def test_many_gpus_share_all_but_the_star(tmp_path: Path) -> None:
+    more = ("train.epochs=10", "sources.number=7", "sources.heldout=2", "gpu_memory=1GB", "star.epochs=5")
+    alone, shared = plan_of(tmp_path, *more), plan_of(tmp_path, *more, gpus=2, nodes=2)
+    assert [part["times"] for part in shared["work"]] == [part["times"] for part in alone["work"]]
+    points = alone["work"][3]["times"]
+    # Nine models on four GPUs: three one after the other.
+    assert [part["rounds"] for part in shared["work"]] == [3 * 10, 5, alone["work"][2]["times"], -(-points // 4)]
+    assert shared["seconds"] == pytest.approx(sum(part["rounds"] * part["seconds"] for part in shared["work"]))
+    own = {place: shared["needed"][place] == alone["needed"][place] for place in ("gpu", "host", "disk")}
+    assert own == {"gpu": True, "host": True, "disk": False}
+    assert bytes_of(shared, "checkpoints of 4 trainings") == 4 * bytes_of(alone, "checkpoints of a training")
+    lines = " ".join(plan_lines(shared))
+    assert "90 x epoch of a regular model, 50 s each: 1.2 h of a GPU, 25.0 min on 4 GPUs" in lines
+    assert "5 x epoch of the star, 50 s each: 4.2 min of a GPU, 4.2 min on one GPU" in lines
+    assert re.search(r"time: [\d.]+ (h|min) in all on 4 GPUs, \d+% of it: ", lines)
+    for wrong in ({"gpus": 0}, {"nodes": -1}):
+        with pytest.raises(FastarError, match=r"must be at least 1"):
+            plan_of(tmp_path, *more, **wrong)
+    with pytest.raises(FastarError, match="there is no GPU here; say how large each is"):
+        plan_of(tmp_path, "sources.number=2", gpus=2)
 
 
 @pytest.mark.slow

@@ -45,13 +45,13 @@ def wait_until_ended(crew: Crew, watch: Callable[[], object] = lambda: None) -> 
     return codes
 
 
-@pytest.mark.parametrize("locks", [True, False], ids=["flock", "no-flock"])
-def test_no_work_is_lost_or_done_twice(crew_of: MakeCrew, locks: bool) -> None:
-    """1,000 trainings by 12 processes on 4 hosts, of which 60 are killed one by one, and 5 hosts vanish."""
+@pytest.mark.parametrize(("locks", "models"), [(False, 1000), (True, 300)], ids=["no-flock", "flock"])
+def test_no_work_is_lost_or_done_twice(crew_of: MakeCrew, locks: bool, models: int) -> None:
+    """1,000 trainings by 12 processes on 4 hosts. Some 60 processes are killed, each alone or with its host."""
     seed = random.randrange(1 << 32)
-    draws, crew = random.Random(seed), crew_of(1000, locks=locks, delay=0.004)
+    draws, crew = random.Random(seed), crew_of(models, locks=locks, delay=0.004)
     hosts = [f"host{n // PROCESSES_OF_A_HOST}" for n in range(HOSTS * PROCESSES_OF_A_HOST)]
-    kills, vanished, next_kill = list[int](), 0, 2000
+    kills, vanished, next_kill = list[int](), 0, 2 * models
 
     def begin(host: str) -> None:
         crew.begin(host, draws.randrange(1 << 32))
@@ -60,7 +60,7 @@ def test_no_work_is_lost_or_done_twice(crew_of: MakeCrew, locks: bool) -> None:
         nonlocal vanished, next_kill
         if crew.size() < next_kill or len(kills) >= 75 or not crew.hosts:
             return
-        next_kill += draws.randrange(400, 1000)
+        next_kill += draws.randrange(400, 1000) * models // 1000
         host = crew.hosts[draws.choice(list(crew.hosts))]
         whole = draws.random() < 0.08 and vanished < 5
         of_host = [pid for pid, other in crew.hosts.items() if other == host]
@@ -98,3 +98,17 @@ def check_work(told: list[list[str]], kills: list[int], crew: Crew, seed: int) -
     may_again = Counter(last_of[pid] for pid in kills if pid in last_of)
     again = Counter({one: count - 1 for one, count in times.items() if count > 1})
     assert again <= may_again, (seed, again - may_again)
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_a_model_that_fails_leaves_the_others_to_be_trained(crew_of: MakeCrew, processes: int) -> None:
+    """By several: one alone says so at once."""
+    crew = crew_of(12, failing=[4], together=processes)
+    for number in range(processes):
+        crew.begin("host", number)
+    assert wait_until_ended(crew) == [2] * processes
+    told = crew.lines()
+    assert [line[1:] for line in told if line[0] == "refused"] == [["source", "4:", "no", "good"]] * processes
+    finished = [number for kind, number in crew.models if crew.run.finished(kind, number)]
+    assert finished == ([0, 1, 2, 3] if processes == 1 else [number for number in range(12) if number != 4])
+    assert crew.left() == []

@@ -42,6 +42,7 @@ class Crew:
         locks: the file system has the kernel's locks, and all processes share them; else the lock files are all.
         delay: the most seconds that a slow file operation takes.
         failing: the numbers of the sources whose training fails.
+        together: so many processes begin when all of them are there.
     """
 
     folder: Path
@@ -49,6 +50,7 @@ class Crew:
     locks: bool = True
     delay: float = 0.0
     failing: Sequence[int] = ()
+    together: int = 1
     hosts: dict[int, str] = field(default_factory=dict)
     """Those that are alive."""
 
@@ -143,6 +145,10 @@ class Crew:
             self._train(run, *model, draws)
 
         with run.open(self.settings):
+            if self.together > 1:
+                self._tell("joined")
+            while self.together > 1 and self.lines().count(["joined"]) < self.together:
+                time.sleep(0.01)
             work_list.train_missing(session, self.models, train, lambda count: None)
 
     def _train(self, run: RunFolder, kind: str, number: int, draws: random.Random) -> None:

@@ -98,7 +98,7 @@ def prepare(
         form = replace(form, val_share=open_files(folder).val_share)  # split as it was
     if not isinstance(raw, RawDataset):
         raw = _found(spec, folder, raw, progress, form) if given or not finished else None
-    with nullcontext() if finished else locked_folder(folder):
+    with nullcontext() if finished else locked_folder(folder, progress.line):
         if is_finished(folder):  # or another process has written it meanwhile
             return _reused(folder, spec, raw if given else None, limit, form)
         assert raw is not None

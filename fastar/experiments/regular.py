@@ -20,7 +20,7 @@ from fastar.evaluation.batch_norm import own_statistics
 from fastar.experiments.resumable import Subject, difference, trained
 from fastar.experiments.reuse import model_paths
 from fastar.experiments.session import Session, measuring
-from fastar.experiments.together import train_together
+from fastar.experiments.together import may_train_together, train_together
 from fastar.experiments.user_task import loss_recipe, metrics_digest
 from fastar.experiments.work_list import Model, train_missing
 from fastar.runs import commit, read_metadata, versions
@@ -33,6 +33,8 @@ from fastar.training import Epoch, RegularStep, resolve_precision
 
 # Keys of `train` that say how, not what.
 HOW = {"compile", "graph", "on_nonfinite"}
+# Models that a process holds at once, each with an open file and a thread: some stacks of them.
+MOST_CLAIMED = 200
 
 
 def recipe(session: Session, kind: str, index: int) -> dict[str, Any]:
@@ -108,10 +110,15 @@ def train_small(session: Session, models: Sequence[Model]) -> None:
     run = session.run
     for kind, indices in itertools.groupby(models, key=lambda model: model[0]):
         check_regular(session, kind, [index for _, index in indices])
-    with ExitStack() as claims:
-        free = [model for model in models if not run.finished(*model) and claims.enter_context(run.claim(*model))]
-        here = [planned(session, *model) for model in free if not run.finished(*model)]
-        train_together(session, here, partial(finish_regular, session))
+    missing = [model for model in models if not run.finished(*model)]
+    if not missing or not may_train_together(session, session.network.build(seed=0)):
+        return
+    for begin in range(0, len(missing), MOST_CLAIMED):
+        with ExitStack() as claims:
+            some = missing[begin : begin + MOST_CLAIMED]
+            free = [model for model in some if claims.enter_context(run.claim(*model))]
+            here = [planned(session, *model) for model in free if not run.finished(*model)]
+            train_together(session, here, partial(finish_regular, session))
 
 
 def planned(session: Session, kind: str, index: int) -> tuple[Subject, Callable[[], nn.Module], int]:

@@ -82,7 +82,7 @@ def train_together(
         finish: is given each one's state and records at the end of its training, to measure and save it.
         clock: seconds, by which the trial judges.
     """
-    if len(models) < FEWEST_MODELS or not _may(session, models[0][1]()):
+    if len(models) < FEWEST_MODELS or not may_train_together(session, models[0][1]()):
         return
     planned = [one for model in models if (one := _plan(session, *model)) is not None]
     for place in sorted({one.place for one in planned}):
@@ -91,7 +91,7 @@ def train_together(
             _train_group(session, group, finish, clock)
 
 
-def _may(session: Session, model: nn.Module) -> bool:
+def may_train_together(session: Session, model: nn.Module) -> bool:
     """Tell whether the settings, the data and the size of the network allow it."""
     settings, data = session.train, session.data.train
     parameters, device = list(model.parameters()), session.device

@@ -23,14 +23,14 @@ def train_missing(
     """Train those of some models that are missing, but for those that other processes finish meanwhile.
 
     One that another process lets go unfinished, or dies with, is trained here: from its last checkpoint. Where one
-    fails and other processes are at work, as much is left to nobody: the others are trained first.
+    fails and other processes are at work, which will fail at it too, all others are trained before its error is raised.
 
     Args:
         train: trains and saves a model, which is this process's while it does.
         done: told of the number of models that were finished since, by anybody.
 
     Raises:
-        FastarError: as the first that failed.
+        FastarError: a training failed; the first error.
     """
     run, failed = session.run, list[FastarError]()
     missing, wait = [model for model in models if not run.finished(*model)], Wait(session)

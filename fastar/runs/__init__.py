@@ -3,14 +3,13 @@
 What needs torch, reading and writing models, is `fastar.runs.model_files`.
 """
 
-from fastar.runs.atomic import delete, remove_if_empty, write_atomically, write_json
+from fastar.runs.atomic import delete, files_below, remove_if_empty, write_atomically, write_json
 from fastar.runs.folder import (
     CHECKPOINT,
     IN_TRAINING,
     LAST_GOOD,
     RETRY,
     RunFolder,
-    files_below,
     remove_checkpoints,
     run_folders_below,
 )

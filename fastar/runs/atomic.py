@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -59,3 +59,8 @@ def remove_if_empty(folder: Path) -> None:
     """Delete a folder unless something is in it."""
     with suppress(OSError):
         folder.rmdir()
+
+
+def files_below(folder: Path) -> Iterator[Path]:
+    """All files in a folder and in those in it. Others may delete some meanwhile, which `Path.rglob` does not take."""
+    return (Path(place) / name for place, _, names in os.walk(folder) for name in names)

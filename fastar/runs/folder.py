@@ -15,7 +15,7 @@ from typing import Any
 from fastar.config import Settings, as_override, changes
 from fastar.config.strict_yaml import read_yaml
 from fastar.errors import FastarError, refusal
-from fastar.runs.atomic import delete, remove_if_empty, write_atomically, write_json
+from fastar.runs.atomic import delete, files_below, remove_if_empty, write_atomically, write_json
 from fastar.runs.claims import PROCESSES, Processes, claim
 from fastar.runs.lock import NAME as LOCK
 from fastar.runs.lock import Holder, InUse, hold, lost
@@ -129,7 +129,7 @@ class RunFolder:
                 else, or cannot be written.
         """
         self.check(settings)
-        made, nothing_done = not self.path.exists(), False
+        made, nothing_done, finished = not self.path.exists(), False, False
         with self._usable():
             self.path.mkdir(parents=True, exist_ok=True)
         try:
@@ -145,7 +145,6 @@ class RunFolder:
                     new = not self.config.exists()
                     text = settings.to_yaml()
                     write_atomically(self.config, f"{text}{_CONFIG_DIGEST}{_digest(text.encode())}\n".encode())
-                finished = False
                 try:
                     yield self
                     finished = True
@@ -157,8 +156,8 @@ class RunFolder:
                 remove_if_empty(self.path)
 
     def _leave(self, seat: ExitStack, progress: Progress, *, finished: bool, undo: bool) -> bool:
-        """Give up the seat. The last one to do so removes what killed processes left, and (`undo`) what an empty run
-        has made; tell whether it was empty. One that failed waits for nobody."""
+        """Give up the seat. The last to do so removes what killed processes left, and (`undo`) what an empty run made:
+        tell whether it was empty. One that failed waits for nobody."""
         with ExitStack() as lock:
             try:
                 lock.enter_context(hold(self.path, progress.line if finished else None, wait=finished))
@@ -374,11 +373,6 @@ class RunFolder:
 
 def _digest(text: bytes) -> str:
     return hashlib.sha256(text).hexdigest()
-
-
-def files_below(folder: Path) -> Iterator[Path]:
-    """All files in a folder and in those in it. Others may delete some meanwhile, which `Path.rglob` does not take."""
-    return (Path(place) / name for place, _, names in os.walk(folder) for name in names)
 
 
 def run_folders_below(folder: Path) -> Iterator[Path]:

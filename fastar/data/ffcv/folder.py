@@ -3,12 +3,11 @@
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from filelock import lock_descriptor
 
 from fastar.config import Augmentation
 from fastar.data.content import dataset_digest
@@ -19,7 +18,7 @@ from fastar.data.ffcv.read import read_chosen
 from fastar.data.ffcv.write import disk_full
 from fastar.data.raw.raw_split import readable
 from fastar.errors import FastarError, refusal
-from fastar.runs import write_atomically
+from fastar.runs import hold, remove_if_empty, write_atomically
 from fastar.runtime.json_files import content_digest, read_object
 from fastar.runtime.progress import SILENT, Progress
 
@@ -217,30 +216,28 @@ def publish(folder: Path, content: dict[str, Any], checksums: Mapping[str, Check
 
 
 @contextmanager
-def locked_folder(folder: Path) -> Iterator[None]:
-    """Hold `folder` (created if needed) for this process; remove what is unfinished in it, before and after."""
-    created = []
-    with refusal(f"{folder}: cannot be created", "choose another directory"):
-        for path in [*reversed(folder.parents), folder]:
-            if not path.exists():
-                path.mkdir(exist_ok=True)
-                created.append(path)
-        handle = os.open(folder, os.O_RDONLY)
-    try:
-        # Some network file systems know no locks; there two writers at once are the user's own risk.
-        with suppress(OSError):
-            lock_descriptor(handle)
-        folder.mkdir(parents=True, exist_ok=True)  # one that failed while this one waited may have removed it
+def locked_folder(folder: Path, say: Callable[[str], None] = lambda line: None) -> Iterator[None]:
+    """Hold `folder` (created if needed) for this process; remove what is unfinished in it, before and after.
+
+    Args:
+        say: is told when another process, on any host, is waited for.
+    """
+    created = [path for path in (folder, *folder.parents) if not path.exists()]
+    with ExitStack() as lock:
+        while True:
+            with refusal(f"{folder}: cannot be created", "choose another directory"):
+                folder.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):  # one that failed while this one waited has removed it
+                lock.enter_context(hold(folder, say, wait=True))
+                break
         _remove_partial(folder)
         try:
             yield
         finally:
             _remove_partial(folder)
-            for path in reversed(created):
-                if not any(path.iterdir()):
-                    path.rmdir()
-    finally:
-        os.close(handle)
+            lock.close()
+            for path in created:
+                remove_if_empty(path)
 
 
 def _remove_partial(folder: Path) -> None:
