@@ -38,6 +38,7 @@ class Commands:
             text=True,
         )
         self.running: set[int] = set()
+        self._codes: dict[int, int] = {}
 
     def __enter__(self) -> Commands:
         return self
@@ -45,8 +46,7 @@ class Commands:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for pid in self.running:
-            os.kill(pid, signal.SIGKILL)
+        self.end_all()
         self.process.kill()
         self.process.communicate()
 
@@ -57,22 +57,33 @@ class Commands:
         return pid
 
     def ended(self) -> dict[int, int]:
-        """The exit codes (negative: the signal) of those that have ended since."""
-        found = {int(pid): int(code) for pid, code in json.loads(self._ask({"ended": True})).items()}
-        self.running -= set(found)
-        return found
+        """The exit codes (negative: the signal) of those that have ended."""
+        self._codes |= {int(pid): int(code) for pid, code in json.loads(self._ask({"ended": True})).items()}
+        self.running -= set(self._codes)
+        return self._codes
+
+    def end_of(self, pid: int) -> int:
+        """Wait for the end of one; its exit code."""
+        end = time.monotonic() + SECONDS
+        while (code := self.ended().get(pid)) is None:
+            assert time.monotonic() < end, "the command hangs"
+            time.sleep(0.02)
+        return code
 
     def stderr(self, pid: int) -> str:
-        return (self.folder / f"{pid}.err").read_text()
+        """What it has said."""
+        path = self.folder / f"{pid}.err"
+        return path.read_text() if path.exists() else ""
+
+    def end_all(self) -> None:
+        """End those that are left."""
+        for pid in sorted(self.running):
+            os.kill(pid, signal.SIGKILL)
+            self.end_of(pid)
 
     def wait(self) -> list[int]:
-        """Wait for the end of all; their exit codes."""
-        codes, end = list[int](), time.monotonic() + SECONDS
-        while self.running:
-            codes += self.ended().values()
-            assert time.monotonic() < end, "the commands hang"
-            time.sleep(0.02)
-        return codes
+        """Wait for the end of all that are running; their exit codes."""
+        return [self.end_of(pid) for pid in sorted(self.running)]
 
     def _ask(self, question: object) -> str:
         assert self.process.stdin is not None

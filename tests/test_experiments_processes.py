@@ -18,17 +18,22 @@ from forked_commands import SECONDS, Commands
 from run_cases import assert_log_is_whole, assert_same_models
 
 from fastar.runs import RunFolder
+from fastar.runs.model_files import load_checkpoint, save_checkpoint
 
 TIMES = ("seconds", "speed", "peak_bytes", "digest")
 """In results: what differs from run to run, and the digest of all."""
 
 
-@pytest.fixture
-def commands(tmp_path: Path) -> Iterator[Commands]:
-    folder = tmp_path / "stderr"
-    folder.mkdir()
-    with Commands(folder) as commands:
+@pytest.fixture(scope="module")
+def started(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Commands]:
+    with Commands(tmp_path_factory.mktemp("stderr")) as commands:
         yield commands
+
+
+@pytest.fixture
+def commands(started: Commands) -> Iterator[Commands]:
+    yield started
+    started.end_all()
 
 
 def results(folder: Path) -> dict[str, Any]:
@@ -67,17 +72,19 @@ def test_kills_of_processes_that_share_a_run_change_no_bit(tmp_path: Path, comma
     commands.begin(*options, "--out", whole)
     assert commands.wait() == [0]
     seed = random.randrange(1 << 32)
-    draws, killed, codes = random.Random(seed), dict[int, int](), list[int]()
+    draws, killed, seen = random.Random(seed), dict[int, int](), set(commands.ended())
     for _ in range(3):
         commands.begin(*options, "--out", cut)
     lines, next_kill = lines_of(whole), 1.0
     while commands.running:
         for pid, code in commands.ended().items():
-            codes += [] if pid in killed else [code]
-            if pid in killed:
+            if pid not in seen and pid in killed:
                 # A request to stop may come before there is anybody to take it, or where all is done.
                 assert code in (-killed[pid], 75, 0), (seed, commands.stderr(pid))
                 commands.begin(*options, "--out", cut)
+            elif pid not in seen:
+                assert code == 0, (seed, commands.stderr(pid))
+            seen.add(pid)
         if commands.running and len(killed) < most and lines_of(cut) >= next_kill:
             pid = draws.choice(sorted(commands.running))
             if pid not in killed:
@@ -86,7 +93,6 @@ def test_kills_of_processes_that_share_a_run_change_no_bit(tmp_path: Path, comma
                 os.kill(pid, killed[pid])
                 next_kill = lines_of(cut) + draws.uniform(0, lines / (most + 1))
         time.sleep(0.01)
-    assert set(codes) == {0}, (seed, [path.read_text() for path in commands.folder.iterdir()])
     assert len(killed) == most, seed
     assert_same_models(cut, whole)
     assert_log_is_whole(cut, whole)
@@ -116,7 +122,7 @@ def test_processes_with_other_settings_are_refused_and_change_nothing(tmp_path: 
     config = (run / "config.yaml").read_text()
     for other in ("train.lr=0.01", "sources.number=2", "seed=3"):
         pid = commands.begin("train-star", *options, other, "--out", run)
-        wait_for(lambda: pid in (ended := commands.ended()) and ended[pid] == 2)
+        assert commands.end_of(pid) == 2
         text = commands.stderr(pid)
         assert text.startswith(f"fastar: {run}: "), text
         assert text.count("\n") == 1
@@ -124,3 +130,70 @@ def test_processes_with_other_settings_are_refused_and_change_nothing(tmp_path: 
     assert (run / "config.yaml").read_text() == config
     os.kill(first, signal.SIGKILL)
     commands.wait()
+
+
+def test_ctrl_c_ends_the_wait_for_another_process_at_once(tmp_path: Path, commands: Commands) -> None:
+    options = [one for one in tiny(tmp_path / "data", sources=1, heldout=0) if one != "--quiet"]
+    options = ["train-sources", *options, "train.epochs=100000", "--out", tmp_path / "run"]
+    first = commands.begin(*options)
+    wait_for(lambda: lines_of(tmp_path / "run") > 3)
+    second = commands.begin(*options)
+    wait_for(lambda: f"waiting for source 0 (process {first} on " in commands.stderr(second))
+    os.kill(second, signal.SIGINT)
+    assert commands.end_of(second) == 130
+    last = commands.stderr(second).splitlines()[-1]
+    assert last == "fastar: interrupted; run it again to go on from what is finished"
+    os.kill(first, signal.SIGINT)
+    assert commands.end_of(first) == 130
+    assert not (tmp_path / "run" / "processes").exists()
+
+
+def test_a_run_folder_that_is_moved_away_is_written_to_no_more(tmp_path: Path, commands: Commands) -> None:
+    run, options = tmp_path / "run", [*tiny(tmp_path / "data", sources=3), "train.epochs=100000"]
+    pids = [commands.begin("train-star", *options, "--out", run) for _ in range(2)]
+    wait_for(lambda: lines_of(run) > 3)
+    wait_for(lambda: len(list((run / "processes").iterdir())) == 2)
+    run.rename(tmp_path / "moved")
+    for pid in pids:
+        assert commands.end_of(pid) == 2
+        assert commands.stderr(pid).count("\n") == 1
+        assert f"{run}: moved, deleted or replaced while it was in use" in commands.stderr(pid)
+    assert not run.exists()
+
+
+def test_heldouts_may_be_added_by_another_process(tmp_path: Path, commands: Commands) -> None:
+    run, data = tmp_path / "run", tmp_path / "data"
+    begun = "train.epochs=40"
+    commands.begin("train-star", *tiny(data, sources=3, heldout=1), begun, "--out", run)
+    wait_for(lambda: lines_of(run) > 3)
+    more = ["train-star", *tiny(data, sources=3, heldout=3), begun, "--out", run]
+    commands.begin(*more)
+    assert commands.wait() == [0, 0]
+    assert_nothing_is_left(run)
+    log = Counter((entry["model"], entry["epoch"]) for entry in RunFolder(run).log.read())
+    assert set(log.values()) == {1}
+    assert len(RunFolder(run).models()) == 6
+    commands.begin(*more)
+    assert commands.wait() == [0]
+    assert results(run)["heldout"] == 3
+
+
+def test_a_model_that_fails_ends_each_process_with_one_line(tmp_path: Path, commands: Commands) -> None:
+    """A checkpoint of another version lies where it is to be trained; all others are trained."""
+    run, options = tmp_path / "run", [*tiny(tmp_path / "data", sources=4, heldout=2), "train.epochs=40"]
+    commands.begin("train-sources", *options, "--out", run, "--only", "0")
+    assert commands.wait() == [0]
+    foreign = run / "in-training" / "source-0001"
+    foreign.mkdir(parents=True)
+    save_checkpoint(
+        foreign / "epoch-00001-step-00000000.safetensors",
+        load_checkpoint(run / "sources" / "seed-0000.safetensors").state,
+        {"kind": "training"},
+    )
+    pids = [commands.begin("train-sources", *options, "--out", run) for _ in range(3)]
+    assert commands.wait() == [2] * 3
+    for pid in pids:
+        assert commands.stderr(pid).count("\n") == 1
+        assert "source-0001/epoch-00001-step-00000000.safetensors: saved by another version" in commands.stderr(pid)
+    finished = [(kind, number) for _, kind, number in RunFolder(run).models()]
+    assert finished == [("source", 0), ("source", 2), ("source", 3), ("heldout", 0), ("heldout", 1)]

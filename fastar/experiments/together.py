@@ -111,12 +111,16 @@ def may_train_together(session: Session, model: nn.Module) -> bool:
 
 
 def _plan(session: Session, subject: Subject, build: Callable[[], nn.Module], seed: int) -> Planned | None:
-    """The model with what it goes on from; None: it has gone back, or has a checkpoint of another recipe."""
+    """The model with what it goes on from; None: it has gone back, or has a checkpoint of another recipe, or of another
+    version of fastar, which its training alone refuses."""
     folder = session.run.in_training(subject.kind, subject.index)
     say = session.progress.line
     checkpoints = TrainingCheckpoints(folder, subject.recipe, session.settings.checkpoint, say=say)
-    saved = checkpoints.newest()
-    if saved is not None and not same_recipe(session, subject, saved):
+    try:
+        saved = checkpoints.newest()
+        if saved is not None and not same_recipe(session, subject, saved):
+            return None
+    except FastarError:
         return None
     checkpoints.recall(saved)
     return None if checkpoints.attempt else Planned(subject, build, seed, checkpoints, saved)
