@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections import namedtuple
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +21,7 @@ from fastar.config.datasets import IMAGENET_MEAN, IMAGENET_STD
 from fastar.data.convert import Form, prepare
 from fastar.data.crops import random_boxes
 from fastar.data.encode import PRESETS, Encoding
-from fastar.data.ffcv.folder import DatasetFiles, open_files
+from fastar.data.ffcv.folder import DatasetFiles, locked_folder, open_files
 from fastar.data.raw.class_folders import (
     class_names,
     count_images,
@@ -33,6 +35,7 @@ from fastar.data.raw.raw_split import ImageSplit
 from fastar.data.sampling import draw, file_order, paged_order
 from fastar.data.streaming import StreamingDataset
 from fastar.errors import FastarError
+from fastar.runs import hold
 from fastar.runtime.progress import SilentProgress
 from fastar.runtime.seeds import derive_seed
 
@@ -292,3 +295,29 @@ def test_presets_and_metadata(root: Path) -> None:
     metadata = json.loads((files.folder / "metadata.json").read_text())
     assert metadata["settings"] == {"limit": None, "on_error": "stop", "val_share": None}
     assert metadata["skipped"] == {"train": [], "test": []}
+
+
+@pytest.mark.parametrize("removed", [False, True], ids=["written", "removed"])
+def test_a_folder_that_another_process_writes_is_waited_for(tmp_path: Path, removed: bool) -> None:
+    """Or one that it removes, since it failed."""
+    folder, said, other = tmp_path / "new" / "set", list[str](), ExitStack()
+    folder.mkdir(parents=True)
+    other.enter_context(hold(folder))
+
+    def say(line: str) -> None:
+        said.append(line)
+        other.close()
+        if removed:
+            shutil.rmtree(folder.parent)
+
+    with locked_folder(folder, say):
+        (folder / "train.beton.partial").touch()
+    assert len(said) == 1
+    assert said[0].startswith(f"waiting: {folder}: in use by another fastar (process {os.getpid()} on ")
+    assert list(folder.iterdir()) == []
+
+
+def test_a_folder_in_which_nothing_was_finished_goes(tmp_path: Path) -> None:
+    with locked_folder(tmp_path / "new" / "set"):
+        (tmp_path / "new" / "set" / "train.beton.partial").touch()
+    assert list(tmp_path.iterdir()) == []

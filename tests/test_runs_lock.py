@@ -139,6 +139,19 @@ def test_another_host_s_lock_is_watched(tmp_path: Path, alive: bool) -> None:
     assert said[0].startswith(f"{tmp_path}: watching for ")
 
 
+def test_a_container_may_have_this_host_s_name(tmp_path: Path, ended: int) -> None:
+    """And its own process numbers: one that does not run here may run there."""
+    if not Path("/proc/self/ns/pid").exists():
+        pytest.skip("the namespace is read from /proc")
+    left_by(tmp_path, pid=ended, namespace=7, inode=1)
+    assert is_held(tmp_path)
+    holder = read_holder(tmp_path)
+    assert holder is not None
+    assert holder.gone() is None
+    left_by(tmp_path, pid=ended, namespace=Holder.here(tmp_path).namespace)
+    assert not is_held(tmp_path)
+
+
 def test_another_host_s_old_lock_is_nobody_s(tmp_path: Path) -> None:
     left_by(tmp_path, host="elsewhere", pid=7, age=lock.DEAD_SECONDS + 1)
     assert not is_held(tmp_path)

@@ -50,28 +50,33 @@ class Holder:
     device: int = 0
     inode: int = 0
     """The numbers of the folder that is held (0: not known), so that a copy of it is not mistaken."""
+    namespace: int = 0
+    """Of process numbers (0: not known): containers on one host may share its name, and have each their own."""
 
     @classmethod
     def here(cls, folder: Path) -> Holder:
         """This process, as holder of `folder`."""
         there = folder.stat()
         started = _start_of(os.getpid()) or 0
-        return cls(socket.gethostname(), os.getpid(), started, time.time(), there.st_dev, there.st_ino)
+        return cls(socket.gethostname(), os.getpid(), started, time.time(), there.st_dev, there.st_ino, _namespace())
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}"
 
     def gone(self) -> bool | None:
         """Tell whether the process has ended; None where it runs, or ran, on another host."""
-        if self.host != socket.gethostname():
+        if not self._is_here():
             return None
         started = _start_of(self.pid)
         return started is None or (started > 0 and self.started > 0 and started != self.started)
 
+    def _is_here(self) -> bool:
+        return self.host == socket.gethostname() and self.namespace in (0, _namespace())
+
     def of_another(self, folder: Path) -> bool:
         """Tell whether it held another folder, of which `folder` is a copy. Known on its own host alone: numbers of
         devices and files may differ between hosts that share a folder."""
-        if self.inode == 0 or self.host != socket.gethostname():
+        if self.inode == 0 or not self._is_here():
             return False
         there = folder.stat()
         return (self.device, self.inode) != (there.st_dev, there.st_ino)
@@ -81,6 +86,13 @@ class Holder:
 def _holder() -> pydantic.TypeAdapter[Holder]:
     """The reader of a lock file's JSON; built when one is met."""
     return pydantic.TypeAdapter(Holder)
+
+
+def _namespace() -> int:
+    try:
+        return Path("/proc/self/ns/pid").stat().st_ino
+    except OSError:
+        return 0
 
 
 def _start_of(pid: int) -> int | None:
@@ -123,8 +135,7 @@ def touched(folder: Path) -> float | None:
     return None if stamp is None else stamp[1] / 1e9
 
 
-_Stamp = tuple[int, int, int]
-"""A lock file's number, the nanoseconds of its last touch, and its size."""
+_Stamp = tuple[int, int, int]  # a lock file's number, the nanoseconds of its last touch, and its size
 
 
 def _stamp(path: Path) -> _Stamp | None:
@@ -139,12 +150,11 @@ def _stamp(path: Path) -> _Stamp | None:
 
 def _is_touched_within(path: Path, seconds: float) -> bool:
     """Wait for a lock file to be touched, so long by this process's own clock: those of hosts differ."""
-    end, first = time.monotonic() + seconds, _stamp(path)
-    while first is not None and time.monotonic() < end:
+    first = _stamp(path)
+    while _is_seen_alive(path, seconds):
+        if _stamp(path) != first:
+            return True
         time.sleep(seconds / 40)
-        now = _stamp(path)
-        if now != first:
-            return now is not None
     return False
 
 
@@ -270,8 +280,7 @@ def held_as_taken(folder: Path, own: Taken, guards: Sequence[Path], touch_second
         os.close(lease.handle)
 
 
-Taken = tuple[int, Holder]
-"""The locked handle of a folder, and what its lock file says."""
+Taken = tuple[int, Holder]  # the locked handle of a folder, and what its lock file says
 
 
 def _waited_for(folder: Path, say: Callable[[str], None] | None, dead_seconds: float) -> Taken:
@@ -338,8 +347,7 @@ def _take(folder: Path, handle: int, say: Callable[[str], None] | None, dead_sec
 
 
 def _write(folder: Path, holder: Holder, gone: _Stamp | None, dead_seconds: float) -> None:
-    """Write the lock file, whole at once, in place of the one with the stamp `gone`: of all that come at one moment,
-    on hosts that share no lock, one does."""
+    """Write the lock file, whole at once, in place of the one with the stamp `gone`; of all that come at once one does."""
     path, own = folder / NAME, folder / f".{NAME}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
     with refusal(f"{path}: cannot be written", "free space or choose another folder"):
         try:
@@ -358,8 +366,7 @@ def _write(folder: Path, holder: Holder, gone: _Stamp | None, dead_seconds: floa
 
 @contextmanager
 def _taking_over(folder: Path, dead_seconds: float) -> Iterator[None]:
-    """Be the only one to remove the lock file of `folder`, or raise FileExistsError. One that dies inside is waited for
-    as the holder of a folder is."""
+    """Be the only one to remove the lock file of `folder`, or raise FileExistsError. One that dies inside is watched."""
     path = folder / f".{NAME}.0.tmp"
     try:
         path.open("xb").close()
@@ -381,9 +388,8 @@ def _link(file: Path, path: Path) -> None:
         if file.stat().st_nlink == 1:  # else it was done, and a network file system asked for it twice
             raise
     except OSError:  # the file system has no links
-        content = file.read_bytes()
         with path.open("xb") as copy:
-            copy.write(content)
+            copy.write(file.read_bytes())
 
 
 def _touch(lease: _Lease, seconds: float, done: threading.Event) -> None:
