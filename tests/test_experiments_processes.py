@@ -20,8 +20,8 @@ from run_cases import assert_log_is_whole, assert_same_models
 from fastar.runs import RunFolder
 from fastar.runs.model_files import load_checkpoint, save_checkpoint
 
-TIMES = ("seconds", "speed", "peak_bytes", "digest")
-"""In results: what differs from run to run, and the digest of all."""
+TIMES = ("seconds", "speed", "peak_bytes", "versions", "digest")
+"""In results: what differs from run to run (also where the code is committed meanwhile), and the digest of all."""
 
 
 @pytest.fixture(scope="module")
@@ -100,14 +100,15 @@ def test_kills_of_processes_that_share_a_run_change_no_bit(tmp_path: Path, comma
     assert_nothing_is_left(cut)
 
 
-def test_twenty_that_start_at_one_moment_train_each_model_once(tmp_path: Path, commands: Commands) -> None:
+@pytest.mark.parametrize("many", [5, pytest.param(20, marks=pytest.mark.slow)])
+def test_all_that_start_at_one_moment_train_each_model_once(tmp_path: Path, commands: Commands, many: int) -> None:
     """On a new folder, with data that are not written yet."""
     run, data = tmp_path / "run", tmp_path / "data"
-    options = [one for one in tiny(data, sources=12, heldout=8) if one != "--quiet"]
-    pids = [commands.begin("train-sources", *options, "--out", run) for _ in range(20)]
-    assert commands.wait() == [0] * 20, [commands.stderr(pid) for pid in pids]
+    options = [one for one in tiny(data, sources=many - 2, heldout=2) if one != "--quiet"]
+    pids = [commands.begin("train-sources", *options, "--out", run) for _ in range(many)]
+    assert commands.wait() == [0] * many, [commands.stderr(pid) for pid in pids]
     log = Counter((entry["model"], entry["epoch"]) for entry in RunFolder(run).log.read())
-    models = [f"source {index}" for index in range(12)] + [f"heldout {index}" for index in range(8)]
+    models = [f"source {index}" for index in range(many - 2)] + [f"heldout {index}" for index in range(2)]
     assert log == {(model, epoch): 1 for model in models for epoch in range(2)}
     said = [commands.stderr(pid) for pid in pids]
     assert sum("writing" in text for text in said) == 1, said

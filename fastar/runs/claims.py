@@ -18,6 +18,7 @@ from fastar.runs.lock import (
     Holder,
     InUse,
     Taken,
+    check_held,
     held_as_taken,
     is_held,
     lost,
@@ -41,8 +42,9 @@ def claim(folder: Path, guards: Sequence[Path] = (), *, dead_seconds: float = DE
         guards: as of `hold`.
 
     Raises:
-        FastarError: the folder or the lock cannot be written.
+        FastarError: the folder or the lock cannot be written, or what it is in was this process's and is no longer.
     """
+    check_held(folder)  # else a run folder that was moved away would be made anew
     with refusal(f"{folder}: cannot be made", "free space or choose another folder"):
         _make(folder)
     try:

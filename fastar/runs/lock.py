@@ -347,7 +347,7 @@ def _take(folder: Path, handle: int, say: Callable[[str], None] | None, dead_sec
 
 
 def _write(folder: Path, holder: Holder, gone: _Stamp | None, dead_seconds: float) -> None:
-    """Write the lock file, whole at once, in place of the one with the stamp `gone`; of all that come at once one does."""
+    """Write the lock file, whole at once, in place of the one with the stamp `gone`; of several at once one does."""
     path, own = folder / NAME, folder / f".{NAME}.{os.getpid()}-{secrets.token_hex(4)}.tmp"
     with refusal(f"{path}: cannot be written", "free space or choose another folder"):
         try:
@@ -366,7 +366,7 @@ def _write(folder: Path, holder: Holder, gone: _Stamp | None, dead_seconds: floa
 
 @contextmanager
 def _taking_over(folder: Path, dead_seconds: float) -> Iterator[None]:
-    """Be the only one to remove the lock file of `folder`, or raise FileExistsError. One that dies inside is watched."""
+    """Be the only one to remove the lock file, or raise FileExistsError. One that dies inside is watched."""
     path = folder / f".{NAME}.0.tmp"
     try:
         path.open("xb").close()
