@@ -68,7 +68,11 @@ def test_kernels_know_no_other_room() -> None:
 
 
 @pytest.mark.parametrize(
-    ("package", "rooms"), [("ffcv", {"data"}), ("matplotlib", {"report"}), ("typer", {"cli"}), ("tools", set())]
+    ("package", "rooms"),
+    [
+        *(("ffcv", {"data"}), ("matplotlib", {"report"}), ("ray", {"launch"}), ("submitit", {"launch"})),
+        *(("typer", {"cli"}), ("tools", set())),
+    ],
 )
 def test_only_these_rooms_import(package: str, rooms: set[str]) -> None:
     assert {room for path, room in modules().items() if package in {n.split(".")[0] for n in imports(path)}} == rooms

@@ -18,6 +18,7 @@ from fastar.runtime.user_code import check_reference
 
 if TYPE_CHECKING:
     from fastar.config import Settings
+    from fastar.launch.jobs import Launcher
     from fastar.runtime.progress import Progress
 
 # Run folders that the command works on: the traceback of a defect is kept there.
@@ -65,6 +66,9 @@ OPTIONS = {
     "points": Option(int, "N", "Equispaced values of t, ends included.", "evaluation.points", default=11),
     "gpu_memory": Option(str, "SIZE", "The most memory of the GPU that is taken, such as 40GB.", "gpu_memory"),
     "only": Option(str, "A-B", "Only these: numbers from 0, sources before heldouts, such as 3-7."),
+    "launcher": Option(str, "local|slurm|ray", "Who trains the models at once: local:4, 4 processes here; slurm; ray."),
+    "dry_run": Option(bool, None, "With --launcher: print what would be started, and start nothing."),
+    "sbatch": Option(list[str], "KEY=VALUE", "With --launcher slurm: an option of sbatch; may be repeated."),
     "profile": Option(int, "N", "Time N steps of the star's training, part by part, into OUT/profile."),
     "images_per_second": Option(float, "SPEED", "Speed of training, instead of measuring it here."),
     "model": Option(str, "MODULE:FUNCTION", "Your own network: a function that returns it; MODULE may be a file."),
@@ -110,6 +114,7 @@ OPTIONS = {
     "json": Option(bool, None, "Print results as JSON on stdout, and nothing else there."),
     "quiet": Option(bool, None, "No progress."),
 }
+LAUNCH = ("launcher", "dry_run", "sbatch")
 TASK = ("model", "model_args", "data", "loss", "metrics")
 RUN = (
     *("dataset", "name", "arch", "sources", "heldout", "out", "config", "scale", "data_root", "val_share"),
@@ -152,6 +157,32 @@ class Given:
             **flatten(arguments),
             **flatten(parse_overrides(overrides)),
         }
+
+    def arguments(self, names: Sequence[str], overrides: Sequence[str] | None) -> list[str]:
+        """Those of the options `names` that were given, and `key=value` settings, as a command line has them."""
+        found = list[str]()
+        for name in names:
+            value = self.options[name]
+            if value is not None and value is not False and value != OPTIONS[name].default:
+                flag = f"--{name.replace('_', '-')}"
+                for one in value if isinstance(value, list | tuple) else [value]:
+                    found += [flag] if one is True else [flag, str(one)]
+        return [*found, *(overrides or ())]
+
+    def launcher(self) -> Launcher | None:
+        """The launcher that was asked for."""
+        text = self["launcher"]
+        wanting = [name for name in ("dry_run", "sbatch") if self[name]]
+        if text is None and wanting:
+            raise FastarError(f"--{wanting[0].replace('_', '-')}: give a --launcher, such as slurm")
+        if text is None:
+            return None
+        from fastar.launch.jobs import Launcher
+
+        launcher = Launcher.read(text)
+        if self["sbatch"] and launcher.name != "slurm":
+            raise FastarError(f"--sbatch: is for --launcher slurm; leave it out with --launcher {text}")
+        return launcher
 
     def either(self, named: str, own: str) -> str | None:
         """The value of one of two options that say the same."""

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import TYPE_CHECKING
 
 import typer
 
-from fastar.cli.options import RUN, Given, Overrides, takes
+from fastar.cli.options import LAUNCH, RUN, Given, Overrides, takes
 from fastar.cli.output import print_json, print_lines, print_table
 from fastar.cli.show import show_results
 from fastar.errors import FastarError
 
+if TYPE_CHECKING:
+    from fastar.launch.jobs import Jobs, Launcher
 
-@takes(*RUN, "profile", "json", "quiet")
+
+@takes(*RUN, "profile", *LAUNCH, "json", "quiet")
 def train_star(given: Given, overrides: Overrides = None) -> None:
     """Do it all: data, sources, star model, heldouts, barriers, report.
 
@@ -23,20 +29,57 @@ def train_star(given: Given, overrides: Overrides = None) -> None:
         fastar train-star --dataset cifar10 --arch resnet8 --data-root ~/cifar --out runs/small train.epochs=10
 
         fastar train-star --model mynets:build --model-args width=64 --data mydata:train_and_test --loss mse
+
+        fastar train-star --dataset cifar10 --arch resnet18 --launcher slurm:8 --sbatch partition=gpu --dry-run
     """
-    settings = given.settings(overrides)
+    launcher, settings = given.launcher(), given.settings(overrides)
 
     from fastar.experiments import train_star
     from fastar.report.results import check_results
     from fastar.runs import RunFolder
 
-    run = RunFolder(given.run_folder(settings))
-    results = train_star(settings, run.path, given.progress(), profile=given["profile"])
+    run, progress = RunFolder(given.run_folder(settings)), given.progress()
+    with ExitStack() as jobs:
+        if launcher is not None:
+            from fastar.experiments.whole_run import check_whole, known_results
+            from fastar.launch.jobs import run_jobs
+
+            check_whole(settings, run)
+            names = [name for name in RUN if name != "out"]
+            own = given.arguments(names, ["--out", str(run.path), *(overrides or ())])
+            more = given.arguments(["profile"], ())
+            done = given["profile"] is None and known_results(settings, run) is not None
+            if not done and not jobs.enter_context(begun(given, launcher, run_jobs(settings, run, own, more))):
+                return
+        results = train_star(settings, run.path, progress, profile=given["profile"])
     check_results(results, run.results)
     show_results(given, results, run)
     if given["profile"] is not None and not given.json:
         print(run.profile("parts.txt").read_text(), end="")
         print(f"profile: {run.profile('')}")
+
+
+@contextmanager
+def begun(given: Given, launcher: Launcher, jobs: Jobs) -> Iterator[bool]:
+    """Start the jobs, or print what would be started (--dry-run). Inside, their results are this process's to take,
+    with what is left to do; False: there are none yet, and what was submitted has been printed."""
+    from fastar.launch.jobs import planned_lines
+    from fastar.launch.start import plan_jobs, spread
+
+    if given["dry_run"]:
+        plan = plan_jobs(launcher, jobs, given["sbatch"] or ())
+        if given.json:
+            print_json(plan)
+        else:
+            print_lines(planned_lines(plan))
+        yield False
+        return
+    with spread(launcher, jobs, given["sbatch"] or (), given.progress()) as submitted:
+        if given.json and submitted:
+            print_json({"submitted": submitted})
+        else:
+            print_lines(submitted)
+        yield not submitted
 
 
 @takes(*RUN, "images_per_second", "gpus", "nodes", "json", "quiet")

@@ -22,6 +22,21 @@ def check_whole(settings: Settings, run: RunFolder) -> None:
     run.check(settings)
 
 
+def known_results(
+    settings: Settings, run: RunFolder, progress: Progress = SILENT, given: Given | None = None
+) -> dict[str, Any] | None:
+    """The results of a run that is finished; None: it is not."""
+
+    def task() -> str:
+        from fastar.experiments.regular import task_digest  # a user's functions import torch anyway
+        from fastar.experiments.session import new_session
+
+        return task_digest(new_session(settings, run, given=given))
+
+    own = given is not None or settings.names_code
+    return finished_results(settings, run, progress, task=task if own else None)
+
+
 def train_star(
     settings: Settings,
     out: Path,
@@ -44,15 +59,7 @@ def train_star(
     """
     run = RunFolder(out)
     check_whole(settings, run)
-
-    def task() -> str:
-        from fastar.experiments.regular import task_digest  # a user's functions import torch anyway
-        from fastar.experiments.session import new_session
-
-        return task_digest(new_session(settings, run, given=given))
-
-    own = given is not None or settings.names_code
-    results = finished_results(settings, run, progress, task=task if own else None) if profile is None else None
+    results = known_results(settings, run, progress, given) if profile is None else None
     if results is None:
         from fastar.experiments.star_domain import do_run  # only now torch and all that is slow to import
 

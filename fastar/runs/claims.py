@@ -29,6 +29,8 @@ from fastar.runs.lock import (
 
 PROCESSES = "processes"
 """Folder of the processes at work in a folder: of each one that it holds."""
+JOBS = "jobs"
+"""Folder of the logs of jobs that a launcher started."""
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from fastar.config import Settings, as_override, changes
 from fastar.config.strict_yaml import read_yaml
 from fastar.errors import FastarError, refusal
 from fastar.runs.atomic import delete, files_below, remove_if_empty, write_atomically, write_json
-from fastar.runs.claims import PROCESSES, Processes, claim
+from fastar.runs.claims import JOBS, PROCESSES, Processes, claim
 from fastar.runs.lock import NAME as LOCK
 from fastar.runs.lock import Holder, InUse, hold, lost
 from fastar.runs.run_log import RunLog
@@ -267,7 +267,7 @@ class RunFolder:
             if not self.config.is_file():
                 foreign = [p.name for p in self.path.iterdir()] if self.path.is_dir() else []
                 foreign = sorted(
-                    name for name in foreign if not name.endswith(".tmp") and name not in (LOCK, GIVEN, PROCESSES)
+                    name for name in foreign if not name.endswith(".tmp") and name not in (LOCK, GIVEN, JOBS, PROCESSES)
                 )
                 if foreign:
                     raise FastarError(

@@ -15,7 +15,7 @@ from fastar.errors import FastarError, refusal
 from fastar.experiments.sweeps.points import Point, overrides_of, points_of, take_over, trainings
 from fastar.experiments.whole_run import check_whole, train_star
 from fastar.runs import hold, write_atomically, write_json
-from fastar.runs.claims import PROCESSES, Processes
+from fastar.runs.claims import JOBS, PROCESSES, Processes
 from fastar.runs.folder import FREE_KEYS
 from fastar.runs.lock import NAME as LOCK
 from fastar.runs.lock import InUse
@@ -146,7 +146,9 @@ def _recorded(out: Path, settings: Settings, kind: str) -> dict[str, Any]:
     """
     path, new = out / "sweep.yaml", {"values": [], "seeds": 1}
     with refusal(f"{out}: cannot be used as the folder of a sweep", "choose another (--out)"):
-        there = sorted(one.name for one in out.iterdir() if one.name not in (LOCK, PROCESSES)) if out.exists() else []
+        there = (
+            sorted(one.name for one in out.iterdir() if one.name not in (JOBS, LOCK, PROCESSES)) if out.exists() else []
+        )
         if not path.is_file():
             foreign = [name for name in there if not name.endswith(".tmp")]
             if foreign:

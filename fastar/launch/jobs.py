@@ -1,0 +1,166 @@
+"""Jobs: calls of the `fastar` command that one run or sweep is made of, whoever starts them."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fastar.config import Settings
+from fastar.errors import FastarError
+from fastar.runs import RunFolder
+from fastar.runs.claims import JOBS
+
+LAUNCHERS = ("local", "slurm", "ray")
+
+
+@dataclass(frozen=True)
+class Launcher:
+    """Who starts jobs, and how many are at work at once (None: as many as there is room for)."""
+
+    name: str
+    at_once: int | None
+
+    @classmethod
+    def read(cls, text: str) -> Launcher:
+        """The launcher that `text` names: local, slurm or ray, or with a number, such as local:4.
+
+        Raises:
+            FastarError: it names none, or fewer than one at once.
+        """
+        found = re.fullmatch(r"([^:]*)(?::(-?[0-9]+))?", text)
+        if found is None or found[1] not in LAUNCHERS:
+            names = ", ".join(LAUNCHERS)
+            raise FastarError(
+                f"--launcher {text}: is none of {names}; write one of them, or such as local:4 for 4 at once"
+            )
+        if found[2] is not None and int(found[2]) < 1:
+            raise FastarError(f"--launcher {text}: nothing would be done; write 1 or more, such as {found[1]}:2")
+        return cls(found[1], None if found[2] is None else int(found[2]))
+
+
+@dataclass(frozen=True)
+class Job:
+    """A call of the command: its name, for people and for its log, and its arguments."""
+
+    name: str
+    arguments: tuple[str, ...]
+
+    def command(self) -> list[str]:
+        """The whole command, of this interpreter."""
+        script = shutil.which("fastar", path=str(Path(sys.executable).parent))
+        return [*([sys.executable, "-m", "fastar"] if script is None else [script]), *self.arguments]
+
+    def __str__(self) -> str:
+        return shlex.join(["fastar", *self.arguments])
+
+
+@dataclass(frozen=True)
+class Jobs:
+    """The jobs of a run or sweep.
+
+    Args:
+        out: its folder, which all of them share.
+        parts: jobs that can be done at once, and in any order.
+        worker: does what the parts do, as far as nobody else does it.
+        last: done after them: what is left.
+        missing: names of what the parts are to make, and have not made.
+        device: the setting.
+    """
+
+    out: Path
+    parts: tuple[Job, ...]
+    worker: Job
+    last: Job
+    missing: Callable[[], list[str]]
+    device: str
+
+    @property
+    def logs(self) -> Path:
+        """Folder of the jobs' logs."""
+        return self.out / JOBS
+
+
+def run_jobs(settings: Settings, run: RunFolder, arguments: Sequence[str], last: Sequence[str] = ()) -> Jobs:
+    """The jobs of a whole run: one for each source and heldout that is missing; then the star, and its barriers.
+
+    Args:
+        arguments: options and settings of the run.
+        last: more options of the last job.
+    """
+    given = {kind: settings.sources.of_kind(kind) for kind in ("source", "heldout")}
+    models = [(kind, index) for kind, (number, folder) in given.items() if folder is None for index in range(number)]
+    train = ("train-sources", *arguments)
+
+    def missing() -> list[str]:
+        return [f"{kind} {index}" for kind, index in models if not run.finished(kind, index)]
+
+    return Jobs(
+        out=run.path,
+        parts=tuple(
+            Job(f"{kind}-{index}", (*train, "--only", str(number)))
+            for number, (kind, index) in enumerate(models)
+            if not run.finished(kind, index)
+        ),
+        worker=Job("worker", train),
+        last=Job("star", ("train-star", *arguments, *last)),
+        missing=missing,
+        device=settings.device,
+    )
+
+
+def sweep_jobs(settings: Settings, out: Path, points: Iterable[RunFolder], arguments: Sequence[str]) -> Jobs:
+    """The jobs of a sweep: one for each of its points that is not finished, each of which takes what nobody does."""
+    runs, sweep = tuple(points), ("sweep", *arguments)
+
+    def missing() -> list[str]:
+        return [run.path.name for run in runs if not run.results.is_file()]
+
+    return Jobs(
+        out=out,
+        parts=tuple(Job(f"sweep-{number}", sweep) for number in range(len(missing()))),
+        worker=Job("worker", sweep),
+        last=Job("sweep", sweep),
+        missing=missing,
+        device=settings.device,
+    )
+
+
+def planned(jobs: Jobs, at_once: int | None, resources: str) -> dict[str, Any]:
+    """What would be submitted: the commands, how many are at work at once, and what each of them gets."""
+    return {
+        "jobs": [str(job) for job in jobs.parts],
+        "at_once": at_once,
+        "last": str(jobs.last),
+        "resources": resources,
+        "logs": str(jobs.logs),
+    }
+
+
+def planned_lines(plan: dict[str, Any]) -> list[str]:
+    """`planned`, as it is printed."""
+    number, at_once = len(plan["jobs"]), plan["at_once"]
+    limit = "" if at_once is None else f", {at_once} at once"
+    return [
+        f"{number} job{'' if number == 1 else 's'}{limit}{':' if number else ''}",
+        *(f"  {command}" for command in plan["jobs"]),
+        "then 1 job:",
+        f"  {plan['last']}",
+        f"each with {plan['resources']}; logs in {plan['logs']}",
+    ]
+
+
+def check_done(jobs: Jobs) -> None:
+    """Raise FastarError where something is missing that the jobs were to make."""
+    missing = jobs.missing()
+    if missing:
+        named = f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
+        raise FastarError(
+            f"{jobs.out}: {named} could not be made ({len(missing)} in all); why is said above and in {jobs.logs}; run "
+            "it again to go on from what is finished"
+        )

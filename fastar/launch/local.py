@@ -1,0 +1,180 @@
+"""Workers on this machine: processes of the command that share its cores and GPUs."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from fastar.errors import refusal
+from fastar.launch.jobs import Job, Jobs, check_done
+from fastar.launch.shared_folder import say_if_without_locks
+from fastar.runtime.progress import Progress
+
+# Between two looks at the workers.
+LOOK_SECONDS = 0.1
+
+
+class Places:
+    """Where workers are at work: the share of this machine's cores that each gets, and its GPU where there are several.
+
+    Args:
+        device: the setting.
+        number: of workers; None: one for each GPU, or for each core where there is none.
+        most: there is no work for more.
+    """
+
+    def __init__(self, device: str, number: int | None, most: int):
+        from fastar.runtime.device import cpus  # imports torch
+
+        self.gpus = visible_gpus(device)
+        self.number = max(1, min(number or len(self.gpus) or cpus(), most))
+        self.threads = max(1, cpus() // self.number)
+
+    def environment(self, worker: int) -> dict[str, str]:
+        """What differs in the environment of a worker (0, 1, ...) from this process's."""
+        threads = min(self.threads, int(os.environ.get("OMP_NUM_THREADS", self.threads)))
+        gpu = {"CUDA_VISIBLE_DEVICES": self.gpus[worker % len(self.gpus)]} if len(self.gpus) > 1 else {}
+        return {"OMP_NUM_THREADS": str(threads), **gpu}
+
+    def __str__(self) -> str:
+        what = f"{self.threads} thread{'' if self.threads == 1 else 's'}"
+        if not self.gpus:
+            return what
+        return f"{what} and {'GPU ' + self.gpus[0] if len(self.gpus) == 1 else 'one of GPUs ' + ', '.join(self.gpus)}"
+
+
+def visible_gpus(device: str) -> list[str]:
+    """The names of the GPUs that workers may use, as CUDA_VISIBLE_DEVICES has them; none where they run on the CPU."""
+    import torch
+
+    if device == "cpu" or not torch.cuda.is_available():
+        return []
+    if ":" in device:  # one that was chosen
+        return [device.rpartition(":")[2]]
+    count, named = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return [str(number) for number in range(count)] if named is None else named.split(",")[:count]
+
+
+class Workers:
+    """Processes at work, each with a log.
+
+    Args:
+        job: what each of them does.
+        environments: of each, what differs from this process's.
+        logs: folder of their logs, which is there.
+    """
+
+    def __init__(self, job: Job, environments: Sequence[Mapping[str, str]], logs: Path):
+        self._processes, self._logs, self._told = list[subprocess.Popen[bytes]](), list[Path](), set[str]()
+        self._ends: list[int] = []
+        for number, environment in enumerate(environments, start=1):
+            path = logs / f"local-{job.name}-{number}.log"
+            with refusal(f"{path}: cannot be written", "free space or choose another run folder (out)"):
+                log = path.open("ab")
+            with log:
+                self._logs.append(path)
+                self._ends.append(path.stat().st_size)
+                self._processes.append(
+                    subprocess.Popen(
+                        job.command(),
+                        stdin=subprocess.DEVNULL,
+                        stdout=subprocess.DEVNULL,
+                        stderr=log,
+                        env={**os.environ, **environment},
+                        start_new_session=True,  # Ctrl-C is this process's, which passes it on
+                    )
+                )
+
+    def at_work(self) -> bool:
+        """Tell whether one is still at work."""
+        return any(process.poll() is None for process in self._processes)
+
+    def lines(self) -> Iterator[str]:
+        """Lines that they have said since, each with its worker's number; what several say is said once."""
+        for number, (path, process) in enumerate(zip(self._logs, self._processes, strict=True), start=1):
+            ended = process.poll() is not None
+            with path.open("rb") as file:
+                file.seek(self._ends[number - 1])
+                text = file.read()
+            whole = text if ended else text[: text.rfind(b"\n") + 1]
+            self._ends[number - 1] += len(whole)
+            for line in whole.decode(errors="backslashreplace").splitlines():
+                if line.strip() and line not in self._told:
+                    self._told.add(line)
+                    yield f"[{number}] {line}"
+
+    def killed(self) -> Iterator[str]:
+        """A line for each that ended without a word."""
+        for number, process in enumerate(self._processes, start=1):
+            if process.returncode < 0:
+                yield f"[{number}] killed by {signal.Signals(-process.returncode).name}; others go on with what it left"
+
+    def stop(self) -> None:
+        """Let all of them save and end; kill them where that is interrupted."""
+        try:
+            for process in self._processes:
+                process.terminate()
+            for process in self._processes:
+                process.wait()
+        except BaseException:
+            for process in self._processes:
+                process.kill()
+            raise
+
+
+@contextmanager
+def workers(job: Job, environments: Sequence[Mapping[str, str]], logs: Path, progress: Progress) -> Iterator[Workers]:
+    """Workers that are waited for at the end of the block, and stopped, so that they save, where it ends otherwise."""
+    started = Workers(job, environments, logs)
+    try:
+        yield started
+        while started.at_work():
+            time.sleep(LOOK_SECONDS)
+    except BaseException:
+        started.stop()
+        raise
+    finally:
+        for line in (*started.lines(), *started.killed()):
+            progress.line(line)
+
+
+def work(jobs: Jobs, places: Places, progress: Progress) -> None:
+    """Do the parts of `jobs` by workers on this machine.
+
+    Raises:
+        FastarError: something is missing in the end.
+    """
+    missing = len(jobs.missing())
+    if not missing:
+        return
+    environments = [places.environment(number) for number in range(places.number)]
+    jobs.logs.mkdir(parents=True, exist_ok=True)
+    say_if_without_locks(jobs.logs, progress)
+    with progress.task(f"{places.number} workers", total=missing, unit="models") as advance:
+        with workers(jobs.worker, environments, jobs.logs, progress) as started:
+            while started.at_work():
+                for line in started.lines():
+                    progress.line(line)
+                left = len(jobs.missing())
+                if left < missing:
+                    advance(missing - left)
+                    missing = left
+                time.sleep(LOOK_SECONDS)
+        advance(missing - len(jobs.missing()))
+    check_done(jobs)
+
+
+@contextmanager
+def companions(jobs: Jobs, places: Places, progress: Progress) -> Iterator[None]:
+    """Processes that do the last job beside this one, where there are several GPUs: its barriers are shared."""
+    others = [places.environment(number) for number in range(1, places.number if len(places.gpus) > 1 else 1)]
+    if not others:
+        yield
+        return
+    with workers(Job("star", jobs.last.arguments), others, jobs.logs, progress):
+        yield

@@ -1,0 +1,53 @@
+"""A run or a sweep spread by a launcher: planned, or started."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from fastar.launch.jobs import Jobs, Launcher, planned
+from fastar.runtime.progress import Progress
+
+
+def plan_jobs(launcher: Launcher, jobs: Jobs, sbatch: Sequence[str]) -> dict[str, Any]:
+    """What would be started (`planned`); nothing is."""
+    if launcher.name == "local":
+        from fastar.launch.local import Places
+
+        places = Places(jobs.device, launcher.at_once, len(jobs.parts))
+        workers = {"jobs": [str(jobs.worker)] * places.number} if jobs.parts else {}
+        return {**planned(jobs, places.number, str(places)), **workers}
+    if launcher.name == "ray":
+        from fastar.launch.ray_cluster import planned_resources
+
+        return planned(jobs, launcher.at_once, planned_resources(jobs.device))
+    from fastar.launch.slurm import resources, sbatch_options
+
+    return planned(jobs, launcher.at_once, resources(sbatch_options(jobs.device, sbatch)))
+
+
+@contextmanager
+def spread(launcher: Launcher, jobs: Jobs, sbatch: Sequence[str], progress: Progress) -> Iterator[list[str]]:
+    """Start the jobs. Inside, their parts are done, and what is left is this process's: the last job, or to show what
+    it has found; or lines are given that say what was submitted.
+
+    Raises:
+        FastarError: they cannot be started, or something is missing in the end.
+    """
+    if launcher.name == "slurm":
+        from fastar.launch.slurm import submit, submitted_lines
+
+        yield submitted_lines(submit(jobs, launcher.at_once, sbatch, progress), jobs.logs)
+    elif launcher.name == "ray":
+        from fastar.launch.ray_cluster import run_ray
+
+        run_ray(jobs, launcher.at_once, progress)
+        yield []
+    else:
+        from fastar.launch.local import Places, companions, work
+
+        places = Places(jobs.device, launcher.at_once, len(jobs.parts))
+        work(jobs, places, progress)
+        with companions(jobs, places, progress):
+            yield []
