@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from fastar.cli.after import show_study
-from fastar.cli.options import RUN, Given, Option, Overrides, takes
+from fastar.cli.options import LAUNCH, RUN, Given, Option, Overrides, takes
 from fastar.cli.output import print_json, print_lines, print_table
+from fastar.cli.train import begun
 from fastar.errors import FastarError
 
 Kind = Annotated[str, typer.Argument(metavar="KIND", help="sources, width, depth, t, mu, or a setting's name.")]
@@ -19,7 +21,7 @@ Values = Annotated[str, typer.Argument(metavar="VALUES", help="Its values, joine
 FOLDER = "Folder of the sweep. Default: runs/DATASET-ARCH-seedSEED-KIND."
 
 
-@takes(*RUN, "seeds", "plan", "images_per_second", "json", "quiet", out=FOLDER)
+@takes(*RUN, "seeds", "plan", "images_per_second", *LAUNCH, "json", "quiet", out=FOLDER)
 def sweep(given: Given, kind: Kind, values: Values, overrides: Overrides = None) -> None:
     """Train and measure a star for each value of a setting; sources and heldouts that do not change are trained once.
 
@@ -34,10 +36,10 @@ def sweep(given: Given, kind: Kind, values: Values, overrides: Overrides = None)
 
         fastar sweep matching.sinkhorn.lr 0.1,1,10 --dataset digits matching.method=sinkhorn
     """
-    settings = given.settings(overrides)
+    launcher, settings = given.launcher(), given.settings(overrides)
 
     from fastar.experiments.sweeps import plan_sweep, sweep
-    from fastar.experiments.sweeps.points import read_values
+    from fastar.experiments.sweeps.points import points_of, read_values
 
     wanted, folder = read_values(values), given.run_folder(settings)
     if given["out"] is None:
@@ -57,7 +59,17 @@ def sweep(given: Given, kind: Kind, values: Values, overrides: Overrides = None)
             raise typer.Exit(1)
         return
 
-    found = sweep(settings, kind, wanted, folder, given.progress(), seeds=given["seeds"])
+    with ExitStack() as jobs:
+        if launcher is not None:
+            from fastar.launch.jobs import sweep_jobs
+
+            points = points_of(settings, kind, wanted, folder, given["seeds"])
+            names = [*(name for name in RUN if name != "out"), "seeds"]
+            own = given.arguments(names, ["--out", str(folder), *(overrides or ())])
+            wholes = sweep_jobs(settings, folder, [point.run for point in points], [kind, values, *own])
+            if not jobs.enter_context(begun(given, launcher, wholes)):
+                return
+        found = sweep(settings, kind, wanted, folder, given.progress(), seeds=given["seeds"])
     show_study(given, folder, "sweep", found, kept=True)
 
 

@@ -55,21 +55,21 @@ def train_sources(
     of them. `progress` is told of speed and memory.
 
     Args:
-        kinds: which of the two.
+        kinds: which of the two; those that are given are left out.
         only: numbers of those that are wanted, counted from 0, sources before heldouts; None: all.
         given: parts of the task that the settings do not name.
 
     Raises:
         FastarError: bad input, or models that are given and not to be trained.
     """
-    run, numbers = RunFolder(out), dict[str, int]()
-    for kind in kinds:
-        numbers[kind], folder = settings.sources.of_kind(kind)
-        if folder is not None:
-            name = "sources.folder" if kind == "source" else "sources.heldout_folder"
-            raise FastarError(
-                f"{name} gives the {kind}s, so none are to be trained; leave it out, or choose another run folder (out)"
-            )
+    run, own = RunFolder(out), {kind: settings.sources.of_kind(kind) for kind in kinds}
+    numbers = {kind: number for kind, (number, folder) in own.items() if folder is None}
+    if not numbers:
+        kind = next(iter(own))
+        name = "sources.folder" if kind == "source" else "sources.heldout_folder"
+        raise FastarError(
+            f"{name} gives the {kind}s, so none are to be trained; leave it out, or choose another run folder (out)"
+        )
     whole = sum(numbers.values())
     if only is not None and (not only or only[-1] >= whole):
         raise FastarError(

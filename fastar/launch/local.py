@@ -37,7 +37,8 @@ class Places:
 
     def environment(self, worker: int) -> dict[str, str]:
         """What differs in the environment of a worker (0, 1, ...) from this process's."""
-        threads = min(self.threads, int(os.environ.get("OMP_NUM_THREADS", self.threads)))
+        asked = os.environ.get("OMP_NUM_THREADS", "")
+        threads = min(self.threads, int(asked)) if asked.isdecimal() and int(asked) else self.threads
         gpu = {"CUDA_VISIBLE_DEVICES": self.gpus[worker % len(self.gpus)]} if len(self.gpus) > 1 else {}
         return {"OMP_NUM_THREADS": str(threads), **gpu}
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,6 +19,8 @@ from fastar.runtime.signals import EXIT_CONTINUE
 
 # Variables that jobs on other nodes have as this process has them.
 PASSED_ON = ("FASTAR_", "PYTHONPATH")
+# Between two looks of a job at its process.
+LOOK_SECONDS = 0.5
 
 
 def run_ray(jobs: Jobs, at_once: int | None, progress: Progress) -> None:
@@ -25,24 +29,26 @@ def run_ray(jobs: Jobs, at_once: int | None, progress: Progress) -> None:
     Raises:
         FastarError: Ray or a cluster is not there, or something is missing in the end.
     """
-    ray, failed = _ray(), None
-    handshake = left_handshake(jobs.logs)
-    try:
-        say_if_without_locks(jobs.logs, progress)
-        with _connected(ray):
-            each = _resources(ray, jobs.device)
+    ray, going, failed = _ray(), dict[Any, Job](), None
+    with _connected(ray):
+        each = _resources(ray, jobs.device)
+        handshake = left_handshake(jobs.logs)
+        try:
+            say_if_without_locks(jobs.logs, progress)
             with progress.task("jobs of Ray", total=len(jobs.parts) + 1, unit="jobs") as advance:
                 for some in (jobs.parts, [jobs.last]):
-                    for job, code, line in _ended(ray, some, at_once or len(some), each, handshake):
+                    for job, code, line in _ended(ray, some, at_once or len(some), each, handshake, going):
                         if code:
                             progress.line(f"[{job.name}] {line or f'ended with {code}; see {_log(jobs.logs, job)}'}")
                             failed = job
                         advance(1)
                     check_done(jobs)
-            if failed == jobs.last:
-                raise FastarError(f"{jobs.out}: its last job did not end well (said above); run it again to go on")
-    finally:
-        handshake.unlink(missing_ok=True)
+        finally:
+            handshake.unlink(missing_ok=True)  # what is still going saves and ends
+            if going:
+                ray.wait(list(going), num_returns=len(going))
+    if failed == jobs.last:
+        raise FastarError(f"{jobs.out}: its last job did not end well (said above); run it again to go on")
 
 
 def planned_resources(device: str) -> str:
@@ -53,6 +59,7 @@ def planned_resources(device: str) -> str:
 def _ray() -> Any:
     try:
         import ray
+        import ray.exceptions  # what a folder called ray has not
     except ImportError as error:
         raise FastarError("--launcher ray: Ray is missing; run `pip install 'fastar[ray]'`") from error
     return ray
@@ -63,8 +70,11 @@ def _connected(ray: Any) -> Iterator[None]:
     """Inside, this process belongs to the cluster."""
     address = os.environ.get("RAY_ADDRESS", "auto")
     more = {"include_dashboard": False} if address == "local" else {}
+    stop = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(address=address, log_to_driver=False, logging_level="ERROR", **more)
+        with suppress(ValueError):  # not the main thread
+            signal.signal(signal.SIGTERM, stop)  # Ray has put its own in its place
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise FastarError(
             f"--launcher ray: no Ray cluster found (RAY_ADDRESS={address}): start one with `ray start --head`, or set "
@@ -88,35 +98,29 @@ def _resources(ray: Any, device: str) -> dict[str, int]:
 
 
 def _ended(
-    ray: Any, jobs: Sequence[Job], at_once: int, each: dict[str, int], handshake: Path
+    ray: Any, jobs: Sequence[Job], at_once: int, each: dict[str, int], handshake: Path, going: dict[Any, Job]
 ) -> Iterator[tuple[Job, int, str]]:
     """Jobs in the order in which they end, each with its exit code and, where that is not 0, its last line. One that
-    was told to stop is done again; so is one whose node is lost, by Ray."""
+    was told to stop is done again; so is one whose node is lost, by Ray. `going` has those that are not ended."""
     do = ray.remote(max_retries=-1, **each)(_do)
     environment = {key: value for key, value in os.environ.items() if key.startswith(PASSED_ON)}
     environment["OMP_NUM_THREADS"] = str(each["num_cpus"])
-    left, going = list(jobs), dict[Any, Job]()
-    try:
-        while left or going:
-            while left and len(going) < at_once:
-                job = left.pop(0)
-                log = _log(handshake.parent, job)
-                going[do.remote(job.arguments, os.getcwd(), environment, str(log), str(handshake))] = job
-            (done, *_), _ = ray.wait(list(going))
-            job = going.pop(done)
-            try:
-                code, line = ray.get(done)
-            except ray.exceptions.RayError as error:
-                code, line = 1, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-            if code == EXIT_CONTINUE:
-                left.append(job)
-            else:
-                yield job, code, line
-    finally:  # what is still going saves
-        for one in going:
-            ray.cancel(one)
-        with suppress(ray.exceptions.RayError):
-            ray.wait(list(going), num_returns=len(going)) if going else None
+    left = list(jobs)
+    while left or going:
+        while left and len(going) < at_once:
+            job = left.pop(0)
+            log = _log(handshake.parent, job)
+            going[do.remote(job.arguments, os.getcwd(), environment, str(log), str(handshake))] = job
+        (done, *_), _ = ray.wait(list(going))
+        job = going.pop(done)
+        try:
+            code, line = ray.get(done)
+        except ray.exceptions.RayError as error:
+            code, line = 1, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+        if code == EXIT_CONTINUE:
+            left.append(job)
+        else:
+            yield job, code, line
 
 
 def _log(logs: Path, job: Job) -> Path:
@@ -144,13 +148,12 @@ def _do(
             env={**os.environ, **environment},
             start_new_session=True,
         )
-        try:
-            code = process.wait()
-        except BaseException:  # it was cancelled
-            process.terminate()
-            process.wait()
-            raise
+        while process.poll() is None:
+            time.sleep(LOOK_SECONDS)
+            if not os.path.isfile(handshake):  # the launcher has taken it away: it is being stopped
+                process.terminate()
+                process.wait()
     with open(log, "rb") as written:
         written.seek(begin)
         lines = written.read().decode(errors="backslashreplace").splitlines()
-    return code, lines[-1] if code and lines else ""
+    return process.returncode, lines[-1] if process.returncode and lines else ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import shlex
 import shutil
@@ -9,7 +10,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import redirect_stderr, suppress
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from fastar.errors import FastarError
 from fastar.launch.jobs import Job, Jobs
 from fastar.launch.shared_folder import left_handshake, not_shared, say_if_without_locks
+from fastar.runs import remove_if_empty
 from fastar.runtime.progress import Progress
 from fastar.runtime.signals import EXIT_CONTINUE
 
@@ -130,6 +132,7 @@ def submit(
         raise FastarError(
             "--launcher slurm: there is no sbatch here; run it on a machine from which jobs are submitted"
         )
+    new, parts = not jobs.logs.exists(), list[Any]()
     handshake = left_handshake(jobs.logs)
     say_if_without_locks(jobs.logs, progress)
     options = sbatch_options(jobs.device, given)
@@ -152,10 +155,14 @@ def submit(
             return [executor.submit(Worker(job.command(), os.getcwd())) for job in some]
 
     try:
-        parts = submitted(jobs.parts, "parts", {}) if jobs.parts else []
-        after = {"dependency": f"afterany:{parts[0].job_id.partition('_')[0]}"} if parts else {}
-        return [*parts, *submitted([jobs.last], jobs.last.name, after)]
+        with redirect_stderr(io.StringIO()):  # sbatch's, which the error has
+            parts = submitted(jobs.parts, "parts", {}) if jobs.parts else []
+            after = {"dependency": f"afterany:{parts[0].job_id.partition('_')[0]}"} if parts else {}
+            return [*parts, *submitted([jobs.last], jobs.last.name, after)]
     except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
+        if new and not parts:  # leave no trace
+            shutil.rmtree(jobs.logs)
+            remove_if_empty(jobs.out)
         lines = [line for line in str(error).splitlines() if "error" in line.lower()]
         raise FastarError(
             f"--launcher slurm: sbatch does not take it ({' '.join(lines[-1:]).strip()}); change --sbatch, or set "

@@ -31,7 +31,8 @@ class RunOverview:
     state: str
     """running, stopped, finished or damaged."""
     where: str
-    """The model in training and its epoch, or what is missing or damaged; empty where it is finished."""
+    """The model in training and its epoch, and how many more are; or what is missing or damaged. Empty where it is
+    finished."""
     age: float
     """Seconds since something was written."""
     sources: str
@@ -88,11 +89,13 @@ def overview(folder: Path) -> RunOverview:
         and ("heldout" in given or there["heldout"] >= heldout)
     )
     last, loss = _newest(run)
+    held = sum(is_held(path) for path, _, _ in run.trainings()) if running else 0
+    others = f" and {held - 1} more" if held > 1 else ""
     written = max(_written(path) for path in (run.log.path, run.results, run.config, run.star))
     return RunOverview(
         run=str(folder),
         state="running" if running else "finished" if finished else "stopped",
-        where="" if finished and not running else _where(run, settings, last, there, running=running),
+        where="" if finished and not running else f"{_where(run, settings, last, there, running=running)}{others}",
         age=max(time.time() - written, 0.0),
         sources="given" if "source" in given else f"{there['source']}/{sources.get('number')}",
         heldout="given" if "heldout" in given else f"{there['heldout']}/{heldout}",
