@@ -15,12 +15,14 @@ from fastar.errors import FastarError
 from fastar.launch.jobs import Job, Jobs, check_done
 from fastar.launch.shared_folder import check_handshake, left_handshake, say_if_without_locks
 from fastar.runtime.progress import Progress
-from fastar.runtime.signals import EXIT_CONTINUE
+from fastar.runtime.signals import EXIT_CONTINUE, deferred, requested
 
 # Variables that jobs on other nodes have as this process has them.
 PASSED_ON = ("FASTAR_", "PYTHONPATH")
-# Between two looks of a job at its process.
+# Between two looks: of a job at its process, and of the launcher at its jobs.
 LOOK_SECONDS = 0.5
+# The most that a launcher which is stopped waits for its jobs to save.
+SAVE_SECONDS = 60.0
 
 
 def run_ray(jobs: Jobs, at_once: int | None, progress: Progress) -> None:
@@ -30,7 +32,7 @@ def run_ray(jobs: Jobs, at_once: int | None, progress: Progress) -> None:
         FastarError: Ray or a cluster is not there, or something is missing in the end.
     """
     ray, going, failed = _ray(), dict[Any, Job](), None
-    with _connected(ray):
+    with deferred(), _connected(ray):  # within Ray's own code a request to stop would be lost
         each = _resources(ray, jobs.device)
         handshake = left_handshake(jobs.logs)
         try:
@@ -46,7 +48,7 @@ def run_ray(jobs: Jobs, at_once: int | None, progress: Progress) -> None:
         finally:
             handshake.unlink(missing_ok=True)  # what is still going saves and ends
             if going:
-                ray.wait(list(going), num_returns=len(going))
+                ray.wait(list(going), num_returns=len(going), timeout=SAVE_SECONDS)
     if failed == jobs.last:
         raise FastarError(f"{jobs.out}: its last job did not end well (said above); run it again to go on")
 
@@ -111,16 +113,20 @@ def _ended(
             job = left.pop(0)
             log = _log(handshake.parent, job)
             going[do.remote(job.arguments, os.getcwd(), environment, str(log), str(handshake))] = job
-        (done, *_), _ = ray.wait(list(going))
-        job = going.pop(done)
-        try:
-            code, line = ray.get(done)
-        except ray.exceptions.RayError as error:
-            code, line = 1, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        if code == EXIT_CONTINUE:
-            left.append(job)
-        else:
-            yield job, code, line
+        ended, _ = ray.wait(list(going), timeout=LOOK_SECONDS)
+        stop = requested()
+        if stop is not None:
+            raise stop
+        for one in ended:
+            job = going.pop(one)
+            try:
+                code, line = ray.get(one)
+            except ray.exceptions.RayError as error:
+                code, line = 1, f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            if code == EXIT_CONTINUE:
+                left.append(job)
+            else:
+                yield job, code, line
 
 
 def _log(logs: Path, job: Job) -> Path:

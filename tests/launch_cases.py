@@ -1,0 +1,34 @@
+"""Jobs that take no time, in place of calls of the `fastar` command."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from fastar.launch.jobs import Job, Jobs
+
+
+@dataclass(frozen=True)
+class Script(Job):
+    """A job that runs Python's code, its only argument."""
+
+    def command(self) -> list[str]:
+        return [sys.executable, "-c", *self.arguments]
+
+
+def scripts(out: Path, code: str, *, makes: list[str], number: int = 2) -> Jobs:
+    """Jobs in the folder `out`, which is also their current one; each part, and each worker, runs `code`.
+
+    Args:
+        makes: names of files that are missing until they are there.
+    """
+    job = Script("worker", (code,))
+    return Jobs(
+        out=out,
+        parts=(job,) * number,
+        worker=job,
+        last=Script("star", ("pass",)),
+        missing=lambda: [name for name in makes if not (out / name).exists()],
+        device="cpu",
+    )
