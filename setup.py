@@ -57,8 +57,10 @@ setup(
     ],
     extras_require={
         "ffcv": ["ffcv==1.0.2", "setuptools>=70"],  # it imports distutils
+        "ray": ["ray>=2.40"],
+        "slurm": ["submitit>=1.5"],
         "figures": ["tensorboard>=2.16"],  # shows the event files
-        "test": ["pytest>=8", "tensorboard>=2.16", "torchvision>=0.26"],
+        "test": ["pytest>=8", "ray>=2.40", "submitit>=1.5", "tensorboard>=2.16", "torchvision>=0.26"],
         "check": ["mypy>=1.11", "ruff>=0.9", "types-PyYAML"],
         "bench": ["rebasin==0.0.47"],
     },
