@@ -34,7 +34,7 @@ def check(arguments: list[str]) -> None:
     name, *rest = arguments
     command = COMMANDS[name]
     context = command.make_context(name, rest, resilient_parsing=False)
-    given = [value for key, value in context.params.items() if key != "model_args"]
+    given = [value for key, value in context.params.items() if key not in ("model_args", "sbatch")]
     words = [str(v) for value in given for v in (value if isinstance(value, list | tuple) else [value])]
     settings = [word for word in words if re.match(r"[a-z_]+(\.[a-z_]+)*=", word)]
     dataset = context.params.get("dataset") or "digits"

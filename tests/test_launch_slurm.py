@@ -169,7 +169,7 @@ def test_a_run_under_slurm_ends_in_the_bits_of_one_process(
 def test_jobs_that_are_preempted_or_killed_go_on_and_cancelled_ones_do_not(
     tmp_path: Path, slurm: Slurm, options: list[str]
 ) -> None:
-    command = [*options, "checkpoint.minutes=0", "train.epochs=60", "train.batch_size=10", "sources.number=3"]
+    command = [*options, "checkpoint.minutes=0", "train.epochs=150", "train.batch_size=10", "sources.number=3"]
     one, run = tmp_path / "one", tmp_path / "run"
     assert fastar("train-star", *command, "--out", one).code == 0
     outcome = fastar("train-star", *command, "--out", run, "--launcher", "slurm:1")
@@ -184,8 +184,11 @@ def test_jobs_that_are_preempted_or_killed_go_on_and_cancelled_ones_do_not(
         return slurm.call("scontrol", "show", "job", f"{found[1]}_{part}").partition("Restarts=")[2].split()[0]
 
     slurm.wait(lambda: begun("source 0"))
-    slurm.call("scancel", "--signal=USR2", f"{found[1]}_0")  # as before its time ends
+    # As before its time ends. scancel tries again for a minute, when the job is being put into the queue by then.
+    signalled = subprocess.Popen(["scancel", "--signal=USR2", f"{found[1]}_0"], stderr=subprocess.DEVNULL)
     slurm.wait(lambda: begun("source 1"))
+    signalled.terminate()
+    signalled.wait()
     assert restarts(0) == "1"
     slurm.call("scontrol", "requeue", f"{found[1]}_1")  # as Slurm does where others go first
     slurm.wait(lambda: begun("source 2"))
