@@ -30,5 +30,6 @@ def scripts(out: Path, code: str, *, makes: list[str], number: int = 2) -> Jobs:
         worker=job,
         last=Script("star", ("pass",)),
         missing=lambda: [name for name in makes if not (out / name).exists()],
+        unit="files",
         device="cpu",
     )

@@ -48,7 +48,7 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         (["train-star", "--nonsense"], ["--nonsense", "fastar --help"]),
         (["train-star", "--dataset"], ["--dataset", "argument"]),
         (["trainstar"], ["trainstar"]),
-        (["train-sources", "--dataset", "digits", "sources.folder=x"], ["sources.folder"]),
+        (["train-sources", "--dataset", "digits", "sources.folder=x", "sources.heldout_folder=x"], ["sources.folder"]),
         (["match", "a.pt"], ["B"]),
         (["match", "a.pt", "b.pt"], ["a.pt", "no such checkpoint"]),
         (["barrier", "a.pt"], ["B"]),

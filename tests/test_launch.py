@@ -170,7 +170,7 @@ def test_a_failed_workers_line_is_shown_once_and_others_go_on(tmp_path: Path) ->
         "sys.exit(2)\n"
     )
     heard = Heard()
-    with pytest.raises(FastarError, match=r"second could not be made \(1 in all\).*jobs"):
+    with pytest.raises(FastarError, match=r"second could not be made \(1 in all\): no such thing$"):
         work(scripts(tmp_path, code, makes=["first", "second"]), Places("cpu", 2, 2), heard)
     assert sorted(line[3:] for line in heard.lines) == [
         " fastar: no such thing",
@@ -178,6 +178,13 @@ def test_a_failed_workers_line_is_shown_once_and_others_go_on(tmp_path: Path) ->
     ]
     logs = [path.read_text() for path in sorted((tmp_path / "jobs").iterdir())]
     assert logs == ["fastar: no such thing\n"] * 2
+
+
+def test_what_all_workers_refuse_leaves_nothing(tmp_path: Path, options: list[str]) -> None:
+    command = ["train-star", *options, "dataset.name=mnist", f"dataset.root={tmp_path}", "--out", tmp_path / "run"]
+    line = refused(*command, "--launcher", "local:2")
+    assert "mnist" in line
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_worker_that_is_killed_costs_nothing_where_another_does_its_work(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ OPTIONS = {
     "points": Option(int, "N", "Equispaced values of t, ends included.", "evaluation.points", default=11),
     "gpu_memory": Option(str, "SIZE", "The most memory of the GPU that is taken, such as 40GB.", "gpu_memory"),
     "only": Option(str, "A-B", "Only these: numbers from 0, sources before heldouts, such as 3-7."),
-    "launcher": Option(str, "local|slurm|ray", "Who trains the models at once: local:4, 4 processes here; slurm; ray."),
+    "launcher": Option(str, "local|slurm|ray", "Spread it: local:4, over 4 processes here; slurm; ray."),
     "dry_run": Option(bool, None, "With --launcher: print what would be started, and start nothing."),
     "sbatch": Option(list[str], "KEY=VALUE", "With --launcher slurm: an option of sbatch; may be repeated."),
     "profile": Option(int, "N", "Time N steps of the star's training, part by part, into OUT/profile."),

@@ -75,10 +75,12 @@ def begun(given: Given, launcher: Launcher, jobs: Jobs) -> Iterator[bool]:
         yield False
         return
     with spread(launcher, jobs, given["sbatch"] or (), given.progress()) as submitted:
-        if given.json and submitted:
+        if submitted and given.json:
             print_json({"submitted": submitted})
-        else:
-            print_lines(submitted)
+        elif submitted:
+            from fastar.launch.slurm import submitted_lines
+
+            print_lines(submitted_lines(submitted))
         yield not submitted
 
 

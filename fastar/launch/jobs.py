@@ -13,7 +13,7 @@ from typing import Any
 
 from fastar.config import Settings
 from fastar.errors import FastarError
-from fastar.runs import RunFolder
+from fastar.runs import RunFolder, remove_if_empty
 from fastar.runs.claims import JOBS
 
 LAUNCHERS = ("local", "slurm", "ray")
@@ -70,6 +70,7 @@ class Jobs:
         worker: does what the parts do, as far as nobody else does it.
         last: done after them: what is left.
         missing: names of what the parts are to make, and have not made.
+        unit: what that is, for people.
         device: the setting.
     """
 
@@ -78,6 +79,7 @@ class Jobs:
     worker: Job
     last: Job
     missing: Callable[[], list[str]]
+    unit: str
     device: str
 
     @property
@@ -110,6 +112,7 @@ def run_jobs(settings: Settings, run: RunFolder, arguments: Sequence[str], last:
         worker=Job("worker", train),
         last=Job("star", ("train-star", *arguments, *last)),
         missing=missing,
+        unit="models",
         device=settings.device,
     )
 
@@ -127,6 +130,7 @@ def sweep_jobs(settings: Settings, out: Path, points: Iterable[RunFolder], argum
         worker=Job("worker", sweep),
         last=Job("sweep", sweep),
         missing=missing,
+        unit="points",
         device=settings.device,
     )
 
@@ -155,12 +159,19 @@ def planned_lines(plan: dict[str, Any]) -> list[str]:
     ]
 
 
-def check_done(jobs: Jobs) -> None:
-    """Raise FastarError where something is missing that the jobs were to make."""
+def check_done(jobs: Jobs, reasons: Sequence[str] = ()) -> None:
+    """Raise FastarError where something is missing that the jobs were to make; of a run or sweep that nothing was begun
+    of no trace is left.
+
+    Args:
+        reasons: the last lines of jobs that failed.
+    """
     missing = jobs.missing()
-    if missing:
-        named = f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
-        raise FastarError(
-            f"{jobs.out}: {named} could not be made ({len(missing)} in all); why is said above and in {jobs.logs}; run "
-            "it again to go on from what is finished"
-        )
+    if not missing:
+        return
+    why = f": {reasons[0].removeprefix('fastar: ')}" if reasons else f"; see {jobs.logs}"
+    if jobs.logs.is_dir() and all(path == jobs.logs for path in jobs.out.iterdir()):
+        shutil.rmtree(jobs.logs)
+        remove_if_empty(jobs.out)
+    named = f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
+    raise FastarError(f"{jobs.out}: {named} could not be made ({len(missing)} in all){why}")

@@ -32,7 +32,8 @@ class Places:
         from fastar.runtime.device import cpus  # imports torch
 
         self.gpus = visible_gpus(device)
-        self.number = max(1, min(number or len(self.gpus) or cpus(), most))
+        wanted = number or len(self.gpus) or cpus()
+        self.number, self.used_gpus = max(1, min(wanted, most)), min(wanted, len(self.gpus))
         self.threads = max(1, cpus() // self.number)
 
     def environment(self, worker: int) -> dict[str, str]:
@@ -72,7 +73,7 @@ class Workers:
 
     def __init__(self, job: Job, environments: Sequence[Mapping[str, str]], logs: Path):
         self._processes, self._logs, self._told = list[subprocess.Popen[bytes]](), list[Path](), set[str]()
-        self._ends: list[int] = []
+        self._ends, self._last = list[int](), dict[int, str]()
         for number, environment in enumerate(environments, start=1):
             path = logs / f"local-{job.name}-{number}.log"
             with refusal(f"{path}: cannot be written", "free space or choose another run folder (out)"):
@@ -105,15 +106,22 @@ class Workers:
             whole = text if ended else text[: text.rfind(b"\n") + 1]
             self._ends[number - 1] += len(whole)
             for line in whole.decode(errors="backslashreplace").splitlines():
-                if line.strip() and line not in self._told:
-                    self._told.add(line)
-                    yield f"[{number}] {line}"
+                if line.strip():
+                    self._last[number] = line
+                    if line not in self._told:
+                        self._told.add(line)
+                        yield f"[{number}] {line}"
 
     def killed(self) -> Iterator[str]:
         """A line for each that ended without a word."""
         for number, process in enumerate(self._processes, start=1):
             if process.returncode < 0:
                 yield f"[{number}] killed by {signal.Signals(-process.returncode).name}; others go on with what it left"
+
+    def reasons(self) -> list[str]:
+        """The last lines of those that failed."""
+        codes = {number: process.poll() for number, process in enumerate(self._processes, start=1)}
+        return [line for number, line in self._last.items() if (codes[number] or 0) > 0]
 
     def stop(self) -> None:
         """Let all of them save and end; kill them where that is interrupted."""
@@ -156,7 +164,7 @@ def work(jobs: Jobs, places: Places, progress: Progress) -> None:
     environments = [places.environment(number) for number in range(places.number)]
     jobs.logs.mkdir(parents=True, exist_ok=True)
     say_if_without_locks(jobs.logs, progress)
-    with progress.task(f"{places.number} workers", total=missing, unit="models") as advance:
+    with progress.task(f"{places.number} workers", total=missing, unit=jobs.unit) as advance:
         with workers(jobs.worker, environments, jobs.logs, progress) as started:
             while started.at_work():
                 for line in started.lines():
@@ -167,13 +175,13 @@ def work(jobs: Jobs, places: Places, progress: Progress) -> None:
                     missing = left
                 time.sleep(LOOK_SECONDS)
         advance(missing - len(jobs.missing()))
-    check_done(jobs)
+    check_done(jobs, started.reasons())
 
 
 @contextmanager
 def companions(jobs: Jobs, places: Places, progress: Progress) -> Iterator[None]:
     """Processes that do the last job beside this one, where there are several GPUs: its barriers are shared."""
-    others = [places.environment(number) for number in range(1, places.number if len(places.gpus) > 1 else 1)]
+    others = [places.environment(number) for number in range(1, places.used_gpus)]
     if not others:
         yield
         return

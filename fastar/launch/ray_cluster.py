@@ -31,7 +31,7 @@ def run_ray(jobs: Jobs, at_once: int | None, progress: Progress) -> None:
     Raises:
         FastarError: Ray or a cluster is not there, or something is missing in the end.
     """
-    ray, going, failed = _ray(), dict[Any, Job](), None
+    ray, going, failed = _ray(), dict[Any, Job](), dict[Job, str]()
     with deferred(), _connected(ray):  # within Ray's own code a request to stop would be lost
         each = _resources(ray, jobs.device)
         handshake = left_handshake(jobs.logs)
@@ -41,16 +41,16 @@ def run_ray(jobs: Jobs, at_once: int | None, progress: Progress) -> None:
                 for some in (jobs.parts, [jobs.last]):
                     for job, code, line in _ended(ray, some, at_once or len(some), each, handshake, going):
                         if code:
-                            progress.line(f"[{job.name}] {line or f'ended with {code}; see {_log(jobs.logs, job)}'}")
-                            failed = job
+                            failed[job] = line or f"ended with {code}; see {_log(jobs.logs, job)}"
+                            progress.line(f"[{job.name}] {failed[job]}")
                         advance(1)
-                    check_done(jobs)
+                    check_done(jobs, list(failed.values()))
         finally:
             handshake.unlink(missing_ok=True)  # what is still going saves and ends
             if going:
                 ray.wait(list(going), num_returns=len(going), timeout=SAVE_SECONDS)
-    if failed == jobs.last:
-        raise FastarError(f"{jobs.out}: its last job did not end well (said above); run it again to go on")
+    if jobs.last in failed:
+        raise FastarError(failed[jobs.last].removeprefix("fastar: "))
 
 
 def planned_resources(device: str) -> str:

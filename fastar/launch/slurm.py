@@ -11,7 +11,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from contextlib import redirect_stderr, suppress
-from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -138,7 +137,9 @@ def submit(
     options = sbatch_options(jobs.device, given)
     refused = f"echo {shlex.quote('fastar: ')}{shlex.quote(not_shared(handshake, '$(hostname)'))} >&2"
     refused = refused.replace("$(hostname)", "'$(hostname)'")
-    setup = [f"test -f {shlex.quote(str(handshake))} || {{ {refused}; exit 2; }}"]
+    # Since Slurm 22.05 a step does not get the CPUs of its job by itself.
+    cpus = '[ -z "$SLURM_CPUS_PER_TASK" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK'
+    setup = [cpus, f"test -f {shlex.quote(str(handshake))} || {{ {refused}; exit 2; }}"]
 
     def submitted(some: Sequence[Job], name: str, more: dict[str, str]) -> list[Submitted[None]]:
         executor = submitit.AutoExecutor(folder=jobs.logs, cluster=cluster, slurm_max_num_timeout=1_000_000)
@@ -178,13 +179,12 @@ def _submitit() -> Any:
     return submitit
 
 
-def submitted_lines(submitted: Sequence[Submitted[None]], logs: Path) -> list[str]:
+def submitted_lines(submitted: dict[str, Any]) -> list[str]:
     """What is printed of jobs that were submitted."""
-    *parts, last = [job.job_id for job in submitted]
-    array = parts[0].partition("_")[0] if parts else ""
-    first = (
-        f"submitted: {len(parts)} job{'' if len(parts) == 1 else 's'} ({array}), then {last}"
-        if parts
-        else f"submitted: {last}"
-    )
-    return [first, f"logs: {logs}", f"`fastar runs {logs.parent}` shows how far they are"]
+    *parts, last = submitted["jobs"]
+    first = f"submitted: {last}"
+    if parts:
+        first = (
+            f"submitted: {len(parts)} job{'' if len(parts) == 1 else 's'} ({parts[0].partition('_')[0]}), then {last}"
+        )
+    return [first, f"logs: {submitted['logs']}", f"`fastar runs {submitted['out']}` shows how far they are"]

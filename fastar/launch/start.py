@@ -28,26 +28,27 @@ def plan_jobs(launcher: Launcher, jobs: Jobs, sbatch: Sequence[str]) -> dict[str
 
 
 @contextmanager
-def spread(launcher: Launcher, jobs: Jobs, sbatch: Sequence[str], progress: Progress) -> Iterator[list[str]]:
+def spread(launcher: Launcher, jobs: Jobs, sbatch: Sequence[str], progress: Progress) -> Iterator[dict[str, Any]]:
     """Start the jobs. Inside, their parts are done, and what is left is this process's: the last job, or to show what
-    it has found; or lines are given that say what was submitted.
+    it has found; or what was submitted is given.
 
     Raises:
         FastarError: they cannot be started, or something is missing in the end.
     """
     if launcher.name == "slurm":
-        from fastar.launch.slurm import submit, submitted_lines
+        from fastar.launch.slurm import submit
 
-        yield submitted_lines(submit(jobs, launcher.at_once, sbatch, progress), jobs.logs)
+        ids = [job.job_id for job in submit(jobs, launcher.at_once, sbatch, progress)]
+        yield {"jobs": ids, "logs": str(jobs.logs), "out": str(jobs.out)}
     elif launcher.name == "ray":
         from fastar.launch.ray_cluster import run_ray
 
         run_ray(jobs, launcher.at_once, progress)
-        yield []
+        yield {}
     else:
         from fastar.launch.local import Places, companions, work
 
         places = Places(jobs.device, launcher.at_once, len(jobs.parts))
         work(jobs, places, progress)
         with companions(jobs, places, progress):
-            yield []
+            yield {}
