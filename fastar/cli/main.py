@@ -16,6 +16,7 @@ from fastar.cli import after, geometry, match, several_runs, show, theory, train
 from fastar.cli.failure import failure
 from fastar.cli.options import run_folders
 from fastar.errors import FastarError, OldName, UserCodeError
+from fastar.runtime import ranks
 from fastar.runtime.signals import EXIT_INTERRUPTED, Stopped, signals_stop
 from fastar.runtime.standard_streams import forgiving, say, streams
 from fastar.runtime.user_code import users_traceback
@@ -89,13 +90,19 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
+# Commands that several ranks can do.
+OF_RANKS = ("train-star", "train-sources")
+
+
 @app.callback()
 def _main(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    pass
+    if ranks.launched() and context.invoked_subcommand not in OF_RANKS:
+        raise FastarError(f"{context.invoked_subcommand} is of one process: give it without torchrun")
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -126,11 +133,13 @@ def _outcome(arguments: list[str] | None) -> int:
     """The exit code of the command that `arguments` call."""
     run_folders.clear()
     try:
-        with signals_stop(), _old_names_said():
+        # torchrun hands Ctrl-C on to ranks that have it from the terminal already.
+        with signals_stop(once=ranks.launched()), _old_names_said(), ranks.joined():
             result: Any = app(args=arguments, standalone_mode=False)
             sys.stdout.flush()  # what cannot be written is an error of this command
     except Stopped as stopped:
-        say(f"fastar: {stopped}")
+        if ranks.speaks():
+            say(f"fastar: {stopped}")
         return stopped.code
     except (KeyboardInterrupt, typer.Abort):
         result = EXIT_INTERRUPTED
@@ -143,9 +152,10 @@ def _outcome(arguments: list[str] | None) -> int:
                 return 0
             error = FastarError(f"{message} (see `fastar --help`)")
         line, code = failure(error, next((run for run in run_folders if os.path.isfile(run / "config.yaml")), None))
-        if isinstance(error, UserCodeError):
-            print(users_traceback(error), end="", file=forgiving(sys.stderr))
-        say(f"fastar: {line}")
+        if ranks.speaks():
+            if isinstance(error, UserCodeError):
+                print(users_traceback(error), end="", file=forgiving(sys.stderr))
+            say(f"fastar: {line}")
         return code
     if result == EXIT_INTERRUPTED:  # typer makes this of Ctrl-C, older ones an Abort
         say("fastar: interrupted; run it again to go on from what is finished")

@@ -226,10 +226,12 @@ class Given:
         return folder
 
     def progress(self) -> Progress:
-        """The terminal's progress; none where it is not wanted."""
+        """The terminal's progress; none where it is not wanted, and on ranks beside the first."""
+        from fastar.runtime import ranks
         from fastar.runtime.progress import SILENT, TerminalProgress
 
-        return SILENT if self.json or self.options.get("quiet") else TerminalProgress()
+        silent = self.json or self.options.get("quiet") or not ranks.is_first()
+        return SILENT if silent else TerminalProgress()
 
 
 def _default_run_folder(settings: Settings, *, recipe: str | None, scale: str) -> Path:

@@ -13,6 +13,7 @@ from fastar.cli.options import LAUNCH, RUN, Given, Overrides, takes
 from fastar.cli.output import print_json, print_lines, print_table
 from fastar.cli.show import show_results
 from fastar.errors import FastarError
+from fastar.runtime import ranks
 
 if TYPE_CHECKING:
     from fastar.launch.jobs import Jobs, Launcher
@@ -52,6 +53,8 @@ def train_star(given: Given, overrides: Overrides = None) -> None:
             if not done and not jobs.enter_context(begun(given, launcher, run_jobs(settings, run, own, more))):
                 return
         results = train_star(settings, run.path, progress, profile=given["profile"])
+    if not ranks.is_first():
+        return
     check_results(results, run.results)
     show_results(given, results, run)
     if given["profile"] is not None and not given.json:
@@ -134,7 +137,8 @@ def train_sources(given: Given, overrides: Overrides = None) -> None:
     from fastar.experiments.star_domain import train_sources
 
     folder = given.run_folder(settings)
-    print_lines(str(path) for path in train_sources(settings, folder, given.progress(), only=only))
+    paths = train_sources(settings, folder, given.progress(), only=only)
+    print_lines(str(path) for path in paths if ranks.is_first())
 
 
 def _numbers(text: str | None) -> range | None:

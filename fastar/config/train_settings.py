@@ -78,6 +78,9 @@ class TrainSettings(Section):
     graph: bool | Literal["auto"] = False
     """Replay each step as one CUDA graph. Not yet run on a GPU: compare a short run's losses with graph=false. auto:
     where a trial of some steps is faster; on a CPU false."""
+    sync_batch_norm: bool = False
+    """On several ranks (torchrun), normalise a batch by the statistics of all of its samples, as one rank would. false:
+    each rank normalises its samples by their own, and the first rank's running statistics are kept."""
     on_nonfinite: Literal["stop", "retry"] = "stop"
     """Reaction to a loss, or to parameters after an epoch, that are not finite. retry: go back to the last checkpoint,
     or to the beginning, with other random draws; three times at most. Where the data themselves hold such numbers it
@@ -125,6 +128,12 @@ class StarSettings(Section):
     """t=beta only: second parameter of the beta distribution."""
     value: Fraction = 0.5
     """t=constant only: t itself."""
+    draws: Literal["shared", "each"] = "shared"
+    """Draws of (source, t) on several ranks (torchrun).
+
+    - shared: one for a step, the same on all ranks, as one rank would draw; each rank holds all sources.
+    - each: one for each rank, a gradient of less variance; each rank holds and matches its share of the sources alone.
+    """
     mu: NotNegative = 0.0
     """Weight of the star's own loss: the objective is (L_path + mu L_star) / (1 + mu). 1: the modified objective of the
     paper's table 2. A step then takes about twice the time. 0: the path's loss alone."""
@@ -142,6 +151,6 @@ class StarSettings(Section):
 
     def recorded(self) -> dict[str, Any]:
         """All that a star depends on, as it is recorded; what older versions did not know only where it is set."""
-        new = ("start", "schedule")
+        new = ("start", "schedule", "draws")
         unset = {name for name in new if getattr(self, name) == type(self).model_fields[name].default}
         return self.model_dump(mode="json", exclude=unset)

@@ -4,17 +4,22 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from fastar.data.sampling import AugmentationKeys, augmentation_keys, epoch_order, epoch_orders
 from fastar.errors import FastarError
+from fastar.runtime.ranks import share as share_of
 from fastar.runtime.timing import span
 
 Batch = Any
 """One batch, on the data set's device. Of image sets: (images fp32 [b, C, H, W] channels-last and
 normalised, labels int64 [b]). Of users' data: what they gave."""
+
+Share = tuple[int, int]
+"""A rank, and the number of ranks: its share of each batch (`runtime.ranks.share`)."""
 
 
 def first_not_finite(batch: Any) -> tuple[int, list[int], float] | None:
@@ -57,11 +62,13 @@ class Dataset(ABC):
         drop_last: bool = True,
         begin: int = 0,
         size: int | None = None,
+        share: Share | None = None,
     ) -> Iterator[Batch]:
         """The batches `begin`, `begin` + 1, ... of an epoch; those before are neither read nor decoded.
 
         The order is a fresh permutation for every (seed, epoch); a sample's augmentation is a function of
-        (seed, epoch, its index) alone. `size` is the side of square images (None: the set's own). Batches are for
+        (seed, epoch, its index) alone. `size` is the side of square images (None: the set's own). `share`: the samples
+        of each batch that belong to a rank, alone; None in place of a batch of which it has none. Batches are for
         reading: their memory may be shared.
 
         Raises:
@@ -106,6 +113,7 @@ class OrderedDataset(Dataset):
         drop_last: bool = True,
         begin: int = 0,
         size: int | None = None,
+        share: Share | None = None,
     ) -> Iterator[Batch]:
         self._check_batch_size(batch_size, drop_last)
         count = self.batch_count(batch_size, drop_last)
@@ -117,7 +125,24 @@ class OrderedDataset(Dataset):
             self._check_size(size)
         order = self._order(seed, epoch)[begin * batch_size : count * batch_size]
         keys = augmentation_keys(seed, epoch, alternate=self.alternate) if augment else None
-        return self._made(order, batch_size, keys, size)
+        if share is None:
+            return self._made(order, batch_size, keys, size)
+        return self._shares(order, batch_size, keys, size, share)
+
+    def _shares(
+        self, order: Any, batch_size: int, keys: AugmentationKeys | None, size: int | None, share: Share
+    ) -> Iterator[Batch]:
+        """The samples of a rank of each batch. An epoch's last batch is the only one of which it may have none."""
+        whole = len(order) // batch_size * batch_size
+        own, of_last = share_of(batch_size, *share), share_of(len(order) - whole, *share)
+        parts = (
+            order[:whole].reshape(-1, batch_size)[:, own.start : own.stop].reshape(-1),
+            order[whole + of_last.start : whole + of_last.stop],
+        )
+        chosen = torch.cat(parts) if isinstance(order, Tensor) else np.concatenate(parts)
+        yield from self._made(chosen, len(own), keys, size)
+        if len(order) > whole and not of_last:
+            yield None
 
     def sequential(self, batch_size: int) -> Iterator[Batch]:
         self._check_batch_size(batch_size, drop_last=False)
@@ -191,7 +216,8 @@ class Taken(Dataset):
         return self._whole.batch_count(batch_size, drop_last)
 
     def batches(self, batch_size: int, **how: Any) -> Iterator[Batch]:
-        return map(self._split, self._whole.batches(batch_size, **how))
+        batches = self._whole.batches(batch_size, **how)
+        return (None if batch is None else self._split(batch) for batch in batches)
 
     def sequential(self, batch_size: int) -> Iterator[Batch]:
         return map(self._split, self._whole.sequential(batch_size))

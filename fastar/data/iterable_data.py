@@ -58,6 +58,7 @@ class IterableData(Dataset):
 
     def batches(self, batch_size: int, *, seed: int, epoch: int, begin: int = 0, **_: Any) -> Iterator[Any]:
         assert not begin, "a pass over an iterable begins at its beginning"
+        assert _.get("share") is None, "its batches are not cut"
         return self._pass(derive_seed(seed, "pass", epoch))
 
     def sequential(self, batch_size: int) -> Iterator[Any]:

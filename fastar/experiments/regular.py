@@ -25,6 +25,7 @@ from fastar.experiments.user_task import loss_recipe, metrics_digest
 from fastar.experiments.work_list import Model, train_missing
 from fastar.runs import commit, read_metadata, versions
 from fastar.runs.model_files import Checkpoint, load_checkpoint, load_into, save_checkpoint
+from fastar.runtime import ranks
 from fastar.runtime.json_files import content_digest
 from fastar.runtime.progress import Progress
 from fastar.runtime.seeds import derive_seed
@@ -91,14 +92,14 @@ def regular_models(session: Session, kind: str, count: int) -> Iterator[Checkpoi
     Raises:
         FastarError: one that is there was made otherwise, or cannot be read.
     """
-    check_regular(session, kind, range(count))  # all checks before any training
+    ranks.by_first(partial(check_regular, session, kind, range(count)))  # all checks before any training
     train_regulars(session, [(kind, index) for index in range(count)])
     return map(partial(load_checkpoint, own=True), [session.run.model(kind, index) for index in range(count)])
 
 
 def train_regulars(session: Session, models: Sequence[Model]) -> None:
     """Train the sources and heldouts among `models` that are missing, or wait for the processes that do."""
-    missing = [model for model in models if not session.run.finished(*model)]
+    missing = ranks.by_first(lambda: [model for model in models if not session.run.finished(*model)])
     kinds = " and ".join(dict.fromkeys(kind for kind, _ in models))
     with session.progress.task(f"{kinds} models", total=len(missing), unit="models") as advance:
         train_missing(session, missing, lambda model: train_regular(session, *model), advance)
@@ -106,10 +107,12 @@ def train_regulars(session: Session, models: Sequence[Model]) -> None:
 
 def train_small(session: Session, models: Sequence[Model]) -> None:
     """Train the sources and heldouts that are missing, that no other process trains, and that can be trained together;
-    `train_regulars` trains others."""
+    `train_regulars` trains others, and on several ranks all."""
     run = session.run
     for kind, indices in itertools.groupby(models, key=lambda model: model[0]):
-        check_regular(session, kind, [index for _, index in indices])
+        ranks.by_first(partial(check_regular, session, kind, [index for _, index in indices]))
+    if ranks.world() > 1:
+        return
     missing = [model for model in models if not run.finished(*model)]
     if not missing or not may_train_together(session, session.network.build(seed=0)):
         return
@@ -137,7 +140,7 @@ def train_regular(session: Session, kind: str, index: int) -> None:
     with trained(session, subject, make, seed=seed) as done:
         state = done.step.state()
         done.step.release()  # the optimizer, a graph: the memory is measuring's now
-        finish_regular(session, subject, state, done.history, done.retries)
+        ranks.by_first(partial(finish_regular, session, subject, state, done.history, done.retries))
 
 
 def finish_regular(
@@ -185,6 +188,7 @@ def save_model(
                 for split, m in measured.items()
             },
             "device": device_name(session.device),
+            **({"ranks": ranks.started()} if ranks.started() > 1 else {}),
             "version": __version__,
             "commit": commit(),
             "versions": versions(),

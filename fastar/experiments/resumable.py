@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -16,6 +17,7 @@ from fastar.experiments.session import Session
 from fastar.runs import delete, remove_checkpoints, remove_if_empty
 from fastar.runs.live_metrics import finite
 from fastar.runs.model_files import save_checkpoint
+from fastar.runtime import ranks
 from fastar.runtime.seeds import derive_seed
 from fastar.runtime.user_code import users_code
 from fastar.training import Epoch, Good, NonFiniteLoss, Step, StepsProfile, fit, resolve_precision
@@ -142,7 +144,7 @@ def trained(
     with users, training(settings, name):
         done = _with_retries(session, subject, checkpoints, attempt)
     yield done
-    remove_what_is_left(session, subject)
+    ranks.by_first(partial(remove_what_is_left, session, subject))
 
 
 def remove_what_is_left(session: Session, subject: Subject) -> None:
@@ -163,15 +165,23 @@ def _with_retries(
     """The attempt that succeeds: from the newest checkpoint, then from those that `checkpoints` goes back to."""
     log, progress, name = session.run.log, session.progress, subject.name
     saved = checkpoints.newest()
-    if saved is not None and not same_recipe(session, subject, saved):
-        remove_checkpoints(checkpoints.folder)
+
+    def of_another() -> bool:
+        """Tell whether what is saved is of no use, and is deleted."""
+        useless = saved is not None and not same_recipe(session, subject, saved)
+        if useless:
+            remove_checkpoints(checkpoints.folder)
+        return useless
+
+    if ranks.by_first(of_another):
         saved = None
     if saved is not None:
         progress.line(f"training {name}: going on from {saved.place}")
     checkpoints.recall(saved)
     furthest: Good | None = None
     while True:
-        log.repair({name: [subject.entry(epoch) for epoch in saved.history] if saved is not None else []})
+        known = {name: [subject.entry(epoch) for epoch in saved.history] if saved is not None else []}
+        ranks.by_first(partial(log.repair, known))
         try:
             return attempt(saved)
         except NonFiniteLoss as error:
@@ -179,17 +189,21 @@ def _with_retries(
             furthest = max(good, key=lambda one: (one.epochs, one.steps), default=None)
             stop = error.of_data or session.settings.train.on_nonfinite == "stop"
             if stop or checkpoints.attempt >= RETRIES:
-                raise _what_is_left(session, subject, str(error), furthest, checkpoints.attempt) from error
+                left = partial(_what_is_left, session, subject, str(error), furthest, checkpoints.attempt)
+                raise ranks.by_first(left) from error
             saved = checkpoints.go_back()
             where = saved.place if saved is not None else "the beginning"
             progress.line(f"{error}; going back to {where} with other draws")
-            log.append(kind="retry", model=name, attempt=checkpoints.attempt, reason=str(error), back_to=where)
+            if ranks.is_first():
+                log.append(kind="retry", model=name, attempt=checkpoints.attempt, reason=str(error), back_to=where)
             if session.metrics is not None:
                 session.metrics.forget(subject.kind, subject.index, saved.epoch if saved is not None else 0)
 
 
 def record(session: Session, epochs: Sequence[tuple[Subject, Epoch]]) -> None:
-    """Write epochs into the log, and show them."""
+    """Write epochs into the log, and show them; the first rank does."""
+    if not ranks.is_first():
+        return
     session.run.log.extend([subject.entry(vars(epoch)) for subject, epoch in epochs])
     if session.metrics is not None:
         session.metrics.add([(one.kind, one.index, epoch.epoch + 1, live_figures(epoch)) for one, epoch in epochs])

@@ -16,6 +16,7 @@ from fastar.flat.forward import on_device
 from fastar.losses import Loss
 from fastar.runs import RunFolder
 from fastar.runs.live_metrics import LiveMetrics
+from fastar.runtime import ranks
 from fastar.runtime.device import resolve_device
 from fastar.runtime.memory import within_memory
 from fastar.runtime.progress import SILENT, Progress
@@ -60,6 +61,9 @@ class Session:
 
         if "auto" not in (train.graph, train.compile):
             return train
+        if ranks.world() > 1:  # steps are not captured, and a trial of one rank's would not be the others'
+            decided = {key: False for key in ("graph", "compile") if getattr(train, key) == "auto"}
+            return train.model_copy(update=decided)
         steps = train.epochs * data.train.batch_count(train.batch_size, train.drop_last)
         return with_fastest_steps(train, self.device, trial, steps, self.progress.line)
 
@@ -109,10 +113,16 @@ def new_session(
 
 @contextmanager
 def opened(session: Session) -> Iterator[Session]:
-    """The session with its run folder held, and with live metrics, until the block ends."""
+    """The session with its run folder held, and with live metrics, until the block ends. On several ranks the first one
+    holds it, and has the metrics; the others go on when it does."""
     settings, run = session.settings, session.run
+    if not ranks.is_first():
+        ranks.by_first(lambda: None)
+        yield session
+        return
     with run.open(settings, session.progress):
         metrics = LiveMetrics(run.path, settings.logging, settings.model_dump(mode="json"))
+        ranks.by_first(lambda: None)
         try:
             yield replace(session, metrics=metrics)
         finally:

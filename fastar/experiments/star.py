@@ -30,10 +30,11 @@ from fastar.runs.model_files import (
     state_digest,
     tensors_digest,
 )
+from fastar.runtime import ranks
 from fastar.runtime.full_precision import full_precision
 from fastar.runtime.seeds import derive_seed
 from fastar.symmetry import Permutations
-from fastar.training import Matcher, Profile, SourcesStore, StarStep, StepsProfile
+from fastar.training import Epoch, Matcher, Profile, SourceShares, SourcesStore, StarStep, StepsProfile
 
 Filled = tuple[SourcesStore, ActivationCache | None]
 """Sources in their rows, and their activations where they are matched by them."""
@@ -97,22 +98,27 @@ def _store(session: Session, states: Iterable[Mapping[str, Tensor]]) -> Filled:
     given = examples(session) if by_activations and session.network.symmetry.groups else None
     # Kept for all epochs, so not on the device.
     inputs = [on_device(batch, torch.device("cpu")) for batch in given.inputs] if given else []
+    shares, every = SourceShares.here(settings.sources.number, settings.star), iter(states)
+    names = [path.name for path in model_paths(settings, session.run, "source")]
     store = SourcesStore(
         session.network.layout,
-        states,
-        [path.name for path in model_paths(settings, session.run, "source")],
+        (state for n, state in enumerate(every) if n in shares.held),
+        [names[n] for n in shares.held],
         session.device,
         store=settings.sources.store,
         folder=session.run.path,
         beside=cache_bytes(given.model, session.network.symmetry, inputs) if given else 0,
     )
+    for _ in every:  # checked, though other ranks hold them
+        pass
     if given is None:
         return store, None
     look = UnitActivations(given.model, session.network.symmetry, inputs, session.device)
     views = store.views()
-    rows = ({name: value[n] for name, value in views.items()} for n in range(len(store)))
-    names = [f"source {name}" for name in store.names]
-    return store, ActivationCache(look, rows, names, allocate=store.make_beside, progress=session.progress)
+    rows = ({name: value[n] for name, value in views.items()} for n in shares.matched_rows)
+    called = [f"source {store.names[n]}" for n in shares.matched_rows]
+    allocate = partial(store.make_beside, count=len(called))
+    return store, ActivationCache(look, rows, called, allocate=allocate, progress=session.progress)
 
 
 def _train(
@@ -122,8 +128,8 @@ def _train(
     stores: list[Filled],
     profile: StepsProfile | None,
 ) -> None:
-    """Train the star, measure it, and save it with its permutations. One long sequence: each part frees memory that the
-    next one needs.
+    """Train the star, measure it, and save it with its permutations. Long: each part frees memory that the next one
+    needs.
 
     Args:
         stores: the sources in their rows, for the first attempt; for a later one the files are read again.
@@ -139,7 +145,7 @@ def _train(
 
     def make(attempt: int) -> StarStep:
         store, kept = stores.pop() if stores else _store(session, (source.state for source in sources))
-        matcher = None
+        shares, matcher = SourceShares.here(settings.sources.number, settings.star), None
         if matched:
             matcher = Matcher(
                 session.network.symmetry,
@@ -150,6 +156,7 @@ def _train(
                 examples=partial(examples, session),
                 kept=kept,
                 progress=session.progress,
+                shares=shares,
             )
         return StarStep(
             session.network.build(seed=seed),
@@ -160,6 +167,7 @@ def _train(
             match=matcher,
             match_every=settings.star_matched_every,
             loss=session.loss,
+            shares=shares,
         )
 
     subject = Subject(wanted)
@@ -182,22 +190,37 @@ def _train(
                 write_atomically(run.profile("operations.txt"), (found.operations + "\n").encode())
         trained_state, permutations = done.step.state(), done.step.permutations()
         done.step.release()  # Z, the optimizer and all: the memory is measuring's now
-        # The running statistics so far are of interpolated networks: the star gets its own.
-        model = session.network.build(seed=seed)
-        load_into(model, Checkpoint(trained_state))
-        with measuring("the star"):
-            with full_precision():
-                statistics = re_estimate(model, statistics_batches(session))
-            set_statistics(model, statistics)
-            measured = measured_alone(session, model, "the star")
-        delete(run.star)  # one whose permutations are missing: it is not to be found with these
-        # Written first: a star without its permutations would be measured against other ones than it was trained with.
-        save_checkpoint(
-            run.permutations,
-            {**permutations, "matched": torch.tensor(int(matched), dtype=torch.int64, device="cpu")},
-            {"kind": "matching", "star": tensors_digest(model.state_dict()), "sources": wanted["sources"]},
-        )
-        save_model(session, subject, model.state_dict(), measured, done.history, done.retries)
+        ranks.by_first(lambda: _finish(session, subject, trained_state, permutations, done.history, done.retries))
+
+
+def _finish(
+    session: Session,
+    subject: Subject,
+    trained_state: Mapping[str, Tensor],
+    permutations: Permutations,
+    history: Sequence[Epoch],
+    retries: int,
+) -> None:
+    """Measure a trained star, and save it with the permutations of its sources."""
+    settings, run, wanted = session.settings, session.run, subject.recipe
+    seed = derive_seed(settings.seed, "star", settings.star.seed)
+    # The running statistics so far are of interpolated networks: the star gets its own.
+    model = session.network.build(seed=seed)
+    load_into(model, Checkpoint(trained_state))
+    with measuring("the star"):
+        with full_precision():
+            statistics = re_estimate(model, statistics_batches(session))
+        set_statistics(model, statistics)
+        measured = measured_alone(session, model, "the star")
+    delete(run.star)  # one whose permutations are missing: it is not to be found with these
+    # Written first: a star without its permutations would be measured against other ones than it was trained with.
+    matched = torch.tensor(int(settings.star_matched_every > 0), dtype=torch.int64, device="cpu")
+    save_checkpoint(
+        run.permutations,
+        {**permutations, "matched": matched},
+        {"kind": "matching", "star": tensors_digest(model.state_dict()), "sources": wanted["sources"]},
+    )
+    save_model(session, subject, model.state_dict(), measured, history, retries)
 
 
 def steps_profile(session: Session, steps: int) -> StepsProfile:

@@ -12,17 +12,18 @@ from fastar.config import Settings
 from fastar.errors import FastarError
 from fastar.experiments.epoch_times import speed
 from fastar.experiments.measure import measure
-from fastar.experiments.plan import check_network, prepare_data, use_device
+from fastar.experiments.plan import check_network, check_ranks, prepare_data, use_device
 from fastar.experiments.regular import device_name, models_of, task_digest, train_regulars, train_small
 from fastar.experiments.reuse import finished_results, measured_digest
 from fastar.experiments.session import Session, measuring, new_session, opened, threads
 from fastar.experiments.shared_measuring import SharedMeasuring
 from fastar.experiments.star import star_model, steps_profile
 from fastar.experiments.user_task import Given
-from fastar.experiments.work_list import Model, alone_at
+from fastar.experiments.work_list import Model, alone_at, claimed
 from fastar.runs import RunFolder, delete, stored_digest
 from fastar.runs.live_metrics import import_wandb
 from fastar.runs.model_files import Checkpoint, load_checkpoint
+from fastar.runtime import ranks
 from fastar.runtime.memory import peak_bytes
 from fastar.runtime.progress import SILENT, Progress, size_text
 from fastar.symmetry import Permutations
@@ -76,9 +77,10 @@ def train_sources(
             f"--only {only.start}-{only.stop - 1}: the run's sources and heldouts have the numbers 0 to {whole - 1}; "
             "give some of them"
         )
-    run.check(settings)
+    ranks.by_first(partial(run.check, settings))
     session = prepare_session(settings, out, progress, given)
-    prepare_data(session)
+    ranks.by_first(partial(prepare_data, session))
+    check_ranks(session, star=False)
     models: list[Model] = [(kind, index) for kind, number in numbers.items() for index in range(number)]
     models = models if only is None else models[only.start : only.stop]
     if session.runs_user_code and not all(run.finished(*model) for model in models):
@@ -91,7 +93,7 @@ def train_sources(
         train_regulars(session, models)
         for model in models:  # read, and so checked
             load_checkpoint(run.model(*model), own=True)
-    found = speed(run.log.read())["regular"]
+    found = speed(run.log.read())["regular"] if ranks.is_first() else None
     if found is not None:
         progress.line(f"training: {found['images_per_second']:,.0f} samples/s, {found['limited']}")
     progress.line(f"peak memory: {size_text(peak_bytes(session.device))} ({device_name(session.device)})")
@@ -119,10 +121,11 @@ def do_run(
         FastarError: bad input; what was finished stays and the same command goes on from there.
     """
     session = prepare_session(settings, out, progress, given)
-    prepare_data(session)
-    _ = session.network.symmetry  # units that cannot be matched are named before anything is trained
+    ranks.by_first(partial(prepare_data, session))
+    check_ranks(session, star=True)
+    session.network.share_symmetry()  # units that cannot be matched are named before anything is trained
     with opened(session) as session, threads(session):
-        looking = None if profile is None else steps_profile(session, profile)
+        looking = None if profile is None or not ranks.is_first() else steps_profile(session, profile)
         own = {kind: settings.sources.of_kind(kind) for kind in ("source", "heldout")}
         numbers = {kind: number for kind, (number, folder) in own.items() if folder is None}
         train_small(session, [(kind, index) for kind, number in numbers.items() for index in range(number)])
@@ -130,13 +133,13 @@ def do_run(
         with star_claimed(session):
             star, sources, permutations = star_model(session, found, profile=looking)
         heldouts = [one.released() for one in models_of(session, "heldout")]
-        return measured_run(session, star, sources, heldouts, permutations)
+        return ranks.by_first(partial(measured_run, session, star, sources, heldouts, permutations))
 
 
 @contextmanager
 def star_claimed(session: Session) -> Iterator[None]:
     """Hold the star until the block ends; while another process trains it, train heldouts, or wait."""
-    with session.run.claim("star") as ours:
+    with claimed(session, "star") as ours:
         if ours:
             yield
             return

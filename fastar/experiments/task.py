@@ -25,6 +25,7 @@ from fastar.flat.forward import Batch, in_float32
 from fastar.losses import repeated, sample_count
 from fastar.models import build_model
 from fastar.runs.model_files import Checkpoint
+from fastar.runtime import ranks
 from fastar.runtime.progress import Progress
 from fastar.symmetry import Symmetry, symmetry_by_settings
 
@@ -348,6 +349,10 @@ class Network:
         example = pair if isinstance(pair, tuple | Mapping) else (pair,)
         name = self._proof_key()
         return symmetry_by_settings(matching, model, example, allow_partial=matching.allow_partial, name=name)
+
+    def share_symmetry(self) -> None:
+        """Derive the symmetry, on several ranks by the first, which the others take it from."""
+        vars(self)["symmetry"] = ranks.by_first(lambda: self.symmetry)
 
     def _proof_key(self) -> object:
         """The key that proofs of its symmetry are kept by; None: they are not kept."""

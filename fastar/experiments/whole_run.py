@@ -9,6 +9,7 @@ from fastar.config import Settings
 from fastar.errors import FastarError
 from fastar.experiments.reuse import finished_results
 from fastar.runs import RunFolder
+from fastar.runtime import ranks
 from fastar.runtime.progress import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -58,8 +59,12 @@ def train_star(
         FastarError: the folder belongs to another run, or bad input.
     """
     run = RunFolder(out)
-    check_whole(settings, run)
-    results = known_results(settings, run, progress, given) if profile is None else None
+
+    def finished() -> dict[str, Any] | None:
+        check_whole(settings, run)
+        return known_results(settings, run, progress, given) if profile is None else None
+
+    results = ranks.by_first(finished)
     if results is None:
         from fastar.experiments.star_domain import do_run  # only now torch and all that is slow to import
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 from fastar.errors import FastarError
 from fastar.experiments.session import Session
 from fastar.runs import read_holder
+from fastar.runtime import ranks
 
 # Seconds between two looks at what other processes do.
 LOOK_SECONDS = 1.0
@@ -32,23 +33,27 @@ def train_missing(
     Raises:
         FastarError: a training failed; the first error.
     """
-    run, failed = session.run, list[FastarError]()
-    missing, wait = [model for model in models if not run.finished(*model)], Wait(session)
+    run, failed, wait = session.run, list[FastarError](), Wait(session)
+
+    def finished(model: Model) -> bool:
+        return ranks.by_first(lambda: run.finished(*model))
+
+    missing = [model for model in models if not finished(model)]
     while missing:
         trained = False
         for model in list(missing):
-            if not run.finished(*model):
-                with run.claim(*model) as ours:
-                    if ours and not run.finished(*model):
+            if not finished(model):
+                with claimed(session, *model) as ours:
+                    if ours and not finished(model):
                         trained = True
                         try:
                             train(model)
                         except FastarError as error:
-                            if not run.processes.others():
+                            if ranks.world() > 1 or not run.processes.others():
                                 raise
                             failed.append(error)
                             missing.remove(model)
-            if model in missing and run.finished(*model):
+            if model in missing and finished(model):
                 missing.remove(model)
                 done(1)
         if missing and not trained:
@@ -58,11 +63,19 @@ def train_missing(
 
 
 @contextmanager
+def claimed(session: Session, kind: str, index: int = 0) -> Iterator[bool]:
+    """Take a part of the work (`RunFolder.claim`): several ranks are one process at it, and the first takes it for
+    all."""
+    with ExitStack() as held:
+        yield ranks.by_first(lambda: held.enter_context(session.run.claim(kind, index)))
+
+
+@contextmanager
 def alone_at(session: Session, kind: str) -> Iterator[None]:
     """Wait until no other process works on a part of the run (the star, its results), and hold it."""
     wait = Wait(session)
     while True:
-        with session.run.claim(kind) as ours:
+        with claimed(session, kind) as ours:
             if ours:
                 yield
                 return
@@ -77,6 +90,9 @@ class Wait:
         self._said = ""
 
     def __call__(self, models: list[Model]) -> None:
+        ranks.by_first(lambda: self._wait(models))
+
+    def _wait(self, models: list[Model]) -> None:
         run = self._session.run
         holders = {str(one) for model in models if (one := read_holder(run.in_training(*model))) is not None}
         kind, index = models[0]

@@ -7,6 +7,9 @@ from fastar.errors import FastarError
 from fastar.flat.layout import FlatLayout
 from fastar.kernels import backend, interpolate
 
+# Numbers behind the last part of a gradient, which a sum over ranks takes along (`with_spare`).
+SPARE = 2
+
 
 class _BoundModule:
     """A module whose parameters become views of two section buffers, with their values, and gradient buffers of the
@@ -72,7 +75,7 @@ class FlatParameters(_BoundModule):
     def __init__(self, module: nn.Module) -> None:
         layout = FlatLayout.from_module(module)
         (self.buffer,), sections = _zeros(layout, torch.float32, _device_of(module))
-        (self.gradient,), gradients = _zeros(layout, torch.float32, self.buffer.device)
+        (self.gradient,), gradients = _zeros(layout, torch.float32, self.buffer.device, spare=SPARE)
         super().__init__(module, layout, sections, gradients)
 
     def collect_gradient(self) -> torch.Tensor:
@@ -96,7 +99,7 @@ class WorkingWeights(_BoundModule):
         device = _device_of(module)
         self._one_buffer = dtype == torch.float32
         self.values, sections = _zeros(layout, dtype, device)
-        self._gradients, gradients = _zeros(layout, dtype, device)
+        self._gradients, gradients = _zeros(layout, dtype, device, spare=SPARE)
         super().__init__(module, layout, sections, gradients)
 
     def sections(self, buffer: torch.Tensor) -> tuple[torch.Tensor, ...]:
@@ -125,6 +128,11 @@ class WorkingWeights(_BoundModule):
         return self._gradients
 
 
+def with_spare(part: torch.Tensor) -> torch.Tensor:
+    """The last part [n] of a gradient with what lies behind it, [n + SPARE]; the same memory."""
+    return part.as_strided((len(part) + SPARE,), (1,))
+
+
 def check_kernels(device: torch.device) -> None:
     """Choose the path that fused operations on `device` take, before work begins; on a GPU by a trial launch.
 
@@ -138,15 +146,16 @@ def check_kernels(device: torch.device) -> None:
 
 
 def _zeros(
-    layout: FlatLayout, dtype: torch.dtype, device: torch.device
+    layout: FlatLayout, dtype: torch.dtype, device: torch.device, spare: int = 0
 ) -> tuple[tuple[torch.Tensor, ...], tuple[torch.Tensor, torch.Tensor]]:
     """Buffers of zeros, and the sections of matrices in `dtype` and of vectors in fp32: one for both in fp32, else one
-    for each that holds something."""
+    for each that holds something. `spare` zeros lie behind the last."""
     if dtype == torch.float32:
-        whole = torch.zeros(layout.numel, device=device, dtype=torch.float32)
+        whole = torch.zeros(layout.numel + spare, device=device, dtype=torch.float32)[: layout.numel]
         return (whole,), (whole[: layout.matrices], whole[layout.matrices :])
+    vectors = torch.zeros(layout.numel - layout.matrices + spare, device=device, dtype=torch.float32)
+    vectors = vectors[: layout.numel - layout.matrices]
     matrices = torch.zeros(layout.matrices, device=device, dtype=dtype)
-    vectors = torch.zeros(layout.numel - layout.matrices, device=device, dtype=torch.float32)
     return tuple(part for part in (matrices, vectors) if part.numel()), (matrices, vectors)
 
 

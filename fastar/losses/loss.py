@@ -55,6 +55,20 @@ class Loss:
         total, counted = self.sums(outputs, targets)
         return total / terms.number(counted)
 
+    def total(self, outputs: Any, targets: Any, smoothing: float = 0.0) -> tuple[Tensor, Tensor | int]:
+        """The sum over a batch's terms, 0-d, for gradients, and their number; there may be none.
+
+        Added up over the parts of a batch, both make the `mean` of the whole.
+
+        Args:
+            outputs, smoothing: as of `mean`.
+        """
+        if smoothing and self.function is None and self.name == "cross_entropy":  # no other loss takes it
+            sums = terms.cross_entropy(outputs, target_of(targets) if self.whole else targets, smoothing)
+        else:
+            sums = self.sums(outputs, targets)
+        return sums[0], terms.number(sums[1])
+
     def classes(self, outputs: Any, targets: Any) -> int | None:
         """The number of classes that targets say one of; None: they do not."""
         if self.function is not None or self.name not in ("cross_entropy", "lm"):

@@ -55,10 +55,10 @@ def class_logits(outputs: Any, targets: Tensor) -> Tensor:
     )
 
 
-def cross_entropy(outputs: Any, targets: Tensor) -> Sums:
+def cross_entropy(outputs: Any, targets: Tensor, smoothing: float = 0.0) -> Sums:
     """Of each sample, pixel or token that is not ignored."""
     logits, wanted = class_logits(outputs, targets), classes(targets)
-    return F.cross_entropy(logits, wanted, reduction="sum"), _counted(wanted)
+    return F.cross_entropy(logits, wanted, reduction="sum", label_smoothing=smoothing), _counted(wanted)
 
 
 def classes(targets: Tensor) -> Tensor:

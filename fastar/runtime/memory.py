@@ -16,6 +16,7 @@ import psutil
 import torch
 
 from fastar.errors import FastarError
+from fastar.runtime import ranks
 
 CGROUP = Path("/sys/fs/cgroup")
 # Of models that are held at once on a host.
@@ -28,7 +29,7 @@ def free_bytes(device: torch.device, *, cgroup: Path = CGROUP) -> int:
     """Bytes that can be had on `device` now: free memory of a GPU; of the host, what can be had without swapping.
 
     A container's limit counts. What torch holds in its cache on a GPU but does not use counts as free, the memory of
-    CUDA graphs does not.
+    CUDA graphs does not. Ranks share a host's.
     """
     if device.type == "cuda":
         # What graphs hold in pools of their own is no cache: nothing else can have it.
@@ -42,7 +43,8 @@ def free_bytes(device: torch.device, *, cgroup: Path = CGROUP) -> int:
         cap = _caps.get(_index(device))
         return free if cap is None else max(0, min(free, cap - held))
     free, container = int(psutil.virtual_memory().available), _left_in_container(cgroup)
-    return free if container is None else min(free, container)
+    free = free if container is None else min(free, container)
+    return free if ranks.world() == 1 else free // ranks.on_this_host()
 
 
 _caps: dict[int, int] = {}

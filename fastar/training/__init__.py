@@ -5,6 +5,7 @@ from fastar.training.epochs import Epoch, Good, NonFiniteLoss, check_batch, limi
 from fastar.training.loop import fit
 from fastar.training.profiling import Profile, StepsProfile
 from fastar.training.schedule import learning_rate, resolution
+from fastar.training.source_shares import SourceShares
 from fastar.training.sources import PART_ROWS, SourcesStore
 from fastar.training.star import Matcher, StarStep, draw, match_store
 from fastar.training.steps import RegularStep, Step, suitable_threads

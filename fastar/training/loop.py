@@ -6,19 +6,20 @@ import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from contextlib import closing, nullcontext
 from dataclasses import asdict, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from fastar.config import TrainSettings
-from fastar.data.dataset import Batch, Dataset, first_not_finite
+from fastar.data.dataset import Batch, Dataset, Share, first_not_finite
 from fastar.errors import FastarError
 from fastar.losses import sample_count
+from fastar.runtime import ranks
 from fastar.runtime.device import synchronize
 from fastar.runtime.memory import freed_memory_kept, peak_bytes
 from fastar.runtime.progress import SILENT, Progress
-from fastar.runtime.signals import deferred, requested
+from fastar.runtime.signals import Stopped, deferred, requested
 from fastar.runtime.timing import SpanClock, span
 from fastar.training.amp import resolve_precision
 from fastar.training.epochs import Epoch, Good, NonFiniteLoss, SoFar, check_batch
@@ -31,16 +32,18 @@ from fastar.training.steps import Step, StepDraws
 WORTH_A_LINE = 30.0
 
 
-def timed_batches(batches: Iterable[tuple[Tensor, Tensor]], clock: SpanClock) -> Iterator[tuple[Tensor, Tensor]]:
-    """The same batches; the wait for each is counted. Whatever reads them ahead is ended with this."""
-    iterator = iter(batches)
+def timed_batches(batches: Iterable[Batch | None], clock: SpanClock) -> Iterator[tuple[Any, Any]]:
+    """The same batches (None: one without samples of this rank, whose inputs are None); the wait for each is counted.
+    Whatever reads them ahead is ended with this."""
+    iterator: Iterator[Any] = iter(batches)
+    end = object()
     try:
         while True:
             with clock, span("load"):
-                batch = next(iterator, None)
-            if batch is None:
+                batch: Any = next(iterator, end)
+            if batch is end:
                 return
-            yield batch
+            yield (None, None) if batch is None else batch
             del batch
     finally:
         if isinstance(iterator, Generator):
@@ -72,8 +75,9 @@ def fit(
 ) -> list[Epoch]:
     """Train: `epochs` passes over `data` in batches, the learning rate set before each step.
 
-    The host waits for the device once an epoch, when the losses are read, and when a checkpoint is written. The loop is
-    long, as its order is its meaning: what an epoch begins with, its steps, and what is saved after which of them.
+    The host waits for the device once an epoch, when the losses are read, and when a checkpoint is written. On several
+    ranks each trains on its samples of every batch, and all save and stop after the same step. The loop is long, as its
+    order is its meaning: what an epoch begins with, its steps, and what is saved after which of them.
 
     Args:
         step: what to do with a batch.
@@ -103,6 +107,7 @@ def fit(
     steps = training.steps
     device = data.device
     lr_now = torch.zeros((), device=device, dtype=torch.float32)
+    agreement = ranks.Agreement()
     with (
         StepDraws(seed, device) as draws,
         progress.task(f"training {name}", total=training.epochs, unit="epochs") as advance,
@@ -125,18 +130,24 @@ def fit(
                 synchronize(device)
                 training.so_far = SoFar(begin_seconds=clock() - start, figures=found)
             rates = learning_rates(settings, epoch, steps, training.epochs, base).to(device)
-            batches = training.batches(begin)
+            share = (ranks.rank(), ranks.world())
+            batches = training.batches(begin, share if share[1] > 1 else None)
             training.clock_steps()
             for i, (inputs, targets) in enumerate(timed_batches(batches, training.clock), start=begin):
                 with training.clock:
                     lr_now.copy_(rates[i])
                     draws.begin(epoch, i)
+                    if ranks.world() > 1:
+                        step.begin_batch(training.images_of(i), draws.seed(epoch, i))
                     training.losses[i] = step(inputs, targets, lr_now)
                     draws.end()
-                training.so_far.images += sample_count(inputs)
+                training.so_far.images += sample_count(inputs) if ranks.world() == 1 else training.images_of(i)
                 if profile is not None:
                     profile.step_done()
-                if checkpoints is not None and i + 1 < steps and (requested() or checkpoints.due_within()):
+                if checkpoints is None or i + 1 == steps:
+                    continue
+                asked = agreement(wanted(checkpoints.due_within()))
+                if asked:
                     if data.exact:
                         synchronize(device)  # what is queued is the steps' time
                         saving = clock()
@@ -144,13 +155,14 @@ def fit(
                         training.saving += clock() - saving
                     else:  # a pass over these data cannot be begun here again
                         saved_last = ""
-                    stop_if_asked(saved_last)
+                    stop_if_asked(saved_last, asked)
             begin = 0
             del inputs, targets  # not for as long as the next epoch's matching takes
             done = training.end_epoch(float(rates[-1]))
             on_epoch(done)
-            if checkpoints is not None and (requested() or checkpoints.due_after(epoch + 1)):
-                stop_if_asked(training.save_after())
+            asked = 0 if checkpoints is None else agreement.now(wanted(checkpoints.due_after(epoch + 1)))
+            if asked:
+                stop_if_asked(training.save_after(), asked)
             advance(1, note=done.note())
             if done.seconds >= WORTH_A_LINE:
                 progress.line(f"{name}, epoch {epoch + 1} of {training.epochs}: {done.note()}")
@@ -221,9 +233,14 @@ class ModelTraining:
         self._keep(saved.step)
         return saved.step
 
-    def batches(self, begin: int) -> Iterator[Batch]:
-        """The batches of the epoch, from number `begin` on."""
+    def images_of(self, step: int) -> int:
+        """The images of a step, on all ranks."""
+        return self._last if step + 1 == self.steps else self._batch
+
+    def batches(self, begin: int, share: Share | None = None) -> Iterator[Batch]:
+        """The batches of the epoch, from number `begin` on; of each a rank's `share`."""
         settings, epoch = self._settings, len(self.history)
+        more: dict[str, Any] = {} if share is None else {"share": share}
         return self._data.batches(
             settings.batch_size,
             seed=self._seed,
@@ -232,6 +249,7 @@ class ModelTraining:
             drop_last=settings.drop_last,
             begin=begin,
             size=resolution(settings, epoch),
+            **more,
         )
 
     def clock_steps(self, clock: SpanClock | None = None) -> None:
@@ -312,7 +330,9 @@ class ModelTraining:
     def _finite(self) -> tuple[list[str], Tensor]:
         """The names of all that steps move, and whether each is finite: bool, on the device."""
         moved = {name: value for name, value in self._step.save().items() if value.is_floating_point()}
-        return list(moved), torch.stack([torch.isfinite(value).all() for value in moved.values()])
+        bad = torch.stack([~torch.isfinite(value).all() for value in moved.values()]).int()
+        ranks.sum_(bad)  # batch-norm statistics are each rank's own
+        return list(moved), bad == 0
 
     def _check(self, steps: int) -> Tensor:
         """The first `steps` losses, on the host: waits for the device. NonFiniteLoss where one is not finite."""
@@ -343,9 +363,25 @@ class ModelTraining:
         return f"tensor {place} of sample {number} of the training data holds {value}: replace it, or leave that out"
 
 
-def stop_if_asked(saved: str) -> None:
-    """Raise a request to stop, if there is one; `saved` says what was saved."""
+# What a rank asks of all: nothing (0), to save (1), or to stop by signal number n (1 + n).
+SAVE = 1
+
+
+def wanted(due: bool) -> int:
+    """What this rank asks for: to stop, where it was told to; else to save, if that is due."""
     request = requested()
+    return int(due) if request is None else SAVE + request.number
+
+
+def stop_if_asked(saved: str, asked: int | None = None) -> None:
+    """Raise a request to stop, if there is one; `saved` says what was saved.
+
+    Args:
+        asked: what the ranks have agreed on: this one's own request waits until the others have heard of it.
+    """
+    request = requested()
+    if asked is not None:
+        request = None if asked <= SAVE else request or Stopped(asked - SAVE)
     if request is not None:
         request.saved = saved
         raise request

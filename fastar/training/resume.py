@@ -7,6 +7,7 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +18,7 @@ from fastar.config import CheckpointSettings
 from fastar.errors import FastarError, refusal
 from fastar.runs import CHECKPOINT, RETRY, delete, read_metadata, write_atomically
 from fastar.runs.model_files import load_checkpoint, save_checkpoint
+from fastar.runtime import ranks
 from fastar.runtime.json_files import read_object, sealed, unsealed
 
 FORMAT = 1
@@ -72,7 +74,7 @@ class TrainingCheckpoints:
 
     The last two are kept, and that with the lowest loss over an epoch. `attempt` is of the training that is saved, and
     `back_to` the checkpoint that it last went back to (None: to the beginning, or never); `remember` keeps both, since
-    no checkpoint may follow.
+    no checkpoint may follow. On several ranks the first one reads and writes, and tells the others.
 
     Args:
         folder: made with the first checkpoint.
@@ -110,17 +112,24 @@ class TrainingCheckpoints:
         Raises:
             FastarError: one that may be whole, but is of another version of fastar or cannot be read now.
         """
+        found: list[Saved] = []
+
+        def look() -> Path | None:
+            found.extend(one for one in [self._newest()] if one is not None)
+            return found[0].path if found else None
+
+        path = ranks.by_first(look)
+        if path is not None and not found:
+            found.extend(one for one in [_read(path)] if one is not None)
+        return found[0] if found else None
+
+    def _newest(self) -> Saved | None:
         for path in reversed(self.paths()):
             _check_readable(path)
             try:
-                found = load_checkpoint(path, own=True)
-                metadata = found.metadata
-                if metadata.get("format") != FORMAT:
+                saved = _read(path)
+                if saved is None:
                     break
-                saved = Saved(path, **{k: v for k, v in metadata.items() if k in _SAVED}, tensors=dict(found.state))
-                losses = saved.tensors.get("losses")
-                if losses is None or len(losses) != saved.step or len(saved.history) != saved.epoch:
-                    raise FastarError(f"{path}: its epochs and steps are not those that its losses are of (damaged)")
                 return saved
             except (FastarError, TypeError) as error:
                 self._say(f"{error}; going on from the one before")
@@ -142,7 +151,7 @@ class TrainingCheckpoints:
         self.remember()  # before all else: a training that is killed now must not go on with the same draws
         saved = self.newest()
         if saved is not None and saved.path.name == self.back_to:
-            delete(saved.path)
+            ranks.by_first(partial(delete, saved.path))
             saved = self.newest()
         self.back_to = saved.path.name if saved is not None else None
         self.remember()
@@ -155,23 +164,27 @@ class TrainingCheckpoints:
             FastarError: the file cannot be written.
         """
         content = {"recipe": self._recipe, "attempt": self.attempt, "back_to": self.back_to}
-        write_atomically(self.folder / RETRY, (json.dumps(sealed(content)) + "\n").encode())
+        text = (json.dumps(sealed(content)) + "\n").encode()
+        ranks.by_first(partial(write_atomically, self.folder / RETRY, text))
 
     def recall(self, saved: Saved | None) -> None:
         """Take `attempt` and `back_to` from what was written down for this recipe, or from `saved` if that is later."""
-        self.attempt, self.back_to = (0 if saved is None else saved.attempt), None
+        self.attempt, self.back_to = ranks.by_first(partial(self._recalled, 0 if saved is None else saved.attempt))
+
+    def _recalled(self, saved: int) -> tuple[int, str | None]:
+        """`attempt` and `back_to` as they were written down; attempt `saved` where that is later."""
         try:
             content, _ = unsealed(read_object(self.folder / RETRY))
             attempt, back_to, of = content["attempt"], content["back_to"], content["recipe"]
             if type(attempt) is not int or not isinstance(back_to, str | None):
                 raise TypeError("attempt is to be a number, back_to a name")
         except FileNotFoundError:
-            return
+            return saved, None
         except (OSError, ValueError, TypeError, KeyError) as error:
             self._say(f"{self.folder / RETRY}: damaged ({error}); going on without it")
-            return
-        if of == json.loads(json.dumps(self._recipe)) and attempt >= self.attempt:
-            self.attempt, self.back_to = attempt, back_to
+            return saved, None
+        same = of == json.loads(json.dumps(self._recipe))
+        return (attempt, back_to) if same and attempt >= saved else (saved, None)
 
     def due_within(self) -> bool:
         """True when it is time to save within an epoch."""
@@ -208,13 +221,29 @@ class TrainingCheckpoints:
         Raises:
             FastarError: the file cannot be written; those before it are kept.
         """
+        after = (epoch, steps, history, so_far, losses, loss)
+        written = ranks.by_first(lambda: self._save(parts, device, *after))
+        self._last = self._clock()
+        return written
+
+    def _save(
+        self,
+        parts: Mapping[str, Resumable],
+        device: torch.device,
+        epoch: int,
+        steps: int,
+        history: Sequence[Mapping[str, Any]],
+        so_far: Mapping[str, Any],
+        losses: Tensor,
+        loss: float,
+    ) -> bool:
+        """As `save`."""
         tensors = {"losses": losses, "random/cpu": torch.get_rng_state()}
         if device.type == "cuda":
             tensors["random/cuda"] = torch.cuda.get_rng_state(device)
         for part, of in parts.items():
             tensors |= {f"{part}/{name}": value for name, value in of.save().items()}
         tensors = {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
-        self._last = self._clock()
         if not all(bool(torch.isfinite(value).all()) for value in tensors.values() if value.is_floating_point()):
             return False
         path = self.folder / f"epoch-{epoch:05d}-step-{steps:08d}.safetensors"
@@ -234,7 +263,6 @@ class TrainingCheckpoints:
         for old in list(of_all)[:-KEPT]:
             if old != best or math.isinf(of_all[best]):
                 delete(old)
-        self._last = self._clock()
         return True
 
     def restore(self, saved: Saved, parts: Mapping[str, Resumable], device: torch.device) -> None:
@@ -255,6 +283,23 @@ def _loss_of(path: Path) -> float:
     except FastarError:
         return math.inf
     return math.inf if loss is None else float(loss)
+
+
+def _read(path: Path) -> Saved | None:
+    """A checkpoint; None: of another version of fastar.
+
+    Raises:
+        FastarError: damaged.
+    """
+    found = load_checkpoint(path, own=True)
+    metadata = found.metadata
+    if metadata.get("format") != FORMAT:
+        return None
+    saved = Saved(path, **{k: v for k, v in metadata.items() if k in _SAVED}, tensors=dict(found.state))
+    losses = saved.tensors.get("losses")
+    if losses is None or len(losses) != saved.step or len(saved.history) != saved.epoch:
+        raise FastarError(f"{path}: its epochs and steps are not those that its losses are of (damaged)")
+    return saved
 
 
 _SAVED = {"recipe", "attempt", "epoch", "step", "history", "so_far"}

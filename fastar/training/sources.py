@@ -92,20 +92,24 @@ class SourcesStore:
         """Parameter name to [N, *shape] view of the rows, where they live."""
         return self.layout.views(self.rows)
 
-    def parts(self) -> Iterator[dict[str, Tensor]]:
-        """All sources in order, as [n, *shape] views on the device; what is written into them before the next is kept.
+    def parts(self, which: range | None = None) -> Iterator[dict[str, Tensor]]:
+        """The sources `which` (None: all) in order, as [n, *shape] views on the device; what is written into one
+        before the next is kept.
 
-        One part of all rows where the rows are on the device (or device and host are one), else of at most `part_rows`.
+        One part of all where the rows are on the device (or device and host are one), else of at most `part_rows`.
         """
         self._settle()
-        if self._in_place:
-            yield self.views()
+        rows = self.rows if which is None else self.rows[which.start : which.stop]
+        if not len(rows):
             return
-        size = max(1, min(self._part_rows, len(self), int(self._free(self.device) // 8 // (4 * self.layout.numel))))
+        if self._in_place:
+            yield self.layout.views(rows)
+            return
+        size = max(1, min(self._part_rows, len(rows), int(self._free(self.device) // 8 // (4 * self.layout.numel))))
         # Once: two would be twice the memory.
         whole = torch.empty(size, self.layout.numel, device=self.device, dtype=torch.float32)
-        for begin in range(0, len(self), size):
-            here = self.rows[begin : begin + size]
+        for begin in range(0, len(rows), size):
+            here = rows[begin : begin + size]
             there = whole[: len(here)].copy_(here)
             yield self.layout.views(there)
             here.copy_(there)
@@ -115,9 +119,9 @@ class SourcesStore:
         self._settle()
         return mean_row(row.to(self.device) for row in self.rows)
 
-    def make_beside(self, width: int, dtype: torch.dtype) -> Tensor:
-        """Zeros [N, width] that live where the rows do; the caller's own."""
-        return self._make(len(self), width, dtype)
+    def make_beside(self, width: int, dtype: torch.dtype, count: int | None = None) -> Tensor:
+        """Zeros [count, width] (None: one row for each source) that live where the rows do; the caller's own."""
+        return self._make(len(self) if count is None else count, width, dtype)
 
     def feed(self, indices: Sequence[int]) -> RowFeed:
         """The rows for steps that need the sources `indices`, in this order; the feed before is over."""

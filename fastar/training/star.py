@@ -25,13 +25,16 @@ from fastar.errors import FastarError
 from fastar.flat.forward import Batch
 from fastar.losses import Loss
 from fastar.matching import ActivationCache, GiveExamples, SourceActivations, match
+from fastar.runtime import ranks
 from fastar.runtime.cuda_graph import Record
 from fastar.runtime.progress import SILENT, Progress
 from fastar.runtime.seeds import derive_seed
 from fastar.runtime.timing import span
 from fastar.symmetry import Permutations, Symmetry
 from fastar.training.resume import Resumable
+from fastar.training.source_shares import SourceShares, of_all, rows_of
 from fastar.training.sources import SourcesStore
+from fastar.training.split_batch import SplitBatch
 from fastar.training.steps import Step
 
 
@@ -41,6 +44,7 @@ def match_store(
     sources: SourcesStore,
     settings: MatchingSettings,
     *,
+    which: range | None = None,
     start: Permutations | None,
     seed: int,
     threads: int,
@@ -48,7 +52,10 @@ def match_store(
     activations: SourceActivations | None = None,
     progress: Progress = SILENT,
 ) -> tuple[Permutations, Tensor, Tensor]:
-    """Step 1: theta_n <- pi_n(theta_n) for all rows of the store, wherever they live.
+    """Step 1: theta_n <- pi_n(theta_n) for the rows `which` of the store (None: all), wherever they live.
+
+    Args:
+        activations: those of these rows.
 
     Returns:
         The permutations, and the objective [N] float64 that they reach: of all parameters, and without 1-D ones, which
@@ -57,7 +64,7 @@ def match_store(
     found, objectives, weights = [], [], []
     centre = sources.layout.views(theta)
     remaining = None if activations is None else activations.with_theta(centre)
-    for views in sources.parts():
+    for views in sources.parts(which):
         count = len(next(iter(views.values())))
         result = match(
             settings,
@@ -76,6 +83,9 @@ def match_store(
         found.append(result.permutations.to("cpu"))
         objectives.append(result.objective.cpu())
         weights.append(result.objective_weights.cpu())
+    if not found:  # a rank without sources
+        none = torch.empty(0, dtype=torch.float64, device="cpu")
+        return symmetry.identity(0), none, none
     permutations = Permutations({name: torch.cat([part[name] for part in found]) for name in found[0]})
     return permutations, torch.cat(objectives), torch.cat(weights)
 
@@ -83,7 +93,8 @@ def match_store(
 class Matcher:
     """Step 1 from epoch to epoch: starts where the last matching ended, and remembers the permutations since the files.
 
-    A part of the training that is saved with it (`Resumable`).
+    A part of the training that is saved with it (`Resumable`). Each rank matches its share of the sources, and is told
+    the permutations of all.
 
     Args:
         symmetry: the architecture's permutation groups.
@@ -92,7 +103,9 @@ class Matcher:
         seed: of all matchings; each epoch's has its own.
         threads: of a CPU.
         examples: makes what methods that look at data are shown.
-        kept: activations of the sources as they are in their files, where the method compares these.
+        kept: activations, as they are in their files, of the sources that are matched here, where the method compares
+            these.
+        shares: the sources that are held and matched here; None: all.
     """
 
     def __init__(
@@ -106,8 +119,11 @@ class Matcher:
         examples: GiveExamples | None = None,
         kept: ActivationCache | None = None,
         progress: Progress = SILENT,
+        shares: SourceShares | None = None,
     ):
-        self.permutations = symmetry.identity(len(sources))
+        every = range(len(sources))
+        self.shares = SourceShares(len(sources), every, every) if shares is None else shares
+        self.permutations = symmetry.identity(self.shares.number)
         self._symmetry, self._sources, self._settings = symmetry, sources, settings
         self._seed, self._threads, self._progress = seed, threads, progress
         self._examples, self._kept = examples, kept
@@ -119,19 +135,25 @@ class Matcher:
         Returns:
             The mean objective (of all parameters, and without 1-D ones), and the share of hidden units that moved.
         """
-        moves, objective, weights = match_store(
+        shares = self.shares
+        now = rows_of(self.permutations, shares.matched)
+        found = match_store(
             self._symmetry,
             theta,
             sources,
             self._settings,
+            which=shares.matched_rows,
             # The rows are kept as permuted last: what matched then is where to start now.
             start=self._symmetry.identity() if self._matched else None,
             seed=derive_seed(self._seed, "star", "matching", epoch),
             threads=self._threads,
             examples=self._examples,
-            activations=None if self._kept is None else self._kept.permuted(self.permutations),
+            activations=None if self._kept is None else self._kept.permuted(now),
             progress=self._progress,
         )
+        moves, objective, weights = of_all(*found)
+        for rows in shares.other_rows():
+            self._permute(moves, rows)
         self.permutations = self.permutations.then(moves)
         self._matched = True
         return {
@@ -151,10 +173,14 @@ class Matcher:
         """Permute the rows, which are as in the sources' files, as they were: gathers alone, the same bits."""
         self._matched = bool(state["matched"])
         self.permutations = Permutations({name: index.long() for name, index in state.items() if name != "matched"})
-        begin = 0
-        for views in self._sources.parts():
+        self._permute(self.permutations, range(len(self._sources)))
+
+    def _permute(self, permutations: Permutations, rows: range) -> None:
+        """Apply these, of all sources, to some rows of those that are held."""
+        begin = self.shares.held.start + rows.start
+        for views in self._sources.parts(rows):
             end = begin + len(next(iter(views.values())))
-            here = {name: index[begin:end].to(self._sources.device) for name, index in self.permutations.items()}
+            here = {name: index[begin:end].to(self._sources.device) for name, index in permutations.items()}
             self._symmetry.apply_rows(Permutations(here), views)
             begin = end
 
@@ -206,11 +232,12 @@ class StarStep(Step):
         model: gives the architecture and the initial theta.
         settings: the recipe, as of a regular model.
         star: where theta starts, and how t is drawn.
-        sources: Z, permuted in place by `match`.
+        sources: Z, permuted in place by `match`; with `star.draws=each` the share of it that this rank holds.
         seed: of the draws of (source, t).
         match: step 1, given theta, the store and the epoch's number; its metrics. None: sources are never matched.
         match_every: epochs from one matching to the next; 0: never.
         loss, record: as of a `Step`.
+        shares: the sources that this rank holds.
 
     Raises:
         FastarError: sources of another architecture, or settings that this device cannot follow.
@@ -230,8 +257,13 @@ class StarStep(Step):
         match_every: int = 1,
         loss: Loss | None = None,
         record: Record | None = None,
+        shares: SourceShares | None = None,
     ):
         super().__init__(model, settings, working_copy=True, loss=loss, record=record)
+        self._shares = SourceShares.here(len(sources), star) if shares is None else shares
+        self._each = self._split is not None and star.draws == "each"
+        if self._each:
+            self._split = SplitBatch(settings.batch_size, self._shares.weight)
         if sources.layout != self.layout:
             raise FastarError("the sources are of another architecture than the star model")
         self.star = star
@@ -256,14 +288,22 @@ class StarStep(Step):
 
     def _near_sources(self) -> None:
         """Theta becomes the first source, or the mean of the sources, matched to the first."""
-        self.theta.copy_(self.sources.rows[0])
+        if self._each and not ranks.is_first():
+            self.theta.zero_()
+        else:
+            self.theta.copy_(self.sources.rows[0])
+        if self._each:
+            ranks.sum_(self.theta)
         if self.star.start == "mean":
             if self._match is not None and self._match_every:
                 self._match(self.theta, self.sources, 0)
             self.theta.copy_(self.sources.mean())
+            if self._each:
+                ranks.sum_(self.theta.mul_(self._shares.weight))
 
     def resume_epoch(self, epoch: int, steps: int, begin: int) -> None:
-        indices, ts = draw(self.star, len(self.sources), steps, derive_seed(self._seed, "draws", epoch))
+        own = (ranks.rank(),) if self._each and not ranks.is_first() else ()
+        indices, ts = draw(self.star, len(self.sources), steps, derive_seed(self._seed, "draws", epoch, *own))
         self._draws = EpochDraws(indices, ts, self.sources, begin)
 
     def __call__(self, inputs: Batch, targets: Any, lr: Tensor) -> Tensor:
@@ -293,19 +333,19 @@ class StarStep(Step):
 
     def describe(self, step: int) -> str:
         here = step - self._draws.begin
-        return f" (source {self.sources.names[self._draws.indices[here]]}, t={self._draws.ts[here]:.4f})"
+        whose = ", of rank 0" if self._each else ""
+        return f" (source {self.sources.names[self._draws.indices[here]]}, t={self._draws.ts[here]:.4f}{whose})"
 
     def _body(self, inputs: Batch, targets: Any, lr: Tensor) -> Tensor:
         """Steps 4 and 5, at the point that the network holds; with `star.mu` at theta too, on the same batch."""
         mu = self.star.mu
+        if self._each and not mu:  # each rank has a t of its own
+            return self._update(lr, self._one, self._backward(inputs, targets, 1 - self._t))
         if not mu:
-            loss = self._backward(inputs, targets)
-            self._update(lr, 1 - self._t)
-            return loss
+            return self._update(lr, 1 - self._t, self._backward(inputs, targets))
         assert self._working is not None
         loss = self._backward(inputs, targets, 1 - self._t)
         with span("interpolate"):
             self._working.write(self.theta)
         own = self._backward(inputs, targets, mu)  # added to the gradient of the path
-        self._update(lr, self._one / (1 + mu))
-        return (loss + mu * own) / (1 + mu)
+        return self._update(lr, self._one / (1 + mu), (loss + mu * own) / (1 + mu))

@@ -16,12 +16,15 @@ from fastar.errors import FastarError
 from fastar.flat import FlatLayout, FlatParameters, WorkingWeights
 from fastar.flat.forward import Batch, call
 from fastar.losses import Loss, find_loss
+from fastar.runtime import ranks
 from fastar.runtime.cuda_graph import CallGraph, Record
 from fastar.runtime.seeds import derive_seed
 from fastar.runtime.timing import span
 from fastar.training.amp import LossScale, resolve_precision, shortening
 from fastar.training.optimizers import flat_optimizer
 from fastar.training.resume import Resumable, copy_into
+from fastar.training.split_batch import SplitBatch
+from fastar.training.split_layers import SplitDraws, synchronise_norms
 
 # Below this a forward pass is over before a second thread has been woken; and threads that wait for each other on a
 # busy machine cost a hundred times what they save.
@@ -30,6 +33,9 @@ SMALL_FLOPS = 100_000_000
 
 class Step:
     """Base of all training steps: theta [P] and its optimizer, forward and backward in the AMP dtype, the flat update.
+
+    On several ranks each has a copy of all, and its samples of the batch; gradients are summed before the update, so
+    that copies stay the same to the bit.
 
     Args:
         model: gives the architecture and the initial theta; it is trained in place.
@@ -69,6 +75,11 @@ class Step:
             self._flat = FlatParameters(model)
             self.layout, self.theta = self._flat.layout, self._flat.buffer
             self.optimizer = flat_optimizer(settings, self.theta, lambda buffer: (buffer,), self.layout.matrices)
+        self._split = SplitBatch(settings.batch_size) if ranks.world() > 1 else None
+        if self._split is not None:
+            self._split_draws = SplitDraws(model, self.device)
+            if settings.sync_batch_norm:
+                synchronise_norms(model)
         self._network: Callable[..., Any] = CompiledNetwork(model) if settings.compile is True else model
         model.train()
 
@@ -101,8 +112,16 @@ class Step:
         copy_into(self.save(), state)
 
     def __call__(self, inputs: Batch, targets: Any, lr: Tensor) -> Tensor:
-        """Do one step at learning rate `lr` (0-d, on the device); the loss, 0-d, without synchronising."""
+        """Do one step at learning rate `lr` (0-d, on the device); the loss, 0-d, without synchronising.
+
+        Inputs are None on a rank that has no samples of the batch; the loss is that of the whole batch on all ranks.
+        """
         raise NotImplementedError
+
+    def begin_batch(self, samples: int, seed: int) -> None:
+        """Note, on several ranks, how many samples they have of the next batch in all, and the seed of its draws."""
+        if self._split is not None:
+            self._split_draws.begin(samples, seed)
 
     def parts(self) -> dict[str, Resumable]:
         """All whose state belongs to the training, by name: the step, and what it uses."""
@@ -145,23 +164,44 @@ class Step:
         return torch.autocast(self.device.type, self.dtype, cache_enabled=False)
 
     def _backward(self, inputs: Batch, targets: Any, weight: Tensor | float | None = None) -> Tensor:
-        """The loss; its gradient, times `weight` where one is given, is added to the network's own."""
+        """The loss; its gradient, times `weight` where one is given, is added to the network's own.
+
+        Of several ranks each has its part of both.
+        """
+        smoothing = self.settings.label_smoothing
+        if inputs is None:
+            assert self._split is not None
+            return self._split.nothing(self.model)
         with span("forward"), self._autocast():
-            loss = self.loss.mean(call(self._network, inputs), targets, self.settings.label_smoothing)
+            outputs = call(self._network, inputs)
+            if self._split is None:
+                loss = self.loss.mean(outputs, targets, smoothing)
+            else:
+                loss = self._split.part(*self.loss.total(outputs, targets, smoothing))
         with span("backward"):
             weighted = loss if weight is None else loss * weight
             (weighted * self.loss_scale.scale if self.loss_scale.enabled else weighted).backward()
         return loss.detach()
 
-    def _update(self, lr: Tensor, scale: Tensor) -> None:
-        """theta <- a step of the optimizer along `scale` times the gradient; weight decay is not scaled."""
+    def _update(self, lr: Tensor, scale: Tensor, loss: Tensor) -> Tensor:
+        """theta <- a step of the optimizer along `scale` times the gradient; weight decay is not scaled.
+
+        Returns:
+            The loss of the batch, of which `loss` is this rank's part.
+        """
         with span("update"):
             gradients = (self._flat.collect_gradient(),) if self._working is None else self._working.collect_gradient()
+        if self._split is not None:
+            with span("ranks"):
+                share, loss = self._split.sum_(gradients, loss)
+            scale = scale * share
+        with span("update"):
             self.loss_scale.check(gradients)
             if self.settings.gradient_clip is not None:
                 scale = scale * shortening(gradients, scale * self.loss_scale.inverse, self.settings.gradient_clip)
             self.optimizer.update(gradients, lr=lr, scale=scale, loss_scale=self.loss_scale)
             self.loss_scale.update()
+        return loss
 
 
 class RegularStep(Step):
@@ -183,9 +223,7 @@ class RegularStep(Step):
         if self._working is not None:
             with span("interpolate"):
                 self._working.write(self.theta)
-        loss = self._backward(inputs, targets)
-        self._update(lr, self._one)
-        return loss
+        return self._update(lr, self._one, self._backward(inputs, targets))
 
 
 class CompiledNetwork:
@@ -223,9 +261,9 @@ class StepDraws:
     """While entered, torch's generators are begun anew before each step; afterwards they are where they were.
 
     So a step draws the same whatever was drawn before it, and a training that goes on within an epoch comes to the same
-    bits. Whether steps draw at all is seen at the first one; generators are left alone from then on if it did not.
-    They are set on the host: nothing waits, and a CUDA graph reads its generator's seed at each replay. A compiled
-    network draws other numbers than one that is not, likewise determined.
+    bits; each rank draws otherwise. Whether steps draw at all is seen at the first one; generators are left alone from
+    then on if it did not. They are set on the host: nothing waits, and a CUDA graph reads its generator's seed at each
+    replay. A compiled network draws other numbers than one that is not, likewise determined.
 
     Args:
         seed: of the training.
@@ -252,11 +290,17 @@ class StepDraws:
         for generator, state in zip(self._generators, self._before, strict=True):
             generator.set_state(state)
 
+    def seed(self, epoch: int, step: int) -> int:
+        """The seed of step number `step` of epoch number `epoch` (both from 0)."""
+        return derive_seed(self._seed, "network", epoch, step)
+
     def begin(self, epoch: int, step: int) -> None:
-        """Before step number `step` of epoch number `epoch` (both from 0)."""
+        """Before step number `step` of epoch number `epoch`."""
         if not self._needed:
             return
-        seed = derive_seed(self._seed, "network", epoch, step)
+        seed = self.seed(epoch, step)
+        if ranks.world() > 1 and not ranks.is_first():
+            seed = derive_seed(seed, "rank", ranks.rank())
         for generator in self._generators:
             generator.manual_seed(seed)
         if self._begun is None:

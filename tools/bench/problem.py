@@ -25,7 +25,7 @@ from fastar.models import build_model, parameter_count
 from fastar.models.registry import seeded
 from fastar.runtime.device import resolve_device, simulated
 from fastar.symmetry import derive_symmetry
-from fastar.training import Matcher, RegularStep, SourcesStore, StarStep, fit, resolve_precision
+from fastar.training import Matcher, RegularStep, SourceShares, SourcesStore, StarStep, fit, resolve_precision
 
 Method = Literal["weight", "activation"]
 # Steps of a benchmark's epoch: a star step draws anew after so many.
@@ -223,7 +223,9 @@ class Problem:
         if images:
             look = UnitActivations(model, symmetry, images, self.device)
             kept = ActivationCache(look, states, names, allocate=store.make_beside)
-        return store, Matcher(symmetry, store, chosen, seed=0, threads=matching_threads(self.device), kept=kept)
+        shares = SourceShares.here(self.sources, StarSettings())
+        threads = matching_threads(self.device)
+        return store, Matcher(symmetry, store, chosen, seed=0, threads=threads, kept=kept, shares=shares)
 
     @cached_property
     def parameters(self) -> int:

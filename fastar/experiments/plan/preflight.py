@@ -12,6 +12,7 @@ from fastar.experiments.plan.trial import check_task
 from fastar.experiments.session import Session, new_session
 from fastar.experiments.task import RunData
 from fastar.flat import check_kernels
+from fastar.runtime import ranks
 from fastar.runtime.memory import cap_gpu
 from fastar.training import check_batch, resolve_precision
 
@@ -79,6 +80,7 @@ def check_run(session: Session, counts: DataCounts) -> None:
         session.progress.line(f"gpu_memory={settings.gpu_memory}: this run is on the CPU, where it bounds nothing")
     model = of_classes(session, counts.classes).network.build(seed=0, device="cpu")
     dtype, limits = resolve_precision(settings.train.precision, session.device), limits_of(session, here=True)
+    limits["host"] //= ranks.on_this_host()  # each rank takes what one alone would
     for line in shortages(exact_items(settings, counts, limits, model, dtype), limits):
         more = " (see `fastar plan`)" if session.given.build is None else ""
         raise FastarError(f"this run does not fit: {line}{more}")
@@ -111,3 +113,40 @@ def check_batches(session: Session, samples: int) -> None:
         f"train.drop_last=false: the last of {samples} {session.data.samples} in batches of {size} is alone, and "
         f"{none}; set train.batch_size={other} or train.drop_last=true"
     )
+
+
+def check_ranks(session: Session, *, star: bool) -> None:
+    """Raise FastarError unless the ranks can share the training: settings, batches, and of a star the sources."""
+    settings, count = session.settings, ranks.world()
+    if count == 1:
+        return
+    train, data = settings.train, session.data.train
+    if train.graph is True:
+        raise FastarError("train.graph=true: steps on several ranks are not captured; set it to false")
+    if not data.exact:
+        raise FastarError(
+            "the training data come in batches of their own, which ranks cannot share: give tensors or a map-style "
+            "Dataset"
+        )
+    size = train.batch_size
+    if size < count:
+        raise FastarError(f"train.batch_size={size} is less than one sample for each of {count} ranks; raise it")
+    last = 0 if train.drop_last else len(data) % size
+    each = star and settings.star.draws == "each"
+    if 0 < last < count and (each or train.sync_batch_norm):
+        why = "star.draws=each" if each else "train.sync_batch_norm=true"
+        raise FastarError(
+            f"train.drop_last=false: an epoch's last batch is of {last} for {count} ranks, {why} needs one for each; "
+            "set train.drop_last=true, or another train.batch_size"
+        )
+    if each and settings.sources.number < count:
+        raise FastarError(f"star.draws=each: {settings.sources.number} sources for {count} ranks; give each rank one")
+    if train.compile is True and train.sync_batch_norm:
+        raise FastarError("train.compile=true: synchronised batch norm is not compiled; set train.compile=false")
+    alone = any(len(ranks.share(one, rank, count)) == 1 for one in (size, last) for rank in range(count))
+    layer = session.network.layer_of_single_values() if alone and not train.sync_batch_norm else None
+    if layer is not None:
+        raise FastarError(
+            f"train.batch_size={size} on {count} ranks leaves one sample to a rank, and batch-norm layer {layer} takes "
+            "no variance of one; raise it, or set train.sync_batch_norm=true"
+        )

@@ -15,6 +15,7 @@ from fastar.data.in_memory import BLOCK_BYTES
 from fastar.experiments.session import Session
 from fastar.flat import FlatLayout
 from fastar.runs import files_below
+from fastar.runtime import ranks
 from fastar.runtime.memory import free_bytes, gpu_bytes
 from fastar.runtime.progress import size_text
 from fastar.training import resolution
@@ -101,6 +102,8 @@ def exact_items(
     """
     sources, on_gpu, numel = settings.sources, "gpu" in limits, FlatLayout.from_module(model).numel
     device, store, number = "gpu" if on_gpu else "host", sources.store, sources.number
+    if settings.star.draws == "each":
+        number = -(-number // ranks.started())  # each rank holds its share
     row, buffers = 4 * numel, sum(buffer.nbytes for buffer in model.buffers())
     if store == "auto":
         store = automatic(number * (row + kept), limits[device], limits["host"] if on_gpu else None)
@@ -124,7 +127,7 @@ def exact_items(
         items.append(Item("host", "sources, pinned", pinned, "training"))
     else:
         items.append(Item("disk", "sources in a file", number * (row + kept)))
-    models = sources.heldout + 1 + (number if sources.folder is None else 0)
+    models = sources.heldout + 1 + (sources.number if sources.folder is None else 0)
     items.append(Item("disk", f"{models} models", models * (row + buffers)))
     trainings = "a training" if processes == 1 else f"{processes} trainings"
     items.append(Item("disk", f"checkpoints of {trainings}", processes * KEPT_FILES * (row + moments + buffers)))
