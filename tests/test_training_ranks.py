@@ -226,7 +226,7 @@ def test_a_rank_that_is_killed_ends_all_and_another_number_goes_on(tmp_path: Pat
     options += [f"dataset.root={made}", f"dataset.directory={made.parent / 'data'}"]
     line = killed_within(2, tmp_path / "cut", "source-0000", *options)
     assert "another rank has ended" in line or "stopped by SIGTERM" in line
-    assert not (tmp_path / "cut" / "lock.json").exists()
+    assert not (tmp_path / "cut" / "processes").exists()  # nor is it in use
     assert not any((tmp_path / "cut" / "sources").glob("*"))
     for folder in ("cut", "whole"):
         assert fastar(*options, "--quiet", "--out", tmp_path / folder).code == 0
