@@ -28,7 +28,7 @@ from fastar.data.convert import prepare
 from fastar.data.streaming import StreamingDataset
 from fastar.data.user_data import UserSplits
 from fastar.errors import FastarError
-from fastar.experiments.plan import check_ranks
+from fastar.experiments.plan.preflight import check_ranks
 from fastar.experiments.session import Session, new_session
 from fastar.experiments.user_task import PYTHON, Given
 from fastar.runs import RunFolder, read_metadata

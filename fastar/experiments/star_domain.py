@@ -12,7 +12,7 @@ from fastar.config import Settings
 from fastar.errors import FastarError
 from fastar.experiments.epoch_times import speed
 from fastar.experiments.measure import measure
-from fastar.experiments.plan import check_network, check_ranks, prepare_data, use_device
+from fastar.experiments.plan import check_network, prepare_ranks, use_device
 from fastar.experiments.regular import device_name, models_of, task_digest, train_regulars, train_small
 from fastar.experiments.reuse import finished_results, measured_digest
 from fastar.experiments.session import Session, measuring, new_session, opened, threads
@@ -79,8 +79,7 @@ def train_sources(
         )
     ranks.by_first(partial(run.check, settings))
     session = prepare_session(settings, out, progress, given)
-    ranks.by_first(partial(prepare_data, session))
-    check_ranks(session, star=False)
+    prepare_ranks(session, star=False)
     models: list[Model] = [(kind, index) for kind, number in numbers.items() for index in range(number)]
     models = models if only is None else models[only.start : only.stop]
     if session.runs_user_code and not all(run.finished(*model) for model in models):
@@ -121,8 +120,7 @@ def do_run(
         FastarError: bad input; what was finished stays and the same command goes on from there.
     """
     session = prepare_session(settings, out, progress, given)
-    ranks.by_first(partial(prepare_data, session))
-    check_ranks(session, star=True)
+    prepare_ranks(session, star=True)
     session.network.share_symmetry()  # units that cannot be matched are named before anything is trained
     with opened(session) as session, threads(session):
         looking = None if profile is None or not ranks.is_first() else steps_profile(session, profile)

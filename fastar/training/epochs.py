@@ -71,7 +71,8 @@ class Epoch:
         seconds: of the steps alone.
         begin_seconds: of `Step.begin_epoch`: matching.
         parts: seconds by part of the steps: load (waiting for images), augment (what the device does to them: upload,
-            augmentation, normalisation), interpolate, forward, backward, update, other.
+            augmentation, normalisation), interpolate, forward, backward, ranks (the sum over them, and the wait for the
+            slowest), update, other.
         peak_bytes: the most memory taken until then: of a GPU by tensors, or by this process on a host.
         figures: metrics of its begin: the matching's objective and the share of units that moved.
     """

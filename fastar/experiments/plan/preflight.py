@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from functools import partial
 
 from fastar.config import parse_bytes
 from fastar.data.counts import DataCounts
@@ -59,6 +60,18 @@ def prepare_data(session: Session) -> None:
     settings = session.settings
     if settings.sources.folder is None and settings.sources.number + settings.sources.heldout > 1:
         session.network.check_seeded()
+
+
+def prepare_ranks(session: Session, *, star: bool) -> None:
+    """`prepare_data`, which the first rank does before the others; the ranks can share the training.
+
+    Raises:
+        FastarError: as `prepare_data` and `check_ranks`.
+    """
+    ranks.by_first(partial(prepare_data, session))
+    if not ranks.is_first() and session.runs_user_code:  # samples of a user's data are checked where they are read
+        prepare_data(session)
+    check_ranks(session, star=star)
 
 
 def check_together(session: Session, counts: DataCounts) -> None:

@@ -7,6 +7,7 @@ goes by Gloo where it lies on a host, by NCCL where it lies on a GPU.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -149,7 +150,9 @@ def _together() -> Iterator[None]:
 
 
 def _in_a_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200]
+    """What an error of the libraries says, without the place in their source, and without advice."""
+    text = re.sub(r"\[/[^\]]*\] ?", "", " ".join(str(error).split()))
+    return text.partition(". ")[0][:200]
 
 
 def sum_(*tensors: Tensor) -> None:
