@@ -191,11 +191,10 @@ class Step:
         """
         with span("update"):
             gradients = (self._flat.collect_gradient(),) if self._working is None else self._working.collect_gradient()
-        if self._split is not None:
-            with span("ranks"):
-                share, loss = self._split.sum_(gradients, loss)
-            scale = scale * share
-        with span("update"):
+            if self._split is not None:
+                with span("ranks"):
+                    share, loss = self._split.sum_(gradients, loss)
+                scale = scale * share
             self.loss_scale.check(gradients)
             if self.settings.gradient_clip is not None:
                 scale = scale * shortening(gradients, scale * self.loss_scale.inverse, self.settings.gradient_clip)
