@@ -28,7 +28,7 @@ from fastar.data.convert import prepare
 from fastar.data.streaming import StreamingDataset
 from fastar.data.user_data import UserSplits
 from fastar.errors import FastarError
-from fastar.experiments.plan.preflight import check_ranks
+from fastar.experiments.plan.preflight import check_ranks, prepare_ranks
 from fastar.experiments.session import Session, new_session
 from fastar.experiments.user_task import PYTHON, Given
 from fastar.runs import RunFolder, read_metadata
@@ -321,10 +321,10 @@ def test_what_ranks_cannot_do_is_refused(
     monkeypatch: pytest.MonkeyPatch, data: Path, overrides: list[str], line: str
 ) -> None:
     session = session_of(f"dataset.directory={data}", *overrides)
-    check_ranks(session, star=True)  # one can
+    prepare_ranks(session, star=True)  # one can
     monkeypatch.setattr(ranks, "world", lambda: 3)
     with pytest.raises(FastarError) as error:
-        check_ranks(session, star=True)
+        prepare_ranks(session, star=True)
     assert str(error.value) == line
 
 

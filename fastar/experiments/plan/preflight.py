@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from functools import partial
 
-from fastar.config import parse_bytes
+from fastar.config import Settings, parse_bytes
 from fastar.data.counts import DataCounts
 from fastar.errors import FastarError
 from fastar.experiments.plan.sizes import exact_items, limits_of, shortages, training_sides
@@ -66,8 +66,9 @@ def prepare_ranks(session: Session, *, star: bool) -> None:
     """`prepare_data`, which the first rank does before the others; the ranks can share the training.
 
     Raises:
-        FastarError: as `prepare_data` and `check_ranks`.
+        FastarError: as `prepare_data`, or settings or batches that ranks cannot share.
     """
+    check_rank_settings(session.settings, star=star)
     ranks.by_first(partial(prepare_data, session))
     if not ranks.is_first() and session.runs_user_code:  # samples of a user's data are checked where they are read
         prepare_data(session)
@@ -128,36 +129,46 @@ def check_batches(session: Session, samples: int) -> None:
     )
 
 
-def check_ranks(session: Session, *, star: bool) -> None:
-    """Raise FastarError unless the ranks can share the training: settings, batches, and of a star the sources."""
-    settings, count = session.settings, ranks.world()
+def check_rank_settings(settings: Settings, *, star: bool) -> None:
+    """Raise FastarError unless several ranks can train by the settings, whatever the data; of a star, unless each can
+    have a source where it needs one."""
+    train, count = settings.train, ranks.world()
     if count == 1:
         return
-    train, data = settings.train, session.data.train
     if train.graph is True:
         raise FastarError("train.graph=true: steps on several ranks are not captured; set it to false")
+    if train.compile is True and train.sync_batch_norm:
+        raise FastarError("train.compile=true: synchronised batch norm is not compiled; set train.compile=false")
+    if train.batch_size < count:
+        what = f"train.batch_size={train.batch_size}"
+        raise FastarError(f"{what} is less than one sample for each of {count} ranks; raise it")
+    if star and settings.star.draws == "each" and settings.sources.number < count:
+        raise FastarError(f"star.draws=each: {settings.sources.number} sources for {count} ranks; give each rank one")
+
+
+def check_ranks(session: Session, *, star: bool) -> None:
+    """Raise FastarError unless several ranks can share the batches of the training data."""
+    train, data, count = session.settings.train, session.data.train, ranks.world()
+    if count == 1:
+        return
     if not data.exact:
         raise FastarError(
             "the training data come in batches of their own, which ranks cannot share: give tensors or a map-style "
             "Dataset"
         )
     size = train.batch_size
-    if size < count:
-        raise FastarError(f"train.batch_size={size} is less than one sample for each of {count} ranks; raise it")
     last = 0 if train.drop_last else len(data) % size
-    each = star and settings.star.draws == "each"
+    each = star and session.settings.star.draws == "each"
     if 0 < last < count and (each or train.sync_batch_norm):
         why = "star.draws=each" if each else "train.sync_batch_norm=true"
         raise FastarError(
             f"train.drop_last=false: an epoch's last batch is of {last} for {count} ranks, {why} needs one for each; "
             "set train.drop_last=true, or another train.batch_size"
         )
-    if each and settings.sources.number < count:
-        raise FastarError(f"star.draws=each: {settings.sources.number} sources for {count} ranks; give each rank one")
-    if train.compile is True and train.sync_batch_norm:
-        raise FastarError("train.compile=true: synchronised batch norm is not compiled; set train.compile=false")
     alone = any(len(ranks.share(one, rank, count)) == 1 for one in (size, last) for rank in range(count))
-    layer = session.network.layer_of_single_values() if alone and not train.sync_batch_norm else None
+    if not alone or train.sync_batch_norm:
+        return
+    layer = session.network.layer_of_single_values(min(training_sides(session.settings), default=None))
     if layer is not None:
         raise FastarError(
             f"train.batch_size={size} on {count} ranks leaves one sample to a rank, and batch-norm layer {layer} takes "
