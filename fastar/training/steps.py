@@ -76,10 +76,11 @@ class Step:
             self.layout, self.theta = self._flat.layout, self._flat.buffer
             self.optimizer = flat_optimizer(settings, self.theta, lambda buffer: (buffer,), self.layout.matrices)
         self._split = SplitBatch(settings.batch_size) if ranks.world() > 1 else None
-        if self._split is not None:
-            self._split_draws = SplitDraws(model, self.device)
-            if settings.sync_batch_norm:
-                synchronise_norms(model)
+        if self._split is not None and settings.sync_batch_norm:
+            synchronise_norms(model)
+        # A compiled network draws otherwise anyway.
+        alike = self._split is not None and settings.compile is not True
+        self._split_draws = SplitDraws(model, self.device) if alike else None
         self._network: Callable[..., Any] = CompiledNetwork(model) if settings.compile is True else model
         model.train()
 
@@ -120,7 +121,7 @@ class Step:
 
     def begin_batch(self, samples: int, seed: int) -> None:
         """Note, on several ranks, how many samples they have of the next batch in all, and the seed of its draws."""
-        if self._split is not None:
+        if self._split_draws is not None:
             self._split_draws.begin(samples, seed)
 
     def parts(self) -> dict[str, Resumable]:
