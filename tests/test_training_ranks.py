@@ -177,12 +177,12 @@ def done_by(count: int, *arguments: object) -> str:
     return done.stdout
 
 
-def test_a_run_of_two_ranks(tmp_path: Path) -> None:
+def test_a_run_of_two_ranks(tmp_path: Path, data: Path) -> None:
     """All of a run, each rank with draws of its own: the models before the star are those of one."""
-    options = [*OF_DIGITS, "star.draws=each", f"dataset.directory={tmp_path / 'data'}"]
+    options = [*OF_DIGITS, "star.draws=each", f"dataset.directory={data}"]
+    assert fastar("train-sources", *options, "--quiet", "--out", tmp_path / "alone").code == 0
     out = done_by(2, "train-star", *options, "--out", tmp_path / "run")
     assert out.count("digits, mlp: star model of 3 sources") == out.count("results: ") == 1
-    assert fastar("train-sources", *options, "--quiet", "--out", tmp_path / "alone").code == 0
     assert largest_of(tmp_path / "run", tmp_path / "alone") < ROUNDING_FP32
     check_whole(RunFolder(tmp_path / "run"), models=5, epochs=2)
 
