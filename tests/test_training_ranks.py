@@ -28,7 +28,7 @@ from fastar.data.convert import prepare
 from fastar.data.streaming import StreamingDataset
 from fastar.data.user_data import UserSplits
 from fastar.errors import FastarError
-from fastar.experiments.plan.preflight import check_ranks, prepare_ranks
+from fastar.experiments.plan.preflight import check_rank_settings, check_ranks, prepare_ranks
 from fastar.experiments.session import Session, new_session
 from fastar.experiments.user_task import PYTHON, Given
 from fastar.runs import RunFolder, read_metadata
@@ -326,6 +326,15 @@ def test_what_ranks_cannot_do_is_refused(
     with pytest.raises(FastarError) as error:
         prepare_ranks(session, star=True)
     assert str(error.value) == line
+
+
+def test_ranks_of_other_settings_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = session_of().settings
+    other = settings.model_copy(update={"seed": 3}).model_dump(mode="json")
+    monkeypatch.setattr(ranks, "world", lambda: 2)
+    monkeypatch.setattr(ranks, "gathered", lambda own: [own, other])
+    with pytest.raises(FastarError, match="^seed is 3 on rank 1, 0 on rank 0: give all the same command$"):
+        check_rank_settings(settings, star=True)
 
 
 def test_data_and_norms_that_ranks_cannot_share_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

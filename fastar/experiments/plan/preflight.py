@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from functools import partial
 
-from fastar.config import Settings, parse_bytes
+from fastar.config import Settings, changes, parse_bytes
 from fastar.data.counts import DataCounts
 from fastar.errors import FastarError
 from fastar.experiments.plan.sizes import exact_items, limits_of, shortages, training_sides
@@ -130,11 +130,15 @@ def check_batches(session: Session, samples: int) -> None:
 
 
 def check_rank_settings(settings: Settings, *, star: bool) -> None:
-    """Raise FastarError unless several ranks can train by the settings, whatever the data; of a star, unless each can
-    have a source where it needs one."""
+    """Raise FastarError unless several ranks have the same settings, and can train by them, whatever the data; of a
+    star, unless each can have a source where it needs one."""
     train, count = settings.train, ranks.world()
     if count == 1:
         return
+    first, *others = ranks.gathered(settings.model_dump(mode="json"))
+    for number, other in enumerate(others, start=1):
+        for key, (wanted, found) in changes(first, other).items():
+            raise FastarError(f"{key} is {found!r} on rank {number}, {wanted!r} on rank 0: give all the same command")
     if train.graph is True:
         raise FastarError("train.graph=true: steps on several ranks are not captured; set it to false")
     if train.compile is True and train.sync_batch_norm:
