@@ -333,7 +333,7 @@ def test_ranks_of_other_settings_are_named(monkeypatch: pytest.MonkeyPatch) -> N
     other = settings.model_copy(update={"seed": 3}).model_dump(mode="json")
     monkeypatch.setattr(ranks, "world", lambda: 2)
     monkeypatch.setattr(ranks, "gathered", lambda own: [own, other])
-    with pytest.raises(FastarError, match="^seed is 3 on rank 1, 0 on rank 0: give all the same command$"):
+    with pytest.raises(FastarError, match=r"^seed is 3 on rank 1, 0 on rank 0: give all the same command$"):
         check_rank_settings(settings, star=True)
 
 
