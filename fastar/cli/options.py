@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from fastar.errors import FastarError
+from fastar.runtime import ranks
 from fastar.runtime.user_code import check_reference
 
 if TYPE_CHECKING:
@@ -180,6 +181,8 @@ class Given:
         from fastar.launch.jobs import Launcher
 
         launcher = Launcher.read(text)
+        if ranks.launched():
+            raise FastarError(f"--launcher {text}: starts processes of its own: give it without torchrun")
         if self["sbatch"] and launcher.name != "slurm":
             raise FastarError(f"--sbatch: is for --launcher slurm; leave it out with --launcher {text}")
         return launcher
@@ -227,7 +230,6 @@ class Given:
 
     def progress(self) -> Progress:
         """The terminal's progress; none where it is not wanted, and on ranks beside the first."""
-        from fastar.runtime import ranks
         from fastar.runtime.progress import SILENT, TerminalProgress
 
         silent = self.json or self.options.get("quiet") or not ranks.is_first()
