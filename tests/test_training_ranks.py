@@ -33,7 +33,8 @@ from fastar.experiments.session import Session, new_session
 from fastar.experiments.user_task import PYTHON, Given
 from fastar.runs import RunFolder, read_metadata
 from fastar.runtime import ranks
-from fastar.runtime.device import resolve_device
+from fastar.runtime.device import cpus, resolve_device
+from fastar.runtime.memory import free_bytes
 
 TESTS = Path(__file__).parent
 # What a test waits for at most; nothing takes a tenth of it.
@@ -370,6 +371,17 @@ def test_each_rank_of_a_host_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 2)
     assert resolve_device("cuda") == torch.device("cuda:2")
+
+
+def test_ranks_share_a_host(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for file, text in (("memory.max", "1000000"), ("memory.current", "0"), ("memory.stat", "")):
+        (tmp_path / file).write_text(text)
+    every = cpus()
+    assert free_bytes(torch.device("cpu"), cgroup=tmp_path) == 1_000_000
+    monkeypatch.setattr(ranks, "world", lambda: 4)
+    monkeypatch.setattr(ranks, "on_this_host", lambda: 2)
+    assert free_bytes(torch.device("cpu"), cgroup=tmp_path) == 500_000
+    assert cpus() == max(1, every // 2)
 
 
 def test_other_commands_are_of_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
