@@ -198,3 +198,20 @@ def test_a_model_that_fails_ends_each_process_with_one_line(tmp_path: Path, comm
         assert "source-0001/epoch-00001-step-00000000.safetensors: saved by another version" in commands.stderr(pid)
     finished = [(kind, number) for _, kind, number in RunFolder(run).models()]
     assert finished == [("source", 0), ("source", 2), ("source", 3), ("heldout", 0), ("heldout", 1)]
+
+
+def test_a_process_that_stands_still_here_is_waited_for(tmp_path: Path, commands: Commands) -> None:
+    """The kernel knows that it lives, however long it says nothing."""
+    options = [one for one in tiny(tmp_path / "data", sources=2, heldout=0) if one != "--quiet"]
+    options = ["train-sources", *options, "train.epochs=60", "--out", tmp_path / "run"]
+    first = commands.begin(*options)
+    wait_for(lambda: lines_of(tmp_path / "run") > 3)
+    os.kill(first, signal.SIGSTOP)
+    second = commands.begin(*options)
+    wait_for(lambda: f"waiting for source 0 (process {first} on " in commands.stderr(second))
+    assert (tmp_path / "run" / "sources" / "seed-0001.safetensors").is_file()
+    os.kill(first, signal.SIGCONT)
+    assert commands.wait() == [0, 0]
+    log = Counter((entry["model"], entry["epoch"]) for entry in RunFolder(tmp_path / "run").log.read())
+    assert log == {(f"source {index}", epoch): 1 for index in range(2) for epoch in range(60)}
+    assert_nothing_is_left(tmp_path / "run")
