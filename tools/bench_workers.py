@@ -1,6 +1,6 @@
 """Sources of a run trained by several processes and by one: wall time, with the start of the processes; a JSON line.
 
-    python tools/bench_workers.py [--workers 2] [--sources 8] [--epochs 20] [--rounds 3]
+    python tools/bench_workers.py [--workers 2] [--sources 8] [--epochs 40] [--rounds 3]
 
 Each process is a `fastar train-sources` with one thread; those of one run share its folder. The two ways take turns;
 `ratio` is of several over one, round by round. It needs a core for each worker that nothing else uses.
@@ -36,7 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=2, help="processes that share the work")
     parser.add_argument("--sources", type=int, default=8)
-    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--epochs", type=int, default=40)
     parser.add_argument("--arch", default="resnet8", help="one that is not trained together with others")
     parser.add_argument("--width", type=float, default=0.25)
     parser.add_argument("--rounds", type=int, default=3, help="runs of each way")
