@@ -17,18 +17,19 @@ class Script(Job):
         return [sys.executable, "-c", *self.arguments]
 
 
-def scripts(out: Path, code: str, *, makes: list[str], number: int = 2) -> Jobs:
+def scripts(out: Path, code: str, *, makes: list[str], last: str = "pass") -> Jobs:
     """Jobs in the folder `out`, which is also their current one; each part, and each worker, runs `code`.
 
     Args:
         makes: names of files that are missing until they are there.
+        last: code of the last job.
     """
     job = Script("worker", (code,))
     return Jobs(
         out=out,
-        parts=(job,) * number,
+        parts=(job, job),
         worker=job,
-        last=Script("star", ("pass",)),
+        last=Script("star", (last,)),
         missing=lambda: [name for name in makes if not (out / name).exists()],
         unit="files",
         device="cpu",

@@ -19,12 +19,10 @@ from run_cases import Heard, assert_log_is_whole, assert_same_models, small
 from fastar.errors import FastarError
 from fastar.launch import local
 from fastar.launch.jobs import Launcher, run_jobs
-from fastar.launch.local import Places, work, workers
+from fastar.launch.local import Places, companions, work, workers
 from fastar.launch.shared_folder import check_handshake, left_handshake, say_if_without_locks
 from fastar.report.run_list import overview
 from fastar.runs import RunFolder
-
-MADE = "import os, sys; open(os.path.join({out!r}, {name!r}), 'x').close()"
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +143,17 @@ def test_workers_share_cores_and_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert on_gpus.environment(0)["OMP_NUM_THREADS"] == "1"
     monkeypatch.setattr(local, "visible_gpus", lambda device: ["0"])
     assert "CUDA_VISIBLE_DEVICES" not in Places("auto", None, 99).environment(0)
+
+
+def test_processes_on_other_gpus_measure_with_this_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where there are several; nothing else was missing."""
+    code = f"import os; open({str(tmp_path)!r} + '/on-' + os.environ['CUDA_VISIBLE_DEVICES'], 'x').close()"
+    for gpus, wanted in (["4"], []), (["4", "5", "6"], ["on-5", "on-6"]):
+        monkeypatch.setattr(local, "visible_gpus", lambda device, gpus=gpus: gpus)
+        jobs = scripts(tmp_path / "run", "pass", makes=[], last=code)
+        with companions(jobs, Places("auto", None, 0), Heard()):
+            pass
+        assert sorted(path.name for path in tmp_path.glob("on-*")) == wanted
 
 
 def test_gpus_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyPatch) -> None:

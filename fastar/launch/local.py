@@ -185,5 +185,6 @@ def companions(jobs: Jobs, places: Places, progress: Progress) -> Iterator[None]
     if not others:
         yield
         return
-    with workers(Job("star", jobs.last.arguments), others, jobs.logs, progress):
+    jobs.logs.mkdir(parents=True, exist_ok=True)
+    with workers(jobs.last, others, jobs.logs, progress):
         yield
