@@ -39,7 +39,7 @@ def train_star(given: Given, overrides: Overrides = None) -> None:
     from fastar.report.results import check_results
     from fastar.runs import RunFolder
 
-    run, progress = RunFolder(given.run_folder(settings)), given.progress()
+    run, progress, profile = RunFolder(given.run_folder(settings)), given.progress(), given["profile"]
     with ExitStack() as jobs:
         if launcher is not None:
             from fastar.experiments.whole_run import check_whole, known_results
@@ -49,10 +49,11 @@ def train_star(given: Given, overrides: Overrides = None) -> None:
             names = [name for name in RUN if name != "out"]
             own = given.arguments(names, ["--out", str(run.path), *(overrides or ())])
             more = given.arguments(["profile"], ())
-            done = given["profile"] is None and known_results(settings, run) is not None
+            done = profile is None and known_results(settings, run) is not None
             if not done and not jobs.enter_context(begun(given, launcher, run_jobs(settings, run, own, more))):
                 return
-        results = train_star(settings, run.path, progress, profile=given["profile"])
+            profile = profile if launcher.name == "local" else None  # the last job's
+        results = train_star(settings, run.path, progress, profile=profile)
     if not ranks.is_first():
         return
     check_results(results, run.results)
