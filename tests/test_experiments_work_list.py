@@ -45,9 +45,17 @@ def wait_until_ended(crew: Crew, watch: Callable[[], object] = lambda: None) -> 
     return codes
 
 
-@pytest.mark.parametrize(("locks", "models"), [(False, 1000), (True, 300)], ids=["no-flock", "flock"])
+@pytest.mark.parametrize(
+    ("locks", "models"),
+    [
+        pytest.param(False, 300, id="no-flock"),
+        pytest.param(True, 300, id="flock"),
+        pytest.param(False, 1000, id="thousand-no-flock", marks=pytest.mark.slow),
+        pytest.param(True, 1000, id="thousand-flock", marks=pytest.mark.slow),
+    ],
+)
 def test_no_work_is_lost_or_done_twice(crew_of: MakeCrew, locks: bool, models: int) -> None:
-    """1,000 trainings by 12 processes on 4 hosts. Some 60 processes are killed, each alone or with its host."""
+    """Trainings by 12 processes on 4 hosts. Of 1,000, some 60 processes are killed, each alone or with its host."""
     seed = random.randrange(1 << 32)
     draws, crew = random.Random(seed), crew_of(models, locks=locks, delay=0.004)
     hosts = [f"host{n // PROCESSES_OF_A_HOST}" for n in range(HOSTS * PROCESSES_OF_A_HOST)]

@@ -112,7 +112,7 @@ def test_without_decay_of_1d_parameters_equals_torchs_parameter_groups(
             gradient = torch.randn(other.shape, generator=generator).bfloat16()
             mine.grad, other.grad = gradient.to(mine.dtype), gradient.float()
         theirs.step()
-        step._update(torch.tensor(0.05), torch.ones(()))
+        step._update(torch.tensor(0.05), torch.ones(()), torch.zeros(()))
     for name, value in plain.named_parameters():
         # Five updates, each with the rounding of another order of operations.
         torch.testing.assert_close(step.state()[name], value.detach(), rtol=1e-5, atol=1e-6)
