@@ -6,6 +6,8 @@ import itertools
 import json
 import os
 import shlex
+import signal
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -183,7 +185,7 @@ def test_a_failed_workers_line_is_shown_once_and_others_go_on(tmp_path: Path) ->
         work(scripts(tmp_path, code, makes=["first", "second"]), Places("cpu", 2, 2), heard)
     assert sorted(line[3:] for line in heard.lines) == [
         " fastar: no such thing",
-        " killed by SIGKILL; others go on with what it left",
+        " killed by SIGKILL; what it left is there for others to go on with",
     ]
     logs = [path.read_text() for path in sorted((tmp_path / "jobs").iterdir())]
     assert logs == ["fastar: no such thing\n"] * 2
@@ -204,7 +206,52 @@ def test_a_worker_that_is_killed_costs_nothing_where_another_does_its_work(tmp_p
     )
     heard = Heard()
     work(scripts(tmp_path, code, makes=["first"]), Places("cpu", 2, 2), heard)
-    assert [line[3:] for line in heard.lines] == [" killed by SIGKILL; others go on with what it left"]
+    assert [line[3:] for line in heard.lines] == [" killed by SIGKILL; what it left is there for others to go on with"]
+
+
+def test_workers_that_are_all_killed_are_the_reason(tmp_path: Path) -> None:
+    code = "import os, signal; os.kill(os.getpid(), signal.SIGKILL)"
+    with pytest.raises(FastarError, match=r"first could not be made \(1 in all\): worker 1 was killed by SIGKILL; run"):
+        work(scripts(tmp_path, code, makes=["first"]), Places("cpu", 2, 2), Heard())
+
+
+def test_a_worker_that_is_killed_is_said_while_others_work(tmp_path: Path) -> None:
+    """The other ends once it was said."""
+    code = (
+        "import os, signal, time\n"
+        f"try: open({str(tmp_path / 'first')!r}, 'x')\n"
+        "except FileExistsError: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"while not os.path.exists({str(tmp_path / 'said')!r}): time.sleep(0.01)\n"
+    )
+
+    class Answering(Heard):
+        def line(self, text: str) -> None:
+            super().line(text)
+            if "SIGKILL" in text:
+                (tmp_path / "said").touch()
+
+    heard = Answering()
+    work(scripts(tmp_path, code, makes=["first", "said"]), Places("cpu", 2, 2), heard)
+    assert len(heard.lines) == 1
+
+
+def test_a_second_interruption_kills_the_workers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    started = list[subprocess.Popen[bytes]]()
+
+    def interrupted(process: subprocess.Popen[bytes]) -> int:
+        started.append(process)
+        raise KeyboardInterrupt
+
+    def stopped() -> None:
+        with workers(scripts(tmp_path, "import time; time.sleep(600)", makes=[]).worker, [{}], tmp_path, Heard()):
+            monkeypatch.setattr(subprocess.Popen, "terminate", lambda process: None)
+            monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        stopped()
+    monkeypatch.undo()
+    assert started[0].wait() == -signal.SIGKILL
 
 
 def test_workers_save_when_the_launcher_is_stopped(tmp_path: Path) -> None:

@@ -73,7 +73,7 @@ class Workers:
 
     def __init__(self, job: Job, environments: Sequence[Mapping[str, str]], logs: Path):
         self._processes, self._logs, self._told = list[subprocess.Popen[bytes]](), list[Path](), set[str]()
-        self._ends, self._last = list[int](), dict[int, str]()
+        self._ends, self._last, self._killed = list[int](), dict[int, str](), dict[int, str]()
         for number, environment in enumerate(environments, start=1):
             path = logs / f"local-{job.name}-{number}.log"
             with refusal(f"{path}: cannot be written", "free space or choose another run folder (out)"):
@@ -97,13 +97,14 @@ class Workers:
         return any(process.poll() is None for process in self._processes)
 
     def lines(self) -> Iterator[str]:
-        """Lines that they have said since, each with its worker's number; what several say is said once."""
+        """Lines that they have said since, each with its worker's number; what several say is said once. One that was
+        killed gets a line too."""
         for number, (path, process) in enumerate(zip(self._logs, self._processes, strict=True), start=1):
-            ended = process.poll() is not None
+            code = process.poll()
             with path.open("rb") as file:
                 file.seek(self._ends[number - 1])
                 text = file.read()
-            whole = text if ended else text[: text.rfind(b"\n") + 1]
+            whole = text if code is not None else text[: text.rfind(b"\n") + 1]
             self._ends[number - 1] += len(whole)
             for line in whole.decode(errors="backslashreplace").splitlines():
                 if line.strip():
@@ -111,17 +112,18 @@ class Workers:
                     if line not in self._told:
                         self._told.add(line)
                         yield f"[{number}] {line}"
-
-    def killed(self) -> Iterator[str]:
-        """A line for each that ended without a word."""
-        for number, process in enumerate(self._processes, start=1):
-            if process.returncode < 0:
-                yield f"[{number}] killed by {signal.Signals(-process.returncode).name}; others go on with what it left"
+            if code is not None and code < 0 and number not in self._killed:
+                self._killed[number] = f"killed by {signal.Signals(-code).name}"
+                yield f"[{number}] {self._killed[number]}; what it left is there for others to go on with"
 
     def reasons(self) -> list[str]:
-        """The last lines of those that failed."""
+        """The last lines of those that failed, then what killed others."""
         codes = {number: process.poll() for number, process in enumerate(self._processes, start=1)}
-        return [line for number, line in self._last.items() if (codes[number] or 0) > 0]
+        again = "run it again to go on, with fewer workers where memory was short"
+        return [
+            *(line for number, line in self._last.items() if (codes[number] or 0) > 0),
+            *(f"worker {number} was {killed}; {again}" for number, killed in self._killed.items()),
+        ]
 
     def stop(self) -> None:
         """Let all of them save and end; kill them where that is interrupted."""
@@ -148,7 +150,7 @@ def workers(job: Job, environments: Sequence[Mapping[str, str]], logs: Path, pro
         started.stop()
         raise
     finally:
-        for line in (*started.lines(), *started.killed()):
+        for line in started.lines():
             progress.line(line)
 
 
