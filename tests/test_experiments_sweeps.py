@@ -265,6 +265,21 @@ def test_two_of_other_values_at_once_are_refused(data: Path, tmp_path: Path) -> 
         sweep(unmatched(data), "sources", [1], tmp_path)
 
 
+def test_two_of_the_same_values_share_it_before_a_point_is_begun(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as begun:
+        begun.setattr("fastar.experiments.sweeps.whole_sweep._trained", lambda *_: kill())
+        with pytest.raises(Killed):
+            sweep(unmatched(data), "sources", [1], tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["sweep.yaml"]
+    with Processes(tmp_path).joined():
+        with pytest.raises(FastarError, match="holds another sweep"):
+            sweep(unmatched(data, train__epochs=2), "sources", [1], tmp_path)
+        sweep(unmatched(data), "sources", [1], tmp_path)
+    assert (tmp_path / "sweep.json").is_file()
+
+
 def test_values_are_read_as_settings_are() -> None:
     assert read_values("1,2.5,1e-3,uniform,true,null,[1, 2]") == [1, 2.5, 0.001, "uniform", True, None, [1, 2]]
 

@@ -72,9 +72,10 @@ def sweep(
     with ExitStack() as seat:
         with hold(out, progress.line, wait=True):
             seat.enter_context(processes.joined())
-            known = _recorded(out, settings, kind)  # again: another process may have added to them
+            at_work = processes.others()
+            known = _recorded(out, settings, kind, bool(at_work))  # again: another process may have added to them
             if (every, most) != (known["values"], known["seeds"]):
-                for other in processes.others():
+                for other in at_work:
                     raise InUse(f"{out}: in use by another fastar ({other}) with other values; wait for it")
             content = {"kind": kind, "values": every, "seeds": most, "settings": settings.model_dump(mode="json")}
             write_atomically(out / "sweep.yaml", yaml.safe_dump(content, sort_keys=False).encode())
@@ -138,8 +139,11 @@ def plan_sweep(
     return {**plan, "point": largest.run.path.name, "trainings": {"regular": regular, "star": stars}}
 
 
-def _recorded(out: Path, settings: Settings, kind: str) -> dict[str, Any]:
+def _recorded(out: Path, settings: Settings, kind: str, at_work: bool = False) -> dict[str, Any]:
     """The values and the number of seeds of the sweep in the folder; none in a new one.
+
+    Args:
+        at_work: other processes are at work on it: it counts before they have begun a point.
 
     Raises:
         FastarError: it holds another sweep, or something else.
@@ -162,7 +166,7 @@ def _recorded(out: Path, settings: Settings, kind: str) -> dict[str, Any]:
             whole = False
         if not whole:
             raise FastarError(f"{path}: damaged; restore it, or delete it and {out / 'points'}")
-        if not any((out / "points").glob("*/config.yaml")):
+        if not at_work and not any((out / "points").glob("*/config.yaml")):
             return new  # nothing of it was finished: it may become any sweep
     swept = overrides_of(settings, kind, 0)
     differ = {"kind": (was[0], kind)} if was[0] != kind else changes(old, settings.model_dump(mode="json"))
