@@ -265,3 +265,18 @@ def test_a_full_disk_while_logging(tmp_path: Path, data: Path) -> None:
         message = refused("train-sources", *tiny(data, heldout=0), "--out", out)
     assert "log.jsonl: cannot be written (File too large)" in message
     assert len(list((out / "sources").iterdir())) == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a", "--only a: write a number or two joined by a dash"),
+        ("0,2", "--only 0,2: write a number"),
+        ("7", "--only 7: the run's sources and heldouts have the numbers 0 to"),
+        ("1-7", "--only 1-7: the run's"),
+        ("1-0", "--only 1-0: the run's"),
+    ],
+)
+def test_numbers_of_only_are_those_of_the_run(tmp_path: Path, data: Path, text: str, said: str) -> None:
+    assert said in refused("train-sources", *tiny(data), "--only", text, "--out", tmp_path / "run")
+    assert not (tmp_path / "run").exists()

@@ -73,9 +73,9 @@ def train_sources(
         )
     whole = sum(numbers.values())
     if only is not None and (not only or only[-1] >= whole):
+        asked = f"{only.start}" if len(only) == 1 else f"{only.start}-{only.stop - 1}"
         raise FastarError(
-            f"--only {only.start}-{only.stop - 1}: the run's sources and heldouts have the numbers 0 to {whole - 1}; "
-            "give some of them"
+            f"--only {asked}: the run's sources and heldouts have the numbers 0 to {whole - 1}; give some of them"
         )
     ranks.by_first(partial(run.check, settings))
     session = prepare_session(settings, out, progress, given)
