@@ -106,7 +106,11 @@ def test_only_what_is_missing_is_a_job(tmp_path: Path, data: Path) -> None:
         ("heldout-0", "3"),
     ]
     assert jobs.missing() == ["source 0", "source 2", "heldout 0"]
-    given = run_jobs(small(data, "sources.heldout=1", f"sources.folder={tmp_path}"), run, [])
+    others = tmp_path / "others"
+    others.mkdir()
+    for number in range(9):
+        (others / f"{number}.safetensors").touch()
+    given = run_jobs(small(data, "sources.heldout=1", f"sources.folder={others}"), run, [])
     assert [(job.name, job.arguments[-1]) for job in given.parts] == [("heldout-0", "0")]
 
 
@@ -120,6 +124,8 @@ def test_only_what_is_missing_is_a_job(tmp_path: Path, data: Path) -> None:
         (["--dry-run"], ["--dry-run", "--launcher"]),
         (["--launcher", "ray", "--sbatch", "time=5"], ["--sbatch", "slurm"]),
         (["--launcher", "slurm", "--dry-run", "--sbatch", "time"], ["--sbatch time", "key=value"]),
+        (["--launcher", "local:2", "--sources-from", "nix/*.safetensors"], ["nix/*.safetensors", "checkpoint"]),
+        (["--launcher", "local:2", "sources.number=1000000000"], ["1,000,000,000 models", "100,000 jobs"]),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_starts(

@@ -49,7 +49,7 @@ def train_star(given: Given, overrides: Overrides = None) -> None:
             names = [name for name in RUN if name != "out"]
             own = given.arguments(names, ["--out", str(run.path), *(overrides or ())])
             more = given.arguments(["profile"], ())
-            done = profile is None and known_results(settings, run) is not None
+            done = profile is None and not given["dry_run"] and known_results(settings, run) is not None
             if not done and not jobs.enter_context(begun(given, launcher, run_jobs(settings, run, own, more))):
                 return
             profile = profile if launcher.name == "local" else None  # the last job's

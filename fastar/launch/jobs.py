@@ -13,10 +13,13 @@ from typing import Any
 
 from fastar.config import Settings
 from fastar.errors import FastarError
+from fastar.experiments.reuse import model_paths
 from fastar.runs import RunFolder, remove_if_empty
 from fastar.runs.claims import JOBS
 
 LAUNCHERS = ("local", "slurm", "ray")
+# The most jobs of a run; no cluster takes more.
+MOST_JOBS = 100_000
 
 
 @dataclass(frozen=True)
@@ -94,8 +97,17 @@ def run_jobs(settings: Settings, run: RunFolder, arguments: Sequence[str], last:
     Args:
         arguments: options and settings of the run.
         last: more options of the last job.
+
+    Raises:
+        FastarError: too many models, or checkpoints that are given and not there.
     """
     given = {kind: settings.sources.of_kind(kind) for kind in ("source", "heldout")}
+    wanted = sum(number for number, folder in given.values() if folder is None)
+    if wanted > MOST_JOBS:
+        raise FastarError(f"--launcher: {wanted:,} models, and at most {MOST_JOBS:,} jobs; lower sources.number")
+    for kind, (_, folder) in given.items():
+        if folder is not None:
+            model_paths(settings, run, kind)  # said now, not by the last job
     models = [(kind, index) for kind, (number, folder) in given.items() if folder is None for index in range(number)]
     train = ("train-sources", *arguments)
 
