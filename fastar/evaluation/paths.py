@@ -26,9 +26,9 @@ MEASURED_BATCHES = 2
 
 
 Values = dict[str, dict[str, float]]
-"""Of one network: split -> "loss" or a metric's name -> its value."""
+"""Values of one network: split -> "loss" or a metric's name -> its value."""
 Share = Callable[[int, int, Callable[[range], list[Values]]], list[Values]]
-"""Of so many points, of which so many are held at once, and a function that measures some: the values of all."""
+"""Values of all points, from their number, how many are held at once, and a function that measures some."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -148,7 +148,7 @@ def sweep_jobs(settings: Settings, out: Path, points: Iterable[RunFolder], argum
 
 
 def planned(jobs: Jobs, at_once: int | None, resources: str) -> dict[str, Any]:
-    """What would be submitted: the commands, how many are at work at once, and what each of them gets."""
+    """The plan of what would be submitted: the commands, how many are at work at once, and what each of them gets."""
     return {
         "jobs": [str(job) for job in jobs.parts],
         "at_once": at_once,

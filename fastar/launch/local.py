@@ -20,7 +20,7 @@ LOOK_SECONDS = 0.1
 
 
 class Places:
-    """Where workers are at work: the share of this machine's cores that each gets, and its GPU where there are several.
+    """Places of workers: the share of this machine's cores that each gets, and its GPU where there are several.
 
     Args:
         device: the setting.
@@ -37,7 +37,7 @@ class Places:
         self.threads = max(1, cpus() // self.number)
 
     def environment(self, worker: int) -> dict[str, str]:
-        """What differs in the environment of a worker (0, 1, ...) from this process's."""
+        """Variables of a worker's environment (0, 1, ...) that differ from this process's."""
         asked = os.environ.get("OMP_NUM_THREADS", "")
         threads = min(self.threads, int(asked)) if asked.isdecimal() and int(asked) else self.threads
         gpu = {"CUDA_VISIBLE_DEVICES": self.gpus[worker % len(self.gpus)]} if len(self.gpus) > 1 else {}

@@ -54,7 +54,7 @@ def run_ray(jobs: Jobs, at_once: int | None, progress: Progress) -> None:
 
 
 def planned_resources(device: str) -> str:
-    """What each job gets, as it is printed."""
+    """Resources of each job, as they are printed."""
     return "1 CPU" if device == "cpu" else "1 GPU and its share of its node's CPUs, or 1 CPU where there are no GPUs"
 
 
