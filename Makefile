@@ -12,9 +12,9 @@ star: $(VENV)/.installed
 
 install: $(VENV)/.installed
 
-# The tests are shared by so many processes: one more than cores that may be used, since some tests wait, and 8 at most,
-# since each takes about a gigabyte of memory. `make test PROCESSES=0` runs them in pytest's own.
-PROCESSES := $(shell n=$$(env -u OMP_NUM_THREADS nproc || echo 2); echo $$((n < 8 ? n + 1 : 8)))
+# The tests are shared by so many processes: one for each core that may be used, and 8 at most, since each takes about a
+# gigabyte of memory. `make test PROCESSES=0` runs them in pytest's own.
+PROCESSES := $(shell n=$$(env -u OMP_NUM_THREADS nproc || echo 2); echo $$((n < 8 ? n : 8)))
 # worksteal: neighbours stay together, so that what a module's tests share is made in one process, rarely in two.
 SHARED := -n $(PROCESSES) --dist=worksteal
 
