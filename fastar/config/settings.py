@@ -157,6 +157,11 @@ class SourcesSettings(Section):
         """The number of sources or heldouts, and where they are given."""
         return (self.number, self.folder) if kind == "source" else (self.heldout, self.heldout_folder)
 
+    def trained(self) -> dict[str, int]:
+        """The numbers of sources and of heldouts by kind, without those that are given."""
+        of_kind = {kind: self.of_kind(kind) for kind in ("source", "heldout")}
+        return {kind: number for kind, (number, folder) in of_kind.items() if folder is None}
+
 
 class SinkhornSettings(Section):
     """Matching by gradient on doubly stochastic matrices (appendix D.3), for `matching.method=sinkhorn`."""

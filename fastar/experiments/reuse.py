@@ -28,8 +28,7 @@ def finished_results(
     Raises:
         FastarError: a model that is there is truncated or says of itself what was not saved.
     """
-    own = {kind: settings.sources.of_kind(kind) for kind in ("heldout", "source")}
-    numbers = {kind: number for kind, (number, folder) in own.items() if folder is None}
+    numbers = settings.sources.trained()
     # One after the other: the first that is missing is the answer, whatever number was asked for.
     if not run.results.is_file() or not run.finished("star", 0):
         return None

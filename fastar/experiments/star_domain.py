@@ -63,10 +63,9 @@ def train_sources(
     Raises:
         FastarError: bad input, or models that are given and not to be trained.
     """
-    run, own = RunFolder(out), {kind: settings.sources.of_kind(kind) for kind in kinds}
-    numbers = {kind: number for kind, (number, folder) in own.items() if folder is None}
+    run, numbers = RunFolder(out), {k: number for k, number in settings.sources.trained().items() if k in kinds}
     if not numbers:
-        kind = next(iter(own))
+        kind = kinds[0]
         name = "sources.folder" if kind == "source" else "sources.heldout_folder"
         raise FastarError(
             f"{name} gives the {kind}s, so none are to be trained; leave it out, or choose another run folder (out)"
@@ -124,8 +123,7 @@ def do_run(
     session.network.share_symmetry()  # units that cannot be matched are named before anything is trained
     with opened(session) as session, threads(session):
         looking = None if profile is None or not ranks.is_first() else steps_profile(session, profile)
-        own = {kind: settings.sources.of_kind(kind) for kind in ("source", "heldout")}
-        numbers = {kind: number for kind, (number, folder) in own.items() if folder is None}
+        numbers = settings.sources.trained()
         train_small(session, [(kind, index) for kind, number in numbers.items() for index in range(number)])
         found = models_of(session, "source")
         with star_claimed(session):

@@ -101,14 +101,14 @@ def run_jobs(settings: Settings, run: RunFolder, arguments: Sequence[str], last:
     Raises:
         FastarError: too many models, or checkpoints that are given and not there.
     """
-    given = {kind: settings.sources.of_kind(kind) for kind in ("source", "heldout")}
-    wanted = sum(number for number, folder in given.values() if folder is None)
+    own = settings.sources.trained()
+    wanted = sum(own.values())
     if wanted > MOST_JOBS:
         raise FastarError(f"--launcher: {wanted:,} models, and at most {MOST_JOBS:,} jobs; lower sources.number")
-    for kind, (_, folder) in given.items():
-        if folder is not None:
+    for kind in ("source", "heldout"):
+        if kind not in own:
             model_paths(settings, run, kind)  # said now, not by the last job
-    models = [(kind, index) for kind, (number, folder) in given.items() if folder is None for index in range(number)]
+    models = [(kind, index) for kind, number in own.items() for index in range(number)]
     train = ("train-sources", *arguments)
 
     def missing() -> list[str]:

@@ -89,7 +89,7 @@ def _connected(ray: Any) -> Iterator[None]:
 
 
 def _resources(ray: Any, device: str) -> dict[str, int]:
-    """What a job takes of a node: a GPU, and its share of the CPUs beside it; or one CPU."""
+    """Resources that a job takes of a node: a GPU, and its share of the CPUs beside it; or one CPU."""
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     shares = [max(1, int(node.get("CPU", 1) // node["GPU"])) for node in nodes if node.get("GPU")]
     if device == "cpu" or (device == "auto" and not shares):

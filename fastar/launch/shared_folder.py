@@ -1,4 +1,4 @@
-"""What is asked of the folder that jobs share: that all nodes see it, and whether its file system has locks."""
+"""Checks of the folder that jobs share: that all nodes see it, and whether its file system has locks."""
 
 from __future__ import annotations
 

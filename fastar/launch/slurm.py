@@ -24,11 +24,11 @@ from fastar.runtime.signals import EXIT_CONTINUE
 if TYPE_CHECKING:
     from submitit import Job as Submitted
 
-# Of a job, where --sbatch says nothing. A job whose time ends saves and is put into the queue again.
+# Options of a job, where --sbatch says nothing. A job whose time ends saves and is put into the queue again.
 MINUTES = 240
 # Before the end of a job's time it is told to save.
 SIGNAL_SECONDS = 120
-# What asks for GPUs by itself.
+# Options that ask for GPUs by themselves.
 GPU_OPTIONS = ("gpus", "gpus-per-node", "gpus-per-task", "gres")
 
 
@@ -180,7 +180,7 @@ def _submitit() -> Any:
 
 
 def submitted_lines(submitted: dict[str, Any]) -> list[str]:
-    """What is printed of jobs that were submitted."""
+    """Lines that are printed of jobs that were submitted."""
     *parts, last = submitted["jobs"]
     first = f"submitted: {last}"
     if parts:

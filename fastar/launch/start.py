@@ -11,7 +11,7 @@ from fastar.runtime.progress import Progress
 
 
 def plan_jobs(launcher: Launcher, jobs: Jobs, sbatch: Sequence[str]) -> dict[str, Any]:
-    """What would be started (`planned`); nothing is."""
+    """The plan of what would be started (`planned`); nothing is."""
     if launcher.name == "local":
         from fastar.launch.local import Places
 

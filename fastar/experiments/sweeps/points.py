@@ -48,12 +48,6 @@ class Point:
         return {k: value for k, value in self._flat.items() if not k.startswith(_FREE) and k != "sources.heldout"}
 
     @property
-    def own_models(self) -> dict[str, int]:
-        """The numbers of sources and of heldouts that it trains, by kind."""
-        of_kind = {kind: self.settings.sources.of_kind(kind) for kind in ("source", "heldout")}
-        return {kind: number for kind, (number, folder) in of_kind.items() if folder is None}
-
-    @property
     def _flat(self) -> dict[str, Any]:
         return flatten(self.settings.model_dump(mode="json"))
 
@@ -113,7 +107,7 @@ def trainings(points: Sequence[Point]) -> tuple[int, int]:
     regular, stars = dict[tuple[str, str], int](), set()
     for point in points:
         stars.add(repr(point.star_recipe))
-        for kind, number in point.own_models.items():
+        for kind, number in point.settings.sources.trained().items():
             of = repr(point.regular_recipe), kind
             regular[of] = max(number, regular.get(of, 0))
     return sum(regular.values()), len(stars)
@@ -143,7 +137,7 @@ def take_over(point: Point, others: Sequence[Point], progress: Progress) -> None
 
 def _models_to_take(point: Point, others: Sequence[Point]) -> list[tuple[RunFolder, str, int]]:
     """Models that the point lacks: a run that has each, its kind and number; the star last."""
-    recipe, star, numbers = point.regular_recipe, point.star_recipe, point.own_models
+    recipe, star, numbers = point.regular_recipe, point.star_recipe, point.settings.sources.trained()
     others = [other for other in others if other is not point]
     found = dict[tuple[str, int], RunFolder]()
     for other in others:

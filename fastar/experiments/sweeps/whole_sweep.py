@@ -108,7 +108,7 @@ def _trained(
 
 def _train_regular(point: Point, known: Sequence[Point], progress: Progress, given: Given | None) -> None:
     """Train the sources and heldouts that a point lacks."""
-    numbers = point.own_models
+    numbers = point.settings.sources.trained()
     if all(point.run.finished(kind, index) for kind, number in numbers.items() for index in range(number)):
         return
     from fastar.experiments.star_domain import train_sources  # imports torch
