@@ -71,7 +71,17 @@ def test_a_dry_run_lists_the_jobs_and_starts_none(tmp_path: Path, options: list[
         if launcher == "local:2"
         else [["--only", str(number)] for number in range(3)]
     )
-    assert shlex.split(found["last"])[:2] == ["fastar", "train-star"]
+    after = [[shlex.split(line) for line in stage] for stage in found["then"]]
+    assert all(line[:2] == ["fastar", "train-star"] for stage in after for line in stage)
+    by = [[line[-2:] for line in stage] for stage in after]
+    assert by == (
+        [[["workers=1", "sources.number=3"]]]
+        if launcher == "local:2"
+        else [[["--measured-by", "0"]], [["--measured-by", "2"]] * 2]
+    )
+    assert [line for line in lines if line.startswith("then")] == [
+        f"then {len(stage)} job{'s' * (len(stage) > 1)}:" for stage in after
+    ]
     wanted = {"local:2": "thread", "slurm:2": "--time=240", "ray:2": "1 CPU"}[launcher]
     assert wanted in found["resources"]
     assert wanted in lines[-1]
@@ -114,6 +124,17 @@ def test_only_what_is_missing_is_a_job(tmp_path: Path, data: Path) -> None:
     assert [(job.name, job.arguments[-1]) for job in given.parts] == [("heldout-0", "0")]
 
 
+def test_paths_are_measured_by_as_many_jobs_as_are_at_work_at_once(tmp_path: Path, data: Path) -> None:
+    jobs = run_jobs(small(data), RunFolder(tmp_path), ["a=1"], ["--profile", "3"])
+    parts, star, measure = jobs.stages(None)
+    assert parts == jobs.parts
+    assert [job.arguments for job in star] == [("train-star", "a=1", "--profile", "3", "--measured-by", "0")]
+    assert [job.arguments for job in measure] == [("train-star", "a=1", "--measured-by", "8")] * 8
+    assert len({job.name for job in (*star, *measure)}) == 9  # each with a log of its own
+    assert [len(stage) for stage in jobs.stages(3)] == [2, 1, 3]
+    assert jobs.stages(1) == [jobs.parts, (jobs.last,)]
+
+
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
@@ -123,6 +144,8 @@ def test_only_what_is_missing_is_a_job(tmp_path: Path, data: Path) -> None:
         (["--launcher", "ray:-1"], ["--launcher ray:-1", "ray:2"]),
         (["--dry-run"], ["--dry-run", "--launcher"]),
         (["--launcher", "ray", "--sbatch", "time=5"], ["--sbatch", "slurm"]),
+        (["--launcher", "ray", "--measured-by", "4"], ["--measured-by 4", "leave it out"]),
+        (["--measured-by", "-1"], ["--measured-by -1", "0 or more"]),
         (["--launcher", "slurm", "--dry-run", "--sbatch", "time"], ["--sbatch time", "key=value"]),
         (["--launcher", "local:2", "--sources-from", "nix/*.safetensors"], ["nix/*.safetensors", "checkpoint"]),
         (["--launcher", "local:2", "sources.number=1000000000"], ["1,000,000,000 models", "100,000 jobs"]),
@@ -282,6 +305,24 @@ def test_workers_save_when_the_launcher_is_stopped(tmp_path: Path) -> None:
     with pytest.raises(Stop):
         stopped_when_both_have_begun()
     assert len(list(tmp_path.glob("*.saved"))) == 2
+
+
+def test_a_launcher_that_is_stopped_early_leaves_nothing(tmp_path: Path) -> None:
+    """Where workers have begun something, their logs stay."""
+
+    class Stopped(Heard):
+        def line(self, text: str) -> None:
+            raise KeyboardInterrupt
+
+    for code, left in (
+        ("", []),
+        (f"open({str(tmp_path / 'run' / 'config.yaml')!r}, 'x').close()\n", ["config.yaml", "jobs"]),
+    ):
+        said = f"{code}import sys, time; print('begun', file=sys.stderr, flush=True); time.sleep(600)"
+        with pytest.raises(KeyboardInterrupt):
+            work(scripts(tmp_path / "run", said, makes=["first"]), Places("cpu", 1, 1), Stopped())
+        assert sorted(path.name for path in (tmp_path / "run").glob("*")) == left
+        assert (tmp_path / "run").exists() == bool(left)
 
 
 def test_a_folder_that_a_host_does_not_share_is_said(tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ def test_two_jobs_of_ray_end_in_the_bits_of_one_process(tmp_path: Path, options:
     results = [json.loads((folder / "results.json").read_text())["paths"] for folder in (run, whole)]
     assert results[0] == results[1]
     logs = sorted(path.name for path in (run / "jobs").iterdir())
-    assert logs == ["ray-source-0.log", "ray-source-1.log", "ray-star.log"]
+    assert logs == [f"ray-{name}.log" for name in ("measure-0", "measure-1", "source-0", "source-1", "star")]
 
 
 def test_a_job_looks_for_the_folders_that_it_needs(tmp_path: Path) -> None:

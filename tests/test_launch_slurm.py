@@ -104,12 +104,15 @@ def test_what_is_submitted(tmp_path: Path, commands: Path, options: list[str]) -
         *("--sbatch", "partition=a b", "--sbatch", "mem=4G"),
     )
     assert outcome.code == 0, outcome.err
-    found = re.fullmatch(r"submitted: 3 jobs \((\d+)\), then (\d+)\nlogs: .*\n.*\n", outcome.out)
+    said = r"submitted: 3 jobs \((\d+)\), then 1 job \((\d+)\), then 2 jobs \((\d+)\)\nlogs: .*\n.*\n"
+    found = re.fullmatch(said, outcome.out)
     assert found is not None, outcome.out
-    parts, last = ((tmp_path / f"{found[number]}.sh").read_text() for number in (1, 2))
+    parts, star, measure = ((tmp_path / f"{found[number]}.sh").read_text() for number in (1, 2, 3))
     assert "#SBATCH --array=0-2%2" in parts
-    assert f"#SBATCH --dependency=afterany:{found[1]}" in last
-    for script in (parts, last):
+    assert f"#SBATCH --dependency=afterany:{found[1]}" in star
+    assert f"#SBATCH --dependency=afterany:{found[2]}" in measure
+    assert "#SBATCH --array=0-1%2" in measure
+    for script in (parts, star, measure):
         lines = {"--partition='a b'", "--mem=4G", "--time=240", "--signal=USR2@120", "--requeue"}
         assert lines <= {line.removeprefix("#SBATCH ") for line in script.splitlines()}
         assert f"{run}/jobs" in script
@@ -158,7 +161,7 @@ def test_a_run_under_slurm_ends_in_the_bits_of_one_process(
     tmp_path: Path, slurm: Slurm, options: list[str], whole: Path
 ) -> None:
     run = tmp_path / "run"
-    outcome = fastar("train-star", *options, "checkpoint.minutes=0", "--out", run, "--launcher", "slurm")
+    outcome = fastar("train-star", *options, "checkpoint.minutes=0", "--out", run, "--launcher", "slurm:2")
     assert outcome.code == 0, outcome.err
     slurm.wait(lambda: (run / "results.json").is_file() and not slurm.queue())
     assert_same_models(run, whole)
@@ -173,7 +176,7 @@ def test_jobs_that_are_preempted_or_killed_go_on_and_cancelled_ones_do_not(
     one, run = tmp_path / "one", tmp_path / "run"
     assert fastar("train-star", *command, "--out", one).code == 0
     outcome = fastar("train-star", *command, "--out", run, "--launcher", "slurm:1")
-    found = re.search(r"\((\d+)\), then (\d+)", outcome.out)
+    found = re.search(r"\((\d+)\), then 1 job", outcome.out)
     assert found is not None, outcome.out
 
     def begun(model: str) -> bool:

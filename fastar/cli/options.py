@@ -70,6 +70,7 @@ OPTIONS = {
     "launcher": Option(str, "local|slurm|ray", "Spread it: local:4, over 4 processes here; slurm; ray."),
     "dry_run": Option(bool, None, "With --launcher: print what would be started, and start nothing."),
     "sbatch": Option(list[str], "KEY=VALUE", "With --launcher slurm: an option of sbatch; may be repeated."),
+    "measured_by": Option(int, "N", "Processes that measure, though some come later; 0: end once the star is trained."),
     "profile": Option(int, "N", "Time N steps of the star's training, part by part, into OUT/profile."),
     "images_per_second": Option(float, "SPEED", "Speed of training, instead of measuring it here."),
     "model": Option(str, "MODULE:FUNCTION", "Your own network: a function that returns it; MODULE may be a file."),

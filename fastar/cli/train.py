@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from fastar.launch.jobs import Jobs, Launcher
 
 
-@takes(*RUN, "profile", *LAUNCH, "json", "quiet")
+@takes(*RUN, "measured_by", "profile", *LAUNCH, "json", "quiet")
 def train_star(given: Given, overrides: Overrides = None) -> None:
     """Do it all: data, sources, star model, heldouts, barriers, report.
 
@@ -33,7 +33,10 @@ def train_star(given: Given, overrides: Overrides = None) -> None:
 
         fastar train-star --dataset cifar10 --arch resnet18 --launcher slurm:8 --sbatch partition=gpu --dry-run
     """
-    launcher, settings = given.launcher(), given.settings(overrides)
+    launcher, settings, by = given.launcher(), given.settings(overrides), given["measured_by"]
+    if by is not None and (by < 0 or launcher is not None):
+        why = "give 0 or more" if by < 0 else "a --launcher says that by itself; leave it out"
+        raise FastarError(f"--measured-by {by}: {why}")
 
     from fastar.experiments import train_star
     from fastar.report.results import check_results
@@ -53,11 +56,16 @@ def train_star(given: Given, overrides: Overrides = None) -> None:
             if not done and not jobs.enter_context(begun(given, launcher, run_jobs(settings, run, own, more))):
                 return
             profile = profile if launcher.name == "local" else None  # the last job's
-        results = train_star(settings, run.path, progress, profile=profile)
+        results = train_star(settings, run.path, progress, profile=profile, measured_by=by)
     if not ranks.is_first():
         return
-    check_results(results, run.results)
-    show_results(given, results, run)
+    if results:
+        check_results(results, run.results)
+        show_results(given, results, run)
+    elif given.json:
+        print_json({"star": str(run.star)})
+    else:
+        print_lines([f"star: {run.star}"])
     if given["profile"] is not None and not given.json:
         print(run.profile("parts.txt").read_text(), end="")
         print(f"profile: {run.profile('')}")

@@ -22,14 +22,15 @@ class SharedMeasuring:
 
     Args:
         of: a digest of all that the values depend on.
+        processes: that there are to be at least.
     """
 
-    def __init__(self, session: Session, of: str):
-        self._session, self._run, self._of = session, session.run, of
+    def __init__(self, session: Session, of: str, processes: int = 1):
+        self._session, self._run, self._of, self._least = session, session.run, of, processes
 
     def __call__(self, count: int, chunk: int, measure: Callable[[range], list[Values]]) -> list[Values]:
         # Each part is a pass over the data: they are as large as memory allows, unless there are others to take some.
-        processes = 1 + len(self._run.processes.others())
+        processes = max(self._least, 1 + len(self._run.processes.others()))
         size = chunk if processes == 1 else min(chunk, -(-count // (PARTS * processes)))
         if size >= count and not self._run.measured.is_dir():
             return measure(range(count))

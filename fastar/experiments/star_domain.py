@@ -104,16 +104,18 @@ def do_run(
     progress: Progress = SILENT,
     *,
     profile: int | None = None,
+    measured_by: int | None = None,
     given: Given | None = None,
 ) -> dict[str, Any]:
     """Do all of a run: data, sources, star, heldouts, barriers. Models that are there and match are reused.
 
     Args:
         profile: look at so many steps of the star's training, and write what was found into `profile/`.
+        measured_by: processes that share the measuring, though some come later; 0: end once the star is trained.
         given: parts of the task that the settings do not name.
 
     Returns:
-        The content of `results.json`.
+        The content of `results.json`; empty where `measured_by` is 0.
 
     Raises:
         FastarError: bad input; what was finished stays and the same command goes on from there.
@@ -128,8 +130,10 @@ def do_run(
         found = models_of(session, "source")
         with star_claimed(session):
             star, sources, permutations = star_model(session, found, profile=looking)
+        if measured_by == 0:
+            return {}
         heldouts = [one.released() for one in models_of(session, "heldout")]
-        return ranks.by_first(partial(measured_run, session, star, sources, heldouts, permutations))
+        return ranks.by_first(partial(measured_run, session, star, sources, heldouts, permutations, measured_by or 1))
 
 
 @contextmanager
@@ -151,12 +155,18 @@ def measured_run(
     sources: Sequence[Checkpoint],
     heldouts: Sequence[Checkpoint],
     permutations: Permutations | None,
+    processes: int = 1,
 ) -> dict[str, Any]:
-    """Measure a run's barriers, with the other processes at work on it, and write its results; the results."""
+    """Measure a run's barriers, with the other processes at work on it, and write its results; the results.
+
+    Args:
+        processes: at least so many, though some come later.
+    """
     run, settings = session.run, session.settings
     digest = measured_digest(settings, run, task_digest(session))
     with measuring("barriers"):
-        found, matchings = measure(session, star, sources, heldouts, permutations, SharedMeasuring(session, digest))
+        share = SharedMeasuring(session, digest, processes)
+        found, matchings = measure(session, star, sources, heldouts, permutations, share)
     with alone_at(session, "results"):
         results = finished_results(settings, run, session.progress, task=partial(task_digest, session))
         if results is not None:  # of another

@@ -44,16 +44,18 @@ def train_star(
     progress: Progress = SILENT,
     *,
     profile: int | None = None,
+    measured_by: int | None = None,
     given: Given | None = None,
 ) -> dict[str, Any]:
     """Do a whole run (`star_domain.do_run`), unless it is finished.
 
     Args:
         profile: look at so many steps of the star's training.
+        measured_by: as of `do_run`.
         given: parts of the task that the settings do not name.
 
     Returns:
-        The content of `results.json`.
+        The content of `results.json`; empty where `measured_by` is 0 and it is not there.
 
     Raises:
         FastarError: the folder belongs to another run, or bad input.
@@ -68,5 +70,5 @@ def train_star(
     if results is None:
         from fastar.experiments.star_domain import do_run  # only now torch and all that is slow to import
 
-        results = do_run(settings, out, progress, profile=profile, given=given)
+        results = do_run(settings, out, progress, profile=profile, measured_by=measured_by, given=given)
     return results

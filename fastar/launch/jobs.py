@@ -6,20 +6,24 @@ import re
 import shlex
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from fastar.config import Settings
-from fastar.errors import FastarError
+from fastar.errors import FastarError, refusal
 from fastar.experiments.reuse import model_paths
 from fastar.runs import RunFolder, remove_if_empty
 from fastar.runs.claims import JOBS
+from fastar.runtime.progress import count_text
 
 LAUNCHERS = ("local", "slurm", "ray")
 # The most jobs of a run; no cluster takes more.
 MOST_JOBS = 100_000
+# Jobs that measure a run where nothing says how many are at work at once.
+MEASURE = 8
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ class Jobs:
         parts: jobs that can be done at once, and in any order.
         worker: does what the parts do, as far as nobody else does it.
         last: done after them: what is left.
+        measure: what `last` does once the star is trained, which several can share; None: there is no such part.
         missing: names of what the parts are to make, and have not made.
         unit: what that is, for people.
         device: the setting.
@@ -84,11 +89,35 @@ class Jobs:
     missing: Callable[[], list[str]]
     unit: str
     device: str
+    measure: Job | None = None
+
+    def stages(self, at_once: int | None) -> list[tuple[Job, ...]]:
+        """The jobs, all of a stage after all of the one before: the parts, then what is left; of a run by several the
+        star alone, and then its paths."""
+        number = 1 if self.measure is None else at_once or MEASURE
+        if self.measure is None or number == 1:
+            return [self.parts, (self.last,)]
+        star = Job(self.last.name, (*self.last.arguments, "--measured-by", "0"))
+        shared = (*self.measure.arguments, "--measured-by", str(number))
+        return [self.parts, (star,), tuple(Job(f"measure-{part}", shared) for part in range(number))]
 
     @property
     def logs(self) -> Path:
         """Folder of the jobs' logs."""
         return self.out / JOBS
+
+    @contextmanager
+    def logged(self) -> Iterator[None]:
+        """Let jobs write logs. Where the block fails, or is stopped, before they begin anything, no trace is left."""
+        with refusal(f"{self.logs}: cannot be written", "free space or choose another run folder (out)"):
+            self.logs.mkdir(parents=True, exist_ok=True)
+        try:
+            yield
+        except BaseException:
+            if self.logs.is_dir() and all(path == self.logs for path in self.out.iterdir()):
+                shutil.rmtree(self.logs)
+                remove_if_empty(self.out)
+            raise
 
 
 def run_jobs(settings: Settings, run: RunFolder, arguments: Sequence[str], last: Sequence[str] = ()) -> Jobs:
@@ -123,6 +152,7 @@ def run_jobs(settings: Settings, run: RunFolder, arguments: Sequence[str], last:
         ),
         worker=Job("worker", train),
         last=Job("star", ("train-star", *arguments, *last)),
+        measure=Job("measure", ("train-star", *arguments)),
         missing=missing,
         unit="models",
         device=settings.device,
@@ -147,12 +177,13 @@ def sweep_jobs(settings: Settings, out: Path, points: Iterable[RunFolder], argum
     )
 
 
-def planned(jobs: Jobs, at_once: int | None, resources: str) -> dict[str, Any]:
+def planned(jobs: Jobs, stages: Sequence[Sequence[Job]], at_once: int | None, resources: str) -> dict[str, Any]:
     """The plan of what would be submitted: the commands, how many are at work at once, and what each of them gets."""
+    parts, *after = ([str(job) for job in stage] for stage in stages)
     return {
-        "jobs": [str(job) for job in jobs.parts],
+        "jobs": parts,
         "at_once": at_once,
-        "last": str(jobs.last),
+        "then": after,
         "resources": resources,
         "logs": str(jobs.logs),
     }
@@ -162,18 +193,17 @@ def planned_lines(plan: dict[str, Any]) -> list[str]:
     """`planned`, as it is printed."""
     number, at_once = len(plan["jobs"]), plan["at_once"]
     limit = "" if at_once is None else f", {at_once} at once"
+    after = [(f"then {count_text(len(stage), 'job')}:", f"  {stage[0]}") for stage in plan["then"]]
     return [
-        f"{number} job{'' if number == 1 else 's'}{limit}{':' if number else ''}",
+        f"{count_text(number, 'job')}{limit}{':' if number else ''}",
         *(f"  {command}" for command in plan["jobs"]),
-        "then 1 job:",
-        f"  {plan['last']}",
+        *(line for lines in after for line in lines),
         f"each with {plan['resources']}; logs in {plan['logs']}",
     ]
 
 
 def check_done(jobs: Jobs, reasons: Sequence[str] = ()) -> None:
-    """Raise FastarError where something is missing that the jobs were to make; of a run or sweep that nothing was begun
-    of no trace is left.
+    """Raise FastarError where something is missing that the jobs were to make.
 
     Args:
         reasons: the last lines of jobs that failed.
@@ -182,8 +212,5 @@ def check_done(jobs: Jobs, reasons: Sequence[str] = ()) -> None:
     if not missing:
         return
     why = f": {reasons[0].removeprefix('fastar: ')}" if reasons else f"; see {jobs.logs}"
-    if jobs.logs.is_dir() and all(path == jobs.logs for path in jobs.out.iterdir()):
-        shutil.rmtree(jobs.logs)
-        remove_if_empty(jobs.out)
     named = f"{', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}"
     raise FastarError(f"{jobs.out}: {named} could not be made ({len(missing)} in all){why}")

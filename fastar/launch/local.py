@@ -164,20 +164,20 @@ def work(jobs: Jobs, places: Places, progress: Progress) -> None:
     if not missing:
         return
     environments = [places.environment(number) for number in range(places.number)]
-    jobs.logs.mkdir(parents=True, exist_ok=True)
-    say_if_without_locks(jobs.logs, progress)
-    with progress.task(f"{places.number} workers", total=missing, unit=jobs.unit) as advance:
-        with workers(jobs.worker, environments, jobs.logs, progress) as started:
-            while started.at_work():
-                for line in started.lines():
-                    progress.line(line)
-                left = len(jobs.missing())
-                if left < missing:
-                    advance(missing - left)
-                    missing = left
-                time.sleep(LOOK_SECONDS)
-        advance(missing - len(jobs.missing()))
-    check_done(jobs, started.reasons())
+    with jobs.logged():
+        say_if_without_locks(jobs.logs, progress)
+        with progress.task(f"{places.number} workers", total=missing, unit=jobs.unit) as advance:
+            with workers(jobs.worker, environments, jobs.logs, progress) as started:
+                while started.at_work():
+                    for line in started.lines():
+                        progress.line(line)
+                    left = len(jobs.missing())
+                    if left < missing:
+                        advance(missing - left)
+                        missing = left
+                    time.sleep(LOOK_SECONDS)
+            advance(missing - len(jobs.missing()))
+        check_done(jobs, started.reasons())
 
 
 @contextmanager
@@ -188,5 +188,5 @@ def companions(jobs: Jobs, places: Places, progress: Progress) -> Iterator[None]
         yield
         return
     jobs.logs.mkdir(parents=True, exist_ok=True)
-    with workers(jobs.last, others, jobs.logs, progress):
+    with workers(jobs.measure or jobs.last, others, jobs.logs, progress):
         yield

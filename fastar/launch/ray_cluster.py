@@ -7,7 +7,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -31,14 +31,15 @@ def run_ray(jobs: Jobs, at_once: int | None, progress: Progress) -> None:
     Raises:
         FastarError: Ray or a cluster is not there, or something is missing in the end.
     """
-    ray, going, failed = _ray(), dict[Any, Job](), dict[Job, str]()
-    with deferred(), _connected(ray):  # within Ray's own code a request to stop would be lost
+    ray, going, failed, stages = _ray(), dict[Any, Job](), dict[Job, str](), jobs.stages(at_once)
+    with deferred(), _connected(ray), ExitStack() as ending:  # within Ray's own code a request to stop would be lost
         each = _resources(ray, jobs.device)
+        ending.enter_context(jobs.logged())
         handshake = left_handshake(jobs.logs)
         try:
             say_if_without_locks(jobs.logs, progress)
-            with progress.task("jobs of Ray", total=len(jobs.parts) + 1, unit="jobs") as advance:
-                for some in (jobs.parts, [jobs.last]):
+            with progress.task("jobs of Ray", total=sum(map(len, stages)), unit="jobs") as advance:
+                for some in stages:
                     for job, code, line in _ended(ray, some, at_once or len(some), each, handshake, going):
                         if code:
                             failed[job] = line or f"ended with {code}; see {_log(jobs.logs, job)}"
@@ -49,8 +50,8 @@ def run_ray(jobs: Jobs, at_once: int | None, progress: Progress) -> None:
             handshake.unlink(missing_ok=True)  # what is still going saves and ends
             if going:
                 ray.wait(list(going), num_returns=len(going), timeout=SAVE_SECONDS)
-    if jobs.last in failed:
-        raise FastarError(failed[jobs.last].removeprefix("fastar: "))
+    if all(job in failed for job in stages[-1]):
+        raise FastarError(failed[stages[-1][0]].removeprefix("fastar: "))
 
 
 def planned_resources(device: str) -> str:

@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import redirect_stderr, suppress
 from types import FrameType
@@ -18,7 +19,7 @@ from fastar.errors import FastarError
 from fastar.launch.jobs import Job, Jobs
 from fastar.launch.shared_folder import left_handshake, not_shared, say_if_without_locks
 from fastar.runs import remove_if_empty
-from fastar.runtime.progress import Progress
+from fastar.runtime.progress import Progress, count_text
 from fastar.runtime.signals import EXIT_CONTINUE
 
 if TYPE_CHECKING:
@@ -117,7 +118,7 @@ def resources(options: dict[str, str]) -> str:
 def submit(
     jobs: Jobs, at_once: int | None, given: Sequence[str], progress: Progress, cluster: str = "slurm"
 ) -> list[Submitted[None]]:
-    """Submit the jobs, the last of which begins when the others have ended.
+    """Submit the jobs, each stage of which begins when those of the one before have ended.
 
     Args:
         given: options of sbatch, `key=value`.
@@ -131,7 +132,7 @@ def submit(
         raise FastarError(
             "--launcher slurm: there is no sbatch here; run it on a machine from which jobs are submitted"
         )
-    new, parts = not jobs.logs.exists(), list[Any]()
+    new, found, after = not jobs.logs.exists(), list[Any](), dict[str, str]()
     handshake = left_handshake(jobs.logs)
     say_if_without_locks(jobs.logs, progress)
     options = sbatch_options(jobs.device, given)
@@ -141,13 +142,13 @@ def submit(
     cpus = '[ -z "$SLURM_CPUS_PER_TASK" ] || export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK'
     setup = [cpus, f"test -f {shlex.quote(str(handshake))} || {{ {refused}; exit 2; }}"]
 
-    def submitted(some: Sequence[Job], name: str, more: dict[str, str]) -> list[Submitted[None]]:
+    def submitted(some: Sequence[Job]) -> list[Submitted[None]]:
         executor = submitit.AutoExecutor(folder=jobs.logs, cluster=cluster, slurm_max_num_timeout=1_000_000)
         executor.update_parameters(
-            name=f"{jobs.out.name}-{name}",
+            name=f"{jobs.out.name}-{'parts' if some is jobs.parts else some[0].name.partition('-')[0]}",
             timeout_min=MINUTES,
             slurm_array_parallelism=at_once or len(some),
-            slurm_additional_parameters={"requeue": True, **options, **more},
+            slurm_additional_parameters={"requeue": True, **options, **after},
             slurm_setup=setup,
             slurm_signal_delay_s=SIGNAL_SECONDS,
             local_setup=setup,
@@ -157,11 +158,12 @@ def submit(
 
     try:
         with redirect_stderr(io.StringIO()):  # sbatch's, which the error has
-            parts = submitted(jobs.parts, "parts", {}) if jobs.parts else []
-            after = {"dependency": f"afterany:{parts[0].job_id.partition('_')[0]}"} if parts else {}
-            return [*parts, *submitted([jobs.last], jobs.last.name, after)]
+            for some in filter(None, jobs.stages(at_once)):
+                found += submitted(some)
+                after = {"dependency": f"afterany:{found[-1].job_id.partition('_')[0]}"}
+        return found
     except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
-        if new and not parts:  # leave no trace
+        if new and not found:  # leave no trace
             shutil.rmtree(jobs.logs)
             remove_if_empty(jobs.out)
         lines = [line for line in str(error).splitlines() if "error" in line.lower()]
@@ -181,10 +183,10 @@ def _submitit() -> Any:
 
 def submitted_lines(submitted: dict[str, Any]) -> list[str]:
     """Lines that are printed of jobs that were submitted."""
-    *parts, last = submitted["jobs"]
-    first = f"submitted: {last}"
-    if parts:
-        first = (
-            f"submitted: {len(parts)} job{'' if len(parts) == 1 else 's'} ({parts[0].partition('_')[0]}), then {last}"
-        )
-    return [first, f"logs: {submitted['logs']}", f"`fastar runs {submitted['out']}` shows how far they are"]
+    numbers = Counter(job.partition("_")[0] for job in submitted["jobs"])
+    stages = ", then ".join(f"{count_text(number, 'job')} ({of})" for of, number in numbers.items())
+    return [
+        f"submitted: {stages}",
+        f"logs: {submitted['logs']}",
+        f"`fastar runs {submitted['out']}` shows how far they are",
+    ]

@@ -16,15 +16,16 @@ def plan_jobs(launcher: Launcher, jobs: Jobs, sbatch: Sequence[str]) -> dict[str
         from fastar.launch.local import Places
 
         places = Places(jobs.device, launcher.at_once, len(jobs.parts))
-        workers = {"jobs": [str(jobs.worker)] * places.number} if jobs.parts else {}
-        return {**planned(jobs, places.number, str(places)), **workers}
+        workers = [jobs.worker] * (places.number if jobs.parts else 0)
+        return planned(jobs, [workers, [jobs.last]], places.number, str(places))
+    at_once, stages = launcher.at_once, jobs.stages(launcher.at_once)
     if launcher.name == "ray":
         from fastar.launch.ray_cluster import planned_resources
 
-        return planned(jobs, launcher.at_once, planned_resources(jobs.device))
+        return planned(jobs, stages, at_once, planned_resources(jobs.device))
     from fastar.launch.slurm import resources, sbatch_options
 
-    return planned(jobs, launcher.at_once, resources(sbatch_options(jobs.device, sbatch)))
+    return planned(jobs, stages, at_once, resources(sbatch_options(jobs.device, sbatch)))
 
 
 @contextmanager

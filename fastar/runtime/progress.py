@@ -124,7 +124,7 @@ class TerminalProgress:
         finally:
             self._depth -= 1
         seconds = self._clock() - start
-        if not total or (self._depth and seconds < _WORTH_A_LINE):  # nothing to do, or nothing to tell
+        if not done or (self._depth and seconds < _WORTH_A_LINE):  # others did it, or there is nothing to tell
             return
         rate = f", {done / seconds:,.1f} {unit}/s" if seconds > 0 else ""
         self.line(f"{description}: {done} {unit} in {seconds:.1f} s{rate}{', ' + last_note if last_note else ''}")

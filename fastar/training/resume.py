@@ -221,32 +221,6 @@ class TrainingCheckpoints:
         Raises:
             FastarError: the file cannot be written; those before it are kept.
         """
-        after = (epoch, steps, history, so_far, losses, loss)
-        written = ranks.by_first(lambda: self._save(parts, device, *after))
-        self._last = self._clock()
-        return written
-
-    def _save(
-        self,
-        parts: Mapping[str, Resumable],
-        device: torch.device,
-        epoch: int,
-        steps: int,
-        history: Sequence[Mapping[str, Any]],
-        so_far: Mapping[str, Any],
-        losses: Tensor,
-        loss: float,
-    ) -> bool:
-        """As `save`."""
-        tensors = {"losses": losses, "random/cpu": torch.get_rng_state()}
-        if device.type == "cuda":
-            tensors["random/cuda"] = torch.cuda.get_rng_state(device)
-        for part, of in parts.items():
-            tensors |= {f"{part}/{name}": value for name, value in of.save().items()}
-        tensors = {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
-        if not all(bool(torch.isfinite(value).all()) for value in tensors.values() if value.is_floating_point()):
-            return False
-        path = self.folder / f"epoch-{epoch:05d}-step-{steps:08d}.safetensors"
         metadata = {
             "format": FORMAT,
             "recipe": self._recipe,
@@ -257,6 +231,15 @@ class TrainingCheckpoints:
             "so_far": dict(so_far),
             "loss": None if math.isinf(loss) else loss,
         }
+        written = ranks.by_first(lambda: self._write(_state_of(parts, device, losses), metadata))
+        self._last = self._clock()
+        return written
+
+    def _write(self, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> bool:
+        """Write a checkpoint where it is finite, and delete those that are not kept; tell whether it was."""
+        if not all(bool(torch.isfinite(value).all()) for value in tensors.values() if value.is_floating_point()):
+            return False
+        path = self.folder / f"epoch-{metadata['epoch']:05d}-step-{metadata['step']:08d}.safetensors"
         save_checkpoint(path, tensors, metadata)
         of_all = {one: _loss_of(one) for one in self.paths()}
         best = min(of_all, key=lambda one: of_all[one])
@@ -274,6 +257,16 @@ class TrainingCheckpoints:
         if device.type == "cuda" and "cuda" in generators:
             torch.cuda.set_rng_state(generators["cuda"], device)
         self._last = self._clock()
+
+
+def _state_of(parts: Mapping[str, Resumable], device: torch.device, losses: Tensor) -> dict[str, Tensor]:
+    """The state of a training's parts and random generators, and its losses, on the CPU."""
+    tensors = {"losses": losses, "random/cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        tensors["random/cuda"] = torch.cuda.get_rng_state(device)
+    for part, of in parts.items():
+        tensors |= {f"{part}/{name}": value for name, value in of.save().items()}
+    return {name: value.detach().to("cpu", copy=True) for name, value in tensors.items()}
 
 
 def _loss_of(path: Path) -> float:

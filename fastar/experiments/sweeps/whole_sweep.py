@@ -14,7 +14,7 @@ from fastar.config.strict_yaml import read_yaml
 from fastar.errors import FastarError, refusal
 from fastar.experiments.sweeps.points import Point, overrides_of, points_of, take_over, trainings
 from fastar.experiments.whole_run import check_whole, train_star
-from fastar.runs import hold, write_atomically, write_json
+from fastar.runs import delete, hold, remove_if_empty, write_atomically, write_json
 from fastar.runs.claims import JOBS, PROCESSES, Processes
 from fastar.runs.folder import FREE_KEYS
 from fastar.runs.lock import NAME as LOCK
@@ -85,6 +85,10 @@ def sweep(
 
             results = sweep_results(kind, chosen, found, out)
             write_json(out / "sweep.json", results)
+            if not processes.others():
+                for path in processes.locks():  # of killed ones
+                    delete(path)
+                    remove_if_empty(path.parent)
     return results
 
 
