@@ -39,9 +39,14 @@ SelectTypeParameters=CR_Core
 AccountingStorageType=accounting_storage/none
 JobAcctGatherType=jobacct_gather/none
 ReturnToService=2
-NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} State=UNKNOWN
+GresTypes=gpu
+SlurmdParameters=config_overrides
+NodeName={host} NodeAddr=127.0.0.1 CPUs={cpus} Gres=gpu:2 State=UNKNOWN
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP
 """
+# Those of two jobs that ask for 8 each, and for a GPU, which is none here.
+CPUS = 16
+GPUS = "Name=gpu File=/dev/null\nName=gpu File=/dev/zero\n"
 
 
 @dataclass(frozen=True)
@@ -72,8 +77,9 @@ def one_node(folder: Path) -> Iterator[Slurm]:
         (folder / name).mkdir()
     config = folder / "slurm.conf"
     controller, node = free_ports(2)
-    names = {"host": socket.gethostname().partition(".")[0], "cpus": os.cpu_count(), "user": "root"}
+    names = {"host": socket.gethostname().partition(".")[0], "cpus": CPUS, "user": "root"}
     config.write_text(CONFIG.format(folder=folder, controller=controller, node=node, **names))
+    (folder / "gres.conf").write_text(GPUS)
     munge = [f"--{name}={folder}/munge.{end}" for name, end in (("socket", "socket"), ("pid-file", "pid"))]
     munge += [f"--seed-file={folder}/munge.seed", f"--key-file={folder}/key", "--foreground"]
     os.environ["SLURM_CONF"] = str(config)

@@ -124,17 +124,6 @@ def test_only_what_is_missing_is_a_job(tmp_path: Path, data: Path) -> None:
     assert [(job.name, job.arguments[-1]) for job in given.parts] == [("heldout-0", "0")]
 
 
-def test_paths_are_measured_by_as_many_jobs_as_are_at_work_at_once(tmp_path: Path, data: Path) -> None:
-    jobs = run_jobs(small(data), RunFolder(tmp_path), ["a=1"], ["--profile", "3"])
-    parts, star, measure = jobs.stages(None)
-    assert parts == jobs.parts
-    assert [job.arguments for job in star] == [("train-star", "a=1", "--profile", "3", "--measured-by", "0")]
-    assert [job.arguments for job in measure] == [("train-star", "a=1", "--measured-by", "8")] * 8
-    assert len({job.name for job in (*star, *measure)}) == 9  # each with a log of its own
-    assert [len(stage) for stage in jobs.stages(3)] == [2, 1, 3]
-    assert jobs.stages(1) == [jobs.parts, (jobs.last,)]
-
-
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from cli_cases import fastar, refused
 from run_cases import Heard, assert_log_is_whole, assert_same_models, small
 from slurm_cases import Slurm, one_node
 
+from fastar.config import load_settings
 from fastar.launch.jobs import run_jobs
 from fastar.launch.slurm import sbatch_options, submit
 from fastar.runs import RunFolder
@@ -32,6 +34,17 @@ def test_options_of_sbatch() -> None:
         "time": "240",
     }
     assert sbatch_options("cuda", ["--gres=gpu:a100:1", "time=8:00:00"]) == {"gres": "gpu:a100:1", "time": "8:00:00"}
+
+
+def test_paths_are_measured_by_as_many_jobs_as_are_at_work_at_once(tmp_path: Path, data: Path) -> None:
+    jobs = run_jobs(small(data), RunFolder(tmp_path), ["a=1"], ["--profile", "3"])
+    parts, star, measure = jobs.stages(None)
+    assert parts == jobs.parts
+    assert [job.arguments for job in star] == [("train-star", "a=1", "--profile", "3", "--measured-by", "0")]
+    assert [job.arguments for job in measure] == [("train-star", "a=1", "--measured-by", "8")] * 8
+    assert len({job.name for job in (*star, *measure)}) == 9  # each with a log of its own
+    assert [len(stage) for stage in jobs.stages(3)] == [2, 1, 3]
+    assert jobs.stages(1) == [jobs.parts, (jobs.last,)]
 
 
 def test_jobs_of_submitit_end_in_the_bits_of_one_process(
@@ -166,6 +179,66 @@ def test_a_run_under_slurm_ends_in_the_bits_of_one_process(
     slurm.wait(lambda: (run / "results.json").is_file() and not slurm.queue())
     assert_same_models(run, whole)
     assert_log_is_whole(run, whole)
+
+
+def test_the_array_of_the_readme_has_a_part_for_each_model() -> None:
+    options, (array, _) = readme()[1:]
+    numbers = re.search(r"--array=0-([0-9]+) ", array)
+    command = re.fullmatch(r"--dataset (\S+) --arch (\S+) --sources ([0-9]+) --out \S+", options)
+    assert numbers is not None
+    assert command is not None, options
+    settings = load_settings(dataset=command[1], arch=command[2], values={"sources.number": int(command[3])})
+    assert int(numbers[1]) + 1 == sum(settings.sources.trained().values())
+
+
+def readme() -> tuple[str, str, list[str]]:
+    """README's star.sh, the options of fastar in it, and the commands that submit it."""
+    text = (Path(__file__).resolve().parent.parent / "README.md").read_text(encoding="utf-8")
+    (script,) = re.findall(r"```sh\n(#!/bin/bash\n#SBATCH .*?)```", text, re.DOTALL)
+    (options,) = re.findall(r"(--dataset .*)", script)
+    return script, options, re.findall(r"`(sbatch [^`]*star\.sh)`", text)
+
+
+@pytest.mark.slow
+def test_the_lines_of_the_readme(
+    tmp_path: Path, slurm: Slurm, options: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As they stand there, of a smaller run: stopped as before their time ends, preempted, and submitted again."""
+    script, known, (array, star) = readme()
+    own = [*options, "checkpoint.minutes=0", "train.epochs=150", "train.batch_size=10"]
+    assert fastar("train-star", *own, "--out", tmp_path / "one").code == 0
+    assert script.count(known) == 1
+    (tmp_path / "star.sh").write_text(script.replace(known, shlex.join([*own, "--out", "run"])))
+    array, run = re.sub(r"--array=\S+", "--array=0-1", array), tmp_path / "run"
+    (tmp_path / "bin").mkdir()
+    stand_in(tmp_path / "bin" / "fastar", f'exec {sys.executable} -m fastar "$@"')
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+
+    def begun(model: str) -> bool:
+        log = run / "log.jsonl"
+        return log.is_file() and log.read_text().count(f'"model": "{model}"') > 2
+
+    def submitted(command: str) -> str:
+        return slurm.call(*shlex.split(command)).split()[-1]
+
+    job = submitted(array)
+    slurm.wait(lambda: begun("source 0") and begun("source 1"))
+    slurm.call("scancel", "--batch", "--signal=USR1", f"{job}_0")
+    slurm.call("scontrol", "requeue", f"{job}_1")
+    slurm.wait(lambda: slurm.queue() == [f"{job}_1"])
+    slurm.call("scontrol", "update", f"JobId={job}_1", "StartTime=now")  # Slurm lets it wait two minutes
+    again = submitted(array)
+    slurm.wait(lambda: not slurm.queue())
+    submitted(star)
+    slurm.wait(lambda: not slurm.queue())
+    said = {path.name: path.read_text() for path in tmp_path.glob("slurm-*.out")}
+    assert "fastar: stopped by SIGUSR1;" in said[f"slurm-{job}_0.out"]
+    assert "fastar: stopped by SIGTERM;" in said[f"slurm-{job}_1.out"]
+    assert "Error" not in said[f"slurm-{again}_0.out"], said
+    assert_same_models(run, tmp_path / "one")
+    assert_log_is_whole(run, tmp_path / "one")
+    assert (run / "results.json").is_file(), said
 
 
 @pytest.mark.slow

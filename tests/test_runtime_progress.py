@@ -46,7 +46,7 @@ def test_plain_is_one_line_at_the_end_with_rate_and_note() -> None:
 
 def test_plain_says_nothing_of_nothing_or_of_failures() -> None:
     progress, stream = plain()
-    with progress.task("source models", total=0):
+    with progress.task("source models", total=0), progress.task("what others did", total=3):
         pass
     with pytest.raises(KeyError), progress.task("work", total=1):
         raise KeyError
