@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from cli_cases import fastar, refused, tiny
+from run_cases import assert_same_models
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -18,6 +19,7 @@ from fastar.evaluation import evaluate_rows
 from fastar.experiments import train_star
 from fastar.experiments.measure import choose, choose_pairs, endpoint, regular_pairs
 from fastar.experiments.session import new_session
+from fastar.experiments.shared_measuring import SharedMeasuring
 from fastar.report.results import statistics_lines
 from fastar.runs import RunFolder
 from fastar.runs.model_files import Checkpoint
@@ -208,3 +210,34 @@ def test_pairs_with_heldouts_need_some(tmp_path: Path) -> None:
     recipe.write_text("{dataset: {name: digits}, model: {arch: mlp}, evaluation: {regular_pairs: cross}}")
     assert load_settings(file=recipe).evaluation.cross == (None, None)
     assert load_settings(file=recipe, scale="smoke").evaluation.regular_pairs == 1  # cut, as numbers are
+
+
+@pytest.mark.parametrize(("processes", "parts"), [(1, [30]), (3, [4] * 7 + [2]), (40, [1] * 30)])
+def test_points_are_shared_with_processes_that_come_later(tmp_path: Path, processes: int, parts: list[int]) -> None:
+    settings = load_settings(dataset="digits", overrides=["device=cpu"])
+    measured = list[range]()
+
+    def measure(part: range) -> list[dict[str, dict[str, float]]]:
+        measured.append(part)
+        return [{"train": {"loss": number / 7}} for number in part]
+
+    run = RunFolder(tmp_path / "run")
+    with run.open(settings):
+        share = SharedMeasuring(new_session(settings, run), "digest", processes)
+        found = share(30, 30, measure)
+        assert share(30, 30, measure) == found
+    assert [len(part) for part in measured] == (parts if processes > 1 else parts * 2)  # files are there for all
+    assert found == [{"train": {"loss": number / 7}} for number in range(30)]
+
+
+def test_a_star_is_measured_by_other_processes(tmp_path: Path, data: Path, options: list[str], whole: Path) -> None:
+    run = tmp_path / "run"
+    command = ["train-star", *options, "--out", run, "--measured-by"]
+    assert fastar(*command, 0).out == f"star: {run}/star.safetensors\n"
+    assert json.loads(fastar(*command, 0, "--json").out) == {"star": f"{run}/star.safetensors"}
+    assert not (run / "results.json").exists()
+    assert fastar(*command, 2).code == 0
+    assert_same_models(run, whole)
+    results = [json.loads((folder / "results.json").read_text())["paths"] for folder in (run, whole)]
+    assert results[0] == results[1]
+    assert fastar(*command, 0).out == fastar(*command, 2).out  # all is there: it is shown

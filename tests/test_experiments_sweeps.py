@@ -149,8 +149,10 @@ def test_a_sweep_that_is_killed_goes_on_to_the_same(
             with pytest.raises(Killed):
                 sweep(settings_of(data), "sources", SOURCES, folder, seeds=2)
         assert not (folder / "sweep.json").exists()
+    (folder / "processes" / "killed-7-0").mkdir(parents=True)  # its seat, without a lock file yet
     assert sweep(settings_of(data), "sources", SOURCES, folder, seeds=2) == swept[1]
     assert_same(folder, swept[0])
+    assert not (folder / "processes").exists()
 
 
 def test_more_values_and_more_stars_are_added_and_nothing_is_done_twice(
