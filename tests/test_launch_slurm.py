@@ -37,13 +37,15 @@ def test_options_of_sbatch() -> None:
 
 
 def test_paths_are_measured_by_as_many_jobs_as_are_at_work_at_once(tmp_path: Path, data: Path) -> None:
-    jobs = run_jobs(small(data), RunFolder(tmp_path), ["a=1"], ["--profile", "3"])
+    nine = small(data, "sources.number=7", "sources.heldout=2")
+    jobs = run_jobs(nine, RunFolder(tmp_path), ["a=1"], ["--profile", "3"])
     parts, star, measure = jobs.stages(None)
     assert parts == jobs.parts
     assert [job.arguments for job in star] == [("train-star", "a=1", "--profile", "3", "--measured-by", "0")]
     assert [job.arguments for job in measure] == [("train-star", "a=1", "--measured-by", "8")] * 8
     assert len({job.name for job in (*star, *measure)}) == 9  # each with a log of its own
-    assert [len(stage) for stage in jobs.stages(3)] == [2, 1, 3]
+    assert [len(stage) for stage in jobs.stages(3)] == [9, 1, 3]
+    assert [len(stage) for stage in jobs.stages(1000)] == [9, 1, 9]  # a path each
     assert jobs.stages(1) == [jobs.parts, (jobs.last,)]
 
 
@@ -123,7 +125,7 @@ def test_what_is_submitted(tmp_path: Path, commands: Path, options: list[str]) -
     parts, star, measure = ((tmp_path / f"{found[number]}.sh").read_text() for number in (1, 2, 3))
     assert "#SBATCH --array=0-2%2" in parts
     assert f"#SBATCH --dependency=afterany:{found[1]}" in star
-    assert f"#SBATCH --dependency=afterany:{found[2]}" in measure
+    assert f"#SBATCH --dependency=afterok:{found[2]}" in measure
     assert "#SBATCH --array=0-1%2" in measure
     for script in (parts, star, measure):
         lines = {"--partition='a b'", "--mem=4G", "--time=240", "--signal=USR2@120", "--requeue"}
@@ -179,6 +181,17 @@ def test_a_run_under_slurm_ends_in_the_bits_of_one_process(
     slurm.wait(lambda: (run / "results.json").is_file() and not slurm.queue())
     assert_same_models(run, whole)
     assert_log_is_whole(run, whole)
+
+
+@pytest.mark.slow
+def test_where_the_star_fails_nothing_is_measured(tmp_path: Path, slurm: Slurm, options: list[str]) -> None:
+    run = tmp_path / "run"
+    outcome = fastar("train-star", *options, "star.lr=1e30", "--out", run, "--launcher", "slurm:2")
+    assert re.search(r", then 1 job \(\d+\), then 2 jobs ", outcome.out), (outcome.out, outcome.err)
+    slurm.wait(lambda: not slurm.queue())
+    said = [path.read_text() for path in (run / "jobs").glob("*_log.err")]
+    assert sum("fastar: training star" in text for text in said) == 1, said
+    assert len(said) == 3  # of two sources, and of the star
 
 
 def test_the_array_of_the_readme_has_a_part_for_each_model() -> None:

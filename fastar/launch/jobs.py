@@ -76,7 +76,8 @@ class Jobs:
         parts: jobs that can be done at once, and in any order.
         worker: does what the parts do, as far as nobody else does it.
         last: done after them: what is left.
-        measure: what `last` does once the star is trained, which several can share; None: there is no such part.
+        measure: what `last` does once the star is trained; None: there is no such part.
+        shares: the most jobs that share `measure`.
         missing: names of what the parts are to make, and have not made.
         unit: what that is, for people.
         device: the setting.
@@ -90,11 +91,12 @@ class Jobs:
     unit: str
     device: str
     measure: Job | None = None
+    shares: int = 1
 
     def stages(self, at_once: int | None) -> list[tuple[Job, ...]]:
         """The jobs, all of a stage after all of the one before: the parts, then what is left; of a run by several the
         star alone, and then its paths."""
-        number = 1 if self.measure is None else at_once or MEASURE
+        number = min(self.shares, at_once or MEASURE)
         if self.measure is None or number == 1:
             return [self.parts, (self.last,)]
         star = Job(self.last.name, (*self.last.arguments, "--measured-by", "0"))
@@ -153,6 +155,7 @@ def run_jobs(settings: Settings, run: RunFolder, arguments: Sequence[str], last:
         worker=Job("worker", train),
         last=Job("star", ("train-star", *arguments, *last)),
         measure=Job("measure", ("train-star", *arguments)),
+        shares=settings.sources.number + settings.sources.heldout,  # a path each from the star
         missing=missing,
         unit="models",
         device=settings.device,

@@ -46,12 +46,12 @@ def run_ray(jobs: Jobs, at_once: int | None, progress: Progress) -> None:
                             progress.line(f"[{job.name}] {failed[job]}")
                         advance(1)
                     check_done(jobs, list(failed.values()))
+                    if some is not jobs.parts and all(job in failed for job in some):
+                        raise FastarError(failed[some[0]].removeprefix("fastar: "))
         finally:
             handshake.unlink(missing_ok=True)  # what is still going saves and ends
             if going:
                 ray.wait(list(going), num_returns=len(going), timeout=SAVE_SECONDS)
-    if all(job in failed for job in stages[-1]):
-        raise FastarError(failed[stages[-1][0]].removeprefix("fastar: "))
 
 
 def planned_resources(device: str) -> str:

@@ -160,7 +160,11 @@ def submit(
         with redirect_stderr(io.StringIO()):  # sbatch's, which the error has
             for some in filter(None, jobs.stages(at_once)):
                 found += submitted(some)
-                after = {"dependency": f"afterany:{found[-1].job_id.partition('_')[0]}"}
+                job = found[-1].job_id.partition("_")[0]
+                if some is jobs.parts:
+                    after = {"dependency": f"afterany:{job}"}
+                else:  # there is nothing to measure where the star has failed
+                    after = {"dependency": f"afterok:{job}", "kill-on-invalid-dep": "yes"}
         return found
     except (submitit.core.utils.FailedJobError, submitit.core.utils.FailedSubmissionError) as error:
         if new and not found:  # leave no trace
