@@ -239,7 +239,7 @@ def test_the_lines_of_the_readme(
     slurm.wait(lambda: begun("source 0") and begun("source 1"))
     slurm.call("scancel", "--batch", "--signal=USR1", f"{job}_0")
     slurm.call("scontrol", "requeue", f"{job}_1")
-    slurm.wait(lambda: slurm.queue() == [f"{job}_1"])
+    slurm.wait(lambda: slurm.call("squeue", "-h", "-r", "-o", "%i %T").split() == [f"{job}_1", "PENDING"])
     slurm.call("scontrol", "update", f"JobId={job}_1", "StartTime=now")  # Slurm lets it wait two minutes
     again = submitted(array)
     slurm.wait(lambda: not slurm.queue())
