@@ -48,7 +48,7 @@ def test_commands_are_those_promised() -> None:
         *("train-star", "plan", "sweep", "train-sources", "match", "match-many"),
         *("barrier", "uncertainty", "fuse", "perturb", "distances", "theory"),
         *("graph", "plane", "curve", "reproduce"),
-        *("report", "runs", "verify", "configs", "doctor"),
+        *("symmetry", "report", "runs", "verify", "configs", "doctor"),
     }
 
 

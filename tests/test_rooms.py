@@ -110,6 +110,7 @@ def test_settings_and_help_do_not_wait_for_torch(code: str) -> None:
 # File names of two rooms, where both are the same part of theirs.
 SAME_PART = {
     "adam.py": "the kernel, and the optimizer over it",
+    "certificate.py": "of networks that are near, and of a symmetry that is complete",
     "checks.py": "checks before kernels, and before matching",
     "folder.py": "of a run, and of a data set's .beton files",
     "layers.py": "of networks, and of their rules",

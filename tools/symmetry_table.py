@@ -4,7 +4,8 @@
     python tools/symmetry_table.py resnet50 gpt2      some of them
     python tools/symmetry_table.py --write            the table between the marks in docs/symmetries.md
 
-Networks are built without weights. Seconds are of this machine, tracing and proof apart; the table says which.
+Networks are built without weights. Seconds are of CPU time on this machine, so that others may work on it; tracing with
+derivation and proof apart.
 """
 
 from __future__ import annotations
@@ -15,105 +16,65 @@ import re
 import sys
 import time
 import warnings
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import nn
+from symmetry_networks import NETWORKS
 
 from fastar.errors import FastarError
-from fastar.symmetry import derive_symmetry, verify_symmetry
+from fastar.symmetry import Symmetry, derive_symmetry, verify_symmetry
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "symmetries.md"
 BEGIN, END = "<!-- table: python tools/symmetry_table.py --write -->", "<!-- end of table -->"
 
-Made = tuple[nn.Module, Any]
+
+@dataclass(frozen=True)
+class Found:
+    """What is told of a network. Seconds are of CPU time: of tracing and deriving, and of the proof."""
+
+    name: str
+    package: str
+    symmetry: Symmetry
+    graph: float
+    proof: float
+
+    def units(self, *, blocks: bool = False) -> int:
+        """Units of all groups, or of those in blocks."""
+        return sum(group.size for group in self.symmetry.groups if group.parent or not blocks)
 
 
-def _torchvision(name: str, size: int) -> Made:
-    import_torchvision()
-    import torchvision
-
-    return getattr(torchvision.models, name)(weights=None), (torch.zeros(2, 3, size, size),)
-
-
-def _timm(name: str, size: int) -> Made:
-    import_torchvision()
-    import timm
-
-    return timm.create_model(name, pretrained=False), (torch.zeros(2, 3, size, size),)
-
-
-def _transformers(kind: str, head: str, **config: Any) -> Made:
-    import_torchvision()
-    import transformers
-
-    config_class = getattr(transformers, f"{kind}Config")
-    model = getattr(transformers, head)(config_class(vocab_size=50, bos_token_id=0, eos_token_id=0, **config))
-    # The cache of keys and values would be an output, whose heads may not move.
-    return model, {"input_ids": torch.zeros(2, 8, dtype=torch.long), "use_cache": False}
-
-
-_PICTURES = (
-    "resnet18 resnet50 vgg16_bn densenet121 mobilenet_v3_small convnext_tiny resnext50_32x4d regnet_y_400mf "
-    "efficientnet_b0 swin_t"
-)
-_GPT2 = {"n_embd": 32, "n_head": 4, "n_layer": 2, "n_positions": 16}
-_LLAMA = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48, "num_attention_heads": 4}
-_OF_LLAMA = partial(_transformers, "Llama", "LlamaForCausalLM", **_LLAMA)
-NETWORKS: dict[str, partial[Made]] = {
-    **{name: partial(_torchvision, name, 64) for name in _PICTURES.split()},
-    "vit_b_16": partial(_torchvision, "vit_b_16", 224),
-    **{f"timm.{name}": partial(_timm, name, 64) for name in ("resnet50", "convnext_nano")},
-    **{f"timm.{name}": partial(_timm, name, 224) for name in ("vit_tiny_patch16_224", "mixer_s16_224")},
-    "gpt2": partial(_transformers, "GPT2", "GPT2LMHeadModel", **_GPT2),
-    "llama": partial(_OF_LLAMA, num_key_value_heads=4),
-    "llama-grouped": partial(_OF_LLAMA, num_key_value_heads=2),
+COLUMNS: dict[str, Callable[[Found], str]] = {
+    "network": lambda found: found.name,
+    "of": lambda found: found.package,
+    "groups": lambda found: str(len(found.symmetry.groups)),
+    "units": lambda found: f"{found.units():,}",
+    "of these in blocks": lambda found: f"{found.units(blocks=True):,}",
+    "lines of what is held": lambda found: str(len(found.symmetry.frozen)),
+    "seconds (graph + proof)": lambda found: f"{found.graph:.1f} + {found.proof:.1f}",
 }
-"""How to make each network, with its example inputs; the function's name says whose it is."""
-
-_declared: list[torch.library.Library] = []
-
-
-def import_torchvision() -> None:
-    """Import torchvision, or its Python files alone where tools/install_torchvision.sh found no build for this torch:
-    no network here uses its compiled operations, but its import asks for two to be declared.
-
-    Raises:
-        ModuleNotFoundError: neither is there.
-    """
-    try:
-        import torchvision
-    except (ModuleNotFoundError, RuntimeError):  # not there, or of another build than torch
-        if not _declared:
-            sys.path.append(str(Path(sys.prefix) / "share" / "torchvision"))
-            _declared.append(torch.library.Library("torchvision", "DEF"))  # what it declares goes with it
-            for name in ("nms", "qnms"):
-                _declared[0].define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-        for name in [name for name in sys.modules if name.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]
-        import torchvision  # noqa: F401
+"""Heading -> cell. The first two are told of a network that is refused too."""
 
 
 def row(name: str) -> str:
     """One line of the table."""
     package = NETWORKS[name].func.__name__.removeprefix("_")
     model, inputs = NETWORKS[name]()
-    began = time.perf_counter()
+    began = time.process_time()
     try:
         symmetry = derive_symmetry(model, inputs, verify=False)
-        traced = time.perf_counter()
+        derived = time.process_time()
         verify_symmetry(model, symmetry, inputs, controls=False)
-        proven = time.perf_counter()
     except FastarError as why:
-        text = str(why).replace("|", "/")
-        return f"| {name} | {package} | refused: {text} | | | |"
-    units, inside = (sum(g.size for g in symmetry.groups if g.parent or not blocks) for blocks in (False, True))
-    return (
-        f"| {name} | {package} | {len(symmetry.groups)} | {units:,} | {inside:,} | "
-        f"{traced - began:.1f} + {proven - traced:.1f} |"
-    )
+        return line([name, package, f"refused: {str(why).replace('|', '/')}"])
+    found = Found(name, package, symmetry, derived - began, time.process_time() - derived)
+    return line([cell(found) for cell in COLUMNS.values()])
+
+
+def line(cells: list[str]) -> str:
+    """Cells of a line, those that are missing empty."""
+    return f"| {' | '.join(cells + [''] * (len(COLUMNS) - len(cells)))} |"
 
 
 def main() -> None:
@@ -127,18 +88,15 @@ def main() -> None:
             parser.error(f"no network {name!r}: give some of {listed}")
     warnings.simplefilter("ignore")
     names = options.names or list(NETWORKS)
-    lines = [
-        "| network | of | groups | units | of these in blocks | seconds (graph + proof) |",
-        "|---|---|---|---|---|---|",
-    ]
+    lines = [line(list(COLUMNS)), "|---" * len(COLUMNS) + "|"]
     for name in names:
         try:
             lines.append(row(name))
         except ModuleNotFoundError as missing:
-            lines.append(f"| {name} | {missing.name} | not installed | | | |")
+            lines.append(line([name, str(missing.name), "not installed"]))
         print(lines[-1], file=sys.stderr, flush=True)
     where = f"torch {torch.__version__}, Python {platform.python_version()}, {torch.get_num_threads()} CPU thread(s)"
-    table = "\n".join([*lines, "", f"Seconds: {where}."])
+    table = "\n".join([*lines, "", f"Seconds are of CPU time: {where}."])
     if options.write:
         pattern = re.escape(BEGIN) + ".*?" + re.escape(END)
         text = DOCS.read_text()

@@ -29,6 +29,7 @@ COMMANDS = {
     "match": match.match,
     "match-many": match.match_many,
     "barrier": match.barrier,
+    "symmetry": match.symmetry,
     "uncertainty": after.uncertainty,
     "fuse": after.fuse,
     "perturb": after.perturb,

@@ -82,6 +82,7 @@ OPTIONS = {
     "heldout_from": Option(str, "FILES", "Checkpoints that are the held-out models.", "sources.heldout_folder"),
     "input_shape": Option(str, "2x3x32x32", "With --model, without data: the shape of its input."),
     "allow_partial": Option(bool, None, "Leave in place what cannot be proven to move.", "matching.allow_partial"),
+    "certify": Option(bool, None, "Show by numbers why each axis that stays has to; or what was missed."),
     "to": Option(str, "mean|star|pairwise", "To their mean (the default), to --centre, or each to each."),
     "centre": Option(Path, "FILE", "The checkpoint that all are matched to, such as a star."),
     "average": Option(Path, "FILE", "Write the average of the permuted ones here (.safetensors)."),

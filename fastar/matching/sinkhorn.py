@@ -123,6 +123,10 @@ class SoftPermutations:
 
     def matrices(self) -> dict[str, Tensor]:
         """Group -> doubly stochastic [size, size]: row i says which of the source's units become unit i."""
+        return self._together(self._own())
+
+    def _own(self) -> dict[str, Tensor]:
+        """Group -> doubly stochastic [size, size]; of a child one for each pair of blocks, [blocks, blocks, b, b]."""
         own: dict[str, Tensor] = {}
         alike: dict[torch.Size, list[str]] = {}
         for name, logits in self.logits.items():
@@ -130,6 +134,10 @@ class SoftPermutations:
         for names in alike.values():  # those of one size together
             logits = torch.stack([self.logits[name] for name in names]) / self._settings.temperature
             own |= zip(names, sinkhorn(logits, self._settings.iterations), strict=True)
+        return own
+
+    def _together(self, own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`matrices`, of those that each group has of its `own`."""
         out: dict[str, Tensor] = {}
         for group in self._symmetry.groups:
             out[group.name] = own[group.name]
@@ -140,9 +148,13 @@ class SoftPermutations:
 
     def apply(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """A network's parameters, multiplied by the matrices along every axis that a group permutes."""
-        out, matrices = dict(state), self.matrices()
+        out, own = dict(self._symmetry.read(state)), self._own()
+        matrices = self._together(own)
+        for name, pairs in self._symmetry.within.items():
+            for within in sorted({within for within, _ in pairs}) if name in out else ():
+                out[name] = self._within(out[name], name, within, own)
         for group in self._symmetry.groups:
-            members = [member for member in group.members if member.tensor in out]
+            members = [m for m in group.members if m.tensor in out and not self._is_within(m)]
             vectors = [member.tensor for member in members if out[member.tensor].shape == (group.size,)]
             if vectors:  # together
                 moved = matrices[group.name] @ torch.stack([out[name] for name in vectors], 1)
@@ -150,7 +162,35 @@ class SoftPermutations:
             for member in members:
                 if member.tensor not in vectors:
                     out[member.tensor] = _multiplied(out[member.tensor], member, matrices[group.name])
+        for name, arrangement in self._symmetry.arranged.items():
+            if name in out:
+                out[name] = arrangement.written(out[name], state[name].shape)
         return out
+
+    def _is_within(self, member: Member) -> bool:
+        """Tell whether `_within` moves this member: it lies within an axis, or is that axis."""
+        pairs = self._symmetry.within.get(member.tensor, ())
+        return member.within is not None or any(within == member.axis for within, _ in pairs)
+
+    def _within(self, tensor: Tensor, name: str, within: int, own: Mapping[str, Tensor]) -> Tensor:
+        """`tensor` with the blocks on an axis, and all that lies within these, multiplied by the groups' matrices.
+
+        What is inside moves otherwise for each pair of blocks, so that for the while there is one of each.
+        """
+        sites = [(g, m) for g, m in self._symmetry.inside if (m.tensor, m.within) == (name, within)]
+        blocks = tensor.shape[within]
+        pairs = tensor.movedim(within, 0).expand(blocks, *tensor.movedim(within, 0).shape)  # [ours, theirs, ...]
+        for group, member in sites:
+            axis = member.axis + 1 + (member.axis < within)
+            x = pairs.movedim(axis, 2)
+            length = own[group.name].shape[-1] * member.inner * member.outer
+            before, stretch, after = x.split([member.offset, length, x.shape[2] - length - member.offset], 2)
+            stretch = stretch.unflatten(2, (member.outer, -1, member.inner))
+            moved = torch.einsum("xyij,xyojn...->xyoin...", own[group.name], stretch).flatten(2, 4)
+            pairs = torch.cat([before, moved, after], 2).movedim(2, axis)
+        parent = sites[0][0].parent
+        assert parent is not None
+        return torch.einsum("xy,xy...->x...", own[parent], pairs).movedim(0, within)
 
     def hard(self, solver: Solver = "auto") -> Permutations:
         """The permutations nearest to the matrices, each tree's by one exact assignment."""

@@ -1,5 +1,7 @@
 """Axes of a network's parameters that are permuted together, derived from its graph and proven."""
 
+from fastar.symmetry.arrangement import Arrangement
+from fastar.symmetry.certificate import Certificate, Held, Missed, certify
 from fastar.symmetry.derive import derive_symmetry, symmetry_by_settings
 from fastar.symmetry.permutations import Permutations
 from fastar.symmetry.random_network import ExampleInputs

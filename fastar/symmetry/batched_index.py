@@ -71,8 +71,15 @@ def _follow(numbers: NDArray[np.int64]) -> bool:
     return len(numbers) == int(numbers[-1]) - int(numbers[0]) + 1
 
 
-def along(x: Tensor, axis: int, index: Tensor) -> Tensor:
-    """[m, ...]: of the k-th of x [m, ...], the positions index[k] (of [m, length]) of its `axis`."""
+def along(x: Tensor, axis: int, index: Tensor, within: int | None = None) -> Tensor:
+    """[m, ...]: of the k-th of x [m, ...], the positions index[k] (of [m, length]) of its `axis`; if given, in the g-th
+    slice of its axis `within` the positions index[k, g] (of [m, slices, length])."""
+    if within is not None:
+        some = index if within < axis else index.mT
+        first, last = min(within, axis) + 1, max(within, axis) + 1
+        places = [len(index), *(some.shape[1 + (n == last)] if n in (first, last) else 1 for n in range(1, x.ndim))]
+        shape = [*x.shape[: axis + 1], index.shape[2], *x.shape[axis + 2 :]]
+        return x.gather(axis + 1, some.reshape(places).expand(shape))
     if len(index) == 1:
         return selected(x[0], axis, index[0])[None]
     return x.gather(axis + 1, _expanded(x, axis, index))

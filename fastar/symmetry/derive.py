@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils._pytree import tree_flatten_with_path, tree_unflatten
 
 from fastar.config import MatchingSettings
 from fastar.errors import FastarError
 from fastar.flat.state_check import is_vector, tensors_of
 from fastar.symmetry import cache
-from fastar.symmetry.axes import FIXED, Axis, AxisSolver, fixed
-from fastar.symmetry.axis_views import Copies, Dims, factor_length
+from fastar.symmetry.frozen import Explained, held_by, missed_freedom
+from fastar.symmetry.groups import Irregular, groups_of
+from fastar.symmetry.labels import Labels, fresh, settled
+from fastar.symmetry.positions import Array, Constraints, Solution, solve
 from fastar.symmetry.random_network import ExampleInputs
-from fastar.symmetry.rules.call import Call, Refused
+from fastar.symmetry.rules.call import HELD, Call, Refused
 from fastar.symmetry.rules.table import apply_rule, is_fill
-from fastar.symmetry.symmetry import Group, Member, Symmetry, without_groups
+from fastar.symmetry.symmetry import Symmetry, without_groups
 from fastar.symmetry.trace import trace
 from fastar.symmetry.verify import verify_symmetry
 
@@ -80,21 +84,31 @@ def derive_symmetry(
         record = cache.record_of(name, model, example_inputs, allow_partial=allow_partial)
     symmetry = cache.find(record)
     if symmetry is None:
-        symmetry = _derived(model, trace(model, example_inputs, kind), allow_partial)
+        _, symmetry = _derived(model, trace(model, example_inputs, kind), allow_partial)
         if verify:
             verify_symmetry(model, symmetry, example_inputs, controls=False)
         cache.keep(record, symmetry)
     return symmetry
 
 
-def _derived(model: nn.Module, program: torch.export.ExportedProgram, allow_partial: bool) -> Symmetry:
+def explain(model: nn.Module, example_inputs: ExampleInputs) -> Explained:
+    """Trace and derive again, and tell what holds what. FastarError where the model cannot be traced."""
+    derivation, _ = _derived(model, trace(model, example_inputs, type(model).__name__), True)
+    return derivation.explained()
+
+
+def _derived(
+    model: nn.Module, program: torch.export.ExportedProgram, allow_partial: bool
+) -> tuple[_Derivation, Symmetry]:
     """The symmetry of a traced graph; where it is refused with buffers that move, they stay, as constants do."""
     movable = _movable(model, program)
     for buffers in (movable, frozenset[str]()) if movable else ():
         with suppress(FastarError):
-            return _Derivation(model, program, buffers).symmetry()
+            derivation = _Derivation(model, program, buffers)
+            return derivation, derivation.symmetry()
     last = movable if allow_partial else frozenset[str]()
-    return _Derivation(model, program, last, allow_partial=allow_partial).symmetry()
+    derivation = _Derivation(model, program, last, allow_partial=allow_partial)
+    return derivation, derivation.symmetry()
 
 
 def _movable(model: nn.Module, program: torch.export.ExportedProgram) -> frozenset[str]:
@@ -119,13 +133,15 @@ def _movable(model: nn.Module, program: torch.export.ExportedProgram) -> frozens
     )
 
 
+REFUSED = "refused"  # why positions are held that an operation reads or writes that is not understood
+OUTPUT = "output 0"
+
+
 class _Derivation:
     """One pass over a traced graph.
 
     Args:
         movable: names of the buffers, beside batch-norm statistics, that may move.
-        supposing: let everything move that is neither an input nor an output, whatever it is, and refuse nothing: shows
-            which of it is held by what.
     """
 
     def __init__(
@@ -135,24 +151,61 @@ class _Derivation:
         movable: frozenset[str],
         *,
         allow_partial: bool = False,
-        supposing: bool = False,
     ):
-        self.model, self.name, self.program, self.solver = model, type(model).__name__, program, AxisSolver()
-        self.allow_partial, self.movable, self.supposing = allow_partial, movable, supposing
+        self.model, self.name, self.program, self.known = model, type(model).__name__, program, Constraints()
+        self.allow_partial, self.movable = allow_partial, movable
         self.empty = without_groups(model)
         self.specs = {getattr(spec.arg, "name", ""): spec for spec in program.graph_signature.input_specs}
-        self.tensors: dict[str, tuple[Axis, ...]] = {}
+        self.tensors: dict[str, Labels] = {}  # of parameters and buffers that have any
         self.first_use: dict[str, int] = {}
         self.moving: set[fx.Node] = set()  # nodes that depend on a parameter, or a statistic of a batch-norm
-        self.others: dict[str, str] = {}  # what else the graph begins with, inputs aside, and what to call it
-        self.frozen: list[str] = []
+        self.others: list[tuple[str, Array]] = []  # what else may hold positions: what to call it, and those it has
+        self.shown: list[tuple[str, Array]] = []  # outputs after the first
+        self.refused: list[tuple[fx.Node, str, Array]] = []
 
     def symmetry(self) -> Symmetry:
+        """The groups that are found. FastarError where an operation is not understood that reads what could move."""
         self._follow()
-        return replace(self.empty, groups=self._groups(), frozen=(*self.frozen, *self._held_by()))
+        so_far = solve(self.known) if self.known.in_blocks else None
+        self.tensors = {name: settled(self.known, labels, so_far) for name, labels in self.tensors.items()}
+        if self.refused and not self.allow_partial:
+            free = solve(self.known, [REFUSED])
+            for node, why, at in self.refused:
+                if (free.kind[at] >= 0).any():
+                    raise self._refusal(node, why)
+        while True:
+            solution = solve(self.known)
+            try:
+                groups, arranged = groups_of(solution, self.tensors, self.first_use, self.empty)
+            except Irregular as held:
+                self.known.missed.append((str(held), held.at))
+                self.known.hold(held.at, str(held))
+            else:
+                return replace(self.empty, groups=groups, arranged=arranged, frozen=(*self._frozen(solution),))
+
+    def explained(self) -> Explained:
+        """What holds positions, once the symmetry is derived."""
+        reasons = self.known.reasons()
+        given: set[fx.Node] = set()  # nodes that depend on inputs, and on no parameter
+        reading = set()
+        for node in self.program.graph.nodes:
+            spec = self.specs.get(node.name)
+            known = spec is not None and node.op == "placeholder" and spec.kind == InputKind.USER_INPUT
+            reads = any(used in given for used in node.all_input_nodes)
+            if known or (reads and node not in self.moving):
+                given.add(node)
+            if reads:
+                reading.add(self._where(node))
+        named = [
+            (f"the input, read by {why}" if why in reading else why, self.known.held_for(why))
+            for why in reasons
+            if why not in (HELD, REFUSED)
+        ]
+        holders = (*self.others, *self.shown, *named)
+        return Explained(self.tensors, solve(self.known), solve(self.known, reasons), holders)
 
     def _follow(self) -> None:
-        """Labels of all nodes: what has to move together is then in the solver."""
+        """Labels of all nodes: what has to move together is then known."""
         labels: dict[fx.Node, Any] = {}
         statistics = self._statistics()
         for position, node in enumerate(self.program.graph.nodes):
@@ -166,11 +219,8 @@ class _Derivation:
                     self.moving.add(node)
                 labels[node] = self._labels(node, labels)
                 if not node.all_input_nodes and not is_fill(node) and isinstance(node.meta.get("val"), Tensor):
-                    where = self._where(node)
-                    self.others[where] = where
-                    if self.supposing:
-                        labels[node] = self._fresh(where, node.meta["val"])
-                if node not in self.moving and not self.supposing:
+                    labels[node] = self._constant(self._where(node), node.meta["val"])
+                if node not in self.moving:
                     self._hold_table(labels[node])
             elif node.op == "get_attr":
                 labels[node] = _held(node)
@@ -182,28 +232,31 @@ class _Derivation:
         """Hold what no parameter goes into and has two axes or more: a table (positions, frequencies, masks of pairs),
         which all networks of an architecture have in common. A value for each unit has one axis, and copies."""
         for one in labels if isinstance(labels, list) else [labels]:
-            dims = one.dims if isinstance(one, Dims) else ()
-            long = [dim for dim in dims if any(factor_length(f) > 1 for f in dim if not isinstance(f, Copies))]
-            if len(long) > 1:
-                self.solver.fix(*_axes(one))
+            if isinstance(one, Labels) and sum(n > 1 and d not in one.alike for d, n in enumerate(one.shape)) > 1:
+                self.known.hold(_positions(one), HELD)
 
     def _labels(self, node: fx.Node, labels: dict[fx.Node, Any]) -> Any:
-        """Labels of an operation's result; one that is not understood has a fixed result if its inputs are fixed."""
+        """Labels of an operation's result; one that is not understood holds what it reads, and its result."""
+        call = Call(node, self.known, labels, self._where(node))
         try:
-            return apply_rule(node, labels, self.solver)
-        except Refused as why:
-            if self.supposing:
-                return self._suppose(node, labels, str(why))
-            for used in node.all_input_nodes:
-                if used not in self.moving:  # buffers alone: they can stay
-                    self.solver.fix(*_axes(labels[used]))
-            axes = [axis for used in node.all_input_nodes for axis in _axes(labels[used])]
-            if node in self.moving and not all(self.solver.is_fixed(axis) for axis in axes):
-                if not self.allow_partial:
-                    raise self._refusal(node, str(why)) from why
-                self.frozen.append(f"{self._where(node)}: {why}; the units of its inputs stay in place")
-            self.solver.fix(*axes)
-            return _held(node)
+            found = apply_rule(call, labels)
+        except Refused as refused:
+            return self._refuse(node, labels, str(refused))
+        for because, x, dims in call.held:
+            at = [one.at.ravel() for one in x.touching(dims)]
+            self.others.append((f"{call.why}: {because}", np.concatenate(at) if at else np.zeros(0, np.int64)))
+        return found
+
+    def _refuse(self, node: fx.Node, labels: dict[fx.Node, Any], why: str) -> Any:
+        read = {used: _positions(labels[used]) for used in node.all_input_nodes}
+        result = _made(node.meta.get("val"), lambda value: fresh(self.known, value.shape))
+        at = np.concatenate([*read.values(), _positions(result)])
+        self.known.hold(at, REFUSED)
+        mine = [read[used] for used in read if used in self.moving]
+        if mine:  # buffers alone can stay
+            self.refused.append((node, why, np.concatenate(mine)))
+        self.others.append((f"{self._where(node)}: {why}", np.concatenate(mine) if mine else at))
+        return result
 
     def _first_name(self, name: str) -> str:
         return self.empty.tied.get(name, name)
@@ -213,7 +266,7 @@ class _Derivation:
         found = set()
         for node in self.program.graph.nodes:
             if node.op == "call_function" and "batch_norm" in str(node.target):
-                arguments = Call(node, {}, self.solver).arguments
+                arguments = Call(node, self.known, {}, "").arguments
                 values = (arguments.get(name) for name in ("running_mean", "running_var"))
                 found |= {value.name for value in values if isinstance(value, fx.Node)}
         return found
@@ -223,53 +276,43 @@ class _Derivation:
         learned = spec.kind == InputKind.PARAMETER or (node.name in statistics and spec.target in self.empty.buffers)
         if learned:
             self.moving.add(node)
-        elif spec.kind != InputKind.USER_INPUT and isinstance(value, Tensor):
-            self.others[self._first_name(spec.target)] = self._said(spec)
-        moves = learned or spec.target in self.movable or (self.supposing and spec.kind != InputKind.USER_INPUT)
-        if moves and isinstance(value, Tensor):
-            return self._fresh(self._first_name(spec.target), value)
-        return _held(node)
+        if spec.kind == InputKind.USER_INPUT or not isinstance(value, Tensor):
+            return _held(node)
+        name = self._first_name(spec.target)
+        if learned or spec.target in self.movable:
+            if name not in self.tensors:
+                self.tensors[name] = fresh(self.known, value.shape)
+                if len(node.users) == 1 and learned:
+                    arrays = (self.known.array_of(one.at) for one in self.tensors[name].cells)
+                    self.known.loose |= {array: name for array in arrays if array is not None}
+                if not learned:
+                    self.others.append((self._said(spec), _positions(self.tensors[name])))
+            return self.tensors[name]
+        constant = spec.kind == InputKind.CONSTANT_TENSOR or (spec.kind == InputKind.BUFFER and not spec.persistent)
+        values = self.program.constants.get(spec.target) if constant else None
+        return self._constant(self._said(spec), value, values if isinstance(values, Tensor) else None)
 
-    def _fresh(self, name: str, value: Tensor) -> Dims:
-        """Labels of a tensor about which nothing is known, the same ones wherever it is used."""
-        if name not in self.tensors:
-            self.tensors[name] = tuple(self.solver.fresh(int(n)) for n in value.shape)
-        return Dims.plain(self.tensors[name])
+    def _constant(self, what: str, value: Tensor, values: Tensor | None = None) -> Labels:
+        """Labels of what has a value for each position and cannot move, named where it holds others.
 
-    def _suppose(self, node: fx.Node, labels: dict[fx.Node, Any], why: str) -> Any:
-        """An operation that is not understood holds what it reads, and has a value for each unit of its result."""
-        where, value = self._where(node), node.meta.get("val")
-        self.others[where] = f"{where}: {why}"
-        values = value if isinstance(value, tuple | list) else [value]
-        results = [[self.solver.fresh(int(n)) for n in one.shape] if isinstance(one, Tensor) else [] for one in values]
-        read = [axis for used in node.all_input_nodes for axis in _axes(labels[used])]
-        self.tensors[where] = (*(axis for result in results for axis in result), *read)
-        found = [Dims.plain(result) for result in results]
-        return found if isinstance(value, tuple | list) else found[0]
+        Args:
+            values: those that all networks of the architecture have, if they are known.
+        """
+        alike = frozenset(d for d, n in enumerate(value.shape) if n > 1 and values is not None and _alike(values, d))
+        every = fresh(self.known, value.shape)
+        found = Labels(every.shape, tuple(one for one in every.cells if one.dims[0] not in alike), alike)
+        self.known.hold(_positions(found), HELD)
+        self.others.append((what, _positions(found)))
+        return found
 
-    def _held_by(self) -> list[str]:
-        """A line for each set of units that stays because something else than an input has a value for each."""
-        if not self.others:
-            return []
-        supposed = _Derivation(self.model, self.program, self.movable, supposing=True)
-        supposed._follow()
-        sites: dict[int, list[tuple[str, int]]] = {}
-        sizes: dict[int, int] = {}
-        for tensor, axes in supposed.tensors.items():
-            for axis, label in enumerate(axes):
-                for segment in supposed.solver.resolve(label):
-                    stays = tensor not in self.tensors or self.solver.is_fixed(self.tensors[tensor][axis])
-                    if segment.var != FIXED and stays:
-                        sites.setdefault(segment.var, []).append((tensor, axis))
-                        sizes[segment.var] = segment.size
-        lines = []
-        for var, those in sites.items():
-            holders = dict.fromkeys(supposed.others[tensor] for tensor, _ in those if tensor in supposed.others)
-            of_parameters = [(tensor, axis) for tensor, axis in those if tensor in self.empty.parameters]
-            if holders and of_parameters:
-                first = next((tensor for tensor, axis in of_parameters if axis == 0), of_parameters[0][0])
-                lines.append(f"{_module(first)} ({sizes[var]} units): held by {', '.join(holders)}")
-        return lines
+    def _frozen(self, solution: Solution) -> list[str]:
+        parameters = {name: x for name, x in self.tensors.items() if name in self.empty.parameters}
+        missed = missed_freedom(parameters, [*self.known.missed, *solution.reduced])
+        if not self.others and not self.shown:
+            return missed
+        buffers = {self._said(spec) for spec in self.specs.values() if spec.target in self.movable}
+        free = solve(self.known, [HELD, REFUSED])
+        return [*held_by(parameters, [*self.others, *self.shown], buffers, solution, free), *missed]
 
     def _said(self, spec: Any) -> str:
         """A name for an input of the graph that is neither a parameter nor the user's."""
@@ -289,52 +332,14 @@ class _Derivation:
                     "mode; a forward pass must leave parameters, buffers and inputs alone"
                 )
         (output,) = [node for node in self.program.graph.nodes if node.op == "output"]
-        for node in output.all_input_nodes:
-            self.solver.fix(*_axes(labels[node]))
-
-    def _groups(self) -> tuple[Group, ...]:
-        """Unknowns that stayed free, as groups in order of first use; parents directly before their first child."""
-        sizes: dict[int, int] = {}
-        members: dict[int, list[Member]] = {}
-        for tensor in sorted(self.tensors, key=lambda t: self.first_use.get(t, -1)):
-            if tensor not in self.first_use:
-                continue  # never used: leave it as it is
-            for axis, label in enumerate(self.tensors[tensor]):
-                offset = 0
-                for segment in self.solver.resolve(label):
-                    if segment.var != FIXED:
-                        sizes[segment.var] = segment.size
-                        for name in self.empty.names.get(tensor, (tensor,)):
-                            site = Member(name, axis, segment.inner, segment.outer, offset)
-                            members.setdefault(segment.var, []).append(site)
-                    offset += segment.length
-        learned = {var for var, sites in members.items() if any(m.tensor in self.empty.parameters for m in sites)}
-        over = [self.solver.parent_of(var) for var in learned]
-        members = {  # not those of buffers alone, whose order then says nothing
-            var: sites
-            for var, sites in members.items()
-            if var in learned or any(found is not None and found[0].var == var for found in over)
-        }
-        parents = {var: found[0] for var in members if (found := self.solver.parent_of(var)) is not None}
-        taken: dict[str, int] = {}
-        named: dict[int, str] = {}
-        for var, sites in members.items():
-            producers = [m.tensor for m in sites if m.axis == 0 and m.tensor in self.empty.parameters]
-            named[var] = _numbered(_module((producers or [sites[0].tensor])[0]), taken)
-        for var, parent in parents.items():
-            if parent.var not in named:
-                named[parent.var] = _numbered(f"{named[var].partition('#')[0]}:blocks", taken)
-                sizes[parent.var] = parent.size
-        first_use = {
-            var: min(self.first_use[self._first_name(m.tensor)] for m in sites) for var, sites in members.items()
-        }
-        groups: dict[int, Group] = {}
-        for var in sorted(members, key=first_use.__getitem__):
-            above = parents.get(var)
-            for one in (above.var, var) if above is not None else (var,):
-                whose = named[parents[one].var] if one in parents else None
-                groups.setdefault(one, Group(named[one], sizes[one], tuple(members.get(one, ())), whose))
-        return tuple(groups.values())
+        shown = [spec.arg.name for spec in self.program.graph_signature.output_specs if hasattr(spec.arg, "name")]
+        names = _names_of_outputs(self.program)
+        nodes = {node.name: node for node in output.all_input_nodes}
+        for number, name in enumerate(shown):
+            at = _positions(labels[nodes[name]]) if name in nodes else np.zeros(0, np.int64)
+            self.known.hold(at, HELD if number else OUTPUT)
+            if number:  # what a second output shows may well be hidden units
+                self.shown.append((f"output {names.get(number, number)}", at))
 
     def _refusal(self, node: fx.Node, why: str) -> FastarError:
         where = self._where(node)
@@ -356,31 +361,40 @@ class _Derivation:
         return f"{node.target} (node {node.name}{where})"
 
 
-def _module(tensor: str) -> str:
-    """The module that a tensor is of; at the top, the tensor itself."""
-    module, _, leaf = tensor.rpartition(".")
-    return module or leaf
+def _first(x: Tensor, d: int) -> Tensor:
+    """`x` with what is first along dimension `d` at all its places."""
+    return x.narrow(d, 0, 1).expand_as(x)
 
 
-def _numbered(base: str, taken: dict[str, int]) -> str:
-    """`base`, or where it is taken `base#1`, `base#2` ..."""
-    count = taken[base] = taken.get(base, -1) + 1
-    return f"{base}#{count}" if count else base
+def _made(value: Any, make: Callable[[Tensor], Labels]) -> Any:
+    """Labels of one tensor, of several, or of none."""
+    if isinstance(value, Tensor):
+        return make(value)
+    return [_made(one, make) for one in value] if isinstance(value, tuple | list) else None
+
+
+def _names_of_outputs(program: torch.export.ExportedProgram) -> dict[int, str]:
+    """Number of an output -> its name in a mapping, as it is written."""
+    spec = program.call_spec.out_spec
+    numbered = tree_unflatten(list(range(spec.num_leaves)), spec)
+    paths, _ = tree_flatten_with_path(numbered)
+    last: dict[int, Any] = {int(number): path[-1] for path, number in paths if path}
+    return {number: repr(key.key) for number, key in last.items() if isinstance(getattr(key, "key", None), str)}
+
+
+def _alike(values: Tensor, d: int) -> bool:
+    """Tell whether all slices along a dimension are equal."""
+    return bool((values == values.narrow(d, 0, 1)).all())
 
 
 def _held(node: fx.Node) -> Any:
-    """Labels of a value that does not move: of one tensor, of several, or of none."""
-
-    def held(value: Any) -> Any:
-        if isinstance(value, Tensor):
-            return Dims.plain([fixed(int(n)) for n in value.shape])
-        return [held(one) for one in value] if isinstance(value, tuple | list) else None
-
-    return held(node.meta.get("val"))
+    """Labels of a value that does not move."""
+    return _made(node.meta.get("val"), lambda value: Labels(tuple(value.shape)))
 
 
-def _axes(labels: Any) -> list[Axis]:
-    """All axes in the labels of a node, whether of one tensor or of several."""
+def _positions(labels: Any) -> Array:
+    """All positions in the labels of a node, whether of one tensor or of several."""
     if isinstance(labels, list):
-        return [axis for one in labels for axis in _axes(one)]
-    return list(labels.axes()) if isinstance(labels, Dims) else []
+        return np.concatenate([np.zeros(0, np.int64), *map(_positions, labels)])
+    cells = labels.cells if isinstance(labels, Labels) else ()
+    return np.concatenate([np.zeros(0, np.int64), *(one.at.ravel() for one in cells)])

@@ -80,8 +80,8 @@ class RandomNetwork:
         except FastarError:
             return False
 
-    def outputs(self, state: State) -> list[Tensor]:
-        """All floating outputs that hold a value, complex ones as pairs of real ones.
+    def outputs(self, state: State, *, grad: bool = False) -> list[Tensor]:
+        """All floating outputs that hold a value, complex ones as pairs of real ones; with `grad` a graph behind them.
 
         Raises:
             FastarError: the model does not run, draws random numbers, or has no such outputs.
@@ -89,7 +89,12 @@ class RandomNetwork:
         values = dict(state)  # functional_call writes into it where a module has two names
         arguments, keywords = tree_unflatten(self.inputs, self._structure)
         try:
-            with torch.no_grad(), torch.random.fork_rng(devices=[]), _InFloat64(), attributes_kept(self.twin):
+            with (
+                torch.set_grad_enabled(grad),
+                torch.random.fork_rng(devices=[]),
+                _InFloat64(),
+                attributes_kept(self.twin),
+            ):
                 before = torch.get_rng_state()
                 result = torch.func.functional_call(self.twin, values, arguments, keywords, tie_weights=False)
                 drew = not torch.equal(before, torch.get_rng_state())

@@ -129,7 +129,7 @@ def check_ties(symmetry: Symmetry, model: nn.Module, name: str) -> None:
         if not tensor.numel():
             continue
         other = in_memory.setdefault((tensor.device, tensor.data_ptr()), own)
-        if moves.get(own) != moves.get(other):
+        if moves.get(own) != moves.get(other) or symmetry.arranged.get(own) != symmetry.arranged.get(other):
             raise FastarError(
                 f"{name}: {own!r} and {other!r} are two tensors that share memory, and would have to move in two "
                 "ways: tie them by using one nn.Parameter, or one buffer, twice"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -15,7 +16,8 @@ from torch import Tensor, nn
 from fastar.errors import FastarError
 from fastar.flat.state_check import check_state, tensors_of, ties_of
 from fastar.runtime.seeds import derive_seed
-from fastar.symmetry.batched_index import Rows, along, chosen, memory_order, selected
+from fastar.symmetry.arrangement import Arrangement
+from fastar.symmetry.batched_index import Rows, along, chosen, memory_order
 from fastar.symmetry.permutations import Permutations
 
 
@@ -25,10 +27,14 @@ class Member:
 
     Args:
         tensor: parameter or buffer name.
-        axis: axis of that tensor.
+        axis: axis of that tensor; of one that is arranged, of what is read of it.
         inner: neighbouring positions that belong to one unit (H * W after flattening [C, H, W]).
         outer: how many times the whole run of units is repeated along the axis.
         offset: where the group starts on the axis (after a concatenation).
+        within: of a child, the axis on which its parent's blocks lie, one at each position, if its own axis holds only
+            the units of one block (of a convolution read as [groups, out, in], out and in are two children within
+            axis 0): the slices of axis `within` move as the parent's member there says, and in slice g this axis by
+            tau_g. `inner`, `outer` and `offset` then speak of the units of one block.
     """
 
     tensor: str
@@ -36,6 +42,18 @@ class Member:
     inner: int = 1
     outer: int = 1
     offset: int = 0
+    within: int | None = None
+
+    @property
+    def place(self) -> int | tuple[int, int]:
+        """The axis, or of one `within` another, both."""
+        return self.axis if self.within is None else (self.within, self.axis)
+
+    def inside(self, index: NDArray[np.int64], blocks: int) -> NDArray[np.int64]:
+        """Positions on the axis, [..., blocks, length], in each slice of the axis `within`, of units that are permuted
+        by `index` [..., size], once the slices have moved."""
+        units = index.reshape(*index.shape[:-1], blocks, -1)
+        return self.positions(units % units.shape[-1], units.shape[-1])
 
     def positions(self, units: NDArray[np.int64], size: int) -> NDArray[np.int64]:
         """Positions on the axis, [..., outer * len * inner], of `units` [..., len] of a group of `size` units."""
@@ -80,10 +98,12 @@ class Symmetry:
         tied: name -> the other name of the same tensor; such a name is permuted, but counted once.
         frozen: lines of text, one for each operation whose symmetry could not be proven, and for all units held by
             something that has a value for each and cannot be permuted (a table, a buffer outside the state dict).
+        arranged: name -> how a tensor is read before units are looked for in it; all names of a tied one. Few tensors
+            of few networks need it.
 
     Raises:
         FastarError: two groups of one name, a parent that does not come before its child, has a parent itself, or does
-            not divide the child's units.
+            not divide the child's units; an arrangement that does not read its tensor once, or not all names alike.
     """
 
     groups: tuple[Group, ...]
@@ -91,8 +111,21 @@ class Symmetry:
     buffers: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     tied: Mapping[str, str] = field(default_factory=dict)
     frozen: tuple[str, ...] = ()
+    arranged: Mapping[str, Arrangement] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self._check_groups()
+        for name, arrangement in self.arranged.items():
+            shape = {**self.buffers, **self.parameters}.get(name)
+            if shape is None:
+                raise FastarError(f"arrangement of {name!r}: there is no such parameter or buffer")
+            arrangement.check(shape, repr(name))
+        self._check_within()
+        for name, other in self.tied.items() if self.arranged else ():
+            if self.arranged.get(name) != self.arranged.get(other):
+                raise FastarError(f"arrangement of {name!r}: it is one tensor with {other!r}; arrange both alike")
+
+    def _check_groups(self) -> None:
         before: dict[str, Group] = {}
         for group in self.groups:
             if group.name in before:
@@ -108,6 +141,42 @@ class Symmetry:
                         f"into {parent.size} blocks"
                     )
             before[group.name] = group
+
+    def _check_within(self) -> None:
+        """Raise FastarError unless the blocks of all members that have `within` lie there as their parent's units."""
+        for group, member in self.inside:
+            name, axis, within = member.tensor, member.axis, -1 if member.within is None else member.within
+            where = f"group {group.name!r}: its member in axis {axis} of {name!r} lies within axis {within}"
+            if group.parent is None:
+                raise FastarError(f"{where}, but it has no parent: only the units of a child lie in blocks")
+            parent, shape = self.group(group.parent), {**self.buffers, **self.parameters}.get(name, ())
+            read = self.arranged[name].lengths(shape) if name in self.arranged else list(shape)
+            whole = within in range(len(read)) and within != axis and read[within] == parent.size
+            if not whole or Member(name, within) not in parent.members:
+                raise FastarError(
+                    f"{where}: its parent {parent.name!r} must have a member there, whose {parent.size} units are the "
+                    f"whole axis; what is read is {read}"
+                )
+
+    @cached_property
+    def blocks(self) -> dict[str, int]:
+        """Group -> its blocks, as many as its parent has units; 1 where it has none."""
+        sizes = {group.name: group.size for group in self.groups}
+        return {group.name: 1 if group.parent is None else sizes[group.parent] for group in self.groups}
+
+    @cached_property
+    def inside(self) -> tuple[tuple[Group, Member], ...]:
+        """The members that have `within`, and their groups."""
+        return tuple((group, m) for group in self.groups for m in group.members if m.within is not None)
+
+    @cached_property
+    def within(self) -> dict[str, set[tuple[int, int]]]:
+        """The pairs of axes, of tensors of `inside`, of such members: within, and their own."""
+        found: dict[str, set[tuple[int, int]]] = {}
+        for _, member in self.inside:
+            if member.within is not None:
+                found.setdefault(member.tensor, set()).add((member.within, member.axis))
+        return found
 
     def __repr__(self) -> str:
         units = sum(group.size for group in self.groups)
@@ -184,6 +253,14 @@ class Symmetry:
                     f"its parent {group.parent!r} moves them: take both from one matching"
                 )
 
+    def read(self, state: Mapping[str, Tensor], leading: int = 0) -> Mapping[str, Tensor]:
+        """`state` as members speak of it: tensors that are arranged are read so, others the same objects.
+
+        `leading` counts batch axes in front.
+        """
+        read = {n: one.read(state[n], leading) for n, one in self.arranged.items() if n in state}
+        return {**state, **read} if read else state
+
     def apply(self, permutations: Permutations, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The state dict of one network with its units permuted: new tensors of the same memory format.
 
@@ -212,20 +289,45 @@ class Symmetry:
         Args:
             permutations: [N, size] per group; [size] permutes all N alike.
             sources: name -> [N, *shape], usually views of one [N, P] store. Names may be missing.
+
+        Raises:
+            FastarError: permutations of other groups, or not as many as sources; nothing has moved then.
         """
         self.check(permutations)
+        moving = {member.tensor for group in self.groups for member in group.members}
+        for name, rows in sources.items():
+            if name in moving and permutations.count not in (None, len(rows)):
+                raise FastarError(
+                    f"{permutations.count} permutations for {len(rows)} sources of {name!r}: give one each"
+                )
         one = sum(rows[0].numel() for rows in sources.values() if len(rows))
+        indices = {name: index.cpu().numpy() for name, index in permutations.items()}
+        self._move(indices, {name: rows for name, rows in sources.items() if name not in self.arranged}, one)
+        for name, arrangement in self.arranged.items():
+            if name not in sources:
+                continue
+            rows = sources[name]
+            most = max(1, one // max(1, 3 * math.prod(rows.shape[1:])))  # read, moved and put back: each makes a copy
+            for begin in range(0, len(rows), most):
+                part, these = rows[begin : begin + most], slice(begin, begin + most)
+                read = arrangement.read(part, leading=1)
+                self._move({g: i if i.ndim == 1 else i[these] for g, i in indices.items()}, {name: read}, one)
+                arrangement.write(read, part, leading=1)
+
+    def _move(self, indices: Mapping[str, NDArray[np.int64]], sources: Mapping[str, Tensor], one: int) -> None:
+        """Permute N networks in place, as members speak of them.
+
+        Args:
+            indices: [N, size] or [size] of each group.
+            one: numbers that a network has.
+        """
         for group in self.groups:
-            index = permutations[group.name].cpu().numpy()
+            index = indices[group.name]
             of_axes: dict[tuple[torch.device, int, Member], list[Member]] = {}  # those whose positions are the same
             for member in group.members:
                 rows = sources.get(member.tensor)
                 if rows is None:
                     continue
-                if index.ndim == 2 and index.shape[0] != rows.shape[0]:
-                    raise FastarError(
-                        f"{index.shape[0]} permutations for {rows.shape[0]} sources of {member.tensor!r}: give one each"
-                    )
                 alike = replace(member, tensor="", axis=0, offset=0)
                 of_axes.setdefault((rows.device, len(rows), alike), []).append(member)
             for (device, count, alike), members in of_axes.items():
@@ -233,7 +335,11 @@ class Symmetry:
                 moving = np.flatnonzero((each != np.arange(group.size)).any(1))
                 if not len(moving):
                     continue
-                some, at = chosen(moving, count, alike.positions(each[moving], group.size), device=device)
+                if alike.within is None:
+                    to = alike.positions(each[moving], group.size)
+                else:  # the slices have moved: parents come first
+                    to = alike.inside(each[moving], self.blocks[group.name])
+                some, at = chosen(moving, count, to, device=device)
                 for member in members:
                     _permute(sources[member.tensor], some, at, member, one)
 
@@ -257,19 +363,20 @@ class Symmetry:
 
 
 def _permute(sources: Tensor, rows: Rows, positions: Tensor, member: Member, one: int) -> None:
-    """`rows` of sources [N, *shape] with `positions` [m, length] of the member's stretch of its axis after each other.
+    """`rows` of sources [N, *shape] with `positions` [m, length] of the member's stretch of its axis after each other;
+    of a member that has `within`, [m, blocks, length].
 
     On a GPU as many rows at a time as make a copy of at most `one` numbers, a network's.
     """
     order = memory_order(sources[0])
-    x = sources.narrow(member.axis + 1, member.offset, positions.shape[1]).permute(0, *(axis + 1 for axis in order))
-    axis = order.index(member.axis)
+    x = sources.narrow(member.axis + 1, member.offset, positions.shape[-1]).permute(0, *(axis + 1 for axis in order))
+    axis, within = order.index(member.axis), None if member.within is None else order.index(member.within)
     if x.device.type == "cpu":
         for n, at in zip(rows.numbers.tolist(), positions, strict=True):
-            x[n].copy_(selected(x[n], axis, at))
+            x[n].copy_(along(x[n : n + 1], axis, at[None], within)[0])
         return
     for some, part in rows.split(max(1, one // x[0].numel())):
-        part.put(x, along(part.of(x), axis, positions[some]))
+        part.put(x, along(part.of(x), axis, positions[some], within))
 
 
 def without_groups(model: nn.Module) -> Symmetry:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from fastar.errors import FastarError
 from fastar.flat.forward import gaps
 from fastar.runtime.seeds import derive_seed
+from fastar.symmetry.batched_index import along
 from fastar.symmetry.permutations import Permutations
 from fastar.symmetry.random_network import ExampleInputs, RandomNetwork, State
 from fastar.symmetry.symmetry import Group, Member, Symmetry
@@ -212,11 +213,18 @@ class _Proof:
 
     def _apart(self, group: Group, member: Member) -> State:
         """The state with one site of a group permuted by itself."""
-        tensor = self.state[member.tensor].clone()
-        positions = torch.from_numpy(member.positions(self.permutations[group.name].numpy(), group.size))
-        row = tensor.narrow(member.axis, member.offset, len(positions))
-        row.copy_(self.state[member.tensor].index_select(member.axis, positions))
-        return self._with(member.tensor, tensor)
+        name, tensor = member.tensor, self.state[member.tensor].clone()
+        index = self.permutations[group.name].numpy()
+        if member.within is None:
+            positions = torch.from_numpy(member.positions(index, group.size))
+        else:
+            positions = torch.from_numpy(member.inside(index, self.symmetry.blocks[group.name]))
+        read = self.symmetry.read({name: tensor})[name]
+        row = read.narrow(member.axis, member.offset, positions.shape[-1])
+        row.copy_(along(read[None], member.axis, positions[None], member.within)[0])
+        if name in self.symmetry.arranged:
+            self.symmetry.arranged[name].write(read, tensor)
+        return self._with(name, tensor)
 
 
 def moving(symmetry: Symmetry, seed: int) -> Permutations:

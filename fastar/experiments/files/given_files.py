@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from fastar.config import dataset_spec, load_settings
 from fastar.errors import FastarError
@@ -114,11 +115,7 @@ def _session_of(first: Checkpoint, named: Named, progress: Progress, *, measured
             options["dataset.resolution"] = known["input_shape"][1]
     given = {key: value for key, value in options.items() if value is not None}
     settings = load_settings(dataset=dataset or PYTHON, arch=arch, values={**given, **named.changes})
-    example = (
-        None
-        if named.input_shape is None
-        else torch.zeros(shape_of(named.input_shape), dtype=torch.float32, device="cpu")
-    )
+    example = None if named.input_shape is None else zeros(shape_of(named.input_shape))
     # The checkpoint says enough of its images where they are not needed, as in matching.
     session = new_session(
         settings, RunFolder(Path(".")), progress, classes=classes, given=Given(example=example, no_data=dataset is None)
@@ -134,3 +131,8 @@ def shape_of(text: str) -> tuple[int, ...]:
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
         raise FastarError(f"--input-shape {text}: write lengths joined by x, such as 2x3x32x32")
     return tuple(int(part) for part in parts)
+
+
+def zeros(shape: tuple[int, ...]) -> Tensor:
+    """Inputs of a shape that a network is traced with."""
+    return torch.zeros(shape, dtype=torch.float32, device="cpu")

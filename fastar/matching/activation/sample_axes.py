@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from fastar.flat.forward import Batch, forward, gaps, in_float32, on_device
-from fastar.matching.activation.record import Kind, Observer
+from fastar.matching.activation.record import Kind, Observer, Place
 from fastar.symmetry.permutations import Permutations
 from fastar.symmetry.random_network import RandomNetwork, State
 from fastar.symmetry.symmetry import Group, Member, Symmetry
@@ -25,8 +25,8 @@ _INPUTS = 2
 # Values move if they differ by more than this from where they would be, relative to how much they vary.
 _DIFFERS = 1e-3
 
-Key = tuple[str, int]
-"""A parameter and one of its axes."""
+Key = tuple[str, Place]
+"""A parameter and one of its axes, or two of which the second lies within the first."""
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def moving_axes(
     trial = RandomNetwork(model, _few(batch), 0)
     state = trial.state(DRAWS[0][0])
     names, short = symmetry.computed_with(state, state), {k: in_float32(v).to(device) for k, v in state.items()}
-    wanted = {(member.tensor, member.axis) for group in symmetry.groups for member in group.members}
+    wanted = {(member.tensor, member.place) for group in symmetry.groups for member in group.members}
     everything = moving(symmetry, 0)
 
     def suspected(inputs: Batch) -> set[Key]:
@@ -66,7 +66,7 @@ def moving_axes(
 
     try:
         suspects = suspected(_few(batch))
-    except RuntimeError:  # a forward may be written for batches of one size
+    except (RuntimeError, IndexError, ValueError):  # a forward may be written for batches of one size
         trial, suspects = RandomNetwork(model, batch, 0), suspected(batch)
     if not suspects:
         return {}
@@ -91,7 +91,7 @@ class _Comparison:
         self._sites: dict[Key, list[tuple[Group, Member]]] = {}
         for group in symmetry.groups:
             for member in group.members:
-                self._sites.setdefault((member.tensor, member.axis), []).append((group, member))
+                self._sites.setdefault((member.tensor, member.place), []).append((group, member))
         self._first: dict[Key, list[Tensor]] = {}
         self._now: dict[Key, list[Tensor]] = {}
 
@@ -99,14 +99,22 @@ class _Comparison:
         """Values of each site, call after call, less the mean of each unit, the largest of size 1."""
         observed: dict[Key, list[Tensor]] = {}
 
-        def keep(name: str, axis: int, kind: Kind, values: Tensor) -> None:
+        def keep(name: str, axis: Place, kind: Kind, values: Tensor) -> None:
             if (name, axis) in wanted:
                 centred = values - values.mean(tuple(range(values.ndim - 1))) if values.ndim > 1 else values
                 largest = centred.abs().amax().clamp_min(torch.finfo(values.dtype).tiny)
                 observed.setdefault((name, axis), []).append((centred / largest).float())
 
         given = {name: state[name] for name in self._names}
-        with torch.no_grad(), Observer({id(tensor): name for name, tensor in given.items()}, keep):
+        with (
+            torch.no_grad(),
+            Observer(
+                {id(tensor): name for name, tensor in given.items()},
+                keep,
+                self._symmetry.arranged,
+                self._symmetry.within,
+            ),
+        ):
             self._run(given)
         return observed
 
@@ -138,8 +146,17 @@ class _Comparison:
         """Values of a site before, its units permuted."""
         first = self._first[key]
         at = np.arange(first[0].shape[-1])
-        for group, member in self._sites[key]:
-            positions = member.positions(permutations[group.name].numpy(), group.size)
+        for number, (group, member) in enumerate(self._sites[key]):
+            units = permutations[group.name].numpy()
+            if member.within is not None:  # its axis is merged with that one
+                blocks = self._symmetry.blocks[group.name]
+                first_of = units.reshape(blocks, -1)[:, :1] // (len(units) // blocks) * (len(at) // blocks)
+                if not number:  # whatever is in a block moves with it
+                    at = (first_of + np.arange(len(at) // blocks)).reshape(-1)
+                inside = first_of + member.inside(units, blocks)
+                at.reshape(blocks, -1)[:, member.offset : member.offset + inside.shape[1]] = inside
+                continue
+            positions = member.positions(units, group.size)
             at[member.offset : member.offset + len(positions)] = positions
         index = torch.from_numpy(at).to(first[0].device)
         return [values.index_select(-1, index) for values in first]

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fastar.errors import FastarError
 from fastar.flat.forward import Batch, forward, in_float32, on_device, without_statistics
-from fastar.matching.activation.record import Kind, Observer
+from fastar.matching.activation.record import Kind, Observer, Place
 from fastar.matching.activation.sample_axes import Along, Key, moving_axes, rows_moved, samples_of
 from fastar.runtime.seeds import derive_seed
 from fastar.symmetry.batched_index import along
@@ -75,7 +75,7 @@ class UnitActivations:
         self._twin = without_statistics(model, device)
         for parameter in self._twin.parameters():  # never read: each network brings its own
             parameter.data = parameter.data.new_empty(0)
-        self._wanted = {(member.tensor, member.axis) for group in symmetry.groups for member in group.members}
+        self._wanted = {(member.tensor, member.place) for group in symmetry.groups for member in group.members}
         self._first: tuple[str, dict[Key, torch.Size]] | None = None
         self._members: dict[str, list[Member]] = {}
 
@@ -92,15 +92,15 @@ class UnitActivations:
             FastarError: activations that are not finite, or not as many as the first network showed.
         """
         rows = self._rows({name: in_float32(state[name]) for name in self.symmetry.computed_with(state, state)}, where)
-        left = Counter((m.tensor, m.axis) for members in self._members.values() for m in members)
+        left = Counter((m.tensor, m.place) for members in self._members.values() for m in members)
         tables = {}
         for group in self.symmetry.groups:
             parts = []
             for member in self._members[group.name]:
-                key = member.tensor, member.axis
+                key = member.tensor, member.place
                 left[key] -= 1  # let go after its last use: all tables and all rows would be twice as much
                 values = rows[key] if left[key] else rows.pop(key)
-                parts.append(_standardised(_per_unit(values, member, group.size)))
+                parts.append(_standardised(_per_unit(values, member, group.size, self.symmetry.blocks[group.name])))
             if parts:
                 tables[group.name] = torch.cat(parts)
         return tables
@@ -118,12 +118,12 @@ class UnitActivations:
     def rows(self, group: str, indices: Mapping[str, NDArray[np.int64]]) -> NDArray[np.int64] | None:
         """Sources of the samples of a group's table, [samples] or [N, samples], once the network's units are
         permuted by `indices` [size] or [N, size]; None: they stay."""
-        if not any(self._along.get((m.tensor, m.axis)) for m in self._members[group]):
+        if not any(self._along.get((m.tensor, m.place)) for m in self._members[group]):
             return None
         assert self._first is not None
         parts, begin = [], 0
         for member in self._members[group]:
-            key = member.tensor, member.axis
+            key = member.tensor, member.place
             count, times = self._first[1][key][0], member.outer * member.inner
             along = self._along.get(key) or ()
             together = samples_of(along)
@@ -140,7 +140,7 @@ class UnitActivations:
         kinds: dict[Key, Kind] = {}
         share = max(1, self._samples // len(self._batches))
 
-        def keep(name: str, axis: int, kind: Kind, values: Tensor) -> None:
+        def keep(name: str, axis: Place, kind: Kind, values: Tensor) -> None:
             key = name, axis
             if key not in self._wanted:
                 return
@@ -157,7 +157,12 @@ class UnitActivations:
                 self._wanted -= {key for key, along in self._along.items() if along is None}
             self._model = None
 
-        with torch.no_grad(), Observer({id(tensor): name for name, tensor in state.items()}, keep):
+        with (
+            torch.no_grad(),
+            Observer(
+                {id(tensor): name for name, tensor in state.items()}, keep, self.symmetry.arranged, self.symmetry.within
+            ),
+        ):
             for batch in self._batches:
                 forward(self._twin, state, on_device(batch, self.device))
                 if not self._members:
@@ -183,19 +188,20 @@ class UnitActivations:
             shown |= {group.name for group in groups_of[t] if self._members[group.name]}
             self.order.append(t)
             left.remove(t)
-        self._wanted = {(m.tensor, m.axis) for members in self._members.values() for m in members}
+        self._wanted = {(m.tensor, m.place) for members in self._members.values() for m in members}
         for key in observed.keys() - self._wanted:
             del observed[key]
 
     def _usable(self, member: Member, shown: set[str]) -> bool:
         """Tell whether the samples at a site stay, or move with groups that are `shown` already."""
-        along = self._along.get((member.tensor, member.axis), ())
+        along = self._along.get((member.tensor, member.place), ())
         return along is not None and all(one.group.name in shown for one in along)
 
     def _draw(self, key: Key, batch: int, count: int, most: int) -> Tensor:
         """Rows of a site that are taken, the same for every network; drawn, since even steps would always meet the same
         columns of an image."""
-        generator = torch.Generator().manual_seed(derive_seed(0, "activations", *key, batch))
+        places = (key[1],) if isinstance(key[1], int) else key[1]
+        generator = torch.Generator().manual_seed(derive_seed(0, "activations", key[0], *places, batch))
         return torch.randint(count, (most,), generator=generator, device="cpu").to(self.device)
 
     def _check(self, rows: Mapping[Key, Tensor], where: str) -> None:
@@ -236,14 +242,19 @@ def _together(values: Tensor, along: Sequence[Along]) -> Tensor:
 def _chosen(group: Group, kinds: Mapping[Key, Kind]) -> list[Member]:
     """The members at which a group is observed."""
     for kind in _PREFERRED:
-        members = [member for member in group.members if kinds.get((member.tensor, member.axis)) == kind]
+        members = [member for member in group.members if kinds.get((member.tensor, member.place)) == kind]
         if members:
             return members
     return []
 
 
-def _per_unit(rows: Tensor, member: Member, size: int) -> Tensor:
+def _per_unit(rows: Tensor, member: Member, size: int, blocks: int) -> Tensor:
     """[samples, channels] as [samples, size]; channels of one unit become samples of it."""
+    if member.within is not None:
+        size //= blocks
+        positions = torch.from_numpy(member.positions(np.arange(size), size)).to(rows.device)
+        picked = rows.unflatten(1, (blocks, -1))[..., positions].unflatten(2, (member.outer, size, member.inner))
+        return picked.permute(0, 2, 4, 1, 3).flatten(0, 2).flatten(1)
     positions = torch.from_numpy(member.positions(np.arange(size), size)).to(rows.device)
     picked = rows[:, positions].unflatten(1, (member.outer, size, member.inner))
     return picked.movedim(2, -1).flatten(0, 2)

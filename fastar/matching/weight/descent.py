@@ -16,7 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -104,6 +104,25 @@ class Descent:
                 self.duals[g, n] = kept
         return found
 
+    def solve_child(self, t: int, child: int, scores: Sequence[Tensor]) -> list[Solved]:
+        """The best assignments of tree t, given S_g [m, size, size] of its groups, in which the units of one child
+        alone move inside their blocks. If children cross S_g says exactly what such an assignment is worth."""
+        tree, blocks, rows = self.problem.trees[t], scores[0].shape[1], Rows.every(len(scores[0]))
+        total, sizes = scores[0].clone(), [score.shape[1] // blocks for score in scores]
+        for g, score, size in zip(tree[1:], scores[1:], sizes[1:], strict=True):
+            if g != child:
+                pairs = score.unflatten(2, (blocks, size)).unflatten(1, (blocks, size))
+                total += pairs.diagonal(dim1=2, dim2=4).sum(-1)
+        self.solves += len(rows)
+        found = solve_rows([total, scores[tree.index(child)]], [False, False], rows, self.solver, self.pool)
+        whole = []
+        for one in found:
+            sigma, inside = one.answers
+            held = [(sigma[:, None] * size + np.arange(size)).reshape(-1) for size in sizes]
+            answers = tuple(inside if g == child else index for g, index in zip(tree, held, strict=True))
+            whole.append(replace(one, answers=answers))
+        return whole
+
     def score(self, g: int, numbers: Numbers | None = None) -> Tensor:
         """S_g [m, size, size] of the sources `numbers` (None: all), brought up to date. Not to be written to."""
         numbers = self.everyone if numbers is None else numbers
@@ -116,7 +135,7 @@ class Descent:
             self.sources.correct(table, g, numbers, [index[numbers] for index in seen])
             for index, new in zip(seen, now, strict=True):
                 index[numbers] = new
-        return self._in_place(g, table, numbers)
+        return self.in_place(g, table, numbers)
 
     def force(self, t: int, answers: Answers) -> None:
         """Permute tree t of every source by `answers` whatever that does to the objective; it is to be solved again."""
@@ -168,9 +187,9 @@ class Descent:
 
     def _full_score(self, g: int) -> Tensor:
         """S_g of every source, computed anew."""
-        return self._in_place(g, self._full_table(g), self.everyone)
+        return self.in_place(g, self._full_table(g), self.everyone)
 
-    def _in_place(self, g: int, table: Tensor, numbers: Numbers) -> Tensor:
+    def in_place(self, g: int, table: Tensor, numbers: Numbers) -> Tensor:
         """S_g of T_g: the columns as units are now."""
         index = self.permutations[g][numbers]
         if (index == self.problem.units[g]).all():
@@ -180,7 +199,8 @@ class Descent:
         return along(rows.of(table), 1, at)
 
     def _visit(self, t: int) -> None:
-        """Solve tree t for the sources whose S_g changed, and take the steps that improve."""
+        """Solve tree t for the sources whose S_g changed, and take the steps that improve; where children cross, then
+        for each child by itself."""
         tree = list(self.problem.trees[t])
         todo = np.flatnonzero(self.unsolved[tree].any(0))
         if not len(todo):
@@ -188,6 +208,12 @@ class Descent:
         solved = self.solve(t, [self.score(g, todo) for g in tree], todo)
         for g in tree:
             self.unsolved[g, todo] = False
+        self._step(t, todo, solved)
+        for child in tree[1:] if self.problem.crossed[t] else ():
+            self._step(t, todo, self.solve_child(t, child, [self.score(g, todo) for g in tree]))
+
+    def _step(self, t: int, todo: Numbers, solved: Sequence[Solved]) -> None:
+        """Take the steps of tree t that improve the sources `todo`."""
         quadratic = self.problem.quadratic[t]  # S_g is its slope only, which says nothing sure
         accepted = [one.moves and not quadratic and one.gain >= _TRUSTED * one.scale for one in solved]
         doubted = [

@@ -136,4 +136,5 @@ def bytes_of_one(symmetry: Symmetry, perturbations: int = 0) -> int:
     scores = sum(tables) + largest  # T_g, and S_g of the tree that is solved
     if perturbations:  # T_g to go back to; S_g with noise, and the noise
         scores += sum(tables) + 2 * largest
-    return int(LARGEST_HELD * max(sizes, default=0)) + scores
+    arranged = sum(4 * math.prod(symmetry.parameters.get(name, (0,))) for name in symmetry.arranged)  # copies
+    return int(LARGEST_HELD * max(sizes, default=0)) + scores + arranged

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -28,6 +27,10 @@ Indices = Sequence[NDArray[np.int64]]
 
 Moves = tuple[int, NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]
 """An axis, positions [m, k] on it whose units change, and where each was and is taken from."""
+
+
+Taken = tuple[int, int | None, NDArray[np.int64]]
+"""An axis, the one that it lies within, and positions [m, length] on it, or [m, slices, length]: see `along`."""
 
 
 class PermutedSources:
@@ -55,21 +58,21 @@ class PermutedSources:
         """Name and [n, ...] of each parameter, with the units where they are now."""
         everyone = np.arange(self.count)
         # Sources with the same indices on an axis are not gathered apart; above all the identity is no gather.
-        plans = {name: _full(self.problem, name, None, self.permutations) for name in self.data}
+        plans = {name: _full(self.problem, name, (), self.permutations) for name in self.data}
         _, *arrays = chosen(
-            everyone, self.count, *(at for plan in plans.values() for _, at in plan), device=self.device
+            everyone, self.count, *(at for plan in plans.values() for _, _, at in plan), device=self.device
         )
         place = iter(arrays)
         for name, rows in self.data.items():
             new = rows
-            for axis, _ in plans[name]:
-                new = along(new, axis, next(place))
+            for axis, within, _ in plans[name]:
+                new = along(new, axis, next(place), within)
             yield name, new
 
     def objectives(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """[n] <theta, permuted source> over all parameters, and over those of at least two axes."""
         theta = self.problem.theta
-        matrices = [rows.ndim > 2 for rows in self.data.values()]
+        matrices = [name in self.problem.matrices for name in self.data]
         products: list[Any] = []
         if self.device.type == "cpu":
             for name, rows in self.permuted():
@@ -91,7 +94,8 @@ class PermutedSources:
         permuted, its units of g numbered as they were given. Only what the other groups have moved is multiplied.
         """
         for name in self.problem.tensors[g]:
-            sites = [s for s in self.problem.sites[name] if s.group == g and len(self.problem.axes_of[name]) > 1]
+            axes = len(self.problem.axes_of[name]) + len(self.problem.inside[name])
+            sites = [s for s in self.problem.sites[name] if s.group == g and axes > 1]
             if sites:
                 self._add(score, numbers, sites, name, seen)
 
@@ -104,7 +108,7 @@ class PermutedSources:
             after[g] = np.take_along_axis(before[g], answer, 1)
         totals: Tensor | None = None
         for name in self.problem.touched[t]:
-            difference = self._difference(name, None, numbers, before, after, 0, None)
+            difference = self._difference(name, (), numbers, before, after, None)
             if difference is None:
                 continue
             _, theta, change = difference
@@ -117,41 +121,47 @@ class PermutedSources:
         self, score: Tensor, numbers: NDArray[np.int64], sites: Sequence[Site], name: str, seen: Indices | None
     ) -> None:
         """Add to the tables of `numbers` what the sites' parameter contributes now, less what it did at `seen`."""
-        size = score.shape[1]
         for site in sites:
             member, axis = site.member, site.axis
-            length = size * member.inner * member.outer
-            stretch = None
+            length = score.shape[1] * member.inner * member.outer
+            if site.within is not None:
+                length //= self.data[name].shape[site.within + 1]
+            stretch, offset = None, member.offset
             if length < self.data[name].shape[axis + 1]:  # of an axis that holds several groups only its own part
-                stretch, member = (axis, member.offset, length), replace(member, offset=0)
-            difference = self._difference(name, axis, numbers, seen, self.now(numbers), site.group, stretch)
+                stretch, offset = (axis, offset, length), 0
+            difference = self._difference(name, site.axes, numbers, seen, self.now(numbers), stretch)
             if difference is not None:
                 rows, theta, change = difference
-                add_products(score, theta, change, member, axis, size, rows)
+                add_products(score, theta, change, site, offset, rows)
 
     def _difference(
         self,
         name: str,
-        but: int | None,
+        but: tuple[int, ...],
         numbers: NDArray[np.int64],
         before: Indices | None,
         after: Indices,
-        g: int,
         stretch: tuple[int, int, int] | None,
     ) -> tuple[Rows, Tensor, Tensor] | None:
         """Rows, theta and a parameter of the sources `numbers` permuted by `after`, less the same by `before` (None:
-        as it is), along all axes but one; None if there is no difference. Of the axis that changes only what moves is
+        as it is), along all axes but some; None if there is no difference. Of the axis that changes only what moves is
         taken, of theta likewise.
         """
         problem = self.problem
         moves: Moves | None = None
         fixed = _full(problem, name, but, after)
         old = fixed
-        if before is not None:
+        if before is not None and problem.inside[name]:
+            old = _full(problem, name, but, before)
+            if len(old) == len(fixed) and all(
+                a[:2] == b[:2] and not _differ(a[2], b[2]) for a, b in zip(old, fixed, strict=True)
+            ):
+                return None
+        elif before is not None:
             changed = [
                 axis
                 for axis, sites in problem.axes_of[name].items()
-                if axis != but and any(_differ(before[s.group], after[s.group]) for s in sites)
+                if axis not in but and any(_differ(before[s.group], after[s.group]) for s in sites)
             ]
             if not changed:
                 return None
@@ -161,12 +171,12 @@ class PermutedSources:
             if moves is None:
                 old = _full(problem, name, but, before)
             else:
-                fixed = old = [(axis, at) for axis, at in fixed if axis != moves[0]]
-        arrays = [at for _, at in fixed]
+                fixed = old = [one for one in fixed if one[0] != moves[0]]
+        arrays = [at for _, _, at in fixed]
         if moves is not None:
             arrays += moves[1:]
         elif before is not None:
-            arrays += [at for _, at in old]
+            arrays += [at for _, _, at in old]
         rows, *places = chosen(numbers, self.count, *arrays, device=self.device)
         theta, mine = problem.theta[name][None], rows.of(self.data[name])
         if stretch is not None:
@@ -177,17 +187,17 @@ class PermutedSources:
             axis = moves[0]
             theta = along(theta.expand(len(rows), *theta.shape[1:]), axis, rest[0])
             was, new = along(mine, axis, rest[1]), along(mine, axis, rest[2])
-            for (axis, _), at in zip(fixed, fix, strict=True):
+            for (axis, _, _), at in zip(fixed, fix, strict=True):
                 was, new = along(was, axis, at), along(new, axis, at)
             return rows, theta, new.sub_(was)
         new = mine
-        for (axis, _), at in zip(fixed, fix, strict=True):
-            new = along(new, axis, at)
+        for (axis, within, _), at in zip(fixed, fix, strict=True):
+            new = along(new, axis, at, within)
         if before is None:
             return rows, theta, new
         was = mine
-        for (axis, _), at in zip(old, rest, strict=True):
-            was = along(was, axis, at)
+        for (axis, within, _), at in zip(old, rest, strict=True):
+            was = along(was, axis, at, within)
         return rows, theta, new.sub_(was) if fix else new - was
 
     def _moves(self, name: str, axis: int, before: Indices, after: Indices) -> Moves | None:
@@ -210,12 +220,23 @@ class PermutedSources:
         return axis, to, was, new
 
 
-def _full(problem: Problem, name: str, but: int | None, indices: Indices) -> list[tuple[int, NDArray[np.int64]]]:
-    """The axes of a parameter, but one, that `indices` [m, size] permute, and the position [m, length] each is taken
-    from."""
-    found = []
+def _full(problem: Problem, name: str, but: tuple[int, ...], indices: Indices) -> list[Taken]:
+    """The axes of a parameter, but some, that `indices` [m, size] permute, and the position [m, length] each is taken
+    from. Of those within others, which come first, [m, blocks, length]: in each slice as it lies in the source."""
+    found: list[Taken] = []
+    for place in dict.fromkeys((site.axis, site.within) for site in problem.inside[name] if site.axis not in but):
+        axis, within = place
+        sites = [site for site in problem.inside[name] if (site.axis, site.within) == place]
+        length = problem.theta[name].shape[axis]
+        inside = np.broadcast_to(np.arange(length), (len(indices[0]), problem.blocks[sites[0].group], length)).copy()
+        for site in sites:
+            units = _inside(indices[site.group], problem.blocks[site.group])
+            to = site.member.positions(np.arange(units.shape[-1]), units.shape[-1])
+            inside[..., to] = site.member.positions(units, units.shape[-1])
+        if (inside != np.arange(length)).any():
+            found.append((axis, within, inside))
     for axis, sites in problem.axes_of[name].items():
-        if axis == but:
+        if axis in but:
             continue
         every: NDArray[np.int64] | None = None
         for site in sites:
@@ -231,8 +252,17 @@ def _full(problem: Problem, name: str, but: int | None, indices: Indices) -> lis
             to = site.member.positions(units[None], size)
             every[:, to[0]] = site.member.positions(index, size)
         if every is not None:
-            found.append((axis, every))
+            found.append((axis, None, every))
     return found
+
+
+def _inside(index: NDArray[np.int64], blocks: int) -> NDArray[np.int64]:
+    """[m, blocks, units of a block]: of each block of a source the order that its units are in, wherever it is now."""
+    units = index.reshape(len(index), blocks, -1)
+    out = np.empty_like(units)
+    size = units.shape[-1]
+    np.put_along_axis(out, units[..., :1] // size, units % size, 1)
+    return out
 
 
 def _differ(one: NDArray[np.int64], other: NDArray[np.int64]) -> bool:

@@ -117,7 +117,7 @@ def align_backward(descent: Descent) -> None:
     """
     problem, count, device = descent.problem, descent.count, descent.sources.device
     before, mark = descent.sources.objectives()[0], descent.mark()
-    done: set[int] = set()
+    done, told = set[int](), set[int]()
     for t, tree in reversed(list(enumerate(problem.trees))):
         for g in tree:
             size = problem.groups[g].size
@@ -125,6 +125,7 @@ def align_backward(descent: Descent) -> None:
             for name in problem.tensors[g]:
                 if {p.group for p in problem.sites[name]} - done <= set(tree) and not problem.twice(t, name):
                     descent.sources.add(table, name, g)
+                    told.add(g)
             descent.tables[g] = table
         done |= set(tree)
         # No unit of the tree has moved yet: its S_g are the tables.
@@ -132,6 +133,10 @@ def align_backward(descent: Descent) -> None:
             descent.solve(t, [known for g in tree if (known := descent.tables[g]) is not None], descent.everyone)
         )
         descent.note(t, descent.everyone, answers)
+        for g in tree[1:] if problem.crossed[t] else ():
+            if g not in told:  # but by parameters that tell of the other children too, now that these are matched
+                scores = [_crossing(descent, t, h, done) for h in tree]
+                descent.note(t, descent.everyone, stacked(descent.solve_child(t, g, scores)))
         for name in problem.touched[t]:
             others = {p.group for p in problem.sites[name]}
             if others <= done:
@@ -143,6 +148,17 @@ def align_backward(descent: Descent) -> None:
     descent.seen = [[index.copy() for index in descent.permutations] for _ in problem.groups]
     after, _ = descent.sources.objectives()
     descent.go_back(mark, np.flatnonzero(after < before))
+
+
+def _crossing(descent: Descent, t: int, g: int, done: set[int]) -> Tensor:
+    """S_g of every source by what is counted so far, and by parameters on which tree t lies twice."""
+    problem, table = descent.problem, descent.tables[g]
+    assert table is not None
+    table = table.clone()
+    for name in problem.tensors[g]:
+        if problem.twice(t, name) and {p.group for p in problem.sites[name]} <= done:
+            descent.sources.add(table, name, g)
+    return descent.in_place(g, table, descent.everyone)
 
 
 def perturb(descent: Descent, times: int, seed: int, max_sweeps: int) -> None:

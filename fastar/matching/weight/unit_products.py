@@ -7,40 +7,48 @@ import math
 import torch
 from torch import Tensor
 
-from fastar.symmetry import Member
+from fastar.matching.weight.problem import Site
 from fastar.symmetry.batched_index import Rows
 
 _DOT_BLOCK = 1 << 16  # float32 partial sums this long, added up in float64
 
 
-def add_products(
-    score: Tensor, theta: Tensor, sources: Tensor, member: Member, axis: int, size: int, rows: Rows
-) -> None:
-    """score[n, u, v] += inner product of what unit u owns of `theta` and what unit v owns of source n, of `rows`.
+def add_products(score: Tensor, theta: Tensor, sources: Tensor, site: Site, offset: int, rows: Rows) -> None:
+    """score[n, u, v] += inner product of what unit u owns of `theta` and what unit v owns of source n, of `rows`; as
+    often as it counts.
 
     Args:
         score: [N, size, size], float32.
         theta: a parameter (or a part of it, along other axes) in memory order, [1, ...]; or [m, ...], one for each.
         sources: [m, ...], likewise, of as many sources as there are rows.
-        axis: the member's axis, in memory order.
+        offset: where the site's stretch of its axis begins.
     """
-    length = size * member.inner * member.outer
-    left, right = (x.narrow(axis + 1, member.offset, length) for x in (theta, sources))
-    before = math.prod(sources.shape[1 : axis + 1]) * member.outer
-    after = math.prod(sources.shape[axis + 2 :]) * member.inner
-    a, b = _per_unit(left, before, size, after), _per_unit(right, before, size, after).mT
+    a, b = (_per_unit(x, site, offset, score.shape[1]) for x in (theta, sources))
+    b = b.mT
     if len(rows) == 1:
-        rows.of(score)[0].addmm_(a[0], b[0])
+        rows.of(score)[0].addmm_(a[0], b[0], alpha=site.times)
         return
     a = a.expand(len(rows), *a.shape[1:])
     if rows.index is None:
-        rows.of(score).baddbmm_(a, b)
+        rows.of(score).baddbmm_(a, b, alpha=site.times)
     else:
-        score.index_add_(0, rows.index, torch.bmm(a, b))
+        score.index_add_(0, rows.index, torch.bmm(a, b), alpha=site.times)
 
 
-def _per_unit(x: Tensor, before: int, size: int, after: int) -> Tensor:
+def _per_unit(x: Tensor, site: Site, offset: int, size: int) -> Tensor:
     """[m, size, everything that a unit owns] of [m, ...]."""
+    member, axis = site.member, site.axis
+    if site.within is not None:
+        size //= x.shape[site.within + 1]
+    if site.part is not None:
+        on, begin, length = site.part
+        x = x.narrow(on + 1, begin, length)
+    x = x.narrow(axis + 1, offset, size * member.inner * member.outer)
+    if site.within is not None:
+        x = x.unflatten(axis + 1, (member.outer, size, member.inner))
+        within = site.within + (2 * (site.within > axis))
+        return x.movedim((within + 1, axis + 2), (1, 2)).flatten(1, 2).flatten(2)
+    before, after = math.prod(x.shape[1 : axis + 1]) * member.outer, math.prod(x.shape[axis + 2 :]) * member.inner
     return x.reshape(len(x), before, size, after).transpose(1, 2).reshape(len(x), size, -1)
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from torch import fx
 from torch.utils._pytree import tree_leaves
 
-from fastar.symmetry.axes import Axis, AxisSolver, length_of
-from fastar.symmetry.axis_views import Dims, Draft
+from fastar.symmetry import labels
+from fastar.symmetry.labels import Labels
+from fastar.symmetry.positions import Constraints
 
-Labels = tuple[Axis, ...]
-Result = Labels | Dims | list[Any] | None
+Result = Labels | list[Any] | None
+# Why positions are held that could move if it were not for the values or the order of something else, which is named.
+HELD = "held"
 
 
 class Refused(Exception):
@@ -19,10 +22,15 @@ class Refused(Exception):
 
 
 class Call:
-    """One operation of the graph: its arguments by schema name, their labels, and the shape of its result."""
+    """One operation of the graph: its arguments by schema name, their labels, and the shape of its result.
 
-    def __init__(self, node: fx.Node, labels: dict[fx.Node, Any], solver: AxisSolver):
-        self.node, self.solver, self._labels = node, solver, labels
+    Args:
+        why: names the operation, where it holds something in place.
+    """
+
+    def __init__(self, node: fx.Node, known: Constraints, of: dict[fx.Node, Any], why: str):
+        self.node, self.known, self.why, self._of = node, known, why, of
+        self.held: list[tuple[str, Labels, set[int]]] = []
         schema = getattr(node.target, "_schema", None)
         arguments = [] if schema is None else schema.arguments
         defaults = {a.name: a.default_value for a in arguments if a.has_default_value()}
@@ -42,31 +50,36 @@ class Call:
         """The tensor arguments in order, lists included."""
         return [one for one in tree_leaves((self.node.args, self.node.kwargs)) if isinstance(one, fx.Node)]
 
-    def dims(self, argument: Any = None) -> Dims:
-        """Labels of a tensor argument (a graph node, its schema name, or the first), whose axes may be in parts."""
-        node = self.first if argument is None else argument
-        found = self._labels[self.arguments[node] if isinstance(node, str) else node]
-        if not isinstance(found, Dims):
-            raise Refused(f"uses {node}, which is not one tensor")
-        return found
-
-    def operand(self, argument: Any) -> tuple[Dims, tuple[int, ...]]:
-        """Labels and shape of a tensor argument, a graph node or its schema name."""
-        node = self.arguments[argument] if isinstance(argument, str) else argument
-        return self.dims(node), self.shape(node)
-
     def labels(self, argument: Any = None) -> Labels:
-        """Labels of a tensor argument with one axis per dimension: parts of views are made independent."""
-        draft = Draft(self.solver, self.dims(argument).dims)
-        return tuple(draft.flatten(d) for d in range(len(draft.dims)))
+        """Labels of a tensor argument: a graph node, its schema name, or the first."""
+        node = self.first if argument is None else argument
+        found = self._of[self.arguments[node] if isinstance(node, str) else node]
+        if not isinstance(found, Labels):
+            raise Refused(f"uses {node}, which is not one tensor")
+        now = labels.current(self.known, found)
+        if now is None:
+            raise Refused(f"uses a part of {node}, of which another operation uses all")
+        return now
 
-    def shape(self, node: fx.Node | None = None) -> tuple[int, ...]:
-        """Shape of the result, or of an argument."""
-        value = (node or self.node).meta["val"]
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape of the result, of the first one if there are several."""
+        value = self.node.meta["val"]
         value = value[0] if isinstance(value, tuple | list) else value
         return tuple(int(n) for n in value.shape)
 
-    def unmoved(self, axis: Axis, what: str) -> None:
-        """Refuse unless `axis` is already known not to move: its units may not be cut, reversed or reordered."""
-        if not self.solver.is_fixed(axis):
-            raise Refused(f"{what} an axis of {length_of(axis)} hidden units")
+    def hold(self, x: Labels, dims: Iterable[int], because: str = "") -> None:
+        """Hold dimensions of `x` in place, counted from either end. `because`: what users are told, where it is not
+        plain from the operation that nothing else could be."""
+        which = {d % len(x.shape) for d in dims}
+        labels.hold(self.known, x, which, HELD if because else self.why)
+        if because:
+            self.held.append((because, x, which))
+
+    def broadcast(self, operands: Sequence[Labels], shape: Sequence[int] | None = None) -> Labels:
+        """Labels of a function, value by value, of tensors whose last dimensions are the result's."""
+        return labels.broadcast(self.known, self.shape if shape is None else shape, operands, self.why)
+
+    def inside(self, x: Labels, dims: Collection[int]) -> Labels:
+        """`x`, to which a function that treats positions along `dims` alike may be applied."""
+        return labels.inside(self.known, x, {d % len(x.shape) for d in dims})

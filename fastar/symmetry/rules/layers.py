@@ -2,145 +2,174 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from math import prod
 
-from fastar.symmetry import axis_views as views
-from fastar.symmetry.axes import fixed
-from fastar.symmetry.axis_views import Dims
-from fastar.symmetry.rules.call import Call, Labels, Refused
-from fastar.symmetry.rules.products import broadcast
-from fastar.symmetry.rules.shapes import dims_of
+from fastar.symmetry import labels, rearrange
+from fastar.symmetry.labels import Labels, labelled
+from fastar.symmetry.rules.call import Call, Refused
+from fastar.symmetry.rules.shapes import constant_of, dims_of, hold_all
 
 
-def constant_fill(call: Call) -> Dims:
+def constant_fill(call: Call) -> Labels:
     """A tensor filled with one value: any permutation leaves it as it is."""
-    return Dims(tuple((views.Copies(n),) for n in call.shape()))
+    return constant_of(call.shape)
 
 
 def convolution(call: Call) -> Labels:
     """Channels on axis 1. With groups, whole groups move; channels that a group writes move inside it, channels that
     it reads stay in place, because their permutation in the weights would differ from group to group."""
-    if call.arguments.get("transposed"):
-        raise Refused("transposed convolution")
-    x, weight, groups = call.labels("input"), call.labels("weight"), call["groups"]
-    x_shape, weight_shape = call.shape(call["input"]), call.shape(call["weight"])
-    spatial = len(weight_shape) - 2
-    if len(x_shape) != spatial + 2:
-        raise Refused("convolution of an input without a batch axis")
-    call.solver.fix(*weight[2:], *x[2:])
-    if groups == 1:
-        call.solver.unify(x[1], weight[1])
-    else:
-        blocks = call.solver.fresh(groups)
-        call.solver.fix(weight[1])
-        call.solver.unify(x[1], call.solver.merge([blocks, fixed(weight_shape[1])]))
-        call.solver.unify(weight[0], call.solver.child(blocks, weight_shape[0] // groups))
-    if call["bias"] is not None:
-        call.solver.unify(weight[0], call.labels("bias")[0])
-    return (x[0], weight[0], *(fixed(n) for n in call.shape()[2:]))
+    return _convolved(call, transposed=bool(call.arguments.get("transposed")))
 
 
 def transposed_convolution(call: Call) -> Labels:
     """The same with the weight's first axes swapped: [inputs, outputs of a group, ...]. With groups, whole groups move,
     and channels that a group reads move inside it."""
-    x, weight, groups = call.labels("input"), call.labels("weight"), call["groups"]
-    x_shape, weight_shape = call.shape(call["input"]), call.shape(call["weight"])
-    if len(x_shape) != len(weight_shape):
+    return _convolved(call, transposed=True)
+
+
+def _convolved(call: Call, *, transposed: bool) -> Labels:
+    known, x, weight, groups = call.known, call.labels("input"), call.labels("weight"), call["groups"]
+    spatial = len(weight.shape) - 2
+    if len(x.shape) != spatial + 2:
         raise Refused("convolution of an input without a batch axis")
-    call.solver.fix(*weight[2:], *x[2:])
-    call.solver.unify(x[1], weight[0])
-    written = weight[1]
-    if groups > 1:
-        blocks = call.solver.fresh(groups)
-        call.solver.fix(weight[1])
-        call.solver.unify(weight[0], call.solver.child(blocks, weight_shape[0] // groups))
-        written = call.solver.merge([blocks, fixed(weight_shape[1])])
+    call.hold(x, range(2, len(x.shape)))
+    labels.hold(known, weight, set(range(2, len(weight.shape))), f"positions of the kernel, {call.why}")
+    batch, read = labels.alone(known, x, 0), labels.alone(known, x, 1)
+    first, second = (labels.alone(known, weight, d) for d in (0, 1))
+    # In groups: channels read and written [groups, of each], and the weight's own axis by groups.
+    reads = labelled(x.shape[1:2], {0: read} if 1 not in x.alike else {})
+    own, inner = (labelled((n,), {0: at}) for n, at in zip(weight.shape, (first, second), strict=False))
+    if 1 in x.alike:
+        reads = constant_of(x.shape[1:2])
+    if groups == 1:
+        one, out = (own, inner) if transposed else (inner, own)
+        labels.combine(known, reads.shape, [reads, one], call.why)
+    else:
+        size = weight.shape[0] // groups
+        blocks = rearrange.reshape(known, own, (groups, size))  # [groups, channels of each on the weight's axis 0]
+        across = reads if not transposed else Labels((groups * weight.shape[1],))
+        if transposed:
+            labels.combine(known, reads.shape, [reads, own], call.why)
+            moving = labels.reduce(known, blocks, {1})
+            call.hold(inner, [0])
+            wide = Labels((groups, weight.shape[1]), moving.cells, moving.alike)
+            out = rearrange.reshape(known, wide, across.shape)
+        else:
+            out = own
+            moving = labels.reduce(known, blocks, {1})
+            read_in = rearrange.reshape(known, reads, (groups, weight.shape[1]))
+            call.hold(inner, [0])
+            call.hold(read_in, [1], "what a group of a convolution reads stays in order")
+            labels.combine(known, (groups,), [labels.reduce(known, read_in, {1}), moving], call.why)
+    shape = call.shape
+    rest = {0: batch}
+    result = labels.combine(known, shape[:2], [labelled((shape[0], 1), rest), out.moved([1], (1, shape[1]))], call.why)
     if call["bias"] is not None:
-        call.solver.unify(written, call.labels("bias")[0])
-    return (x[0], written, *(fixed(n) for n in call.shape()[2:]))
+        bias = call.labels("bias").moved([1], (1, shape[1]))
+        result = labels.combine(known, shape[:2], [result, bias], call.why)
+    return Labels(shape, result.cells, result.alike)
 
 
-def per_channel(call: Call, x: Dims, *names: str) -> Dims:
+def per_channel(call: Call, x: Labels, *names: str) -> Labels:
     """`x` with vectors along axis 1 applied to it."""
-    shape = call.shape()
-    rest = len(shape) - 2
+    rest = len(x.shape) - 2
     for name in names:
         if call.arguments.get(name) is not None:
-            (vector,), (length,) = call.dims(name).dims, call.shape(call[name])
-            labels = Dims(((fixed(1),), vector, *[(fixed(1),)] * rest))
-            x = broadcast(call, [(x, shape), (labels, (1, length, *[1] * rest))], shape)
+            vector = call.labels(name)
+            wide = vector.moved([1], (1, vector.shape[0], *[1] * rest))
+            x = call.broadcast([x, wide], x.shape)
     return x
 
 
-def batch_norm(call: Call) -> Dims:
+def batch_norm(call: Call) -> Labels:
     """Statistics and affine parameters follow the channels on axis 1."""
     if call.arguments.get("training") and call.arguments.get("running_mean") is not None:
         raise Refused("batch-norm in training mode inside a model in evaluation mode")
-    return per_channel(call, call.dims(), "weight", "bias", "running_mean", "running_var")
+    return per_channel(call, call.labels(), "weight", "bias", "running_mean", "running_var")
 
 
-def layer_norm(call: Call) -> Dims:
+def layer_norm(call: Call) -> Labels:
     """Layer-norm and RMS-norm over the last axes."""
-    x, shape = call.dims(), call.shape(call.first)
-    x = views.inside(call.solver, x, range(len(shape) - len(call["normalized_shape"]), len(shape)))
+    x = call.labels()
+    x = call.inside(x, range(len(x.shape) - len(call["normalized_shape"]), len(x.shape)))
     for name in ("weight", "bias"):
         if call.arguments.get(name) is not None:
-            x = broadcast(call, [(x, shape), call.operand(name)], shape)
+            x = call.broadcast([x, call.labels(name)], x.shape)
     return x
 
 
-def group_norm(call: Call) -> Dims:
+def group_norm(call: Call) -> Labels:
     """Channels of axis 1 are normalised in groups: groups move, and the channels inside each."""
     x, groups = call.labels("input"), call["num_groups"]
-    call.solver.blocks(x[1], call.shape()[1] // groups)
-    return per_channel(call, Dims.plain(x), "weight", "bias")
+    parts = rearrange.reshape(call.known, x, (x.shape[0], groups, x.shape[1] // groups, *x.shape[2:]))
+    parts = call.inside(parts, range(2, len(parts.shape)))
+    return per_channel(call, rearrange.reshape(call.known, parts, x.shape), "weight", "bias")
 
 
-def instance_norm(call: Call) -> Dims:
+def instance_norm(call: Call) -> Labels:
     """Every channel of axis 1 by itself; the order of the other positions does not matter."""
-    names = ("weight", "bias", "running_mean", "running_var")
-    return per_channel(call, Dims.plain(call.labels("input")), *names)
+    x = call.labels("input")
+    x = call.inside(x, range(2, len(x.shape)))
+    return per_channel(call, x, "weight", "bias", "running_mean", "running_var")
 
 
-def prelu(call: Call) -> Dims:
-    x, (_, weight) = call.dims(), call.tensors()
-    if call.shape(weight) in ((), (1,)):
+def prelu(call: Call) -> Labels:
+    x, (_, weight) = call.labels(), call.tensors()
+    if prod(call.labels(weight).shape) == 1:
         return x
-    if len(x.dims) < 2:
-        return broadcast(call, [(x, call.shape()), call.operand(weight)], call.shape())
+    if len(x.shape) < 2 or len(call.labels(weight).shape) > 1:
+        return call.broadcast([x, call.labels(weight)], x.shape)
     return per_channel(call, x, "weight")
 
 
-def pool(spatial: int) -> Callable[[Call], Labels]:
-    """The last `spatial` axes are pooled or resampled; the others pass."""
-
-    def rule(call: Call) -> Labels:
-        x = call.labels()
-        call.solver.fix(*x[-spatial:])
-        return (*x[:-spatial], *(fixed(n) for n in call.shape()[-spatial:]))
-
-    return rule
-
-
-def reduction(call: Call) -> Dims:
+def reduction(call: Call) -> Labels:
     """A symmetric function (mean, sum, maximum ...) over some axes does not depend on the order of what it reduces."""
-    x = call.dims()
-    dims = dims_of(call.arguments.get("dim"), len(x.dims))
-    return views.reduce(call.solver, x, dims, keep=bool(call.arguments.get("keepdim")))
+    x = call.labels()
+    dims = dims_of(call.arguments.get("dim"), len(x.shape))
+    return labels.reduce(call.known, x, dims, keep=bool(call.arguments.get("keepdim")))
 
 
-def same(call: Call) -> Dims:
+def both_reductions(call: Call) -> list[Labels]:
+    """var_mean and std_mean."""
+    return [reduction(call)] * 2
+
+
+def weight_norm(call: Call) -> Labels:
+    """v g / |v|: the norm over all axes but one, along which g lies."""
+    v, g = call.labels("v"), call.labels("g")
+    dim = call.arguments.get("dim", 0)
+    call.inside(v, [d for d in range(len(v.shape)) if d != dim % len(v.shape) or dim == -1])
+    return call.broadcast([v, g], v.shape)
+
+
+def weight_norm_interface(call: Call) -> list[Labels]:
+    """The same, and the norm."""
+    whole = weight_norm(call)
+    return [whole, call.labels("g")]
+
+
+def norm_except(call: Call) -> Labels:
+    """The norm over all axes but one."""
+    v, dim = call.labels("v"), call.arguments.get("dim", 0)
+    rest = {d for d in range(len(v.shape)) if d != dim % len(v.shape) or dim == -1}
+    return labels.reduce(call.known, v, rest, keep=len(call.shape) == len(v.shape))
+
+
+def same(call: Call) -> Labels:
     """The first argument's labels: copies, and functions of each number by itself."""
-    return call.dims()
+    return call.labels()
 
 
-def dropout(call: Call) -> Dims:
+def dropout(call: Call) -> Labels:
     if call["train"]:
         raise Refused("dropout that stays active in evaluation mode")
     return same(call)
 
 
 def embedding(call: Call) -> Labels:
+    """Rows of a table by number: the numbers stay, what is in the rows moves."""
     weight, indices = call.labels("weight"), call.labels("indices")
-    call.solver.fix(weight[0], *indices)
-    return (*indices, weight[1])
+    hold_all(call, indices)
+    call.hold(weight, [0])
+    shape = call.shape
+    return labelled(shape, {len(shape) - 1: labels.alone(call.known, weight, 1)})

@@ -2,125 +2,148 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 
-from fastar.symmetry import axis_views as views
-from fastar.symmetry.axes import fixed
-from fastar.symmetry.axis_views import Dim, Dims
-from fastar.symmetry.rules.broadcasting import combine
+from fastar.symmetry import labels
+from fastar.symmetry.labels import Labels
 from fastar.symmetry.rules.call import Call, Refused
 from fastar.symmetry.rules.shapes import repeated
 
-Letter = str | int
-Operand = tuple[Dims, Sequence[int]]
+Letter = Hashable
 
 
-def pointwise(call: Call) -> Dims:
-    """Any number of tensors, broadcast against each other."""
-    return broadcast(call, [call.operand(node) for node in call.tensors()], call.shape())
+def pointwise(call: Call) -> Labels:
+    """A function of several tensors, value by value."""
+    return call.broadcast([call.labels(node) for node in call.tensors()])
 
 
-def broadcast(call: Call, operands: Sequence[Operand], shape: Sequence[int]) -> Dims:
-    """Labels of a pointwise function of tensors given by their labels and shapes."""
-    out: list[Dim | None] = [None] * len(shape)
-    for labels, lengths in operands:
-        missing = len(shape) - len(lengths)
-        dims = [
-            None if d < missing or lengths[d - missing] != n else labels.dims[d - missing] for d, n in enumerate(shape)
-        ]
-        out = combine(call.solver, out, dims)
-    return Dims(tuple((fixed(n),) if dim is None else dim for dim, n in zip(out, shape, strict=True)))
-
-
-def contract(call: Call, operands: Sequence[tuple[Operand, Sequence[Letter]]], out: Sequence[Letter]) -> Dims:
+def contract(call: Call, operands: Sequence[tuple[Labels, Sequence[Letter]]], out: Sequence[Letter]) -> Labels:
     """Labels of a sum of products: dimensions of one letter are multiplied, letters not in `out` summed over.
 
     A dimension of length 1 is broadcast against longer ones of its letter.
     """
     letters, sizes = list(out), dict[Letter, int]()
-    for (_, shape), names in operands:
+    for x, names in operands:
         if len(set(names)) != len(names):
             raise Refused("a product that reads the diagonal of a tensor")
         letters += [name for name in names if name not in letters]
-        sizes |= {name: max(n, sizes.get(name, 0)) for name, n in zip(names, shape, strict=True)}
-    dims: list[Dim | None] = [None] * len(letters)
-    for (labels, shape), names in operands:
-        mine = {name: dim for name, dim, n in zip(names, labels.dims, shape, strict=True) if n == sizes[name]}
-        dims = combine(call.solver, dims, [mine.get(name) for name in letters])
-    product = Dims(tuple((fixed(1),) if dim is None else dim for dim in dims))
-    return views.reduce(call.solver, product, range(len(out), len(letters)))
+        sizes |= {name: max(n, sizes.get(name, 0)) for name, n in zip(names, x.shape, strict=True)}
+    counts = {name: sum(name in names for _, names in operands) for name in letters}
+    batch = {name for name in out if counts[name] > 1}
+    parts = []
+    for x, names in operands:
+        along = [d for d, name in enumerate(names) if name in batch]
+        if along and len(along) < len(names):
+            x = labels.in_blocks(call.known, x, along, [d for d in range(len(names)) if d not in along])
+        at = {d: letters.index(name) for d, (name, n) in enumerate(zip(names, x.shape, strict=True)) if n > 1}
+        lengths = [1] * len(letters)
+        for d, place in at.items():
+            lengths[place] = x.shape[d]
+        parts.append(x.moved(at, lengths))
+    product = labels.combine(call.known, [sizes[name] for name in letters], parts, call.why)
+    return labels.reduce(call.known, product, set(range(len(out), len(letters))))
 
 
-def linear(call: Call) -> Dims:
-    x, weight = call.operand("input"), call.operand("weight")
-    batch = list(range(len(x[1]) - 1))
-    units: list[Letter] = ["o"] if len(weight[1]) == 2 else []
+def linear(call: Call) -> Labels:
+    """x W^T + bias."""
+    x, weight = call.labels("input"), call.labels("weight")
+    batch = list(range(len(x.shape) - 1))
+    units: list[Letter] = ["o"] if len(weight.shape) == 2 else []
     out = contract(call, [(x, [*batch, "i"]), (weight, [*units, "i"])], [*batch, *units])
-    if call["bias"] is None:
-        return out
-    return broadcast(call, [(out, call.shape()), call.operand("bias")], call.shape())
+    return out if call["bias"] is None else call.broadcast([out, call.labels("bias")])
 
 
-def matmul(call: Call) -> Dims:
-    """mm, bmm, matmul, and what is added by addmm and baddbmm."""
+def bilinear(call: Call) -> Labels:
+    """y_o = x1 W_o x2 + bias."""
+    one, two, weight = (call.labels(name) for name in ("input1", "input2", "weight"))
+    batch = list(range(len(one.shape) - 1))
+    operands: list[tuple[Labels, Sequence[Letter]]] = [(one, [*batch, "i"]), (two, [*batch, "j"])]
+    out = contract(call, [*operands, (weight, ["o", "i", "j"])], [*batch, "o"])
+    return out if call["bias"] is None else call.broadcast([out, call.labels("bias")])
+
+
+def matmul(call: Call) -> Labels:
+    """Products of matrices and vectors, and what is added by addmm, baddbmm and addmv."""
     *added, left, right = call.tensors()
-    out = _matmul(call, call.operand(left), call.operand(right))
-    return broadcast(call, [(out, call.shape()), *map(call.operand, added)], call.shape())
+    out = product(call, call.labels(left), call.labels(right))
+    return call.broadcast([out, *map(call.labels, added)]) if added else out
 
 
-def _matmul(call: Call, left: Operand, right: Operand) -> Dims:
-    lengths = [len(shape) for _, shape in (left, right)]
-    if min(lengths) < 2:
-        raise Refused("matrix product with a vector")
-    batch = max(lengths) - 2
-    a, b = ([*range(batch + 2 - n, batch)] for n in lengths)
-    return contract(call, [(left, [*a, "m", "k"]), (right, [*b, "k", "n"])], [*range(batch), "m", "n"])
+def product(call: Call, left: Labels, right: Labels) -> Labels:
+    """Labels of left @ right, as torch.matmul reads their dimensions."""
+    lengths = [len(x.shape) for x in (left, right)]
+    batch = max(0, max(lengths) - 2)
+    rows: list[Letter] = ["m"] if lengths[0] > 1 else []
+    columns: list[Letter] = ["n"] if lengths[1] > 1 else []
+    a, b = ([*range(batch + 2 - max(n, 2), batch)] for n in lengths)
+    return contract(call, [(left, [*a, *rows, "k"]), (right, [*b, "k", *columns])], [*range(batch), *rows, *columns])
 
 
-def einsum(call: Call) -> Dims:
+def outer(call: Call) -> Labels:
+    """Products of all pairs of two vectors."""
+    one, two = (call.labels(node) for node in call.tensors())
+    return contract(call, [(one, ["m"]), (two, ["n"])], ["m", "n"])
+
+
+def einsum(call: Call) -> Labels:
+    """A sum of products, by its equation; the dimensions of an ellipsis are numbered from the last."""
     left, arrow, out = call["equation"].replace(" ", "").partition("->")
-    if "." in left + out:
-        raise Refused("einsum with an ellipsis")
-    names = left.split(",")
-    if not arrow:
-        flat = "".join(names)
-        out = "".join(sorted(letter for letter in set(flat) if flat.count(letter) == 1))
-    return contract(call, list(zip(map(call.operand, call.tensors()), names, strict=True)), out)
+    operands = [call.labels(node) for node in call.tensors()]
+    longest = 0
+    names: list[list[Letter]] = []
+    for x, text in zip(operands, left.split(","), strict=True):
+        before, dots, after = text.partition("...")
+        many = len(x.shape) - len(before) - len(after)
+        longest = max(longest, many)
+        names.append([*before, *(range(-many, 0) if dots else ()), *after])
+    rest: list[Letter] = list(range(-longest, 0))
+    if arrow:
+        before, dots, after = out.partition("...")
+        wanted: list[Letter] = [*before, *(rest if dots else ()), *after]
+    else:
+        flat = [letter for one in names for letter in one if isinstance(letter, str)]
+        wanted = [*rest, *sorted(letter for letter in set(flat) if flat.count(letter) == 1)]
+    return contract(call, list(zip(operands, names, strict=True)), wanted)
 
 
-def _ordered(call: Call, x: Dims) -> Dims:
-    """`x` with its last dimension but one held in place."""
-    draft = views.Draft(call.solver, x.dims)
-    call.solver.fix(draft.flatten(len(x.dims) - 2))
-    return draft.settled()
-
-
-def attention(call: Call) -> Dims:
+def attention(call: Call) -> Labels:
     """scaled_dot_product_attention: softmax(q k^T + mask) v over [..., heads, length, units].
 
     Where heads are parts of an axis, queries and keys move in blocks, as do values; the inside of a head moves by
-    itself, queries with keys. Where several heads share one of keys and values, they stay together.
+    itself, queries with keys. Several heads that share one of keys and values are a block of heads.
     """
     if call.arguments.get("dropout_p"):
         raise Refused("dropout that stays active in evaluation mode")
-    (q, q_shape), (k, k_shape), (v, v_shape) = (call.operand(name) for name in ("query", "key", "value"))
-    times = q_shape[-3] // k_shape[-3] if call.arguments.get("enable_gqa") else 1
+    q, k, v = (call.labels(name) for name in ("query", "key", "value"))
+    times = q.shape[-3] // k.shape[-3] if call.arguments.get("enable_gqa") else 1
     if times > 1:
         k, v = (repeated(call, x, -3, times) for x in (k, v))
-        k_shape, v_shape = ((*shape[:-3], q_shape[-3], *shape[-2:]) for shape in (k_shape, v_shape))
     if call.arguments.get("is_causal"):
-        q, k, v = (_ordered(call, x) for x in (q, k, v))
-    turned = Dims((*k.dims[:-2], k.dims[-1], k.dims[-2]))
-    scores = _matmul(call, (q, q_shape), (turned, (*k_shape[:-2], k_shape[-1], k_shape[-2])))
-    shape = (*call.shape()[:-1], k_shape[-2])
+        for x in (q, k, v):
+            call.hold(x, [-2])
+    ndim = len(k.shape)
+    turned = k.moved([*range(ndim - 2), ndim - 1, ndim - 2], (*k.shape[:-2], k.shape[-1], k.shape[-2]))
+    scores = product(call, q, turned)
     mask = call.arguments.get("attn_mask")
     if mask is not None:
-        scores = broadcast(call, [(scores, shape), call.operand(mask)], shape)
-    weights = views.inside(call.solver, scores, {len(shape) - 1})
-    return _matmul(call, (weights, shape), (v, v_shape))
+        scores = call.broadcast([scores, call.labels(mask)], scores.shape)
+    return product(call, call.inside(scores, [-1]), v)
 
 
-def softmax(call: Call) -> Dims:
+def softmax(call: Call) -> Labels:
     """A function along one axis that treats its units alike."""
-    x = call.dims()
-    return views.inside(call.solver, x, {call["dim"] % len(x.dims)})
+    return call.inside(call.labels(), [call["dim"]])
+
+
+def cosine_similarity(call: Call) -> Labels:
+    """x1 . x2 / |x1| |x2| along one dimension, which must not move in one and stay in the other."""
+    x = pointwise_of(call, ("x1", "x2"))
+    return labels.reduce(call.known, x, {call["dim"] % len(x.shape)})
+
+
+def pointwise_of(call: Call, names: Sequence[str]) -> Labels:
+    """Labels of a function, value by value, of arguments that are broadcast against each other."""
+    parts = [call.labels(name) for name in names]
+    ndim = max(len(x.shape) for x in parts)
+    shapes = [[1] * (ndim - len(x.shape)) + list(x.shape) for x in parts]
+    return call.broadcast(parts, [max(sizes) for sizes in zip(*shapes, strict=True)])

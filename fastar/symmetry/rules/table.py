@@ -8,31 +8,33 @@ others, which then need no rule (`movedim`, `reshape` and `chunk` as `permute`, 
 2. If an operation of the table treats units alike (any function of each number by itself is `pointwise`), add the name
    to its line of `_TABLE`.
 3. Else write a function of one `Call` in the file that it belongs to (`layers`, `products`, `shapes`), and add a line.
-   It returns labels of the result: one axis for each dimension (a tuple; read its inputs by `Call.labels`), or `Dims`
-   where an axis may stay in parts after a reshape (`Call.dims`, `fastar.symmetry.axis_views`).
-4. The rule has to require whatever `op(permuted inputs) == permuted op(inputs)` needs: `call.solver.fix(axis)` holds
-   an axis in place, `call.solver.unify(a, b)` lets two move together, `raise Refused(why)` gives up.
+   It returns `fastar.symmetry.labels.Labels` of the result.
+4. The rule has to require whatever `op(permuted inputs) == permuted op(inputs)` needs, by the functions of
+   `fastar.symmetry.labels`: `hold` (an axis stays), `combine` (tensors move alike), `inside` and `reduce` (positions
+   are treated alike along some dimensions), and of `fastar.symmetry.rearrange`: `take`, `concatenate`, `reshape`.
+   `raise Refused(why)` gives up.
 5. Add a small network that uses the operation to `tests/test_symmetry_groups.py`: its groups are proven there.
 
 A function of the order along its last axis, for instance:
 
     def ordered(call: Call) -> Labels:
-        *others, last = call.labels()
-        call.solver.fix(last)
-        return (*others, fixed(call.shape()[-1]))
+        x = call.labels()
+        call.hold(x, [-1], "depends on the order")
+        return x
 """
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from torch import fx
 
-from fastar.symmetry.axes import AxisSolver, CannotSplit
-from fastar.symmetry.axis_views import Dims
-from fastar.symmetry.rules import layers, products, shapes
+from fastar.symmetry.labels import Labels
+from fastar.symmetry.rearrange import CannotFlatten
+from fastar.symmetry.rules import images, layers, order, products, recurrent, shapes
 from fastar.symmetry.rules.call import Call, Refused, Result
 
 Rule = Callable[[Call], Result]
@@ -60,20 +62,60 @@ _TABLE: list[tuple[str, Rule]] = [
     ("conv1d conv2d conv3d convolution", layers.convolution),
     ("conv_transpose1d conv_transpose2d conv_transpose3d", layers.transposed_convolution),
     ("batch_norm _native_batch_norm_legit_no_training _native_batch_norm_legit cudnn_batch_norm", layers.batch_norm),
-    ("max_pool1d avg_pool1d adaptive_avg_pool1d", layers.pool(1)),
+    ("max_pool1d avg_pool1d adaptive_avg_pool1d upsample_nearest1d upsample_linear1d", images.pool(1)),
     (
-        "max_pool2d max_pool2d_with_indices avg_pool2d adaptive_avg_pool2d _adaptive_avg_pool2d "
-        "adaptive_max_pool2d upsample_nearest2d upsample_bilinear2d",
-        layers.pool(2),
+        "max_pool2d avg_pool2d adaptive_avg_pool2d _adaptive_avg_pool2d upsample_nearest2d upsample_bilinear2d "
+        "upsample_bicubic2d _upsample_nearest_exact2d _upsample_bilinear2d_aa _upsample_bicubic2d_aa",
+        images.pool(2),
     ),
-    ("max_pool3d avg_pool3d adaptive_avg_pool3d", layers.pool(3)),
+    ("max_pool3d avg_pool3d adaptive_avg_pool3d upsample_nearest3d upsample_trilinear3d", images.pool(3)),
+    ("max_pool1d_with_indices adaptive_max_pool1d", images.pool_with_indices(1)),
+    ("max_pool2d_with_indices adaptive_max_pool2d", images.pool_with_indices(2)),
+    ("max_pool3d_with_indices adaptive_max_pool3d", images.pool_with_indices(3)),
+    ("pixel_shuffle", images.pixel_shuffle),
+    ("pixel_unshuffle", images.pixel_unshuffle),
+    ("channel_shuffle native_channel_shuffle", images.channel_shuffle),
+    ("im2col", images.patches),
+    ("col2im", images.from_patches),
+    ("unfold", images.windows),
+    ("grid_sampler grid_sampler_2d grid_sampler_3d", images.grid_sample),
+    ("affine_grid_generator", images.stays),
+    ("embedding_bag _embedding_bag _embedding_bag_forward_only", images.embedding_bag),
+    ("max min", order.maximum),
+    ("median nanmedian mode kthvalue", order.extreme),
+    ("sort topk", order.ordered),
+    ("argsort argmax argmin", order.numbers),
+    ("gather take_along_dim", order.gather),
+    ("scatter scatter_add scatter_reduce", order.scatter),
+    ("index_add index_copy index_reduce", order.index_add),
+    ("index_fill", order.index_fill),
+    ("index_put", order.index_put),
+    ("slice_scatter", order.slice_scatter),
+    ("select_scatter", order.select_scatter),
+    ("copy", order.copy),
+    ("fill zero", order.filled),
+    ("one_hot", order.one_hot),
+    ("tril triu", order.triangle),
+    ("diagonal", order.diagonal),
+    ("var_mean std_mean", layers.both_reductions),
+    ("_weight_norm", layers.weight_norm),
+    ("_weight_norm_interface", layers.weight_norm_interface),
+    ("norm_except_dim", layers.norm_except),
+    ("lstm gru rnn_tanh rnn_relu", recurrent.layer()),
+    ("lstm_cell", recurrent.cell(2)),
+    ("gru_cell rnn_tanh_cell rnn_relu_cell", recurrent.cell(1)),
     ("mean sum amax amin var std logsumexp linalg_vector_norm norm prod all any", layers.reduction),
     ("view _unsafe_view", shapes.reshape),
     ("transpose t", shapes.transpose),
     ("split split_with_sizes", shapes.split_axis),
-    ("mm bmm matmul addmm baddbmm", products.matmul),
+    ("mm bmm matmul addmm baddbmm mv dot vdot addmv", products.matmul),
+    ("outer ger", products.outer),
+    ("bilinear", products.bilinear),
+    ("cosine_similarity", products.cosine_similarity),
     ("softmax log_softmax _softmax _log_softmax", products.softmax),
-    ("flip roll cumsum cumprod logcumsumexp", shapes.along),
+    ("cumsum cumprod logcumsumexp cummax cummin", shapes.along),
+    ("flip", shapes.flip),
+    ("roll", shapes.roll),
     ("layer_norm rms_norm", layers.layer_norm),
     ("dropout alpha_dropout feature_dropout feature_alpha_dropout", layers.dropout),
     ("_assert_tensor_metadata _assert_async", lambda call: None),  # checks that the tracer wrote into the graph
@@ -114,23 +156,40 @@ def _rule_of(node: fx.Node) -> Rule | None:
     return RULES.get(short) or RULES.get(short.removesuffix("_"))
 
 
-def apply_rule(node: fx.Node, labels: dict[fx.Node, Any], solver: AxisSolver) -> Dims | list[Any] | None:
-    """Labels of `node`'s result. Raises Refused, with the reason, where the symmetry is not proven."""
-    if node.target is operator.getitem:
-        source, at = node.args
-        found: Dims | list[Any] | None = labels[source]  # type: ignore[index]
+def apply_rule(call: Call, of: dict[fx.Node, Any]) -> Labels | list[Any] | None:
+    """Labels of the result of an operation, whose inputs have the labels `of`. Raises Refused, with the reason, where
+    the symmetry is not proven."""
+    if call.node.target is operator.getitem:
+        source, at = call.node.args
+        found: Labels | list[Any] | None = of[source]  # type: ignore[index]
         if isinstance(found, list):
-            chosen: Dims = found[at]  # type: ignore[index]
+            chosen: Labels = found[at]  # type: ignore[index]
             return chosen
         # Operations of one useful result (batch-norm, pooling with indices) carry that result's labels alone.
         if isinstance(source, fx.Node) and isinstance(source.meta["val"], tuple | list) and at != 0:
             raise Refused("uses a second result")
         return found
-    rule = _rule_of(node)
+    rule = _rule_of(call.node)
     if rule is None:
         raise Refused("unknown operation")
     try:
-        result = rule(Call(node, labels, solver))
-    except CannotSplit as why:
+        result = rule(call)
+    except CannotFlatten as why:
         raise Refused(str(why)) from why
-    return Dims.plain(result) if isinstance(result, tuple) else result
+    numbered = [call.labels(node) for node in call.tensors() if isinstance(of[node], Labels)]
+    numbers = [x.numbers for x in numbered if x.numbers is not None]
+    if rule in _MOVES and numbers:  # whole numbers in other places
+        carried = result if isinstance(result, list) else [result]
+        carried = [replace(x, numbers=numbers[0]) if isinstance(x, Labels) else x for x in carried]
+        return carried if isinstance(result, list) else carried[0]
+    if rule not in order.BY_NUMBER and not is_fill(call.node):
+        for one in numbers:
+            order.hold_numbers(call, one)
+    return result
+
+
+_MOVES = {
+    *(shapes.reshape, shapes.permute, shapes.transpose, shapes.squeeze, shapes.unsqueeze, shapes.expand),
+    *(shapes.repeat, shapes.slice_axis, shapes.split_axis, shapes.select, shapes.unbind, shapes.flip, layers.same),
+}
+"""Rules of operations that give the values that they read, in other places."""
