@@ -292,12 +292,12 @@ def test_classes_that_the_network_does_not_have_are_named(number: int, tmp_path:
 
 
 def test_a_network_that_cannot_be_matched_may_have_sources_and_no_star(tmp_path: Path) -> None:
-    class Sorting(nn.Sequential):
+    class Spectrum(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:
-            return self[1](self[0](x).sort(1).values)
+            return self[1](torch.fft.fft(self[0](x)).abs())
 
     def made() -> nn.Module:
-        return Sorting(nn.Linear(4, 6), nn.Linear(6, 3))
+        return Spectrum(nn.Linear(4, 6), nn.Linear(6, 3))
 
     heard = Heard()
     sources = fastar.train_sources(made, tensors(), RECIPE, number=2, out=tmp_path, progress=heard)
