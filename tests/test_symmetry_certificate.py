@@ -14,8 +14,21 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fastar.errors import FastarError
 from fastar.models import build_model
-from fastar.symmetry import Certificate, Held, PermutationSpec, certify, derive_symmetry, without_groups
+from fastar.symmetry import (
+    Arrangement,
+    Certificate,
+    Group,
+    Held,
+    Member,
+    PermutationSpec,
+    Symmetry,
+    certify,
+    derive_symmetry,
+    without_groups,
+)
+from fastar.symmetry.held import held_runs
 from fastar.symmetry.permutations import Permutations
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -311,3 +324,18 @@ def test_permutations_of_what_was_missed_are_real() -> None:
     after = torch.func.functional_call(model, symmetry.apply(swap, state), (x,))
     assert isinstance(after, Tensor)
     torch.testing.assert_close(after, model(x))
+
+
+def test_positions_that_stay_are_found_where_axes_before_theirs_are_merged() -> None:
+    """w [2, 2, 4] is read as [4, 4], its last axis in another order: of it positions 2 and 0 move, 1 and 3 stay."""
+    group = Group("units", 2, (Member("w", 1),))
+    arranged = {"w": Arrangement(((0, 1), (2,)), {2: (2, 0, 1, 3)})}
+    first, last = held_runs(Symmetry((group,), {"w": (2, 2, 4)}, arranged=arranged))
+    assert (first.axes, last.axes) == ((0, 1), (2,))
+    assert last.at.tolist() == [1, 3]
+
+
+def test_split_axes_are_refused() -> None:
+    symmetry = Symmetry((), {"w": (6, 2)}, arranged={"w": Arrangement(((0,), (1,), (2,)), split={0: (2, 3)})})
+    with pytest.raises(FastarError, match=r"'w': axes that are split.*cannot be certified"):
+        list(held_runs(symmetry))

@@ -221,6 +221,22 @@ def test_other_operations_are_followed(middle: Callable[[Tensor], Tensor], group
     assert len(symmetry.groups) == groups
 
 
+@pytest.mark.parametrize("shown", [False, True])
+def test_an_output_holds_the_units_that_it_numbers(shown: bool) -> None:
+    """The two largest units are put back where they were: all 8 move, unless an output says which two they are."""
+
+    class Largest(Wrapped):
+        def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor]:
+            h = self.hidden(x)
+            values, indices = h.topk(2, -1)
+            out = self.readout(torch.zeros_like(h).scatter(-1, indices, values))
+            return (out, indices) if shown else out
+
+    symmetry = derive_symmetry(Largest(torch.relu), (torch.zeros(2, 6),))
+    assert [group.size for group in symmetry.groups] == ([] if shown else [8])
+    assert any("held by output 1" in line for line in symmetry.frozen) == shown
+
+
 def test_a_forward_that_cannot_be_traced_is_refused() -> None:
     class Branch(nn.Module):
         def forward(self, x: Tensor) -> Tensor:

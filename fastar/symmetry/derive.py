@@ -393,8 +393,10 @@ def _held(node: fx.Node) -> Any:
 
 
 def _positions(labels: Any) -> Array:
-    """All positions in the labels of a node, whether of one tensor or of several."""
+    """All positions in the labels of a node, whether of one tensor or of several, and those that its values number."""
     if isinstance(labels, list):
         return np.concatenate([np.zeros(0, np.int64), *map(_positions, labels)])
-    cells = labels.cells if isinstance(labels, Labels) else ()
-    return np.concatenate([np.zeros(0, np.int64), *(one.at.ravel() for one in cells)])
+    if not isinstance(labels, Labels):
+        return np.zeros(0, np.int64)
+    numbers = np.zeros(0, np.int64) if labels.numbers is None else labels.numbers
+    return np.concatenate([numbers, *(one.at.ravel() for one in labels.cells)])

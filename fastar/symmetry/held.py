@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastar.errors import FastarError
 from fastar.symmetry.positions import Array, Solution
 from fastar.symmetry.symmetry import Symmetry
 
@@ -73,17 +74,23 @@ def in_front(tensor: Tensor, axes: Sequence[int]) -> Tensor:
 
 def held_runs(symmetry: Symmetry) -> Iterator[Run]:
     """All runs of two positions and more, of every parameter, once where it has several names. What lies several times
-    in a unit (`Member.outer`) has other roles there, and is a run each time."""
+    in a unit (`Member.outer`) has other roles there, and is a run each time.
+
+    Raises:
+        FastarError: a parameter has axes that are split, or members within others.
+    """
     for name, shape in symmetry.parameters.items():
         if name in symmetry.tied:
             continue
         arranged = symmetry.arranged.get(name)
+        if name in symmetry.within or (arranged is not None and arranged.split):
+            raise FastarError(f"{name!r}: axes that are split, or within others, cannot be certified")
         axes = tuple((d,) for d in range(len(shape))) if arranged is None else arranged.axes
         for number, dims in enumerate(axes):
             length = math.prod(shape[d] for d in dims)
             order = np.arange(length)
-            if arranged is not None and number in arranged.orders:
-                order = np.array(arranged.orders[number])
+            if arranged is not None and dims[0] in arranged.orders:  # of one axis, which is then not merged
+                order = np.array(arranged.orders[dims[0]])
             moved = np.zeros(length, bool)
             for group in symmetry.groups:
                 for member in group.members:
