@@ -361,11 +361,6 @@ class _Derivation:
         return f"{node.target} (node {node.name}{where})"
 
 
-def _first(x: Tensor, d: int) -> Tensor:
-    """`x` with what is first along dimension `d` at all its places."""
-    return x.narrow(d, 0, 1).expand_as(x)
-
-
 def _made(value: Any, make: Callable[[Tensor], Labels]) -> Any:
     """Labels of one tensor, of several, or of none."""
     if isinstance(value, Tensor):

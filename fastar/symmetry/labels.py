@@ -72,6 +72,8 @@ def fresh(known: Constraints, shape: Sequence[int]) -> Labels:
 
 def current(known: Constraints, x: Labels) -> Labels | None:
     """`x` after `Constraints.put_in_blocks`; None where an axis that it has moves by itself along others it has not."""
+    if not known.in_blocks:
+        return x
     at = {known.array_of(one.at): one.dims[0] for one in x.cells if len(one.dims) == 1}
     cells = []
     for one in x.cells:

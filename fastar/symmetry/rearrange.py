@@ -129,7 +129,7 @@ def stack(known: Constraints, parts: Sequence[Labels], d: int, why: str) -> Labe
     if prod(shape[k] for k in dims) * count > MOST or not dims:
         whole = combine(known, spread[0].shape, spread, why)
         return Labels(shape, whole.cells, whole.alike)
-    cells, rest = [], list(spread)
+    cells = []
     while dims:
         together = closure(spread, {min(dims)})
         dims -= together
@@ -138,7 +138,7 @@ def stack(known: Constraints, parts: Sequence[Labels], d: int, why: str) -> Labe
         cells.append(Cell(tuple(ascending), at))
     touched = {k for one in cells for k in one.dims}
     lengths = tuple(1 if k in touched else n for k, n in enumerate(shape))
-    rest = [Labels(lengths, (), part.alike - touched) for part in rest]
+    rest = [Labels(lengths, (), part.alike - touched) for part in spread]
     return Labels(shape, tuple(cells), combine(known, lengths, rest, why).alike)
 
 

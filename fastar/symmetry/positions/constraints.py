@@ -60,13 +60,12 @@ class Constraints:
     def tie(self, a: Array, b: Array) -> None:
         """Let each position of `a` move as the one at its place in `b`, of the same shape."""
         a, b = a.ravel(), b.ravel()
-        if a is b or np.array_equal(a, b):
+        if np.array_equal(a, b):
             return
         one, other = self._whole(a), self._whole(b)
         if other is None or other in self._used:
             a, b, one, other = b, a, other, one
-        arrays = self._arrays_of(a)
-        self._used |= arrays
+        self._used |= self._arrays_of(a)
         if other is not None and other not in self._used:
             self._copies[other] = a  # nothing else is known of it: position by position it is the other
         elif one is not None and other is not None and not {one, other} & self._copies.keys():
@@ -98,10 +97,7 @@ class Constraints:
             return at.transpose(axes)
         key, order = self._key(at, axes)
         if key not in self._outer:
-            front = at.transpose((*order, *(axis for axis in range(at.ndim) if axis not in order)))
-            blocks = self.fresh(front.shape[: len(axes)])
-            self.within(front, blocks.reshape(*blocks.shape, *[1] * (at.ndim - len(axes))))
-            self._outer[key] = blocks
+            self.know_outer(at, order, self.fresh([at.shape[axis] for axis in order]))
         return self._outer[key].transpose([order.index(axis) for axis in axes])
 
     def has_outer(self, at: Array, axes: Sequence[int]) -> bool:
@@ -160,7 +156,7 @@ class Constraints:
 
     def now(self, at: Array) -> tuple[tuple[int, ...], Array] | None:
         """The arrays and positions that took the place of an axis of a parameter by `put_in_blocks`."""
-        mine = self._whole(at) if at.ndim == 1 and len(at) else None
+        mine = self.array_of(at)
         return None if mine is None else self.in_blocks.get(mine)
 
     def array_of(self, at: Array) -> int | None:

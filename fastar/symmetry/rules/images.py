@@ -44,9 +44,8 @@ def pixel_shuffle(call: Call) -> Labels:
     *lead, channels, height, width = x.shape
     parts = rearrange.reshape(call.known, x, (*lead, channels // r**2, r * r, height, width))
     at = len(lead)
-    call.hold(parts, range(at + 1, at + 4))
-    rest = labels.reduce(call.known, parts, {at + 1})
-    return kept(call, rest, {at + 1, at + 2}, call.shape)
+    call.hold(parts, [at + 1])
+    return kept(call, labels.reduce(call.known, parts, {at + 1}), {at + 1, at + 2}, call.shape)
 
 
 def pixel_unshuffle(call: Call) -> Labels:
@@ -89,10 +88,7 @@ def from_patches(call: Call) -> Labels:
 def windows(call: Call) -> Labels:
     """Tensor.unfold: windows along a dimension, which stays, with what is in them as a new last dimension."""
     x = call.labels()
-    d = call.arguments.get("dimension", 0) % len(x.shape)
-    call.hold(x, [d])
-    rest = labels.reduce(call.known, x, {d}, keep=True)
-    return Labels(call.shape, rest.cells, rest.alike)
+    return kept(call, x, {call.arguments.get("dimension", 0) % len(x.shape)}, call.shape)
 
 
 def grid_sample(call: Call) -> Labels:

@@ -34,39 +34,30 @@ def _convolved(call: Call, *, transposed: bool) -> Labels:
         raise Refused("convolution of an input without a batch axis")
     call.hold(x, range(2, len(x.shape)))
     labels.hold(known, weight, set(range(2, len(weight.shape))), f"positions of the kernel, {call.why}")
-    batch, read = labels.alone(known, x, 0), labels.alone(known, x, 1)
-    first, second = (labels.alone(known, weight, d) for d in (0, 1))
-    # In groups: channels read and written [groups, of each], and the weight's own axis by groups.
-    reads = labelled(x.shape[1:2], {0: read} if 1 not in x.alike else {})
-    own, inner = (labelled((n,), {0: at}) for n, at in zip(weight.shape, (first, second), strict=False))
-    if 1 in x.alike:
-        reads = constant_of(x.shape[1:2])
+    batch = labels.alone(known, x, 0)
+    first, second = (labelled((weight.shape[d],), {0: labels.alone(known, weight, d)}) for d in (0, 1))
+    channels, shape = x.shape[1:2], call.shape
+    reads = constant_of(channels) if 1 in x.alike else labelled(channels, {0: labels.alone(known, x, 1)})
     if groups == 1:
-        one, out = (own, inner) if transposed else (inner, own)
-        labels.combine(known, reads.shape, [reads, one], call.why)
+        read, out = (first, second) if transposed else (second, first)
+        labels.combine(known, reads.shape, [reads, read], call.why)
     else:
-        size = weight.shape[0] // groups
-        blocks = rearrange.reshape(known, own, (groups, size))  # [groups, channels of each on the weight's axis 0]
-        across = reads if not transposed else Labels((groups * weight.shape[1],))
+        call.hold(second, [0])
+        # The weight's axis 0 in groups; of the other side [groups, channels of each] the groups alone move.
+        blocks = labels.reduce(known, rearrange.reshape(known, first, (groups, weight.shape[0] // groups)), {1})
         if transposed:
-            labels.combine(known, reads.shape, [reads, own], call.why)
-            moving = labels.reduce(known, blocks, {1})
-            call.hold(inner, [0])
-            wide = Labels((groups, weight.shape[1]), moving.cells, moving.alike)
-            out = rearrange.reshape(known, wide, across.shape)
+            labels.combine(known, reads.shape, [reads, first], call.why)
+            wide = Labels((groups, weight.shape[1]), blocks.cells, blocks.alike)
+            out = rearrange.reshape(known, wide, (groups * weight.shape[1],))
         else:
-            out = own
-            moving = labels.reduce(known, blocks, {1})
+            out = first
             read_in = rearrange.reshape(known, reads, (groups, weight.shape[1]))
-            call.hold(inner, [0])
             call.hold(read_in, [1], "what a group of a convolution reads stays in order")
-            labels.combine(known, (groups,), [labels.reduce(known, read_in, {1}), moving], call.why)
-    shape = call.shape
-    rest = {0: batch}
-    result = labels.combine(known, shape[:2], [labelled((shape[0], 1), rest), out.moved([1], (1, shape[1]))], call.why)
+            labels.combine(known, (groups,), [labels.reduce(known, read_in, {1}), blocks], call.why)
+    parts = [labelled((shape[0], 1), {0: batch}), out.moved([1], (1, shape[1]))]
     if call["bias"] is not None:
-        bias = call.labels("bias").moved([1], (1, shape[1]))
-        result = labels.combine(known, shape[:2], [result, bias], call.why)
+        parts.append(call.labels("bias").moved([1], (1, shape[1])))
+    result = labels.combine(known, shape[:2], parts, call.why)
     return Labels(shape, result.cells, result.alike)
 
 

@@ -17,7 +17,7 @@ from fastar.symmetry import labels, rearrange
 from fastar.symmetry.labels import Labels, labelled
 from fastar.symmetry.positions import Array
 from fastar.symmetry.rules.call import Call
-from fastar.symmetry.rules.shapes import apart, apart_of, concatenate_labels, constant_of, hold_all
+from fastar.symmetry.rules.shapes import apart, apart_of, concatenate_labels, constant_of, hold_all, index, resized
 
 _ORDER = "depends on the order"
 
@@ -79,8 +79,7 @@ def ordered(call: Call) -> list[Labels]:
     """Sorted values, or the first of them, and their numbers (sort, topk)."""
     x = call.labels()
     d = _dim(call, x)
-    found = _resized(apart_of(call, call.inside(x, [d]), d), d, call.shape)
-    found = _ranked(call, found, d)
+    found = _ranked(call, apart_of(call, call.inside(x, [d]), d), d)
     return [found, replace(found, numbers=_numbered(call, x, d))]
 
 
@@ -104,12 +103,7 @@ def _ranked(call: Call, x: Labels, d: int) -> Labels:
     """`x` with ranks, which stay, along dimension `d`."""
     ranks = labels.fresh(call.known, [n if k == d else 1 for k, n in enumerate(call.shape)])
     call.hold(ranks, [d], "sorted values stay")
-    return call.broadcast([_resized(x, d, tuple(1 for _ in call.shape)), ranks], call.shape)
-
-
-def _resized(x: Labels, d: int, shape: tuple[int, ...]) -> Labels:
-    """`x` whose dimension `d`, which stays, has the length that it has in `shape`."""
-    return Labels((*x.shape[:d], shape[d], *x.shape[d + 1 :]), x.cells, x.alike - {d})
+    return call.broadcast([resized(x, d, 1), ranks], call.shape)
 
 
 def gather(call: Call) -> Labels:
@@ -169,22 +163,9 @@ def index_fill(call: Call) -> Labels:
 
 def index_put(call: Call) -> Labels:
     """Values put where numbers along some dimensions say."""
-    x, indices, values = call.labels("self"), call["indices"], call.labels("values")
-    given = [d for d, one in enumerate(indices) if one is not None]
-    call.hold(x, given)
-    shapes = []
-    for d in given:
-        hold_all(call, call.labels(indices[d]))
-        shapes.append(call.labels(indices[d]).shape)
-    new = np.broadcast_shapes(*shapes)
-    rest = [d for d in range(len(x.shape)) if d not in given]
-    adjacent = given == list(range(given[0], given[-1] + 1))
-    before = given[0] if adjacent else 0
-    shape = (*(x.shape[d] for d in rest[:before]), *new, *(x.shape[d] for d in rest[before:]))
-    names = {d: i if i < before else i + len(new) for i, d in enumerate(rest)}
-    chosen = apart(call, x, rest).moved(names, shape)
-    call.broadcast([chosen, values], shape)
-    return x
+    replaced = index(call)
+    call.broadcast([replaced, call.labels("values")], replaced.shape)
+    return call.labels("self")
 
 
 def slice_scatter(call: Call) -> Labels:
@@ -230,8 +211,7 @@ def one_hot(call: Call) -> Labels:
 def triangle(call: Call) -> Labels:
     """Part of a matrix by the order of rows and columns (tril, triu)."""
     x = call.labels()
-    if all(len(x.shape) + k not in x.alike for k in (-1, -2)) or prod(x.shape[-2:]) > 1:
-        call.hold(x, [-1, -2])
+    call.hold(x, [-1, -2])
     kept = apart(call, x, range(len(x.shape) - 2))
     return Labels(x.shape, kept.cells, kept.alike)
 

@@ -166,7 +166,7 @@ def pad(call: Call) -> Labels:
         d = len(x.shape) - 1 - pair
         if not constant:
             call.hold(x, [d])
-            x = _without(x, d, x.shape[d] + before + after)
+            x = resized(apart_of(call, x, d), d, x.shape[d] + before + after)
             continue
         x = take(call, x, d, max(0, -before), x.shape[d] - max(0, -after)) if min(before, after) < 0 else x
         sizes = [(*x.shape[:d], n, *x.shape[d + 1 :]) for n in (max(0, before), max(0, after))]
@@ -180,10 +180,9 @@ def constant_of(shape: Any) -> Labels:
     return Labels(tuple(shape), (), frozenset(d for d, n in enumerate(shape) if n > 1))
 
 
-def _without(x: Labels, d: int, length: int) -> Labels:
-    """`x` whose dimension `d` is another one, of `length`, that stays."""
-    shape = (*x.shape[:d], length, *x.shape[d + 1 :])
-    return Labels(shape, tuple(one for one in x.cells if d not in one.dims), x.alike - {d})
+def resized(x: Labels, d: int, length: int) -> Labels:
+    """`x` whose dimension `d`, which is in no cell, is another one, of `length`, that stays."""
+    return Labels((*x.shape[:d], length, *x.shape[d + 1 :]), x.cells, x.alike - {d})
 
 
 def flip(call: Call) -> Labels:
@@ -210,14 +209,17 @@ def index(call: Call) -> Labels:
     x, indices = call.labels("self"), call["indices"]
     given = [d for d, one in enumerate(indices) if one is not None]
     call.hold(x, given)
+    shapes = []
     for d in given:
         hold_all(call, call.labels(indices[d]))
+        shapes.append(call.labels(indices[d]).shape)
+    new = np.broadcast_shapes(*shapes)
     rest = [d for d in range(len(x.shape)) if d not in given]
     adjacent = given == list(range(given[0], given[-1] + 1))
     before = given[0] if adjacent else 0  # indices that are apart put their result in front
-    new = len(call.shape) - len(rest)
-    names = {d: i if i < before else i + new for i, d in enumerate(rest)}
-    return apart(call, x, rest).moved(names, call.shape)
+    names = {d: i if i < before else i + len(new) for i, d in enumerate(rest)}
+    shape = (*(x.shape[d] for d in rest[:before]), *new, *(x.shape[d] for d in rest[before:]))
+    return apart(call, x, rest).moved(names, shape)
 
 
 def apart(call: Call, x: Labels, rest: Any) -> Labels:
@@ -236,7 +238,7 @@ def index_select(call: Call) -> Labels:
     x, d = call.labels("self"), call["dim"] % max(1, len(call.labels("self").shape))
     call.hold(x, [d])
     hold_all(call, call.labels("index"))
-    return _without(apart_of(call, x, d), d, call.shape[d])
+    return resized(apart_of(call, x, d), d, call.shape[d])
 
 
 def apart_of(call: Call, x: Labels, d: int) -> Labels:

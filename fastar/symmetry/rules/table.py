@@ -176,8 +176,8 @@ def apply_rule(call: Call, of: dict[fx.Node, Any]) -> Labels | list[Any] | None:
         result = rule(call)
     except CannotFlatten as why:
         raise Refused(str(why)) from why
-    numbered = [call.labels(node) for node in call.tensors() if isinstance(of[node], Labels)]
-    numbers = [x.numbers for x in numbered if x.numbers is not None]
+    read = [of[node] for node in call.tensors()]
+    numbers = [x.numbers for x in read if isinstance(x, Labels) and x.numbers is not None]
     if rule in _MOVES and numbers:  # whole numbers in other places
         carried = result if isinstance(result, list) else [result]
         carried = [replace(x, numbers=numbers[0]) if isinstance(x, Labels) else x for x in carried]
