@@ -17,7 +17,7 @@ from fastar.runtime.progress import SILENT, Progress
 from fastar.runtime.user_code import check_reference, is_reference
 from fastar.symmetry import Symmetry, certify, derive_symmetry
 
-# Of a data set whose files say how many classes there are: the groups do not depend on it.
+# Classes of a data set whose files say how many there are: the groups do not depend on the number.
 CLASSES = 1000
 # A certificate takes at most so many times as long as the derivation and its proof.
 TIMES = 3

@@ -139,7 +139,7 @@ def _product(output: Any, input: Any, other: Any = None, **_: Any) -> Iterator[S
 
 
 def _einsum(output: Any, equation: Any, *operands: Any, **_: Any) -> Iterator[Sight]:
-    """Of two operands: the axes that each shares with the output, and those that it shares with the other one."""
+    """Axes that each of two operands shares with the output, and those that it shares with the other one."""
     if not isinstance(equation, str) or "->" not in equation or len(operands) != 2:
         return
     given, to = equation.replace(" ", "").split("->")
@@ -159,7 +159,7 @@ def _last(values: Tensor, axes: list[int]) -> Tensor:
 
 
 def _letters(term: str, axes: int) -> list[str | int]:
-    """What an einsum's term calls the axes of an operand; those of its ellipsis are counted from their last."""
+    """Names of an operand's axes in a term of an einsum; those of its ellipsis are counted from their last."""
     before, _, after = term.partition("...")
     return [*before, *range(len(before) + len(after) - axes, 0), *after]
 
@@ -222,7 +222,7 @@ def _attention(output: Any, *args: Any, **kwargs: Any) -> Iterator[Sight]:
     yield given["out_proj_weight"], 0, "made", output[0]
 
 
-# What weight_norm and spectral_norm make a weight by, of a parameter of its shape.
+# Functions by which weight_norm and spectral_norm make a weight of a parameter of its shape.
 _PARAMETRISED = {"_weight_norm", "__truediv__", "div", "true_divide"}
 _OBSERVED: dict[str, Observe] = {
     "linear": _linear,

@@ -68,7 +68,7 @@ class Problem:
         self.touched = [sorted({name for g in tree for name in self.tensors[g]}) for tree in self.trees]
         # On a tensor that a tree permutes along two axes at once the objective is quadratic, and S_g only its slope.
         self.quadratic = [any(self.twice(t, name) for name in touched) for t, touched in enumerate(self.touched)]
-        # Where children lie on two axes within one what is best for the one depends on the other.
+        # The best order of one child depends on the other, where two lie on different axes within one.
         self.crossed = [
             any(len({site.axis for site in self.inside[name] if site.group in tree}) > 1 for name in touched)
             for tree, touched in zip(self.trees, self.touched, strict=True)
