@@ -68,7 +68,8 @@ class SharedKeys(nn.Module):
 
 def _turned(x: Tensor) -> Tensor:
     """[..., positions, units] with pairs of units turned by angles of their positions."""
-    angles = torch.outer(torch.arange(x.shape[-2], dtype=x.dtype), torch.tensor([1.0, 0.3], dtype=x.dtype))
+    positions, speeds = torch.arange(x.shape[-2]).to(x), torch.tensor([1.0, 0.3]).to(x)
+    angles = torch.outer(positions, speeds)
     a, b = x.chunk(2, -1)
     return torch.cat([a * angles.cos() - b * angles.sin(), a * angles.sin() + b * angles.cos()], -1)
 
